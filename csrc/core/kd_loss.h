@@ -1,0 +1,271 @@
+// One row of the distillation loss: mergeable statistics in, loss terms and gradient coefficients out.
+//
+//   L   = w_ce * CE(z, y) + w_kd * T^2 * KL(p' || q),   q = softmax(z / T), p = softmax(v / T), p' = p revised
+//   dL/dz_k = softmax(z)_k * w_ce + q_k * w_kd * T - p_k * w_kd * T * beta - smoothing, and a constant added at k = y
+//
+// Everything a row needs beyond its logits at y is in RowStats, which merges like an online softmax: a lane, a warp, a
+// block or a cluster each keep one and combine them in a fixed order. `beta` is 1 on rows that are not revised.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__) || defined(LRDS_SIMT)
+#define LRDS_HOST_DEVICE __host__ __device__
+#else
+#define LRDS_HOST_DEVICE
+#endif
+
+namespace lrds {
+
+enum class DType : std::int32_t { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum class Revise : std::int32_t { kNone = 0, kLabelRevision = 1 };
+enum class Reduction : std::int32_t { kNone = 0, kMean = 1, kSum = 2, kElementMean = 3 };
+enum class SelectedType : std::int32_t { kPrefix = 0, kBool = 1, kFloat32 = 2, kFloat64 = 3 };
+
+// Per-row outcome bits; their counts are the n_valid, n_selected, n_revised of kd_loss_parts.
+enum RowFlag : std::uint8_t { kRowValid = 1, kRowSelected = 2, kRowRevised = 4 };
+
+// What is the same for every row. A is the accumulation type: float, or double if any logits are double.
+template <typename A>
+struct RowParams {
+  A temperature;
+  A inv_temperature;
+  A ce_weight;             // of a fully selected row
+  A ce_weight_unselected;  // of a row without teacher
+  A kd_weight;
+  A eta;
+  A label_smoothing;
+  Revise revise;
+};
+
+// The statistics of one row, or of a part of it. Fields that a row's weights make unnecessary stay at their identity.
+// Exponentials are relative to anchor(max): the maximum, or 0 where a part holds only -inf, so that (-inf) - (-inf) is
+// never formed for a part; a whole row of -inf still ends as NaN.
+//   max_z      max z_k
+//   sum_z      sum exp(z_k - anchor(max_z))                      (cross-entropy)
+//   sum_zt     sum exp((z_k - anchor(max_z)) / T)                (distillation)
+//   sum_shift  sum (z_k - anchor(max_z))                         (label smoothing)
+//   max_v      max v_k
+//   sum_vt     sum exp((v_k - anchor(max_v)) / T)
+//   dot        sum exp((v_k - anchor(max_v)) / T) * ((v_k - anchor(max_v)) - (z_k - anchor(max_z))),
+//              terms whose exponential is 0 left out: 0 * inf = 0
+// Two parts merge by rebase_row_stats to the common maxima, then add_row_stats.
+template <typename A>
+struct RowStats {
+  A max_z;
+  A sum_z;
+  A sum_zt;
+  A sum_shift;
+  A max_v;
+  A sum_vt;
+  A dot;
+};
+
+template <typename A>
+LRDS_HOST_DEVICE inline A negative_infinity() {
+  return -std::numeric_limits<A>::infinity();
+}
+
+template <typename A>
+LRDS_HOST_DEVICE inline RowStats<A> empty_row_stats() {
+  return RowStats<A>{negative_infinity<A>(), A(0), A(0), A(0), negative_infinity<A>(), A(0), A(0)};
+}
+
+// exp(x) that the caller may override on the device; the host and tests use the standard library.
+LRDS_HOST_DEVICE inline float row_exp(float x) { return expf(x); }
+LRDS_HOST_DEVICE inline double row_exp(double x) { return exp(x); }
+LRDS_HOST_DEVICE inline float row_log(float x) { return logf(x); }
+LRDS_HOST_DEVICE inline double row_log(double x) { return log(x); }
+
+template <typename A>
+LRDS_HOST_DEVICE inline A anchor(A max) {
+  return max == negative_infinity<A>() ? A(0) : max;
+}
+
+// Expresses `stats`, gathered over `count` classes, relative to the (not smaller) maxima of the whole row.
+template <typename A>
+LRDS_HOST_DEVICE inline void rebase_row_stats(RowStats<A>& stats, A max_z, A max_v, A count,
+                                              A inv_temperature) {
+  const A down_z = anchor(stats.max_z) - anchor(max_z);
+  const A down_v = anchor(stats.max_v) - anchor(max_v);
+  if (stats.max_z != negative_infinity<A>()) {
+    stats.sum_z *= row_exp(down_z);
+    stats.sum_zt *= row_exp(down_z * inv_temperature);
+  }
+  stats.sum_shift += count * down_z;
+  if (stats.max_v != negative_infinity<A>()) {
+    const A scale = row_exp(down_v * inv_temperature);
+    // What underflows leaves the sum before its (possibly infinite) cofactor can make it NaN.
+    stats.dot = scale == A(0) ? A(0) : scale * (stats.dot + stats.sum_vt * (down_v - down_z));
+    stats.sum_vt *= scale;
+  }
+  stats.max_z = max_z;
+  stats.max_v = max_v;
+}
+
+// Adds the sums of `part`, which must have the same maxima.
+template <typename A>
+LRDS_HOST_DEVICE inline void add_row_stats(RowStats<A>& stats, const RowStats<A>& part) {
+  stats.sum_z += part.sum_z;
+  stats.sum_zt += part.sum_zt;
+  stats.sum_shift += part.sum_shift;
+  stats.sum_vt += part.sum_vt;
+  stats.dot += part.dot;
+}
+
+// What a finished row contributes.
+//   ce, kd         loss terms, weighted, before the reduction
+//   coefficient_*  dL/dz_k = coefficient_z  * exp(z_k - anchor(max_z)) + coefficient_zt * exp((z_k - anchor(max_z)) / T)
+//                          - coefficient_vt * exp((v_k - anchor(max_v)) / T) - smoothing
+//   at_target      added to the above at k = y
+template <typename A>
+struct RowResult {
+  A ce;
+  A kd;
+  A coefficient_z;
+  A coefficient_zt;
+  A coefficient_vt;
+  A smoothing;
+  A at_target;
+  bool revised;
+};
+
+// A row's weights. w is its selection weight; 0 is exactly unselected.
+template <typename A>
+struct RowWeights {
+  A ce;
+  A kd;
+};
+
+template <typename A>
+LRDS_HOST_DEVICE inline RowWeights<A> row_weights(const RowParams<A>& params, A w) {
+  // w = 0 and w = 1 are exact: 1 * inf or 0 * inf of the other side's weight cannot arise, weights are finite.
+  return RowWeights<A>{w * params.ce_weight + (A(1) - w) * params.ce_weight_unselected,
+                       w * params.kd_weight};
+}
+
+// Is the teacher wrong? A tie that the label takes part in counts as right.
+template <typename A>
+LRDS_HOST_DEVICE inline bool teacher_is_wrong(A v_y, A max_v) {
+  return v_y < max_v;
+}
+
+// stats must be complete for the terms whose weight is not 0; z_y, v_y are the logits at the target (v_y unused if
+// weights.kd is 0). gradient_scale multiplies the gradient coefficients alone.
+template <typename A>
+LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats, A z_y, A v_y,
+                                                const RowParams<A>& params, RowWeights<A> weights,
+                                                A classes, A gradient_scale) {
+  RowResult<A> out{A(0), A(0), A(0), A(0), A(0), A(0), A(0), false};
+  const A z_shift = z_y - stats.max_z;
+  if (weights.ce != A(0)) {
+    const A log_sum = row_log(stats.sum_z);
+    const A smoothing = params.label_smoothing;
+    A ce = (A(1) - smoothing) * (log_sum - z_shift);
+    if (smoothing != A(0)) ce += smoothing * (log_sum - stats.sum_shift / classes);
+    out.ce = weights.ce * ce;
+    const A scaled = weights.ce * gradient_scale;
+    out.coefficient_z = scaled / stats.sum_z;
+    out.smoothing = scaled * smoothing / classes;
+    out.at_target = -scaled * (A(1) - smoothing);
+  }
+  if (weights.kd != A(0)) {
+    const A t = params.temperature;
+    const A inv_t = params.inv_temperature;
+    const A log_sum_z = row_log(stats.sum_zt);
+    const A log_sum_v = row_log(stats.sum_vt);
+    A beta = A(1);
+    A kl = stats.dot * inv_t / stats.sum_vt - log_sum_v + log_sum_z;
+    if (params.revise != Revise::kNone && teacher_is_wrong(v_y, stats.max_v)) {
+      const A log_p_y = (v_y - stats.max_v) * inv_t - log_sum_v;
+      const A log_q_y = z_shift * inv_t - log_sum_z;
+      const A p_y = row_exp((v_y - stats.max_v) * inv_t) / stats.sum_vt;
+      const A p_max = A(1) / stats.sum_vt;
+      beta = params.eta / (A(1) + p_max - p_y);
+      const A revised_y = beta * p_y + (A(1) - beta);
+      // The target's own term leaves K and comes back revised. Its probability may have underflown (0 log 0 = 0), and
+      // a student that excludes the target (q_y = 0) has an infinite loss however large K is.
+      const A teacher_term = p_y > A(0) ? p_y * (log_p_y - log_q_y) : A(0);
+      kl = log_q_y == negative_infinity<A>()
+               ? std::numeric_limits<A>::infinity()
+               : beta * (A(1) - p_y) * row_log(beta) + beta * (kl - teacher_term) +
+                     revised_y * (row_log(revised_y) - log_q_y);
+      out.revised = true;
+    }
+    out.kd = weights.kd * t * t * kl;
+    const A scaled = weights.kd * t * gradient_scale;
+    out.coefficient_zt = scaled / stats.sum_zt;
+    out.coefficient_vt = scaled * beta / stats.sum_vt;
+    out.at_target -= scaled * (A(1) - beta);
+  }
+  return out;
+}
+
+// 1 / denominator of a reduction, 0 when nothing is left to average.
+template <typename A>
+LRDS_HOST_DEVICE inline A reduction_scale(Reduction reduction, A valid_rows, A classes) {
+  if (reduction == Reduction::kNone || reduction == Reduction::kSum) return A(1);
+  const A count = reduction == Reduction::kElementMean ? valid_rows * classes : valid_rows;
+  return count > A(0) ? A(1) / count : A(0);
+}
+
+// One call, as both devices' sweeps take it: plain pointers, sizes and strides in elements. The last stride of every
+// logit tensor is 1. accumulate is kFloat64 if either logits are, else kFloat32; A below is that type.
+struct KdLossArgs {
+  std::int64_t rows;
+  std::int64_t classes;
+  const void* student;  // (rows, classes)
+  std::int64_t student_stride;
+  DType student_type;
+  const void* teacher;  // (teacher_rows, classes); teacher_rows < rows only with SelectedType::kPrefix
+  std::int64_t teacher_stride;
+  std::int64_t teacher_rows;
+  DType teacher_type;
+  const void* target;  // (rows,), int64 or int32
+  bool target_is_int64;
+  std::int64_t ignore_index;
+  const void* selected;  // (rows,) of selected_type; unused for kPrefix: the first teacher_rows rows are selected
+  SelectedType selected_type;
+
+  double temperature;
+  double ce_weight;
+  double ce_weight_unselected;
+  double kd_weight;
+  double eta;
+  double label_smoothing;
+  Revise revise;
+  Reduction reduction;
+  DType accumulate;
+
+  const void* num_valid;    // A[1] or null: replaces the count of valid rows in the denominator
+  const void* grad_scale;   // A[1] or null: folded into the gradient before it is rounded
+  const void* grad_output;  // null, or A[rows] / A[1] by grad_output_stride (1 / 0): multiplies each row's gradient
+  std::int64_t grad_output_stride;
+
+  void* gradient;  // (rows, classes) contiguous, of student_type; null: no gradient
+  void* ce;        // A[rows] each: weighted terms of every row before the reduction; null only when loss is not wanted
+  void* kd;
+  std::uint8_t* flags;  // RowFlag bits of every row; null with ce and kd
+
+  // Filled by the finalize step. With Reduction::kNone loss is A[rows] (ce + kd) and loss_ce, loss_kd are unused.
+  void* loss;
+  void* loss_ce;
+  void* loss_kd;
+  std::int64_t* counts;  // n_valid, n_selected, n_revised
+};
+
+template <typename A>
+LRDS_HOST_DEVICE inline RowParams<A> row_params(const KdLossArgs& args) {
+  return RowParams<A>{static_cast<A>(args.temperature),
+                      static_cast<A>(1.0 / args.temperature),
+                      static_cast<A>(args.ce_weight),
+                      static_cast<A>(args.ce_weight_unselected),
+                      static_cast<A>(args.kd_weight),
+                      static_cast<A>(args.eta),
+                      static_cast<A>(args.label_smoothing),
+                      args.revise};
+}
+
+}  // namespace lrds
