@@ -1,0 +1,83 @@
+"""Inputs of kd_loss that the CPU and the GPU tests share, and why each size is there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# 1: KD is 0. 2: binary. 10: below one vector. 31, 32, 33: a warp, two AVX-512 vectors, their tails. 100: CIFAR-100.
+# 1000, 1001: ImageNet without and with background (odd rows are unaligned). 4097: one past the last size that a GPU
+# thread block keeps in registers.
+CLASSES = (1, 2, 10, 31, 32, 33, 100, 1000, 1001, 4097)
+# Integers up to 8 may be computed by repeated multiplication of exp(x / T), anything else by a second exp.
+TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 8.0, 2.5)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Rows(NamedTuple):
+    student: Tensor  # (N, C)
+    teacher: Tensor  # (N, C)
+    target: Tensor  # (N,) int64
+
+
+def rows(
+    count: int,
+    classes: int,
+    student_dtype: torch.dtype = torch.float32,
+    teacher_dtype: torch.dtype | None = None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Rows:
+    """Logits of plausible spread with a few hard rows, and targets that the teacher gets right on every other row.
+
+    Row 1 is shifted by 300, row 2 peaks 500 above the rest, row 3 is constant, row 4 has the student equal the teacher.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    student = 2.0 * torch.randn(count, classes, generator=generator, dtype=torch.float64)
+    teacher = 3.0 * torch.randn(count, classes, generator=generator, dtype=torch.float64)
+    target = torch.randint(classes, (count,), generator=generator)
+    target[::2] = teacher[::2].argmax(dim=-1)
+    student[1:2] += 300.0
+    teacher[1:2] -= 300.0
+    student[2:3, classes // 2] += 500.0
+    teacher[2:3, classes // 3] += 500.0
+    student[3:4] = 0.25
+    teacher[3:4] = -1.5
+    student[4:5] = teacher[4:5]
+    return Rows(
+        student.to(device, student_dtype),
+        teacher.to(device, teacher_dtype or student_dtype),
+        target.to(device),
+    )
+
+
+def strided(tensor: Tensor, layout: str) -> Tensor:
+    """The values of a (N, C) tensor in another memory layout."""
+    count, classes = tensor.shape
+    if layout == "wide rows":  # a slice of a padded vocabulary
+        return tensor.new_full((count, classes + 7), float("nan"))[:, :classes].copy_(tensor)
+    if layout == "unaligned":  # rows start one element past an aligned address
+        flat = tensor.new_full((count * classes + 1,), float("nan"))
+        return flat[1:].view(count, classes).copy_(tensor)
+    if layout == "every other row":
+        return tensor.new_full((2 * count, classes), float("nan"))[::2].copy_(tensor)
+    if layout == "transposed":  # last stride is not 1
+        return tensor.t().contiguous().t()
+    if layout == "every other class":
+        return tensor.new_full((count, 2 * classes), float("nan"))[:, ::2].copy_(tensor)
+    if layout == "expanded":  # row stride 0
+        return tensor[:1].expand(count, classes)
+    raise ValueError(layout)
+
+
+LAYOUTS = (
+    "wide rows",
+    "unaligned",
+    "every other row",
+    "transposed",
+    "every other class",
+    "expanded",
+)
