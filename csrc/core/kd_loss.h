@@ -11,10 +11,12 @@
 #include <cstdint>
 #include <limits>
 
+// Internal linkage on purpose: translation units for different instruction sets each keep their own copy, so that the
+// linker can never hand an AVX-512 body to a CPU without it.
 #if defined(__CUDACC__) || defined(LRDS_SIMT)
-#define LRDS_HOST_DEVICE __host__ __device__
+#define LRDS_HOST_DEVICE static __host__ __device__
 #else
-#define LRDS_HOST_DEVICE
+#define LRDS_HOST_DEVICE static
 #endif
 
 namespace lrds {

@@ -1,0 +1,142 @@
+#include "cpu/kd_loss.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "cpu/kd_loss_double.h"
+
+namespace lrds::cpu {
+namespace {
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+Isa capped_isa() {
+  const Isa best = best_isa();
+  const char* const cap = std::getenv("LRDS_FAST_CPU_ISA");
+  if (cap == nullptr) return best;
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (std::strcmp(cap, isa_name(isa)) == 0) return isa < best ? isa : best;
+  }
+  return best;
+}
+
+// Sums terms[0..rows) in eight interleaved double accumulators: the same bits however the rows were computed.
+template <class A>
+double sum_rows(const A* terms, std::int64_t rows) {
+  double sums[8] = {};
+  std::int64_t row = 0;
+  for (; row + 8 <= rows; row += 8) {
+    for (int lane = 0; lane < 8; ++lane) sums[lane] += static_cast<double>(terms[row + lane]);
+  }
+  for (; row < rows; ++row) sums[row % 8] += static_cast<double>(terms[row]);
+  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+template <class A>
+void finalize(const KdLossArgs& args, double scale) {
+  const A* const ce = static_cast<const A*>(args.ce);
+  const A* const kd = static_cast<const A*>(args.kd);
+  A* const loss = static_cast<A*>(args.loss);
+  if (args.reduction == Reduction::kNone) {
+    for (std::int64_t row = 0; row < args.rows; ++row) loss[row] = ce[row] + kd[row];
+  } else {
+    // A sum of nothing is 0 and stays 0, also where the denominator of an empty mean would be.
+    const double sum_ce = sum_rows(ce, args.rows) * scale, sum_kd = sum_rows(kd, args.rows) * scale;
+    *static_cast<A*>(args.loss_ce) = static_cast<A>(sum_ce);
+    *static_cast<A*>(args.loss_kd) = static_cast<A>(sum_kd);
+    *loss = static_cast<A>(sum_ce + sum_kd);
+  }
+  std::int64_t counts[3] = {};
+  for (std::int64_t row = 0; row < args.rows; ++row) {
+    const std::uint8_t flags = args.flags[row];
+    counts[0] += flags & 1;
+    counts[1] += (flags >> 1) & 1;
+    counts[2] += (flags >> 2) & 1;
+  }
+  std::memcpy(args.counts, counts, sizeof counts);
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    default:
+      return "baseline";
+  }
+}
+
+bool isa_compiled(Isa isa) {
+#if defined(__x86_64__)
+  (void)isa;
+  return true;
+#else
+  return isa == Isa::kBaseline;
+#endif
+}
+
+Isa selected_isa() {
+  static const Isa isa = capped_isa();
+  return isa;
+}
+
+std::size_t kd_loss_scratch_bytes(const KdLossArgs& args) {
+  const std::size_t classes = static_cast<std::size_t>(args.classes);
+  if (args.accumulate == DType::kFloat64) return 3 * classes * sizeof(double);
+  const std::size_t padded = (classes + 63) / 64 * 64 + detail::kScratchSlack;
+  const std::size_t kept = args.classes <= detail::kScratchClasses ? 2 : 0;
+  const std::size_t converted = args.teacher_type != args.student_type ? 1 : 0;
+  return (kept + converted) * padded * sizeof(float);
+}
+
+std::int64_t kd_loss_count_valid(const KdLossArgs& args) {
+  std::int64_t valid = 0;
+  if (args.target_is_int64) {
+    const std::int64_t* const target = static_cast<const std::int64_t*>(args.target);
+    for (std::int64_t row = 0; row < args.rows; ++row) valid += target[row] != args.ignore_index;
+  } else {
+    const std::int32_t* const target = static_cast<const std::int32_t*>(args.target);
+    for (std::int64_t row = 0; row < args.rows; ++row) valid += target[row] != args.ignore_index;
+  }
+  return valid;
+}
+
+RowError kd_loss_rows(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
+                      std::int64_t end, void* scratch) {
+  if (args.accumulate == DType::kFloat64) {
+    return detail::kd_loss_rows_double(args, gradient_scale, begin, end, scratch);
+  }
+#if defined(__x86_64__)
+  static const detail::RowsFunction rows =
+      selected_isa() == Isa::kAvx512 ? detail::kd_loss_rows_avx512
+      : selected_isa() == Isa::kAvx2 ? detail::kd_loss_rows_avx2
+                                     : detail::kd_loss_rows_baseline;
+#else
+  static const detail::RowsFunction rows = detail::kd_loss_rows_baseline;
+#endif
+  return rows(args, gradient_scale, begin, end, scratch);
+}
+
+void kd_loss_finalize(const KdLossArgs& args, double loss_scale) {
+  if (args.accumulate == DType::kFloat64) {
+    finalize<double>(args, loss_scale);
+  } else {
+    finalize<float>(args, loss_scale);
+  }
+}
+
+}  // namespace lrds::cpu

@@ -1,0 +1,27 @@
+// The sweep for the avx512 instruction set.
+#if defined(__x86_64__)
+// Standard headers come first: their inline functions must keep the baseline instruction set.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/kd_loss.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
+
+#include "cpu/half.h"
+#include "cpu/kd_loss_row.h"
+#include "cpu/simd_avx512.h"
+#include "cpu/kd_loss_sweep.h"
+
+namespace lrds::cpu::detail {
+
+RowError kd_loss_rows_avx512(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
+                           std::int64_t end, void* scratch) {
+  return sweep_by_type(args, gradient_scale, begin, end, scratch);
+}
+
+}  // namespace lrds::cpu::detail
+#endif  // __x86_64__

@@ -1,0 +1,23 @@
+// The sweep for the baseline instruction set.
+// Standard headers come first: their inline functions must keep the baseline instruction set.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/kd_loss.h"
+
+#include "cpu/half.h"
+#include "cpu/kd_loss_row.h"
+#include "cpu/simd_generic.h"
+#include "cpu/kd_loss_sweep.h"
+
+namespace lrds::cpu::detail {
+
+RowError kd_loss_rows_baseline(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
+                           std::int64_t end, void* scratch) {
+  return sweep_by_type(args, gradient_scale, begin, end, scratch);
+}
+
+}  // namespace lrds::cpu::detail
