@@ -78,10 +78,10 @@ def revise_labels(
 
 
 def _xlogy_difference(p: Tensor, log_q: Tensor) -> Tensor:
-    """p * (log p - log q) with 0 wherever p = 0, whatever log q is there."""
-    positive = p > 0
-    log_p = torch.where(positive, p, 1.0).log()
-    return torch.where(positive, p * (log_p - log_q), 0.0)
+    """p * (log p - log q) with 0 wherever p = 0, whatever log q is there. A NaN in p stays."""
+    nonzero = p != 0
+    log_p = torch.where(nonzero, p, 1.0).log()
+    return torch.where(nonzero, p * (log_p - log_q), 0.0)
 
 
 def kd_loss_parts(
