@@ -1,0 +1,11 @@
+// out[i] = gradient[i] * factor for i in [begin, end), formed in double for float64 and in float otherwise.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kd_loss.h"
+
+namespace lrds::cpu {
+void scale_gradient(DType type, const void* gradient, void* out, std::int64_t begin,
+                    std::int64_t end, double factor);
+}

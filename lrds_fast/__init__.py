@@ -1,0 +1,55 @@
+"""Knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693), fast.
+
+kd_loss, kd_loss_parts, KDLoss: the fused loss. revise_labels: the revised teacher. influence: scores of training samples.
+select, Selection: which samples keep their teacher. models: networks by name. reference: everything in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lrds_fast import reference
+from lrds_fast._version import __version__
+from lrds_fast.functional import KDLossParts, kd_loss, kd_loss_parts, revise_labels
+from lrds_fast.nn import KDLoss
+
+if TYPE_CHECKING:
+    from lrds_fast import influence, models
+    from lrds_fast.selection import Selection, select
+
+__all__ = [
+    "KDLoss",
+    "KDLossParts",
+    "Selection",
+    "__version__",
+    "influence",
+    "kd_loss",
+    "kd_loss_parts",
+    "models",
+    "reference",
+    "revise_labels",
+    "select",
+]
+
+# Loaded on first use: whoever imports the loss alone waits for neither Parquet nor model code.
+_LAZY = {
+    "influence": ("lrds_fast.influence", None),
+    "models": ("lrds_fast.models", None),
+    "Selection": ("lrds_fast.selection", "Selection"),
+    "select": ("lrds_fast.selection", "select"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lrds_fast' has no attribute {name!r}")
+    module_name, attribute = _LAZY[name]
+    module = importlib.import_module(module_name)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,98 @@
+"""The losses as modules: they hold hyperparameters and call lrds_fast.functional."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lrds_fast.functional import check_hyperparameters, kd_loss
+from lrds_fast.reference import default_ce_weight_unselected
+
+
+class KDLoss(nn.Module):
+    """kd_loss as a module. Keywords as lrds_fast.kd_loss; they become attributes of the same names.
+
+    Hyperparameters are checked here, once more on every call (they may be assigned to), and raise ValueError or
+    TypeError. The module has no parameters and no state.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 4.0,
+        ce_weight: float = 0.1,
+        kd_weight: float = 0.9,
+        ce_weight_unselected: float | None = None,
+        revise: str | None = "lr",
+        eta: float = 0.8,
+        divergence: str = "kl",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        check_hyperparameters(
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            ce_weight_unselected=ce_weight_unselected,
+            revise=revise,
+            eta=eta,
+            divergence=divergence,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+        self.temperature = temperature
+        self.ce_weight = ce_weight
+        self.kd_weight = kd_weight
+        self.ce_weight_unselected = ce_weight_unselected
+        self.revise = revise
+        self.eta = eta
+        self.divergence = divergence
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    @property
+    def resolved_ce_weight_unselected(self) -> float:
+        """The CE weight of rows without teacher, default included."""
+        if self.ce_weight_unselected is not None:
+            return self.ce_weight_unselected
+        return default_ce_weight_unselected(self.ce_weight, self.kd_weight)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor,
+        selected: Tensor | None = None,
+        *,
+        num_valid: Tensor | float | None = None,
+        grad_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss; shapes, dtypes and errors as lrds_fast.kd_loss."""
+        return kd_loss(
+            student_logits,
+            teacher_logits,
+            target,
+            temperature=self.temperature,
+            ce_weight=self.ce_weight,
+            kd_weight=self.kd_weight,
+            ce_weight_unselected=self.ce_weight_unselected,
+            revise=self.revise,
+            eta=self.eta,
+            selected=selected,
+            divergence=self.divergence,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            num_valid=num_valid,
+            grad_scale=grad_scale,
+        )
+
+    def extra_repr(self) -> str:
+        names = (
+            "temperature ce_weight kd_weight ce_weight_unselected revise eta divergence label_smoothing ignore_index "
+            "reduction"
+        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
