@@ -1,0 +1,17 @@
+"""Influence scores: what giving or denying a training sample its teacher does to the student.
+
+    from lrds_fast import influence
+    scores = influence.last_layer_scores(features=h, student_logits=z, teacher_logits=v, target=y,
+                                         val_features=hv, val_logits=zv, val_target=yv)
+    scores["kd_gain"]          # (N,), negative = the teacher helps on this sample
+
+Definitions, formulas and measurements: docs/influence.md.
+"""
+
+from __future__ import annotations
+
+from lrds_fast.influence.curvature import CURVATURES
+from lrds_fast.influence.last_layer import HESSIANS, last_layer_scores
+from lrds_fast.influence.scores import SCORES, Scores
+
+__all__ = ["CURVATURES", "HESSIANS", "SCORES", "Scores", "last_layer_scores"]

@@ -1,0 +1,361 @@
+"""Curvature of a linear layer under a softmax loss, and what its inverse does to per-sample gradients.
+
+Setting: z = W h~ with h~ = [h; 1], W (C, D). Sample i's gradient is delta_i (outer) h~_i, kept as these two vectors. The
+Gauss-Newton Hessian (exact for this layer: cross-entropy and KL to a fixed distribution are linear in their targets) is
+
+    H = 1/N sum_i sum_t w_ti J(softmax(z_i / T_t)) (x) h~_i h~_i^T + damping I,     J(q) = diag(q) - q q^T,
+
+one term t for the cross-entropy (T = 1) and one for T^2 KL(p' || softmax(z / T)).
+
+Factors are accumulated and inverted in float64, whatever the rows' dtype: eigenvectors of almost equal eigenvalues, the
+variances p.q^2 - (p.q)^2 of confident rows and the smallest eigenvalues do not survive float32. Rows are then scored in
+their own compute dtype. Everything runs over chunks of rows; the largest temporary is one chunk.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CURVATURES = ("identity", "kfac", "ekfac", "exact")
+
+#: Parameters up to which "exact" factorises the dense Hessian (200 MB, one Cholesky); beyond, it solves by CG.
+DENSE_LIMIT = 5000
+#: Bytes of temporaries that a chunk of rows may take.
+CHUNK_BYTES = 64 << 20
+#: Relative residual at which CG has solved, and the iterations it may take.
+CG_TOLERANCE = 1e-12
+CG_ITERATIONS = 2000
+
+
+class HessianTerm(NamedTuple):
+    """One term of the Hessian: weight (N,) float64 of J(softmax(z / temperature)), row by row."""
+
+    weight: Tensor
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows a curvature is made of: features (N, d) and logits (N, C), finite; bias appends a 1 to the features."""
+
+    features: Tensor
+    logits: Tensor
+    bias: bool
+
+    @property
+    def count(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def classes(self) -> int:
+        return self.logits.shape[1]
+
+    @property
+    def inputs(self) -> int:
+        """D: the width of h~."""
+        return self.features.shape[1] + int(self.bias)
+
+    def chunks(self, bytes_per_row: int | None = None) -> Iterator[slice]:
+        """Slices that cover the rows in order, each within CHUNK_BYTES of temporaries."""
+        if bytes_per_row is None:
+            bytes_per_row = 8 * (6 * self.classes + 4 * self.inputs)
+        step = max(1, CHUNK_BYTES // bytes_per_row)
+        for start in range(0, self.count, step):
+            yield slice(start, min(start + step, self.count))
+
+    def augmented(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """h~ of some rows, (B, D)."""
+        h = self.features[rows].to(dtype)
+        return torch.cat([h, h.new_ones(h.shape[0], 1)], dim=1) if self.bias else h
+
+    def probabilities(
+        self, rows: slice, terms: Sequence[HessianTerm]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each term, its weights (B, 1) and softmax(z / T) (B, C) of some rows, float64."""
+        z = self.logits[rows].double()
+        for term in terms:
+            yield term.weight[rows, None], torch.softmax(z / term.temperature, dim=1)
+
+
+class Curvature(ABC):
+    """H^-1 for gradients of one layer. damping is the absolute value that was added, a float."""
+
+    damping: float
+
+    @abstractmethod
+    def solve(self, gradient: Tensor) -> Tensor:
+        """unvec(H^-1 vec(gradient)); (C, D) float64 in and out."""
+
+    @abstractmethod
+    def prepare(self, h: Tensor, power: int) -> Tensor:
+        """What quadratic needs of the rows' inputs h (B, D); computed once for any number of gradients."""
+
+    @abstractmethod
+    def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
+        """g^T H^-power g for g = delta (outer) h, row by row: (B,). power is 1 or 2."""
+
+
+class Identity(Curvature):
+    """H = (1 + damping) I."""
+
+    def __init__(self, damping: float | None) -> None:
+        self.damping = 0.0 if damping is None else damping
+        self._scale = 1.0 / (1.0 + self.damping)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        return gradient * self._scale
+
+    def prepare(self, h: Tensor, power: int) -> Tensor:
+        return h.square().sum(dim=1) * self._scale**power
+
+    def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
+        return delta.square().sum(dim=1) * prepared
+
+
+class Eigenbasis(Curvature):
+    """H = (Qg (x) Qa) diag(eigenvalues + damping) (Qg (x) Qa)^T: K-FAC and EK-FAC.
+
+    eigenvalues (C, D), Qg (C, C), Qa (D, D), float64. Where eigenvalue + damping is 0 the inverse is the
+    pseudo-inverse: 0.
+    """
+
+    def __init__(
+        self, eigenvalues: Tensor, qg: Tensor, qa: Tensor, damping: float, dtype: torch.dtype
+    ) -> None:
+        self.damping = damping
+        self._qg, self._qa = qg, qa
+        self._inverse = _pseudo_inverse(eigenvalues + damping, damping, max(eigenvalues.shape))
+        # The rows' dtype may be float32, where the square of an inverse overflows long before the score does.
+        self._scale = float(self._inverse.max())
+        self._rows_qg, self._rows_qa = qg.to(dtype), qa.to(dtype)
+        normalised = self._inverse / self._scale if self._scale > 0 else self._inverse
+        self._weights = {power: normalised.pow(power).T.contiguous().to(dtype) for power in (1, 2)}
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        rotated = self._qg.T @ gradient @ self._qa
+        return self._qg @ (rotated * self._inverse) @ self._qa.T
+
+    def prepare(self, h: Tensor, power: int) -> Tensor:
+        return (h @ self._rows_qa).square_() @ self._weights[power]
+
+    def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
+        result: Tensor = torch.linalg.vecdot((delta @ self._rows_qg).square_(), prepared)
+        return result * self._scale**power
+
+
+class Dense(Curvature):
+    """The Hessian itself, factorised: H^-1 = R R^T.  For layers of at most DENSE_LIMIT parameters."""
+
+    def __init__(self, hessian: Tensor, damping: float, dtype: torch.dtype) -> None:
+        self.damping = damping
+        size = hessian.shape[0]
+        damped = hessian + damping * torch.eye(size, dtype=hessian.dtype, device=hessian.device)
+        root: Tensor | None = None
+        if damping > 0:
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed.item():
+                eye = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
+                root = torch.linalg.solve_triangular(factor, eye, upper=False).T
+        if root is None:
+            eigenvalues, vectors = torch.linalg.eigh(damped)
+            root = vectors * _pseudo_inverse(eigenvalues, 0.0, size).sqrt()
+        self._root = root
+        self._dtype = dtype
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        return (self._root @ (self._root.T @ gradient.reshape(-1))).reshape(gradient.shape)
+
+    def prepare(self, h: Tensor, power: int) -> Tensor:
+        return h
+
+    def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
+        rows, step = delta.shape[0], max(1, CHUNK_BYTES // (16 * self._root.shape[0]))
+        result = delta.new_empty(rows)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            # A bounded number of explicit gradients: a dense Hessian has no shorter form to meet them in.
+            gradients = delta[part, :, None].double() * prepared[part, None, :].double()
+            half = gradients.flatten(1) @ self._root
+            if power == 2:
+                half = half @ self._root.T
+            result[part] = half.square().sum(dim=1).to(delta.dtype)
+        return result
+
+
+class Iterative(Curvature):
+    """The Hessian itself, never formed: conjugate gradients on Hessian-vector products, EK-FAC as preconditioner.
+
+    Solves for one right-hand side at a time, so it serves aggregated scores (kd_gain) of layers of any size.
+    """
+
+    def __init__(
+        self, rows: Rows, terms: Sequence[HessianTerm], damping: float, preconditioner: Curvature
+    ) -> None:
+        self.damping = damping
+        self._rows, self._terms, self._preconditioner = rows, terms, preconditioner
+
+    def product(self, matrix: Tensor) -> Tensor:
+        """unvec(H vec(matrix)), (C, D)."""
+        rows, total = self._rows, torch.zeros_like(matrix)
+        for part in rows.chunks():
+            h = rows.augmented(part, torch.float64)
+            y = h @ matrix.T
+            jy = torch.zeros_like(y)
+            for weight, p in rows.probabilities(part, self._terms):
+                jy += weight * p * (y - torch.linalg.vecdot(p, y)[:, None])
+            total.addmm_(jy.T, h)
+        return total / rows.count + self.damping * matrix
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        solution = torch.zeros_like(gradient)
+        residual = gradient.clone()
+        norm = float(gradient.norm())
+        if norm == 0.0:
+            return solution
+        direction = z = self._preconditioner.solve(residual)
+        inner = float((residual * z).sum())
+        for _ in range(CG_ITERATIONS):
+            product = self.product(direction)
+            step = inner / float((direction * product).sum())
+            solution += step * direction
+            residual -= step * product
+            if float(residual.norm()) <= CG_TOLERANCE * norm:
+                return solution
+            z = self._preconditioner.solve(residual)
+            inner, previous = float((residual * z).sum()), inner
+            direction = z + (inner / previous) * direction
+        raise RuntimeError(
+            f"curvature 'exact': conjugate gradients reached a relative residual of"
+            f" {float(residual.norm()) / norm:.1e} in {CG_ITERATIONS} steps, not {CG_TOLERANCE:.0e}; raise damping (now"
+            f" {self.damping:.3g}) or use curvature='ekfac'"
+        )
+
+    def _no_quadratic(self) -> ValueError:
+        return ValueError(
+            f"curvature 'exact' gives self_influence and param_shift for layers of at most {DENSE_LIMIT} parameters;"
+            f" this one has {self._rows.classes * self._rows.inputs}: use curvature='ekfac' for them"
+        )
+
+    def prepare(self, h: Tensor, power: int) -> Tensor:
+        raise self._no_quadratic()
+
+    def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
+        raise self._no_quadratic()
+
+
+def fit_curvature(
+    name: str,
+    rows: Rows,
+    terms: Sequence[HessianTerm],
+    *,
+    damping: float | None,
+    damping_scale: float,
+    dtype: torch.dtype,
+) -> Curvature:
+    """The curvature `name` of the rows. damping: absolute, else damping_scale * mean eigenvalue.
+
+    dtype: what rows will be scored in.
+    """
+    if name == "identity":
+        return Identity(damping)
+    if name == "exact" and rows.classes * rows.inputs <= DENSE_LIMIT:
+        hessian = _dense_hessian(rows, terms)
+        if damping is None:
+            damping = damping_scale * float(hessian.diagonal().mean())
+        return Dense(hessian, damping, dtype)
+    if name == "exact" and damping is None:
+        damping = damping_scale * _trace(rows, terms) / (rows.classes * rows.inputs)
+
+    g, a = _kronecker_factors(rows, terms)
+    g_values, qg = _eigh(g)
+    a_values, qa = _eigh(a)
+    eigenvalues = (
+        torch.outer(g_values, a_values)
+        if name == "kfac"
+        else _corrected_eigenvalues(rows, terms, qg, qa)
+    )
+    if damping is None:
+        damping = damping_scale * float(eigenvalues.mean())
+    basis = Eigenbasis(eigenvalues, qg, qa, damping, dtype)
+    return Iterative(rows, terms, damping, basis) if name == "exact" else basis
+
+
+def _pseudo_inverse(values: Tensor, damping: float, size: int) -> Tensor:
+    """1 / values, and 0 where an undamped value is 0 up to the rounding of an eigendecomposition of this size."""
+    floor = 0.0
+    if damping == 0.0:
+        floor = 10 * size * torch.finfo(values.dtype).eps * float(values.abs().max())
+    return torch.where(values > floor, 1.0 / values, 0.0)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (clamped at 0) and eigenvectors of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return values.clamp_min(0.0), vectors
+
+
+def _kronecker_factors(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor]:
+    """G = mean_i sum_t w_ti J(p_ti), (C, C), and A = mean_i h~_i h~_i^T, (D, D)."""
+    device = rows.features.device
+    g = torch.zeros(rows.classes, rows.classes, dtype=torch.float64, device=device)
+    a = torch.zeros(rows.inputs, rows.inputs, dtype=torch.float64, device=device)
+    for part in rows.chunks():
+        h = rows.augmented(part, torch.float64)
+        a.addmm_(h.T, h)
+        for weight, p in rows.probabilities(part, terms):
+            weighted = weight * p
+            g.diagonal().add_(weighted.sum(dim=0))
+            g.addmm_(weighted.T, p, alpha=-1.0)
+    return g / rows.count, a / rows.count
+
+
+def _corrected_eigenvalues(
+    rows: Rows, terms: Sequence[HessianTerm], qg: Tensor, qa: Tensor
+) -> Tensor:
+    """EK-FAC's Lambda: H's diagonal in the basis Qg (x) Qa, in closed form over the model's own labels.
+
+    Lambda = mean_i [sum_t w_ti Var_{k ~ p_ti}(Qg_k.)] (outer) (Qa^T h~_i)^2, Var = (p Qg^2) - (p Qg)^2 by column.
+    """
+    total = torch.zeros(rows.classes, rows.inputs, dtype=torch.float64, device=rows.features.device)
+    squared = qg.square()
+    for part in rows.chunks():
+        v2 = (rows.augmented(part, torch.float64) @ qa).square_()
+        variance = torch.zeros(v2.shape[0], rows.classes, dtype=torch.float64, device=v2.device)
+        for weight, p in rows.probabilities(part, terms):
+            variance += weight * (p @ squared - (p @ qg).square_()).clamp_min_(0.0)
+        total.addmm_(variance.T, v2)
+    return total / rows.count
+
+
+def _trace(rows: Rows, terms: Sequence[HessianTerm]) -> float:
+    """trace(H) before damping."""
+    total = 0.0
+    for part in rows.chunks():
+        squared_norm = rows.augmented(part, torch.float64).square().sum(dim=1)
+        for weight, p in rows.probabilities(part, terms):
+            total += float((weight[:, 0] * (p * (1.0 - p)).sum(dim=1) * squared_norm).sum())
+    return total / rows.count
+
+
+def _dense_hessian(rows: Rows, terms: Sequence[HessianTerm]) -> Tensor:
+    """H before damping, (C*D, C*D), block (c, k) = mean_i (sum_t w_ti J(p_ti)_ck) h~_i h~_i^T."""
+    classes, inputs = rows.classes, rows.inputs
+    device = rows.features.device
+    hessian = torch.zeros(classes, inputs, classes, inputs, dtype=torch.float64, device=device)
+    for part in rows.chunks(bytes_per_row=8 * 3 * classes * inputs):
+        h = rows.augmented(part, torch.float64)
+        for weight, p in rows.probabilities(part, terms):
+            for c in range(classes):
+                column = -weight * p[:, c : c + 1] * p[:, c:]
+                column[:, 0] = weight[:, 0] * p[:, c] * (1.0 - p[:, c])
+                block = (column[:, :, None] * h[:, None, :]).flatten(1)
+                hessian[c, :, c:] += (h.T @ block).reshape(inputs, classes - c, inputs)
+    for c in range(classes):
+        hessian[c + 1 :, :, c] = hessian[c, :, c + 1 :].transpose(0, 1)
+    return hessian.reshape(classes * inputs, classes * inputs) / rows.count

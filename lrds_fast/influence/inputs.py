@@ -1,0 +1,143 @@
+"""What the caller may pass: every check of the scores' inputs, each error in one line with a way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+# Rows looked at in one go when searching for non-finite values: bounds the temporary mask.
+_SCAN_ROWS = 1 << 16
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """ValueError unless value is one of choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_damping(damping: float | None, damping_scale: float) -> None:
+    """Both finite and >= 0."""
+    for name, value in (("damping", damping), ("damping_scale", damping_scale)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
+
+
+def check_samples(features: Tensor, logits: Tensor, target: Tensor, *, prefix: str = "") -> None:
+    """features (N, d), logits (N, C), target (N,): shapes, dtypes, one device, finite values, classes in range."""
+    features_name = f"{prefix}features"
+    logits_name = "val_logits" if prefix else "student_logits"
+    target_name = f"{prefix}target"
+    _check_matrix(features_name, features, "(N, d)")
+    _check_matrix(logits_name, logits, "(N, C)")
+    _check_tensor(target_name, target)
+    if target.dtype not in _INDEX_DTYPES:
+        raise TypeError(f"{target_name} must be int32 or int64 class indices; got {target.dtype}")
+    rows, classes = features.shape[0], logits.shape[1]
+    if rows == 0:
+        raise ValueError(
+            f"{features_name} must have at least one sample; got shape {tuple(features.shape)}"
+        )
+    for name, tensor, shape in (
+        (logits_name, logits, (rows, classes)),
+        (target_name, target, (rows,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape}, one row per sample of {features_name}; got {tuple(tensor.shape)}"
+            )
+    check_device(features_name, features, {logits_name: logits, target_name: target}.items())
+    check_finite(features_name, features)
+    check_logits(logits_name, logits)
+    outside = (target < 0) | (target >= classes)
+    if outside.any():
+        row = _first(outside)
+        raise ValueError(
+            f"{target_name} must lie in [0, {classes}); got {int(target[row])} at sample {row}"
+        )
+
+
+def check_like(
+    name: str, tensor: Tensor, other_name: str, other: Tensor, *, dim: int | None = None
+) -> None:
+    """tensor is a float matrix with other's shape, or with other's size in one dimension."""
+    _check_matrix(name, tensor, "(N, C)")
+    if dim is None and tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must have {other_name}'s shape {tuple(other.shape)}; got {tuple(tensor.shape)}"
+        )
+    if dim is not None and tensor.shape[dim] != other.shape[dim]:
+        raise ValueError(
+            f"{name} must have {other.shape[dim]} columns, as {other_name} has; got shape {tuple(tensor.shape)}"
+        )
+
+
+def check_device(name: str, tensor: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
+    """All tensors live where the first one does."""
+    for other_name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(
+                f"{other_name} must be on {name}'s device {tensor.device}; got {other.device}"
+            )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """No NaN and no infinity; the error names the first sample that has one."""
+    for start in range(0, tensor.shape[0], _SCAN_ROWS):
+        finite = torch.isfinite(tensor[start : start + _SCAN_ROWS]).all(dim=1)
+        if not finite.all():
+            raise ValueError(
+                f"{name} must be finite; sample {start + _first(~finite)} has a NaN or an infinity: drop the sample or"
+                " find where its activations overflow"
+            )
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """No NaN, no +inf, no row of only -inf; the error names the first such sample."""
+    for start in range(0, logits.shape[0], _SCAN_ROWS):
+        # A row's maximum is NaN if any entry is, +inf if any is, -inf if all are: finite exactly for legal rows.
+        usable = torch.isfinite(logits[start : start + _SCAN_ROWS].amax(dim=1))
+        if not usable.all():
+            raise ValueError(
+                f"{name}: sample {start + _first(~usable)} has a NaN, a +inf or nothing but -inf; only some -inf"
+                " (masked classes) are legal"
+            )
+
+
+def check_selected(selected: Tensor, like: Tensor) -> None:
+    """(N,) bool or floats in [0, 1], on like's device."""
+    _check_tensor("selected", selected)
+    if selected.dtype != torch.bool and not selected.is_floating_point():
+        raise TypeError(f"selected must be bool, or floats in [0, 1]; got {selected.dtype}")
+    if selected.shape != like.shape[:1]:
+        raise ValueError(
+            f"selected must have shape ({like.shape[0]},), one value per sample; got {tuple(selected.shape)}"
+        )
+    check_device("features", like, [("selected", selected)])
+    if selected.is_floating_point():
+        outside = ~((selected >= 0) & (selected <= 1))
+        if outside.any():
+            row = _first(outside)
+            raise ValueError(
+                f"selected must lie in [0, 1]; got {float(selected[row])} at sample {row}"
+            )
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+
+
+def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:
+    _check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor; got {tensor.dtype}")
+    if tensor.dim() != 2 or tensor.shape[1] == 0:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(tensor.shape)}")
+
+
+def _first(mask: Tensor) -> int:
+    return int(mask.nonzero()[0, 0])

@@ -1,0 +1,330 @@
+"""Scores of a classifier's training samples from its last layer alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrds_fast import functional
+from lrds_fast._version import __version__
+from lrds_fast.influence.curvature import (
+    CURVATURES,
+    Curvature,
+    HessianTerm,
+    Identity,
+    Rows,
+    fit_curvature,
+)
+from lrds_fast.influence.inputs import (
+    check_choice,
+    check_damping,
+    check_device,
+    check_like,
+    check_logits,
+    check_samples,
+    check_selected,
+)
+from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names, uniform_scores
+from lrds_fast.nn import KDLoss
+
+HESSIANS = ("objective", "gt")
+
+
+@torch.no_grad()
+def last_layer_scores(
+    *,
+    features: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    val_features: Tensor | None = None,
+    val_logits: Tensor | None = None,
+    val_target: Tensor | None = None,
+    scores: str | Sequence[str] = ("kd_gain",),
+    curvature: str = "ekfac",
+    damping: float | None = None,
+    damping_scale: float = 0.1,
+    hessian: str = "objective",
+    selected: Tensor | None = None,
+    bias: bool = True,
+    loss: KDLoss | None = None,
+) -> Scores:
+    """Scores every sample by what its teacher does to the student's last layer, z = W h + b. LOWER = keep the teacher.
+
+    kd_gain (the default) is -g_val^T H^-1 (ddelta_i outer [h_i; 1]): n times the predicted change of the held-out
+    cross-entropy when sample i is given its teacher, so negative = helpful. ddelta_i is the logit gradient of `loss`
+    with the row selected minus the one with it unselected. The n * change reading holds for curvature="exact" and
+    damping = the weight decay; under the default relative damping, rank by it.
+
+    features: (N, d) inputs h of the layer. student_logits, teacher_logits: (N, C); -inf (masked classes) is legal.
+    target: (N,) int32/int64 in [0, C). val_features (M, d), val_logits (M, C), val_target (M,): a slice held out of the
+    training set, never the test set; needed by kd_gain. All on one device. Factors are computed in float64; scores in
+    float64 if any of features and logits is, else in float32.
+
+    scores: among kd_gain, self_influence, param_shift (of the label's gradient; or param_shift:gt, :kd, :delta),
+    conflict, and the baselines random (seed 0; or random:<seed>), all, none, teacher_correct, ce, kd, el2n, grand.
+    curvature: H is "identity", "kfac", "ekfac", or "exact" (dense up to 5000 parameters of the layer; beyond that
+    conjugate gradients, for kd_gain only).
+    damping: >= 0, added to every eigenvalue (to identity's 1 only if given); None: damping_scale * mean eigenvalue. With
+    damping 0 the inverse is the pseudo-inverse.
+    hessian: "objective", that of the training objective, sample i's cross-entropy and divergence weighted as `loss`
+    does; or "gt", that of the cross-entropy alone.
+    selected: (N,) bool or floats in [0, 1], who had the teacher in the training so far (None: all). Enters H alone.
+    bias: whether the layer has one. loss: a KDLoss; None: KDLoss().
+
+    Returns Scores, a mapping from the names asked for to (N,) tensors on the inputs' device. Raises ValueError or
+    TypeError naming the argument (for NaN also the sample). Memory beyond the inputs: one chunk of rows (64 MiB), the
+    factors (C^2 + D^2 + a few C*D float64) and the scores; a C x d gradient per sample is never formed.
+    """
+    names = parse_score_names(scores)
+    kinds = {name.kind for name in names}
+    check_choice("curvature", curvature, CURVATURES)
+    check_choice("hessian", hessian, HESSIANS)
+    check_damping(damping, damping_scale)
+    loss = _checked_loss(loss)
+    check_samples(features, student_logits, target)
+    check_like("teacher_logits", teacher_logits, "student_logits", student_logits)
+    check_logits("teacher_logits", teacher_logits)
+    check_device("features", features, [("teacher_logits", teacher_logits)])
+    if selected is not None:
+        check_selected(selected, features)
+
+    wide = torch.float64 in (features.dtype, student_logits.dtype, teacher_logits.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    rows = Rows(features, student_logits, bias)
+    curved = not kinds.isdisjoint(_CURVED)
+    fitted: Curvature = Identity(None)
+    if curved:
+        terms = _hessian_terms(rows, hessian, selected, loss)
+        if not terms and curvature != "identity":
+            _report_zero_hessian(damping)
+        fitted = fit_curvature(
+            curvature, rows, terms, damping=damping, damping_scale=damping_scale, dtype=dtype
+        )
+    direction = features.new_empty(0, dtype=dtype)
+    if "kd_gain" in kinds:
+        validation = _checked_validation(rows, val_features, val_logits, val_target)
+        direction = fitted.solve(_mean_gradient(*validation, bias=bias)).to(dtype)
+
+    y = target.long()
+    result = {name.key: features.new_empty(rows.count, dtype=dtype) for name in names}
+    teacher_pred = torch.empty_like(y)
+    for part in rows.chunks():
+        batch = _Batch(
+            h=rows.augmented(part, dtype),
+            z=student_logits[part].to(dtype),
+            v=teacher_logits[part].to(dtype),
+            y=y[part],
+            loss=loss,
+            curvature=fitted,
+            direction=direction,
+        )
+        teacher_pred[part] = batch.teacher_pred()
+        for name in names:
+            if name.kind != "random":
+                result[name.key][part] = _SCORERS[name.kind](batch, name)
+    for name in names:
+        if name.kind == "random":
+            result[name.key] = uniform_scores(
+                rows.count, name.seed, like=features.new_empty(0, dtype=dtype)
+            )
+    meta = {
+        "num_samples": rows.count,
+        "num_classes": rows.classes,
+        "num_features": features.shape[1],
+        "bias": bias,
+        "curvature": curvature,
+        "hessian": hessian,
+        "damping": fitted.damping if curved else None,
+        "loss": {name: getattr(loss, name) for name in _LOSS_FACTS},
+        "library_version": __version__,
+    }
+    return Scores(result, target=y, teacher_pred=teacher_pred, meta=meta)
+
+
+class _Batch:
+    """Some rows in the compute dtype. Gradients and rotated inputs are made on demand, once each."""
+
+    def __init__(
+        self,
+        *,
+        h: Tensor,
+        z: Tensor,
+        v: Tensor,
+        y: Tensor,
+        loss: KDLoss,
+        curvature: Curvature,
+        direction: Tensor,
+    ) -> None:
+        self.h, self.z, self.v, self.y = h, z, v, y
+        self._loss, self._curvature, self._direction = loss, curvature, direction
+        self._gradients: dict[str, Tensor] = {}
+        self._prepared: dict[int, Tensor] = {}
+
+    def gradient(self, of: str) -> Tensor:
+        """(B, C) logit gradients: of the label's cross-entropy ("gt"), the divergence ("kd"), the change ("delta")."""
+        if of not in self._gradients:
+            loss = self._loss
+            if of == "gt":
+                weights, smoothing = (1.0, 0.0), 0.0
+            elif of == "kd":
+                weights, smoothing = (0.0, 1.0), 0.0
+            else:
+                weights = (loss.ce_weight - loss.resolved_ce_weight_unselected, loss.kd_weight)
+                smoothing = loss.label_smoothing
+            self._gradients[of] = functional.kd_logit_gradient(
+                self.z,
+                self.v,
+                self.y,
+                temperature=loss.temperature,
+                ce_weight=weights[0],
+                kd_weight=weights[1],
+                revise=loss.revise,
+                eta=loss.eta,
+                label_smoothing=smoothing,
+            )
+        return self._gradients[of]
+
+    def quadratic(self, of: str, power: int) -> Tensor:
+        """g^T H^-power g, (B,)."""
+        if power not in self._prepared:
+            self._prepared[power] = self._curvature.prepare(self.h, power)
+        return self._curvature.quadratic(self.gradient(of), self._prepared[power], power)
+
+    def gain(self) -> Tensor:
+        """-g_val^T H^-1 (ddelta outer h~), (B,): one GEMM against direction = unvec(H^-1 g_val) and a row-dot."""
+        product: Tensor = torch.linalg.vecdot(self.gradient("delta"), self.h @ self._direction.T)
+        return -product
+
+    def teacher_right(self) -> Tensor:
+        """(B,) bool; a tie that the label takes part in counts as right."""
+        return self.v.gather(1, self.y[:, None])[:, 0] >= self.v.amax(dim=1)
+
+    def teacher_pred(self) -> Tensor:
+        """(B,) the teacher's top class: the label if it takes part in a tie, else the lowest index."""
+        return torch.where(self.teacher_right(), self.y, self.v.argmax(dim=1))
+
+    def divergence(self) -> Tensor:
+        """(B,) T^2 KL(p' || q), unweighted."""
+        return functional.kd_loss(
+            self.z,
+            self.v,
+            self.y,
+            temperature=self._loss.temperature,
+            ce_weight=0.0,
+            kd_weight=1.0,
+            revise=self._loss.revise,
+            eta=self._loss.eta,
+            reduction="none",
+        )
+
+
+def _conflict(batch: _Batch, _: ScoreName) -> Tensor:
+    gt, kd = batch.gradient("gt"), batch.gradient("kd")
+    gt, kd = (F.normalize(gradient, dim=1, eps=_TINY) for gradient in (gt, kd))
+    cosine: Tensor = torch.linalg.vecdot(gt, kd)
+    return -cosine
+
+
+# Divides a zero gradient, so that its cosine is 0, and no other.
+_TINY = torch.finfo(torch.float32).tiny
+_SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
+    "kd_gain": lambda batch, _: batch.gain(),
+    "self_influence": lambda batch, _: batch.quadratic("gt", 1),
+    "param_shift": lambda batch, name: batch.quadratic(name.gradient, 2).sqrt(),
+    "conflict": _conflict,
+    "all": lambda batch, _: torch.zeros_like(batch.z[:, 0]),
+    "none": lambda batch, _: torch.ones_like(batch.z[:, 0]),
+    "teacher_correct": lambda batch, _: (~batch.teacher_right()).to(batch.z),
+    "ce": lambda batch, _: F.cross_entropy(batch.z, batch.y, reduction="none"),
+    "kd": lambda batch, _: batch.divergence(),
+    "el2n": lambda batch, _: batch.gradient("gt").norm(dim=1),
+    "grand": lambda batch, _: batch.gradient("gt").norm(dim=1) * batch.h.norm(dim=1),
+}
+_CURVED = ("kd_gain", "self_influence", "param_shift")
+_LOSS_FACTS = (
+    "temperature",
+    "ce_weight",
+    "kd_weight",
+    "resolved_ce_weight_unselected",
+    "revise",
+    "eta",
+    "label_smoothing",
+    "divergence",
+)
+
+
+def _checked_loss(loss: KDLoss | None) -> KDLoss:
+    if loss is None:
+        return KDLoss()
+    if not isinstance(loss, KDLoss):
+        raise TypeError(f"loss must be a KDLoss or None; got {type(loss).__name__}")
+    return loss
+
+
+def _hessian_terms(
+    rows: Rows, hessian: str, selected: Tensor | None, loss: KDLoss
+) -> list[HessianTerm]:
+    """The terms of H with a weight above 0 on any row."""
+    ones = torch.ones(rows.count, dtype=torch.float64, device=rows.features.device)
+    if hessian == "gt":
+        return [HessianTerm(ones, 1.0)]
+    w = ones if selected is None else selected.double()
+    unselected = loss.resolved_ce_weight_unselected
+    terms = [
+        HessianTerm(w * loss.ce_weight + (1.0 - w) * unselected, 1.0),
+        HessianTerm(w * loss.kd_weight, float(loss.temperature)),
+    ]
+    for term in terms:
+        if (term.weight < 0).any():
+            raise ValueError(
+                "hessian='objective' needs a loss whose weights are >= 0, or H is indefinite; got"
+                f" ce_weight={loss.ce_weight}, ce_weight_unselected={unselected}, kd_weight={loss.kd_weight}"
+            )
+    return [term for term in terms if (term.weight > 0).any()]
+
+
+def _report_zero_hessian(damping: float | None) -> None:
+    """A loss that gives every row weight 0 (leave-one-out's, under selected=None) has no curvature to score with."""
+    advice = (
+        "hessian='objective' is zero: loss gives every selected row weight 0; pass hessian='gt', or selected= for the"
+        " rows that had a teacher"
+    )
+    if not damping:
+        raise ValueError(advice)
+    warnings.warn(f"{advice}. Scoring with H = damping * I", stacklevel=4)
+
+
+def _checked_validation(
+    rows: Rows, features: Tensor | None, logits: Tensor | None, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The held-out slice, complete and of the same layer as rows."""
+    if features is None or logits is None or target is None:
+        given = {"val_features": features, "val_logits": logits, "val_target": target}
+        missing = ", ".join(name for name, tensor in given.items() if tensor is None)
+        raise ValueError(
+            f"kd_gain needs val_features, val_logits and val_target, a slice held out of the training set; missing:"
+            f" {missing}"
+        )
+    check_samples(features, logits, target, prefix="val_")
+    check_like("val_features", features, "features", rows.features, dim=1)
+    check_like("val_logits", logits, "student_logits", rows.logits, dim=1)
+    check_device("features", rows.features, [("val_features", features)])
+    return features, logits, target.long()
+
+
+def _mean_gradient(features: Tensor, logits: Tensor, target: Tensor, *, bias: bool) -> Tensor:
+    """g_val: the gradient of the mean cross-entropy in the layer's weights, (C, D) float64."""
+    rows = Rows(features, logits, bias)
+    total = torch.zeros(rows.classes, rows.inputs, dtype=torch.float64, device=features.device)
+    for part in rows.chunks():
+        z = logits[part].double()
+        delta = functional.kd_logit_gradient(
+            z, z, target[part], temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None
+        )
+        total.addmm_(delta.T, rows.augmented(part, torch.float64))
+    return total / rows.count

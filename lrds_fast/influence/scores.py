@@ -1,0 +1,133 @@
+"""What the scores are called, and the mapping that carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Which of a sample's loss terms a gradient belongs to: the label's cross-entropy, the teacher's divergence, or the
+#: change when the sample is given its teacher.
+GRADIENTS = ("gt", "kd", "delta")
+
+#: Every score by name. All of them follow one convention: LOWER = keep the teacher.
+SCORES: Mapping[str, str] = {
+    "kd_gain": "n * predicted change of the held-out cross-entropy if the sample is given its teacher; < 0 helps",
+    "self_influence": "g^T H^-1 g of the cross-entropy; high = noise or memorisation",
+    "param_shift": "|H^-1 g|, g of the cross-entropy (param_shift:gt), of the divergence (:kd), of the change (:delta)",
+    "conflict": "-cos of the label's and the teacher's gradient; -1 = they agree",
+    "random": "uniform in [0, 1), seed 0 (random:7 takes seed 7)",
+    "all": "0 for every sample",
+    "none": "1 for every sample",
+    "teacher_correct": "0 where the teacher's top class is the label, else 1",
+    "ce": "cross-entropy of the student",
+    "kd": "T^2 KL(p' || q) of the student",
+    "el2n": "|softmax(z) - onehot(y)|",
+    "grand": "norm of the cross-entropy's gradient in the layer's weights",
+}
+
+
+class ScoreName(NamedTuple):
+    """A requested score: its key as asked for, the score proper, and what followed the colon."""
+
+    key: str
+    kind: str
+    argument: str
+
+    @property
+    def gradient(self) -> str:
+        """The gradient a param_shift is taken of."""
+        return self.argument or GRADIENTS[0]
+
+    @property
+    def seed(self) -> int:
+        """The seed of a random score."""
+        return int(self.argument or 0)
+
+
+def parse_score_names(scores: str | Sequence[str]) -> tuple[ScoreName, ...]:
+    """The requested scores in order, without repetitions; ValueError for a name that does not exist."""
+    requested = (scores,) if isinstance(scores, str) else tuple(scores)
+    if not requested:
+        raise ValueError(f"scores must name at least one of {', '.join(SCORES)}; got none")
+    parsed = []
+    for key in dict.fromkeys(requested):
+        if not isinstance(key, str):
+            raise TypeError(f"scores must be names; got {key!r} of type {type(key).__name__}")
+        kind, colon, argument = key.partition(":")
+        if kind not in SCORES:
+            raise ValueError(f"scores: there is no score {key!r}; choose from {', '.join(SCORES)}")
+        allowed = True
+        if colon and kind == "param_shift":
+            allowed = argument in GRADIENTS
+        elif colon and kind == "random":
+            allowed = argument.isascii() and argument.isdigit() and int(argument) < 2**63
+        elif colon:
+            allowed = False
+        if not allowed:
+            raise ValueError(
+                f"scores: {key!r} has no meaning after the colon; only param_shift:{'|'.join(GRADIENTS)} and"
+                " random:<seed> take an argument"
+            )
+        parsed.append(ScoreName(key, kind, argument))
+    return tuple(parsed)
+
+
+class Scores(Mapping[str, Tensor]):
+    """Scores by name, each (N,), one value per sample in the order of the rows that were scored.
+
+    target: (N,) int64 labels. teacher_pred: (N,) int64, the teacher's top class (the label where it takes part in a
+    tie). meta: how they were computed: num_samples, num_classes, num_features, bias, curvature, hessian, damping (the
+    absolute value that was used, None where no score needed a curvature), loss and library_version; JSON-ready.
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[str, Tensor],
+        *,
+        target: Tensor,
+        teacher_pred: Tensor,
+        meta: Mapping[str, object],
+    ) -> None:
+        for name, score in scores.items():
+            if score.shape != target.shape or score.dim() != 1:
+                raise ValueError(
+                    f"score {name!r} must have shape ({target.shape[0]},), one value per target; got"
+                    f" {tuple(score.shape)}"
+                )
+        if teacher_pred.shape != target.shape:
+            raise ValueError(
+                f"teacher_pred must have target's shape {tuple(target.shape)}; got {tuple(teacher_pred.shape)}"
+            )
+        self._scores = dict(scores)
+        self.target = target
+        self.teacher_pred = teacher_pred
+        self.meta = dict(meta)
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._scores[name]
+        except KeyError:
+            raise KeyError(
+                f"{name!r} was not computed; these were: {', '.join(self._scores)}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._scores
+
+    def __repr__(self) -> str:
+        return f"Scores({', '.join(self._scores)}; {self.target.shape[0]} samples)"
+
+
+def uniform_scores(rows: int, seed: int, like: Tensor) -> Tensor:
+    """(rows,) uniform in [0, 1) with like's dtype and device: the same values for a seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, generator=generator, dtype=torch.float64).to(like)
