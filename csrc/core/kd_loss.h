@@ -247,15 +247,15 @@ struct KdLossArgs {
   std::int64_t grad_output_stride;
 
   void* gradient;  // (rows, classes) contiguous, of student_type; null: no gradient
-  void* ce;        // A[rows] each: weighted terms of every row before the reduction; null only when loss is not wanted
+  void* ce;        // A[rows] each: weighted terms of every row before the reduction; unused if counts is null
   void* kd;
-  std::uint8_t* flags;  // RowFlag bits of every row; null with ce and kd
+  std::uint8_t* flags;  // RowFlag bits of every row
 
   // Filled by the finalize step. With Reduction::kNone loss is A[rows] (ce + kd) and loss_ce, loss_kd are unused.
   void* loss;
   void* loss_ce;
   void* loss_kd;
-  std::int64_t* counts;  // n_valid, n_selected, n_revised
+  std::int64_t* counts;  // n_valid, n_selected, n_revised; null: only the gradient is wanted
 };
 
 template <typename A>

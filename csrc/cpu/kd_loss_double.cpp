@@ -132,7 +132,7 @@ RowError kd_loss_rows_double(const KdLossArgs& args, double gradient_scale, std:
       std::memset(g, 0, classes * sizeof(double));
     }
     if (args.gradient != nullptr) narrow(args.student_type, g, classes, args.gradient, row * classes);
-    if (ce != nullptr) {
+    if (args.counts != nullptr) {
       ce[row] = result.ce;
       kd[row] = result.kd;
       args.flags[row] = static_cast<std::uint8_t>((valid ? kRowValid : 0) |

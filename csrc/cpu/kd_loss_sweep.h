@@ -225,7 +225,7 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
   float* const kd = static_cast<float*>(args.kd);
   const float* const grad_output = static_cast<const float*>(args.grad_output);
   const auto put = [&](std::int64_t row, float row_ce, float row_kd, int flags) {
-    if (ce == nullptr) return;
+    if (args.counts == nullptr) return;
     ce[row] = row_ce;
     kd[row] = row_kd;
     args.flags[row] = static_cast<std::uint8_t>(flags);

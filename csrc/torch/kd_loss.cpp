@@ -261,7 +261,7 @@ void run_cpu(const Call& call) {
                           ? call.selected.const_data_ptr<double>()[row]
                           : call.selected.const_data_ptr<float>()[row]);
   }
-  if (args.ce != nullptr) cpu::kd_loss_finalize(args, scale);
+  if (args.counts != nullptr) cpu::kd_loss_finalize(args, scale);
 }
 
 #if defined(LRDS_WITH_CUDA)
