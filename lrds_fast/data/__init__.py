@@ -1,0 +1,199 @@
+"""Data: one Loader protocol, implemented in memory and over folders of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrds_fast.data.folder import FolderLoader, open_folder
+from lrds_fast.data.loader import Batch, Data, Loader, derived_seed, epoch_batches, generator, hold_out
+from lrds_fast.data.memory import MemoryLoader, digits, from_npz
+
+__all__ = [
+    "Batch",
+    "Data",
+    "FolderLoader",
+    "Loader",
+    "MemoryLoader",
+    "derived_seed",
+    "digits",
+    "epoch_batches",
+    "from_npz",
+    "generator",
+    "hold_out",
+    "in_memory",
+    "load",
+    "mislabelled",
+]
+
+#: Share of the digits that are the test split; which ones is fixed for good.
+DIGITS_TEST_FRACTION = 1 / 3
+
+
+def load(
+    name: str,
+    *,
+    root: str = "",
+    batch_size: int = 64,
+    eval_batch_size: int = 256,
+    val_fraction: float = 0.0,
+    split_seed: int = 0,
+    seed: int = 0,
+    train_limit: int = 0,
+    label_noise: float = 0.0,
+    augment: str = "none",
+    image_size: int = 224,
+    workers: int = 0,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+) -> Data:
+    """The data set `name`, split and ready to train on.
+
+    name: "digits" (scikit-learn's, needs no root), "npz" (root is a file, see from_npz), or "folder" (root holds
+    train/ and val/, each with one folder per class; val/ is the test split). val_fraction of the training samples is
+    held out, by split_seed; seed orders and augments. train_limit > 0 keeps that many of the others, by split_seed. augment: see MemoryLoader and FolderLoader ("none" or
+    "crop-flip"). mean, std: per channel, for "npz". label_noise: share of the training labels that are replaced by another
+    class, by split_seed, held-out and test labels stay; data in memory only, for experiments with unreliable teachers.
+    """
+    if batch_size < 1 or eval_batch_size < 1:
+        raise ValueError(f"batch sizes must be at least 1; got {batch_size} and {eval_batch_size}")
+    if name == "digits":
+        images, targets = digits()
+        train, test = hold_out(len(images), DIGITS_TEST_FRACTION, seed=0)
+        splits = images[train], targets[train], images[test], targets[test]
+        num_classes = 10
+    elif name == "npz":
+        splits = from_npz(Path(root))
+        num_classes = 1 + int(max(splits[1].max(), splits[3].max()))
+    elif name == "folder":
+        if label_noise:
+            raise ValueError(f"data.label_noise is for data in memory; got {label_noise} with data 'folder'")
+        return _folder(
+            Path(root),
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            split_seed=split_seed,
+            seed=seed,
+            train_limit=train_limit,
+            augment=augment,
+            image_size=image_size,
+            workers=workers,
+        )
+    else:
+        raise ValueError(f"data.name must be 'digits', 'npz' or 'folder'; got {name!r}")
+    return in_memory(
+        *splits,
+        name=name,
+        num_classes=num_classes,
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        seed=seed,
+        train_limit=train_limit,
+        label_noise=label_noise,
+        augment=augment,
+        mean=mean or None,
+        std=std or None,
+    )
+
+
+def in_memory(
+    train_images: Tensor,
+    train_targets: Tensor,
+    test_images: Tensor,
+    test_targets: Tensor,
+    *,
+    num_classes: int,
+    name: str = "memory",
+    batch_size: int = 64,
+    eval_batch_size: int = 256,
+    val_fraction: float = 0.0,
+    split_seed: int = 0,
+    seed: int = 0,
+    train_limit: int = 0,
+    label_noise: float = 0.0,
+    augment: str = "none",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Data:
+    """Data from tensors; see MemoryLoader for images and targets, load for the rest."""
+    kept, held_out = hold_out(len(train_images), val_fraction, seed=split_seed)
+    kept = _limited(kept, train_limit, seed=split_seed)
+
+    def loader(images: Tensor, targets: Tensor, **options: Any) -> MemoryLoader:
+        return MemoryLoader(
+            images, targets, num_classes=num_classes, mean=mean, std=std, **{"batch_size": eval_batch_size, **options}
+        )
+
+    images, targets = train_images[kept], train_targets[kept].long()
+    if label_noise:
+        targets = mislabelled(targets, label_noise, num_classes=num_classes, seed=split_seed)
+    return Data(
+        name=name,
+        train=loader(images, targets, batch_size=batch_size, seed=seed, shuffle=True, augment=augment),
+        score=loader(images, targets),
+        val=loader(train_images[held_out], train_targets[held_out]) if len(held_out) else None,
+        test=loader(test_images, test_targets),
+    )
+
+
+def mislabelled(targets: Tensor, fraction: float, *, num_classes: int, seed: int) -> Tensor:
+    """targets (N,) int64 with floor(fraction * N + .5) of them replaced by another class, uniformly."""
+    if not 0.0 <= fraction < 1.0 or num_classes < 2:
+        raise ValueError(f"label_noise must be in [0, 1) over at least 2 classes; got {fraction} over {num_classes}")
+    draws = generator("label noise", seed)
+    rows = torch.randperm(len(targets), generator=draws)[: int(fraction * len(targets) + 0.5)]
+    noisy = targets.clone()
+    noisy[rows] = (targets[rows] + torch.randint(1, num_classes, (len(rows),), generator=draws)) % num_classes
+    return noisy
+
+
+def _limited(rows: Tensor, limit: int, *, seed: int) -> Tensor:
+    """`limit` of the rows, ascending, drawn by seed; all of them for 0."""
+    if limit < 0 or limit > len(rows):
+        raise ValueError(f"train_limit must be 0 (all) to {len(rows)}, the training samples there are; got {limit}")
+    if limit == 0:
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator("limit", seed))[:limit]].sort().values
+
+
+def _folder(
+    root: Path,
+    *,
+    batch_size: int,
+    eval_batch_size: int,
+    val_fraction: float,
+    split_seed: int,
+    seed: int,
+    train_limit: int,
+    augment: str,
+    image_size: int,
+    workers: int,
+) -> Data:
+    if augment not in ("none", "crop-flip"):
+        raise ValueError(f"augment must be 'none' or 'crop-flip' for data in folders; got {augment!r}")
+    train, test = open_folder(root / "train"), open_folder(root / "val")
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(
+            f"{root}: train/ has {len(train.classes)} classes, val/ {len(test.classes)}; in one only: {', '.join(odd[:5])}"
+        )
+    kept, held_out = hold_out(len(train), val_fraction, seed=split_seed)
+    kept = _limited(kept, train_limit, seed=split_seed)
+
+    def loader(folder: Any, rows: Tensor, **options: Any) -> FolderLoader:
+        defaults = {"batch_size": eval_batch_size, "image_size": image_size, "workers": workers}
+        return FolderLoader(folder, rows, **{**defaults, **options})
+
+    return Data(
+        name="folder",
+        train=loader(train, kept, batch_size=batch_size, seed=seed, shuffle=True, train=augment == "crop-flip"),
+        score=loader(train, kept),
+        val=loader(train, held_out) if len(held_out) else None,
+        test=loader(test, torch.arange(len(test))),
+    )

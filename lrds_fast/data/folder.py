@@ -1,0 +1,118 @@
+"""Photographs in folders, one per class, read and augmented by torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lrds_fast.data.loader import Batch, derived_seed, epoch_batches
+
+# The statistics of ImageNet's training set that every published network expects.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def open_folder(root: Path) -> Any:
+    """torchvision's ImageFolder over `root`; images arrive as PIL images."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root: there is no folder {root}; it must hold one folder per class")
+    try:
+        from torchvision.datasets import ImageFolder
+    except ImportError as error:
+        raise ImportError(f"data 'folder' needs torchvision: pip install torchvision ({error})") from error
+    try:
+        return ImageFolder(str(root))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.root: {root}: {str(error).splitlines()[0]}") from error
+
+
+class _Samples(Dataset[tuple[Tensor, int, int]]):
+    """Items are asked for as (index, seed): the seed makes a sample's augmentation independent of the worker that
+    draws it, of the order in the batch and of the number of workers."""
+
+    def __init__(self, folder: Any, rows: Tensor, transform: Callable[[Any], Tensor]) -> None:
+        self.folder = folder
+        self.rows = rows
+        self.transform = transform
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
+        index, seed = item
+        path, target = self.folder.samples[int(self.rows[index])]
+        try:
+            image = self.folder.loader(path)
+        except OSError as error:
+            raise ValueError(f"{path} is not a readable picture ({error}); replace or remove it") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), target, index
+
+
+class FolderLoader:
+    """A Loader over some rows of an ImageFolder; see Loader for its methods.
+
+    train=True: RandomResizedCrop(image_size) and a mirror image half of the time; else Resize(image_size / .875) and
+    CenterCrop. workers: processes that decode; 0 decodes in this one.
+    """
+
+    def __init__(
+        self,
+        folder: Any,
+        rows: Tensor,
+        *,
+        batch_size: int,
+        image_size: int = 224,
+        seed: int = 0,
+        shuffle: bool = False,
+        train: bool = False,
+        workers: int = 0,
+    ) -> None:
+        from torchvision.transforms import v2
+
+        self.num_classes = len(folder.classes)
+        self.labels = torch.tensor(folder.targets, dtype=torch.int64)[rows]
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.workers = workers
+        crop = (
+            [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
+            if train
+            else [v2.Resize(round(image_size / 0.875), antialias=True), v2.CenterCrop(image_size)]
+        )
+        finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        self._samples = _Samples(folder, rows, v2.Compose([*crop, *finish]))
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
+        batches = epoch_batches(
+            len(self.labels),
+            self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            shuffle=self.shuffle,
+            selected=selected,
+        )
+        items = [[(i, derived_seed("augment", self.seed, epoch, i)) for i in batch.tolist()] for batch in batches]
+        loader: DataLoader[Any] = DataLoader(
+            cast(Any, self._samples),
+            batch_sampler=cast(Any, items),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for images, targets, index in loader:
+            yield Batch(images, targets, index)
+
+    def picture(self, index: int) -> Tensor:
+        from torchvision.transforms import v2
+
+        path, _ = self._samples.folder.samples[int(self._samples.rows[index])]
+        image = self._samples.folder.loader(path)
+        thumbnail = v2.Compose([v2.Resize(96, antialias=True), v2.CenterCrop(96), v2.PILToTensor()])
+        return cast(Tensor, thumbnail(image)).permute(1, 2, 0)

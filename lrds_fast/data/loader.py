@@ -1,0 +1,97 @@
+"""What the trainer asks of data, and the order in which samples arrive."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """images (N, channels, height, width), ready for the network but for the device; targets (N,) int64; index (N,)
+    int64 on the CPU, each sample's place in its split."""
+
+    images: Tensor
+    targets: Tensor
+    index: Tensor
+
+
+class Loader(Protocol):
+    """One split of a data set.
+
+    num_classes: C; class numbers are 0 .. C - 1. labels: (size,) int64, the split's targets in index order.
+    """
+
+    num_classes: int
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
+        """The batches of one epoch: a function of the loader's seed and `epoch` alone, whatever ran before.
+
+        selected: (size,) bool. Where given, each batch brings its selected samples first, so that the teacher needs to
+        see that prefix only; a loader that cannot do so ignores it, and the trainer falls back to a mask.
+        """
+
+    def picture(self, index: int) -> Tensor:
+        """(height, width, 1 or 3) uint8: the sample as people see it, without augmentation."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of one data set.
+
+    train: shuffled and augmented. score: the same samples, in order and as they are. val: a slice held out from the
+    training samples (None where there is none). test: never used to decide anything.
+    """
+
+    name: str
+    train: Loader
+    score: Loader
+    val: Loader | None
+    test: Loader
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.train.num_classes
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part; equal parts give equal seeds on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded by derived_seed."""
+    return torch.Generator().manual_seed(derived_seed(*parts))
+
+
+def epoch_batches(
+    size: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool, selected: Tensor | None = None
+) -> list[Tensor]:
+    """Index tensors of one epoch's batches; the last may be short. Within a batch selected samples come first.
+
+    Which samples share a batch does not depend on `selected`.
+    """
+    order = torch.randperm(size, generator=generator("order", seed, epoch)) if shuffle else torch.arange(size)
+    batches = list(order.split(batch_size)) if size else []
+    if selected is None:
+        return batches
+    return [torch.cat([batch[selected[batch]], batch[~selected[batch]]]) for batch in batches]
+
+
+def hold_out(size: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Ascending indices (kept, held out) of a random split; floor(fraction * size + .5) samples are held out."""
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"val_fraction must be in [0, 1); got {fraction}")
+    count = int(fraction * size + 0.5)
+    order = torch.randperm(size, generator=generator("hold out", seed))
+    return order[count:].sort().values, order[:count].sort().values

@@ -1,0 +1,76 @@
+"""Networks by name: the CIFAR families of the distillation literature, small ones, and those of torchvision and timm."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+
+from lrds_fast.models.classifier import Classifier
+from lrds_fast.models.external import External
+from lrds_fast.models.resnet_cifar import CifarResNet
+from lrds_fast.models.small import MLP, SmallCNN
+from lrds_fast.models.vgg_cifar import DEPTHS, CifarVGG
+from lrds_fast.models.wrn_cifar import WideResNet
+
+__all__ = ["Classifier", "External", "create", "names"]
+
+_BUILDERS: dict[str, Callable[..., Classifier]] = {
+    "mlp": MLP,
+    "small_cnn": SmallCNN,
+    **{f"resnet{depth}": partial(CifarResNet, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(CifarResNet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
+    **{
+        f"wrn_{depth}_{widen}": partial(WideResNet, depth, widen)
+        for depth, widen in ((16, 1), (16, 2), (40, 1), (40, 2))
+    },
+    **{name: partial(CifarVGG, depths) for name, depths in DEPTHS.items()},
+}
+
+
+def names() -> list[str]:
+    """The names that create() knows by itself."""
+    return sorted(_BUILDERS)
+
+
+def create(name: str, *, num_classes: int = 100) -> Classifier | External:
+    """A freshly initialised network.
+
+    name: one of names(), `torchvision:NAME` or `timm:NAME`. num_classes: number of logits, >= 1.
+    Calling the network gives (N, num_classes) logits; .features(images) the (N, d) input of its last linear layer;
+    .forward_with_features(images) both. Raises ValueError for an unknown name and ImportError where the library that
+    a prefix names is missing.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1; got {num_classes}")
+    library, colon, foreign = name.partition(":")
+    if colon:
+        return _external(library, foreign, num_classes)
+    if name not in _BUILDERS:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see lrds_fast.models.names(), or torchvision:NAME, timm:NAME"
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    return _BUILDERS[name](num_classes=num_classes)
+
+
+def _external(library: str, name: str, num_classes: int) -> External:
+    if library == "torchvision":
+        try:
+            from torchvision import models as torchvision_models
+        except ImportError as error:
+            raise ImportError(f"model torchvision:{name} needs torchvision: pip install torchvision ({error})") from error
+        known = torchvision_models.list_models(module=torchvision_models)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"torchvision has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return External(torchvision_models.get_model(name, num_classes=num_classes), f"torchvision:{name}")
+    if library == "timm":
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(f"model timm:{name} needs timm: pip install timm ({error})") from error
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=1)
+            raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return External(timm.create_model(name, num_classes=num_classes), f"timm:{name}")
+    raise ValueError(f"unknown model library {library!r} in {library}:{name}; use torchvision: or timm:")

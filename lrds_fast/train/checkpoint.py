@@ -1,0 +1,138 @@
+"""Checkpoints: written whole or not at all, read without running code from them, refused when they are another run's."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lrds_fast.train.files import atomic_write
+
+FORMAT = 1
+
+
+class Stateful(Protocol):
+    """Optimizers, gradient scalers, moving averages."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """The reverse of state_dict."""
+
+
+def save(
+    path: Path, *, epoch: int, facts: Mapping[str, str], student: nn.Module, parts: Mapping[str, Stateful | None]
+) -> None:
+    """A checkpoint of the state after `epoch` epochs.
+
+    facts: strings that must be equal on resuming (model, data fingerprint, ...). parts: by name, whatever else has
+    state; None is left out. The random generators' states are added.
+    """
+    state: dict[str, Any] = {
+        "format": FORMAT,
+        "epoch": epoch,
+        "facts": dict(facts),
+        "student": student.state_dict(),
+        "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
+        "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def resume(
+    path: Path, *, facts: Mapping[str, str], student: nn.Module, parts: Mapping[str, Stateful | None]
+) -> int:
+    """Loads what save() wrote and returns the number of epochs done; ValueError where a fact differs."""
+    state = _read(path)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); start afresh without --resume")
+    for name, value in facts.items():
+        before = state["facts"].get(name)
+        if before != value:
+            raise ValueError(
+                f"{path} is of another run: its {name} is {before}, this one's is {value};"
+                " resume with the same recipe and data, or set another run.out"
+            )
+    load_state(student, state["student"], path)
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(state["parts"][name])
+    torch.set_rng_state(state["rng"])
+    if state["rng_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["rng_cuda"])
+    return int(state["epoch"])
+
+
+def load_weights(model: nn.Module, path: Path, *, key: str) -> None:
+    """Fills `model` from a checkpoint of this trainer, {"model": state dict}, {"state_dict": ...}, a bare state dict, or
+    .safetensors. key: the recipe key that named the file, for the messages. Where a moving average was kept, it is what is loaded.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{key}: there is no file {path}; train it first, or correct the path")
+    if path.suffix == ".safetensors":
+        state: Any = _read_safetensors(path)
+    else:
+        state = _read(path)
+        if isinstance(state, dict) and state.get("format") == FORMAT:
+            average = state["parts"].get("ema")
+            state = state["student"] if average is None else _average_weights(average)
+        for key in ("model", "state_dict"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{key}: {path} holds no state dict of tensors")
+    if all(key.startswith("module.") for key in state):
+        state = {key[len("module.") :]: value for key, value in state.items()}
+    load_state(model, state, path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """load_state_dict, with the first difference in one line."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    surplus = [key for key in state if key not in own]
+    if missing or surplus:
+        differences = [f"lacks {missing[0]!r}"] if missing else []
+        differences += [f"has {surplus[0]!r}, which the model has not"] if surplus else []
+        raise ValueError(f"{path} is of another model: it {' and '.join(differences)}; name the model it was saved from")
+    for key, value in own.items():
+        if state[key].shape != value.shape:
+            raise ValueError(
+                f"{path} is of another model: {key} has shape {tuple(state[key].shape)}, the model's has"
+                f" {tuple(value.shape)}; the class counts or the widths differ"
+            )
+    model.load_state_dict(dict(state))
+
+
+def _average_weights(average: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = "module."
+    return {key[len(prefix) :]: value for key, value in average.items() if key.startswith(prefix)}
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of tensors alone, or it is damaged: {reason}") from error
+    except Exception as error:  # a damaged zip raises RuntimeError, EOFError, OSError or KeyError, by where it was cut
+        raise ValueError(f"{path} is damaged (cut short?); restore it from a copy, or delete it and start afresh") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error

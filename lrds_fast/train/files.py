@@ -1,0 +1,75 @@
+"""Files that are whole or absent, and logs of one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the name `path` only once everything is written and on the disk.
+
+    Whatever was at `path` stays until then, and stays for good if the block raises. Parent folders are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8 at `path`, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """One more line of a JSON-lines log. NaN and infinities become null, which is all that JSON has for them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log. A last line cut short by a crash is left out; any other bad line is an error."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no log {path}; name the folder of a run that lrds-fast train has written")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); the log is damaged") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} must be an object; got {line[:40]!r}")
+        records.append(record)
+    return records
+
+
+def rewrite_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """A log of exactly these records, whole or as it was before."""
+    write_text(path, "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,204 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import lrds_fast
+from lrds_fast.data import Batch, Data, derived_seed
+from lrds_fast.train import checkpoint
+from lrds_fast.train.evaluate import check_class_counts, evaluate
+from lrds_fast.train.files import append_record, read_records, rewrite_records, write_text
+from lrds_fast.train.recipe import Recipe
+from lrds_fast.train.setup import autocast_factory, build_optimizer, loss_arguments, lr_factor, pick_device
+from lrds_fast.train.totals import Totals
+
+CHECKPOINT = "last.pt"
+LOG = "log.jsonl"
+RECIPE = "recipe.json"
+
+#: Steps between looks at whether the loss is finite: a look waits for the device.
+CHECK_EVERY = 50
+
+
+class TrainResult(NamedTuple):
+    """records: one per epoch, as in the log. teacher_pred: (N,) int64 on the CPU, the class the teacher last gave each
+    training sample, -1 where it was never asked; None without a teacher."""
+
+    records: list[dict[str, Any]]
+    teacher_pred: Tensor | None
+
+
+def train(
+    recipe: Recipe,
+    data: Data,
+    student: nn.Module,
+    teacher: nn.Module | None = None,
+    *,
+    out: Path,
+    fingerprint: str = "",
+    selected: Tensor | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains `student` in place and writes log.jsonl, last.pt and recipe.json to the folder `out`.
+
+    selected: (N,) bool over data.train's samples, those that keep the teacher; None is all. fingerprint: of the data;
+    resuming on other data is an error. resume: goes on after out/last.pt, with the same numbers as if never stopped
+    (bit for bit on the CPU); without such a file it starts. overwrite: an older run in `out` may go; else it is an error
+    that names it. progress: a bar on stderr. Raises FileExistsError there, FloatingPointError where the loss is not finite, ValueError where class counts differ.
+    """
+    device = pick_device(recipe.run.device)
+    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+    student.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    if teacher is not None:
+        teacher.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+        teacher.eval().requires_grad_(False)
+    check_class_counts(data, student, teacher, device, memory_format)
+    if selected is not None and (selected.dtype != torch.bool or selected.shape != data.train.labels.shape):
+        raise ValueError(
+            f"selected must be bool of shape ({len(data.train.labels)},), one per training sample;"
+            f" got {selected.dtype} of shape {tuple(selected.shape)}"
+        )
+
+    hyperparameters = loss_arguments(recipe.loss)
+    autocast = autocast_factory(recipe.run.amp, device)
+    optimizer = build_optimizer(recipe.optimizer, student)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.amp == "fp16" and device.type == "cuda")
+    ema = None
+    if recipe.run.ema_decay > 0:
+        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(recipe.run.ema_decay), use_buffers=True)
+    torch.manual_seed(derived_seed("train", recipe.seed))
+
+    facts = identity(recipe, fingerprint, selected)
+    parts: Mapping[str, checkpoint.Stateful | None] = {"optimizer": optimizer, "scaler": scaler, "ema": ema}
+    first_epoch, records = 0, []
+    if resume and (out / CHECKPOINT).exists():
+        first_epoch = checkpoint.resume(out / CHECKPOINT, facts=facts, student=student, parts=parts)
+        records = [record for record in read_records(out / LOG) if record["epoch"] <= first_epoch]
+        rewrite_records(out / LOG, records)
+    else:
+        if (out / CHECKPOINT).exists() and not overwrite:
+            raise FileExistsError(
+                f"{out} holds a run already; go on with it (--resume), replace it (--overwrite), or set another run.out"
+            )
+        (out / CHECKPOINT).unlink(missing_ok=True)
+        rewrite_records(out / LOG, [])
+    write_text(out / RECIPE, recipe.to_json())
+
+    teacher_pred = None if teacher is None else torch.full(data.train.labels.shape, -1, device=device)
+    steps_per_epoch = len(data.train)
+    bar = tqdm(
+        total=recipe.schedule.epochs * steps_per_epoch,
+        initial=first_epoch * steps_per_epoch,
+        desc=recipe.name,
+        disable=not progress,
+        leave=False,
+    )
+    for epoch in range(first_epoch, recipe.schedule.epochs):
+        started = time.perf_counter()
+        student.train()
+        totals = Totals(device)
+        for step, batch in enumerate(data.train.epoch(epoch, selected), start=epoch * steps_per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.optimizer.lr * lr_factor(recipe.schedule, step / steps_per_epoch)
+            images = batch.images.to(device, non_blocking=True, memory_format=memory_format)
+            target = batch.targets.to(device, non_blocking=True)
+            teacher_rows, mask = who_listens(batch, selected, recipe.selection.compose)
+
+            with autocast():
+                logits = student(images)
+            if teacher is None:
+                loss = F.cross_entropy(logits.float(), target, label_smoothing=recipe.loss.label_smoothing)
+                totals.add_cross_entropy(loss, len(target), step)
+            else:
+                with torch.inference_mode(), autocast():
+                    teacher_logits = teacher(images[:teacher_rows]) if teacher_rows else logits.detach()[:0]
+                parts_of_loss = lrds_fast.kd_loss_parts(
+                    logits,
+                    teacher_logits,
+                    target,
+                    **hyperparameters,
+                    selected=None if mask is None else mask.to(device, non_blocking=True),
+                    # Known to the loss, the scale is folded in float32 before the gradient is rounded to half.
+                    grad_scale=scaler._scale if scaler.is_enabled() else None,
+                )
+                loss = parts_of_loss.loss
+                totals.add_parts(parts_of_loss, len(target), teacher_rows, step)
+                if teacher_pred is not None and teacher_rows:
+                    seen = batch.index[:teacher_rows].to(device, non_blocking=True)
+                    teacher_pred[seen] = predicted(teacher_logits, target[:teacher_rows])
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            if recipe.run.clip_grad_norm > 0:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(student.parameters(), recipe.run.clip_grad_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            if ema is not None:
+                ema.update_parameters(student)
+            bar.update()
+            if (step + 1) % CHECK_EVERY == 0 or device.type == "cpu":
+                totals.check_finite(recipe)
+        totals.check_finite(recipe)
+
+        record: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch, **totals.means()}
+        record["lr"] = optimizer.param_groups[0]["lr"]
+        judged = student if ema is None else ema.module
+        for split, loader in (("val", data.val), ("test", data.test)):
+            if loader is not None:
+                accuracy, cross_entropy = evaluate(judged, loader, device, memory_format, autocast)
+                record[f"{split}_acc"], record[f"{split}_ce"] = accuracy, cross_entropy
+        record["seconds"] = round(time.perf_counter() - started, 4)
+        append_record(out / LOG, record)
+        records.append(record)
+        if (epoch + 1) % recipe.run.save_every == 0 or epoch + 1 == recipe.schedule.epochs:
+            checkpoint.save(out / CHECKPOINT, epoch=epoch + 1, facts=facts, student=student, parts=parts)
+        bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_acc']:.2%}")
+    bar.close()
+    if ema is not None:
+        student.load_state_dict(ema.module.state_dict())
+    return TrainResult(records, None if teacher_pred is None else teacher_pred.cpu())
+
+
+def who_listens(batch: Batch, selected: Tensor | None, compose: str) -> tuple[int, Tensor | None]:
+    """(rows the teacher must see, mask for the loss or None where a prefix says it all)."""
+    rows = len(batch.index)
+    if selected is None:
+        return rows, None
+    mask = selected[batch.index]
+    count = int(mask.sum())
+    if compose == "prefix" and bool(mask[:count].all()):
+        return count, None
+    return rows, mask
+
+
+def predicted(logits: Tensor, target: Tensor) -> Tensor:
+    """(N,) the class of the highest logit; the target where it takes part in a tie, as the loss has it."""
+    top, place = logits.max(dim=1)
+    return torch.where(logits.gather(1, target[:, None])[:, 0] >= top, target, place)
+
+
+def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[str, str]:
+    """What must not change between the start of a run and its resumption, as strings.
+
+    All of the recipe but its name, where it is written, where it runs, and how many processes read the data.
+    """
+    free = ("name", "description", "run.out", "run.device", "run.save_every", "data.workers", "selection.path")
+    facts = {key: repr(value) for key, value in recipe.flat().items() if key not in free}
+    facts["data's fingerprint"] = fingerprint
+    mask = b"" if selected is None else selected.cpu().numpy().tobytes()
+    facts["selection"] = hashlib.sha256(mask).hexdigest()[:16]
+    return facts

@@ -1,0 +1,384 @@
+"""Recipes: a training run as data. One TOML file, frozen dataclasses, and an error for everything unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What to train on; see lrds_fast.data.load."""
+
+    name: str = "digits"
+    root: str = ""
+    batch_size: int = 64
+    eval_batch_size: int = 256
+    val_fraction: float = 0.0
+    split_seed: int = 0
+    train_limit: int = 0
+    label_noise: float = 0.0
+    augment: str = "none"
+    image_size: int = 224
+    workers: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """model "" trains without a teacher. checkpoint: a file of lrds-fast train, a state dict, or .safetensors."""
+
+    model: str = ""
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """checkpoint: weights to start from, "" for fresh ones."""
+
+    model: str = "mlp"
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The arguments of lrds_fast.kd_loss; without a teacher only label_smoothing counts. revise "none" is no revision."""
+
+    temperature: float = 4.0
+    ce_weight: float = 0.1
+    kd_weight: float = 0.9
+    ce_weight_unselected: float = 1.0
+    revise: str = "lr"
+    eta: float = 0.8
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """path: a file of lrds-fast select, "" for every sample. compose "prefix": batches bring selected samples first and
+    the teacher sees these alone; "mask": the teacher sees all, the loss leaves the others out. compose changes no number
+    but by rounding."""
+
+    path: str = ""
+    compose: str = "prefix"
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What lrds-fast score computes; see lrds_fast.influence.last_layer_scores. base: the checkpoint of the student that
+    is scored, "" for this recipe's own run. damping < 0: damping_scale counts."""
+
+    scores: tuple[str, ...] = ("kd_gain", "teacher_correct")
+    curvature: str = "ekfac"
+    hessian: str = "objective"
+    damping: float = -1.0
+    damping_scale: float = 0.1
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """name "sgd" (momentum, nesterov) or "adamw"."""
+
+    name: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """name "cosine" (to 0), "step" (x gamma after each milestone, in epochs) or "constant"; linear warm-up before it."""
+
+    name: str = "cosine"
+    epochs: int = 30
+    warmup_epochs: float = 0.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """device "auto" is CUDA where there is one. amp "off", "bf16" or "fp16". ema_decay 0 is off. out "" is runs/NAME.
+    save_every: epochs between checkpoints; the last epoch always has one."""
+
+    out: str = ""
+    device: str = "auto"
+    amp: str = "off"
+    channels_last: bool = False
+    ema_decay: float = 0.0
+    clip_grad_norm: float = 0.0
+    save_every: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. Every value has a default; every key is checked."""
+
+    name: str = "run"
+    description: str = ""
+    seed: int = 0
+    data: DataOptions = field(default_factory=DataOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    student: StudentOptions = field(default_factory=StudentOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
+    score: ScoreOptions = field(default_factory=ScoreOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+
+    @property
+    def out(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.out or f"runs/{self.name}")
+
+    def with_values(self, **values: Any) -> Recipe:
+        """A copy with some values replaced, by dotted name: with_values(seed=1, **{"loss.eta": 0.5})."""
+        return from_mapping(_overlay(dataclasses.asdict(self), _nested(values)), where="with_values")
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key."""
+        values: dict[str, Any] = {}
+        for key, value in dataclasses.asdict(self).items():
+            if isinstance(value, dict):
+                values |= {f"{key}.{name}": inner for name, inner in value.items()}
+            else:
+                values[key] = value
+        return values
+
+    def to_json(self) -> str:
+        """The resolved recipe; from_mapping(json.loads(...)) gives it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "loss.revise": ("lr", "none"),
+    "selection.compose": ("prefix", "mask"),
+    "score.hessian": ("objective", "gt"),
+    "score.curvature": ("identity", "kfac", "ekfac", "exact"),
+    "optimizer.name": ("sgd", "adamw"),
+    "schedule.name": ("cosine", "step", "constant"),
+    "run.amp": ("off", "bf16", "fp16"),
+}
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that come with the library."""
+    folder = resources.files("lrds_fast.recipes")
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
+    """The recipe in a TOML file, or the one of that name that comes with the library, with `key=value` settings on top.
+
+    A file may say `extends = "other"`: a name, or a path relative to the file; its own values win. Keys in settings are
+    dotted ("loss.eta=0.5"); values are TOML, and a bare word is a string. Raises ValueError for unknown keys, values of
+    another type and circles, FileNotFoundError for a missing file.
+    """
+    values = _load_mapping(str(source), base=None, seen=())
+    values = _overlay(values, parse_settings(settings))
+    return from_mapping(values, where=str(source))
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Nested mapping of `key=value` strings."""
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, for example loss.eta=0.5; got {setting!r}")
+        parsed[key] = _value(text.strip())
+    return _nested(parsed)
+
+
+def _value(text: str) -> Any:
+    """A TOML value; what TOML does not know but float() does (.5) is a number, anything else a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def recipe_text(name: str) -> str:
+    """The TOML text of a recipe that comes with the library."""
+    if name not in builtin_recipes():
+        near = difflib.get_close_matches(name, builtin_recipes(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "lrds-fast recipes lists them"
+        raise ValueError(f"there is no recipe {name!r}; {hint}")
+    return resources.files("lrds_fast.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict[str, Any]:
+    """The merged values of a recipe and of those it extends."""
+    if source in seen:
+        raise ValueError(f"recipes extend each other in a circle: {' -> '.join([*seen, source])}")
+    if source.endswith(".toml"):
+        path = Path(source) if base is None else base / source
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no recipe file {path}; lrds-fast recipes lists those that come with the library")
+        text, folder = path.read_text(encoding="utf-8"), path.parent
+    else:
+        text, folder = recipe_text(source), None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {source} is not valid TOML: {error}") from error
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ValueError(f"recipe {source}: extends must be a name or a path; got {parent!r}")
+    return _overlay(_load_mapping(parent, folder, (*seen, source)), values)
+
+
+def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """A Recipe of nested plain values; ValueError names the first key or value that does not fit."""
+    recipe: Recipe = _build(Recipe, values, prefix="", where=where)
+    return recipe
+
+
+def _build(cls: Any, values: Mapping[str, Any], *, prefix: str, where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {full!r}; {_nearest(full, prefix, list(hints))}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{where}: {full} must be a table; got {value!r}")
+            arguments[key] = _build(hint, value, prefix=f"{full}.", where=where)
+        else:
+            arguments[key] = _typed(value, hint, full, where)
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _nearest(full: str, prefix: str, keys: list[str]) -> str:
+    everything = all_keys()
+    by_last = {key.rpartition(".")[2]: key for key in everything}
+    last = full.rpartition(".")[2]
+    near = [by_last[last]] if last in by_last else difflib.get_close_matches(full, everything, n=1)
+    near = near or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1)]
+    return f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(prefix + key for key in keys)}"
+
+
+def all_keys() -> list[str]:
+    """Every key of a recipe, dotted."""
+    keys = []
+    for name, hint in typing.get_type_hints(Recipe).items():
+        if dataclasses.is_dataclass(hint):
+            keys += [f"{name}.{inner.name}" for inner in dataclasses.fields(hint)]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _typed(value: Any, hint: Any, key: str, where: str) -> Any:
+    """`value` as the field's type: an integer may stand for a float, a list for a tuple, nothing else for another."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, types.GenericAlias):
+        inner = typing.get_args(hint)[0]
+        if isinstance(value, (list, tuple)):
+            return tuple(_typed(item, inner, key, where) for item in value)
+        raise ValueError(f"{where}: {key} must be a list of {inner.__name__}; got {value!r}")
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: {key} must be {hint.__name__}; got {value!r} ({type(value).__name__})")
+    return value
+
+
+def _check_values(recipe: Recipe) -> None:
+    for key, choices in _CHOICES.items():
+        table, _, name = key.partition(".")
+        value = getattr(getattr(recipe, table), name)
+        if value not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
+    positive = {
+        "data.batch_size": recipe.data.batch_size,
+        "data.eval_batch_size": recipe.data.eval_batch_size,
+        "data.image_size": recipe.data.image_size,
+        "run.save_every": recipe.run.save_every,
+        "schedule.epochs": recipe.schedule.epochs,
+        "optimizer.lr": recipe.optimizer.lr,
+        "loss.temperature": recipe.loss.temperature,
+    }
+    for key, number in positive.items():
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{key} must be above 0 and finite; got {number}")
+    at_least_zero = {
+        "data.workers": recipe.data.workers,
+        "data.train_limit": recipe.data.train_limit,
+        "loss.ce_weight": recipe.loss.ce_weight,
+        "loss.kd_weight": recipe.loss.kd_weight,
+        "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected,
+        "optimizer.momentum": recipe.optimizer.momentum,
+        "optimizer.weight_decay": recipe.optimizer.weight_decay,
+        "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
+        "run.clip_grad_norm": recipe.run.clip_grad_norm,
+    }
+    for key, number in at_least_zero.items():
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{key} must be at least 0 and finite; got {number}")
+    for key, number in {
+        "data.val_fraction": recipe.data.val_fraction,
+        "data.label_noise": recipe.data.label_noise,
+        "loss.label_smoothing": recipe.loss.label_smoothing,
+        "run.ema_decay": recipe.run.ema_decay,
+    }.items():
+        if not 0 <= number < 1:
+            raise ValueError(f"{key} must be in [0, 1); got {number}")
+    if not 0 < recipe.loss.eta < 1:
+        raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *tables, last = key.split(".")
+        table = nested
+        for name in tables:
+            inner = table.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{key!r} names a value inside {name!r}, which is itself set to a value")
+            table = inner
+        table[last] = value
+    return nested
+
+
+def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """base with top's values, table by table."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -1,0 +1,175 @@
+"""A recipe carried out: data, networks and selection made from its words, then trained or scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lrds_fast
+from lrds_fast import data as data_sets
+from lrds_fast import influence, models
+from lrds_fast.data import Data
+from lrds_fast.selection import Selection, dataset_fingerprint
+from lrds_fast.train import checkpoint
+from lrds_fast.train.evaluate import outputs
+from lrds_fast.train.files import write_text
+from lrds_fast.train.loop import CHECKPOINT, TrainResult, train
+from lrds_fast.train.picture import png
+from lrds_fast.train.recipe import Recipe
+from lrds_fast.train.setup import loss_arguments, pick_device
+
+GALLERY = "gallery.json"
+
+#: Pictures of each kind that a run keeps for its report.
+GALLERY_SIZE = 24
+
+
+def load_data(recipe: Recipe) -> Data:
+    """The recipe's data."""
+    options = recipe.data
+    return data_sets.load(
+        options.name,
+        root=options.root,
+        batch_size=options.batch_size,
+        eval_batch_size=options.eval_batch_size,
+        val_fraction=options.val_fraction,
+        split_seed=options.split_seed,
+        seed=recipe.seed,
+        train_limit=options.train_limit,
+        label_noise=options.label_noise,
+        augment=options.augment,
+        image_size=options.image_size,
+        workers=options.workers,
+        mean=options.mean,
+        std=options.std,
+    )
+
+
+def build_student(recipe: Recipe, data: Data) -> nn.Module:
+    """The student with the recipe's seed in it, or with the weights of student.checkpoint."""
+    torch.manual_seed(data_sets.derived_seed("student", recipe.seed))
+    student = models.create(recipe.student.model, num_classes=data.num_classes)
+    if recipe.student.checkpoint:
+        checkpoint.load_weights(student, Path(recipe.student.checkpoint), key="student.checkpoint")
+    return student
+
+
+def build_teacher(recipe: Recipe, data: Data) -> nn.Module | None:
+    """The teacher with its trained weights; None where the recipe names none."""
+    options = recipe.teacher
+    if not options.model:
+        if options.checkpoint:
+            raise ValueError(f"teacher.checkpoint is {options.checkpoint!r}, but teacher.model is empty; name the model")
+        return None
+    if not options.checkpoint:
+        raise ValueError(
+            f"teacher.checkpoint is empty: {options.model} would teach with random weights;"
+            " train it first and set teacher.checkpoint=runs/.../last.pt"
+        )
+    teacher = models.create(options.model, num_classes=data.num_classes)
+    checkpoint.load_weights(teacher, Path(options.checkpoint), key="teacher.checkpoint")
+    return teacher
+
+
+def fingerprint(data: Data) -> str:
+    """The training split's fingerprint, which selections and checkpoints carry."""
+    return dataset_fingerprint(data.train.labels, data.num_classes)
+
+
+def load_selection(recipe: Recipe, data: Data) -> Selection | None:
+    """The recipe's selection, refused where it is of other data; None where the recipe names none."""
+    path = recipe.selection.path
+    if not path:
+        return None
+    if not recipe.teacher.model:
+        raise ValueError(f"selection.path is {path!r}, but there is no teacher to select for; set teacher.model")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"selection.path: there is no file {path}; lrds-fast select writes one")
+    return Selection.load(path, dataset=fingerprint(data))
+
+
+def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> TrainResult:
+    """Trains as the recipe says; files go to recipe.out (see lrds_fast.train.loop.train)."""
+    data = load_data(recipe)
+    selection = load_selection(recipe, data)
+    teacher = build_teacher(recipe, data)
+    result = train(
+        recipe,
+        data,
+        build_student(recipe, data),
+        teacher,
+        out=recipe.out,
+        fingerprint=fingerprint(data),
+        selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    if result.teacher_pred is not None and bool((result.teacher_pred >= 0).any()):
+        write_gallery(recipe, data, result.teacher_pred, selection)
+    return result
+
+
+def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
+    """Scores every training sample from the last layer of a trained student (score.base, else this recipe's own run).
+
+    The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched.
+    """
+    data = load_data(recipe)
+    device = pick_device(recipe.run.device)
+    base = Path(recipe.score.base) if recipe.score.base else recipe.out / CHECKPOINT
+    student = models.create(recipe.student.model, num_classes=data.num_classes)
+    checkpoint.load_weights(student, base, key="score.base")
+    teacher = build_teacher(recipe, data)
+    if teacher is None:
+        raise ValueError("scores compare a student with its teacher, and the recipe has none; set teacher.model")
+    if data.val is None and any(name.startswith("kd_gain") for name in recipe.score.scores):
+        raise ValueError("kd_gain needs held-out samples; set data.val_fraction, for example to 0.1")
+    selection = load_selection(recipe, data)
+    own = outputs(student, data.score, device, progress=progress, desc="student")
+    held_out = None if data.val is None else outputs(student, data.val, device, progress=progress, desc="held out")
+    taught = outputs(teacher, data.score, device, progress=progress, desc="teacher")
+    return influence.last_layer_scores(
+        features=own.features,
+        student_logits=own.logits,
+        teacher_logits=taught.logits,
+        target=data.score.labels,
+        val_features=None if held_out is None else held_out.features,
+        val_logits=None if held_out is None else held_out.logits,
+        val_target=None if data.val is None else data.val.labels,
+        scores=recipe.score.scores,
+        curvature=recipe.score.curvature,
+        hessian=recipe.score.hessian,
+        damping=None if recipe.score.damping < 0 else recipe.score.damping,
+        damping_scale=recipe.score.damping_scale,
+        selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
+        bias=student.head.bias is not None,
+        loss=lrds_fast.KDLoss(**loss_arguments(recipe.loss)),
+    )
+
+
+def write_gallery(recipe: Recipe, data: Data, teacher_pred: Tensor, selection: Selection | None) -> None:
+    """Pictures of samples whose labels were revised and of those denied the teacher, for reports."""
+    labels = data.train.labels
+    mask = torch.ones_like(labels, dtype=torch.bool) if selection is None else torch.as_tensor(selection.mask).cpu()
+    wrong = (teacher_pred >= 0) & (teacher_pred != labels)
+    revised = (wrong & mask).nonzero()[:, 0] if recipe.loss.revise != "none" else labels[:0]
+    denied = (~mask).nonzero()[:, 0]
+
+    def entries(indices: Tensor) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": index,
+                "label": int(labels[index]),
+                "teacher": int(teacher_pred[index]) if teacher_pred[index] >= 0 else None,
+                "png": png(data.train.picture(index)),
+            }
+            for index in indices[:GALLERY_SIZE].tolist()
+        ]
+
+    kinds = {"revised": entries(revised), "deselected": entries(denied)}
+    write_text(recipe.out / GALLERY, json.dumps(kinds))

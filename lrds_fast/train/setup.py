@@ -1,0 +1,72 @@
+"""From a recipe's words to PyTorch's objects: device, precision, optimizer, schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrds_fast.train.recipe import LossOptions, OptimizerOptions, ScheduleOptions
+
+
+def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
+    """The learning rate at `epoch` (fractions count) as a multiple of the base rate."""
+    if epoch < schedule.warmup_epochs:
+        return (epoch + 1e-3) / schedule.warmup_epochs
+    if schedule.name == "cosine":
+        done = (epoch - schedule.warmup_epochs) / max(schedule.epochs - schedule.warmup_epochs, 1e-9)
+        return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+    if schedule.name == "step":
+        return schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
+    return 1.0
+
+
+def build_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW over all parameters."""
+    if options.name == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=options.lr,
+        momentum=options.momentum,
+        nesterov=options.nesterov,
+        weight_decay=options.weight_decay,
+    )
+
+
+def autocast_factory(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A fresh autocast context per use; does nothing for amp "off"."""
+    if amp == "off":
+        return nullcontext
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float16
+    return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that run.device asks for; ValueError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"run.device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"run.device is {name!r}, but PyTorch sees no CUDA device; set run.device=cpu, or see lrds-fast doctor")
+    return device
+
+
+def loss_arguments(options: LossOptions) -> dict[str, Any]:
+    """Keywords for lrds_fast.kd_loss, kd_loss_parts and KDLoss."""
+    return {
+        "temperature": options.temperature,
+        "ce_weight": options.ce_weight,
+        "kd_weight": options.kd_weight,
+        "ce_weight_unselected": options.ce_weight_unselected,
+        "revise": None if options.revise == "none" else options.revise,
+        "eta": options.eta,
+        "label_smoothing": options.label_smoothing,
+    }
