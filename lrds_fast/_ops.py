@@ -128,8 +128,8 @@ def _scale_gradient(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | 
 
 
 @torch.library.register_fake("lrds_fast::scale_gradient_")
-def _scale_gradient_(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> Tensor:
-    return gradient
+def _scale_gradient_(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> None:
+    return None
 
 
 @torch.library.register_fake("lrds_fast::kd_logit_gradient")

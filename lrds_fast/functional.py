@@ -60,7 +60,7 @@ def check_hyperparameters(
                 if name == "temperature" and isinstance(value, (tuple, list)):
                     hint = "; several temperatures: add one kd_loss per temperature"
                 raise TypeError(f"{name} must be a number; got {value!r}{hint}")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # math.isfinite does not trace with symbolic floats
             raise ValueError(f"{name} must be finite; got {value!r}")
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0; got {temperature!r}")
@@ -97,7 +97,7 @@ def _check_target(target: object, student_logits: Tensor) -> None:
     if not isinstance(target, Tensor):
         hint = ""
         if isinstance(target, (int, float)):
-            hint = "; the order is (student_logits, teacher_logits, target), and temperature is a keyword"
+            hint = f"; the order is (student_logits, teacher_logits, target): pass temperature={target!r} by keyword"
         raise TypeError(f"target must be a Tensor of class indices; got {type(target).__name__} {target!r}{hint}")
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(

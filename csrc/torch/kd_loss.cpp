@@ -3,7 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/set.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -405,10 +405,8 @@ Tensor scale_gradient(const Tensor& gradient, const Tensor& grad_output,
 }
 
 template <ScaleInto Scale>
-Tensor& scale_gradient_(Tensor& gradient, const Tensor& grad_output,
-                        const OptionalTensor& grad_scale) {
+void scale_gradient_(Tensor& gradient, const Tensor& grad_output, const OptionalTensor& grad_scale) {
   Scale(gradient, gradient, grad_output, grad_scale);
-  return gradient;
 }
 
 // --- Autograd ---------------------------------------------------------------------------------------------------------
@@ -443,6 +441,13 @@ Tensor call_backward(const Tensor& grad_output, const Tensor& student, const Ten
                  o.revise, o.reduction, o.ignore_index);
 }
 
+// A tensor made under inference_mode (a teacher's output) cannot be saved for backward; another view of its storage can.
+Tensor saveable(const Tensor& tensor) {
+  if (!tensor.defined() || !tensor.is_inference()) return tensor;
+  return at::empty({0}, tensor.options())
+      .set_(tensor.storage(), tensor.storage_offset(), tensor.sizes(), tensor.strides());
+}
+
 OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
@@ -464,8 +469,9 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
         student, teacher, target, selected, num_valid, grad_scale, options, !recompute);
     ctx->saved_data["recompute"] = recompute;
     if (recompute) {
-      ctx->save_for_backward({student, teacher, target, selected.value_or(Tensor()),
-                              num_valid.value_or(Tensor())});
+      ctx->save_for_backward({student, saveable(teacher), saveable(target),
+                              saveable(selected.value_or(Tensor())),
+                              saveable(num_valid.value_or(Tensor()))});
       ctx->saved_data["numbers"] =
           std::vector<double>{options.temperature,  options.ce_weight,
                               options.kd_weight,    options.ce_weight_unselected,
@@ -473,7 +479,7 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
       ctx->saved_data["choices"] =
           std::vector<std::int64_t>{options.revise, options.reduction, options.ignore_index};
     } else {
-      ctx->save_for_backward({gradient, grad_scale.value_or(Tensor())});
+      ctx->save_for_backward({gradient, saveable(grad_scale.value_or(Tensor()))});
     }
     ctx->mark_non_differentiable({ce, kd, counts});
     ctx->set_materialize_grads(false);
@@ -485,9 +491,11 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
     torch::autograd::variable_list inputs(7);
     if (!grads[0].defined()) return inputs;
     const bool create_graph = c10::GradMode::is_enabled();
+    // Unpacked before autograd is switched off: a saved-tensor hook (activation checkpointing) may run the model here.
+    const torch::autograd::variable_list saved = ctx->get_saved_variables();
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      inputs[0] = gradient_of(ctx, grads[0]);
+      inputs[0] = gradient_of(ctx, saved, grads[0]);
     }
     if (create_graph) {
       // A second derivative is not implemented; it must not come out as silently zero.
@@ -502,8 +510,8 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
   }
 
  private:
-  static Tensor gradient_of(torch::autograd::AutogradContext* ctx, const Tensor& grad_output) {
-    const torch::autograd::variable_list saved = ctx->get_saved_variables();
+  static Tensor gradient_of(torch::autograd::AutogradContext* ctx,
+                            const torch::autograd::variable_list& saved, const Tensor& grad_output) {
     if (ctx->saved_data["recompute"].toBool()) {
       const std::vector<double> n = ctx->saved_data["numbers"].toDoubleVector();
       const std::vector<std::int64_t> c = ctx->saved_data["choices"].toIntVector();
@@ -516,8 +524,9 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
     const bool plain = !gradient.key_set().has(c10::DispatchKey::Python);
     if (plain && !torch::autograd::get_current_graph_task_keep_graph()) {
       static const auto in_place =
-          find<Tensor&(Tensor&, const Tensor&, const OptionalTensor&)>("lrds_fast::scale_gradient_");
-      return in_place.call(gradient, grad_output, optional(saved[1]));
+          find<void(Tensor&, const Tensor&, const OptionalTensor&)>("lrds_fast::scale_gradient_");
+      in_place.call(gradient, grad_output, optional(saved[1]));
+      return gradient;
     }
     static const auto functional =
         find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>("lrds_fast::scale_gradient");
@@ -573,7 +582,7 @@ TORCH_LIBRARY(lrds_fast, m) {
          ", bool with_gradient) -> (" + outputs + ", Tensor gradient)");
   define("kd_loss_backward(Tensor grad_output, " + inputs + ", " + options + ") -> Tensor");
   define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor? grad_scale) -> Tensor");
-  define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor? grad_scale) -> Tensor(a!)");
+  define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor? grad_scale) -> ()");
   define(
       "kd_logit_gradient(Tensor student, Tensor teacher, Tensor target, float temperature, "
       "float ce_weight, float kd_weight, float eta, float label_smoothing, int revise) -> Tensor");
