@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lrds_fast.data.folder import FolderLoader, open_folder
-from lrds_fast.data.loader import Batch, Data, Loader, derived_seed, epoch_batches, generator, hold_out
+from lrds_fast.data.loader import (
+    Batch,
+    Data,
+    Loader,
+    derived_seed,
+    epoch_batches,
+    generator,
+    hold_out,
+)
 from lrds_fast.data.memory import MemoryLoader, digits, from_npz
 
 __all__ = [
@@ -70,7 +78,9 @@ def load(
         num_classes = 1 + int(max(splits[1].max(), splits[3].max()))
     elif name == "folder":
         if label_noise:
-            raise ValueError(f"data.label_noise is for data in memory; got {label_noise} with data 'folder'")
+            raise ValueError(
+                f"data.label_noise is for data in memory; got {label_noise} with data 'folder'"
+            )
         return _folder(
             Path(root),
             batch_size=batch_size,
@@ -127,7 +137,12 @@ def in_memory(
 
     def loader(images: Tensor, targets: Tensor, **options: Any) -> MemoryLoader:
         return MemoryLoader(
-            images, targets, num_classes=num_classes, mean=mean, std=std, **{"batch_size": eval_batch_size, **options}
+            images,
+            targets,
+            num_classes=num_classes,
+            mean=mean,
+            std=std,
+            **{"batch_size": eval_batch_size, **options},
         )
 
     images, targets = train_images[kept], train_targets[kept].long()
@@ -135,7 +150,9 @@ def in_memory(
         targets = mislabelled(targets, label_noise, num_classes=num_classes, seed=split_seed)
     return Data(
         name=name,
-        train=loader(images, targets, batch_size=batch_size, seed=seed, shuffle=True, augment=augment),
+        train=loader(
+            images, targets, batch_size=batch_size, seed=seed, shuffle=True, augment=augment
+        ),
         score=loader(images, targets),
         val=loader(train_images[held_out], train_targets[held_out]) if len(held_out) else None,
         test=loader(test_images, test_targets),
@@ -145,18 +162,24 @@ def in_memory(
 def mislabelled(targets: Tensor, fraction: float, *, num_classes: int, seed: int) -> Tensor:
     """targets (N,) int64 with floor(fraction * N + .5) of them replaced by another class, uniformly."""
     if not 0.0 <= fraction < 1.0 or num_classes < 2:
-        raise ValueError(f"label_noise must be in [0, 1) over at least 2 classes; got {fraction} over {num_classes}")
+        raise ValueError(
+            f"label_noise must be in [0, 1) over at least 2 classes; got {fraction} over {num_classes}"
+        )
     draws = generator("label noise", seed)
     rows = torch.randperm(len(targets), generator=draws)[: int(fraction * len(targets) + 0.5)]
     noisy = targets.clone()
-    noisy[rows] = (targets[rows] + torch.randint(1, num_classes, (len(rows),), generator=draws)) % num_classes
+    noisy[rows] = (
+        targets[rows] + torch.randint(1, num_classes, (len(rows),), generator=draws)
+    ) % num_classes
     return noisy
 
 
 def _limited(rows: Tensor, limit: int, *, seed: int) -> Tensor:
     """`limit` of the rows, ascending, drawn by seed; all of them for 0."""
     if limit < 0 or limit > len(rows):
-        raise ValueError(f"train_limit must be 0 (all) to {len(rows)}, the training samples there are; got {limit}")
+        raise ValueError(
+            f"train_limit must be 0 (all) to {len(rows)}, the training samples there are; got {limit}"
+        )
     if limit == 0:
         return rows
     return rows[torch.randperm(len(rows), generator=generator("limit", seed))[:limit]].sort().values
@@ -176,7 +199,9 @@ def _folder(
     workers: int,
 ) -> Data:
     if augment not in ("none", "crop-flip"):
-        raise ValueError(f"augment must be 'none' or 'crop-flip' for data in folders; got {augment!r}")
+        raise ValueError(
+            f"augment must be 'none' or 'crop-flip' for data in folders; got {augment!r}"
+        )
     train, test = open_folder(root / "train"), open_folder(root / "val")
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
@@ -192,7 +217,14 @@ def _folder(
 
     return Data(
         name="folder",
-        train=loader(train, kept, batch_size=batch_size, seed=seed, shuffle=True, train=augment == "crop-flip"),
+        train=loader(
+            train,
+            kept,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=True,
+            train=augment == "crop-flip",
+        ),
         score=loader(train, kept),
         val=loader(train, held_out) if len(held_out) else None,
         test=loader(test, torch.arange(len(test))),

@@ -20,11 +20,15 @@ STD = (0.229, 0.224, 0.225)
 def open_folder(root: Path) -> Any:
     """torchvision's ImageFolder over `root`; images arrive as PIL images."""
     if not root.is_dir():
-        raise FileNotFoundError(f"data.root: there is no folder {root}; it must hold one folder per class")
+        raise FileNotFoundError(
+            f"data.root: there is no folder {root}; it must hold one folder per class"
+        )
     try:
         from torchvision.datasets import ImageFolder
     except ImportError as error:
-        raise ImportError(f"data 'folder' needs torchvision: pip install torchvision ({error})") from error
+        raise ImportError(
+            f"data 'folder' needs torchvision: pip install torchvision ({error})"
+        ) from error
     try:
         return ImageFolder(str(root))
     except FileNotFoundError as error:
@@ -46,7 +50,9 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
         try:
             image = self.folder.loader(path)
         except OSError as error:
-            raise ValueError(f"{path} is not a readable picture ({error}); replace or remove it") from error
+            raise ValueError(
+                f"{path} is not a readable picture ({error}); replace or remove it"
+            ) from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image), target, index
@@ -88,7 +94,7 @@ class FolderLoader:
         self._samples = _Samples(folder, rows, v2.Compose([*crop, *finish]))
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+        return (len(self.labels) + self.batch_size - 1) // self.batch_size
 
     def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
         batches = epoch_batches(
@@ -99,7 +105,10 @@ class FolderLoader:
             shuffle=self.shuffle,
             selected=selected,
         )
-        items = [[(i, derived_seed("augment", self.seed, epoch, i)) for i in batch.tolist()] for batch in batches]
+        items = [
+            [(i, derived_seed("augment", self.seed, epoch, i)) for i in batch.tolist()]
+            for batch in batches
+        ]
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self._samples),
             batch_sampler=cast(Any, items),

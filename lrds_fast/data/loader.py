@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """images (N, channels, height, width), ready for the network but for the device; targets (N,) int64; index (N,)
+    """images (N, channels, height, width), ready for the network but for the device; targets (N,) int64; indices (N,)
     int64 on the CPU, each sample's place in its split."""
 
     images: Tensor
     targets: Tensor
-    index: Tensor
+    indices: Tensor
 
 
 class Loader(Protocol):
@@ -75,14 +75,24 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 def epoch_batches(
-    size: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool, selected: Tensor | None = None
+    size: int,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    selected: Tensor | None = None,
 ) -> list[Tensor]:
     """Index tensors of one epoch's batches; the last may be short. Within a batch selected samples come first.
 
     Which samples share a batch does not depend on `selected`.
     """
-    order = torch.randperm(size, generator=generator("order", seed, epoch)) if shuffle else torch.arange(size)
-    batches = list(order.split(batch_size)) if size else []
+    order = (
+        torch.randperm(size, generator=generator("order", seed, epoch))
+        if shuffle
+        else torch.arange(size)
+    )
+    batches = list(torch.split(order, batch_size)) if size else []
     if selected is None:
         return batches
     return [torch.cat([batch[selected[batch]], batch[~selected[batch]]]) for batch in batches]

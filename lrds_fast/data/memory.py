@@ -36,9 +36,13 @@ class MemoryLoader:
         std: tuple[float, ...] | None = None,
     ) -> None:
         if images.dim() != 4:
-            raise ValueError(f"images must have 4 dimensions (size, channels, height, width); got {tuple(images.shape)}")
+            raise ValueError(
+                f"images must have 4 dimensions (size, channels, height, width); got {tuple(images.shape)}"
+            )
         if targets.shape != images.shape[:1]:
-            raise ValueError(f"targets must have shape ({len(images)},), as there are images; got {tuple(targets.shape)}")
+            raise ValueError(
+                f"targets must have shape ({len(images)},), as there are images; got {tuple(targets.shape)}"
+            )
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise TypeError(f"targets must be integers; got {targets.dtype}")
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
@@ -47,7 +51,9 @@ class MemoryLoader:
                 " correct num_classes or the labels"
             )
         if augment not in ("none", "shift", "crop-flip"):
-            raise ValueError(f"augment must be 'none', 'shift' or 'crop-flip' for data in memory; got {augment!r}")
+            raise ValueError(
+                f"augment must be 'none', 'shift' or 'crop-flip' for data in memory; got {augment!r}"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         self.images = images
@@ -61,7 +67,7 @@ class MemoryLoader:
         self.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return (len(self.images) + self.batch_size - 1) // self.batch_size
 
     def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
         for index in epoch_batches(
@@ -102,7 +108,11 @@ class MemoryLoader:
             mirrored = torch.rand(len(self.images), generator=draws)[index] < 0.5
             columns = torch.where(mirrored[:, None], columns.flip(1), columns)
         batch = torch.arange(len(images))[:, None, None]
-        return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        return (
+            padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -110,7 +120,9 @@ def digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(f"data 'digits' needs scikit-learn: pip install scikit-learn ({error})") from error
+        raise ImportError(
+            f"data 'digits' needs scikit-learn: pip install scikit-learn ({error})"
+        ) from error
     bunch = load_digits()
     images = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32) / 16.0)
     return images[:, None], torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
@@ -132,14 +144,20 @@ def from_npz(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 raise KeyError(", ".join(missing))
             arrays = [archive[name] for name in names]
     except KeyError as error:
-        raise ValueError(f"{path} lacks the array(s) {error.args[0]}; it must hold {', '.join(names)}") from None
-    except Exception as error:  # zipfile and numpy raise half a dozen unrelated types for a damaged file
+        raise ValueError(
+            f"{path} lacks the array(s) {error.args[0]}; it must hold {', '.join(names)}"
+        ) from None
+    except (
+        Exception
+    ) as error:  # zipfile and numpy raise half a dozen unrelated types for a damaged file
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     for i in (0, 2):
         if tensors[i].dim() == 3:
             tensors[i] = tensors[i][..., None]
         if tensors[i].dim() != 4:
-            raise ValueError(f"{path}: {names[i]} must have 3 or 4 dimensions; got {tuple(arrays[i].shape)}")
+            raise ValueError(
+                f"{path}: {names[i]} must have 3 or 4 dimensions; got {tuple(arrays[i].shape)}"
+            )
         tensors[i] = tensors[i].permute(0, 3, 1, 2).contiguous()
     return cast(tuple[Tensor, Tensor, Tensor, Tensor], tuple(tensors))

@@ -20,7 +20,9 @@ class External(nn.Module):
         super().__init__()
         linears = [module for module in net.modules() if isinstance(module, nn.Linear)]
         if not linears:
-            raise ValueError(f"model {name!r} has no nn.Linear layer, so it has no features to score; choose another one")
+            raise ValueError(
+                f"model {name!r} has no nn.Linear layer, so it has no features to score; choose another one"
+            )
         self.net = net
         # Not registered a second time: a submodule under two names would be saved twice.
         self._head = [linears[-1]]
@@ -57,5 +59,7 @@ class External(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.net.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         return self.net.load_state_dict(state_dict, strict=strict, assign=assign)

@@ -34,7 +34,9 @@ class CifarResNet(Classifier):
     widths: channels of the stem and of the three stages.
     """
 
-    def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int = 100) -> None:
+    def __init__(
+        self, depth: int, widths: tuple[int, int, int, int], num_classes: int = 100
+    ) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
@@ -51,7 +53,8 @@ class CifarResNet(Classifier):
 
     def features(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
         return x.mean(dim=(2, 3))
 
 

@@ -27,7 +27,13 @@ class SmallCNN(Classifier):
     """
 
     def __init__(
-        self, num_classes: int = 10, *, channels: int = 1, size: int = 8, width: int = 16, hidden: int = 64
+        self,
+        num_classes: int = 10,
+        *,
+        channels: int = 1,
+        size: int = 8,
+        width: int = 16,
+        hidden: int = 64,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1)

@@ -37,7 +37,8 @@ class WideStage(nn.Module):
     def __init__(self, inputs: int, width: int, blocks: int, stride: int) -> None:
         super().__init__()
         self.layer = nn.Sequential(
-            WideBlock(inputs, width, stride), *(WideBlock(width, width, 1) for _ in range(blocks - 1))
+            WideBlock(inputs, width, stride),
+            *(WideBlock(width, width, 1) for _ in range(blocks - 1)),
         )
 
     def forward(self, x: Tensor) -> Tensor:

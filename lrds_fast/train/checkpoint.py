@@ -26,7 +26,12 @@ class Stateful(Protocol):
 
 
 def save(
-    path: Path, *, epoch: int, facts: Mapping[str, str], student: nn.Module, parts: Mapping[str, Stateful | None]
+    path: Path,
+    *,
+    epoch: int,
+    facts: Mapping[str, str],
+    student: nn.Module,
+    parts: Mapping[str, Stateful | None],
 ) -> None:
     """A checkpoint of the state after `epoch` epochs.
 
@@ -47,12 +52,18 @@ def save(
 
 
 def resume(
-    path: Path, *, facts: Mapping[str, str], student: nn.Module, parts: Mapping[str, Stateful | None]
+    path: Path,
+    *,
+    facts: Mapping[str, str],
+    student: nn.Module,
+    parts: Mapping[str, Stateful | None],
 ) -> int:
     """Loads what save() wrote and returns the number of epochs done; ValueError where a fact differs."""
     state = _read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); start afresh without --resume")
+        raise ValueError(
+            f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); start afresh without --resume"
+        )
     for name, value in facts.items():
         before = state["facts"].get(name)
         if before != value:
@@ -75,7 +86,9 @@ def load_weights(model: nn.Module, path: Path, *, key: str) -> None:
     .safetensors. key: the recipe key that named the file, for the messages. Where a moving average was kept, it is what is loaded.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{key}: there is no file {path}; train it first, or correct the path")
+        raise FileNotFoundError(
+            f"{key}: there is no file {path}; train it first, or correct the path"
+        )
     if path.suffix == ".safetensors":
         state: Any = _read_safetensors(path)
     else:
@@ -83,13 +96,17 @@ def load_weights(model: nn.Module, path: Path, *, key: str) -> None:
         if isinstance(state, dict) and state.get("format") == FORMAT:
             average = state["parts"].get("ema")
             state = state["student"] if average is None else _average_weights(average)
-        for key in ("model", "state_dict"):
-            if isinstance(state, dict) and isinstance(state.get(key), dict):
-                state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        for wrapper in ("model", "state_dict"):
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
         raise ValueError(f"{key}: {path} holds no state dict of tensors")
-    if all(key.startswith("module.") for key in state):
-        state = {key[len("module.") :]: value for key, value in state.items()}
+    if all(name.startswith("module.") for name in state):
+        state = {name[len("module.") :]: value for name, value in state.items()}
     load_state(model, state, path)
 
 
@@ -101,7 +118,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
     if missing or surplus:
         differences = [f"lacks {missing[0]!r}"] if missing else []
         differences += [f"has {surplus[0]!r}, which the model has not"] if surplus else []
-        raise ValueError(f"{path} is of another model: it {' and '.join(differences)}; name the model it was saved from")
+        raise ValueError(
+            f"{path} is of another model: it {' and '.join(differences)}; name the model it was saved from"
+        )
     for key, value in own.items():
         if state[key].shape != value.shape:
             raise ValueError(
@@ -118,14 +137,20 @@ def _average_weights(average: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}; start without --resume, or correct the path"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of tensors alone, or it is damaged: {reason}") from error
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors alone, or it is damaged: {reason}"
+        ) from error
     except Exception as error:  # a damaged zip raises RuntimeError, EOFError, OSError or KeyError, by where it was cut
-        raise ValueError(f"{path} is damaged (cut short?); restore it from a copy, or delete it and start afresh") from error
+        raise ValueError(
+            f"{path} is damaged (cut short?); restore it from a copy, or delete it and start afresh"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -20,7 +20,13 @@ from lrds_fast.train import checkpoint
 from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.files import append_record, read_records, rewrite_records, write_text
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory, build_optimizer, loss_arguments, lr_factor, pick_device
+from lrds_fast.train.setup import (
+    autocast_factory,
+    build_optimizer,
+    loss_arguments,
+    lr_factor,
+    pick_device,
+)
 from lrds_fast.train.totals import Totals
 
 CHECKPOINT = "last.pt"
@@ -66,7 +72,9 @@ def train(
         teacher.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         teacher.eval().requires_grad_(False)
     check_class_counts(data, student, teacher, device, memory_format)
-    if selected is not None and (selected.dtype != torch.bool or selected.shape != data.train.labels.shape):
+    if selected is not None and (
+        selected.dtype != torch.bool or selected.shape != data.train.labels.shape
+    ):
         raise ValueError(
             f"selected must be bool of shape ({len(data.train.labels)},), one per training sample;"
             f" got {selected.dtype} of shape {tuple(selected.shape)}"
@@ -75,14 +83,22 @@ def train(
     hyperparameters = loss_arguments(recipe.loss)
     autocast = autocast_factory(recipe.run.amp, device)
     optimizer = build_optimizer(recipe.optimizer, student)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.amp == "fp16" and device.type == "cuda")
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=recipe.run.amp == "fp16" and device.type == "cuda"
+    )
     ema = None
     if recipe.run.ema_decay > 0:
-        ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(recipe.run.ema_decay), use_buffers=True)
+        ema = AveragedModel(
+            student, multi_avg_fn=get_ema_multi_avg_fn(recipe.run.ema_decay), use_buffers=True
+        )
     torch.manual_seed(derived_seed("train", recipe.seed))
 
     facts = identity(recipe, fingerprint, selected)
-    parts: Mapping[str, checkpoint.Stateful | None] = {"optimizer": optimizer, "scaler": scaler, "ema": ema}
+    parts: Mapping[str, checkpoint.Stateful | None] = {
+        "optimizer": optimizer,
+        "scaler": scaler,
+        "ema": ema,
+    }
     first_epoch, records = 0, []
     if resume and (out / CHECKPOINT).exists():
         first_epoch = checkpoint.resume(out / CHECKPOINT, facts=facts, student=student, parts=parts)
@@ -97,7 +113,9 @@ def train(
         rewrite_records(out / LOG, [])
     write_text(out / RECIPE, recipe.to_json())
 
-    teacher_pred = None if teacher is None else torch.full(data.train.labels.shape, -1, device=device)
+    teacher_pred = (
+        None if teacher is None else torch.full(data.train.labels.shape, -1, device=device)
+    )
     steps_per_epoch = len(data.train)
     bar = tqdm(
         total=recipe.schedule.epochs * steps_per_epoch,
@@ -110,9 +128,13 @@ def train(
         started = time.perf_counter()
         student.train()
         totals = Totals(device)
-        for step, batch in enumerate(data.train.epoch(epoch, selected), start=epoch * steps_per_epoch):
+        for step, batch in enumerate(
+            data.train.epoch(epoch, selected), start=epoch * steps_per_epoch
+        ):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.optimizer.lr * lr_factor(recipe.schedule, step / steps_per_epoch)
+                group["lr"] = recipe.optimizer.lr * lr_factor(
+                    recipe.schedule, step / steps_per_epoch
+                )
             images = batch.images.to(device, non_blocking=True, memory_format=memory_format)
             target = batch.targets.to(device, non_blocking=True)
             teacher_rows, mask = who_listens(batch, selected, recipe.selection.compose)
@@ -120,11 +142,15 @@ def train(
             with autocast():
                 logits = student(images)
             if teacher is None:
-                loss = F.cross_entropy(logits.float(), target, label_smoothing=recipe.loss.label_smoothing)
+                loss = F.cross_entropy(
+                    logits.float(), target, label_smoothing=recipe.loss.label_smoothing
+                )
                 totals.add_cross_entropy(loss, len(target), step)
             else:
                 with torch.inference_mode(), autocast():
-                    teacher_logits = teacher(images[:teacher_rows]) if teacher_rows else logits.detach()[:0]
+                    teacher_logits = (
+                        teacher(images[:teacher_rows]) if teacher_rows else logits.detach()[:0]
+                    )
                 parts_of_loss = lrds_fast.kd_loss_parts(
                     logits,
                     teacher_logits,
@@ -137,7 +163,7 @@ def train(
                 loss = parts_of_loss.loss
                 totals.add_parts(parts_of_loss, len(target), teacher_rows, step)
                 if teacher_pred is not None and teacher_rows:
-                    seen = batch.index[:teacher_rows].to(device, non_blocking=True)
+                    seen = batch.indices[:teacher_rows].to(device, non_blocking=True)
                     teacher_pred[seen] = predicted(teacher_logits, target[:teacher_rows])
 
             optimizer.zero_grad(set_to_none=True)
@@ -154,7 +180,11 @@ def train(
                 totals.check_finite(recipe)
         totals.check_finite(recipe)
 
-        record: dict[str, Any] = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch, **totals.means()}
+        record: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * steps_per_epoch,
+            **totals.means(),
+        }
         record["lr"] = optimizer.param_groups[0]["lr"]
         judged = student if ema is None else ema.module
         for split, loader in (("val", data.val), ("test", data.test)):
@@ -165,7 +195,9 @@ def train(
         append_record(out / LOG, record)
         records.append(record)
         if (epoch + 1) % recipe.run.save_every == 0 or epoch + 1 == recipe.schedule.epochs:
-            checkpoint.save(out / CHECKPOINT, epoch=epoch + 1, facts=facts, student=student, parts=parts)
+            checkpoint.save(
+                out / CHECKPOINT, epoch=epoch + 1, facts=facts, student=student, parts=parts
+            )
         bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_acc']:.2%}")
     bar.close()
     if ema is not None:
@@ -175,10 +207,10 @@ def train(
 
 def who_listens(batch: Batch, selected: Tensor | None, compose: str) -> tuple[int, Tensor | None]:
     """(rows the teacher must see, mask for the loss or None where a prefix says it all)."""
-    rows = len(batch.index)
+    rows = len(batch.indices)
     if selected is None:
         return rows, None
-    mask = selected[batch.index]
+    mask = selected[batch.indices]
     count = int(mask.sum())
     if compose == "prefix" and bool(mask[:count].all()):
         return count, None
@@ -196,7 +228,15 @@ def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[
 
     All of the recipe but its name, where it is written, where it runs, and how many processes read the data.
     """
-    free = ("name", "description", "run.out", "run.device", "run.save_every", "data.workers", "selection.path")
+    free = (
+        "name",
+        "description",
+        "run.out",
+        "run.device",
+        "run.save_every",
+        "data.workers",
+        "selection.path",
+    )
     facts = {key: repr(value) for key, value in recipe.flat().items() if key not in free}
     facts["data's fingerprint"] = fingerprint
     mask = b"" if selected is None else selected.cpu().numpy().tobytes()

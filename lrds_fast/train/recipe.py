@@ -154,7 +154,9 @@ class Recipe:
 
     def with_values(self, **values: Any) -> Recipe:
         """A copy with some values replaced, by dotted name: with_values(seed=1, **{"loss.eta": 0.5})."""
-        return from_mapping(_overlay(dataclasses.asdict(self), _nested(values)), where="with_values")
+        return from_mapping(
+            _overlay(dataclasses.asdict(self), _nested(values)), where="with_values"
+        )
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key."""
@@ -240,7 +242,9 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
     if source.endswith(".toml"):
         path = Path(source) if base is None else base / source
         if not path.is_file():
-            raise FileNotFoundError(f"there is no recipe file {path}; lrds-fast recipes lists those that come with the library")
+            raise FileNotFoundError(
+                f"there is no recipe file {path}; lrds-fast recipes lists those that come with the library"
+            )
         text, folder = path.read_text(encoding="utf-8"), path.parent
     else:
         text, folder = recipe_text(source), None
@@ -268,7 +272,9 @@ def _build(cls: Any, values: Mapping[str, Any], *, prefix: str, where: str) -> A
     for key, value in values.items():
         full = f"{prefix}{key}"
         if key not in hints:
-            raise ValueError(f"{where}: unknown key {full!r}; {_nearest(full, prefix, list(hints))}")
+            raise ValueError(
+                f"{where}: unknown key {full!r}; {_nearest(full, prefix, list(hints))}"
+            )
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
@@ -288,7 +294,11 @@ def _nearest(full: str, prefix: str, keys: list[str]) -> str:
     last = full.rpartition(".")[2]
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(full, everything, n=1)
     near = near or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1)]
-    return f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(prefix + key for key in keys)}"
+    return (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"valid keys here: {', '.join(prefix + key for key in keys)}"
+    )
 
 
 def all_keys() -> list[str]:
@@ -312,7 +322,9 @@ def _typed(value: Any, hint: Any, key: str, where: str) -> Any:
             return tuple(_typed(item, inner, key, where) for item in value)
         raise ValueError(f"{where}: {key} must be a list of {inner.__name__}; got {value!r}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: {key} must be {hint.__name__}; got {value!r} ({type(value).__name__})")
+        raise ValueError(
+            f"{where}: {key} must be {hint.__name__}; got {value!r} ({type(value).__name__})"
+        )
     return value
 
 
@@ -369,7 +381,9 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         for name in tables:
             inner = table.setdefault(name, {})
             if not isinstance(inner, dict):
-                raise ValueError(f"{key!r} names a value inside {name!r}, which is itself set to a value")
+                raise ValueError(
+                    f"{key!r} names a value inside {name!r}, which is itself set to a value"
+                )
             table = inner
         table[last] = value
     return nested
@@ -380,5 +394,9 @@ def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        merged[key] = _overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = (
+            _overlay(old, value)
+            if isinstance(old, Mapping) and isinstance(value, Mapping)
+            else value
+        )
     return merged

@@ -56,10 +56,14 @@ class Row:
 def read_run(folder: Path) -> Run:
     """The run in `folder`; FileNotFoundError or ValueError in one line where there is none or no epoch is done."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; name the folder of a run, such as runs/digits_kd")
+        raise FileNotFoundError(
+            f"there is no folder {folder}; name the folder of a run, such as runs/digits_kd"
+        )
     path = folder / RECIPE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {RECIPE}, so it is not a run of lrds-fast train")
+        raise FileNotFoundError(
+            f"{folder} holds no {RECIPE}, so it is not a run of lrds-fast train"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -78,14 +82,20 @@ def tabulate(runs: Sequence[Run], *, baseline: str | None = None) -> list[Row]:
     for group in groups.values():
         group.sort(key=lambda run: run.recipe.seed)
     if baseline is not None and baseline not in groups:
-        raise ValueError(f"there is no run named {baseline!r} to compare with; these are: {', '.join(groups)}")
+        raise ValueError(
+            f"there is no run named {baseline!r} to compare with; these are: {', '.join(groups)}"
+        )
     base = groups[baseline] if baseline is not None else []
     return [_row(name, group, [] if name == baseline else base) for name, group in groups.items()]
 
 
 def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
     seeds = tuple(run.recipe.seed for run in group)
-    comparable = bool(base) and seeds == tuple(run.recipe.seed for run in base) and len(set(seeds)) == len(seeds)
+    comparable = (
+        bool(base)
+        and seeds == tuple(run.recipe.seed for run in base)
+        and len(set(seeds)) == len(seeds)
+    )
 
     def difference(key: str) -> Estimate | None:
         return paired(_last(group, key), _last(base, key)) if comparable else None
@@ -95,12 +105,16 @@ def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
         name=name,
         seeds=seeds,
         accuracy=estimate(_last(group, "test_acc")),
-        best_accuracy=estimate([max(record["test_acc"] for record in run.records) for run in group]),
+        best_accuracy=estimate(
+            [max(record["test_acc"] for record in run.records) for run in group]
+        ),
         cross_entropy=estimate(_last(group, "test_ce")),
         accuracy_difference=difference("test_acc"),
         cross_entropy_difference=difference("test_ce"),
         revised=estimate(_last(group, "n_revised")) if taught else None,
-        deselected=estimate([run.last["rows"] - run.last["n_selected"] for run in group]) if taught else None,
+        deselected=estimate([run.last["rows"] - run.last["n_selected"] for run in group])
+        if taught
+        else None,
     )
 
 
@@ -156,7 +170,10 @@ def text_table(rows: Sequence[Row], *, baseline: str | None = None) -> str:
     lines = [header(baseline), *map(cells, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     rendered = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     ]
     rendered.insert(1, "-" * len(rendered[0]))
@@ -190,23 +207,35 @@ def verdicts(rows: Sequence[Row], baseline: str) -> list[str]:
                 parts.append(f"{what} within noise")
             else:
                 better = (value.mean > 0) == (what == "accuracy")
-                parts.append(f"{what} {scale * value.mean:+.{digits}f}{unit} ({'better' if better else 'worse'})")
+                parts.append(
+                    f"{what} {scale * value.mean:+.{digits}f}{unit} ({'better' if better else 'worse'})"
+                )
         sentences.append(f"{row.name} against {baseline}: {', '.join(parts)}.")
     return sentences
 
 
 def html_report(
-    runs: Sequence[Run], *, title: str, baseline: str | None = None, introduction: Sequence[str] = ()
+    runs: Sequence[Run],
+    *,
+    title: str,
+    baseline: str | None = None,
+    introduction: Sequence[str] = (),
+    conclusions: Sequence[str] = (),
 ) -> str:
     """One self-contained page: the table, curves, score histograms, and pictures of revised and deselected samples."""
     rows = tabulate(runs, baseline=baseline)
     body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for text in introduction)]
     titles = "".join(f"<th>{escape(text)}</th>" for text in header(baseline))
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>" for row in rows)
-    body.append(f"<h2>Results</h2><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>")
+    lines = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>" for row in rows
+    )
+    body.append(
+        f"<h2>Results</h2><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
+    )
     body.append(f"<p class='note'>{escape(NOTES)}</p>")
-    if baseline is not None:
-        body.append("<ul>" + "".join(f"<li>{escape(text)}</li>" for text in verdicts(rows, baseline)) + "</ul>")
+    if conclusions:
+        items = "".join(f"<li>{escape(text)}</li>" for text in conclusions)
+        body.append(f"<ul>{items}</ul>")
     body.append("<h2>Curves</h2><div class='charts'>")
     for key, label, percent in (
         ("test_acc", "test accuracy", True),
@@ -214,7 +243,9 @@ def html_report(
         ("train_loss", "training loss (each run's own)", False),
     ):
         chart = line_chart(mean_curves(runs, key), x_label="epoch", y_label=label, percent=percent)
-        body.append(f"<figure>{chart}<figcaption>{escape(label)}, mean over seeds</figcaption></figure>")
+        body.append(
+            f"<figure>{chart}<figcaption>{escape(label)}, mean over seeds</figcaption></figure>"
+        )
     body.append("</div>")
     body += _selections(runs)
     body += _galleries(runs)
@@ -231,9 +262,14 @@ def mean_curves(runs: Sequence[Run], key: str) -> dict[str, list[tuple[float, fl
     for run in runs:
         for record in run.records:
             if record.get(key) is not None:
-                sums.setdefault(run.recipe.name, {}).setdefault(record["epoch"], []).append(record[key])
+                sums.setdefault(run.recipe.name, {}).setdefault(record["epoch"], []).append(
+                    record[key]
+                )
     return {
-        name: [(float(epoch), math.fsum(values) / len(values)) for epoch, values in sorted(epochs.items())]
+        name: [
+            (float(epoch), math.fsum(values) / len(values))
+            for epoch, values in sorted(epochs.items())
+        ]
         for name, epochs in sums.items()
     }
 
@@ -248,7 +284,9 @@ def _selections(runs: Sequence[Run]) -> list[str]:
             continue
         done.add(run.recipe.name)
         chart = _score_histogram(Selection.load(path))
-        body.append(f"<figure>{chart}<figcaption>{escape(run.recipe.name)}, seed {run.recipe.seed}</figcaption></figure>")
+        body.append(
+            f"<figure>{chart}<figcaption>{escape(run.recipe.name)}, seed {run.recipe.seed}</figcaption></figure>"
+        )
     return ["<h2>Scores</h2><div class='charts'>", *body, "</div>"] if body else []
 
 
@@ -260,7 +298,9 @@ def _score_histogram(selection: Selection) -> str:
         "keeps the teacher": scores[selection.mask].tolist(),
         "label alone": scores[~selection.mask].tolist(),
     }
-    return histogram(groups, x_label=by, mark=float(threshold) if isinstance(threshold, (int, float)) else None)
+    return histogram(
+        groups, x_label=by, mark=float(threshold) if isinstance(threshold, (int, float)) else None
+    )
 
 
 def _galleries(runs: Sequence[Run]) -> list[str]:

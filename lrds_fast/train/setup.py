@@ -18,7 +18,9 @@ def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
     if epoch < schedule.warmup_epochs:
         return (epoch + 1e-3) / schedule.warmup_epochs
     if schedule.name == "cosine":
-        done = (epoch - schedule.warmup_epochs) / max(schedule.epochs - schedule.warmup_epochs, 1e-9)
+        done = (epoch - schedule.warmup_epochs) / max(
+            schedule.epochs - schedule.warmup_epochs, 1e-9
+        )
         return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
     if schedule.name == "step":
         return schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
@@ -28,7 +30,9 @@ def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
 def build_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim.Optimizer:
     """SGD or AdamW over all parameters."""
     if options.name == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(
+            model.parameters(), lr=options.lr, weight_decay=options.weight_decay
+        )
     return torch.optim.SGD(
         model.parameters(),
         lr=options.lr,
@@ -55,7 +59,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"run.device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"run.device is {name!r}, but PyTorch sees no CUDA device; set run.device=cpu, or see lrds-fast doctor")
+        raise ValueError(
+            f"run.device is {name!r}, but PyTorch sees no CUDA device; set run.device=cpu, or see lrds-fast doctor"
+        )
     return device
 
 

@@ -15,12 +15,12 @@ class Estimate(NamedTuple):
 
     mean: float
     error: float
-    count: int
+    n: int
 
     @property
     def interval(self) -> float:
         """Half the width of the 95% t interval."""
-        return self.error * t95(self.count - 1)
+        return self.error * t95(self.n - 1)
 
     @property
     def within_noise(self) -> bool:
@@ -43,7 +43,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
     """The estimate of values[i] - baseline[i]; both hold the same seeds in the same order."""
     if len(values) != len(baseline):
-        raise ValueError(f"paired differences need equally many values; got {len(values)} and {len(baseline)}")
+        raise ValueError(
+            f"paired differences need equally many values; got {len(values)} and {len(baseline)}"
+        )
     return estimate([value - other for value, other in zip(values, baseline, strict=True)])
 
 

@@ -24,7 +24,9 @@ class Totals:
         # The first step whose loss was not finite; a number beyond every step while there is none.
         self._bad_step = torch.full((), NO_STEP, device=device)
 
-    def add_parts(self, parts: lrds_fast.KDLossParts, rows: int, teacher_rows: int, step: int) -> None:
+    def add_parts(
+        self, parts: lrds_fast.KDLossParts, rows: int, teacher_rows: int, step: int
+    ) -> None:
         """One batch of the distillation loss."""
         loss = parts.loss.detach()
         valid = parts.n_valid
@@ -43,12 +45,16 @@ class Totals:
     def add_cross_entropy(self, loss: Tensor, rows: int, step: int) -> None:
         """One batch without a teacher."""
         value = loss.detach().double() * rows
-        self._sums[:4] += torch.stack([value, value, torch.zeros_like(value), torch.full_like(value, rows)])
+        self._sums[:4] += torch.stack(
+            [value, value, torch.zeros_like(value), torch.full_like(value, rows)]
+        )
         self._rows += rows
         self._note(loss.detach(), step)
 
     def _note(self, loss: Tensor, step: int) -> None:
-        self._bad_step = torch.where(torch.isfinite(loss), self._bad_step, self._bad_step.clamp(max=step))
+        self._bad_step = torch.where(
+            torch.isfinite(loss), self._bad_step, self._bad_step.clamp(max=step)
+        )
 
     def check_finite(self, recipe: Recipe) -> None:
         """FloatingPointError naming the step where the loss was first not finite."""
@@ -69,5 +75,9 @@ class Totals:
         values: dict[str, Any] = {"train_loss": loss * per_row, "rows": self._rows}
         if self._with_teacher:
             values |= {"train_ce": ce * per_row, "train_kd": kd * per_row}
-            values |= {"n_selected": int(selected), "n_revised": int(revised), "teacher_rows": self._teacher_rows}
+            values |= {
+                "n_selected": int(selected),
+                "n_revised": int(revised),
+                "teacher_rows": self._teacher_rows,
+            }
         return values

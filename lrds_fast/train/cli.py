@@ -1,0 +1,319 @@
+"""The command line: lrds-fast, also python -m lrds_fast."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+#: Exit codes: done; could not be done (training diverged, disk full, ...); the request itself is wrong; interrupted.
+OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Mistakes are one line on stderr, with --debug also the traceback."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except KeyboardInterrupt:
+        print(
+            "lrds-fast: interrupted; lrds-fast train --resume goes on after the last checkpoint",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (| head); nothing more can be written there, not even at exit.
+        sys.stdout = None
+        return OK
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError, ImportError) as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"lrds-fast: error: {_one_line(error)}", file=sys.stderr)
+        wrong_request = isinstance(
+            error, (ValueError, TypeError, FileNotFoundError, FileExistsError)
+        )
+        return MISUSED if wrong_request else FAILED
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
+    text = " ".join(str(error).split())
+    return text or f"{type(error).__name__} without a message; --debug shows where"
+
+
+def _parser() -> argparse.ArgumentParser:
+    from lrds_fast._version import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="lrds-fast",
+        description="Knowledge distillation with label revision (LR) and data selection (DS).",
+        epilog="Start with: lrds-fast demo",
+    )
+    parser.add_argument("--version", action="version", version=f"lrds-fast {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], summary: str, example: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    def add_recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "recipe", metavar="RECIPE", help="a TOML file, or a name that `lrds-fast recipes` lists"
+        )
+        add_settings(sub)
+
+    def add_settings(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="settings",
+            help="override a value of the recipe",
+        )
+        sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sub = add(
+        "demo",
+        _demo,
+        "teacher, student alone, KD, KD+LR, KD+DS and KD+LR+DS on scikit-learn's digits: a table and a report",
+        "lrds-fast demo --out runs/demo",
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder to write to (default: %(default)s)",
+    )
+    sub.add_argument("--seeds", type=int, default=8, help="repetitions (default: %(default)s)")
+    add_settings(sub)
+
+    sub = add(
+        "train",
+        _train,
+        "train a recipe",
+        "lrds-fast train digits_alone --set schedule.epochs=20 --set seed=1",
+    )
+    add_recipe(sub)
+    after = sub.add_mutually_exclusive_group()
+    after.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after the run's last checkpoint, if there is one",
+    )
+    after.add_argument(
+        "--overwrite", action="store_true", help="replace an older run in the same folder"
+    )
+
+    sub = add(
+        "score",
+        _score,
+        "score every training sample: should it keep its teacher?",
+        "lrds-fast score digits_kd --set score.curvature=exact",
+    )
+    add_recipe(sub)
+    sub.add_argument(
+        "--out",
+        type=Path,
+        help="Parquet file to write (default: scores.parquet in the run's folder)",
+    )
+
+    sub = add(
+        "select",
+        _select,
+        "choose the samples that keep their teacher from a file of scores",
+        "lrds-fast select runs/digits_kd/scores.parquet --by kd_gain --threshold 0",
+    )
+    sub.add_argument(
+        "scores", metavar="SCORES", type=Path, help="a file that `lrds-fast score` has written"
+    )
+    sub.add_argument(
+        "--by", default="kd_gain", help="the score to go by; lower = keep (default: %(default)s)"
+    )
+    how = sub.add_mutually_exclusive_group(required=True)
+    how.add_argument("--threshold", type=float, help="keep samples whose score is below")
+    how.add_argument("--ratio", type=float, help="keep this share of the samples, in [0, 1]")
+    sub.add_argument("--per-class", action="store_true", help="the share of every class")
+    sub.add_argument("--largest", action="store_true", help="keep high scores instead of low ones")
+    sub.add_argument(
+        "--out", type=Path, help="Parquet file to write (default: selection.parquet beside SCORES)"
+    )
+    sub.add_argument("--report", type=Path, help="also write an HTML report of the selection")
+
+    sub = add(
+        "report",
+        _report,
+        "compare runs in one HTML file and a table; runs of one name are averaged over their seeds",
+        "lrds-fast report runs/digits_kd runs/digits_kd_lr --baseline digits_kd --out report.html",
+    )
+    sub.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
+    sub.add_argument("--baseline", help="name of the runs to take differences to")
+    sub.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)"
+    )
+
+    sub = add(
+        "recipes",
+        _recipes,
+        "list the recipes that come with the library, or show one",
+        "lrds-fast recipes show digits_kd",
+    )
+    actions = sub.add_subparsers(metavar="ACTION", dest="action")
+    actions.add_parser("list", help="names and descriptions (default)")
+    show = actions.add_parser("show", help="the TOML of one recipe, and every value once resolved")
+    show.add_argument("recipe", metavar="RECIPE")
+    show.add_argument(
+        "--resolved", action="store_true", help="every value with its default, as JSON"
+    )
+
+    add(
+        "doctor",
+        _doctor,
+        "what is installed and built, and how to get what is missing",
+        "lrds-fast doctor",
+    )
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from lrds_fast.train.demo import BASELINE, demo
+    from lrds_fast.train.report import NOTES, text_table
+
+    result = demo(
+        options.out, seeds=options.seeds, settings=options.settings, progress=_progress(options)
+    )
+    print("\n".join(result.introduction), end="\n\n")
+    print(text_table(result.rows, baseline=BASELINE), end="\n\n")
+    print(NOTES)
+    print("\n".join(result.conclusions))
+    print(f"\nreport: {result.report}")
+    return OK
+
+
+def _train(options: argparse.Namespace) -> int:
+    from lrds_fast.train import run
+    from lrds_fast.train.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.settings)
+    result = run.fit(
+        recipe, resume=options.resume, overwrite=options.overwrite, progress=_progress(options)
+    )
+    last = result.records[-1]
+    best = max(record["test_acc"] for record in result.records)
+    print(
+        f"{recipe.name}: test accuracy {last['test_acc']:.2%} after epoch {last['epoch']} (best epoch {best:.2%}),"
+        f" test cross-entropy {last['test_ce']:.4f}; {recipe.out}"
+    )
+    return OK
+
+
+def _score(options: argparse.Namespace) -> int:
+    import lrds_fast
+    from lrds_fast.train import run
+    from lrds_fast.train.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.settings)
+    scores = run.score(recipe, progress=_progress(options))
+    path = options.out or recipe.out / "scores.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A file of scores is a selection that leaves nobody out: the same columns, and labels and fingerprint travel along.
+    lrds_fast.select(scores, by=next(iter(scores)), ratio=1.0).save(path)
+    print(f"{len(scores.target)} samples, scores {', '.join(scores)}: {path}")
+    return OK
+
+
+def _select(options: argparse.Namespace) -> int:
+    import lrds_fast
+    from lrds_fast.influence import Scores
+    from lrds_fast.selection import Selection
+
+    if not options.scores.is_file():
+        raise FileNotFoundError(f"there is no file {options.scores}; lrds-fast score writes one")
+    table = Selection.load(options.scores)
+    if table.labels is None or table.teacher_pred is None:
+        raise ValueError(
+            f"{options.scores} has no labels or teacher's predictions; lrds-fast score writes them"
+        )
+    scores = Scores(
+        table.scores, target=table.labels, teacher_pred=table.teacher_pred, meta=table.meta
+    )
+    selection = lrds_fast.select(
+        scores,
+        by=options.by,
+        ratio=options.ratio,
+        threshold=options.threshold,
+        per_class=options.per_class,
+        largest=options.largest,
+    )
+    path = options.out or options.scores.with_name("selection.parquet")
+    if path.resolve() == options.scores.resolve():
+        raise ValueError(f"--out {path} would replace the scores; name another file")
+    selection.save(path)
+    if options.report:
+        selection.report(options.report)
+    print(f"{int(selection.mask.sum())} of {len(selection)} samples keep the teacher: {path}")
+    return OK
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lrds_fast.train.files import write_text
+    from lrds_fast.train.report import NOTES, html_report, read_run, tabulate, text_table, verdicts
+
+    runs = [read_run(folder) for folder in options.runs]
+    rows = tabulate(runs, baseline=options.baseline)
+    conclusions = verdicts(rows, options.baseline) if options.baseline else []
+    page = html_report(
+        runs, title="lrds-fast report", baseline=options.baseline, conclusions=conclusions
+    )
+    write_text(options.out, page)
+    print(text_table(rows, baseline=options.baseline), end="\n\n")
+    print(NOTES)
+    print("\n".join(conclusions), end="\n" if conclusions else "")
+    print(f"\nreport: {options.out}")
+    return OK
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from lrds_fast.train.recipe import builtin_recipes, load_recipe, recipe_text
+
+    if options.action == "show":
+        print(
+            load_recipe(options.recipe).to_json()
+            if options.resolved
+            else recipe_text(options.recipe),
+            end="",
+        )
+        print(end="\n" if options.resolved else "")
+        return OK
+    names = builtin_recipes()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {load_recipe(name).description}")
+    return OK
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from lrds_fast.train.doctor import examine, healthy, text
+
+    findings = examine()
+    print(text(findings))
+    return OK if healthy(findings) else FAILED
+
+
+def _progress(options: argparse.Namespace) -> bool:
+    return not options.quiet and sys.stderr.isatty()
