@@ -54,12 +54,11 @@ def check_hyperparameters(
     if ce_weight_unselected is not None:
         numbers["ce_weight_unselected"] = ce_weight_unselected
     for name, value in numbers.items():
-        if type(value) is not float:  # the common case costs one comparison
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                hint = ""
-                if name == "temperature" and isinstance(value, (tuple, list)):
-                    hint = "; several temperatures: add one kd_loss per temperature"
-                raise TypeError(f"{name} must be a number; got {value!r}{hint}")
+        # The common case costs one comparison.
+        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            several = name == "temperature" and isinstance(value, (tuple, list))
+            hint = "; several temperatures: add one kd_loss per temperature" if several else ""
+            raise TypeError(f"{name} must be a number; got {value!r}{hint}")
         if not -math.inf < value < math.inf:  # math.isfinite does not trace with symbolic floats
             raise ValueError(f"{name} must be finite; got {value!r}")
     if temperature <= 0:
@@ -112,9 +111,7 @@ def _check_target(target: object, student_logits: Tensor) -> None:
         raise ValueError(f"target must be on {student_logits.device} like student_logits; got {target.device}")
 
 
-def _check_tensors(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, selected: Tensor | None
-) -> None:
+def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, selected: Tensor | None) -> None:
     _check_logits("student_logits", student_logits)
     _check_logits("teacher_logits", teacher_logits)
     classes = student_logits.shape[-1]
@@ -171,7 +168,12 @@ def _scalar(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | N
     if not math.isfinite(value) or value < 0 or (value == 0 and name == "grad_scale"):
         raise ValueError(f"{name} must be finite and {'> 0' if name == 'grad_scale' else '>= 0'}; got {value!r}")
     # torch.full fills on the device: a copy from the host would wait for it.
-    return torch.full((), value, dtype=torch.float64 if like.device.type == "cpu" else torch.float32, device=like.device)
+    return torch.full(
+        (),
+        value,
+        dtype=torch.float64 if like.device.type == "cpu" else torch.float32,
+        device=like.device,
+    )
 
 
 def _transforms_active() -> bool:

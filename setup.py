@@ -1,0 +1,155 @@
+"""Builds lrds_fast._C: the operators for the CPU always, for CUDA where nvcc and a CUDA build of torch are found.
+
+Environment: LRDS_FAST_CUDA=1 makes CUDA mandatory, 0 forbids it; TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS mean what
+they mean to every PyTorch extension. Everything else about the package is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+HOW_TO_GET_NVCC = (
+    "install a CUDA toolkit, or the wheels nvidia-cuda-nvcc, nvidia-cuda-crt and nvidia-nvvm of torch's CUDA version "
+    "into this environment, or set CUDA_HOME"
+)
+
+
+def pybind11_include() -> list[str]:
+    """pybind11's headers; torch carries a copy for where the package is not installed."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
+def version() -> str:
+    text = (ROOT / "lrds_fast" / "_version.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit("setup.py: lrds_fast/_version.py does not define __version__")
+    return found.group(1)
+
+
+def find_cuda_home() -> Path | None:
+    """The folder whose bin/nvcc compiles: CUDA_HOME, the PATH, the usual place, or the nvidia wheels of this Python."""
+    on_path = shutil.which("nvcc")
+    candidates = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        cpp_extension.CUDA_HOME,
+        str(Path(on_path).resolve().parent.parent) if on_path else None,
+        "/usr/local/cuda",
+    ]
+    # Not find_spec("nvidia"): in an isolated build the wheels may stand beside torch only.
+    for site in {sysconfig.get_paths()["purelib"], str(Path(torch.__file__).parent.parent)}:
+        candidates += sorted(glob(f"{site}/nvidia/cu[0-9]*"), reverse=True)
+    for candidate in candidates:
+        # A wrapper in /usr/local/bin is a compiler without headers.
+        home = Path(candidate) if candidate else None
+        if home and (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            return home
+    return None
+
+
+def cuda_home_to_use() -> Path | None:
+    """Where the CUDA build gets its compiler; None for a CPU-only build. Says why in one line."""
+    wish = os.environ.get("LRDS_FAST_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"setup.py: LRDS_FAST_CUDA must be 0, 1 or unset; got {wish!r}")
+    if wish == "0":
+        print("lrds_fast: building for the CPU only (LRDS_FAST_CUDA=0)", file=sys.stderr)
+        return None
+    home = find_cuda_home()
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"this torch ({torch.__version__}) is a CPU-only build; install a CUDA build of torch"
+    elif home is None:
+        missing = f"nvcc was not found; {HOW_TO_GET_NVCC}"
+    if missing is None:
+        return home
+    if wish == "1":
+        raise SystemExit(f"setup.py: LRDS_FAST_CUDA=1, but {missing}")
+    print(f"lrds_fast: building for the CPU only: {missing}", file=sys.stderr)
+    return None
+
+
+def cudart_folder(home: Path) -> list[str]:
+    """Where the linker finds libcudart.so. The wheels ship it only under its versioned name, so it gets a link here."""
+    for folder in (home / "lib64", home / "lib", home / "targets" / "x86_64-linux" / "lib"):
+        if (folder / "libcudart.so").exists():
+            return [str(folder)]
+    for library in sorted((home / "lib").glob("libcudart.so.*")):
+        links = ROOT / "build" / "cudart"
+        links.mkdir(parents=True, exist_ok=True)
+        link = links / "libcudart.so"
+        link.unlink(missing_ok=True)
+        link.symlink_to(library)
+        return [str(links)]
+    return []
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(Path(path).relative_to(ROOT)) for path in glob(str(ROOT / "csrc" / pattern)))
+
+
+def extension() -> cpp_extension.CppExtension:
+    home = cuda_home_to_use()
+    macros: list[tuple[str, str | None]] = [
+        ("LRDS_VERSION", f'"{version()}"'),
+        ("LRDS_TORCH_VERSION", f'"{torch.__version__}"'),
+    ]
+    compile_args = {"cxx": ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall"]}
+    files = sources("torch/*.cpp") + sources("cpu/*.cpp")
+    options = {
+        "include_dirs": [str(ROOT / "csrc"), *pybind11_include()],
+        "extra_link_args": ["-fopenmp"],
+    }
+    if home is None:
+        return cpp_extension.CppExtension(
+            "lrds_fast._C", files, define_macros=macros, extra_compile_args=compile_args, **options
+        )
+    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
+    # torch reads CUDA_HOME when it is imported; what was found may be a place that it does not look in.
+    cpp_extension.CUDA_HOME = str(home)
+    os.environ["CUDA_HOME"] = str(home)
+    macros += [
+        ("LRDS_WITH_CUDA", None),
+        ("LRDS_CUDA_VERSION", f'"{torch.version.cuda}"'),
+        ("LRDS_CUDA_ARCHS", f'"{archs}"'),
+    ]
+    compile_args["nvcc"] = [
+        "-O3",
+        "-lineinfo",
+        "-Werror",
+        "all-warnings",
+        "-Xcompiler",
+        "-fvisibility=hidden",
+    ]
+    return cpp_extension.CUDAExtension(
+        "lrds_fast._C",
+        files + sources("cuda/*.cu"),
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        library_dirs=cudart_folder(home),
+        **options,
+    )
+
+
+setup(
+    # tools/build.sh has compiled in place already when it registers the checkout.
+    ext_modules=[] if os.environ.get("LRDS_FAST_SKIP_BUILD") == "1" else [extension()],
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+)

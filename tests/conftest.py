@@ -1,0 +1,23 @@
+"""Skips what this machine cannot run, with one reason each, and says in the summary whether real data was there."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: run `make gpu-check` on a machine with a GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    data = os.environ.get("LRDS_DATA")
+    found = f"real data from LRDS_DATA={data}" if data else "LRDS_DATA is not set: real-data tests were skipped"
+    terminalreporter.write_line(f"lrds-fast: {found}")

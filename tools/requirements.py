@@ -1,0 +1,35 @@
+"""Prints what pyproject.toml asks for, one requirement a line: build system, package, and the `dev` extra."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+
+def requirements(text: str) -> list[str]:
+    """The requirements of `text`, a pyproject.toml, its own extras resolved. Runs before tomli is installed."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+    parsed = tomllib.loads(text)
+    project = parsed["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    found = parsed["build-system"]["requires"] + project["dependencies"]
+
+    def add(extra: str) -> None:
+        for requirement in extras[extra]:
+            own = re.fullmatch(re.escape(project["name"]) + r"\[(.+)\]", requirement)
+            if own is None:
+                found.append(requirement)
+                continue
+            for name in own.group(1).split(","):
+                add(name.strip())
+
+    add("dev")
+    return sorted(set(found))
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(requirements(Path("pyproject.toml").read_text(encoding="utf-8"))) + "\n")
