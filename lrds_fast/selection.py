@@ -36,10 +36,8 @@ def dataset_fingerprint(labels: Tensor | Sequence[int], num_classes: int) -> str
     y = _label_tensor("labels", labels)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be an int >= 1; got {num_classes!r}")
-    if len(y) and not (0 <= int(y.min()) and int(y.max()) < num_classes):
-        raise ValueError(
-            f"labels must lie in [0, {num_classes}); got values from {int(y.min())} to {int(y.max())}"
-        )
+    if len(y) and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+        raise ValueError(f"labels must lie in [0, {num_classes}); got values from {int(y.min())} to {int(y.max())}")
     digest = hashlib.sha256()
     for array in (torch.tensor([len(y), num_classes]), y):
         digest.update(array.numpy().astype("<i8").tobytes())
@@ -76,9 +74,7 @@ class Selection:
 
     def __repr__(self) -> str:
         kept = int(self.mask.sum())
-        rule = ", ".join(
-            f"{name}={value!r}" for name, value in self.policy.items() if value not in (None, False)
-        )
+        rule = ", ".join(f"{name}={value!r}" for name, value in self.policy.items() if value not in (None, False))
         return f"Selection({kept} of {len(self)} samples keep the teacher; {rule})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -90,11 +86,7 @@ class Selection:
         size = len(self)
         columns: dict[str, pa.Array] = {"index": pa.array(range(size), pa.int64())}
         for name, values in (("label", self.labels), ("teacher_pred", self.teacher_pred)):
-            columns[name] = (
-                pa.nulls(size, pa.int64())
-                if values is None
-                else pa.array(values.numpy(), pa.int64())
-            )
+            columns[name] = pa.nulls(size, pa.int64()) if values is None else pa.array(values.numpy(), pa.int64())
         for name, score in self.scores.items():
             columns[name] = pa.array(score.numpy(), _ARROW_FLOATS[score.dtype])
         columns["selected"] = pa.array(self.mask.numpy(), pa.bool_())
@@ -110,7 +102,7 @@ class Selection:
         }
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(facts)})
         with _replacing(path) as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(table, temporary, write_page_checksum=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dataset: object = None) -> Selection:
@@ -135,22 +127,17 @@ class Selection:
             )
             in_order = table["index"].to_pylist() == list(range(facts["num_samples"]))
         except (KeyError, TypeError, ValueError, RuntimeError, pa.ArrowException) as error:
-            raise ValueError(
-                f"{name} is not a complete selection ({_one_line(error)}); run select again"
-            ) from error
+            raise ValueError(f"{name} is not a complete selection ({_one_line(error)}); run select again") from error
         if not in_order:
-            raise ValueError(
-                f"{name}: the rows were reordered, added or dropped since it was saved; run select again"
-            )
+            raise ValueError(f"{name}: the rows were reordered, added or dropped since it was saved; run select again")
         if selection._relabelled():
-            raise ValueError(
-                f"{name}: its labels are not those it was saved with; run select again"
-            )
+            raise ValueError(f"{name}: its labels are not those it was saved with; run select again")
         if dataset is not None:
             wanted = _fingerprint_of(dataset)
             if selection.fingerprint is None:
                 raise ValueError(
-                    f"{name} does not say which dataset it was made for; make it from Scores, or pass select(dataset=...)"
+                    f"{name} does not say which dataset it was made for; make it from Scores, or with"
+                    " select(dataset=...)"
                 )
             if selection.fingerprint != wanted:
                 raise ValueError(
@@ -198,32 +185,22 @@ def select(
     Deterministic. Raises ValueError or TypeError naming the argument; a NaN score is an error that names the sample.
     """
     if not isinstance(scores, Mapping):
-        raise TypeError(
-            f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}"
-        )
+        raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
     if by not in scores:
-        raise ValueError(
-            f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}"
-        )
+        raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
     _check_budget(ratio, threshold)
     table = {name: _score_tensor(name, values) for name, values in scores.items()}
     size = len(table[by])
     for name, values in table.items():
         if len(values) != size:
-            raise ValueError(
-                f"every score must have the {size} samples of {by!r}; {name!r} has {len(values)}"
-            )
+            raise ValueError(f"every score must have the {size} samples of {by!r}; {name!r} has {len(values)}")
     score = table[by].double()
     if score.isnan().any():
-        raise ValueError(
-            f"score {by!r} is NaN at sample {int(score.isnan().nonzero()[0, 0])}; score again without it"
-        )
+        raise ValueError(f"score {by!r} is NaN at sample {int(score.isnan().nonzero()[0, 0])}; score again without it")
 
     y, teacher_pred, num_classes, fingerprint, meta = _facts(scores, labels, dataset, size)
     if per_class and y is None:
-        raise ValueError(
-            "per_class=True needs labels=, the class of each sample, where scores is a plain mapping"
-        )
+        raise ValueError("per_class=True needs labels=, the class of each sample, where scores is a plain mapping")
 
     mask = torch.zeros(size, dtype=torch.bool)
     if threshold is not None:
@@ -256,9 +233,7 @@ def select(
 
 def _check_budget(ratio: float | None, threshold: float | None) -> None:
     if (ratio is None) == (threshold is None):
-        raise ValueError(
-            f"exactly one of ratio and threshold must be given; got ratio={ratio}, threshold={threshold}"
-        )
+        raise ValueError(f"exactly one of ratio and threshold must be given; got ratio={ratio}, threshold={threshold}")
     for name, value in (("ratio", ratio), ("threshold", threshold)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise TypeError(f"{name} must be a number; got {value!r}")
@@ -280,9 +255,7 @@ def _facts(
         return y, None, None, wanted, {}
     target = scores.target.cpu()
     if y is not None and not torch.equal(y, target):
-        raise ValueError(
-            "labels differ from scores.target; leave labels out, Scores carry their own"
-        )
+        raise ValueError("labels differ from scores.target; leave labels out, Scores carry their own")
     classes = scores.meta.get("num_classes")
     num_classes = classes if isinstance(classes, int) else None
     fingerprint = wanted if num_classes is None else dataset_fingerprint(target, num_classes)
@@ -301,13 +274,9 @@ def _score_tensor(name: object, values: object) -> Tensor:
     try:
         tensor = torch.as_tensor(values).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"score {name!r} must be a tensor of numbers; got {type(values).__name__}"
-        ) from error
+        raise TypeError(f"score {name!r} must be a tensor of numbers; got {type(values).__name__}") from error
     if tensor.dim() != 1 or tensor.is_complex():
-        raise ValueError(
-            f"score {name!r} must be real with shape (N,); got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"score {name!r} must be real with shape (N,); got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.dtype not in _ARROW_FLOATS:
         narrow = tensor.dtype in (torch.float16, torch.bfloat16)
         tensor = tensor.to(torch.float32 if narrow else torch.float64)
@@ -320,12 +289,8 @@ def _label_tensor(name: str, labels: object) -> Tensor:
         tensor = torch.as_tensor(labels).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must hold integers; got {type(labels).__name__}") from error
-    if tensor.dim() != 1 or (
-        tensor.numel() and (tensor.is_floating_point() or tensor.is_complex())
-    ):
-        raise ValueError(
-            f"{name} must be integers with shape (N,); got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+    if tensor.dim() != 1 or (tensor.numel() and (tensor.is_floating_point() or tensor.is_complex())):
+        raise ValueError(f"{name} must be integers with shape (N,); got {tensor.dtype} {tuple(tensor.shape)}")
     return tensor.long()
 
 
@@ -360,7 +325,7 @@ def _read(name: str) -> tuple[pa.Table, dict[str, Any]]:
     if not os.path.isfile(name):
         raise ValueError(f"{name} is not a file; give the Parquet file that Selection.save wrote")
     try:
-        table = pq.read_table(name, use_threads=False)
+        table = pq.read_table(name, use_threads=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{name} is truncated, damaged or not Parquet ({_one_line(error)}); run select again"
@@ -372,7 +337,7 @@ def _read(name: str) -> tuple[pa.Table, dict[str, Any]]:
         facts = None
     if not isinstance(facts, dict):
         message = f"{name} is Parquet but not a selection; give a file that Selection.save wrote"
-        raise ValueError(message)  # noqa: TRY004 - the file is wrong, not the argument's type
+        raise ValueError(message)
     if facts.get("format") != _FORMAT:
         raise ValueError(
             f"{name} has selection format {facts.get('format')!r}, this version reads {_FORMAT}; run select again"
@@ -420,10 +385,10 @@ def _html_report(selection: Selection) -> str:
         f"<p>{html.escape(rule)}</p><p>Blue: the teacher is kept. Orange: the label alone.</p>",
     ]
     by = str(selection.policy.get("by", ""))
-    for name in sorted(selection.scores, key=lambda name: name != by):
-        parts.append(
-            f"<h2>{html.escape(name)}</h2>{_histogram(selection.scores[name].double(), selection.mask)}"
-        )
+    parts += [
+        f"<h2>{html.escape(name)}</h2>{_histogram(selection.scores[name].double(), selection.mask)}"
+        for name in sorted(selection.scores, key=lambda name: name != by)
+    ]
     if selection.labels is not None:
         parts.append("<h2>Classes</h2><table><tr><th>class<th>samples<th>kept<th>share")
         for label in torch.unique(selection.labels).tolist():
@@ -450,9 +415,7 @@ def _histogram(score: Tensor, mask: Tensor, bins: int = 60) -> str:
         for cls, count, base in (("kept", k, 0), ("denied", d, k)):
             if count:
                 top = 100 - (base + count) * scale
-                bars.append(
-                    f'<rect class={cls} x={i} y="{top:.2f}" width=.92 height="{count * scale:.2f}" />'
-                )
+                bars.append(f'<rect class={cls} x={i} y="{top:.2f}" width=.92 height="{count * scale:.2f}" />')
     left_out = f"; {int((~finite).sum())} infinite or NaN left out" if not finite.all() else ""
     return (
         f'<svg viewBox="0 0 {bins} 100" preserveAspectRatio=none>{"".join(bars)}</svg>'

@@ -1,0 +1,412 @@
+"""Selections: choosing, the file, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from influence_oracle import make_case
+
+from lrds_fast import influence
+from lrds_fast.selection import Selection, dataset_fingerprint, select
+
+
+@pytest.fixture
+def scores() -> influence.Scores:
+    return influence.last_layer_scores(
+        **make_case(0).arguments(torch.float32),
+        scores=("kd_gain", "param_shift:kd", "teacher_correct", "el2n", "random"),
+    )
+
+
+def kept(values: list[float], **options: Any) -> list[int]:
+    indices: list[int] = select({"s": torch.tensor(values)}, "s", **options).indices.tolist()
+    return indices
+
+
+def test_ratio_keeps_the_lowest_rounding_half_up() -> None:
+    values = [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert kept(values, ratio=0.0) == []
+    assert kept(values, ratio=0.09) == []
+    assert kept(values, ratio=0.1) == [1]
+    assert kept(values, ratio=0.3) == [1, 3]
+    assert kept(values, ratio=0.5) == [1, 3, 4]
+    assert kept(values, ratio=1.0) == [0, 1, 2, 3, 4]
+
+
+def test_largest_keeps_the_highest() -> None:
+    values = [5.0, 1.0, 4.0, 2.0, 3.0]
+    assert kept(values, ratio=0.4, largest=True) == [0, 2]
+    assert kept(values, threshold=3.0, largest=True) == [0, 2]
+
+
+def test_threshold_is_strict() -> None:
+    values = [-1.0, -0.0, 0.0, 1.0, -math.inf, math.inf]
+    assert kept(values, threshold=0) == [0, 4]
+    assert kept(values, threshold=math.inf) == [0, 1, 2, 3, 4]
+    # 0.1 is not a float32: the comparison must not round it to the score's precision.
+    assert kept([float(torch.tensor(0.1))], threshold=0.1) == []
+    assert kept([float(torch.tensor(0.7))], threshold=0.7) == [0]
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_ties_go_to_the_lower_index(largest: bool) -> None:
+    assert kept([1.0] * 40, ratio=0.5, largest=largest) == list(range(20))
+    assert kept([0.0, -0.0] * 20, ratio=0.25, largest=largest) == list(range(10))
+
+
+def test_per_class_keeps_the_share_of_each_class() -> None:
+    values = torch.tensor([3.0, 1.0, 2.0, 9.0, 8.0, 7.0, 6.0, 5.0])
+    labels = [0, 0, 0, 4, 4, 4, 4, 2]
+    chosen = select({"s": values}, "s", ratio=0.5, per_class=True, labels=labels)
+    assert chosen.indices.tolist() == [1, 2, 5, 6, 7]
+    assert chosen.indices.dtype == torch.int64
+    plain = select({"s": values}, "s", ratio=0.5)
+    assert plain.indices.tolist() == [0, 1, 2, 7]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([-1.5, 0.0, 0.25, 7.0]), st.integers(0, 2)), max_size=40),
+    st.floats(0, 1),
+    st.booleans(),
+    st.booleans(),
+)
+def test_selection_is_the_sorted_definition(
+    rows: list[tuple[float, int]], ratio: float, per_class: bool, largest: bool
+) -> None:
+    values = torch.tensor([value for value, _ in rows], dtype=torch.float64)
+    labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+    chosen = select({"s": values}, "s", ratio=ratio, per_class=per_class, largest=largest, labels=labels)
+    expected: list[int] = []
+    for group in {0, 1, 2} if per_class else {None}:
+        members = [i for i, (_, label) in enumerate(rows) if group in (None, label)]
+        members.sort(key=lambda i: (-rows[i][0] if largest else rows[i][0], i))
+        expected += members[: math.floor(ratio * len(members) + 0.5)]
+    assert chosen.indices.tolist() == sorted(expected)
+    assert chosen.mask.nonzero()[:, 0].tolist() == sorted(expected)
+
+
+def test_scores_bring_labels_predictions_and_fingerprint(scores: influence.Scores) -> None:
+    chosen = select(scores, threshold=0.0)
+    assert torch.equal(chosen.mask, scores["kd_gain"] < 0)
+    assert 0 < int(chosen.mask.sum()) < len(chosen)
+    assert chosen.labels is not None
+    assert torch.equal(chosen.labels, scores.target)
+    assert chosen.fingerprint == dataset_fingerprint(scores.target, 5)
+    assert chosen.policy["threshold"] == 0.0
+    assert "60 samples" in repr(chosen)
+    by_class = select(scores, "el2n", ratio=0.5, per_class=True)
+    for label in range(5):
+        size = int((scores.target == label).sum())
+        assert int(by_class.mask[scores.target == label].sum()) == math.floor(size / 2 + 0.5)
+
+
+def test_fingerprint_is_the_hash_it_says() -> None:
+    labels = [3, 1, 2]
+    raw = struct.pack("<5q", 3, 10, *labels)
+    assert dataset_fingerprint(labels, 10) == hashlib.sha256(raw).hexdigest()
+    assert dataset_fingerprint(torch.tensor(labels, dtype=torch.int32), 10) == dataset_fingerprint(labels, 10)
+    assert dataset_fingerprint([3, 2, 1], 10) != dataset_fingerprint(labels, 10)
+    assert dataset_fingerprint(labels, 11) != dataset_fingerprint(labels, 10)
+
+
+def test_save_and_load_are_inverse(scores: influence.Scores, tmp_path: Path) -> None:
+    chosen = select(scores, ratio=0.4, per_class=True)
+    chosen.save(tmp_path / "d_t.parquet")
+    loaded = Selection.load(tmp_path / "d_t.parquet", dataset=chosen.fingerprint)
+    assert torch.equal(loaded.mask, chosen.mask)
+    assert torch.equal(loaded.indices, chosen.indices)
+    assert list(loaded.scores) == list(chosen.scores)
+    for name, values in chosen.scores.items():
+        assert loaded.scores[name].dtype == values.dtype
+        assert torch.equal(loaded.scores[name], values)
+    assert chosen.labels is not None
+    assert loaded.labels is not None
+    assert torch.equal(loaded.labels, chosen.labels)
+    assert chosen.teacher_pred is not None
+    assert loaded.teacher_pred is not None
+    assert torch.equal(loaded.teacher_pred, chosen.teacher_pred)
+    assert (loaded.policy, loaded.fingerprint, loaded.num_classes, loaded.meta) == (
+        chosen.policy,
+        chosen.fingerprint,
+        chosen.num_classes,
+        chosen.meta,
+    )
+    assert os.listdir(tmp_path) == ["d_t.parquet"]
+
+
+def test_a_selection_of_bare_scores_is_saved_too(tmp_path: Path) -> None:
+    path = tmp_path / "bare.parquet"
+    chosen = select({"mine": torch.arange(4).half(), "ints": torch.arange(4)}, "mine", ratio=0.5)
+    chosen.save(path)
+    loaded = Selection.load(path)
+    assert loaded.indices.tolist() == [0, 1]
+    assert loaded.labels is None
+    assert loaded.teacher_pred is None
+    assert loaded.fingerprint is None
+    with pytest.raises(ValueError, match="does not say which dataset"):
+        Selection.load(path, dataset=dataset_fingerprint([0, 1, 0, 1], 2))
+    empty = select({"mine": torch.empty(0)}, "mine", ratio=0.5)
+    empty.save(path)
+    assert len(Selection.load(path)) == 0
+
+
+def test_pandas_reads_the_table(scores: influence.Scores, tmp_path: Path) -> None:
+    chosen = select(scores, threshold=0.0)
+    chosen.save(tmp_path / "d_t.parquet")
+    frame = pd.read_parquet(tmp_path / "d_t.parquet")
+    assert list(frame.columns) == ["index", "label", "teacher_pred", *scores, "selected"]
+    assert frame["index"].tolist() == list(range(60))
+    assert frame["label"].tolist() == scores.target.tolist()
+    assert frame["teacher_pred"].tolist() == scores.teacher_pred.tolist()
+    assert frame["kd_gain"].dtype == "float32"
+    assert torch.equal(torch.tensor(frame["kd_gain"].to_numpy()), scores["kd_gain"])
+    assert frame.loc[frame["selected"], "index"].tolist() == chosen.indices.tolist()
+    # Arithmetic a user would do there agrees with select.
+    assert frame.nsmallest(24, "kd_gain").index.sort_values().tolist() == (select(scores, ratio=0.4).indices.tolist())
+
+
+def test_metadata_says_where_it_comes_from(scores: influence.Scores, tmp_path: Path) -> None:
+    select(scores, ratio=0.5).save(tmp_path / "d_t.parquet")
+    facts = json.loads(pq.read_schema(tmp_path / "d_t.parquet").metadata[b"lrds_fast.selection"])
+    assert facts["fingerprint"] == dataset_fingerprint(scores.target, 5)
+    assert facts["policy"] == {
+        "by": "kd_gain",
+        "ratio": 0.5,
+        "threshold": None,
+        "per_class": False,
+        "largest": False,
+    }
+    assert facts["library_version"]
+    assert facts["meta"]["curvature"] == "ekfac"
+
+
+def test_a_failed_save_leaves_the_old_file(
+    scores: influence.Scores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "d_t.parquet"
+    select(scores, ratio=0.5).save(path)
+    before = path.read_bytes()
+
+    def full_disk(table: pa.Table, where: str, **options: object) -> None:
+        Path(where).write_bytes(b"PAR1 half a fi")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        select(scores, ratio=0.9).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["d_t.parquet"]
+
+
+def test_save_into_a_missing_folder_is_named(scores: influence.Scores, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        select(scores, ratio=0.5).save(tmp_path / "nowhere" / "d_t.parquet")
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Applies change to the saved table, keeping the metadata."""
+    table = pq.read_table(path)
+    metadata = table.schema.metadata
+    pq.write_table(change(table).replace_schema_metadata(metadata), path)
+
+
+def without_metadata(path: Path) -> None:
+    pd.read_parquet(path).to_parquet(path)
+
+
+def of_another_format(path: Path) -> None:
+    table = pq.read_table(path)
+    facts = json.loads(table.schema.metadata[b"lrds_fast.selection"]) | {"format": 99}
+    pq.write_table(table.replace_schema_metadata({b"lrds_fast.selection": json.dumps(facts)}), path)
+
+
+def relabelled(table: pa.Table) -> pa.Table:
+    labels = table["label"].to_pylist()
+    labels[0] = (labels[0] + 1) % 5
+    return table.set_column(1, "label", pa.array(labels, pa.int64()))
+
+
+def half_labelled(table: pa.Table) -> pa.Table:
+    return table.set_column(1, "label", pa.array([None, *table["label"].to_pylist()[1:]], pa.int64()))
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated, damaged or not Parquet"),
+    "cut in half": (lambda path: path.write_bytes(path.read_bytes()[:700]), "truncated, damaged or not Parquet"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated, damaged or not Parquet"),
+    "text": (lambda path: path.write_text("index,selected\n0,True\n" * 9), "not Parquet"),
+    "another table": (without_metadata, "is Parquet but not a selection"),
+    "another format": (of_another_format, "selection format 99, this version reads 1"),
+    "no mask": (lambda path: rewrite(path, lambda t: t.drop_columns(["selected"])), "not a complete selection"),
+    "no score": (lambda path: rewrite(path, lambda t: t.drop_columns(["el2n"])), "not a complete selection"),
+    "missing label": (lambda path: rewrite(path, half_labelled), "not a complete selection"),
+    "rows dropped": (lambda path: rewrite(path, lambda t: t.slice(0, 40)), "reordered, added or dropped"),
+    "rows sorted": (lambda path: rewrite(path, lambda t: t.sort_by("kd_gain")), "reordered, added or dropped"),
+    "labels edited": (lambda path: rewrite(path, relabelled), "labels are not those it was saved with"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_refused_in_one_line(damage: str, scores: influence.Scores, tmp_path: Path) -> None:
+    path = tmp_path / "d_t.parquet"
+    select(scores, ratio=0.5).save(path)
+    apply, message = DAMAGE[damage]
+    apply(path)
+    with pytest.raises(ValueError, match=message) as raised:
+        Selection.load(path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_flipped_bytes_do_not_pass_silently(scores: influence.Scores, tmp_path: Path) -> None:
+    """Wherever a byte is damaged, load refuses or returns what was saved; it never crashes in another way."""
+    path = tmp_path / "d_t.parquet"
+    chosen = select(scores, ratio=0.5)
+    chosen.save(path)
+    good = path.read_bytes()
+    refusals: list[str] = []
+    places = range(0, len(good), 17)
+    for place in places:
+        damaged = bytearray(good)
+        damaged[place] ^= 0xFF
+        path.write_bytes(bytes(damaged))
+        try:
+            loaded = Selection.load(path, dataset=chosen.fingerprint)
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        assert torch.equal(loaded.mask, chosen.mask)
+        assert all(torch.equal(loaded.scores[name], scores[name]) for name in scores)
+    assert len(refusals) > len(places) / 4
+    assert not any("\n" in refusal for refusal in refusals)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no selection at .*gone.parquet"):
+        Selection.load(tmp_path / "gone.parquet")
+    with pytest.raises(ValueError, match="is not a file"):
+        Selection.load(tmp_path)
+
+
+def test_another_dataset_is_refused(scores: influence.Scores, tmp_path: Path) -> None:
+    path = tmp_path / "d_t.parquet"
+    select(scores, ratio=0.5).save(path)
+    labels = scores.target.tolist()
+    same = SimpleNamespace(targets=labels, classes=list("abcde"))
+    assert len(Selection.load(path, dataset=same)) == 60
+    by_name = SimpleNamespace(fingerprint=dataset_fingerprint(labels, 5))
+    assert len(Selection.load(path, dataset=by_name)) == 60
+    for other in (
+        SimpleNamespace(targets=labels[::-1], classes=list("abcde")),
+        SimpleNamespace(targets=labels, classes=list("abcdef")),
+        SimpleNamespace(targets=labels[:-1], classes=list("abcde")),
+        dataset_fingerprint([0], 2),
+    ):
+        with pytest.raises(ValueError, match="made for another dataset.*score this dataset") as raised:
+            Selection.load(path, dataset=other)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(TypeError, match="dataset must be a fingerprint"):
+        Selection.load(path, dataset=3)
+    with pytest.raises(ValueError, match="64 hex digits; got 'cifar100'"):
+        Selection.load(path, dataset="cifar100")
+
+
+def test_scores_of_another_dataset_are_refused(scores: influence.Scores) -> None:
+    with pytest.raises(ValueError, match="computed for another dataset"):
+        select(scores, ratio=0.5, dataset=dataset_fingerprint([0, 1], 2))
+    with pytest.raises(ValueError, match="labels differ from scores.target"):
+        select(scores, ratio=0.5, labels=scores.target.flip(0))
+    bare = {"s": torch.rand(3)}
+    wanted = dataset_fingerprint([0, 1, 1], 2)
+    assert select(bare, "s", ratio=0.5, labels=[0, 1, 1], dataset=wanted).fingerprint == wanted
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "nothing asked": ({}, ValueError, "exactly one of ratio and threshold"),
+    "both asked": ({"ratio": 0.5, "threshold": 0.0}, ValueError, "exactly one of ratio and threshold"),
+    "ratio above 1": ({"ratio": 1.5}, ValueError, r"ratio must lie in \[0, 1\]; got 1.5"),
+    "nan ratio": ({"ratio": math.nan}, ValueError, r"ratio must lie in \[0, 1\]"),
+    "nan threshold": ({"threshold": math.nan}, ValueError, "threshold must be a number"),
+    "ratio in words": ({"ratio": "half"}, TypeError, "ratio must be a number; got 'half'"),
+    "ratio true": ({"ratio": True}, TypeError, "ratio must be a number; got True"),
+    "unknown score": ({"by": "kd", "ratio": 0.5}, ValueError, "by must be one of the computed scores, s; got 'kd'"),
+    "scores of no kind": ({"scores": torch.rand(4), "ratio": 0.5}, TypeError, "scores must be Scores or a mapping"),
+    "nan score": (
+        {"scores": {"s": torch.tensor([1.0, math.nan])}, "ratio": 0.5},
+        ValueError,
+        "score 's' is NaN at sample 1",
+    ),
+    "matrix score": ({"scores": {"s": torch.rand(2, 2)}, "ratio": 0.5}, ValueError, r"score 's' must be real"),
+    "words for scores": ({"scores": {"s": ["a"]}, "ratio": 0.5}, TypeError, "score 's' must be a tensor of numbers"),
+    "column of its own": (
+        {"scores": {"s": torch.rand(2), "label": torch.rand(2)}, "ratio": 0.5},
+        ValueError,
+        "names other than index, label, teacher_pred, selected; got 'label'",
+    ),
+    "uneven scores": (
+        {"scores": {"s": torch.rand(2), "t": torch.rand(3)}, "ratio": 0.5},
+        ValueError,
+        "every score must have the 2 samples of 's'; 't' has 3",
+    ),
+    "classes unknown": ({"ratio": 0.5, "per_class": True}, ValueError, "per_class=True needs labels="),
+    "labels too short": (
+        {"ratio": 0.5, "labels": [0, 1]},
+        ValueError,
+        "labels must have one entry per sample, 4; got 2",
+    ),
+    "labels in words": ({"ratio": 0.5, "labels": list("abcd")}, TypeError, "labels must hold integers"),
+    "soft labels": ({"ratio": 0.5, "labels": torch.rand(4)}, ValueError, "labels must be integers"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_named(what: str) -> None:
+    change, error, message = BAD[what]
+    arguments = {"scores": {"s": torch.arange(4.0)}, "by": "s", **change}
+    with pytest.raises(error, match=message) as raised:
+        select(**arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_fingerprint_refuses_what_is_no_label() -> None:
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\); got values from 0 to 3"):
+        dataset_fingerprint([0, 3], 3)
+    with pytest.raises(ValueError, match="num_classes must be an int >= 1; got 0"):
+        dataset_fingerprint([0], 0)
+
+
+def test_report_is_one_page_that_counts(scores: influence.Scores, tmp_path: Path) -> None:
+    chosen = select(scores, threshold=0.0)
+    chosen.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{int(chosen.mask.sum())} of 60 samples keep the teacher" in page
+    for name in scores:
+        assert f"<h2>{name}</h2>" in page
+    for label in range(5):
+        rows = scores.target == label
+        assert f"<tr><td>{label}<td>{int(rows.sum())}<td>{int((rows & chosen.mask).sum())}" in page
+    assert "http" not in page
+
+
+def test_report_survives_odd_scores(tmp_path: Path) -> None:
+    odd = {"<b>": torch.tensor([1.0, 1.0, math.inf]), "nan": torch.full((3,), math.nan)}
+    select(odd, "<b>", ratio=0.5).report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2>&lt;b&gt;</h2>" in page
+    assert "1 infinite or NaN left out" in page
+    assert "No finite value" in page
