@@ -1,7 +1,7 @@
 """Curvature of a linear layer under a softmax loss, and what its inverse does to per-sample gradients.
 
-Setting: z = W h~ with h~ = [h; 1], W (C, D). Sample i's gradient is delta_i (outer) h~_i, kept as these two vectors. The
-Gauss-Newton Hessian (exact for this layer: cross-entropy and KL to a fixed distribution are linear in their targets) is
+Setting: z = W h~ with h~ = [h; 1], W (C, D). Sample i's gradient is delta_i (outer) h~_i, kept as these two vectors.
+The Hessian, equal to its Gauss-Newton form because both losses are linear in their targets, is
 
     H = 1/N sum_i sum_t w_ti J(softmax(z_i / T_t)) (x) h~_i h~_i^T + damping I,     J(q) = diag(q) - q q^T,
 
@@ -74,9 +74,7 @@ class Rows:
         h = self.features[rows].to(dtype)
         return torch.cat([h, h.new_ones(h.shape[0], 1)], dim=1) if self.bias else h
 
-    def probabilities(
-        self, rows: slice, terms: Sequence[HessianTerm]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def probabilities(self, rows: slice, terms: Sequence[HessianTerm]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each term, its weights (B, 1) and softmax(z / T) (B, C) of some rows, float64."""
         z = self.logits[rows].double()
         for term in terms:
@@ -125,9 +123,7 @@ class Eigenbasis(Curvature):
     pseudo-inverse: 0.
     """
 
-    def __init__(
-        self, eigenvalues: Tensor, qg: Tensor, qa: Tensor, damping: float, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, eigenvalues: Tensor, qg: Tensor, qa: Tensor, damping: float, dtype: torch.dtype) -> None:
         self.damping = damping
         self._qg, self._qa = qg, qa
         self._inverse = _pseudo_inverse(eigenvalues + damping, damping, max(eigenvalues.shape))
@@ -194,9 +190,7 @@ class Iterative(Curvature):
     Solves for one right-hand side at a time, so it serves aggregated scores (kd_gain) of layers of any size.
     """
 
-    def __init__(
-        self, rows: Rows, terms: Sequence[HessianTerm], damping: float, preconditioner: Curvature
-    ) -> None:
+    def __init__(self, rows: Rows, terms: Sequence[HessianTerm], damping: float, preconditioner: Curvature) -> None:
         self.damping = damping
         self._rows, self._terms, self._preconditioner = rows, terms, preconditioner
 
@@ -275,11 +269,7 @@ def fit_curvature(
     g, a = _kronecker_factors(rows, terms)
     g_values, qg = _eigh(g)
     a_values, qa = _eigh(a)
-    eigenvalues = (
-        torch.outer(g_values, a_values)
-        if name == "kfac"
-        else _corrected_eigenvalues(rows, terms, qg, qa)
-    )
+    eigenvalues = torch.outer(g_values, a_values) if name == "kfac" else _corrected_eigenvalues(rows, terms, qg, qa)
     if damping is None:
         damping = damping_scale * float(eigenvalues.mean())
     basis = Eigenbasis(eigenvalues, qg, qa, damping, dtype)
@@ -315,9 +305,7 @@ def _kronecker_factors(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor
     return g / rows.count, a / rows.count
 
 
-def _corrected_eigenvalues(
-    rows: Rows, terms: Sequence[HessianTerm], qg: Tensor, qa: Tensor
-) -> Tensor:
+def _corrected_eigenvalues(rows: Rows, terms: Sequence[HessianTerm], qg: Tensor, qa: Tensor) -> Tensor:
     """EK-FAC's Lambda: H's diagonal in the basis Qg (x) Qa, in closed form over the model's own labels.
 
     Lambda = mean_i [sum_t w_ti Var_{k ~ p_ti}(Qg_k.)] (outer) (Qa^T h~_i)^2, Var = (p Qg^2) - (p Qg)^2 by column.

@@ -38,9 +38,7 @@ def check_samples(features: Tensor, logits: Tensor, target: Tensor, *, prefix: s
         raise TypeError(f"{target_name} must be int32 or int64 class indices; got {target.dtype}")
     rows, classes = features.shape[0], logits.shape[1]
     if rows == 0:
-        raise ValueError(
-            f"{features_name} must have at least one sample; got shape {tuple(features.shape)}"
-        )
+        raise ValueError(f"{features_name} must have at least one sample; got shape {tuple(features.shape)}")
     for name, tensor, shape in (
         (logits_name, logits, (rows, classes)),
         (target_name, target, (rows,)),
@@ -55,20 +53,14 @@ def check_samples(features: Tensor, logits: Tensor, target: Tensor, *, prefix: s
     outside = (target < 0) | (target >= classes)
     if outside.any():
         row = _first(outside)
-        raise ValueError(
-            f"{target_name} must lie in [0, {classes}); got {int(target[row])} at sample {row}"
-        )
+        raise ValueError(f"{target_name} must lie in [0, {classes}); got {int(target[row])} at sample {row}")
 
 
-def check_like(
-    name: str, tensor: Tensor, other_name: str, other: Tensor, *, dim: int | None = None
-) -> None:
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dim: int | None = None) -> None:
     """tensor is a float matrix with other's shape, or with other's size in one dimension."""
     _check_matrix(name, tensor, "(N, C)")
     if dim is None and tensor.shape != other.shape:
-        raise ValueError(
-            f"{name} must have {other_name}'s shape {tuple(other.shape)}; got {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}; got {tuple(tensor.shape)}")
     if dim is not None and tensor.shape[dim] != other.shape[dim]:
         raise ValueError(
             f"{name} must have {other.shape[dim]} columns, as {other_name} has; got shape {tuple(tensor.shape)}"
@@ -79,9 +71,7 @@ def check_device(name: str, tensor: Tensor, others: Iterable[tuple[str, Tensor]]
     """All tensors live where the first one does."""
     for other_name, other in others:
         if other.device != tensor.device:
-            raise ValueError(
-                f"{other_name} must be on {name}'s device {tensor.device}; got {other.device}"
-            )
+            raise ValueError(f"{other_name} must be on {name}'s device {tensor.device}; got {other.device}")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -121,9 +111,7 @@ def check_selected(selected: Tensor, like: Tensor) -> None:
         outside = ~((selected >= 0) & (selected <= 1))
         if outside.any():
             row = _first(outside)
-            raise ValueError(
-                f"selected must lie in [0, 1]; got {float(selected[row])} at sample {row}"
-            )
+            raise ValueError(f"selected must lie in [0, 1]; got {float(selected[row])} at sample {row}")
 
 
 def _check_tensor(name: str, tensor: object) -> None:

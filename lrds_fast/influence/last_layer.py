@@ -69,8 +69,8 @@ def last_layer_scores(
     conflict, and the baselines random (seed 0; or random:<seed>), all, none, teacher_correct, ce, kd, el2n, grand.
     curvature: H is "identity", "kfac", "ekfac", or "exact" (dense up to 5000 parameters of the layer; beyond that
     conjugate gradients, for kd_gain only).
-    damping: >= 0, added to every eigenvalue (to identity's 1 only if given); None: damping_scale * mean eigenvalue. With
-    damping 0 the inverse is the pseudo-inverse.
+    damping: >= 0, added to every eigenvalue (to identity's 1 only if given); None: damping_scale * mean eigenvalue.
+    With damping 0 the inverse is the pseudo-inverse.
     hessian: "objective", that of the training objective, sample i's cross-entropy and divergence weighted as `loss`
     does; or "gt", that of the cross-entropy alone.
     selected: (N,) bool or floats in [0, 1], who had the teacher in the training so far (None: all). Enters H alone.
@@ -102,9 +102,7 @@ def last_layer_scores(
         terms = _hessian_terms(rows, hessian, selected, loss)
         if not terms and curvature != "identity":
             _report_zero_hessian(damping)
-        fitted = fit_curvature(
-            curvature, rows, terms, damping=damping, damping_scale=damping_scale, dtype=dtype
-        )
+        fitted = fit_curvature(curvature, rows, terms, damping=damping, damping_scale=damping_scale, dtype=dtype)
     direction = features.new_empty(0, dtype=dtype)
     if "kd_gain" in kinds:
         validation = _checked_validation(rows, val_features, val_logits, val_target)
@@ -129,9 +127,7 @@ def last_layer_scores(
                 result[name.key][part] = _SCORERS[name.kind](batch, name)
     for name in names:
         if name.kind == "random":
-            result[name.key] = uniform_scores(
-                rows.count, name.seed, like=features.new_empty(0, dtype=dtype)
-            )
+            result[name.key] = uniform_scores(rows.count, name.seed, like=features.new_empty(0, dtype=dtype))
     meta = {
         "num_samples": rows.count,
         "num_classes": rows.classes,
@@ -266,9 +262,7 @@ def _checked_loss(loss: KDLoss | None) -> KDLoss:
     return loss
 
 
-def _hessian_terms(
-    rows: Rows, hessian: str, selected: Tensor | None, loss: KDLoss
-) -> list[HessianTerm]:
+def _hessian_terms(rows: Rows, hessian: str, selected: Tensor | None, loss: KDLoss) -> list[HessianTerm]:
     """The terms of H with a weight above 0 on any row."""
     ones = torch.ones(rows.count, dtype=torch.float64, device=rows.features.device)
     if hessian == "gt":
