@@ -13,6 +13,7 @@ from lrds_fast.data.loader import (
     Batch,
     Data,
     Loader,
+    batch_count,
     derived_seed,
     epoch_batches,
     generator,
@@ -26,6 +27,7 @@ __all__ = [
     "FolderLoader",
     "Loader",
     "MemoryLoader",
+    "batch_count",
     "derived_seed",
     "digits",
     "epoch_batches",
@@ -62,9 +64,10 @@ def load(
 
     name: "digits" (scikit-learn's, needs no root), "npz" (root is a file, see from_npz), or "folder" (root holds
     train/ and val/, each with one folder per class; val/ is the test split). val_fraction of the training samples is
-    held out, by split_seed; seed orders and augments. train_limit > 0 keeps that many of the others, by split_seed. augment: see MemoryLoader and FolderLoader ("none" or
-    "crop-flip"). mean, std: per channel, for "npz". label_noise: share of the training labels that are replaced by another
-    class, by split_seed, held-out and test labels stay; data in memory only, for experiments with unreliable teachers.
+    held out, by split_seed; train_limit > 0 keeps that many of the others. seed orders and augments. augment: see
+    MemoryLoader and FolderLoader ("none" or "crop-flip"). mean, std: per channel, for "npz". label_noise: share of the
+    training labels that are replaced by another class, by split_seed; held-out and test labels stay. In memory only,
+    for experiments with unreliable teachers.
     """
     if batch_size < 1 or eval_batch_size < 1:
         raise ValueError(f"batch sizes must be at least 1; got {batch_size} and {eval_batch_size}")
@@ -78,9 +81,7 @@ def load(
         num_classes = 1 + int(max(splits[1].max(), splits[3].max()))
     elif name == "folder":
         if label_noise:
-            raise ValueError(
-                f"data.label_noise is for data in memory; got {label_noise} with data 'folder'"
-            )
+            raise ValueError(f"data.label_noise is for data in memory; got {label_noise} with data 'folder'")
         return _folder(
             Path(root),
             batch_size=batch_size,
@@ -150,9 +151,7 @@ def in_memory(
         targets = mislabelled(targets, label_noise, num_classes=num_classes, seed=split_seed)
     return Data(
         name=name,
-        train=loader(
-            images, targets, batch_size=batch_size, seed=seed, shuffle=True, augment=augment
-        ),
+        train=loader(images, targets, batch_size=batch_size, seed=seed, shuffle=True, augment=augment),
         score=loader(images, targets),
         val=loader(train_images[held_out], train_targets[held_out]) if len(held_out) else None,
         test=loader(test_images, test_targets),
@@ -162,24 +161,18 @@ def in_memory(
 def mislabelled(targets: Tensor, fraction: float, *, num_classes: int, seed: int) -> Tensor:
     """targets (N,) int64 with floor(fraction * N + .5) of them replaced by another class, uniformly."""
     if not 0.0 <= fraction < 1.0 or num_classes < 2:
-        raise ValueError(
-            f"label_noise must be in [0, 1) over at least 2 classes; got {fraction} over {num_classes}"
-        )
+        raise ValueError(f"label_noise must be in [0, 1) over at least 2 classes; got {fraction} over {num_classes}")
     draws = generator("label noise", seed)
     rows = torch.randperm(len(targets), generator=draws)[: int(fraction * len(targets) + 0.5)]
     noisy = targets.clone()
-    noisy[rows] = (
-        targets[rows] + torch.randint(1, num_classes, (len(rows),), generator=draws)
-    ) % num_classes
+    noisy[rows] = (targets[rows] + torch.randint(1, num_classes, (len(rows),), generator=draws)) % num_classes
     return noisy
 
 
 def _limited(rows: Tensor, limit: int, *, seed: int) -> Tensor:
     """`limit` of the rows, ascending, drawn by seed; all of them for 0."""
     if limit < 0 or limit > len(rows):
-        raise ValueError(
-            f"train_limit must be 0 (all) to {len(rows)}, the training samples there are; got {limit}"
-        )
+        raise ValueError(f"train_limit must be 0 (all) to {len(rows)}, the training samples there are; got {limit}")
     if limit == 0:
         return rows
     return rows[torch.randperm(len(rows), generator=generator("limit", seed))[:limit]].sort().values
@@ -199,14 +192,13 @@ def _folder(
     workers: int,
 ) -> Data:
     if augment not in ("none", "crop-flip"):
-        raise ValueError(
-            f"augment must be 'none' or 'crop-flip' for data in folders; got {augment!r}"
-        )
+        raise ValueError(f"augment must be 'none' or 'crop-flip' for data in folders; got {augment!r}")
     train, test = open_folder(root / "train"), open_folder(root / "val")
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(
-            f"{root}: train/ has {len(train.classes)} classes, val/ {len(test.classes)}; in one only: {', '.join(odd[:5])}"
+            f"{root}: train/ has {len(train.classes)} classes, val/ {len(test.classes)};"
+            f" in one only: {', '.join(odd[:5])}"
         )
     kept, held_out = hold_out(len(train), val_fraction, seed=split_seed)
     kept = _limited(kept, train_limit, seed=split_seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lrds_fast.data.loader import Batch, derived_seed, epoch_batches
+from lrds_fast.data.loader import Batch, batch_count, derived_seed, epoch_batches
 
 # The statistics of ImageNet's training set that every published network expects.
 MEAN = (0.485, 0.456, 0.406)
@@ -20,15 +20,11 @@ STD = (0.229, 0.224, 0.225)
 def open_folder(root: Path) -> Any:
     """torchvision's ImageFolder over `root`; images arrive as PIL images."""
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"data.root: there is no folder {root}; it must hold one folder per class"
-        )
+        raise FileNotFoundError(f"data.root: there is no folder {root}; it must hold one folder per class")
     try:
         from torchvision.datasets import ImageFolder
     except ImportError as error:
-        raise ImportError(
-            f"data 'folder' needs torchvision: pip install torchvision ({error})"
-        ) from error
+        raise ImportError(f"data 'folder' needs torchvision: pip install torchvision ({error})") from error
     try:
         return ImageFolder(str(root))
     except FileNotFoundError as error:
@@ -50,9 +46,7 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
         try:
             image = self.folder.loader(path)
         except OSError as error:
-            raise ValueError(
-                f"{path} is not a readable picture ({error}); replace or remove it"
-            ) from error
+            raise ValueError(f"{path} is not a readable picture ({error}); replace or remove it") from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image), target, index
@@ -94,7 +88,7 @@ class FolderLoader:
         self._samples = _Samples(folder, rows, v2.Compose([*crop, *finish]))
 
     def __len__(self) -> int:
-        return (len(self.labels) + self.batch_size - 1) // self.batch_size
+        return batch_count(len(self.labels), self.batch_size)
 
     def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
         batches = epoch_batches(
@@ -105,15 +99,14 @@ class FolderLoader:
             shuffle=self.shuffle,
             selected=selected,
         )
-        items = [
-            [(i, derived_seed("augment", self.seed, epoch, i)) for i in batch.tolist()]
-            for batch in batches
-        ]
+        items = [[(i, derived_seed("augment", self.seed, epoch, i)) for i in batch.tolist()] for batch in batches]
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self._samples),
             batch_sampler=cast(Any, items),
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
+            # Its draw of a seed for the workers must not move the global generator.
+            generator=torch.Generator(),
         )
         for images, targets, index in loader:
             yield Batch(images, targets, index)

@@ -74,25 +74,23 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
+def batch_count(size: int, batch_size: int) -> int:
+    """Batches of an epoch. A last batch of one sample joins the one before it: one row has no batch statistics."""
+    full, rest = divmod(size, batch_size)
+    return full + (rest > 1 or (rest == 1 and full == 0))
+
+
 def epoch_batches(
-    size: int,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    shuffle: bool,
-    selected: Tensor | None = None,
+    size: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool, selected: Tensor | None = None
 ) -> list[Tensor]:
-    """Index tensors of one epoch's batches; the last may be short. Within a batch selected samples come first.
+    """Index tensors of one epoch's batch_count batches. Within a batch selected samples come first.
 
     Which samples share a batch does not depend on `selected`.
     """
-    order = (
-        torch.randperm(size, generator=generator("order", seed, epoch))
-        if shuffle
-        else torch.arange(size)
-    )
-    batches = list(torch.split(order, batch_size)) if size else []
+    order = torch.randperm(size, generator=generator("order", seed, epoch)) if shuffle else torch.arange(size)
+    batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(batch_count(size, batch_size))]
+    if batches:
+        batches[-1] = order[(len(batches) - 1) * batch_size :]
     if selected is None:
         return batches
     return [torch.cat([batch[selected[batch]], batch[~selected[batch]]]) for batch in batches]

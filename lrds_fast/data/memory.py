@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrds_fast.data.loader import Batch, epoch_batches, generator
+from lrds_fast.data.loader import Batch, batch_count, epoch_batches, generator
 
 
 class MemoryLoader:
@@ -51,9 +51,7 @@ class MemoryLoader:
                 " correct num_classes or the labels"
             )
         if augment not in ("none", "shift", "crop-flip"):
-            raise ValueError(
-                f"augment must be 'none', 'shift' or 'crop-flip' for data in memory; got {augment!r}"
-            )
+            raise ValueError(f"augment must be 'none', 'shift' or 'crop-flip' for data in memory; got {augment!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         self.images = images
@@ -67,7 +65,7 @@ class MemoryLoader:
         self.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
 
     def __len__(self) -> int:
-        return (len(self.images) + self.batch_size - 1) // self.batch_size
+        return batch_count(len(self.images), self.batch_size)
 
     def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
         for index in epoch_batches(
@@ -108,21 +106,15 @@ class MemoryLoader:
             mirrored = torch.rand(len(self.images), generator=draws)[index] < 0.5
             columns = torch.where(mirrored[:, None], columns.flip(1), columns)
         batch = torch.arange(len(images))[:, None, None]
-        return (
-            padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
-            .permute(0, 3, 1, 2)
-            .contiguous()
-        )
+        return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """The 1797 8 x 8 digits that scikit-learn ships: images (1797, 1, 8, 8) float32 in [0, 1], targets (1797,) int64."""
+    """scikit-learn's 1797 digits of 8 x 8: images (1797, 1, 8, 8) float32 in [0, 1], targets (1797,) int64."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            f"data 'digits' needs scikit-learn: pip install scikit-learn ({error})"
-        ) from error
+        raise ImportError(f"data 'digits' needs scikit-learn: pip install scikit-learn ({error})") from error
     bunch = load_digits()
     images = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32) / 16.0)
     return images[:, None], torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
@@ -144,20 +136,14 @@ def from_npz(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 raise KeyError(", ".join(missing))
             arrays = [archive[name] for name in names]
     except KeyError as error:
-        raise ValueError(
-            f"{path} lacks the array(s) {error.args[0]}; it must hold {', '.join(names)}"
-        ) from None
-    except (
-        Exception
-    ) as error:  # zipfile and numpy raise half a dozen unrelated types for a damaged file
+        raise ValueError(f"{path} lacks the array(s) {error.args[0]}; it must hold {', '.join(names)}") from None
+    except Exception as error:  # zipfile and numpy raise half a dozen unrelated types for a damaged file
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     for i in (0, 2):
         if tensors[i].dim() == 3:
             tensors[i] = tensors[i][..., None]
         if tensors[i].dim() != 4:
-            raise ValueError(
-                f"{path}: {names[i]} must have 3 or 4 dimensions; got {tuple(arrays[i].shape)}"
-            )
+            raise ValueError(f"{path}: {names[i]} must have 3 or 4 dimensions; got {tuple(arrays[i].shape)}")
         tensors[i] = tensors[i].permute(0, 3, 1, 2).contiguous()
     return cast(tuple[Tensor, Tensor, Tensor, Tensor], tuple(tensors))

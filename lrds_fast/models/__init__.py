@@ -1,4 +1,4 @@
-"""Networks by name: the CIFAR families of the distillation literature, small ones, and those of torchvision and timm."""
+"""Networks by name: the CIFAR families of the literature, small ones, and those of torchvision and timm."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ __all__ = ["Classifier", "External", "create", "names"]
 _BUILDERS: dict[str, Callable[..., Classifier]] = {
     "mlp": MLP,
     "small_cnn": SmallCNN,
-    **{
-        f"resnet{depth}": partial(CifarResNet, depth, (16, 16, 32, 64))
-        for depth in (8, 14, 20, 32, 44, 56, 110)
-    },
+    **{f"resnet{depth}": partial(CifarResNet, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(CifarResNet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
     **{
         f"wrn_{depth}_{widen}": partial(WideResNet, depth, widen)
@@ -51,11 +48,7 @@ def create(name: str, *, num_classes: int = 100) -> Classifier | External:
         return _external(library, foreign, num_classes)
     if name not in _BUILDERS:
         near = difflib.get_close_matches(name, names(), n=1)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else "see lrds_fast.models.names(), or torchvision:NAME, timm:NAME"
-        )
+        hint = f"did you mean {near[0]!r}?" if near else "see lrds_fast.models.names(), or torchvision:NAME, timm:NAME"
         raise ValueError(f"unknown model {name!r}; {hint}")
     return _BUILDERS[name](num_classes=num_classes)
 
@@ -71,26 +64,15 @@ def _external(library: str, name: str, num_classes: int) -> External:
         known = torchvision_models.list_models(module=torchvision_models)
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"torchvision has no model {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        return External(
-            torchvision_models.get_model(name, num_classes=num_classes), f"torchvision:{name}"
-        )
+            raise ValueError(f"torchvision has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return External(torchvision_models.get_model(name, num_classes=num_classes), f"torchvision:{name}")
     if library == "timm":
         try:
             import timm
         except ImportError as error:
-            raise ImportError(
-                f"model timm:{name} needs timm: pip install timm ({error})"
-            ) from error
+            raise ImportError(f"model timm:{name} needs timm: pip install timm ({error})") from error
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=1)
-            raise ValueError(
-                f"timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         return External(timm.create_model(name, num_classes=num_classes), f"timm:{name}")
-    raise ValueError(
-        f"unknown model library {library!r} in {library}:{name}; use torchvision: or timm:"
-    )
+    raise ValueError(f"unknown model library {library!r} in {library}:{name}; use torchvision: or timm:")

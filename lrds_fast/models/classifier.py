@@ -19,9 +19,7 @@ class Classifier(nn.Module):
         """The last linear layer, d -> classes."""
         head = getattr(self, self.head_name)
         if not isinstance(head, nn.Linear):
-            raise TypeError(
-                f"{type(self).__name__}.{self.head_name} must be nn.Linear; got {type(head).__name__}"
-            )
+            raise TypeError(f"{type(self).__name__}.{self.head_name} must be nn.Linear; got {type(head).__name__}")
         return head
 
     @property

@@ -34,9 +34,7 @@ class CifarResNet(Classifier):
     widths: channels of the stem and of the three stages.
     """
 
-    def __init__(
-        self, depth: int, widths: tuple[int, int, int, int], num_classes: int = 100
-    ) -> None:
+    def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int = 100) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
@@ -59,6 +57,4 @@ class CifarResNet(Classifier):
 
 
 def _stage(inputs: int, width: int, blocks: int, *, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        BasicBlock(inputs, width, stride), *(BasicBlock(width, width, 1) for _ in range(blocks - 1))
-    )
+    return nn.Sequential(BasicBlock(inputs, width, stride), *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))

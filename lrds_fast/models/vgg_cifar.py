@@ -1,4 +1,4 @@
-"""VGG with batch normalisation for CIFAR, one linear layer as head, and the parameter names of the published checkpoints."""
+"""VGG with batch normalisation for CIFAR, with the parameter names of the field's published checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEPTHS: dict[str, tuple[int, int, int, int, int]] = {
 
 
 class CifarVGG(Classifier):
-    """Five blocks of 3 x 3 convolutions; the first three each halve the picture; images (N, 3, 32, 32).
+    """Five blocks of 3 x 3 convolutions, the first three halve the picture; a linear head; images (N, 3, 32, 32).
 
     Inside a block every convolution but the last is followed by a relu that the Sequential holds; the last one's relu
     is applied between blocks, which is why the published indices go in threes.

@@ -47,7 +47,7 @@ class WideStage(nn.Module):
 
 
 class WideResNet(Classifier):
-    """Three stages of (depth - 4) / 6 pre-activation blocks, 16, 32 and 64 channels times `widen`; images (N, 3, 32, 32)."""
+    """Three stages of (depth - 4) / 6 blocks of 16, 32, 64 times `widen` channels; images (N, 3, 32, 32)."""
 
     def __init__(self, depth: int, widen: int, num_classes: int = 100) -> None:
         super().__init__()

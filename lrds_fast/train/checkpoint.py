@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code from them, refused when they are another run's."""
+"""Checkpoints: written whole or not at all, read without running code, refused where they are another run's."""
 
 from __future__ import annotations
 
@@ -82,13 +82,11 @@ def resume(
 
 
 def load_weights(model: nn.Module, path: Path, *, key: str) -> None:
-    """Fills `model` from a checkpoint of this trainer, {"model": state dict}, {"state_dict": ...}, a bare state dict, or
-    .safetensors. key: the recipe key that named the file, for the messages. Where a moving average was kept, it is what is loaded.
+    """Fills `model` from a checkpoint of this trainer (its moving average, where one was kept), from {"model": state
+    dict}, {"state_dict": ...}, a bare state dict, or .safetensors. key: the recipe key that named the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{key}: there is no file {path}; train it first, or correct the path"
-        )
+        raise FileNotFoundError(f"{key}: there is no file {path}; train it first, or correct the path")
     if path.suffix == ".safetensors":
         state: Any = _read_safetensors(path)
     else:
@@ -99,11 +97,7 @@ def load_weights(model: nn.Module, path: Path, *, key: str) -> None:
         for wrapper in ("model", "state_dict"):
             if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
                 state = state[wrapper]
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{key}: {path} holds no state dict of tensors")
     if all(name.startswith("module.") for name in state):
         state = {name[len("module.") :]: value for name, value in state.items()}
@@ -137,16 +131,12 @@ def _average_weights(average: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint {path}; start without --resume, or correct the path"
-        )
+        raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors alone, or it is damaged: {reason}"
-        ) from error
+        raise ValueError(f"{path} is not a checkpoint of tensors alone, or it is damaged: {reason}") from error
     except Exception as error:  # a damaged zip raises RuntimeError, EOFError, OSError or KeyError, by where it was cut
         raise ValueError(
             f"{path} is damaged (cut short?); restore it from a copy, or delete it and start afresh"

@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         print(f"lrds-fast: error: {_one_line(error)}", file=sys.stderr)
-        wrong_request = isinstance(
-            error, (ValueError, TypeError, FileNotFoundError, FileExistsError)
-        )
+        wrong_request = isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError))
         return MISUSED if wrong_request else FAILED
 
 
@@ -72,9 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def add_recipe(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "recipe", metavar="RECIPE", help="a TOML file, or a name that `lrds-fast recipes` lists"
-        )
+        sub.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name that `lrds-fast recipes` lists")
         add_settings(sub)
 
     def add_settings(sub: argparse.ArgumentParser) -> None:
@@ -116,9 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on after the run's last checkpoint, if there is one",
     )
-    after.add_argument(
-        "--overwrite", action="store_true", help="replace an older run in the same folder"
-    )
+    after.add_argument("--overwrite", action="store_true", help="replace an older run in the same folder")
 
     sub = add(
         "score",
@@ -139,20 +133,14 @@ def _parser() -> argparse.ArgumentParser:
         "choose the samples that keep their teacher from a file of scores",
         "lrds-fast select runs/digits_kd/scores.parquet --by kd_gain --threshold 0",
     )
-    sub.add_argument(
-        "scores", metavar="SCORES", type=Path, help="a file that `lrds-fast score` has written"
-    )
-    sub.add_argument(
-        "--by", default="kd_gain", help="the score to go by; lower = keep (default: %(default)s)"
-    )
+    sub.add_argument("scores", metavar="SCORES", type=Path, help="a file that `lrds-fast score` has written")
+    sub.add_argument("--by", default="kd_gain", help="the score to go by; lower = keep (default: %(default)s)")
     how = sub.add_mutually_exclusive_group(required=True)
     how.add_argument("--threshold", type=float, help="keep samples whose score is below")
     how.add_argument("--ratio", type=float, help="keep this share of the samples, in [0, 1]")
     sub.add_argument("--per-class", action="store_true", help="the share of every class")
     sub.add_argument("--largest", action="store_true", help="keep high scores instead of low ones")
-    sub.add_argument(
-        "--out", type=Path, help="Parquet file to write (default: selection.parquet beside SCORES)"
-    )
+    sub.add_argument("--out", type=Path, help="Parquet file to write (default: selection.parquet beside SCORES)")
     sub.add_argument("--report", type=Path, help="also write an HTML report of the selection")
 
     sub = add(
@@ -163,9 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     sub.add_argument("--baseline", help="name of the runs to take differences to")
-    sub.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)"
-    )
+    sub.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)")
 
     sub = add(
         "recipes",
@@ -177,9 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_parser("list", help="names and descriptions (default)")
     show = actions.add_parser("show", help="the TOML of one recipe, and every value once resolved")
     show.add_argument("recipe", metavar="RECIPE")
-    show.add_argument(
-        "--resolved", action="store_true", help="every value with its default, as JSON"
-    )
+    show.add_argument("--resolved", action="store_true", help="every value with its default, as JSON")
 
     add(
         "doctor",
@@ -194,9 +178,7 @@ def _demo(options: argparse.Namespace) -> int:
     from lrds_fast.train.demo import BASELINE, demo
     from lrds_fast.train.report import NOTES, text_table
 
-    result = demo(
-        options.out, seeds=options.seeds, settings=options.settings, progress=_progress(options)
-    )
+    result = demo(options.out, seeds=options.seeds, settings=options.settings, progress=_progress(options))
     print("\n".join(result.introduction), end="\n\n")
     print(text_table(result.rows, baseline=BASELINE), end="\n\n")
     print(NOTES)
@@ -210,9 +192,7 @@ def _train(options: argparse.Namespace) -> int:
     from lrds_fast.train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)
-    result = run.fit(
-        recipe, resume=options.resume, overwrite=options.overwrite, progress=_progress(options)
-    )
+    result = run.fit(recipe, resume=options.resume, overwrite=options.overwrite, progress=_progress(options))
     last = result.records[-1]
     best = max(record["test_acc"] for record in result.records)
     print(
@@ -246,12 +226,8 @@ def _select(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"there is no file {options.scores}; lrds-fast score writes one")
     table = Selection.load(options.scores)
     if table.labels is None or table.teacher_pred is None:
-        raise ValueError(
-            f"{options.scores} has no labels or teacher's predictions; lrds-fast score writes them"
-        )
-    scores = Scores(
-        table.scores, target=table.labels, teacher_pred=table.teacher_pred, meta=table.meta
-    )
+        raise ValueError(f"{options.scores} has no labels or teacher's predictions; lrds-fast score writes them")
+    scores = Scores(table.scores, target=table.labels, teacher_pred=table.teacher_pred, meta=table.meta)
     selection = lrds_fast.select(
         scores,
         by=options.by,
@@ -277,9 +253,7 @@ def _report(options: argparse.Namespace) -> int:
     runs = [read_run(folder) for folder in options.runs]
     rows = tabulate(runs, baseline=options.baseline)
     conclusions = verdicts(rows, options.baseline) if options.baseline else []
-    page = html_report(
-        runs, title="lrds-fast report", baseline=options.baseline, conclusions=conclusions
-    )
+    page = html_report(runs, title="lrds-fast report", baseline=options.baseline, conclusions=conclusions)
     write_text(options.out, page)
     print(text_table(rows, baseline=options.baseline), end="\n\n")
     print(NOTES)
@@ -293,9 +267,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
     if options.action == "show":
         print(
-            load_recipe(options.recipe).to_json()
-            if options.resolved
-            else recipe_text(options.recipe),
+            load_recipe(options.recipe).to_json() if options.resolved else recipe_text(options.recipe),
             end="",
         )
         print(end="\n" if options.resolved else "")

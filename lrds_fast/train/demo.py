@@ -1,4 +1,4 @@
-"""The method on real digits in about a minute: an unreliable teacher, and what label revision and data selection save."""
+"""The method on real digits in about a minute: an unreliable teacher, and what revision and selection save."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,14 +22,30 @@ REPORT = "report.html"
 BASELINE = "KD"
 TEACHER = "teacher"
 ALONE = "student alone"
+RANDOM = "KD + random"
 
-#: Name in the table, folder, recipe, and the run whose scores choose the samples ("" keeps every sample).
+
+class Arm(NamedTuple):
+    """One student of the comparison.
+
+    name: in the table. folder, recipe: where and what. scored: the folder of the run whose scores choose the samples,
+    "" keeps every sample. by: the score; "random" keeps as many as kd_gain would, which tells choice from dosage.
+    """
+
+    name: str
+    folder: str
+    recipe: str
+    scored: str = ""
+    by: str = "kd_gain"
+
+
 ARMS = (
-    (ALONE, "alone", "digits_alone", ""),
-    ("KD", "kd", "digits_kd", ""),
-    ("KD + LR", "kd_lr", "digits_kd_lr", ""),
-    ("KD + DS", "kd_ds", "digits_kd_ds", "kd"),
-    ("KD + LR + DS", "kd_lr_ds", "digits_kd_lr_ds", "kd_lr"),
+    Arm(ALONE, "alone", "digits_alone"),
+    Arm(BASELINE, "kd", "digits_kd"),
+    Arm("KD + LR", "kd_lr", "digits_kd_lr"),
+    Arm(RANDOM, "kd_random", "digits_kd_ds", "kd", "random"),
+    Arm("KD + DS", "kd_ds", "digits_kd_ds", "kd"),
+    Arm("KD + LR + DS", "kd_lr_ds", "digits_kd_lr_ds", "kd_lr"),
 )
 
 
@@ -64,23 +81,23 @@ def demo(
     torch.set_num_threads(1)  # these networks are smaller than the cost of waking a second thread
     started = time.perf_counter()
     try:
-        with tqdm(
-            total=seeds * (1 + len(ARMS)), desc="demo", unit="run", disable=not progress
-        ) as bar:
+        with tqdm(total=seeds * (1 + len(ARMS)), desc="demo", unit="run", disable=not progress) as bar:
             for seed in range(seeds):
                 _one_seed(out / f"seed{seed}", seed, settings, bar)
     finally:
         torch.set_num_threads(threads)
     folders = [
-        out / f"seed{seed}" / folder
-        for folder in ("teacher", *(arm[1] for arm in ARMS))
-        for seed in range(seeds)
+        out / f"seed{seed}" / folder for folder in ("teacher", *(arm.folder for arm in ARMS)) for seed in range(seeds)
     ]
     finished = [read_run(folder) for folder in folders]
     introduction = _introduction(finished, seeds, time.perf_counter() - started)
     rows = tabulate(finished, baseline=BASELINE)
     students = [row for row in rows if row.name != TEACHER]
-    conclusions = [*verdicts(students, BASELINE), *_against_no_teacher(finished)]
+    conclusions = [
+        *verdicts(students, BASELINE),
+        *_against_random(finished),
+        *_against_no_teacher(finished),
+    ]
     page = html_report(
         finished,
         title="lrds-fast demo",
@@ -111,27 +128,35 @@ def _one_seed(folder: Path, seed: int, settings: Sequence[str], bar: tqdm[None])
 
     teacher = folder / "teacher"
     fit(recipe("digits_teacher", TEACHER, teacher))
-    for name, sub, source, scored in ARMS:
-        chosen = recipe(source, name, folder / sub)
+    for arm in ARMS:
+        chosen = recipe(arm.recipe, arm.name, folder / arm.folder)
         if chosen.teacher.model:
             chosen = chosen.with_values(**{"teacher.checkpoint": str(teacher / "last.pt")})
-        if scored:
-            base = chosen.with_values(**{"run.out": str(folder / scored), "selection.path": ""})
-            selection = lrds_fast.select(
-                runs.score(base, progress=False), by="kd_gain", threshold=0.0
-            )
-            selection.save(folder / scored / "selection.parquet")
-            chosen = chosen.with_values(
-                **{"selection.path": str(folder / scored / "selection.parquet")}
-            )
+        if arm.scored:
+            base = chosen.with_values(**{"run.out": str(folder / arm.scored), "selection.path": ""})
+            scores = runs.score(base, progress=False)
+            selection = lrds_fast.select(scores, by="kd_gain", threshold=0.0)
+            if arm.by != "kd_gain":
+                share = len(selection.indices) / len(selection)
+                selection = lrds_fast.select(scores, by=arm.by, ratio=share)
+            path = folder / arm.folder / "selection.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            selection.save(path)
+            chosen = chosen.with_values(**{"selection.path": str(path)})
         fit(chosen)
+
+
+def _against_random(finished: Sequence[Run]) -> list[str]:
+    """Whether kd_gain chose better than chance did, at the same number of samples."""
+    rows = tabulate(finished, baseline=RANDOM)
+    return verdicts([row for row in rows if row.name == "KD + DS"], RANDOM)
 
 
 def _against_no_teacher(finished: Sequence[Run]) -> list[str]:
     """How each student stands to the one without a teacher: whether listening paid at all."""
     rows = {row.name: row for row in tabulate(finished, baseline=ALONE)}
     differences = {name: row.accuracy_difference for name, row in rows.items()}
-    sentences = verdicts([rows[name] for name, *_ in ARMS if name != ALONE], ALONE)
+    sentences = verdicts([rows[arm.name] for arm in ARMS if arm.name != ALONE], ALONE)
     cost, both = differences[BASELINE], differences["KD + LR + DS"]
     if cost is None or both is None or cost.within_noise or cost.mean > 0:
         return sentences
@@ -165,12 +190,12 @@ def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[s
     )
     teacher = (
         f"The teacher is as unreliable as teachers are in practice, on purpose: {noise:.0%} of its training labels were"
-        f" replaced by another class. It is right on {accuracy.mean:.1%} of the test split and wrong on {wrong.mean:.1%}"
-        " of the students' training samples. The students' own labels are correct."
+        f" replaced by another class. It is right on {accuracy.mean:.1%} of the test split and wrong on"
+        f" {wrong.mean:.1%} of the students' training samples. The students' own labels are correct."
     )
     method = (
-        "LR (label revision) corrects the teacher's distribution where it is wrong; DS (data selection) keeps the teacher"
-        " on the samples with kd_gain < 0, where it is predicted to lower the held-out loss, as scored on the student"
-        " that was trained without selection."
+        "LR (label revision) corrects the teacher's distribution where it is wrong; DS (data selection) keeps the"
+        " teacher on the samples with kd_gain < 0, where it is predicted to lower the held-out loss, as scored on the"
+        " student that was trained without selection. 'KD + random' keeps it on as many, drawn at random."
     )
     return [data, teacher, method, f"{seeds} seeds, {seconds:.0f} s."]

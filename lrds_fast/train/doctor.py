@@ -47,21 +47,19 @@ def examine() -> list[Finding]:
             f"{lrds_fast.__version__}, built by {info['compiler']} for torch {info['torch_version']}",
             needed=True,
         ),
-        Finding(
-            "torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", needed=True
-        ),
+        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", needed=True),
         Finding(
             "cpu kernels",
             True,
-            f"levels {', '.join(info['cpu_isas'])}; this CPU runs {info['cpu_isa']}; OpenMP {'on' if info['openmp'] else 'off'}",
+            f"levels {', '.join(info['cpu_isas'])}; this CPU runs {info['cpu_isa']};"
+            f" OpenMP {'on' if info['openmp'] else 'off'}",
             needed=True,
         ),
         _cuda_kernels(info),
         _cuda_device(),
         _nvcc(),
     ]
-    for name, purpose, how in OPTIONAL:
-        findings.append(_distribution(name, purpose, how))
+    findings += [_distribution(name, purpose, how) for name, purpose, how in OPTIONAL]
     findings.append(_real_data())
     return findings
 
@@ -69,10 +67,11 @@ def examine() -> list[Finding]:
 def text(findings: Sequence[Finding]) -> str:
     """The findings for a terminal."""
     width = max(len(finding.name) for finding in findings)
-    return "\n".join(
-        f"{'ok' if finding.found else ('MISSING' if finding.needed else '-'):<7}  {finding.name:<{width}}  {finding.detail}"
-        for finding in findings
-    )
+    lines = []
+    for name, found, detail, needed in findings:
+        state = "ok" if found else "MISSING" if needed else "-"
+        lines.append(f"{state:<7}  {name:<{width}}  {detail}")
+    return "\n".join(lines)
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
@@ -117,14 +116,10 @@ def _nvcc() -> Finding:
             "only needed to build CUDA kernels: install the CUDA toolkit and set CUDA_HOME",
         )
     try:
-        output = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=20, check=True
-        ).stdout
+        output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return Finding("nvcc", False, f"{path} does not run: {error}")
-    release = next(
-        (line.strip() for line in output.splitlines() if "release" in line), "version unknown"
-    )
+    release = next((line.strip() for line in output.splitlines() if "release" in line), "version unknown")
     return Finding("nvcc", True, f"{path}: {release}")
 
 

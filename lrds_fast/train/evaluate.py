@@ -76,9 +76,7 @@ def evaluate(
         for batch in loader.epoch(0):
             target = batch.targets.to(device, non_blocking=True)
             with autocast():
-                logits = model(
-                    batch.images.to(device, non_blocking=True, memory_format=memory_format)
-                )
+                logits = model(batch.images.to(device, non_blocking=True, memory_format=memory_format))
             logits = logits.float()
             sums[0] += (logits.argmax(dim=1) == target).sum()
             sums[1] += F.cross_entropy(logits, target, reduction="sum")
@@ -88,19 +86,13 @@ def evaluate(
     return correct / rows, total / rows
 
 
-def outputs(
-    model: Any, loader: Loader, device: torch.device, *, progress: bool = False, desc: str = ""
-) -> Outputs:
+def outputs(model: Any, loader: Loader, device: torch.device, *, progress: bool = False, desc: str = "") -> Outputs:
     """The logits and features of a split, in index order, in eval mode and float32."""
     model.to(device).eval()
     logits, features, places = [], [], []
     with torch.inference_mode():
-        for batch in tqdm(
-            loader.epoch(0), total=len(loader), desc=desc, disable=not progress, leave=False
-        ):
-            row_logits, row_features = model.forward_with_features(
-                batch.images.to(device, non_blocking=True)
-            )
+        for batch in tqdm(loader.epoch(0), total=len(loader), desc=desc, disable=not progress, leave=False):
+            row_logits, row_features = model.forward_with_features(batch.images.to(device, non_blocking=True))
             logits.append(row_logits.float().cpu())
             features.append(row_features.float().cpu())
             places.append(batch.indices)

@@ -47,18 +47,14 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines log. A last line cut short by a crash is left out; any other bad line is an error."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no log {path}; name the folder of a run that lrds-fast train has written"
-        )
+        raise FileNotFoundError(f"there is no log {path}; name the folder of a run that lrds-fast train has written")
     lines = path.read_text(encoding="utf-8").split("\n")
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} is not JSON ({error}); the log is damaged"
-            ) from error
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); the log is damaged") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} must be an object; got {line[:40]!r}")
         records.append(record)
@@ -67,9 +63,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def rewrite_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """A log of exactly these records, whole or as it was before."""
-    write_text(
-        path, "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records)
-    )
+    write_text(path, "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records))
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import lrds_fast
@@ -25,6 +24,7 @@ from lrds_fast.train.setup import (
     build_optimizer,
     loss_arguments,
     lr_factor,
+    moving_average,
     pick_device,
 )
 from lrds_fast.train.totals import Totals
@@ -62,8 +62,9 @@ def train(
 
     selected: (N,) bool over data.train's samples, those that keep the teacher; None is all. fingerprint: of the data;
     resuming on other data is an error. resume: goes on after out/last.pt, with the same numbers as if never stopped
-    (bit for bit on the CPU); without such a file it starts. overwrite: an older run in `out` may go; else it is an error
-    that names it. progress: a bar on stderr. Raises FileExistsError there, FloatingPointError where the loss is not finite, ValueError where class counts differ.
+    (bit for bit on the CPU); without such a file it starts. overwrite: an older run in `out` may go.
+    progress: a bar on stderr. Raises FileExistsError for an older run that may not go, FloatingPointError where the
+    loss is not finite, ValueError where class counts differ.
     """
     device = pick_device(recipe.run.device)
     memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
@@ -72,9 +73,7 @@ def train(
         teacher.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         teacher.eval().requires_grad_(False)
     check_class_counts(data, student, teacher, device, memory_format)
-    if selected is not None and (
-        selected.dtype != torch.bool or selected.shape != data.train.labels.shape
-    ):
+    if selected is not None and (selected.dtype != torch.bool or selected.shape != data.train.labels.shape):
         raise ValueError(
             f"selected must be bool of shape ({len(data.train.labels)},), one per training sample;"
             f" got {selected.dtype} of shape {tuple(selected.shape)}"
@@ -83,14 +82,8 @@ def train(
     hyperparameters = loss_arguments(recipe.loss)
     autocast = autocast_factory(recipe.run.amp, device)
     optimizer = build_optimizer(recipe.optimizer, student)
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=recipe.run.amp == "fp16" and device.type == "cuda"
-    )
-    ema = None
-    if recipe.run.ema_decay > 0:
-        ema = AveragedModel(
-            student, multi_avg_fn=get_ema_multi_avg_fn(recipe.run.ema_decay), use_buffers=True
-        )
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.amp == "fp16" and device.type == "cuda")
+    ema = moving_average(student, recipe.run.ema_decay)
     torch.manual_seed(derived_seed("train", recipe.seed))
 
     facts = identity(recipe, fingerprint, selected)
@@ -113,9 +106,7 @@ def train(
         rewrite_records(out / LOG, [])
     write_text(out / RECIPE, recipe.to_json())
 
-    teacher_pred = (
-        None if teacher is None else torch.full(data.train.labels.shape, -1, device=device)
-    )
+    teacher_pred = None if teacher is None else torch.full(data.train.labels.shape, -1, device=device)
     steps_per_epoch = len(data.train)
     bar = tqdm(
         total=recipe.schedule.epochs * steps_per_epoch,
@@ -128,13 +119,9 @@ def train(
         started = time.perf_counter()
         student.train()
         totals = Totals(device)
-        for step, batch in enumerate(
-            data.train.epoch(epoch, selected), start=epoch * steps_per_epoch
-        ):
+        for step, batch in enumerate(data.train.epoch(epoch, selected), start=epoch * steps_per_epoch):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.optimizer.lr * lr_factor(
-                    recipe.schedule, step / steps_per_epoch
-                )
+                group["lr"] = recipe.optimizer.lr * lr_factor(recipe.schedule, step / steps_per_epoch)
             images = batch.images.to(device, non_blocking=True, memory_format=memory_format)
             target = batch.targets.to(device, non_blocking=True)
             teacher_rows, mask = who_listens(batch, selected, recipe.selection.compose)
@@ -142,15 +129,11 @@ def train(
             with autocast():
                 logits = student(images)
             if teacher is None:
-                loss = F.cross_entropy(
-                    logits.float(), target, label_smoothing=recipe.loss.label_smoothing
-                )
+                loss = F.cross_entropy(logits.float(), target, label_smoothing=recipe.loss.label_smoothing)
                 totals.add_cross_entropy(loss, len(target), step)
             else:
                 with torch.inference_mode(), autocast():
-                    teacher_logits = (
-                        teacher(images[:teacher_rows]) if teacher_rows else logits.detach()[:0]
-                    )
+                    teacher_logits = teacher(images[:teacher_rows]) if teacher_rows else logits.detach()[:0]
                 parts_of_loss = lrds_fast.kd_loss_parts(
                     logits,
                     teacher_logits,
@@ -167,7 +150,7 @@ def train(
                     teacher_pred[seen] = predicted(teacher_logits, target[:teacher_rows])
 
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            torch.autograd.backward(scaler.scale(loss))
             if recipe.run.clip_grad_norm > 0:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(student.parameters(), recipe.run.clip_grad_norm)
@@ -195,9 +178,7 @@ def train(
         append_record(out / LOG, record)
         records.append(record)
         if (epoch + 1) % recipe.run.save_every == 0 or epoch + 1 == recipe.schedule.epochs:
-            checkpoint.save(
-                out / CHECKPOINT, epoch=epoch + 1, facts=facts, student=student, parts=parts
-            )
+            checkpoint.save(out / CHECKPOINT, epoch=epoch + 1, facts=facts, student=student, parts=parts)
         bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_acc']:.2%}")
     bar.close()
     if ema is not None:

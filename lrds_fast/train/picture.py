@@ -1,4 +1,4 @@
-"""Pictures and charts as text, for reports that are one file: base64 PNG and inline SVG, from the standard library alone."""
+"""Pictures and charts as text, for reports that are one file: base64 PNG and inline SVG, no library needed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ def png(picture: Tensor) -> str:
     raw = b"".join(b"\0" + row.tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2}[channels], 0, 0, 0)
     content = (
-        b"\x89PNG\r\n\x1a\n"
-        + _chunk(b"IHDR", header)
-        + _chunk(b"IDAT", zlib.compress(raw))
-        + _chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(raw)) + _chunk(b"IEND", b"")
     )
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
@@ -47,8 +44,7 @@ def line_chart(
 ) -> str:
     """An SVG of named curves, each a sequence of (x, y); values that are not finite are left out."""
     curves = {
-        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-        for name, points in series.items()
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
     }
     everything = [point for points in curves.values() for point in points]
     if not everything:
@@ -59,9 +55,7 @@ def line_chart(
     parts = _axes(x_ticks, y_ticks, x_label, y_label, percent)
     for i, points in enumerate(curves.values()):
         path = " ".join(f"{_at(to_x, x):.1f},{_at(to_y, y):.1f}" for x, y in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="1.6"/>'
-        )
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="1.6"/>')
     return _svg(parts, y_label) + legend(list(curves))
 
 
@@ -100,9 +94,7 @@ def histogram(
                 below[k] += count
     if mark is not None and low <= mark <= high:
         x = _at(to_x, mark)
-        parts.append(
-            f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}" class="mark"/>'
-        )
+        parts.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}" class="mark"/>')
     return _svg(parts, x_label) + legend(list(groups))
 
 
@@ -136,29 +128,21 @@ def _at(scale: tuple[float, float, float, float], value: float) -> float:
     return start + (value - low) / (high - low) * (end - start)
 
 
-def _axes(
-    x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str, percent: bool
-) -> list[str]:
+def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str, percent: bool) -> list[str]:
     to_x, to_y = _scale(x_ticks, LEFT, WIDTH - RIGHT), _scale(y_ticks, HEIGHT - BOTTOM, TOP)
     parts = []
     for value in y_ticks:
         y = _at(to_y, value)
         text = f"{100 * value:.4g}%" if percent else f"{value:.4g}"
-        parts.append(
-            f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" class="grid"/>'
-        )
+        parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for value in x_ticks:
-        parts.append(
-            f'<text x="{_at(to_x, value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:.4g}</text>'
-        )
+        x, y = _at(to_x, value), HEIGHT - BOTTOM + 16
+        parts += [f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{value:.4g}</text>']
     middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text x="{middle_x:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    parts.append(
-        f'<text x="12" y="{middle_y:.0f}" text-anchor="middle" transform="rotate(-90 12 {middle_y:.0f})">{escape(y_label)}</text>'
-    )
+    parts.append(f'<text x="{middle_x:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    place = f'x="12" y="{middle_y:.0f}" transform="rotate(-90 12 {middle_y:.0f})"'
+    parts.append(f'<text {place} text-anchor="middle">{escape(y_label)}</text>')
     return parts
 
 

@@ -57,7 +57,7 @@ class StudentOptions:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The arguments of lrds_fast.kd_loss; without a teacher only label_smoothing counts. revise "none" is no revision."""
+    """kd_loss's arguments; without a teacher only label_smoothing counts. revise "none" is no revision."""
 
     temperature: float = 4.0
     ce_weight: float = 0.1
@@ -70,9 +70,9 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """path: a file of lrds-fast select, "" for every sample. compose "prefix": batches bring selected samples first and
-    the teacher sees these alone; "mask": the teacher sees all, the loss leaves the others out. compose changes no number
-    but by rounding."""
+    """path: a file of lrds-fast select, "" for every sample. compose "prefix": batches bring selected samples first
+    and the teacher sees these alone; "mask": it sees all, and the loss leaves the others out. The numbers are the same
+    up to rounding."""
 
     path: str = ""
     compose: str = "prefix"
@@ -80,8 +80,8 @@ class SelectionOptions:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What lrds-fast score computes; see lrds_fast.influence.last_layer_scores. base: the checkpoint of the student that
-    is scored, "" for this recipe's own run. damping < 0: damping_scale counts."""
+    """What lrds-fast score computes; see lrds_fast.influence.last_layer_scores. base: the checkpoint of the student
+    that is scored, "" for this recipe's own run. damping < 0: damping_scale counts."""
 
     scores: tuple[str, ...] = ("kd_gain", "teacher_correct")
     curvature: str = "ekfac"
@@ -104,7 +104,7 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """name "cosine" (to 0), "step" (x gamma after each milestone, in epochs) or "constant"; linear warm-up before it."""
+    """name "cosine" (to 0), "step" (x gamma after each milestone, in epochs) or "constant"; linear warm-up first."""
 
     name: str = "cosine"
     epochs: int = 30
@@ -154,9 +154,7 @@ class Recipe:
 
     def with_values(self, **values: Any) -> Recipe:
         """A copy with some values replaced, by dotted name: with_values(seed=1, **{"loss.eta": 0.5})."""
-        return from_mapping(
-            _overlay(dataclasses.asdict(self), _nested(values)), where="with_values"
-        )
+        return from_mapping(_overlay(dataclasses.asdict(self), _nested(values)), where="with_values")
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key."""
@@ -249,7 +247,7 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
     else:
         text, folder = recipe_text(source), None
     try:
-        values = tomllib.loads(text)
+        values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {source} is not valid TOML: {error}") from error
     parent = values.pop("extends", None)
@@ -272,9 +270,7 @@ def _build(cls: Any, values: Mapping[str, Any], *, prefix: str, where: str) -> A
     for key, value in values.items():
         full = f"{prefix}{key}"
         if key not in hints:
-            raise ValueError(
-                f"{where}: unknown key {full!r}; {_nearest(full, prefix, list(hints))}"
-            )
+            raise ValueError(f"{where}: unknown key {full!r}; {_nearest(full, prefix, list(hints))}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
@@ -294,11 +290,7 @@ def _nearest(full: str, prefix: str, keys: list[str]) -> str:
     last = full.rpartition(".")[2]
     near = [by_last[last]] if last in by_last else difflib.get_close_matches(full, everything, n=1)
     near = near or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1)]
-    return (
-        f"did you mean {near[0]!r}?"
-        if near
-        else f"valid keys here: {', '.join(prefix + key for key in keys)}"
-    )
+    return f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(prefix + key for key in keys)}"
 
 
 def all_keys() -> list[str]:
@@ -322,9 +314,7 @@ def _typed(value: Any, hint: Any, key: str, where: str) -> Any:
             return tuple(_typed(item, inner, key, where) for item in value)
         raise ValueError(f"{where}: {key} must be a list of {inner.__name__}; got {value!r}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ValueError(
-            f"{where}: {key} must be {hint.__name__}; got {value!r} ({type(value).__name__})"
-        )
+        raise ValueError(f"{where}: {key} must be {hint.__name__}; got {value!r} ({type(value).__name__})")
     return value
 
 
@@ -381,9 +371,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         for name in tables:
             inner = table.setdefault(name, {})
             if not isinstance(inner, dict):
-                raise ValueError(
-                    f"{key!r} names a value inside {name!r}, which is itself set to a value"
-                )
+                raise ValueError(f"{key!r} names a value inside {name!r}, which is itself set to a value")
             table = inner
         table[last] = value
     return nested
@@ -394,9 +382,5 @@ def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        merged[key] = (
-            _overlay(old, value)
-            if isinstance(old, Mapping) and isinstance(value, Mapping)
-            else value
-        )
+        merged[key] = _overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged

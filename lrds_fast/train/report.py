@@ -37,9 +37,9 @@ class Run:
 class Row:
     """One line of the table: the runs of one name over their seeds.
 
-    Accuracies are shares in [0, 1], cross-entropies nats, on the test split after the last epoch. best_accuracy is over
-    epochs, as the literature often has it. The differences are paired by seed, None for the baseline itself or where the
-    seeds differ. revised, deselected: training samples per run, in the last epoch.
+    Accuracies are shares in [0, 1], cross-entropies nats, on the test split after the last epoch. best_accuracy is
+    over epochs, as the literature often has it. The differences are paired by seed, None for the baseline itself or
+    where the seeds differ. revised, deselected: training samples per run, in the last epoch.
     """
 
     name: str
@@ -56,14 +56,10 @@ class Row:
 def read_run(folder: Path) -> Run:
     """The run in `folder`; FileNotFoundError or ValueError in one line where there is none or no epoch is done."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {folder}; name the folder of a run, such as runs/digits_kd"
-        )
+        raise FileNotFoundError(f"there is no folder {folder}; name the folder of a run, such as runs/digits_kd")
     path = folder / RECIPE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {RECIPE}, so it is not a run of lrds-fast train"
-        )
+        raise FileNotFoundError(f"{folder} holds no {RECIPE}, so it is not a run of lrds-fast train")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -82,20 +78,14 @@ def tabulate(runs: Sequence[Run], *, baseline: str | None = None) -> list[Row]:
     for group in groups.values():
         group.sort(key=lambda run: run.recipe.seed)
     if baseline is not None and baseline not in groups:
-        raise ValueError(
-            f"there is no run named {baseline!r} to compare with; these are: {', '.join(groups)}"
-        )
+        raise ValueError(f"there is no run named {baseline!r} to compare with; these are: {', '.join(groups)}")
     base = groups[baseline] if baseline is not None else []
     return [_row(name, group, [] if name == baseline else base) for name, group in groups.items()]
 
 
 def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
     seeds = tuple(run.recipe.seed for run in group)
-    comparable = (
-        bool(base)
-        and seeds == tuple(run.recipe.seed for run in base)
-        and len(set(seeds)) == len(seeds)
-    )
+    comparable = bool(base) and seeds == tuple(run.recipe.seed for run in base) and len(set(seeds)) == len(seeds)
 
     def difference(key: str) -> Estimate | None:
         return paired(_last(group, key), _last(base, key)) if comparable else None
@@ -105,16 +95,12 @@ def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
         name=name,
         seeds=seeds,
         accuracy=estimate(_last(group, "test_acc")),
-        best_accuracy=estimate(
-            [max(record["test_acc"] for record in run.records) for run in group]
-        ),
+        best_accuracy=estimate([max(record["test_acc"] for record in run.records) for run in group]),
         cross_entropy=estimate(_last(group, "test_ce")),
         accuracy_difference=difference("test_acc"),
         cross_entropy_difference=difference("test_ce"),
         revised=estimate(_last(group, "n_revised")) if taught else None,
-        deselected=estimate([run.last["rows"] - run.last["n_selected"] for run in group])
-        if taught
-        else None,
+        deselected=estimate([run.last["rows"] - run.last["n_selected"] for run in group]) if taught else None,
     )
 
 
@@ -207,9 +193,7 @@ def verdicts(rows: Sequence[Row], baseline: str) -> list[str]:
                 parts.append(f"{what} within noise")
             else:
                 better = (value.mean > 0) == (what == "accuracy")
-                parts.append(
-                    f"{what} {scale * value.mean:+.{digits}f}{unit} ({'better' if better else 'worse'})"
-                )
+                parts.append(f"{what} {scale * value.mean:+.{digits}f}{unit} ({'better' if better else 'worse'})")
         sentences.append(f"{row.name} against {baseline}: {', '.join(parts)}.")
     return sentences
 
@@ -226,12 +210,8 @@ def html_report(
     rows = tabulate(runs, baseline=baseline)
     body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for text in introduction)]
     titles = "".join(f"<th>{escape(text)}</th>" for text in header(baseline))
-    lines = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>" for row in rows
-    )
-    body.append(
-        f"<h2>Results</h2><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
-    )
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>" for row in rows)
+    body.append(f"<h2>Results</h2><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>")
     body.append(f"<p class='note'>{escape(NOTES)}</p>")
     if conclusions:
         items = "".join(f"<li>{escape(text)}</li>" for text in conclusions)
@@ -243,9 +223,7 @@ def html_report(
         ("train_loss", "training loss (each run's own)", False),
     ):
         chart = line_chart(mean_curves(runs, key), x_label="epoch", y_label=label, percent=percent)
-        body.append(
-            f"<figure>{chart}<figcaption>{escape(label)}, mean over seeds</figcaption></figure>"
-        )
+        body.append(f"<figure>{chart}<figcaption>{escape(label)}, mean over seeds</figcaption></figure>")
     body.append("</div>")
     body += _selections(runs)
     body += _galleries(runs)
@@ -262,14 +240,9 @@ def mean_curves(runs: Sequence[Run], key: str) -> dict[str, list[tuple[float, fl
     for run in runs:
         for record in run.records:
             if record.get(key) is not None:
-                sums.setdefault(run.recipe.name, {}).setdefault(record["epoch"], []).append(
-                    record[key]
-                )
+                sums.setdefault(run.recipe.name, {}).setdefault(record["epoch"], []).append(record[key])
     return {
-        name: [
-            (float(epoch), math.fsum(values) / len(values))
-            for epoch, values in sorted(epochs.items())
-        ]
+        name: [(float(epoch), math.fsum(values) / len(values)) for epoch, values in sorted(epochs.items())]
         for name, epochs in sums.items()
     }
 
@@ -298,9 +271,7 @@ def _score_histogram(selection: Selection) -> str:
         "keeps the teacher": scores[selection.mask].tolist(),
         "label alone": scores[~selection.mask].tolist(),
     }
-    return histogram(
-        groups, x_label=by, mark=float(threshold) if isinstance(threshold, (int, float)) else None
-    )
+    return histogram(groups, x_label=by, mark=float(threshold) if isinstance(threshold, (int, float)) else None)
 
 
 def _galleries(runs: Sequence[Run]) -> list[str]:
@@ -320,8 +291,8 @@ def _galleries(runs: Sequence[Run]) -> list[str]:
             if kinds.get(kind):
                 pictures = "".join(map(_picture, kinds[kind]))
                 body.append(
-                    f"<h3>{escape(run.recipe.name)}, seed {run.recipe.seed}: {kind}</h3><p class='note'>{explanation}</p>"
-                    f"<div class='gallery'>{pictures}</div>"
+                    f"<h3>{escape(run.recipe.name)}, seed {run.recipe.seed}: {kind}</h3>"
+                    f"<p class='note'>{explanation}</p><div class='gallery'>{pictures}</div>"
                 )
     return ["<h2>Samples</h2>", *body] if body else []
 
@@ -339,10 +310,13 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h1{font-size:1.6rem}h2{margin-top:2rem;border-bottom:1px solid #ccc}h3{margin-bottom:0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .7rem;text-align:right}
-th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #222}tbody tr:nth-child(even){background:#f4f4f4}
-.note{color:#555;font-size:.9rem}.charts{display:flex;flex-wrap:wrap;gap:1rem}.charts figure{margin:0;width:480px;max-width:100%}
+th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #222}
+tbody tr:nth-child(even){background:#f4f4f4}
+.note{color:#555;font-size:.9rem}.charts{display:flex;flex-wrap:wrap;gap:1rem}
+.charts figure{margin:0;width:480px;max-width:100%}
 svg{width:100%;font-size:11px}svg .grid{stroke:#ddd}svg .mark{stroke:#000;stroke-dasharray:4 3}
-.legend span{margin-right:1rem;font-size:.85rem}.legend i{display:inline-block;width:.8rem;height:.8rem;margin-right:.3rem}
+.legend span{margin-right:1rem;font-size:.85rem}
+.legend i{display:inline-block;width:.8rem;height:.8rem;margin-right:.3rem}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}.gallery figure{margin:0;width:96px}
 .gallery img{width:96px;height:96px;image-rendering:pixelated;object-fit:contain}.gallery figcaption{font-size:.75rem}
 """

@@ -88,19 +88,13 @@ def load_selection(recipe: Recipe, data: Data) -> Selection | None:
     if not path:
         return None
     if not recipe.teacher.model:
-        raise ValueError(
-            f"selection.path is {path!r}, but there is no teacher to select for; set teacher.model"
-        )
+        raise ValueError(f"selection.path is {path!r}, but there is no teacher to select for; set teacher.model")
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"selection.path: there is no file {path}; lrds-fast select writes one"
-        )
+        raise FileNotFoundError(f"selection.path: there is no file {path}; lrds-fast select writes one")
     return Selection.load(path, dataset=fingerprint(data))
 
 
-def fit(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: bool = True
-) -> TrainResult:
+def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> TrainResult:
     """Trains as the recipe says; files go to recipe.out (see lrds_fast.train.loop.train)."""
     data = load_data(recipe)
     selection = load_selection(recipe, data)
@@ -134,20 +128,12 @@ def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
     checkpoint.load_weights(student, base, key="score.base")
     teacher = build_teacher(recipe, data)
     if teacher is None:
-        raise ValueError(
-            "scores compare a student with its teacher, and the recipe has none; set teacher.model"
-        )
+        raise ValueError("scores compare a student with its teacher, and the recipe has none; set teacher.model")
     if data.val is None and any(name.startswith("kd_gain") for name in recipe.score.scores):
-        raise ValueError(
-            "kd_gain needs held-out samples; set data.val_fraction, for example to 0.1"
-        )
+        raise ValueError("kd_gain needs held-out samples; set data.val_fraction, for example to 0.1")
     selection = load_selection(recipe, data)
     own = outputs(student, data.score, device, progress=progress, desc="student")
-    held_out = (
-        None
-        if data.val is None
-        else outputs(student, data.val, device, progress=progress, desc="held out")
-    )
+    held_out = None if data.val is None else outputs(student, data.val, device, progress=progress, desc="held out")
     taught = outputs(teacher, data.score, device, progress=progress, desc="teacher")
     return influence.last_layer_scores(
         features=own.features,
@@ -168,16 +154,10 @@ def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
     )
 
 
-def write_gallery(
-    recipe: Recipe, data: Data, teacher_pred: Tensor, selection: Selection | None
-) -> None:
+def write_gallery(recipe: Recipe, data: Data, teacher_pred: Tensor, selection: Selection | None) -> None:
     """Pictures of samples whose labels were revised and of those denied the teacher, for reports."""
     labels = data.train.labels
-    mask = (
-        torch.ones_like(labels, dtype=torch.bool)
-        if selection is None
-        else torch.as_tensor(selection.mask).cpu()
-    )
+    mask = torch.ones_like(labels, dtype=torch.bool) if selection is None else torch.as_tensor(selection.mask).cpu()
     wrong = (teacher_pred >= 0) & (teacher_pred != labels)
     revised = (wrong & mask).nonzero()[:, 0] if recipe.loss.revise != "none" else labels[:0]
     denied = (~mask).nonzero()[:, 0]
@@ -187,9 +167,7 @@ def write_gallery(
             teacher_pred = torch.where(teacher_pred >= 0, teacher_pred, selection.teacher_pred)
         # The clearest cases first.
         scores = selection.scores[str(selection.policy["by"])]
-        denied = denied[
-            scores[denied].argsort(descending=not selection.policy.get("largest"), stable=True)
-        ]
+        denied = denied[scores[denied].argsort(descending=not selection.policy.get("largest"), stable=True)]
 
     def entries(indices: Tensor) -> list[dict[str, Any]]:
         return [

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lrds_fast.train.recipe import LossOptions, OptimizerOptions, ScheduleOptions
 
@@ -18,9 +19,7 @@ def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
     if epoch < schedule.warmup_epochs:
         return (epoch + 1e-3) / schedule.warmup_epochs
     if schedule.name == "cosine":
-        done = (epoch - schedule.warmup_epochs) / max(
-            schedule.epochs - schedule.warmup_epochs, 1e-9
-        )
+        done = (epoch - schedule.warmup_epochs) / max(schedule.epochs - schedule.warmup_epochs, 1e-9)
         return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
     if schedule.name == "step":
         return schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
@@ -30,9 +29,7 @@ def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
 def build_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim.Optimizer:
     """SGD or AdamW over all parameters."""
     if options.name == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(), lr=options.lr, weight_decay=options.weight_decay
-        )
+        return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     return torch.optim.SGD(
         model.parameters(),
         lr=options.lr,
@@ -40,6 +37,14 @@ def build_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim.
         nesterov=options.nesterov,
         weight_decay=options.weight_decay,
     )
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    """The exponential moving average of parameters and buffers; None for decay 0."""
+    if decay == 0:
+        return None
+    average: Any = get_ema_multi_avg_fn
+    return AveragedModel(model, multi_avg_fn=average(decay), use_buffers=True)
 
 
 def autocast_factory(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

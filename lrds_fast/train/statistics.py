@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them 1.96 + 2.5 / df is closer than 1%.
+#: Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, 1.96 + 2.5 / df is within 1%.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -43,9 +43,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
     """The estimate of values[i] - baseline[i]; both hold the same seeds in the same order."""
     if len(values) != len(baseline):
-        raise ValueError(
-            f"paired differences need equally many values; got {len(values)} and {len(baseline)}"
-        )
+        raise ValueError(f"paired differences need equally many values; got {len(values)} and {len(baseline)}")
     return estimate([value - other for value, other in zip(values, baseline, strict=True)])
 
 

@@ -24,9 +24,7 @@ class Totals:
         # The first step whose loss was not finite; a number beyond every step while there is none.
         self._bad_step = torch.full((), NO_STEP, device=device)
 
-    def add_parts(
-        self, parts: lrds_fast.KDLossParts, rows: int, teacher_rows: int, step: int
-    ) -> None:
+    def add_parts(self, parts: lrds_fast.KDLossParts, rows: int, teacher_rows: int, step: int) -> None:
         """One batch of the distillation loss."""
         loss = parts.loss.detach()
         valid = parts.n_valid
@@ -45,16 +43,12 @@ class Totals:
     def add_cross_entropy(self, loss: Tensor, rows: int, step: int) -> None:
         """One batch without a teacher."""
         value = loss.detach().double() * rows
-        self._sums[:4] += torch.stack(
-            [value, value, torch.zeros_like(value), torch.full_like(value, rows)]
-        )
+        self._sums[:4] += torch.stack([value, value, torch.zeros_like(value), torch.full_like(value, rows)])
         self._rows += rows
         self._note(loss.detach(), step)
 
     def _note(self, loss: Tensor, step: int) -> None:
-        self._bad_step = torch.where(
-            torch.isfinite(loss), self._bad_step, self._bad_step.clamp(max=step)
-        )
+        self._bad_step = torch.where(torch.isfinite(loss), self._bad_step, self._bad_step.clamp(max=step))
 
     def check_finite(self, recipe: Recipe) -> None:
         """FloatingPointError naming the step where the loss was first not finite."""

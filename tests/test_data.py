@@ -1,0 +1,257 @@
+"""Loaders: every sample once, orders that depend on seed and epoch alone, pictures as they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lrds_fast import data as data_sets
+from lrds_fast.data import MemoryLoader, epoch_batches, hold_out, mislabelled
+
+
+def numbered(size: int, **options: object) -> MemoryLoader:
+    """Pictures whose every pixel is their index / 256, so that a batch can be told from its content."""
+    images = (torch.arange(size) / 256.0)[:, None, None, None].expand(size, 1, 8, 8).clone()
+    return MemoryLoader(images, torch.arange(size) % 3, num_classes=3, batch_size=4, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "size", [1, 4, 9, 11]
+)  # less than a batch; exactly one; a lone last sample; a short last batch
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_epoch_has_every_sample_once(size: int, shuffle: bool) -> None:
+    loader = numbered(size, shuffle=shuffle)
+    batches = list(loader.epoch(0))
+    assert len(batches) == len(loader)
+    assert size == 1 or min(len(batch.indices) for batch in batches) > 1
+    assert sorted(torch.cat([batch.indices for batch in batches]).tolist()) == list(range(size))
+    for batch in batches:
+        assert torch.equal((batch.images[:, 0, 3, 5] * 256).long(), batch.indices)
+        assert torch.equal(batch.targets, batch.indices % 3)
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return torch.cat([batch.indices for batch in numbered(50, shuffle=True, seed=seed).epoch(epoch)]).tolist()
+
+    first = order(0, 3)
+    torch.manual_seed(99)
+    assert order(0, 3) == first
+    assert order(0, 4) != first
+    assert order(1, 3) != first
+
+
+def test_selected_samples_come_first_in_unchanged_batches() -> None:
+    selected = torch.rand(37, generator=torch.Generator().manual_seed(0)) < 0.4
+    plain = epoch_batches(37, 8, seed=1, epoch=2, shuffle=True)
+    composed = epoch_batches(37, 8, seed=1, epoch=2, shuffle=True, selected=selected)
+    for before, after in zip(plain, composed, strict=True):
+        assert sorted(before.tolist()) == sorted(after.tolist())
+        mask = selected[after]
+        assert mask[: int(mask.sum())].all()
+
+
+def test_hold_out_is_a_partition() -> None:
+    kept, held_out = hold_out(101, 0.25, seed=3)
+    assert len(held_out) == 25
+    assert sorted(kept.tolist() + held_out.tolist()) == list(range(101))
+    assert torch.equal(kept, hold_out(101, 0.25, seed=3)[0])
+    assert not torch.equal(kept, hold_out(101, 0.25, seed=4)[0])
+
+
+def test_label_noise_changes_exactly_its_share_and_never_to_the_same_class() -> None:
+    targets = torch.arange(200) % 5
+    noisy = mislabelled(targets, 0.3, num_classes=5, seed=0)
+    assert int((noisy != targets).sum()) == 60
+    assert int(noisy.min()) >= 0
+    assert int(noisy.max()) <= 4
+
+
+def test_label_noise_spares_held_out_and_test_labels() -> None:
+    clean = data_sets.load("digits", val_fraction=0.25)
+    noisy = data_sets.load("digits", val_fraction=0.25, label_noise=0.3)
+    assert clean.val is not None
+    assert noisy.val is not None
+    assert torch.equal(clean.val.labels, noisy.val.labels)
+    assert torch.equal(clean.test.labels, noisy.test.labels)
+    assert int((clean.train.labels != noisy.train.labels).sum()) == int(0.3 * len(clean.train.labels) + 0.5)
+
+
+def test_digits_test_split_does_not_depend_on_any_seed() -> None:
+    splits = [data_sets.load("digits", val_fraction=0.2, split_seed=seed, seed=seed) for seed in (0, 7)]
+    first, second = (next(iter(split.test.epoch(0))).images for split in splits)
+    assert torch.equal(first, second)
+    assert sum(len(part.labels) for part in (splits[0].train, splits[0].test)) + len(splits[0].val.labels) == 1797  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("augment", ["shift", "crop-flip"])
+def test_augmentation_moves_pictures_and_is_the_same_for_any_batch_size(augment: str) -> None:
+    images = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    targets = torch.zeros(30, dtype=torch.int64)
+
+    def augmented(batch_size: int, epoch: int) -> Tensor:
+        loader = MemoryLoader(images, targets, num_classes=1, batch_size=batch_size, augment=augment)
+        return torch.cat([batch.images for batch in loader.epoch(epoch)])
+
+    one = augmented(7, 0)
+    assert torch.equal(one, augmented(30, 0))
+    assert not torch.equal(one, augmented(30, 1))
+    assert not torch.equal(one, images)
+    # A shift by at most one pixel keeps the 6 x 6 centre inside, mirrored or not.
+    for before, after in zip(images, one, strict=True):
+        candidates = [before, before.flip(-1)] if augment == "crop-flip" else [before]
+        windows = [
+            candidate[:, 1 + i : 7 + i, 1 + j : 7 + j]
+            for candidate in candidates
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+        ]
+        assert any(torch.equal(after[:, 1:7, 1:7], window) for window in windows)
+
+
+def test_mean_and_std_are_taken_off_per_channel() -> None:
+    images = torch.full((2, 3, 4, 4), 128, dtype=torch.uint8)
+    loader = MemoryLoader(images, torch.tensor([0, 1]), num_classes=2, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 2.0))
+    seen = next(iter(loader.epoch(0))).images[0, :, 0, 0]
+    value = 128 / 255
+    torch.testing.assert_close(seen, torch.tensor([value - 0.5, (value - 0.25) / 0.5, value / 2.0]))
+
+
+def test_bad_tensors_are_named() -> None:
+    images = torch.zeros(3, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"targets must have shape \(3,\).*got \(2,\)"):
+        MemoryLoader(images, torch.zeros(2, dtype=torch.int64), num_classes=1)
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 2\); got 0 .. 2"):
+        MemoryLoader(images, torch.arange(3), num_classes=2)
+    with pytest.raises(TypeError, match=r"targets must be integers; got torch.float32"):
+        MemoryLoader(images, torch.zeros(3), num_classes=2)
+    with pytest.raises(ValueError, match=r"images must have 4 dimensions.*got \(3, 4\)"):
+        MemoryLoader(torch.zeros(3, 4), torch.arange(3), num_classes=3)
+
+
+def write_npz(path: Path, **changes: np.ndarray) -> None:
+    generator = np.random.default_rng(0)
+    arrays = {
+        "train_images": generator.integers(0, 256, (9, 4, 4, 3), dtype=np.uint8),
+        "train_labels": np.arange(9) % 3,
+        "test_images": generator.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8),
+        "test_labels": np.arange(5) % 3,
+    } | changes
+    np.savez(path, **arrays)
+
+
+def test_npz_gives_its_pictures_and_labels(tmp_path: Path) -> None:
+    path = tmp_path / "small.npz"
+    write_npz(path)
+    loaded = data_sets.load("npz", root=str(path), batch_size=4)
+    with np.load(path) as archive:
+        assert loaded.num_classes == 3
+        assert loaded.train.labels.tolist() == archive["train_labels"].tolist()
+        assert np.array_equal(loaded.train.picture(7).numpy(), archive["train_images"][7])
+        images = torch.cat([batch.images for batch in loaded.test.epoch(0)])
+        assert np.allclose(images.permute(0, 2, 3, 1).numpy() * 255, archive["test_images"], atol=1e-4)
+
+
+def test_bad_npz_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data.root: there is no file .*absent.npz"):
+        data_sets.load("npz", root=str(tmp_path / "absent.npz"))
+    damaged = tmp_path / "damaged.npz"
+    write_npz(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"damaged.npz is not a readable .npz file"):
+        data_sets.load("npz", root=str(damaged))
+    short = tmp_path / "short.npz"
+    np.savez(short, train_images=np.zeros((1, 2, 2)))
+    with pytest.raises(ValueError, match=r"lacks the array\(s\) train_labels, test_images, test_labels"):
+        data_sets.load("npz", root=str(short))
+
+
+def make_folder(root: Path) -> None:
+    """Two classes of flat colours, 10 x 12 pixels: three pictures each to train on, one to test."""
+    image = pytest.importorskip("PIL.Image")
+    for split, count in (("train", 3), ("val", 1)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((10, 12, 3), 40 * i + 100 * label, dtype=np.uint8)
+                pixels[:, ::2] //= 2
+                image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_folder_labels_pictures_and_repeatable_augmentation(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    make_folder(tmp_path)
+
+    def seen(workers: int, epoch: int) -> dict[int, Tensor]:
+        loaded = data_sets.load(
+            "folder", root=str(tmp_path), batch_size=4, augment="crop-flip", image_size=8, workers=workers
+        )
+        assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        return {
+            int(index): image
+            for batch in loaded.train.epoch(epoch)
+            for index, image in zip(batch.indices, batch.images, strict=True)
+        }
+
+    here, there = seen(0, 0), seen(2, 0)
+    assert sorted(here) == list(range(6))
+    assert all(image.shape == (3, 8, 8) for image in here.values())
+    assert all(torch.equal(here[i], there[i]) for i in here), "augmentation must not depend on the worker"
+    other = seen(0, 1)
+    assert any(not torch.equal(here[i], other[i]) for i in here)
+
+
+def test_reading_a_folder_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    make_folder(tmp_path)
+    loaded = data_sets.load("folder", root=str(tmp_path), augment="crop-flip", image_size=8)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    for _ in loaded.train.epoch(0):
+        pass
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_bad_folders_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(FileNotFoundError, match=r"data.root: there is no folder .*absent/train"):
+        data_sets.load("folder", root=str(tmp_path / "absent"))
+    make_folder(tmp_path)
+    (tmp_path / "val" / "emu").mkdir()
+    (tmp_path / "val" / "emu" / "0.png").write_bytes((tmp_path / "val" / "dog" / "0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"train/ has 2 classes, val/ 3; in one only: emu"):
+        data_sets.load("folder", root=str(tmp_path))
+
+
+def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    make_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no picture")
+    loaded = data_sets.load("folder", root=str(tmp_path), image_size=8)
+    with pytest.raises(ValueError, match=r"cat/1.png is not a readable picture"):
+        list(loaded.train.epoch(0))
+
+
+def test_real_photographs(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    folder = Path(os.environ.get("LRDS_DATA", "")) / "imagenet_jpegs"
+    if not os.environ.get("LRDS_DATA") or not folder.is_dir():
+        pytest.skip("LRDS_DATA is not set, or has no imagenet_jpegs")
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for source in sorted(folder.iterdir())[:8]:
+            (tmp_path / split / source.name).symlink_to(source)
+    loaded = data_sets.load("folder", root=str(tmp_path), batch_size=3, augment="crop-flip", image_size=64)
+    assert loaded.num_classes == 8
+    images = torch.cat([batch.images for batch in loaded.train.epoch(0)])
+    assert images.shape == (8, 3, 64, 64)
+    # Normalised photographs: neither constant nor far outside a few standard deviations.
+    assert images.std(dim=(1, 2, 3)).min() > 0.05
+    assert images.abs().max() < 3.0
