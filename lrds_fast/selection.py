@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ def dataset_fingerprint(labels: Tensor | Sequence[int], num_classes: int) -> str
     order, which is what a selection's row numbers refer to. Raises TypeError or ValueError for anything else.
     """
     y = _label_tensor("labels", labels)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1:
         raise ValueError(f"num_classes must be an int >= 1; got {num_classes!r}")
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= num_classes):
         raise ValueError(f"labels must lie in [0, {num_classes}); got values from {int(y.min())} to {int(y.max())}")
     digest = hashlib.sha256()
-    for array in (torch.tensor([len(y), num_classes]), y):
+    for array in (torch.tensor([len(y), int(num_classes)]), y):
         digest.update(array.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -188,7 +189,7 @@ def select(
         raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
     if by not in scores:
         raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
-    _check_budget(ratio, threshold)
+    ratio, threshold = _checked_budget(ratio, threshold)
     table = {name: _score_tensor(name, values) for name, values in scores.items()}
     size = len(table[by])
     for name, values in table.items():
@@ -212,35 +213,30 @@ def select(
             groups = [order[y[order] == label] for label in torch.unique(y)]
         for group in groups:
             mask[group[: math.floor(ratio * len(group) + 0.5)]] = True
-    policy = {
-        "by": by,
-        "ratio": ratio,
-        "threshold": threshold,
-        "per_class": per_class,
-        "largest": largest,
-    }
     return Selection(
         mask=mask,
         scores=table,
         labels=y,
         teacher_pred=teacher_pred,
-        policy=policy,
+        policy={"by": by, "ratio": ratio, "threshold": threshold, "per_class": per_class, "largest": largest},
         fingerprint=fingerprint,
         num_classes=num_classes,
         meta={**meta, "library_version": __version__},
     )
 
 
-def _check_budget(ratio: float | None, threshold: float | None) -> None:
+def _checked_budget(ratio: float | None, threshold: float | None) -> tuple[float | None, float | None]:
+    """Exactly one of them, as a float within its range."""
     if (ratio is None) == (threshold is None):
         raise ValueError(f"exactly one of ratio and threshold must be given; got ratio={ratio}, threshold={threshold}")
     for name, value in (("ratio", ratio), ("threshold", threshold)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise TypeError(f"{name} must be a number; got {value!r}")
     if ratio is not None and not 0 <= ratio <= 1:
         raise ValueError(f"ratio must lie in [0, 1]; got {ratio!r}")
     if threshold is not None and math.isnan(threshold):
         raise ValueError(f"threshold must be a number; got {threshold!r}")
+    return None if ratio is None else float(ratio), None if threshold is None else float(threshold)
 
 
 def _facts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,6 +298,23 @@ def test_objective_hessian_without_weight_needs_another() -> None:
     assert not torch.allclose(with_gt["kd_gain"], flat["kd_gain"])
 
 
+def test_a_loss_with_a_negative_weight_has_no_objective_to_invert() -> None:
+    loss = KDLoss()
+    loss.kd_weight = -0.5
+    with pytest.raises(ValueError, match="weights are >= 0, or H is indefinite; got .*kd_weight=-0.5"):
+        score(loss=loss)
+
+
+def test_the_documented_example_runs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "influence.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    names = {"h": "features", "z": "student_logits", "v": "teacher_logits", "y": "target"}
+    names |= {"hv": "val_features", "zv": "val_logits", "yv": "val_target"}
+    scope: dict[str, Any] = {short: GOOD[name] for short, name in names.items()}
+    exec(code.rsplit("chosen.save", 1)[0], scope)
+    assert torch.equal(scope["chosen"].mask, scope["scores"]["kd_gain"] < 0)
+
+
 def nan_at(tensor: Tensor, row: int, value: float = float("nan")) -> Tensor:
     tensor = tensor.clone()
     tensor[row, 2] = value
@@ -385,6 +403,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "unknown hessian": ({"hessian": "ce"}, ValueError, "hessian must be one of objective, gt; got 'ce'"),
     "negative damping": ({"damping": -1.0}, ValueError, "damping must be finite and >= 0; got -1.0"),
+    "damping in words": ({"damping": "auto"}, TypeError, "damping must be a number; got 'auto'"),
     "nan damping": ({"damping": float("nan")}, ValueError, "damping must be finite"),
     "negative scale": ({"damping_scale": -0.1}, ValueError, "damping_scale must be finite and >= 0"),
     "selected of another length": ({"selected": torch.ones(9)}, ValueError, r"selected must have shape \(60,\)"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -211,6 +212,14 @@ def test_a_failed_save_leaves_the_old_file(
         select(scores, ratio=0.9).save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["d_t.parquet"]
+
+
+def test_numpy_numbers_are_numbers(scores: influence.Scores, tmp_path: Path) -> None:
+    chosen = select(scores, ratio=np.float32(0.5))
+    assert int(chosen.mask.sum()) == 30
+    chosen.save(tmp_path / "d_t.parquet")
+    wanted = dataset_fingerprint(scores.target.tolist(), np.int64(5))
+    assert Selection.load(tmp_path / "d_t.parquet", dataset=wanted).policy["ratio"] == 0.5
 
 
 def test_save_into_a_missing_folder_is_named(scores: influence.Scores, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -19,11 +20,13 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def check_damping(damping: float | None, damping_scale: float) -> None:
-    """Both finite and >= 0."""
-    for name, value in (("damping", damping), ("damping_scale", damping_scale)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
+def check_damping(name: str, value: float) -> float:
+    """A finite number >= 0, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
+    return float(value)
 
 
 def check_samples(features: Tensor, logits: Tensor, target: Tensor, *, prefix: str = "") -> None:

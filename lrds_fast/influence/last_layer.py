@@ -84,7 +84,8 @@ def last_layer_scores(
     kinds = {name.kind for name in names}
     check_choice("curvature", curvature, CURVATURES)
     check_choice("hessian", hessian, HESSIANS)
-    check_damping(damping, damping_scale)
+    damping = None if damping is None else check_damping("damping", damping)
+    damping_scale = check_damping("damping_scale", damping_scale)
     loss = _checked_loss(loss)
     check_samples(features, student_logits, target)
     check_like("teacher_logits", teacher_logits, "student_logits", student_logits)
