@@ -298,6 +298,21 @@ def test_objective_hessian_without_weight_needs_another() -> None:
     assert not torch.allclose(with_gt["kd_gain"], flat["kd_gain"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("curvature", influence.CURVATURES)
+def test_cuda_scores_are_the_cpu_scores(curvature: str) -> None:
+    arguments = make_case(7, selected="weights").arguments(torch.float32)
+    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    here = influence.last_layer_scores(**arguments, scores=NAMES, curvature=curvature)
+    there = influence.last_layer_scores(**on_gpu, scores=NAMES, curvature=curvature)
+    assert there.meta["damping"] == pytest.approx(here.meta["damping"])
+    for name in NAMES:
+        assert there[name].is_cuda
+        torch.testing.assert_close(there[name].cpu(), here[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="teacher_logits must be on features's device cuda:0; got cpu"):
+        influence.last_layer_scores(**{**on_gpu, "teacher_logits": arguments["teacher_logits"]})
+
+
 def test_a_loss_with_a_negative_weight_has_no_objective_to_invert() -> None:
     loss = KDLoss()
     loss.kd_weight = -0.5
