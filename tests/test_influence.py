@@ -302,7 +302,9 @@ def test_objective_hessian_without_weight_needs_another() -> None:
 @pytest.mark.parametrize("curvature", influence.CURVATURES)
 def test_cuda_scores_are_the_cpu_scores(curvature: str) -> None:
     arguments = make_case(7, selected="weights").arguments(torch.float32)
-    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    on_gpu: dict[str, Any] = {
+        name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
     here = influence.last_layer_scores(**arguments, scores=NAMES, curvature=curvature)
     there = influence.last_layer_scores(**on_gpu, scores=NAMES, curvature=curvature)
     assert there.meta["damping"] == pytest.approx(here.meta["damping"])
