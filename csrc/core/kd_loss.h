@@ -1,18 +1,20 @@
-// One row of the distillation loss: mergeable statistics in, loss terms and gradient coefficients out.
+// One row of the distillation loss: mergeable statistics in, loss terms and gradient coefficients
+// out.
 //
-//   L   = w_ce * CE(z, y) + w_kd * T^2 * KL(p' || q),   q = softmax(z / T), p = softmax(v / T), p' = p revised
-//   dL/dz_k = softmax(z)_k * w_ce + q_k * w_kd * T - p_k * w_kd * T * beta - smoothing, and a constant added at k = y
+//   L   = w_ce * CE(z, y) + w_kd * T^2 * KL(p' || q),   q = softmax(z / T), p = softmax(v / T), p'
+//   = p revised dL/dz_k = softmax(z)_k * w_ce + q_k * w_kd * T - p_k * w_kd * T * beta - smoothing,
+//   and a constant added at k = y
 //
-// Everything a row needs beyond its logits at y is in RowStats, which merges like an online softmax: a lane, a warp, a
-// block or a cluster each keep one and combine them in a fixed order. `beta` is 1 on rows that are not revised.
+// Everything a row needs beyond its logits at y is in RowStats, which merges like an online
+// softmax: a lane, a warp, a block or a cluster each keep one and combine them in a fixed order.
+// `beta` is 1 on rows that are not revised.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
-// Internal linkage on purpose: translation units for different instruction sets each keep their own copy, so that the
-// linker can never hand an AVX-512 body to a CPU without it.
+// Internal linkage on purpose: translation units for different instruction sets each keep their own
+// copy, so that the linker can never hand an AVX-512 body to a CPU without it.
 #if defined(__CUDACC__) || defined(LRDS_SIMT)
 #define LRDS_HOST_DEVICE static __host__ __device__
 #else
@@ -29,7 +31,8 @@ enum class SelectedType : std::int32_t { kPrefix = 0, kBool = 1, kFloat32 = 2, k
 // Per-row outcome bits; their counts are the n_valid, n_selected, n_revised of kd_loss_parts.
 enum RowFlag : std::uint8_t { kRowValid = 1, kRowSelected = 2, kRowRevised = 4 };
 
-// What is the same for every row. A is the accumulation type: float, or double if any logits are double.
+// What is the same for every row. A is the accumulation type: float, or double if any logits are
+// double.
 template <typename A>
 struct RowParams {
   A temperature;
@@ -42,16 +45,18 @@ struct RowParams {
   Revise revise;
 };
 
-// The statistics of one row, or of a part of it. Fields that a row's weights make unnecessary stay at their identity.
-// Exponentials are relative to anchor(max): the maximum, or 0 where a part holds only -inf, so that (-inf) - (-inf) is
-// never formed for a part; a whole row of -inf still ends as NaN.
+// The statistics of one row, or of a part of it. Fields that a row's weights make unnecessary stay
+// at their identity. Exponentials are relative to anchor(max): the maximum, or 0 where a part holds
+// only -inf, so that (-inf) - (-inf) is never formed for a part; a whole row of -inf still ends as
+// NaN.
 //   max_z      max z_k
 //   sum_z      sum exp(z_k - anchor(max_z))                      (cross-entropy)
 //   sum_zt     sum exp((z_k - anchor(max_z)) / T)                (distillation)
 //   sum_shift  sum (z_k - anchor(max_z))                         (label smoothing)
 //   max_v      max v_k
 //   sum_vt     sum exp((v_k - anchor(max_v)) / T)
-//   dot        sum exp((v_k - anchor(max_v)) / T) * ((v_k - anchor(max_v)) - (z_k - anchor(max_z))),
+//   dot        sum exp((v_k - anchor(max_v)) / T) * ((v_k - anchor(max_v)) - (z_k -
+//   anchor(max_z))),
 //              terms whose exponential is 0 left out: 0 * inf = 0
 // Two parts merge by rebase_row_stats to the common maxima, then add_row_stats.
 template <typename A>
@@ -67,7 +72,7 @@ struct RowStats {
 
 template <typename A>
 LRDS_HOST_DEVICE inline A negative_infinity() {
-  return -std::numeric_limits<A>::infinity();
+  return -static_cast<A>(INFINITY);
 }
 
 template <typename A>
@@ -86,7 +91,8 @@ LRDS_HOST_DEVICE inline A anchor(A max) {
   return max == negative_infinity<A>() ? A(0) : max;
 }
 
-// Expresses `stats`, gathered over `count` classes, relative to the (not smaller) maxima of the whole row.
+// Expresses `stats`, gathered over `count` classes, relative to the (not smaller) maxima of the
+// whole row.
 template <typename A>
 LRDS_HOST_DEVICE inline void rebase_row_stats(RowStats<A>& stats, A max_z, A max_v, A count,
                                               A inv_temperature) {
@@ -119,7 +125,8 @@ LRDS_HOST_DEVICE inline void add_row_stats(RowStats<A>& stats, const RowStats<A>
 
 // What a finished row contributes.
 //   ce, kd         loss terms, weighted, before the reduction
-//   coefficient_*  dL/dz_k = coefficient_z  * exp(z_k - anchor(max_z)) + coefficient_zt * exp((z_k - anchor(max_z)) / T)
+//   coefficient_*  dL/dz_k = coefficient_z  * exp(z_k - anchor(max_z)) + coefficient_zt * exp((z_k
+//   - anchor(max_z)) / T)
 //                          - coefficient_vt * exp((v_k - anchor(max_v)) / T) - smoothing
 //   at_target      added to the above at k = y
 template <typename A>
@@ -143,7 +150,8 @@ struct RowWeights {
 
 template <typename A>
 LRDS_HOST_DEVICE inline RowWeights<A> row_weights(const RowParams<A>& params, A w) {
-  // w = 0 and w = 1 are exact: 1 * inf or 0 * inf of the other side's weight cannot arise, weights are finite.
+  // w = 0 and w = 1 are exact: 1 * inf or 0 * inf of the other side's weight cannot arise, weights
+  // are finite.
   return RowWeights<A>{w * params.ce_weight + (A(1) - w) * params.ce_weight_unselected,
                        w * params.kd_weight};
 }
@@ -154,8 +162,8 @@ LRDS_HOST_DEVICE inline bool teacher_is_wrong(A v_y, A max_v) {
   return v_y < max_v;
 }
 
-// stats must be complete for the terms whose weight is not 0; z_y, v_y are the logits at the target (v_y unused if
-// weights.kd is 0). gradient_scale multiplies the gradient coefficients alone.
+// stats must be complete for the terms whose weight is not 0; z_y, v_y are the logits at the target
+// (v_y unused if weights.kd is 0). gradient_scale multiplies the gradient coefficients alone.
 template <typename A>
 LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats, A z_y, A v_y,
                                                 const RowParams<A>& params, RowWeights<A> weights,
@@ -187,11 +195,12 @@ LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats, A z_y,
       const A p_max = A(1) / stats.sum_vt;
       beta = params.eta / (A(1) + p_max - p_y);
       const A revised_y = beta * p_y + (A(1) - beta);
-      // The target's own term leaves K and comes back revised. Its probability may have underflown (0 log 0 = 0), and
-      // a student that excludes the target (q_y = 0) has an infinite loss however large K is.
+      // The target's own term leaves K and comes back revised. Its probability may have underflown
+      // (0 log 0 = 0), and a student that excludes the target (q_y = 0) has an infinite loss
+      // however large K is.
       const A teacher_term = p_y > A(0) ? p_y * (log_p_y - log_q_y) : A(0);
       kl = log_q_y == negative_infinity<A>()
-               ? std::numeric_limits<A>::infinity()
+               ? static_cast<A>(INFINITY)
                : beta * (A(1) - p_y) * row_log(beta) + beta * (kl - teacher_term) +
                      revised_y * (row_log(revised_y) - log_q_y);
       out.revised = true;
@@ -213,22 +222,25 @@ LRDS_HOST_DEVICE inline A reduction_scale(Reduction reduction, A valid_rows, A c
   return count > A(0) ? A(1) / count : A(0);
 }
 
-// One call, as both devices' sweeps take it: plain pointers, sizes and strides in elements. The last stride of every
-// logit tensor is 1. accumulate is kFloat64 if either logits are, else kFloat32; A below is that type.
+// One call, as both devices' sweeps take it: plain pointers, sizes and strides in elements. The
+// last stride of every logit tensor is 1. accumulate is kFloat64 if either logits are, else
+// kFloat32; A below is that type.
 struct KdLossArgs {
   std::int64_t rows;
   std::int64_t classes;
   const void* student;  // (rows, classes)
   std::int64_t student_stride;
   DType student_type;
-  const void* teacher;  // (teacher_rows, classes); teacher_rows < rows only with SelectedType::kPrefix
+  const void*
+      teacher;  // (teacher_rows, classes); teacher_rows < rows only with SelectedType::kPrefix
   std::int64_t teacher_stride;
   std::int64_t teacher_rows;
   DType teacher_type;
   const void* target;  // (rows,), int64 or int32
   bool target_is_int64;
   std::int64_t ignore_index;
-  const void* selected;  // (rows,) of selected_type; unused for kPrefix: the first teacher_rows rows are selected
+  const void* selected;  // (rows,) of selected_type; unused for kPrefix: the first teacher_rows
+                         // rows are selected
   SelectedType selected_type;
 
   double temperature;
@@ -243,15 +255,18 @@ struct KdLossArgs {
 
   const void* num_valid;    // A[1] or null: replaces the count of valid rows in the denominator
   const void* grad_scale;   // A[1] or null: folded into the gradient before it is rounded
-  const void* grad_output;  // null, or A[rows] / A[1] by grad_output_stride (1 / 0): multiplies each row's gradient
+  const void* grad_output;  // null, or A[rows] / A[1] by grad_output_stride (1 / 0): multiplies
+                            // each row's gradient
   std::int64_t grad_output_stride;
 
   void* gradient;  // (rows, classes) contiguous, of student_type; null: no gradient
-  void* ce;        // A[rows] each: weighted terms of every row before the reduction; unused if counts is null
+  void* ce;  // A[rows] each: weighted terms of every row before the reduction; unused if counts is
+             // null
   void* kd;
   std::uint8_t* flags;  // RowFlag bits of every row
 
-  // Filled by the finalize step. With Reduction::kNone loss is A[rows] (ce + kd) and loss_ce, loss_kd are unused.
+  // Filled by the finalize step. With Reduction::kNone loss is A[rows] (ce + kd) and loss_ce,
+  // loss_kd are unused.
   void* loss;
   void* loss_ce;
   void* loss_kd;
@@ -260,14 +275,11 @@ struct KdLossArgs {
 
 template <typename A>
 LRDS_HOST_DEVICE inline RowParams<A> row_params(const KdLossArgs& args) {
-  return RowParams<A>{static_cast<A>(args.temperature),
-                      static_cast<A>(1.0 / args.temperature),
-                      static_cast<A>(args.ce_weight),
-                      static_cast<A>(args.ce_weight_unselected),
-                      static_cast<A>(args.kd_weight),
-                      static_cast<A>(args.eta),
-                      static_cast<A>(args.label_smoothing),
-                      args.revise};
+  return RowParams<A>{
+      static_cast<A>(args.temperature),     static_cast<A>(1.0 / args.temperature),
+      static_cast<A>(args.ce_weight),       static_cast<A>(args.ce_weight_unselected),
+      static_cast<A>(args.kd_weight),       static_cast<A>(args.eta),
+      static_cast<A>(args.label_smoothing), args.revise};
 }
 
 }  // namespace lrds

@@ -59,7 +59,8 @@ static inline void from_float(float x, Float16* out) {
   } else if (magnitude >= 0x477ff000u) {  // 65520: halfway to the first value that is not finite
     half = 0x7c00u;
   } else if (magnitude < 0x38800000u) {
-    // Subnormal: adding 0.5 puts the multiple of 2^-24 into the last mantissa bits, rounded by the adder.
+    // Subnormal: adding 0.5 puts the multiple of 2^-24 into the last mantissa bits, rounded by the
+    // adder.
     half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

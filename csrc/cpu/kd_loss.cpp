@@ -31,7 +31,8 @@ Isa capped_isa() {
   return best;
 }
 
-// Sums terms[0..rows) in eight interleaved double accumulators: the same bits however the rows were computed.
+// Sums terms[0..rows) in eight interleaved double accumulators: the same bits however the rows were
+// computed.
 template <class A>
 double sum_rows(const A* terms, std::int64_t rows) {
   double sums[8] = {};

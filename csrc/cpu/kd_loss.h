@@ -1,5 +1,5 @@
-// The CPU sweep of kd_loss: rows in, per-row terms and gradient out. No torch, no threads, no allocation of its own: the
-// caller splits the rows and lends scratch memory.
+// The CPU sweep of kd_loss: rows in, per-row terms and gradient out. No torch, no threads, no
+// allocation of its own: the caller splits the rows and lends scratch memory.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@ namespace lrds::cpu {
 
 enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The best level that this build has and this CPU runs, capped by the environment variable LRDS_FAST_CPU_ISA
-// (baseline, avx2, avx512). Read once.
+// The best level that this build has and this CPU runs, capped by the environment variable
+// LRDS_FAST_CPU_ISA (baseline, avx2, avx512). Read once.
 Isa selected_isa();
 const char* isa_name(Isa isa);
 bool isa_compiled(Isa isa);
@@ -29,8 +29,9 @@ std::size_t kd_loss_scratch_bytes(const KdLossArgs& args);
 // Rows with target != ignore_index.
 std::int64_t kd_loss_count_valid(const KdLossArgs& args);
 
-// Rows [begin, end). gradient_scale multiplies the gradient (1 / denominator * grad_scale); a row's grad_output, if
-// any, multiplies on top. A row's bits do not depend on begin and end. Stops at the first bad row and names it.
+// Rows [begin, end). gradient_scale multiplies the gradient (1 / denominator * grad_scale); a row's
+// grad_output, if any, multiplies on top. A row's bits do not depend on begin and end. Stops at the
+// first bad row and names it.
 RowError kd_loss_rows(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                       std::int64_t end, void* scratch);
 
@@ -45,7 +46,8 @@ RowError kd_loss_rows_avx2(const KdLossArgs& args, double gradient_scale, std::i
                            std::int64_t end, void* scratch);
 RowError kd_loss_rows_avx512(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                              std::int64_t end, void* scratch);
-// Rows longer than this recompute their exponentials for the gradient instead of keeping them in scratch.
+// Rows longer than this recompute their exponentials for the gradient instead of keeping them in
+// scratch.
 constexpr std::int64_t kScratchClasses = 32768;
 // Scratch: exponentials of z and v, a converted teacher row, and one vector of slack each.
 constexpr std::int64_t kScratchSlack = 64;

@@ -16,6 +16,8 @@
 #include "cpu/half.h"
 #include "cpu/kd_loss_row.h"
 #include "cpu/simd_generic.h"
+
+// Written in terms of the Simd above.
 #include "cpu/kd_loss_sweep.h"
 
 namespace lrds::cpu::detail {

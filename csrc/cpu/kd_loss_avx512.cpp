@@ -9,17 +9,21 @@
 
 #include "cpu/kd_loss.h"
 
+// GCC 12 warns inside its own intrinsics (GCC bug 105593), thousands of times.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
 
 #include "cpu/half.h"
 #include "cpu/kd_loss_row.h"
 #include "cpu/simd_avx512.h"
+
+// Written in terms of the Simd above.
 #include "cpu/kd_loss_sweep.h"
 
 namespace lrds::cpu::detail {
 
 RowError kd_loss_rows_avx512(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
-                           std::int64_t end, void* scratch) {
+                             std::int64_t end, void* scratch) {
   return sweep_by_type(args, gradient_scale, begin, end, scratch);
 }
 

@@ -11,12 +11,14 @@
 #include "cpu/half.h"
 #include "cpu/kd_loss_row.h"
 #include "cpu/simd_generic.h"
+
+// Written in terms of the Simd above.
 #include "cpu/kd_loss_sweep.h"
 
 namespace lrds::cpu::detail {
 
 RowError kd_loss_rows_baseline(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
-                           std::int64_t end, void* scratch) {
+                               std::int64_t end, void* scratch) {
   return sweep_by_type(args, gradient_scale, begin, end, scratch);
 }
 

@@ -85,7 +85,8 @@ RowError kd_loss_rows_double(const KdLossArgs& args, double gradient_scale, std:
     const RowError error = read_row(args, row, &y, &w);
     if (error.kind != RowError::kNone) return error;
     const bool valid = y != args.ignore_index;
-    const RowWeights<double> weights = valid ? row_weights(params, w) : RowWeights<double>{0.0, 0.0};
+    const RowWeights<double> weights =
+        valid ? row_weights(params, w) : RowWeights<double>{0.0, 0.0};
     const bool has_ce = weights.ce != 0.0, has_kd = weights.kd != 0.0;
     RowResult<double> result{};
     RowStats<double> stats = empty_row_stats<double>();
@@ -131,7 +132,8 @@ RowError kd_loss_rows_double(const KdLossArgs& args, double gradient_scale, std:
     } else if (args.gradient != nullptr) {
       std::memset(g, 0, classes * sizeof(double));
     }
-    if (args.gradient != nullptr) narrow(args.student_type, g, classes, args.gradient, row * classes);
+    if (args.gradient != nullptr)
+      narrow(args.student_type, g, classes, args.gradient, row * classes);
     if (args.counts != nullptr) {
       ce[row] = result.ce;
       kd[row] = result.kd;

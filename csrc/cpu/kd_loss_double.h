@@ -1,4 +1,5 @@
-// The float64 sweep: plain loops and the standard library's exp and log, for gradient checks and exact references.
+// The float64 sweep: plain loops and the standard library's exp and log, for gradient checks and
+// exact references.
 #pragma once
 
 #include "cpu/kd_loss.h"

@@ -7,7 +7,8 @@
 namespace lrds::cpu {
 
 // y is ignore_index for an ignored row, else in [0, classes); w in [0, 1].
-static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::int64_t* y, double* w) {
+static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::int64_t* y,
+                                double* w) {
   *y = args.target_is_int64 ? static_cast<const std::int64_t*>(args.target)[row]
                             : static_cast<const std::int32_t*>(args.target)[row];
   if (*y != args.ignore_index && (*y < 0 || *y >= args.classes)) return {RowError::kTarget, row};
@@ -31,7 +32,8 @@ static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::i
   return {RowError::kNone, row};
 }
 
-static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::int64_t* y, float* w) {
+static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::int64_t* y,
+                                float* w) {
   double wide = 1.0;
   const RowError error = read_row(args, row, y, &wide);
   *w = static_cast<float>(wide);

@@ -1,8 +1,10 @@
-// The float sweep over rows, written once over `Simd` (simd_*.h). Each translation unit that includes this sets its
-// target first; everything here has internal linkage, so no instruction set leaks into another.
+// The float sweep over rows, written once over `Simd` (simd_*.h). Each translation unit that
+// includes this sets its target first; everything here has internal linkage, so no instruction set
+// leaks into another.
 //
-// A row is read from memory once and stays in cache for three short passes: maxima; exponentials and sums; gradient.
-// Power P > 0 says that T is that integer, so exp(z) is exp(z / T) raised to it instead of a second exponential.
+// A row is read from memory once and stays in cache for three short passes: maxima; exponentials
+// and sums; gradient. Power P > 0 says that T is that integer, so exp(z) is exp(z / T) raised to it
+// instead of a second exponential.
 #pragma once
 
 namespace {
@@ -14,8 +16,8 @@ using lrds::RowWeights;
 using lrds::cpu::RowError;
 
 constexpr int kWidth = Simd::kWidth;
-// Sums are folded every kBlock classes: a lane adds at most kBlock / kWidth terms before its partial sum joins the total,
-// which keeps long rows accurate.
+// Sums are folded every kBlock classes: a lane adds at most kBlock / kWidth terms before its
+// partial sum joins the total, which keeps long rows accurate.
 constexpr std::int64_t kBlock = 4096;
 
 template <int P>
@@ -63,7 +65,8 @@ inline float row_max(const T* row, std::int64_t classes) {
     top = Simd::max(top, Simd::load(row + k));
     top2 = Simd::max(top2, Simd::load(row + k + kWidth));
   }
-  for_each_vector(k, classes, [&](std::int64_t i, auto n) { top = Simd::max(top, load(row + i, n)); });
+  for_each_vector(k, classes,
+                  [&](std::int64_t i, auto n) { top = Simd::max(top, load(row + i, n)); });
   return Simd::reduce_max(Simd::max(top, top2));
 }
 
@@ -75,10 +78,12 @@ inline float row_sum_shift(const T* row, std::int64_t classes, float shift) {
     const std::int64_t end = block + kBlock < classes ? block + kBlock : classes;
     Simd::V sum = Simd::set(0.0f);
     std::int64_t k = block;
-    for (; k + kWidth <= end; k += kWidth) sum = Simd::add(sum, Simd::sub(Simd::load(row + k), shift_v));
+    for (; k + kWidth <= end; k += kWidth)
+      sum = Simd::add(sum, Simd::sub(Simd::load(row + k), shift_v));
     if (k < end) {
       // Lanes past the row hold the shift itself and add 0.
-      sum = Simd::add(sum, Simd::sub(Simd::load(row + k, static_cast<int>(end - k), shift), shift_v));
+      sum =
+          Simd::add(sum, Simd::sub(Simd::load(row + k, static_cast<int>(end - k), shift), shift_v));
     }
     total += Simd::reduce_add(sum);
   }
@@ -92,12 +97,14 @@ struct Hyper {
   std::int64_t classes;
 };
 
-// One row with whichever terms its weights ask for: CE, KD. Writes the gradient if `gradient` is not null.
+// One row with whichever terms its weights ask for: CE, KD. Writes the gradient if `gradient` is
+// not null.
 template <int P, bool CE, bool KD, class Z, class V>
 lrds::RowResult<float> sweep_row(const Hyper& hyper, const Z* z, const V* v, std::int64_t y,
                                  RowWeights<float> weights, float gradient_scale, Z* gradient,
                                  float* scratch_z, float* scratch_v) {
-  // With both terms and an integer T one exponential serves both; otherwise the CE exponential is its own.
+  // With both terms and an integer T one exponential serves both; otherwise the CE exponential is
+  // its own.
   constexpr bool kSeparate = CE && KD && P == 0;
   constexpr int kPower = P == 0 ? 1 : P;
   const std::int64_t classes = hyper.classes;
@@ -206,7 +213,8 @@ lrds::RowResult<float> sweep_row(const Hyper& hyper, const Z* z, const V* v, std
 
 template <class T>
 const float* teacher_as_float(const T* row, std::int64_t classes, float* converted) {
-  for_each_vector(0, classes, [&](std::int64_t k, auto n) { Simd::store(converted + k, load(row + k, n)); });
+  for_each_vector(0, classes,
+                  [&](std::int64_t k, auto n) { Simd::store(converted + k, load(row + k, n)); });
   return converted;
 }
 
@@ -265,9 +273,9 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
                 ? teacher_as_float(static_cast<const lrds::cpu::BFloat16*>(args.teacher) +
                                        row * args.teacher_stride,
                                    classes, converted)
-                : teacher_as_float(
-                      static_cast<const lrds::cpu::Float16*>(args.teacher) + row * args.teacher_stride,
-                      classes, converted);
+                : teacher_as_float(static_cast<const lrds::cpu::Float16*>(args.teacher) +
+                                       row * args.teacher_stride,
+                                   classes, converted);
       } else {
         v = static_cast<const V*>(args.teacher) + row * args.teacher_stride;
       }
@@ -303,12 +311,12 @@ RowError sweep_by_type(const KdLossArgs& args, double gradient_scale, std::int64
   float* const memory = static_cast<float*>(scratch);
   const DType student = args.student_type;
   const bool same = args.teacher_type == student;
-  const auto sweep = student == DType::kFloat32 ? sweep_by_temperature<float, float>
-                     : student == DType::kBFloat16
-                         ? (same ? sweep_by_temperature<BFloat16, BFloat16>
-                                 : sweep_by_temperature<BFloat16, float>)
-                         : (same ? sweep_by_temperature<Float16, Float16>
-                                 : sweep_by_temperature<Float16, float>);
+  const auto sweep =
+      student == DType::kFloat32 ? sweep_by_temperature<float, float>
+      : student == DType::kBFloat16
+          ? (same ? sweep_by_temperature<BFloat16, BFloat16>
+                  : sweep_by_temperature<BFloat16, float>)
+          : (same ? sweep_by_temperature<Float16, Float16> : sweep_by_temperature<Float16, float>);
   return sweep(args, gradient_scale, begin, end, memory);
 }
 

@@ -1,4 +1,5 @@
-// out[i] = gradient[i] * factor for i in [begin, end), formed in double for float64 and in float otherwise.
+// out[i] = gradient[i] * factor for i in [begin, end), formed in double for float64 and in float
+// otherwise.
 #pragma once
 
 #include <cstdint>

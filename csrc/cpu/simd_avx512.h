@@ -60,7 +60,8 @@ struct Simd {
   static float reduce_add(V v) { return _mm512_reduce_add_ps(v); }
   static float reduce_max(V v) { return _mm512_reduce_max_ps(v); }
 
-  // exp(x) for x <= 0, -inf or NaN; relative error 1.2e-7, exactly 1 at 0. scalef also forms the subnormal results.
+  // exp(x) for x <= 0, -inf or NaN; relative error 1.2e-7, exactly 1 at 0. scalef also forms the
+  // subnormal results.
   static V exp(V x) {
     x = _mm512_max_ps(set(-104.0f), x);  // the second operand survives a NaN
     const V n = _mm512_roundscale_ps(_mm512_mul_ps(x, set(1.44269504f)),

@@ -1,4 +1,5 @@
-// Tensors in, plain structs out: checks, allocation, devices, the operator schemas and their autograd.
+// Tensors in, plain structs out: checks, allocation, devices, the operator schemas and their
+// autograd.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -80,7 +81,8 @@ Tensor rows_of(const Tensor& logits, std::int64_t classes) {
   return rows.stride(1) == 1 || classes == 1 ? rows : rows.contiguous();
 }
 
-// The tensors that a call's pointers point into. Everything a launch reads or writes lives here until it is enqueued.
+// The tensors that a call's pointers point into. Everything a launch reads or writes lives here
+// until it is enqueued.
 struct Call {
   KdLossArgs args{};
   at::ScalarType accumulate = at::kFloat;
@@ -127,8 +129,9 @@ Call make_call(const Tensor& student, const Tensor& teacher, const Tensor& targe
   args.teacher = call.teacher.const_data_ptr();
   args.teacher_stride = call.teacher.stride(0);
   args.teacher_rows = call.teacher.size(0);
-  TORCH_CHECK_VALUE(args.teacher_rows <= args.rows, "teacher_logits must have at most the student's ",
-                    args.rows, " rows; got ", args.teacher_rows);
+  TORCH_CHECK_VALUE(args.teacher_rows <= args.rows,
+                    "teacher_logits must have at most the student's ", args.rows, " rows; got ",
+                    args.teacher_rows);
 
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
                    "target must be int64 or int32 class indices; got ", target.scalar_type());
@@ -145,8 +148,9 @@ Call make_call(const Tensor& student, const Tensor& teacher, const Tensor& targe
                       student.device(), " like student_logits; got ", selected->device());
     TORCH_CHECK_VALUE(selected->numel() == args.rows, "selected must have one entry per row, ",
                       args.rows, "; got shape ", selected->sizes());
-    TORCH_CHECK_VALUE(args.teacher_rows == args.rows,
-                      "selected must be None when teacher_logits has fewer rows than student_logits");
+    TORCH_CHECK_VALUE(
+        args.teacher_rows == args.rows,
+        "selected must be None when teacher_logits has fewer rows than student_logits");
     switch (selected->scalar_type()) {
       case at::kBool:
         args.selected_type = SelectedType::kBool;
@@ -184,8 +188,8 @@ Call make_call(const Tensor& student, const Tensor& teacher, const Tensor& targe
   return call;
 }
 
-// A fresh gradient of many megabytes costs a page fault per 4 KiB, several times the sweep itself; huge pages cost one
-// per 2 MiB. Advice only: whatever the kernel answers, the memory is usable.
+// A fresh gradient of many megabytes costs a page fault per 4 KiB, several times the sweep itself;
+// huge pages cost one per 2 MiB. Advice only: whatever the kernel answers, the memory is usable.
 void advise_huge_pages(const Tensor& tensor) {
 #if defined(__linux__)
   constexpr std::uintptr_t kHugePage = std::uintptr_t{1} << 21;
@@ -309,7 +313,8 @@ Forward kd_loss_forward(const Tensor& student, const Tensor& teacher, const Tens
   return {loss, ce, kd, counts, gradient};
 }
 
-// The recompute form: the gradient from the logits again, with grad_output folded in before it is rounded.
+// The recompute form: the gradient from the logits again, with grad_output folded in before it is
+// rounded.
 template <void (*Run)(const Call&)>
 Tensor kd_loss_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
                         const Tensor& target, const OptionalTensor& selected,
@@ -350,10 +355,10 @@ Tensor kd_logit_gradient(const Tensor& student, const Tensor& teacher, const Ten
 }
 
 Tensor factor_of(const Tensor& gradient, const Tensor& grad_output) {
-  const at::ScalarType accumulate = gradient.scalar_type() == at::kDouble ||
-                                            grad_output.scalar_type() == at::kDouble
-                                        ? at::kDouble
-                                        : at::kFloat;
+  const at::ScalarType accumulate =
+      gradient.scalar_type() == at::kDouble || grad_output.scalar_type() == at::kDouble
+          ? at::kDouble
+          : at::kFloat;
   return grad_output.to(accumulate).contiguous();
 }
 
@@ -405,11 +410,13 @@ Tensor scale_gradient(const Tensor& gradient, const Tensor& grad_output,
 }
 
 template <ScaleInto Scale>
-void scale_gradient_(Tensor& gradient, const Tensor& grad_output, const OptionalTensor& grad_scale) {
+void scale_gradient_(Tensor& gradient, const Tensor& grad_output,
+                     const OptionalTensor& grad_scale) {
   Scale(gradient, gradient, grad_output, grad_scale);
 }
 
-// --- Autograd ---------------------------------------------------------------------------------------------------------
+// --- Autograd
+// ---------------------------------------------------------------------------------------------------------
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
@@ -419,11 +426,11 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 Forward call_forward(const Tensor& student, const Tensor& teacher, const Tensor& target,
                      const OptionalTensor& selected, const OptionalTensor& num_valid,
                      const OptionalTensor& grad_scale, const KdLossOptions& o, bool with_gradient) {
-  static const auto op = find<Forward(const Tensor&, const Tensor&, const Tensor&,
-                                      const OptionalTensor&, const OptionalTensor&,
-                                      const OptionalTensor&, double, double, double, double, double,
-                                      double, std::int64_t, std::int64_t, std::int64_t, bool)>(
-      "lrds_fast::kd_loss_forward");
+  static const auto op =
+      find<Forward(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                   const OptionalTensor&, const OptionalTensor&, double, double, double, double,
+                   double, double, std::int64_t, std::int64_t, std::int64_t, bool)>(
+          "lrds_fast::kd_loss_forward");
   return op.call(student, teacher, target, selected, num_valid, grad_scale, o.temperature,
                  o.ce_weight, o.kd_weight, o.ce_weight_unselected, o.eta, o.label_smoothing,
                  o.revise, o.reduction, o.ignore_index, with_gradient);
@@ -441,7 +448,8 @@ Tensor call_backward(const Tensor& grad_output, const Tensor& student, const Ten
                  o.revise, o.reduction, o.ignore_index);
 }
 
-// A tensor made under inference_mode (a teacher's output) cannot be saved for backward; another view of its storage can.
+// A tensor made under inference_mode (a teacher's output) cannot be saved for backward; another
+// view of its storage can.
 Tensor saveable(const Tensor& tensor) {
   if (!tensor.defined() || !tensor.is_inference()) return tensor;
   return at::empty({0}, tensor.options())
@@ -454,16 +462,14 @@ OptionalTensor optional(const Tensor& tensor) {
 
 class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
  public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
-                                                const Tensor& student, const Tensor& teacher,
-                                                const Tensor& target, const OptionalTensor& selected,
-                                                const OptionalTensor& num_valid,
-                                                const OptionalTensor& grad_scale,
-                                                const KdLossOptions& options) {
-    // A gradient per row cannot carry grad_output yet; a float16 gradient of a mean would underflow without its scale.
-    const bool recompute =
-        options.reduction == static_cast<std::int64_t>(Reduction::kNone) ||
-        (student.scalar_type() == at::kHalf && !grad_scale.has_value());
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
+      const Tensor& target, const OptionalTensor& selected, const OptionalTensor& num_valid,
+      const OptionalTensor& grad_scale, const KdLossOptions& options) {
+    // A gradient per row cannot carry grad_output yet; a float16 gradient of a mean would underflow
+    // without its scale.
+    const bool recompute = options.reduction == static_cast<std::int64_t>(Reduction::kNone) ||
+                           (student.scalar_type() == at::kHalf && !grad_scale.has_value());
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto [loss, ce, kd, counts, gradient] = call_forward(
         student, teacher, target, selected, num_valid, grad_scale, options, !recompute);
@@ -472,10 +478,9 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
       ctx->save_for_backward({student, saveable(teacher), saveable(target),
                               saveable(selected.value_or(Tensor())),
                               saveable(num_valid.value_or(Tensor()))});
-      ctx->saved_data["numbers"] =
-          std::vector<double>{options.temperature,  options.ce_weight,
-                              options.kd_weight,    options.ce_weight_unselected,
-                              options.eta,          options.label_smoothing};
+      ctx->saved_data["numbers"] = std::vector<double>{
+          options.temperature,          options.ce_weight, options.kd_weight,
+          options.ce_weight_unselected, options.eta,       options.label_smoothing};
       ctx->saved_data["choices"] =
           std::vector<std::int64_t>{options.revise, options.reduction, options.ignore_index};
     } else {
@@ -491,7 +496,8 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
     torch::autograd::variable_list inputs(7);
     if (!grads[0].defined()) return inputs;
     const bool create_graph = c10::GradMode::is_enabled();
-    // Unpacked before autograd is switched off: a saved-tensor hook (activation checkpointing) may run the model here.
+    // Unpacked before autograd is switched off: a saved-tensor hook (activation checkpointing) may
+    // run the model here.
     const torch::autograd::variable_list saved = ctx->get_saved_variables();
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -511,7 +517,8 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
 
  private:
   static Tensor gradient_of(torch::autograd::AutogradContext* ctx,
-                            const torch::autograd::variable_list& saved, const Tensor& grad_output) {
+                            const torch::autograd::variable_list& saved,
+                            const Tensor& grad_output) {
     if (ctx->saved_data["recompute"].toBool()) {
       const std::vector<double> n = ctx->saved_data["numbers"].toDoubleVector();
       const std::vector<std::int64_t> c = ctx->saved_data["choices"].toIntVector();
@@ -520,7 +527,8 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
                            optional(saved[4]), options);
     }
     Tensor gradient = saved[0];
-    // In place only for a plain tensor that nobody will ask for again: a tracer needs the functional form.
+    // In place only for a plain tensor that nobody will ask for again: a tracer needs the
+    // functional form.
     const bool plain = !gradient.key_set().has(c10::DispatchKey::Python);
     if (plain && !torch::autograd::get_current_graph_task_keep_graph()) {
       static const auto in_place =
@@ -529,7 +537,8 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
       return gradient;
     }
     static const auto functional =
-        find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>("lrds_fast::scale_gradient");
+        find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
+            "lrds_fast::scale_gradient");
     return functional.call(gradient, grad_output, optional(saved[1]));
   }
 };
@@ -564,7 +573,8 @@ Loss kd_loss_autograd(const Tensor& student, const Tensor& teacher, const Tensor
   const KdLossOptions options{temperature,     ce_weight, kd_weight, ce_weight_unselected, eta,
                               label_smoothing, revise,    reduction, ignore_index};
   // Teacher and selection get no gradient: detached, they are no inputs of the graph.
-  const OptionalTensor weights = selected.has_value() ? OptionalTensor(selected->detach()) : selected;
+  const OptionalTensor weights =
+      selected.has_value() ? OptionalTensor(selected->detach()) : selected;
   auto outputs = KdLossFunction::apply(student, teacher.detach(), target, weights, num_valid,
                                        grad_scale, options);
   return {outputs[0], outputs[1], outputs[2], outputs[3]};
@@ -574,7 +584,8 @@ Loss kd_loss_autograd(const Tensor& student, const Tensor& teacher, const Tensor
 
 TORCH_LIBRARY(lrds_fast, m) {
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
-  const std::string inputs = "Tensor student, Tensor teacher, Tensor target, Tensor? selected, Tensor? num_valid";
+  const std::string inputs =
+      "Tensor student, Tensor teacher, Tensor target, Tensor? selected, Tensor? num_valid";
   const std::string options = kOptionsSchema;
   const std::string outputs = "Tensor loss, Tensor ce, Tensor kd, Tensor counts";
   define("kd_loss(" + inputs + ", Tensor? grad_scale, " + options + ") -> (" + outputs + ")");
@@ -594,8 +605,8 @@ TORCH_LIBRARY_IMPL(lrds_fast, CompositeExplicitAutograd, m) {
 
 TORCH_LIBRARY_IMPL(lrds_fast, Autograd, m) {
   m.impl("kd_loss", &kd_loss_autograd);
-  for (const char* name : {"kd_loss_forward", "kd_loss_backward", "scale_gradient", "scale_gradient_",
-                           "kd_logit_gradient"}) {
+  for (const char* name : {"kd_loss_forward", "kd_loss_backward", "scale_gradient",
+                           "scale_gradient_", "kd_logit_gradient"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -60,5 +60,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Operators of lrds_fast (registered on import) and the facts of this build.";
-  m.def("build_info", &build_info, "What was built: version, CUDA architectures, instruction sets.");
+  m.def("build_info", &build_info,
+        "What was built: version, CUDA architectures, instruction sets.");
 }

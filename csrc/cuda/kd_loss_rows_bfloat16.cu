@@ -1,0 +1,10 @@
+#include "cuda/kd_loss_rows.cuh"
+
+namespace lrds::cuda {
+
+cudaError_t kd_loss_rows_bfloat16(const KdLossArgs& args, const DeviceLimits& limits,
+                                  cudaStream_t stream) {
+  return launch_rows_of<__nv_bfloat16>(args, limits, stream);
+}
+
+}  // namespace lrds::cuda
