@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrds_fast
-from lrds_fast import models
 from lrds_fast.data import Batch, Data, in_memory
 from lrds_fast.models import Classifier
+from lrds_fast.models.small import MLP, SmallCNN
 from lrds_fast.train import Recipe, train
 from lrds_fast.train import files as files_module
 from lrds_fast.train.evaluate import evaluate, outputs
@@ -85,15 +86,12 @@ def run(tmp_path: Path, name: str = "run", **options: Any) -> tuple[list[dict[st
 
 
 def test_one_epoch_is_plain_sgd_on_kd_loss(tmp_path: Path) -> None:
-    """The loop against the same steps written out with the reference loss, in float64 so that rounding cannot hide."""
+    """The loop against the same steps written out with the reference loss."""
     chosen = recipe(
         **{"schedule.epochs": 1, "schedule.name": "constant", "loss.eta": 0.6, "optimizer.weight_decay": 0.01}
     )
     data = blobs()
-    own, guide = models.create("mlp", num_classes=3), teacher()
-    own.hidden = nn.Linear(16, 32)  # type: ignore[union-attr]
-    expected = models.create("mlp", num_classes=3)
-    expected.hidden = nn.Linear(16, 32)  # type: ignore[union-attr]
+    own, expected, guide = MLP(3, inputs=16), MLP(3, inputs=16), teacher()
     expected.load_state_dict(own.state_dict())
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     for batch in data.train.epoch(0):
@@ -199,9 +197,8 @@ def test_teacher_prefix_equals_mask_up_to_rounding_and_saves_the_teacher_rows(tm
     selected = selection_of(data)
     records, shown, weights = {}, {}, {}
     for compose in ("prefix", "mask"):
-        guide, own = Counting(), models.create("mlp", num_classes=3)
         torch.manual_seed(3)
-        own.hidden, own.fc = nn.Linear(16, 32), nn.Linear(32, 3)  # type: ignore[union-attr]
+        guide, own = Counting(), MLP(3, inputs=16)
         chosen = recipe(**{"selection.compose": compose})
         records[compose], _ = run(
             tmp_path, compose, recipe=chosen, student=own, teacher=guide, data=data, selected=selected
@@ -293,10 +290,9 @@ def test_teacher_predictions_come_back_by_sample(tmp_path: Path) -> None:
 def test_channels_last_and_bfloat16_train(tmp_path: Path) -> None:
     chosen = recipe(**{"run.channels_last": True, "run.amp": "bf16", "schedule.epochs": 2})
     torch.manual_seed(0)
-    own = models.SmallCNN(3, size=4) if hasattr(models, "SmallCNN") else models.create("small_cnn", num_classes=3)
-    own.hidden = nn.Linear(32, 64)  # type: ignore[union-attr]
+    own = SmallCNN(3, size=4)
     records, _ = run(tmp_path, recipe=chosen, student=own, teacher=teacher())
-    assert own.conv1.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
+    assert own.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert records[1]["train_loss"] < records[0]["train_loss"]
 
 
@@ -400,7 +396,7 @@ def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path: Path, monkeypat
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files_module.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         files_module.write_text(path, "new")
     assert path.read_text() == "old"

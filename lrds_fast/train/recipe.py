@@ -288,7 +288,9 @@ def _nearest(full: str, prefix: str, keys: list[str]) -> str:
     everything = all_keys()
     by_last = {key.rpartition(".")[2]: key for key in everything}
     last = full.rpartition(".")[2]
-    near = [by_last[last]] if last in by_last else difflib.get_close_matches(full, everything, n=1)
+    near = [by_last[last]] if last in by_last else []
+    near = near or difflib.get_close_matches(full, [prefix + key for key in keys], n=1)
+    near = near or difflib.get_close_matches(full, everything, n=1)
     near = near or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1)]
     return f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(prefix + key for key in keys)}"
 

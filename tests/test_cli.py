@@ -1,0 +1,221 @@
+"""The command line: every command on real (small) work, and every mistake in one line with a way out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrds_fast.selection import Selection
+from lrds_fast.train import cli
+
+SMALL = ["--set", "schedule.epochs=2", "--set", "data.train_limit=120", "--set", "run.device=cpu", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def succeeds(*arguments: str) -> None:
+    assert cli.main(arguments) == cli.OK
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = cli.MISUSED) -> str:
+    """The one line on stderr of a command that must fail with `code`."""
+    capsys.readouterr()
+    assert cli.main(arguments) == code
+    error = capsys.readouterr().err
+    assert error.startswith("lrds-fast: error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+def test_from_teacher_to_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way a user goes, on a tenth of the data: the files of one command are what the next one takes."""
+    succeeds("train", "digits_teacher", *SMALL)
+    succeeds("train", "digits_kd_lr", *SMALL)
+    succeeds("score", "digits_kd_lr", *SMALL)
+    succeeds("select", "runs/digits_kd_lr/scores.parquet", "--by", "kd_gain", "--ratio", "0.5", "--report", "s.html")
+    succeeds("train", "digits_kd_lr_ds", *SMALL)
+    capsys.readouterr()
+    succeeds("report", "runs/digits_kd_lr", "runs/digits_kd_lr_ds", "--baseline", "digits_kd_lr", "--out", "r.html")
+    table = capsys.readouterr().out
+    assert re.search(r"^digits_kd_lr_ds +1 .* 60$", table, re.MULTILINE), "60 of 120 samples are denied the teacher"
+    page = Path("r.html").read_text()
+    assert "<svg" in page
+    assert "keeps the teacher" in page
+    assert Path("s.html").stat().st_size > 0
+
+    scores = Selection.load("runs/digits_kd_lr/scores.parquet")
+    assert bool(scores.mask.all())
+    assert set(scores.scores) == {"kd_gain", "teacher_correct", "random"}
+    chosen = Selection.load("runs/digits_kd_lr/selection.parquet")
+    assert int(chosen.mask.sum()) == 60
+    assert chosen.fingerprint == scores.fingerprint
+    assert chosen.scores["kd_gain"][chosen.mask].max() <= chosen.scores["kd_gain"][~chosen.mask].min()
+    last = json.loads(Path("runs/digits_kd_lr_ds/log.jsonl").read_text().splitlines()[-1])
+    assert last["n_selected"] == last["teacher_rows"] == 60
+
+
+def test_a_selection_of_other_data_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    succeeds("train", "digits_teacher", *SMALL)
+    succeeds("train", "digits_kd", *SMALL)
+    succeeds("score", "digits_kd", *SMALL)
+    succeeds("select", "runs/digits_kd/scores.parquet", "--threshold", "0")
+    error = fails(capsys, "train", "digits_kd_ds", *SMALL, "--set", "data.split_seed=1")
+    assert "selection.parquet was made for another dataset" in error
+    assert not Path("runs/digits_kd_ds").exists()
+    content = Path("runs/digits_kd/selection.parquet").read_bytes()
+    Path("runs/digits_kd/selection.parquet").write_bytes(content[:100])
+    assert "selection.parquet" in fails(capsys, "train", "digits_kd_ds", *SMALL)
+
+
+def test_resume_and_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
+    succeeds("train", "digits_alone", *SMALL)
+    log = Path("runs/digits_alone/log.jsonl").read_text()
+    assert "runs/digits_alone holds a run already" in fails(capsys, "train", "digits_alone", *SMALL)
+    succeeds("train", "digits_alone", *SMALL, "--resume")
+    assert Path("runs/digits_alone/log.jsonl").read_text() == log
+    succeeds("train", "digits_alone", *SMALL, "--overwrite", "--set", "seed=1")
+    assert Path("runs/digits_alone/log.jsonl").read_text() != log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.toml"], "there is no recipe file absent.toml; lrds-fast recipes lists"),
+        (["train", "digits_allone"], "there is no recipe 'digits_allone'; did you mean 'digits_alone'?"),
+        (["train", "digits_alone", "--set", "loss.etta=1"], "unknown key 'loss.etta'; did you mean 'loss.eta'?"),
+        (["train", "digits_alone", "--set", "seed=x"], "seed must be int; got 'x' (str)"),
+        (["train", "digits_alone", "--set", "student.model=mpl"], "unknown model 'mpl'; did you mean 'mlp'?"),
+        (["train", "digits_alone", "--set", "data.name=cifar"], "data.name must be 'digits', 'npz' or 'folder'"),
+        (["train", "digits_alone", "--set", "run.device=tpu9"], "run.device must be auto, cpu, cuda or cuda:N"),
+        (["train", "digits_kd"], "teacher.checkpoint: there is no file runs/digits_teacher/last.pt; train it first"),
+        (["train", "cifar100_resnet56_resnet20", "--set", "data.root=c.npz"], "there is no file c.npz"),
+        (["train", "imagenet_resnet34_resnet18", "--set", "data.root=in1k"], "there is no folder in1k/train"),
+        (["train", "digits_kd", "--set", "teacher.checkpoint="], "would teach with random weights"),
+        (["score", "digits_alone"], "score.base: there is no file runs/digits_alone/last.pt"),
+        (
+            ["select", "absent.parquet", "--threshold", "0"],
+            "there is no file absent.parquet; lrds-fast score writes one",
+        ),
+        (["report", "runs/absent"], "there is no folder runs/absent"),
+        (["recipes", "show", "nothing_like_it"], "there is no recipe 'nothing_like_it'; lrds-fast recipes lists them"),
+        (["demo", "--seeds", "0"], "seeds must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_way_out(
+    capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
+) -> None:
+    assert message in fails(capsys, *arguments)
+    assert list(Path().iterdir()) == [], "nothing half-written"
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "absent.toml", "--debug"]) == cli.MISUSED
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("lrds-fast: error: there is no recipe file")
+
+
+def test_divergence_exits_with_another_code_and_names_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    error = fails(capsys, "train", "digits_alone", *SMALL, "--set", "optimizer.lr=1e30", code=cli.FAILED)
+    assert re.search(r"the loss is not finite at step \d+ .*lower optimizer.lr", error)
+    assert not Path("runs/digits_alone/last.pt").exists()
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "runs/digits_alone/last.pt")
+
+    monkeypatch.setattr(torch, "save", full)
+    error = fails(capsys, "train", "digits_alone", *SMALL, code=cli.FAILED)
+    assert "runs/digits_alone/last.pt: No space left on device" in error
+
+
+def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert cli.main(["train", "digits_alone", *SMALL]) == cli.INTERRUPTED
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    succeeds("recipes")
+    listed = capsys.readouterr().out
+    assert re.search(r"^digits_kd_lr +the MLP taught", listed, re.MULTILINE)
+    succeeds("recipes", "show", "digits_kd_lr")
+    text = capsys.readouterr().out
+    assert 'extends = "digits_kd"' in text
+    # What is shown is a recipe: saved to a file, it is the same one.
+    Path("copy.toml").write_text(text)
+    succeeds("recipes", "show", "digits_kd_lr", "--resolved")
+    resolved = json.loads(capsys.readouterr().out)
+    assert resolved["loss"]["eta"] == 0.8
+    assert resolved["optimizer"]["lr"] == 0.1
+
+
+def test_doctor_reports_what_was_built(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRDS_DATA", "/nowhere")
+    succeeds("doctor")
+    out = capsys.readouterr().out
+    from lrds_fast import _C
+
+    info = _C.build_info()
+    for fact in (info["torch_version"], info["cpu_isa"], torch.__version__, *info["cpu_isas"], *info["cuda_archs"]):
+        assert fact in out
+    assert re.search(r"^- +LRDS_DATA +/nowhere is not a folder", out, re.MULTILINE)
+    missing = [line for line in out.splitlines() if line.startswith(("- ", "MISSING"))]
+    for line in missing:
+        assert re.search(r"install|set|correct|driver|CPU", line), f"no way out in: {line}"
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "score", "select", "report", "recipes", "doctor"])
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main([command, "--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"example:\n  lrds-fast {command}", text)
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["train"], ["select", "x.parquet"], ["fly"]):
+        with pytest.raises(SystemExit) as raised:
+            cli.main(arguments)
+        assert raised.value.code == cli.MISUSED
+
+
+def test_python_m_lrds_fast_is_the_same_program_and_survives_a_closed_pipe() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    pipe = f"{sys.executable} -m lrds_fast recipes show digits_kd --resolved"
+    done = subprocess.run(
+        ["bash", "-c", f"{pipe} | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    failed = subprocess.run(
+        [sys.executable, "-m", "lrds_fast", "report", "absent"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+    assert failed.returncode == cli.MISUSED
+    assert failed.stderr.startswith("lrds-fast: error: there is no folder absent")

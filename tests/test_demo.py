@@ -1,0 +1,211 @@
+"""A reduced demo: its table recomputed from the logs, its counts from the data, its report from the files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import torch
+
+from lrds_fast.data import digits
+from lrds_fast.selection import Selection
+from lrds_fast.train import demo as run_demo
+from lrds_fast.train import run
+from lrds_fast.train.demo import ARMS, DemoResult
+from lrds_fast.train.loop import predicted
+from lrds_fast.train.recipe import from_mapping
+from lrds_fast.train.report import header, text_table
+
+SEEDS = 2
+FOLDERS = {"teacher": "teacher"} | {arm.name: arm.folder for arm in ARMS}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
+    out = tmp_path_factory.mktemp("demo")
+    return run_demo(out, seeds=SEEDS, settings=["schedule.epochs=4"], progress=False)
+
+
+def last(result: DemoResult, seed: int, name: str) -> dict[str, Any]:
+    """The last record, read without the code under test."""
+    log = result.report.parent / f"seed{seed}" / FOLDERS[name] / "log.jsonl"
+    record: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
+    return record
+
+
+def test_the_table_has_every_student_in_order(result: DemoResult) -> None:
+    assert [row.name for row in result.rows] == [
+        "teacher",
+        "student alone",
+        "KD",
+        "KD + LR",
+        "KD + random",
+        "KD + DS",
+        "KD + LR + DS",
+    ]
+    lines = text_table(result.rows, baseline="KD").splitlines()
+    assert len(lines) == 2 + len(result.rows)
+    for title in header("KD"):
+        assert title in lines[0]
+
+
+def test_statistics_are_those_of_the_logs(result: DemoResult) -> None:
+    for row in result.rows:
+        accuracy = [last(result, seed, row.name)["test_acc"] for seed in range(SEEDS)]
+        loss = [last(result, seed, row.name)["test_ce"] for seed in range(SEEDS)]
+        base = [last(result, seed, "KD")["test_acc"] for seed in range(SEEDS)]
+        assert row.accuracy.mean == pytest.approx(mean(accuracy))
+        assert row.accuracy.error == pytest.approx(stdev(accuracy) / math.sqrt(SEEDS))
+        assert row.cross_entropy.mean == pytest.approx(mean(loss))
+        assert row.cross_entropy.error == pytest.approx(stdev(loss) / math.sqrt(SEEDS))
+        if row.name == "KD":
+            assert row.accuracy_difference is None
+            continue
+        paired = [a - b for a, b in zip(accuracy, base, strict=True)]
+        assert row.accuracy_difference is not None
+        assert row.accuracy_difference.mean == pytest.approx(mean(paired))
+        assert row.accuracy_difference.error == pytest.approx(stdev(paired) / math.sqrt(SEEDS))
+
+
+def test_counts_are_those_of_the_data(result: DemoResult) -> None:
+    """Revised: rows where this teacher is wrong, asked anew. Deselected: rows with kd_gain >= 0."""
+    rows = {row.name: row for row in result.rows}
+    folder = result.report.parent / "seed0"
+    recipe = from_mapping(json.loads((folder / "kd_lr" / "recipe.json").read_text()))
+    data = run.load_data(recipe)
+    teacher = run.build_teacher(recipe, data)
+    assert teacher is not None
+    teacher.eval()
+    with torch.no_grad():
+        logits = torch.cat([teacher(batch.images) for batch in data.score.epoch(0)])
+    wrong = predicted(logits, data.score.labels) != data.score.labels
+    assert last(result, 0, "KD + LR")["n_revised"] == int(wrong.sum()) > 0
+    selection = Selection.load(folder / "kd_lr_ds" / "selection.parquet")
+    assert torch.equal(selection.mask, selection.scores["kd_gain"] < 0)
+    record = last(result, 0, "KD + LR + DS")
+    assert record["n_selected"] == record["teacher_rows"] == int(selection.mask.sum())
+    assert record["n_revised"] == int((wrong & selection.mask).sum())
+    assert rows["KD"].revised is not None
+    assert rows["KD"].revised.mean == 0
+    deselected = [last(result, seed, "KD + DS") for seed in range(SEEDS)]
+    assert rows["KD + DS"].deselected is not None
+    assert rows["KD + DS"].deselected.mean == mean(record["rows"] - record["n_selected"] for record in deselected)
+    assert rows["student alone"].revised is None
+
+
+def test_chance_gets_as_many_samples_as_kd_gain(result: DemoResult) -> None:
+    for seed in range(SEEDS):
+        assert last(result, seed, "KD + random")["n_selected"] == last(result, seed, "KD + DS")["n_selected"]
+
+
+def test_students_differ_in_nothing_but_what_they_are_told(result: DemoResult) -> None:
+    recipes = {
+        arm.name: json.loads((result.report.parent / "seed1" / arm.folder / "recipe.json").read_text()) for arm in ARMS
+    }
+    for recipe in recipes.values():
+        for table in ("data", "student", "optimizer", "schedule", "seed"):
+            assert recipe[table] == recipes["KD"][table]
+        assert recipe["data"]["label_noise"] == 0
+    assert recipes["KD + LR"]["loss"] == recipes["KD"]["loss"] | {"revise": "lr"}
+
+
+def test_the_text_says_how_unreliable_the_teacher_is(result: DemoResult) -> None:
+    text = " ".join(result.introduction)
+    assert "30% of its training labels were replaced" in text
+    accuracy = mean(last(result, seed, "teacher")["test_acc"] for seed in range(SEEDS))
+    assert f"right on {accuracy:.1%} of the test split" in text
+    assert any("against KD + random" in sentence for sentence in result.conclusions)
+    assert any("against student alone" in sentence for sentence in result.conclusions)
+
+
+class Page(HTMLParser):
+    """What the tests need to know of a page; an unclosed or foreign element is an error."""
+
+    VOID = frozenset({"meta", "img", "line", "rect", "polyline"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.sources: list[str] = []
+        self.cells: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.sources += [value for name, value in attrs if name in ("src", "href") and value]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, text: str) -> None:
+        if self.open and self.open[-1] == "td":
+            self.cells.append(text)
+
+
+def test_the_report_is_one_file_with_curves_histograms_and_digits(result: DemoResult) -> None:
+    text = result.report.read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.sources
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources), "nothing may be fetched"
+    assert "<script" not in text
+    # Three charts of curves, one line per name; a histogram per selection (random, DS, LR + DS).
+    assert page.counts["svg"] == 3 + 3
+    assert page.counts["polyline"] == 3 * len(result.rows)
+    for row in result.rows:
+        assert row.name in page.cells
+    assert "KD + LR, seed 0: revised" in text
+    assert "KD + DS, seed 0: deselected" in text
+    # The pictures are the digits: the first revised one, decoded, is the sample its caption names.
+    gallery = json.loads((result.report.parent / "seed0" / "kd_lr" / "gallery.json").read_text())
+    entry = gallery["revised"][0]
+    assert entry["label"] != entry["teacher"]
+    assert entry["png"] in page.sources
+    recipe = from_mapping(json.loads((result.report.parent / "seed0" / "kd_lr" / "recipe.json").read_text()))
+    data = run.load_data(recipe)
+    pixels = decoded(entry["png"])
+    assert pixels == data.train.picture(entry["index"]).flatten().tolist()
+    assert int(data.train.labels[entry["index"]]) == entry["label"]
+    assert any(
+        [round(value * 255) for value in image.flatten().tolist()] == pixels and int(label) == entry["label"]
+        for image, label in zip(*digits(), strict=True)
+    )
+
+
+def decoded(uri: str) -> list[int]:
+    """The pixels of an 8-bit grey PNG without row filters."""
+    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width = int.from_bytes(content[16:20], "big")
+    (start,) = [match.end() for match in re.finditer(rb"IDAT", content)]
+    length = int.from_bytes(content[start - 8 : start - 4], "big")
+    body = content[start : start + length]
+    assert zlib.crc32(b"IDAT" + body) == int.from_bytes(content[start + length : start + length + 4], "big")
+    raw = zlib.decompress(body)
+    lines = [raw[i : i + width + 1] for i in range(0, len(raw), width + 1)]
+    assert all(line[0] == 0 for line in lines)
+    return [value for line in lines for value in line[1:]]
+
+
+def test_nothing_temporary_is_left(result: DemoResult) -> None:
+    assert not [path for path in Path(result.report.parent).rglob("*") if path.name.startswith(".")]
+
+
+def test_the_number_of_threads_is_as_before(result: DemoResult) -> None:
+    assert result.rows
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="unknown key 'x'"):
+        run_demo(result.report.parent, seeds=1, settings=["x=1"], progress=False)
+    assert torch.get_num_threads() == before

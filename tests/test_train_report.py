@@ -1,0 +1,154 @@
+"""Reports: averages over seeds, differences only where they are paired, noise named as noise."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from lrds_fast.train.picture import histogram, line_chart, png, ticks
+from lrds_fast.train.recipe import Recipe
+from lrds_fast.train.report import cells, html_report, read_run, tabulate, verdicts
+from lrds_fast.train.statistics import estimate, paired, t95
+
+
+def write_run(folder: Path, name: str, seed: int, accuracies: list[float], **more: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(Recipe(name=name, seed=seed).to_json())
+    records = [
+        {"epoch": i + 1, "test_acc": a, "test_ce": 1 - a, "train_loss": 1.0, "rows": 10} | more
+        for i, a in enumerate(accuracies)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_t_quantiles_are_those_of_the_distribution() -> None:
+    for degrees in (1, 2, 5, 10, 11, 30, 500):
+        assert t95(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=0.01)
+    assert math.isnan(t95(0))
+
+
+def test_paired_differences_agree_with_the_t_test() -> None:
+    a, b = [0.91, 0.95, 0.93, 0.96, 0.92], [0.90, 0.93, 0.93, 0.92, 0.91]
+    difference = paired(a, b)
+    p = stats.ttest_rel(a, b).pvalue
+    assert difference.mean == pytest.approx(0.016)
+    assert difference.within_noise == (p > 0.05)
+    assert not paired([x + 0.2 for x in a], b).within_noise
+    assert estimate([0.5]).within_noise, "one seed says nothing"
+    with pytest.raises(ValueError, match="equally many values; got 2 and 1"):
+        paired([1.0, 2.0], [1.0])
+
+
+def test_runs_of_one_name_are_averaged_and_compared_by_seed(tmp_path: Path) -> None:
+    values = {"a": [0.5, 0.7, 0.6], "b": [0.8, 0.9, 0.7]}
+    folders = [
+        write_run(tmp_path / f"{name}{seed}", name, seed, [0.95, accuracy])
+        for name, accuracies in values.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    # The order on the command line must not matter to the pairing.
+    rows = {row.name: row for row in tabulate([read_run(folder) for folder in reversed(folders)], baseline="a")}
+    assert rows["a"].accuracy.mean == pytest.approx(0.6)
+    assert rows["b"].best_accuracy.mean == pytest.approx(0.95)
+    difference = rows["b"].accuracy_difference
+    assert difference is not None
+    assert difference.mean == pytest.approx((0.3 + 0.2 + 0.1) / 3)
+    assert difference.error == pytest.approx(0.1 / math.sqrt(3))
+    assert rows["a"].accuracy_difference is None
+
+
+def test_differences_need_the_same_seeds(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / "a", "a", 0, [0.5])),
+        read_run(write_run(tmp_path / "b", "b", 1, [0.6])),
+    ]
+    assert tabulate(runs, baseline="a")[1].accuracy_difference is None
+    with pytest.raises(ValueError, match="no run named 'c' to compare with; these are: a, b"):
+        tabulate(runs, baseline="c")
+
+
+def test_verdicts_say_better_worse_or_noise(tmp_path: Path) -> None:
+    runs = []
+    for name, accuracies in {
+        "base": [0.50, 0.52, 0.51, 0.53],
+        "up": [0.60, 0.63, 0.61, 0.63],
+        "down": [0.40, 0.43, 0.41, 0.43],
+        "same": [0.51, 0.51, 0.52, 0.52],
+    }.items():
+        runs += [read_run(write_run(tmp_path / f"{name}{i}", name, i, [a])) for i, a in enumerate(accuracies)]
+    up, down, same = verdicts(tabulate(runs, baseline="base"), "base")
+    assert up.startswith("up against base: accuracy +10.25 points (better), cross-entropy -0.1025 (better)")
+    assert down.startswith("down against base: accuracy -9.75 points (worse), cross-entropy +0.0975 (worse)")
+    assert same == "same against base: accuracy within noise, cross-entropy within noise."
+
+
+def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        read_run(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"holds no recipe.json"):
+        read_run(tmp_path)
+    folder = write_run(tmp_path / "empty", "a", 0, [])
+    with pytest.raises(ValueError, match="has no finished epoch yet"):
+        read_run(folder)
+    (folder / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recipe.json is not JSON"):
+        read_run(folder)
+
+
+def test_names_are_escaped_and_missing_numbers_are_survived(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "x", "<b>&", 0, [0.5, 0.6], test_ce=None))
+    page = html_report([run], title="<title>")
+    assert "<b>&" not in page
+    assert "&lt;b&gt;&amp;" in page
+    assert "nan" in cells(tabulate([run])[0])[4]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (3, 47, [0, 10, 20, 30, 40, 50]), (-1.5, 1.5, [-2, -1, 0, 1, 2])],
+)
+def test_ticks_are_round_and_cover(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0, 0), (1e-9, 2e-9), (-7e8, 3.1e8), (0.9731, 0.9734)])
+def test_ticks_cover_any_range(low: float, high: float) -> None:
+    marks = ticks(low, high)
+    assert 2 <= len(marks) <= 12
+    slack = 1e-6 * (marks[1] - marks[0])  # 0.9731 has no exact binary form
+    assert marks[0] - slack <= low <= high <= marks[-1] + slack
+
+
+def test_charts_leave_out_what_is_not_finite() -> None:
+    chart = line_chart({"a": [(1, 0.5), (2, math.nan), (3, 0.7)]}, x_label="x", y_label="y")
+    points = chart.split('points="')[1].split('"')[0].split()
+    assert len(points) == 2
+    assert "nan" not in chart
+    assert line_chart({"a": []}, x_label="x", y_label="y") == ""
+    assert histogram({"a": [math.inf]}, x_label="x") == ""
+
+
+def test_histogram_bars_are_as_high_as_their_counts() -> None:
+    chart = histogram({"kept": [0.0, 0.0, 1.0], "denied": [1.0]}, x_label="score", bins=2, mark=0.5)
+    heights = [float(part.split('"')[0]) for part in chart.split(' height="')[1:]]
+    assert len(heights) == 3
+    assert heights[0] == pytest.approx(2 * heights[1], abs=0.11)
+    assert heights[1] == pytest.approx(heights[2], abs=0.11)
+    assert 'class="mark"' in chart
+
+
+def test_png_is_readable_by_others() -> None:
+    image = pytest.importorskip("PIL.Image")
+    import base64
+    import io
+
+    pixels = (torch.arange(5 * 7 * 3) % 256).to(torch.uint8).view(5, 7, 3)
+    content = base64.b64decode(png(pixels).partition(",")[2])
+    assert list(image.open(io.BytesIO(content)).tobytes()) == pixels.flatten().tolist()
