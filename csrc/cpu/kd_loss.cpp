@@ -1,5 +1,6 @@
 #include "cpu/kd_loss.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -28,6 +29,9 @@ Isa capped_isa() {
   for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (std::strcmp(cap, isa_name(isa)) == 0) return isa < best ? isa : best;
   }
+  std::fprintf(
+      stderr, "lrds_fast: LRDS_FAST_CPU_ISA must be baseline, avx2 or avx512; got %s, running %s\n",
+      cap, isa_name(best));
   return best;
 }
 
