@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -219,3 +220,33 @@ def test_python_m_lrds_fast_is_the_same_program_and_survives_a_closed_pipe() -> 
     )
     assert failed.returncode == cli.MISUSED
     assert failed.stderr.startswith("lrds-fast: error: there is no folder absent")
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
+    """SIGKILL at whatever the process is doing, then --resume: every number but the time is that of an unbroken run."""
+    settings = ["--set", "schedule.epochs=80", "--set", "run.device=cpu", "--set", "data.train_limit=200", "--quiet"]
+    succeeds("train", "digits_alone", *settings, "--set", "run.out=whole")
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    command = [sys.executable, "-m", "lrds_fast", "train", "digits_alone", *settings, "--set", "run.out=killed"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    log = Path("killed/log.jsonl")
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = len(log.read_text().splitlines())
+    assert done < 80, "the run ended before it could be killed"
+    Path("killed/.last.pt.left.tmp").write_bytes(b"what a kill in the middle of writing leaves")
+    succeeds("train", "digits_alone", *settings, "--set", "run.out=killed", "--resume")
+
+    def records(folder: str) -> list[dict[str, object]]:
+        lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+    assert records("killed") == records("whole")
+    assert sorted(path.name for path in Path("killed").iterdir()) == ["last.pt", "log.jsonl", "recipe.json"]
+    weights = [torch.load(f"{folder}/last.pt", weights_only=True)["student"] for folder in ("killed", "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

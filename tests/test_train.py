@@ -116,7 +116,9 @@ def test_the_teacher_is_in_eval_mode_frozen_and_unchanged(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
-@pytest.mark.parametrize("extra", [{}, {"run.ema_decay": 0.9}, {"optimizer.name": "adamw", "run.amp": "bf16"}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"run.ema_decay": 0.9}, {"optimizer.name": "adamw", "run.amp": "bf16"}, {"run.amp": "fp16"}]
+)
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, with_teacher: bool, extra: dict[str, Any]) -> None:
     chosen = recipe(**{"schedule.epochs": 4, "optimizer.lr": 0.02} | extra)
     guide = teacher() if with_teacher else None
@@ -294,6 +296,22 @@ def test_channels_last_and_bfloat16_train(tmp_path: Path) -> None:
     records, _ = run(tmp_path, recipe=chosen, student=own, teacher=teacher())
     assert own.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert records[1]["train_loss"] < records[0]["train_loss"]
+
+
+def test_float16_gradients_are_scaled_and_unscaled(tmp_path: Path) -> None:
+    """With the scaler's factor folded into the loss's gradient, float16 training is float32 training up to rounding."""
+    trained = {}
+    for amp in ("off", "fp16"):
+        torch.manual_seed(0)
+        own = MLP(3, inputs=16)
+        _, trained[amp] = run(tmp_path, amp, recipe=recipe(**{"run.amp": amp}), student=own, teacher=teacher())
+    state = torch.load(tmp_path / "fp16" / "last.pt", weights_only=True)
+    assert state["parts"]["scaler"]["scale"] == 65536.0, "no step may have been skipped for an overflow"
+    torch.manual_seed(0)
+    start = MLP(3, inputs=16)
+    for name, value in trained["fp16"].state_dict().items():
+        moved = (trained["off"].state_dict()[name] - start.state_dict()[name]).norm()
+        assert (value - trained["off"].state_dict()[name]).norm() < 0.02 * moved
 
 
 def test_moving_average_is_what_is_judged_and_kept(tmp_path: Path) -> None:

@@ -135,6 +135,16 @@ def test_charts_leave_out_what_is_not_finite() -> None:
     assert histogram({"a": [math.inf]}, x_label="x") == ""
 
 
+def test_the_axis_is_not_spoilt_by_the_first_steps() -> None:
+    chart = line_chart(
+        {"a": [(i, 100.0 if i == 0 else 1.0 + 0.1 * (i % 2)) for i in range(10)]}, x_label="x", y_label="y"
+    )
+    points = chart.split('points="')[1].split('"')[0].split()
+    assert len(points) == 9
+    heights = [float(point.split(",")[1]) for point in points]
+    assert max(heights) - min(heights) > 100
+
+
 def test_histogram_bars_are_as_high_as_their_counts() -> None:
     chart = histogram({"kept": [0.0, 0.0, 1.0], "denied": [1.0]}, x_label="score", bins=2, mark=0.5)
     heights = [float(part.split('"')[0]) for part in chart.split(' height="')[1:]]

@@ -52,6 +52,20 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
             return self.transform(image), target, index
 
 
+class _Items:
+    """The items of each batch, made when the batch is due."""
+
+    def __init__(self, batches: list[Tensor], seed: int, epoch: int) -> None:
+        self.batches, self.seed, self.epoch = batches, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches:
+            yield [(i, derived_seed("augment", self.seed, self.epoch, i)) for i in batch.tolist()]
+
+
 class FolderLoader:
     """A Loader over some rows of an ImageFolder; see Loader for its methods.
 
@@ -99,10 +113,9 @@ class FolderLoader:
             shuffle=self.shuffle,
             selected=selected,
         )
-        items = [[(i, derived_seed("augment", self.seed, epoch, i)) for i in batch.tolist()] for batch in batches]
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self._samples),
-            batch_sampler=cast(Any, items),
+            batch_sampler=cast(Any, _Items(batches, self.seed, epoch)),
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             # Its draw of a seed for the workers must not move the global generator.

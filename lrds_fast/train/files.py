@@ -31,6 +31,12 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes temporary files that a killed process left in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """`text` in UTF-8 at `path`, whole or not at all."""
     with atomic_write(path) as file:

@@ -17,7 +17,7 @@ import lrds_fast
 from lrds_fast.data import Batch, Data, derived_seed
 from lrds_fast.train import checkpoint
 from lrds_fast.train.evaluate import check_class_counts, evaluate
-from lrds_fast.train.files import append_record, read_records, rewrite_records, write_text
+from lrds_fast.train.files import append_record, read_records, remove_leftovers, rewrite_records, write_text
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import (
     autocast_factory,
@@ -82,7 +82,7 @@ def train(
     hyperparameters = loss_arguments(recipe.loss)
     autocast = autocast_factory(recipe.run.amp, device)
     optimizer = build_optimizer(recipe.optimizer, student)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.amp == "fp16" and device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.amp == "fp16")
     ema = moving_average(student, recipe.run.ema_decay)
     torch.manual_seed(derived_seed("train", recipe.seed))
 
@@ -104,6 +104,7 @@ def train(
             )
         (out / CHECKPOINT).unlink(missing_ok=True)
         rewrite_records(out / LOG, [])
+    remove_leftovers(out)
     write_text(out / RECIPE, recipe.to_json())
 
     teacher_pred = None if teacher is None else torch.full(data.train.labels.shape, -1, device=device)

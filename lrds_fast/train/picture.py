@@ -42,7 +42,11 @@ def line_chart(
     y_label: str,
     percent: bool = False,
 ) -> str:
-    """An SVG of named curves, each a sequence of (x, y); values that are not finite are left out."""
+    """An SVG of named curves, each a sequence of (x, y); values that are not finite are left out.
+
+    The y axis covers the curves but for their first fifth, whose points may fall outside and are then left out: the
+    first steps of a training run would press everything else into one line.
+    """
     curves = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
     }
@@ -50,10 +54,12 @@ def line_chart(
     if not everything:
         return ""
     x_ticks = ticks(min(x for x, _ in everything), max(x for x, _ in everything))
-    y_ticks = ticks(min(y for _, y in everything), max(y for _, y in everything))
+    settled = [y for points in curves.values() for _, y in points[len(points) // 5 :]]
+    y_ticks = ticks(min(settled), max(settled))
     to_x, to_y = _scale(x_ticks, LEFT, WIDTH - RIGHT), _scale(y_ticks, HEIGHT - BOTTOM, TOP)
     parts = _axes(x_ticks, y_ticks, x_label, y_label, percent)
-    for i, points in enumerate(curves.values()):
+    for i, curve in enumerate(curves.values()):
+        points = [(x, y) for x, y in curve if y_ticks[0] <= y <= y_ticks[-1]]
         path = " ".join(f"{_at(to_x, x):.1f},{_at(to_y, y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="1.6"/>')
     return _svg(parts, y_label) + legend(list(curves))
