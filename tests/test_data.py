@@ -103,15 +103,19 @@ def test_augmentation_moves_pictures_and_is_the_same_for_any_batch_size(augment:
     assert not torch.equal(one, augmented(30, 1))
     assert not torch.equal(one, images)
     # A shift by at most one pixel keeps the 6 x 6 centre inside, mirrored or not.
+    mirrored = []
     for before, after in zip(images, one, strict=True):
-        candidates = [before, before.flip(-1)] if augment == "crop-flip" else [before]
-        windows = [
-            candidate[:, 1 + i : 7 + i, 1 + j : 7 + j]
-            for candidate in candidates
+        found = [
+            flipped
+            for flipped, candidate in ((False, before), (True, before.flip(-1)))
             for i in (-1, 0, 1)
             for j in (-1, 0, 1)
+            if torch.equal(after[:, 1:7, 1:7], candidate[:, 1 + i : 7 + i, 1 + j : 7 + j])
         ]
-        assert any(torch.equal(after[:, 1:7, 1:7], window) for window in windows)
+        assert len(found) == 1
+        mirrored += found
+    # 30 fair coins fall within 5 of 15 but in 4% of seeds; this seed is fixed.
+    assert 10 <= sum(mirrored) <= 20 if augment == "crop-flip" else not any(mirrored)
 
 
 def test_mean_and_std_are_taken_off_per_channel() -> None:

@@ -81,7 +81,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"model": Payload()}, path)
     with pytest.raises(ValueError, match="not a checkpoint of tensors alone"):
         checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
-    path.write_bytes(pickle.dumps(Payload()))
+    path.write_bytes(pickle.dumps(Payload(), protocol=2))
     with pytest.raises(ValueError, match=r"evil.pt is"):
         checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
     assert not (tmp_path / "was here").exists()

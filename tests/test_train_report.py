@@ -53,8 +53,9 @@ def test_runs_of_one_name_are_averaged_and_compared_by_seed(tmp_path: Path) -> N
         for name, accuracies in values.items()
         for seed, accuracy in enumerate(accuracies)
     ]
-    # The order on the command line must not matter to the pairing.
-    rows = {row.name: row for row in tabulate([read_run(folder) for folder in reversed(folders)], baseline="a")}
+    # The order on the command line must not matter to the pairing: a's runs forwards, b's backwards.
+    folders[3:] = folders[:2:-1]
+    rows = {row.name: row for row in tabulate([read_run(folder) for folder in folders], baseline="a")}
     assert rows["a"].accuracy.mean == pytest.approx(0.6)
     assert rows["b"].best_accuracy.mean == pytest.approx(0.95)
     difference = rows["b"].accuracy_difference
