@@ -198,4 +198,4 @@ def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[s
         " teacher on the samples with kd_gain < 0, where it is predicted to lower the held-out loss, as scored on the"
         " student that was trained without selection. 'KD + random' keeps it on as many, drawn at random."
     )
-    return [data, teacher, method, f"{seeds} seeds, {seconds:.0f} s."]
+    return [data, teacher, method, f"{seeds} seed{'s' * (seeds > 1)}, {seconds:.0f} s."]
