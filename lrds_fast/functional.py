@@ -294,14 +294,14 @@ def kd_loss(
     grad_scale: a number or 0-d tensor: the factor the coming grad_output will carry (GradScaler._scale). It never
         changes the result; it is folded in before a 16-bit gradient is rounded.
 
-    Returns a float32 tensor (float64 if any logits are); the gradient has student_logits' dtype. Deterministic: the same
-    bits for any thread count. Nothing synchronises on CUDA. Raises ValueError or TypeError naming the argument.
+    Returns a float32 tensor (float64 if any logits are); the gradient has student_logits' dtype. Deterministic: the
+    same bits for any thread count. Nothing synchronises on CUDA. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693.
     """
     if args:
         raise TypeError(
-            f"kd_loss takes (student_logits, teacher_logits, target), the rest by keyword; got {args[0]!r} as the fourth "
-            "argument: write temperature=... (or whichever you meant)"
+            "kd_loss takes (student_logits, teacher_logits, target), the rest by keyword; got a fourth argument "
+            f"{args[0]!r}: write temperature=... (or whichever you meant)"
         )
     return _call(
         student_logits,

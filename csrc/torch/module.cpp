@@ -47,7 +47,11 @@ py::dict build_info() {
   }
   info["cpu_isas"] = isas;
   info["cpu_isa"] = lrds::cpu::isa_name(lrds::cpu::selected_isa());
-  info["compiler"] = __VERSION__;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
 #if defined(_OPENMP)
   info["openmp"] = true;
 #else
