@@ -1,6 +1,6 @@
 """Knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693), fast.
 
-kd_loss, kd_loss_parts, KDLoss: the fused loss. revise_labels: the revised teacher. influence: scores of training samples.
+kd_loss, kd_loss_parts, KDLoss: the fused loss. revise_labels: the revised teacher. influence: scores of samples.
 select, Selection: which samples keep their teacher. models: networks by name. reference: everything in plain PyTorch.
 """
 
