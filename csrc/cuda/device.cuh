@@ -1,0 +1,163 @@
+// What the kernels take from the device: element types, vectors of 16 bytes, the fast exponential,
+// dynamic shared memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/kd_loss.h"
+
+namespace lrds::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// The two places where the interpreter of tests/simt, which has no assembler and no linker-placed
+// shared memory, differs.
+#if defined(LRDS_SIMT)
+__device__ inline float exp2_approximate(float x) { return exp2f(x); }
+__device__ inline unsigned char* dynamic_shared() { return simt::dynamic_shared(); }
+#else
+// 2 ulp; results under 2^-126 become 0.
+__device__ inline float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+#endif
+
+// exp(x * scale / log2(e)) for x <= 0. Rounding x * scale costs |x| * 2^-24 of the result, at most
+// 2^-25 of the row's largest term, which is exactly 1.
+__device__ inline float exp_scaled(float x, float log2e_scale) {
+  return exp2_approximate(x * log2e_scale);
+}
+__device__ inline double exp_scaled(double x, double scale) { return exp(x * scale); }
+
+template <class A, class T>
+__device__ inline A widen(T x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return static_cast<A>(__bfloat162float(x));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return static_cast<A>(__half2float(x));
+  } else {
+    return static_cast<A>(x);
+  }
+}
+
+template <class T, class A>
+__device__ inline T narrow(A x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(x));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(static_cast<float>(x));
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// kWidth elements that one instruction moves.
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vector {
+  T element[kWidth];
+};
+
+template <class T, int kWidth, class A>
+__device__ inline Vector<T, kWidth> narrow_vector(const A (&x)[kWidth]) {
+  Vector<T, kWidth> out;
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kWidth % 2 == 0) {
+#pragma unroll
+    for (int j = 0; j < kWidth; j += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[j], x[j + 1]);
+      out.element[j] = pair.x;
+      out.element[j + 1] = pair.y;
+    }
+  } else if constexpr (std::is_same_v<T, __half> && kWidth % 2 == 0) {
+#pragma unroll
+    for (int j = 0; j < kWidth; j += 2) {
+      const __half2 pair = __floats2half2_rn(x[j], x[j + 1]);
+      out.element[j] = pair.x;
+      out.element[j + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) out.element[j] = narrow<T>(x[j]);
+  }
+  return out;
+}
+
+// The larger of `least` and the elements; NaNs are passed over. 16-bit types compare two at a time,
+// unconverted.
+template <class A, class T, int kWidth>
+__device__ inline A vector_max(const Vector<T, kWidth>& x, A least) {
+  constexpr bool kBFloat = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr ((kBFloat || std::is_same_v<T, __half>) && kWidth % 2 == 0) {
+    using Pair = std::conditional_t<kBFloat, __nv_bfloat162, __half2>;
+    Pair top(x.element[0], x.element[1]);
+#pragma unroll
+    for (int j = 2; j < kWidth; j += 2) top = __hmax2(top, Pair(x.element[j], x.element[j + 1]));
+    const A first = widen<A>(top.x), second = widen<A>(top.y);
+    least = first > least ? first : least;
+    return second > least ? second : least;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      const A element = widen<A>(x.element[j]);
+      least = element > least ? element : least;
+    }
+    return least;
+  }
+}
+
+// Calls body with a value of the type that `type` names. Float accumulation meets no float64.
+template <class A, class Body>
+__device__ inline void with_element_type(DType type, Body body) {
+  if (type == DType::kBFloat16) {
+    body(__nv_bfloat16());
+  } else if (type == DType::kFloat16) {
+    body(__half());
+  } else if (std::is_same_v<A, double> && type == DType::kFloat64) {
+    body(double());
+  } else {
+    body(float());
+  }
+}
+
+// An element of a row whose type is known at run time only.
+template <class A>
+__device__ inline A load_element(const void* row, DType type, int k) {
+  A x = A(0);
+  with_element_type<A>(
+      type, [&](auto typed) { x = widen<A>(static_cast<const decltype(typed)*>(row)[k]); });
+  return x;
+}
+
+__host__ __device__ inline int element_size(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
+
+// The butterflies give every lane of a group of `lanes` (a power of two) the same bits.
+template <class T>
+__device__ inline T group_sum(T x, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kWholeWarp, x, offset);
+  }
+  return x;
+}
+template <class T>
+__device__ inline T group_max(T x, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(kWholeWarp, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+}  // namespace lrds::cuda

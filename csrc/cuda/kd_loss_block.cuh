@@ -1,0 +1,298 @@
+// Rows of any length: a block per row, statistics online. The first `resident` vectors of every
+// thread stay in shared memory between the statistics and the gradient; what does not fit is read
+// again, last class first, while it may still be in L2. A thread touches only its own slots, so
+// shared memory here is a larger register file and needs no barrier; the slots a row has finished
+// with are refilled with the block's next row at once.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "cuda/kd_loss_row.cuh"
+
+namespace lrds::cuda {
+
+// Combines the statistics of a group of 32 lanes; `count` classes stand behind each. All lanes get
+// the result.
+template <class A>
+__device__ inline void warp_merge(RowStats<A>& stats, A count, A inv_temperature) {
+  const A max_z = group_max(stats.max_z, kWarpSize);
+  const A max_v = group_max(stats.max_v, kWarpSize);
+  rebase_row_stats(stats, max_z, max_v, count, inv_temperature);
+  stats.sum_z = group_sum(stats.sum_z, kWarpSize);
+  stats.sum_zt = group_sum(stats.sum_zt, kWarpSize);
+  stats.sum_shift = group_sum(stats.sum_shift, kWarpSize);
+  stats.sum_vt = group_sum(stats.sum_vt, kWarpSize);
+  stats.dot = group_sum(stats.dot, kWarpSize);
+}
+
+// A: accumulation type. kSameTeacher: the teacher has the student's type, else any type through
+// load_element. kWidth: elements per access; 1 has no alignment to care for. resident: vectors per
+// thread kept in shared memory.
+template <class S, class A, bool kSameTeacher, int kWidth>
+__global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
+                                  block_threads_per_multiprocessor(std::is_same_v<A, double>) /
+                                      block_threads(std::is_same_v<A, double>))
+    kd_loss_block(const Sweep<A> sweep, const int resident) {
+  using Kept = std::conditional_t<kSameTeacher, S, A>;  // a teacher element in shared memory
+  using ZVec = Vector<S, kWidth>;
+  using VVec = Vector<Kept, kWidth>;
+  // Vectors that a thread has in flight, and between two looks at the running maximum.
+  constexpr int kChunk = std::is_same_v<A, double> ? 2 : kWidth == 1 ? 8 : 2;
+  constexpr int kMaxWarps = block_threads(std::is_same_v<A, double>) / kWarpSize;
+  static_assert(kWidth == 1 || kSameTeacher, "vectors of two types are not aligned alike");
+
+  const A infinity = std::numeric_limits<A>::infinity();
+  const int threads = static_cast<int>(blockDim.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int classes = sweep.classes;
+  ZVec* const z_slots = reinterpret_cast<ZVec*>(dynamic_shared());
+  VVec* const v_slots = reinterpret_cast<VVec*>(z_slots + resident * threads);
+  // Two sets in turn: a warp may be one row ahead of the slowest reader, never two.
+  __shared__ RowStats<A> packets[2][kMaxWarps];
+  __shared__ A packet_counts[2][kMaxWarps];
+
+  ValidRowCount<A> valid_rows;
+  valid_rows.start(sweep);
+
+  const auto student_row = [&](std::int64_t index) {
+    return static_cast<const S*>(sweep.student) + index * sweep.student_stride;
+  };
+  const auto teacher_row = [&](std::int64_t index) {
+    return static_cast<const char*>(sweep.teacher) +
+           index * sweep.teacher_stride * element_size(sweep.teacher_type);
+  };
+  const auto load_v = [&](const char* v_row, int k) -> VVec {
+    if constexpr (kSameTeacher) {
+      return *reinterpret_cast<const VVec*>(reinterpret_cast<const S*>(v_row) + k);
+    } else {
+      return VVec{{load_element<A>(v_row, sweep.teacher_type, k)}};
+    }
+  };
+  const auto load_one_v = [&](const char* v_row, int k) -> A {
+    if constexpr (kSameTeacher) {
+      return widen<A>(reinterpret_cast<const S*>(v_row)[k]);
+    } else {
+      return load_element<A>(v_row, sweep.teacher_type, k);
+    }
+  };
+  // Copies this thread's vector i of a row into its slot.
+  const auto stage = [&](const Row<A>& row, const S* z_row, const char* v_row,
+                         const Layout<S, kWidth>& layout, int i) {
+    const int n = i * threads + thread;
+    if (n >= layout.vectors) return;
+    const int k = layout.head + n * kWidth;
+    if constexpr (kWidth > 1) {
+      if (row.reads_student(sweep)) __pipeline_memcpy_async(z_slots + n, z_row + k, sizeof(ZVec));
+      if (row.reads_teacher(sweep)) {
+        __pipeline_memcpy_async(v_slots + n, reinterpret_cast<const S*>(v_row) + k, sizeof(VVec));
+      }
+    } else {
+      if (row.reads_student(sweep)) z_slots[n].element[0] = z_row[k];
+      if (row.reads_teacher(sweep)) v_slots[n] = load_v(v_row, k);
+    }
+  };
+
+  A scale = A(0);
+  bool scale_known = sweep.gradient == nullptr;
+  Row<A> row = open_row(sweep, blockIdx.x);
+  {
+    const S* const z_row = student_row(blockIdx.x);
+    const char* const v_row = teacher_row(row.reads_teacher(sweep) ? blockIdx.x : 0);
+    const Layout<S, kWidth> layout(z_row, classes);
+    for (int i = 0; i < resident; ++i) stage(row, z_row, v_row, layout, i);
+    __pipeline_commit();
+  }
+
+  int turn = 0;
+  for (std::int64_t index = blockIdx.x; index < sweep.rows; index += gridDim.x) {
+    const bool reads_z = row.reads_student(sweep);
+    const bool reads_v = row.reads_teacher(sweep);
+    const S* const z_row = student_row(index);
+    const char* const v_row = teacher_row(reads_v ? index : 0);
+    const Layout<S, kWidth> layout(z_row, classes);
+    const int slots = (layout.vectors + threads - 1) / threads;
+
+    const std::int64_t next_index = index + gridDim.x;
+    const Row<A> next = open_row(sweep, next_index);
+    const bool has_edge = kWidth > 1 && thread < layout.edges && reads_z;
+    A z_edge = -infinity, v_edge = -infinity;
+    if (has_edge) {
+      z_edge = widen<A>(z_row[layout.edge(thread)]);
+      if (reads_v) v_edge = load_one_v(v_row, layout.edge(thread));
+    }
+    A z_y = A(0), v_y = A(0);
+    if (reads_z) z_y = widen<A>(z_row[row.y]);
+    if (reads_v) v_y = load_one_v(v_row, row.y);
+
+    // This thread's vector i, from where it is; -inf past the end. Unread teachers count as 0, as
+    // in the gradient.
+    const auto fetch = [&](int i, ZVec& z, VVec& v) {
+      const int n = i * threads + thread;
+      const bool inside = n < layout.vectors;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        z.element[j] = narrow<S>(-infinity);
+        v.element[j] = narrow<Kept>(inside ? A(0) : -infinity);
+      }
+      if (!inside) return;
+      const int k = layout.head + n * kWidth;
+      z = i < resident ? z_slots[n] : *reinterpret_cast<const ZVec*>(z_row + k);
+      if (reads_v) v = i < resident ? v_slots[n] : load_v(v_row, k);
+    };
+
+    RowStats<A> stats = empty_row_stats<A>();
+    A seen = A(0);  // classes behind this thread's statistics
+    __pipeline_wait_prior(0);
+    if (reads_z) {
+      with_power(sweep, [&](auto power) {
+        constexpr bool kPower = decltype(power)::value;
+        const auto add = [&](A z_k, A v_k) {
+          const A dz = z_k - anchor(stats.max_z), dv = v_k - anchor(stats.max_v);
+          const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
+          stats.sum_z += exp_from<kPower>(dz, exp_zt, sweep);
+          stats.sum_zt += exp_zt;
+          if (reads_v) {
+            const A exp_vt = exp_scaled(dv, sweep.exp_t_scale);
+            stats.sum_vt += exp_vt;
+            if (exp_vt > A(0)) stats.dot += exp_vt * (dv - dz);
+          }
+        };
+        if (has_edge) {
+          // A NaN must not become the maximum.
+          stats.max_z = z_edge > -infinity ? z_edge : -infinity;
+          stats.max_v = v_edge > -infinity ? v_edge : -infinity;
+          seen = A(1);
+          stats.sum_shift = z_edge - anchor(stats.max_z);
+          add(z_edge, v_edge);
+        }
+        for (int i = 0; i < slots; i += kChunk) {
+          ZVec z[kChunk];
+          VVec v[kChunk];
+#pragma unroll
+          for (int c = 0; c < kChunk; ++c) fetch(i + c, z[c], v[c]);
+          A max_z = stats.max_z, max_v = stats.max_v;
+#pragma unroll
+          for (int c = 0; c < kChunk; ++c) {
+            max_z = vector_max(z[c], max_z);
+            max_v = vector_max(v[c], max_v);
+          }
+          if (max_z > stats.max_z || max_v > stats.max_v) {
+            rebase_row_stats(stats, max_z, max_v, seen, sweep.params.inv_temperature);
+          }
+          const int left = layout.vectors - (i * threads + thread);
+          const int inside = left <= 0 ? 0 : min(kChunk, (left + threads - 1) / threads);
+          if (sweep.params.label_smoothing != A(0)) {
+            const A shift_z = anchor(stats.max_z);
+#pragma unroll
+            for (int c = 0; c < kChunk; ++c) {
+              if (c >= inside) break;
+#pragma unroll
+              for (int j = 0; j < kWidth; ++j) {
+                stats.sum_shift += widen<A>(z[c].element[j]) - shift_z;
+              }
+            }
+          }
+          seen += static_cast<A>(inside * kWidth);
+#pragma unroll
+          for (int c = 0; c < kChunk; ++c) {
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+              add(widen<A>(z[c].element[j]), widen<A>(v[c].element[j]));
+            }
+          }
+        }
+      });
+
+      warp_merge(stats, seen, sweep.params.inv_temperature);
+      seen = group_sum(seen, kWarpSize);
+      const int lane = thread % kWarpSize, warps = threads / kWarpSize;
+      if (lane == 0) {
+        packets[turn][thread / kWarpSize] = stats;
+        packet_counts[turn][thread / kWarpSize] = seen;
+      }
+      __syncthreads();
+      stats = lane < warps ? packets[turn][lane] : empty_row_stats<A>();
+      seen = lane < warps ? packet_counts[turn][lane] : A(0);
+      warp_merge(stats, seen, sweep.params.inv_temperature);
+      turn ^= 1;
+    }
+
+    if (!scale_known) {
+      scale = valid_rows.gradient_scale(sweep);
+      scale_known = true;
+    }
+    const RowResult<A> result = close_row(sweep, row, stats, z_y, v_y, scale, index);
+    if (thread == 0) write_row(sweep, row, result, index);
+
+    const S* const next_z = student_row(next_index);
+    const char* const next_v = teacher_row(next.reads_teacher(sweep) ? next_index : 0);
+    const Layout<S, kWidth> next_layout(next_z, classes);
+    const auto stage_next = [&](int i) { stage(next, next_z, next_v, next_layout, i); };
+    if (sweep.gradient == nullptr) {
+      for (int i = 0; i < resident; ++i) stage_next(i);
+    } else {
+      S* const gradient = static_cast<S*>(sweep.gradient) + index * classes;
+      const auto put = [&](int i, const A(&g)[kWidth]) {
+        const int n = i * threads + thread;
+        if (n >= layout.vectors) return;
+        *reinterpret_cast<ZVec*>(gradient + layout.head + n * kWidth) = narrow_vector<S>(g);
+      };
+      if (!reads_z) {
+        // Zeros, or NaN for a bad row.
+        A g[kWidth];
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) g[j] = A(0) - result.smoothing;
+        for (int i = 0; i < slots; ++i) put(i, g);
+        if (kWidth > 1 && thread < layout.edges) gradient[layout.edge(thread)] = narrow<S>(g[0]);
+        for (int i = 0; i < resident; ++i) stage_next(i);
+      } else {
+        const A shift_z = anchor(stats.max_z), shift_v = anchor(stats.max_v);
+        with_power(sweep, [&](auto power) {
+          constexpr bool kPower = decltype(power)::value;
+          const auto gradient_of = [&](A z_k, A v_k) {
+            const A dz = z_k - shift_z;
+            const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
+            const A exp_vt = reads_v ? exp_scaled(v_k - shift_v, sweep.exp_t_scale) : A(0);
+            return gradient_from(result, exp_from<kPower>(dz, exp_zt, sweep), exp_zt, exp_vt);
+          };
+          const auto finish = [&](int i, const ZVec& z, const VVec& v) {
+            A g[kWidth];
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+              g[j] = gradient_of(widen<A>(z.element[j]), widen<A>(v.element[j]));
+            }
+            put(i, g);
+          };
+          int i = slots;
+          while (i > resident) {
+            // Down to `resident` and no further: below it lie the slots that the next loop refills.
+            i = i - kChunk > resident ? i - kChunk : resident;
+            ZVec z[kChunk];
+            VVec v[kChunk];
+#pragma unroll
+            for (int c = 0; c < kChunk; ++c) fetch(i + c, z[c], v[c]);
+#pragma unroll
+            for (int c = 0; c < kChunk; ++c) finish(i + c, z[c], v[c]);
+          }
+          for (i = 0; i < resident; ++i) {
+            ZVec z;
+            VVec v;
+            fetch(i, z, v);
+            finish(i, z, v);
+            stage_next(i);
+          }
+          if (has_edge) gradient[layout.edge(thread)] = narrow<S>(gradient_of(z_edge, v_edge));
+        });
+        // The thread that stored this element stores it again, so the order is the program's.
+        if (layout.owner(row.y, threads) == thread) {
+          gradient[row.y] =
+              narrow<S>(gradient_at_target(sweep, result, z_y - shift_z, v_y - shift_v));
+        }
+      }
+    }
+    __pipeline_commit();
+    row = next;
+  }
+}
+
+}  // namespace lrds::cuda

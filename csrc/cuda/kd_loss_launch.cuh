@@ -1,0 +1,56 @@
+// From a plan to a kernel, for one student type.
+#pragma once
+
+#include "cuda/kd_loss_block.cuh"
+#include "cuda/kd_loss_launch.h"
+#include "cuda/kd_loss_warp.cuh"
+
+namespace lrds::cuda {
+
+template <class S, class A, bool kSameTeacher, int kWidth>
+cudaError_t launch_block(const KdLossArgs& args, const Plan& plan, ValidRows valid_rows, int device,
+                         cudaStream_t stream) {
+  constexpr auto kernel = kd_loss_block<S, A, kSameTeacher, kWidth>;
+  static OncePerDevice once;
+  const cudaError_t error = once(device, [](int d) {
+    DeviceFacts facts;
+    const cudaError_t status = device_facts(d, &facts);
+    if (status != cudaSuccess) return status;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                facts.shared_per_block - kBlockStaticBytes);
+  });
+  if (error != cudaSuccess) return error;
+  return launch(kernel, plan.grid, plan.threads, plan.shared_bytes, stream,
+                make_sweep<A>(args, valid_rows), plan.resident);
+}
+
+template <class S>
+cudaError_t launch_rows(const KdLossArgs& args, const Plan& plan, ValidRows valid_rows, int device,
+                        cudaStream_t stream) {
+  if (args.accumulate == DType::kFloat64) {
+    return launch_block<S, double, false, 1>(args, plan, valid_rows, device, stream);
+  }
+  if constexpr (std::is_same_v<S, double>) {
+    return cudaErrorInvalidValue;  // accumulate must be float64
+  } else {
+    constexpr int kWidth = 16 / sizeof(S);
+    const auto warp = [&](auto kernel) {
+      return launch(kernel, plan.grid, plan.threads, 0, stream, make_sweep<float>(args, valid_rows),
+                    plan.lanes);
+    };
+    switch (plan.path) {
+      case Path::kWarpShort:
+        return warp(kd_loss_warp<S, true, 1, kShortElements>);
+      case Path::kWarpVector:
+        return warp(kd_loss_warp<S, true, kWidth, kLongElements / kWidth>);
+      case Path::kWarpElement:
+        return warp(kd_loss_warp<S, false, 1, kElementElements>);
+      case Path::kBlockVector:
+        return launch_block<S, float, true, kWidth>(args, plan, valid_rows, device, stream);
+      default:
+        return launch_block<S, float, false, 1>(args, plan, valid_rows, device, stream);
+    }
+  }
+}
+
+}  // namespace lrds::cuda

@@ -1,0 +1,319 @@
+// What every row kernel does around its sweep: open a row (target, weights), know the reduction's
+// denominator, turn statistics into coefficients and write the row's terms.
+#pragma once
+
+#include "core/kd_loss.h"
+#include "cuda/device.cuh"
+#include "cuda/kd_loss_plan.h"
+
+namespace lrds::cuda {
+
+// KdLossArgs as the kernels take it: hyperparameters rounded to A once, on the host.
+template <class A>
+struct Sweep {
+  std::int64_t rows;
+  int classes;
+  const void* student;
+  std::int64_t student_stride;
+  const void* teacher;
+  std::int64_t teacher_stride;
+  std::int64_t teacher_rows;
+  DType teacher_type;
+  const void* target;
+  bool target_is_int64;
+  std::int64_t ignore_index;
+  const void* selected;
+  SelectedType selected_type;
+  RowParams<A> params;
+  A exp_scale;    // exp_scaled(x, exp_scale) = exp(x)
+  A exp_t_scale;  // exp_scaled(x, exp_t_scale) = exp(x / T)
+  int squarings;  // T = 2^squarings: exp(x) is exp(x / T) squared so many times; -1: any other T
+  Reduction reduction;
+  const A* num_valid;
+  const A* grad_scale;
+  const A* grad_output;
+  std::int64_t grad_output_stride;
+  ValidRows valid_rows;
+  unsigned long long* shared_count;  // ValidRows::kShared: zeroed before the launch
+  void* gradient;
+  A* ce;  // null: the loss is not wanted
+  A* kd;
+  std::uint8_t* flags;
+  A* loss;  // (rows,) with Reduction::kNone, else null
+};
+
+template <class A>
+Sweep<A> make_sweep(const KdLossArgs& args, ValidRows valid_rows) {
+  constexpr double kLog2E = 1.4426950408889634;
+  constexpr double kUnit = std::is_same_v<A, float> ? kLog2E : 1.0;
+  int squarings = -1;
+  if (std::is_same_v<A, float>) {
+    for (int s = 0; s <= 3; ++s) {
+      if (args.temperature == static_cast<double>(1 << s)) squarings = s;
+    }
+  }
+  const bool loss = args.counts != nullptr;
+  return Sweep<A>{
+      args.rows,
+      static_cast<int>(args.classes),
+      args.student,
+      args.student_stride,
+      args.teacher,
+      args.teacher_stride,
+      args.teacher_rows,
+      args.teacher_type,
+      args.target,
+      args.target_is_int64,
+      args.ignore_index,
+      args.selected,
+      args.selected_type,
+      row_params<A>(args),
+      static_cast<A>(kUnit),
+      static_cast<A>(kUnit / args.temperature),
+      squarings,
+      args.reduction,
+      static_cast<const A*>(args.num_valid),
+      static_cast<const A*>(args.grad_scale),
+      static_cast<const A*>(args.grad_output),
+      args.grad_output_stride,
+      valid_rows,
+      reinterpret_cast<unsigned long long*>(args.counts),
+      args.gradient,
+      loss ? static_cast<A*>(args.ce) : nullptr,
+      static_cast<A*>(args.kd),
+      args.flags,
+      loss && args.reduction == Reduction::kNone ? static_cast<A*>(args.loss) : nullptr};
+}
+
+template <class A>
+__device__ inline std::int64_t target_of(const Sweep<A>& sweep, std::int64_t row) {
+  return sweep.target_is_int64 ? static_cast<const std::int64_t*>(sweep.target)[row]
+                               : static_cast<const std::int32_t*>(sweep.target)[row];
+}
+
+// --- The number of valid rows ---
+
+// Valid rows in [begin, end), added up over the threads of the block; thread 0 has the sum. The
+// block must call it as one.
+template <class A>
+__device__ unsigned long long block_count_valid(const Sweep<A>& sweep, std::int64_t begin,
+                                                std::int64_t end) {
+  __shared__ unsigned long long partial[kMaxThreads / kWarpSize];
+  unsigned long long count = 0;
+#pragma unroll 4
+  for (std::int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
+    count += target_of(sweep, row) != sweep.ignore_index;
+  }
+  count = group_sum(count, kWarpSize);
+  if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = count;
+  __syncthreads();
+  count = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) count += partial[warp];
+  return count;
+}
+
+// The denominator's row count, for the gradient. start() before the first row, by the whole block;
+// get() by whole warps.
+//
+// kShared: every block counts its share of the targets and adds (1 << 32 | its count) to one zeroed
+// word; whoever needs the sum waits until all blocks have added theirs, which has long happened
+// when the first row's statistics are done. The wait is bounded: if blocks are missing (the grid
+// was not resident at once), a warp counts for itself. No block depends on another, and the integer
+// is the same either way.
+template <class A>
+struct ValidRowCount {
+  unsigned long long own;
+
+  __device__ void start(const Sweep<A>& sweep) {
+    own = 0;
+    if (sweep.valid_rows == ValidRows::kOwn) own = block_count_valid(sweep, 0, sweep.rows);
+    if (sweep.valid_rows == ValidRows::kShared) {
+      const std::int64_t share = (sweep.rows + gridDim.x - 1) / gridDim.x;
+      const std::int64_t begin = share * blockIdx.x;
+      const std::int64_t end = begin + share < sweep.rows ? begin + share : sweep.rows;
+      const unsigned long long count = block_count_valid(sweep, begin, end);
+      if (threadIdx.x == 0) atomicAdd(sweep.shared_count, (1ull << 32) | count);
+    }
+  }
+
+  __device__ A get(const Sweep<A>& sweep) const {
+    if (sweep.valid_rows == ValidRows::kUnused) return A(0);
+    if (sweep.valid_rows == ValidRows::kGiven) return *sweep.num_valid;
+    if (sweep.valid_rows == ValidRows::kOwn) return static_cast<A>(own);
+    unsigned long long seen = 0;
+    if (threadIdx.x % kWarpSize == 0) {
+      const volatile unsigned long long* const word = sweep.shared_count;
+      // Longer than counting alone would take, a microsecond each at most.
+      const std::int64_t tries = 32 + sweep.rows / 1024;
+      for (std::int64_t i = 0; i < tries && (seen >> 32) != gridDim.x; ++i) {
+        if (i > 0) __nanosleep(100);
+        seen = *word;
+      }
+    }
+    seen = __shfl_sync(kWholeWarp, seen, 0);
+    if ((seen >> 32) == gridDim.x) return static_cast<A>(seen & 0xffffffffu);
+    int count = 0;
+#pragma unroll 4
+    for (std::int64_t row = threadIdx.x % kWarpSize; row < sweep.rows; row += kWarpSize) {
+      count += target_of(sweep, row) != sweep.ignore_index;
+    }
+    return static_cast<A>(group_sum(count, kWarpSize));
+  }
+
+  // What multiplies every row's gradient.
+  __device__ A gradient_scale(const Sweep<A>& sweep) const {
+    A scale = reduction_scale<A>(sweep.reduction, get(sweep), static_cast<A>(sweep.classes));
+    if (sweep.grad_scale != nullptr) scale *= *sweep.grad_scale;
+    return scale;
+  }
+};
+
+// --- A row ---
+
+// A row's target and selection weight, in two registers: the next row's wait there while this one
+// is swept.
+template <class A>
+struct Row {
+  int y;  // kIgnored, kBad or the class
+  A w;
+
+  static constexpr int kIgnored = -1;
+  static constexpr int kBad = -2;  // target or weight out of range: the row becomes NaN
+
+  __device__ RowWeights<A> weights(const Sweep<A>& sweep) const {
+    return y >= 0 ? row_weights(sweep.params, w) : RowWeights<A>{A(0), A(0)};
+  }
+  __device__ bool reads_student(const Sweep<A>& sweep) const {
+    const RowWeights<A> both = weights(sweep);
+    return both.ce != A(0) || both.kd != A(0);
+  }
+  __device__ bool reads_teacher(const Sweep<A>& sweep) const { return weights(sweep).kd != A(0); }
+};
+
+// A row past the end is an ignored row.
+template <class A>
+__device__ inline Row<A> open_row(const Sweep<A>& sweep, std::int64_t row) {
+  Row<A> out{Row<A>::kIgnored, A(0)};
+  if (row >= sweep.rows) return out;
+  const std::int64_t y = target_of(sweep, row);
+  switch (sweep.selected_type) {
+    case SelectedType::kPrefix:
+      out.w = row < sweep.teacher_rows ? A(1) : A(0);
+      break;
+    case SelectedType::kBool:
+      out.w = static_cast<const std::uint8_t*>(sweep.selected)[row] != 0 ? A(1) : A(0);
+      break;
+    case SelectedType::kFloat32:
+      out.w = static_cast<A>(static_cast<const float*>(sweep.selected)[row]);
+      break;
+    case SelectedType::kFloat64:
+      out.w = static_cast<A>(static_cast<const double*>(sweep.selected)[row]);
+      break;
+  }
+  if (y == sweep.ignore_index) return out;
+  const bool good = y >= 0 && y < sweep.classes && out.w >= A(0) && out.w <= A(1);
+  out.y = good ? static_cast<int>(y) : Row<A>::kBad;
+  return out;
+}
+
+// finish_row, or zeros for a row that reads nothing, or NaN for a bad one.
+template <class A>
+__device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& row,
+                                         const RowStats<A>& stats, A z_y, A v_y, A scale,
+                                         std::int64_t index) {
+  if (sweep.grad_output != nullptr && index < sweep.rows) {
+    scale *= sweep.grad_output[index * sweep.grad_output_stride];
+  }
+  RowResult<A> result = finish_row(stats, z_y, v_y, sweep.params, row.weights(sweep),
+                                   static_cast<A>(sweep.classes), scale);
+  if (row.y == Row<A>::kBad) {
+    const A nan = std::numeric_limits<A>::quiet_NaN();
+    result = RowResult<A>{nan, nan, nan, nan, nan, nan, nan, false};
+  }
+  return result;
+}
+
+template <class A>
+__device__ inline void write_row(const Sweep<A>& sweep, const Row<A>& row,
+                                 const RowResult<A>& result, std::int64_t index) {
+  if (sweep.ce == nullptr) return;
+  unsigned flags = 0;
+  if (row.y != Row<A>::kIgnored) flags |= kRowValid | (row.w > A(0) ? kRowSelected : 0);
+  if (result.revised) flags |= kRowRevised;
+  sweep.ce[index] = result.ce;
+  sweep.kd[index] = result.kd;
+  sweep.flags[index] = static_cast<std::uint8_t>(flags);
+  if (sweep.loss != nullptr) sweep.loss[index] = result.ce + result.kd;
+}
+
+// exp(x) where exp(x / T) is at hand.
+template <bool kPower, class A>
+__device__ inline A exp_from(A x, A exp_t, const Sweep<A>& sweep) {
+  if constexpr (kPower) {
+    if (sweep.squarings >= 1) exp_t *= exp_t;
+    if (sweep.squarings >= 2) exp_t *= exp_t;
+    if (sweep.squarings >= 3) exp_t *= exp_t;
+    return exp_t;
+  } else {
+    return exp_scaled(x, sweep.exp_scale);
+  }
+}
+
+// Calls body with std::true_type if exp(x) is a power of exp(x / T). Only float has that shortcut.
+template <class A, class Body>
+__device__ inline void with_power(const Sweep<A>& sweep, Body body) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (sweep.squarings >= 0) {
+      body(std::true_type());
+      return;
+    }
+  }
+  body(std::false_type());
+}
+
+// dL/dz_k without the target's constant, from the shifted logits' exponentials.
+template <class A>
+__device__ inline A gradient_from(const RowResult<A>& result, A exp_z, A exp_zt, A exp_vt) {
+  return result.coefficient_z * exp_z + result.coefficient_zt * exp_zt -
+         result.coefficient_vt * exp_vt - result.smoothing;
+}
+
+// The target's element, whole. z_y and v_y relative to the anchors.
+template <class A>
+__device__ inline A gradient_at_target(const Sweep<A>& sweep, const RowResult<A>& result, A z_y,
+                                       A v_y) {
+  return gradient_from(result, exp_scaled(z_y, sweep.exp_scale), exp_scaled(z_y, sweep.exp_t_scale),
+                       exp_scaled(v_y, sweep.exp_t_scale)) +
+         result.at_target;
+}
+
+// How a row's elements fall into aligned vectors: `head` elements, `vectors` times kWidth, and a
+// tail.
+template <class S, int kWidth>
+struct Layout {
+  int head;
+  int vectors;
+  int edges;  // elements outside the vectors: the head, then the tail; fewer than 2 * kWidth
+
+  __device__ Layout(const S* row, int classes) {
+    head = 0;
+    if constexpr (kWidth > 1) {
+      constexpr unsigned kBytes = sizeof(S) * kWidth;
+      const unsigned past = static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(row) % kBytes);
+      head = static_cast<int>((kBytes - past) % kBytes / sizeof(S));
+      head = head < classes ? head : classes;
+    }
+    vectors = (classes - head) / kWidth;
+    edges = classes - vectors * kWidth;
+  }
+  __device__ int edge(int i) const { return i < head ? i : vectors * kWidth + i; }
+  // Which of `threads` that stride over the vectors and the edges holds class k.
+  __device__ int owner(int k, int threads) const {
+    const int inside = k - head;
+    if (inside < 0) return k;
+    const int vector = inside / kWidth;
+    return vector < vectors ? vector % threads : (k - vectors * kWidth) % threads;
+  }
+};
+
+}  // namespace lrds::cuda
