@@ -1,0 +1,436 @@
+"""kd_loss forward + backward against the baselines of benchmarks/baselines.py, in one run.
+
+    python benchmarks/bench_kd_loss.py                      this machine's CPU, one thread, the shapes of the README
+    python benchmarks/bench_kd_loss.py --quick              two minutes
+    python benchmarks/bench_kd_loss.py --device cuda --csv out.csv
+    python benchmarks/bench_kd_loss.py --markdown results/kd_loss_cpu.csv   a stored run as a table
+    pytest benchmarks/bench_kd_loss.py                      the same cases under pytest-benchmark
+
+Every case is checked against lrds_fast.reference in float64 before it is timed. The contenders take turns within each
+round, so that a noisy neighbour meets all of them; a row holds medians over rounds, and the spread beside them. On the
+CPU with one thread the clock is the process's CPU time (page faults included), with several it is wall time. On CUDA a
+graph of forward + backward is replayed over buffers that together exceed the L2 cache; host_us is timed with Python in
+the loop. The roofline (copy and triad, a = b + s * c) is measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lrds_fast
+from benchmarks import baselines
+from lrds_fast import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [(64, 10), (1024, 10), (65536, 10)]
+MEDIUM = [(128, 100), (4096, 100), (65536, 100), (64, 1000), (256, 1000), (1024, 1000), (4096, 1000), (1024, 1001)]
+LARGE = [(65536, 1000), (4096, 21841), (2048, 32000), (2048, 128256), (1024, 256000)]
+CUDA_ONLY = [(16384, 21841), (8192, 128256)]
+QUICK = [(128, 100), (256, 1000), (1024, 1001), (256, 21841)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: a shape, the logits' type, the temperature, the share of selected rows."""
+
+    rows: int
+    classes: int
+    dtype: torch.dtype = torch.float32
+    temperature: float = 4.0
+    selected: float = 1.0
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.classes
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.rows}x{self.classes} {kind} T={self.temperature:g} selected={self.selected:.0%}"
+
+
+def cases(shapes: list[tuple[int, int]], variations: bool) -> Iterator[Case]:
+    """Every shape as float32, T = 4, all rows selected; then, at 1024 x 1000, what else changes the cost."""
+    for rows, classes in shapes:
+        yield Case(rows, classes)
+    if variations:
+        for dtype in (torch.bfloat16, torch.float16):
+            yield Case(1024, 1000, dtype=dtype)
+        for temperature in (1.0, 2.0, 2.5):
+            yield Case(1024, 1000, temperature=temperature)
+        for selected in (0.0, 0.3):
+            yield Case(1024, 1000, selected=selected)
+
+
+@dataclass
+class Inputs:
+    student: Tensor
+    teacher: Tensor
+    target: Tensor
+    selected: Tensor | None
+
+
+def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
+    """Logits with the spread of trained networks: the teacher is right on most rows, wrong on some."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    shape = (case.rows, case.classes)
+    student = torch.randn(shape, generator=generator, device=device).mul_(2.0).to(case.dtype)
+    teacher = torch.randn(shape, generator=generator, device=device).mul_(3.0)
+    target = torch.randint(case.classes, (case.rows,), generator=generator, device=device)
+    right = torch.rand(case.rows, generator=generator, device=device) < 0.75
+    teacher[torch.arange(case.rows, device=device), target] += 12.0 * right
+    selected = None
+    if case.selected < 1.0:
+        selected = torch.rand(case.rows, generator=generator, device=device) < case.selected
+    return Inputs(student.requires_grad_(), teacher.to(case.dtype), target, selected)
+
+
+Loss = Callable[[Inputs], Tensor]
+
+
+def contenders(case: Case, names: list[str]) -> dict[str, Loss]:
+    objective = baselines.Objective(temperature=case.temperature)
+
+    def ours(inputs: Inputs) -> Tensor:
+        return lrds_fast.kd_loss(
+            inputs.student,
+            inputs.teacher,
+            inputs.target,
+            temperature=objective.temperature,
+            ce_weight=objective.ce_weight,
+            kd_weight=objective.kd_weight,
+            ce_weight_unselected=objective.ce_weight_unselected,
+            eta=objective.eta,
+            selected=inputs.selected,
+        )
+
+    def from_baseline(baseline: baselines.Baseline) -> Loss:
+        return lambda i: baseline(i.student, i.teacher, i.target, objective, i.selected)
+
+    made: dict[str, Callable[[], Loss]] = {
+        "ours": lambda: ours,
+        "eager": lambda: from_baseline(baselines.eager),
+        "lean": lambda: from_baseline(baselines.lean_eager),
+        "compile": lambda: from_baseline(baselines.compiled()),
+        "compile-autotune": lambda: from_baseline(baselines.compiled("max-autotune-no-cudagraphs")),
+    }
+    return {name: made[name]() for name in names}
+
+
+def backward(loss: Loss, inputs: Inputs) -> None:
+    inputs.student.grad = None
+    loss(inputs).backward()
+
+
+def check(case: Case, inputs: Inputs, losses: dict[str, Loss]) -> None:
+    """Every contender's loss and gradient against the float64 reference, which sees a slice of a large batch."""
+    rows = min(case.rows, max(1, 4_000_000 // case.classes))
+    part = Inputs(
+        inputs.student.detach()[:rows].clone().requires_grad_(),
+        inputs.teacher[:rows].clone(),
+        inputs.target[:rows],
+        None if inputs.selected is None else inputs.selected[:rows],
+    )
+    exact = part.student.detach().double().requires_grad_()
+    expected = reference.kd_loss(
+        exact, part.teacher.double(), part.target, temperature=case.temperature, selected=part.selected
+    )
+    expected.backward()
+    assert exact.grad is not None
+    scale = exact.grad.abs().max()
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}[case.dtype]
+    for name, loss in losses.items():
+        value = loss(part)
+        (gradient,) = torch.autograd.grad(value, part.student)
+        torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-4, atol=1e-6, msg=f"{name}: loss, {case}")
+        error = ((gradient.double() - exact.grad).abs().max() / scale).item()
+        if not error <= rounding:
+            raise AssertionError(f"{name}: gradient of {case} is off by {error:.1e} of its largest entry")
+    if rows < case.rows:  # the whole batch, against the field's own code
+        with torch.no_grad():
+            torch.testing.assert_close(losses["ours"](inputs), losses["eager"](inputs), rtol=1e-3, atol=1e-5)
+
+
+def cpu_clock() -> float:
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def time_cpu(run: Callable[[], None], least_s: float = 0.005) -> Callable[[], float]:
+    """A timer of `run` whose every call lasts at least `least_s`: seconds of one run."""
+    begin = cpu_clock()
+    run()
+    once = cpu_clock() - begin
+    repeats = max(1, math.ceil(least_s / max(once, 1e-6)))
+
+    def timed() -> float:
+        begin = cpu_clock()
+        for _ in range(repeats):
+            run()
+        return (cpu_clock() - begin) / repeats
+
+    return timed
+
+
+def triad_cpu() -> float:
+    """Bytes per second of a = b + s * c over arrays far larger than the caches, three per element."""
+    a, b, c = (torch.ones(32_000_000) for _ in range(3))
+    timed = time_cpu(lambda: torch.add(b, c, alpha=3.0, out=a))
+    return 12 * a.numel() / statistics.median(timed() for _ in range(7))
+
+
+def time_cuda_graph(run: Callable[[], None]) -> Callable[[], float]:
+    """A timer of one replay of `run` captured as a CUDA graph: no host gaps."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def timed() -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / 10
+
+    return timed
+
+
+def roofline_cuda() -> dict[str, float]:
+    """Bytes per second of a copy and of a triad over buffers of a gigabyte."""
+    a, b, c = (torch.ones(256 << 20, device="cuda") for _ in range(3))
+    copy = time_cuda_graph(lambda: a.copy_(b))
+    triad = time_cuda_graph(lambda: torch.add(b, c, alpha=3.0, out=a))
+    return {
+        "copy": 8 * a.numel() / statistics.median(copy() for _ in range(7)),
+        "triad": 12 * a.numel() / statistics.median(triad() for _ in range(7)),
+    }
+
+
+Row = dict[str, Any]
+
+
+def facts(device: str, command: str) -> Row:
+    """What a reader needs to place a number: device, versions, commit, command."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads() if device == "cpu" else "",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "lrds_fast": lrds_fast.__version__,
+        "commit": commit.stdout.strip(),
+        "isa": lrds_fast._ops.build_info()["cpu_isa"] if device == "cpu" else "",
+        "command": command,
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def run_case(case: Case, device: str, names: list[str], rounds: int) -> list[Row]:
+    losses = contenders(case, names)
+    inputs = make_inputs(case, device)
+    check(case, inputs, losses)
+    timers: dict[str, Callable[[], float]] = {}
+    copies = 1
+    if device == "cuda":
+        # Together larger than any L2, so that no replay finds its inputs there.
+        size = case.elements * torch.finfo(case.dtype).bits // 8
+        copies = max(1, min(64, math.ceil((512 << 20) / (3 * size))))
+        batches = [inputs] + [make_inputs(case, device, seed) for seed in range(1, copies)]
+        for name, loss in losses.items():
+
+            def run(loss: Loss = loss) -> None:
+                for batch in batches:
+                    torch.autograd.grad(loss(batch), batch.student)
+
+            timers[name] = time_cuda_graph(run)
+    else:
+        for name, loss in losses.items():
+            timers[name] = time_cpu(lambda loss=loss: backward(loss, inputs))  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, timed in timers.items():
+            times[name].append(timed() / copies)
+    rows = [
+        {
+            "rows": case.rows,
+            "classes": case.classes,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "temperature": case.temperature,
+            "selected": case.selected,
+            "contender": name,
+            "median_ms": statistics.median(seconds) * 1e3,
+            "min_ms": min(seconds) * 1e3,
+            "max_ms": max(seconds) * 1e3,
+            "ns_per_element": statistics.median(seconds) / case.elements * 1e9,
+            "speedup_of_ours": statistics.median(t / o for t, o in zip(seconds, times["ours"], strict=True)),
+        }
+        for name, seconds in times.items()
+    ]
+    if device == "cuda":
+        for row, loss in zip(rows, losses.values(), strict=True):
+            inputs.student.grad = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            backward(loss, inputs)
+            row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(50):
+                backward(loss, inputs)
+            row["host_us"] = (time.perf_counter() - begin) / 50 * 1e6
+            torch.cuda.synchronize()
+    return rows
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def table(rows: list[Row]) -> str:
+    """The rows of a run as a Markdown table, and the geometric means over float32, T = 4 shapes with C >= 100."""
+    by_case: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = (int(row["rows"]), int(row["classes"]), row["dtype"], float(row["temperature"]), float(row["selected"]))
+        by_case.setdefault(key, {})[row["contender"]] = row
+    names = [
+        name for name in ("eager", "lean", "compile", "compile-autotune") if any(name in c for c in by_case.values())
+    ]
+    header = ["shape", "case", "kd_loss, ms", "ns/element", *(f"vs {name}" for name in names), "% of triad"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    means: dict[str, list[float]] = {name: [] for name in names}
+    for (n, c, dtype, temperature, selected), found in by_case.items():
+        ours = found["ours"]
+        ratios = [float(found[name]["speedup_of_ours"]) if name in found else None for name in names]
+        what = [dtype] + ([f"T = {temperature:g}"] if temperature != 4 else [])
+        what += [f"{selected:.0%} selected"] if selected != 1 else []
+        cells = [
+            f"{n} x {c}",
+            ", ".join(what),
+            f"{float(ours['median_ms']):.3g}",
+            f"{float(ours['ns_per_element']):.2f}",
+        ]
+        cells += ["" if ratio is None else f"{ratio:.1f}x" for ratio in ratios]
+        size = 4 if dtype == "float32" else 2
+        moved = (2 + selected) * size * n * c / (float(ours["median_ms"]) / 1e3)
+        cells.append(f"{moved / float(ours['triad_gb_s']) / 1e9:.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
+        if dtype == "float32" and temperature == 4 and selected == 1 and c >= 100:
+            for name, ratio in zip(names, ratios, strict=True):
+                if ratio is not None:
+                    means[name].append(ratio)
+    summary = ", ".join(f"{geometric_mean(r):.1f}x {name} ({len(r)} shapes)" for name, r in means.items() if r)
+    first = rows[0]
+    threads = f", {first['threads']} thread(s), {first['isa']}" if first["threads"] != "" else ""
+    lines += [
+        "",
+        f"Geometric mean over float32 shapes with C >= 100: {summary}.",
+        f"{first['device']}{threads}; torch {first['torch']}; triad {float(first['triad_gb_s']):.1f} GB/s; "
+        f"commit {first['commit']}; `{first['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    os.replace(temporary, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--quick", action="store_true", help="a few small shapes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument("--markdown", type=Path, metavar="CSV", help="print a stored run as a table and end")
+    arguments = parser.parse_args()
+    if arguments.markdown is not None:
+        with arguments.markdown.open(newline="", encoding="utf-8") as file:
+            sys.stdout.write(table(list(csv.DictReader(file))) + "\n")
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    torch.set_num_threads(arguments.threads)
+    command = "python " + " ".join(sys.argv)
+    names = ["ours", "eager", "lean", "compile"]
+    shapes = QUICK if arguments.quick else SMALL + MEDIUM + LARGE
+    if arguments.device == "cuda" and not arguments.quick:
+        shapes = shapes + CUDA_ONLY
+        names.append("compile-autotune")
+    rates = roofline_cuda() if arguments.device == "cuda" else {"triad": triad_cpu()}
+    common = facts(arguments.device, command) | {f"{name}_gb_s": rate / 1e9 for name, rate in rates.items()}
+    rows: list[Row] = []
+    for case in cases(shapes, variations=not arguments.quick):
+        torch._dynamo.reset()
+        # The baselines of 1e8 elements take tens of seconds each: three turns of them tell enough.
+        rounds = min(arguments.rounds, 3) if case.elements > 50_000_000 else arguments.rounds
+        try:
+            found = run_case(case, arguments.device, names, rounds)
+        except torch.OutOfMemoryError:
+            # The baselines need tens of bytes per element where kd_loss needs one gradient.
+            found = run_case(case, arguments.device, ["ours"], rounds) if arguments.device == "cuda" else []
+        rows += [row | common for row in found]
+        shown = ", ".join(f"{row['contender']} {row['median_ms']:.3g} ms" for row in found)
+        sys.stdout.write(f"{case}: {shown}\n")
+        sys.stdout.flush()
+        if arguments.csv is not None:  # a run that is cut short keeps what it has
+            write_csv(arguments.csv, rows)
+    sys.stdout.write("\n" + table(rows) + "\n")
+    return 0
+
+
+@pytest.mark.parametrize("name", ["ours", "eager", "lean", "compile"])
+@pytest.mark.parametrize("case", list(cases(QUICK, variations=True)), ids=str)
+def test_forward_and_backward(benchmark: Any, case: Case, name: str) -> None:
+    torch._dynamo.reset()
+    inputs = make_inputs(case, "cpu")
+    losses = contenders(case, [name])
+    check(case, inputs, losses)
+    benchmark.group = str(case)
+    benchmark(backward, losses[name], inputs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
