@@ -1,0 +1,110 @@
+// Stands in for CUDA's header of this name: the language as far as the kernels use it, and
+// launches.
+#pragma once
+
+#include <cmath>
+#include <tuple>
+#include <type_traits>
+
+#include "cuda_runtime_api.h"
+
+#define __launch_bounds__(...)
+// Blocks run one at a time.
+#define __shared__ static
+
+using simt::blockDim;
+using simt::blockIdx;
+using simt::gridDim;
+using simt::threadIdx;
+
+using Where = std::source_location;
+
+inline void __syncthreads(Where where = Where::current()) { simt::block_barrier(where); }
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, Where where = Where::current()) {
+  std::uint64_t all[simt::kWarpSize];
+  simt::warp_exchange(mask, 0, all, where);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = simt::kWarpSize,
+              Where where = Where::current()) {
+  std::uint64_t all[simt::kWarpSize];
+  simt::warp_exchange(mask, simt::to_bits(value), all, where);
+  const int lane = static_cast<int>(threadIdx.x) % simt::kWarpSize;
+  return simt::from_bits<T>(all[lane / width * width + source % width]);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = simt::kWarpSize,
+                  Where where = Where::current()) {
+  std::uint64_t all[simt::kWarpSize];
+  simt::warp_exchange(mask, simt::to_bits(value), all, where);
+  const int lane = static_cast<int>(threadIdx.x) % simt::kWarpSize;
+  const int source = lane ^ lane_mask;
+  return source / width > lane / width ? value : simt::from_bits<T>(all[source]);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, Where where = Where::current()) {
+  std::uint64_t all[simt::kWarpSize];
+  simt::warp_exchange(mask, predicate != 0, all, where);
+  unsigned votes = 0;
+  for (int lane = 0; lane < simt::kWarpSize; ++lane) {
+    if ((mask >> lane & 1) != 0 && all[lane] != 0) votes |= 1u << lane;
+  }
+  return votes;
+}
+inline int __any_sync(unsigned mask, int predicate, Where where = Where::current()) {
+  return __ballot_sync(mask, predicate, where) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, Where where = Where::current()) {
+  return __ballot_sync(mask, predicate, where) == mask;
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, Where where = Where::current()) {
+  std::uint64_t all[simt::kWarpSize];
+  simt::warp_exchange(mask, value, all, where);
+  unsigned sum = 0;
+  for (int lane = 0; lane < simt::kWarpSize; ++lane) {
+    if (mask >> lane & 1) sum += static_cast<unsigned>(all[lane]);
+  }
+  return sum;
+}
+
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  const unsigned long long old = *address;
+  *address += value;
+  return old;
+}
+inline void __nanosleep(unsigned) {}
+inline int min(int a, int b) { return b < a ? b : a; }
+inline int max(int a, int b) { return a < b ? b : a; }
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned x_) : x(x_) {}
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const std::tuple<std::remove_const_t<Parameters>...> parameters(arguments...);
+  const bool started =
+      simt::launch(reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
+                   config->dynamicSmemBytes, [&] { std::apply(kernel, parameters); });
+  return started ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  return simt::allow_shared(reinterpret_cast<const void*>(kernel), value) ? cudaSuccess
+                                                                          : cudaErrorInvalidValue;
+}

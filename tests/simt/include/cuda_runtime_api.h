@@ -1,0 +1,47 @@
+// Stands in for CUDA's header of this name: the runtime calls that the launchers make.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+
+#include "simt.h"
+
+#define __global__
+#define __device__
+#define __host__
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+};
+struct simtStream;
+using cudaStream_t = simtStream*;
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = simt::current_device();
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const simt::Device& facts = simt::device(device);
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? facts.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? facts.shared_per_block
+                                                                  : facts.shared_per_multiprocessor;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes, cudaStream_t) {
+  std::memset(pointer, value, bytes);
+  simt::count_memset();
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -1,0 +1,81 @@
+// A CUDA grid on one CPU thread: every CUDA thread is a fiber, blocks run one after another, and a
+// barrier or a warp collective that some thread can never reach ends the program with a message
+// instead of hanging or passing by luck. include/ holds the headers that stand in for CUDA's when a
+// .cu file is compiled by g++ -x c++ -DLRDS_SIMT.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+
+namespace simt {
+
+constexpr int kWarpSize = 32;
+
+struct Index {
+  unsigned x, y, z;
+};
+
+// --- Of the running CUDA thread ---
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+unsigned char* dynamic_shared();
+
+void block_barrier(std::source_location where);
+
+// Every lane of `mask` gives 8 bytes and gets everybody's: gathered[lane]. Lanes must meet at one
+// source line.
+void warp_exchange(unsigned mask, std::uint64_t value, std::uint64_t* gathered,
+                   std::source_location where);
+
+// cp.async: the copy happens at once with Order::kForward, when it is waited for with kBackward;
+// CUDA allows both.
+void async_copy(void* to, const void* from, std::size_t bytes);
+void async_wait();
+
+template <class T>
+std::uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= sizeof(std::uint64_t));
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+template <class T>
+T from_bits(std::uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// --- Of the machine ---
+struct Device {
+  int multiprocessors;
+  int shared_per_block;
+  int shared_per_multiprocessor;
+};
+// Device 0 is an H200; 1 has 4 KiB of shared memory, so that rows stream; 2 has two
+// multiprocessors, so that blocks and warps take several rows each.
+const Device& device(int index);
+constexpr int kDevices = 3;
+void set_device(int index);
+int current_device();
+
+// Which runnable fiber goes first: the lowest thread or the highest. Results must not depend on it.
+enum class Order { kForward, kBackward };
+void set_order(Order order);
+
+// Kernel launches and memsets since the last call.
+struct Launches {
+  int kernels;
+  int memsets;
+};
+Launches take_launches();
+void count_memset();
+
+// Returns false if the configuration is one that CUDA would refuse.
+bool launch(const void* kernel, unsigned grid, unsigned block, std::size_t shared_bytes,
+            const std::function<void()>& body);
+bool allow_shared(const void* kernel, int bytes);
+
+}  // namespace simt

@@ -1,0 +1,669 @@
+// Runs the CUDA kernels of kd_loss and scale_gradient in the interpreter and compares them with
+// reference.h.
+//   simt_kd_loss [PART PARTS]    every PARTS-th case, from PART on
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/kd_loss.h"
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "reference.h"
+#include "simt.h"
+
+namespace {
+
+using lrds::DType;
+using lrds::KdLossArgs;
+using lrds::Reduction;
+using lrds::Revise;
+using lrds::SelectedType;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr std::int64_t kIgnore = -100;
+
+const char* name_of(DType type) {
+  constexpr const char* kNames[] = {"f64", "f32", "bf16", "f16"};
+  return kNames[static_cast<int>(type)];
+}
+
+std::size_t size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
+
+// Elements of a type known at run time, in a heap block exactly as long as they need.
+class Buffer {
+ public:
+  Buffer(DType type, std::size_t count) : type_(type), count_(count) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 16, std::max<std::size_t>(1, count * size_of(type))) != 0) {
+      std::abort();
+    }
+    data_.reset(static_cast<unsigned char*>(memory));
+    // All ones is a NaN in every type: what nobody writes shows.
+    std::memset(memory, 0xff, count * size_of(type));
+  }
+  void* at(std::size_t i) { return data_.get() + i * size_of(type_); }
+  std::size_t bytes() const { return count_ * size_of(type_); }
+
+  // Returns the value as the type rounds it.
+  double set(std::size_t i, double value) {
+    switch (type_) {
+      case DType::kFloat64:
+        std::memcpy(at(i), &value, 8);
+        break;
+      case DType::kFloat32: {
+        const float narrow = static_cast<float>(value);
+        std::memcpy(at(i), &narrow, 4);
+        break;
+      }
+      case DType::kBFloat16: {
+        const __nv_bfloat16 narrow = __float2bfloat16_rn(static_cast<float>(value));
+        std::memcpy(at(i), &narrow, 2);
+        break;
+      }
+      case DType::kFloat16: {
+        const __half narrow = __float2half_rn(static_cast<float>(value));
+        std::memcpy(at(i), &narrow, 2);
+        break;
+      }
+    }
+    return get(i);
+  }
+  double get(std::size_t i) {
+    switch (type_) {
+      case DType::kFloat64: {
+        double value;
+        std::memcpy(&value, at(i), 8);
+        return value;
+      }
+      case DType::kFloat32: {
+        float value;
+        std::memcpy(&value, at(i), 4);
+        return value;
+      }
+      case DType::kBFloat16: {
+        __nv_bfloat16 value;
+        std::memcpy(&value, at(i), 2);
+        return __bfloat162float(value);
+      }
+      default: {
+        __half value;
+        std::memcpy(&value, at(i), 2);
+        return __half2float(value);
+      }
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(unsigned char* p) const { std::free(p); }
+  };
+  DType type_;
+  std::size_t count_;
+  std::unique_ptr<unsigned char, Free> data_;
+};
+
+enum class GradOutput { kNone, kScalar, kPerRow };
+
+// One call. What is not said is the ordinary training call.
+struct Case {
+  DType student = DType::kFloat32;
+  DType teacher = DType::kFloat32;
+  std::int64_t classes = 10;
+  std::int64_t rows = 9;
+  std::int64_t teacher_rows = -1;  // -1: all
+  std::int64_t offset = 0;         // elements before the first row of student and teacher
+  std::int64_t teacher_offset = 0;
+  std::int64_t gradient_offset = 0;
+  std::int64_t student_padding = 0;  // elements between rows
+  std::int64_t teacher_padding = 0;
+  bool target_is_int64 = true;
+  SelectedType selected = SelectedType::kPrefix;
+  Reduction reduction = Reduction::kMean;
+  double temperature = 4.0;
+  double ce_weight = 0.1;
+  double ce_weight_unselected = 1.0;
+  double kd_weight = 0.9;
+  double label_smoothing = 0.0;
+  bool revise = true;
+  bool num_valid = false;
+  bool grad_scale = false;
+  GradOutput grad_output = GradOutput::kNone;
+  bool with_gradient = true;
+  bool with_loss = true;
+  bool hard = true;  // rows of every kind: ignored, unselected, out of range, -inf, outliers
+  bool mostly_ignored = false;
+  int device = 0;
+
+  std::string text() const {
+    char line[512];
+    std::snprintf(
+        line, sizeof line,
+        "%s/%s C=%lld N=%lld K=%lld offsets %lld,%lld,%lld padding %lld,%lld %s selected %d "
+        "reduction %d T=%g weights %g,%g,%g smoothing %g%s%s%s grad_output %d%s%s%s device %d",
+        name_of(student), name_of(teacher), static_cast<long long>(classes),
+        static_cast<long long>(rows), static_cast<long long>(teacher_rows),
+        static_cast<long long>(offset), static_cast<long long>(teacher_offset),
+        static_cast<long long>(gradient_offset), static_cast<long long>(student_padding),
+        static_cast<long long>(teacher_padding), target_is_int64 ? "int64" : "int32",
+        static_cast<int>(selected), static_cast<int>(reduction), temperature, ce_weight,
+        ce_weight_unselected, kd_weight, label_smoothing, revise ? " revised" : "",
+        num_valid ? " num_valid" : "", grad_scale ? " grad_scale" : "",
+        static_cast<int>(grad_output), with_gradient ? "" : " no gradient",
+        with_loss ? "" : " no loss", hard ? " hard" : "", device);
+    return line;
+  }
+};
+
+struct Tolerance {
+  double loss;
+  double gradient_relative;
+  double gradient_absolute;  // of the row's scale
+  double smallest;           // half the spacing of the type's subnormals
+};
+
+// The rounding of the gradient's type, and of sums over a row.
+Tolerance tolerance(const Case& c) {
+  if (c.student == DType::kFloat64) return {1e-12, 1e-12, 1e-13, 0.0};
+  const double loss = c.teacher == DType::kFloat64 ? 1e-12 : 1e-5;
+  switch (c.student) {
+    case DType::kBFloat16:
+      return {loss, 0x1p-8 * 1.01, 1e-6, 1e-40};
+    case DType::kFloat16:
+      return {loss, 0x1p-11 * 1.01, 1e-6, 0x1p-25 * 1.01};
+    default:
+      return {loss, 1e-5, 1e-6, 1e-45};
+  }
+}
+
+struct Outputs {
+  Buffer loss, loss_ce, loss_kd, ce, kd, gradient;
+  std::vector<std::uint8_t> flags;
+  std::vector<std::int64_t> counts;
+};
+
+int failures = 0;
+
+void report(const Case& c, const char* what, std::int64_t row, std::int64_t k, double got,
+            double expected) {
+  if (++failures > 40) return;
+  std::printf("FAILED %s: %s at row %lld class %lld: got %.17g, expected %.17g\n", c.text().c_str(),
+              what, static_cast<long long>(row), static_cast<long long>(k), got, expected);
+}
+
+bool close(double got, double expected, double allowed) {
+  if (std::isnan(expected)) return std::isnan(got);
+  if (std::isinf(expected)) return got == expected;
+  return std::fabs(got - expected) <= allowed;
+}
+
+// A float's rounding of a sum that itself is near zero is felt relative to what was added up.
+double loss_allowance(double tolerance, double value, double scale) {
+  return tolerance * ((std::isfinite(value) ? std::fabs(value) : 0.0) + 0.1 * scale);
+}
+
+void run(const Case& c, std::uint32_t seed) {
+  simt::set_device(c.device);
+  std::mt19937 random(seed);
+  std::normal_distribution<double> normal(0.0, 3.0);
+  std::uniform_real_distribution<double> uniform(0.0, 1.0);
+  const auto n = static_cast<std::size_t>(c.rows), classes = static_cast<std::size_t>(c.classes);
+  const std::int64_t teacher_rows = c.teacher_rows < 0 ? c.rows : c.teacher_rows;
+  const bool wide = c.student == DType::kFloat64 || c.teacher == DType::kFloat64;
+  const DType a = wide ? DType::kFloat64 : DType::kFloat32;
+
+  // --- Inputs ---
+  const std::size_t z_stride = classes + static_cast<std::size_t>(c.student_padding);
+  const std::size_t v_stride = classes + static_cast<std::size_t>(c.teacher_padding);
+  const auto offset = static_cast<std::size_t>(c.offset),
+             v_offset = static_cast<std::size_t>(c.teacher_offset);
+  // The last row ends where the memory does.
+  Buffer student(c.student, n == 0 ? 0 : offset + (n - 1) * z_stride + classes);
+  Buffer teacher(
+      c.teacher,
+      teacher_rows == 0
+          ? 0
+          : v_offset + (static_cast<std::size_t>(teacher_rows) - 1) * v_stride + classes);
+  std::vector<std::vector<double>> z(n), v(n);
+  std::vector<std::int64_t> target(n);
+  std::vector<std::int32_t> target32(n);
+  std::vector<double> w(n, 1.0);
+  std::vector<bool> bad(n, false);
+  std::uniform_int_distribution<std::int64_t> any_class(0, c.classes - 1);
+  for (std::size_t i = 0; i < n; ++i) {
+    const int kind = c.hard ? static_cast<int>((i + seed) % 13) : 0;
+    target[i] = any_class(random);
+    if (c.selected == SelectedType::kPrefix) {
+      w[i] = static_cast<std::int64_t>(i) < teacher_rows ? 1.0 : 0.0;
+    } else {
+      w[i] = kind % 3 == 1 ? 0.0 : 1.0;
+      if (c.selected != SelectedType::kBool && kind % 3 == 2) w[i] = 0.25;
+    }
+    const double scale = kind == 4 ? 300.0 : 1.0;
+    z[i].resize(classes);
+    v[i].resize(classes);
+    for (std::size_t k = 0; k < classes; ++k) {
+      z[i][k] = scale * normal(random);
+      v[i][k] = scale * normal(random);
+    }
+    const auto y = static_cast<std::size_t>(target[i]);
+    const std::size_t other = (y + 1) % classes;
+    if (kind == 2 || (c.mostly_ignored && i % 256 != 7)) target[i] = kIgnore;
+    if (kind == 3) target[i] = i % 2 == 0 ? c.classes : -7;
+    if (kind == 5) v[i][other] = z[i][other] = -kInf;
+    if (kind == 6) v[i][other] = -kInf;
+    if (kind == 7) z[i][other] = -kInf;           // under teacher mass: an infinite loss
+    if (kind == 8) v[i][y] = 40.0;                // the teacher is right
+    if (kind == 9) v[i][y] = v[i][other] = 40.0;  // a tie that the label takes part in
+    if (kind == 10) z[i][y] = -kInf;
+    if (kind == 11) {
+      for (std::size_t k = 0; k + 1 < classes; ++k) z[i][k] = v[i][k] = -kInf;
+    }
+    if (kind == 12 &&
+        (c.selected == SelectedType::kFloat32 || c.selected == SelectedType::kFloat64)) {
+      w[i] = i % 2 == 0 ? kNan : 1.5;
+    }
+    bad[i] = kind == 3 || !(w[i] >= 0.0 && w[i] <= 1.0);
+    if (target[i] == kIgnore) bad[i] = false;
+    // What a row does not need is NaN.
+    const bool reads = target[i] != kIgnore && !bad[i];
+    if (!reads) std::fill(z[i].begin(), z[i].end(), kNan);
+    if (!reads || w[i] * c.kd_weight == 0.0) std::fill(v[i].begin(), v[i].end(), kNan);
+    for (std::size_t k = 0; k < classes; ++k) {
+      z[i][k] = student.set(offset + i * z_stride + k, z[i][k]);
+      if (static_cast<std::int64_t>(i) < teacher_rows) {
+        v[i][k] = teacher.set(v_offset + i * v_stride + k, v[i][k]);
+      }
+    }
+    target32[i] = static_cast<std::int32_t>(target[i]);
+  }
+  std::vector<float> w32(w.begin(), w.end());
+  std::vector<std::uint8_t> w8;
+  for (const double x : w) w8.push_back(x != 0.0 ? 1 : 0);
+  Buffer num_valid(a, 1), grad_scale(a, 1), grad_output(a, std::max<std::size_t>(1, n));
+  num_valid.set(0, 5.0);
+  grad_scale.set(0, 1024.0);
+  for (std::size_t i = 0; i < n; ++i) grad_output.set(i, uniform(random) - 0.5);
+
+  // --- Expected ---
+  const reference::Options options{c.temperature, c.ce_weight, c.ce_weight_unselected,
+                                   c.kd_weight,   0.8,         c.label_smoothing,
+                                   c.revise};
+  const double valid = static_cast<double>(
+      std::count_if(target.begin(), target.end(), [](std::int64_t y) { return y != kIgnore; }));
+  const double denominator = c.num_valid ? 5.0 : valid;
+  double scale = 1.0;
+  if (c.reduction == Reduction::kMean) scale = denominator > 0 ? 1.0 / denominator : 0.0;
+  if (c.reduction == Reduction::kElementMean) {
+    scale = denominator > 0 ? 1.0 / (denominator * static_cast<double>(c.classes)) : 0.0;
+  }
+  std::vector<reference::RowResult> rows(n);
+  std::int64_t counts[3] = {};
+  double sum_ce = 0.0, sum_kd = 0.0, largest = 0.0;
+  for (std::size_t i = 0; i < n; ++i) {
+    if (target[i] == kIgnore) {
+      rows[i].gradient.assign(classes, 0.0);
+    } else if (bad[i]) {
+      rows[i].ce = rows[i].kd = kNan;
+      rows[i].gradient.assign(classes, kNan);
+    } else {
+      rows[i] =
+          reference::kd_loss_row(z[i], v[i], static_cast<std::size_t>(target[i]), w[i], options);
+    }
+    counts[0] += target[i] != kIgnore;
+    counts[1] += target[i] != kIgnore && w[i] > 0.0;
+    counts[2] += rows[i].revised;
+    sum_ce += rows[i].ce;
+    sum_kd += rows[i].kd;
+    if (std::isfinite(rows[i].ce + rows[i].kd)) {
+      largest = std::max({largest, std::fabs(rows[i].ce), std::fabs(rows[i].kd), 1.0});
+    }
+  }
+
+  // --- The call, twice: the second time other threads go first ---
+  const bool none = c.reduction == Reduction::kNone;
+  const auto call = [&](simt::Order order) {
+    const auto g_offset = static_cast<std::size_t>(c.gradient_offset);
+    Outputs out{Buffer(a, none ? n : 1),
+                Buffer(a, 1),
+                Buffer(a, 1),
+                Buffer(a, n),
+                Buffer(a, n),
+                Buffer(c.student, g_offset + n * classes),
+                {},
+                {}};
+    out.flags.assign(n, 0xee);
+    out.counts.assign(3, -1);
+    KdLossArgs args{};
+    args.rows = c.rows;
+    args.classes = c.classes;
+    args.student = student.at(offset);
+    args.student_stride = static_cast<std::int64_t>(z_stride);
+    args.student_type = c.student;
+    args.teacher = teacher_rows > 0 ? teacher.at(v_offset) : nullptr;
+    args.teacher_stride = static_cast<std::int64_t>(v_stride);
+    args.teacher_rows = teacher_rows;
+    args.teacher_type = c.teacher;
+    args.target = c.target_is_int64 ? static_cast<const void*>(target.data()) : target32.data();
+    args.target_is_int64 = c.target_is_int64;
+    args.ignore_index = kIgnore;
+    args.selected_type = c.selected;
+    args.selected = c.selected == SelectedType::kBool      ? static_cast<const void*>(w8.data())
+                    : c.selected == SelectedType::kFloat32 ? static_cast<const void*>(w32.data())
+                    : c.selected == SelectedType::kFloat64 ? static_cast<const void*>(w.data())
+                                                           : nullptr;
+    args.temperature = c.temperature;
+    args.ce_weight = c.ce_weight;
+    args.ce_weight_unselected = c.ce_weight_unselected;
+    args.kd_weight = c.kd_weight;
+    args.eta = 0.8;
+    args.label_smoothing = c.label_smoothing;
+    args.revise = c.revise ? Revise::kLabelRevision : Revise::kNone;
+    args.reduction = c.reduction;
+    args.accumulate = a;
+    args.num_valid = c.num_valid ? num_valid.at(0) : nullptr;
+    args.grad_scale = c.grad_scale ? grad_scale.at(0) : nullptr;
+    args.grad_output = c.grad_output != GradOutput::kNone ? grad_output.at(0) : nullptr;
+    args.grad_output_stride = c.grad_output == GradOutput::kPerRow ? 1 : 0;
+    if (c.with_gradient) args.gradient = out.gradient.at(g_offset);
+    if (c.with_loss) {
+      args.ce = out.ce.at(0);
+      args.kd = out.kd.at(0);
+      args.flags = out.flags.data();
+      args.loss = out.loss.at(0);
+      args.loss_ce = out.loss_ce.at(0);
+      args.loss_kd = out.loss_kd.at(0);
+      args.counts = out.counts.data();
+    }
+    simt::set_order(order);
+    simt::take_launches();
+    const cudaError_t error = lrds::cuda::kd_loss(args, nullptr);
+    if (error != cudaSuccess) report(c, "cudaError_t", -1, -1, error, cudaSuccess);
+    const simt::Launches launches = simt::take_launches();
+    const int kernels = (c.rows > 0 ? 1 : 0) + (c.with_loss ? 1 : 0);
+    if (launches.kernels != kernels)
+      report(c, "kernel launches", -1, -1, launches.kernels, kernels);
+    if (launches.memsets > 1) report(c, "memsets", -1, -1, launches.memsets, 1);
+    return out;
+  };
+  Outputs out = call(simt::Order::kForward);
+  Outputs again = call(simt::Order::kBackward);
+
+  // --- Compare ---
+  const auto same = [&](Buffer& x, Buffer& y, const char* what) {
+    if (std::memcmp(x.at(0), y.at(0), x.bytes()) != 0) report(c, what, -1, -1, 0, 1);
+  };
+  same(out.gradient, again.gradient, "bits of the gradient between two runs");
+  same(out.loss, again.loss, "bits of the loss between two runs");
+  same(out.ce, again.ce, "bits of ce between two runs");
+  same(out.kd, again.kd, "bits of kd between two runs");
+
+  const Tolerance allowed = tolerance(c);
+  for (std::size_t i = 0; c.with_loss && i < n; ++i) {
+    const auto row = static_cast<std::int64_t>(i);
+    const double most = loss_allowance(allowed.loss, rows[i].ce, 1.0) +
+                        loss_allowance(allowed.loss, rows[i].kd, c.temperature * c.temperature);
+    if (!close(out.ce.get(i), rows[i].ce, most))
+      report(c, "ce", row, -1, out.ce.get(i), rows[i].ce);
+    if (!close(out.kd.get(i), rows[i].kd, most))
+      report(c, "kd", row, -1, out.kd.get(i), rows[i].kd);
+    if (none && !close(out.loss.get(i), rows[i].ce + rows[i].kd, 2 * most)) {
+      report(c, "loss", row, -1, out.loss.get(i), rows[i].ce + rows[i].kd);
+    }
+    const int flags =
+        target[i] == kIgnore ? 0 : 1 | (w[i] > 0.0 ? 2 : 0) | (rows[i].revised ? 4 : 0);
+    if (out.flags[i] != flags) report(c, "flags", row, -1, out.flags[i], flags);
+  }
+  if (c.with_loss) {
+    for (int i = 0; i < 3; ++i) {
+      if (out.counts[static_cast<std::size_t>(i)] != counts[i]) {
+        report(c, "counts", i, -1, static_cast<double>(out.counts[static_cast<std::size_t>(i)]),
+               static_cast<double>(counts[i]));
+      }
+    }
+    if (!none) {
+      const double most =
+          loss_allowance(allowed.loss, 0.0, 10 * largest) * std::max(valid, 1.0) * scale +
+          (std::isfinite(sum_ce + sum_kd) ? allowed.loss * std::fabs(sum_ce + sum_kd) * scale
+                                          : 0.0);
+      if (!close(out.loss_ce.get(0), sum_ce * scale, most)) {
+        report(c, "loss_ce", -1, -1, out.loss_ce.get(0), sum_ce * scale);
+      }
+      if (!close(out.loss_kd.get(0), sum_kd * scale, most)) {
+        report(c, "loss_kd", -1, -1, out.loss_kd.get(0), sum_kd * scale);
+      }
+      if (!close(out.loss.get(0), (sum_ce + sum_kd) * scale, most)) {
+        report(c, "loss", -1, -1, out.loss.get(0), (sum_ce + sum_kd) * scale);
+      }
+    }
+  }
+  for (std::size_t i = 0; c.with_gradient && i < n; ++i) {
+    double factor = scale;
+    if (c.grad_scale) factor *= 1024.0;
+    if (c.grad_output == GradOutput::kScalar) factor *= grad_output.get(0);
+    if (c.grad_output == GradOutput::kPerRow) factor *= grad_output.get(i);
+    const double row_scale =
+        std::fabs(factor) * (c.ce_weight + c.ce_weight_unselected + c.kd_weight * c.temperature);
+    for (std::size_t k = 0; k < classes; ++k) {
+      const double expected = rows[i].gradient[k] * factor;
+      const double got =
+          out.gradient.get(static_cast<std::size_t>(c.gradient_offset) + i * classes + k);
+      if (!close(got, expected,
+                 allowed.gradient_relative * std::fabs(expected) +
+                     allowed.gradient_absolute * row_scale + allowed.smallest)) {
+        report(c, "gradient", static_cast<std::int64_t>(i), static_cast<std::int64_t>(k), got,
+               expected);
+      }
+    }
+  }
+}
+
+const DType kTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+
+std::vector<Case> kd_loss_cases() {
+  std::vector<Case> cases;
+  const auto add = [&](Case c) { cases.push_back(c); };
+  const auto make = [](DType student, DType teacher, std::int64_t classes, std::int64_t rows) {
+    Case c;
+    c.student = student;
+    c.teacher = teacher;
+    c.classes = classes;
+    c.rows = rows;
+    return c;
+  };
+  // Every path by every type: 10, 100, 1000 classes of the usual data sets; one class; the edges of
+  // a warp; the edges of the dispatch table; odd lengths, whose rows start at every alignment.
+  for (const DType type : kTypes) {
+    for (const std::int64_t classes :
+         {1, 2, 10, 31, 32, 33, 100, 128, 129, 257, 1000, 1001, 1024}) {
+      Case c = make(type, type, classes, 13);
+      c.selected = SelectedType::kFloat32;
+      add(c);
+    }
+    // One row each where a block sweeps it; two where the prefetch of the next row matters.
+    for (const std::int64_t classes : {1025, 4097, 21841}) {
+      Case c = make(type, type, classes, 1);
+      c.hard = false;
+      add(c);
+    }
+    Case streamed = make(type, type, 3001, 1);  // past the shared memory of device 1
+    streamed.device = 1;
+    streamed.hard = false;
+    add(streamed);
+    Case several = make(type, type, 1027, 13);  // several rows a block, of every kind
+    several.selected = SelectedType::kFloat32;
+    several.device = 2;
+    add(several);
+    several.device = 1;  // and part of each streams
+    add(several);
+  }
+  // Student and teacher of different types.
+  for (const DType student : kTypes) {
+    for (const DType teacher : kTypes) {
+      if (student == teacher) continue;
+      for (const std::int64_t classes : {10, 257}) add(make(student, teacher, classes, 13));
+      Case c = make(student, teacher, 700, 3);
+      c.device = 2;
+      add(c);
+    }
+  }
+  // Rows that start anywhere: bases and strides that agree on alignment, and that do not.
+  for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
+    for (const std::int64_t classes : {10, 33, 130, 1001, 1030}) {
+      const std::int64_t rows = classes > 1024 ? 3 : 13;
+      Case c = make(type, type, classes, rows);
+      c.offset = c.teacher_offset = c.gradient_offset = 3;
+      add(c);
+      c.offset = 1;
+      add(c);
+      c.offset = c.teacher_offset = c.gradient_offset = 0;
+      c.student_padding = c.teacher_padding = 16;
+      add(c);
+      c.student_padding = 5;
+      add(c);
+      c.teacher_padding = 0;
+      c.student_padding = 0;
+      c.gradient_offset = 1;
+      add(c);
+    }
+  }
+  // Everything else, on a short row, a long row and a streamed one.
+  for (const std::int64_t classes : {33, 200, 1029}) {
+    const auto variants = [&](DType type, int device) {
+      const auto add_if = [&](const auto& change) {
+        Case c = make(type, type, classes, classes > 1024 ? 4 : 13);
+        c.device = device;
+        change(c);
+        add(c);
+      };
+      for (const double t : {1.0, 2.0, 8.0, 2.5}) add_if([&](Case& c) { c.temperature = t; });
+      for (const Reduction r : {Reduction::kNone, Reduction::kSum, Reduction::kElementMean}) {
+        add_if([&](Case& c) { c.reduction = r; });
+      }
+      for (const SelectedType s : {SelectedType::kBool, SelectedType::kFloat64}) {
+        add_if([&](Case& c) { c.selected = s; });
+      }
+      for (const std::int64_t k : {0, 2}) add_if([&](Case& c) { c.teacher_rows = k; });
+      add_if([](Case& c) { c.target_is_int64 = false; });
+      add_if([](Case& c) { c.label_smoothing = 0.1; });
+      add_if([](Case& c) { c.revise = false; });
+      add_if([](Case& c) { c.ce_weight = 0.0; });
+      add_if([](Case& c) { c.kd_weight = 0.0; });
+      add_if([](Case& c) {
+        c.kd_weight = c.ce_weight = 0.0;
+        c.selected = SelectedType::kBool;
+      });
+      add_if([](Case& c) { c.num_valid = c.grad_scale = true; });
+      add_if([](Case& c) {
+        c.with_loss = false;
+        c.grad_output = GradOutput::kScalar;
+      });
+      add_if([](Case& c) {
+        c.with_loss = false;
+        c.reduction = Reduction::kNone;
+        c.grad_output = GradOutput::kPerRow;
+      });
+      add_if([](Case& c) { c.with_gradient = false; });
+      add_if([](Case& c) { c.mostly_ignored = true; });
+    };
+    variants(DType::kFloat32, 0);
+    if (classes < 1024) variants(DType::kFloat64, 0);
+    if (classes > 1024) variants(DType::kBFloat16, 1);
+  }
+  // The blocks share the counting of valid rows.
+  for (const DType type : {DType::kFloat32, DType::kFloat64}) {
+    Case c = make(type, type, 2, 5000);
+    c.mostly_ignored = type == DType::kFloat64;
+    add(c);
+    c.device = 2;
+    add(c);
+  }
+  // Nothing to do.
+  for (const Reduction r : {Reduction::kNone, Reduction::kMean, Reduction::kSum}) {
+    Case c = make(DType::kBFloat16, DType::kBFloat16, 100, 0);
+    c.reduction = r;
+    add(c);
+  }
+  return cases;
+}
+
+void run_scale(DType type, std::int64_t count, std::int64_t offset, std::int64_t out_offset,
+               bool in_place, double grad_output, double grad_scale, bool factor_is_double) {
+  simt::set_device(2);
+  std::mt19937 random(7);
+  std::normal_distribution<double> normal(0.0, 1.0);
+  const auto n = static_cast<std::size_t>(count), from = static_cast<std::size_t>(offset),
+             to = static_cast<std::size_t>(in_place ? offset : out_offset);
+  Buffer gradient(type, from + n), separate(type, to + n);
+  std::vector<double> before(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    before[i] = gradient.set(from + i, i == 3 ? kInf : i == 4 ? kNan : normal(random));
+  }
+  const DType factor_type = factor_is_double ? DType::kFloat64 : DType::kFloat32;
+  Buffer factor(factor_type, 1), folded(factor_type, 1);
+  factor.set(0, grad_output);
+  folded.set(0, grad_scale);
+  Buffer& out = in_place ? gradient : separate;
+  const cudaError_t error = lrds::cuda::scale_gradient(
+      gradient.at(from), out.at(to), count, type, factor.at(0),
+      grad_scale != 0.0 ? folded.at(0) : nullptr, factor_is_double, nullptr);
+  Case c;
+  c.student = c.teacher = type;
+  c.rows = 1;
+  c.classes = count;
+  c.offset = offset;
+  c.gradient_offset = static_cast<std::int64_t>(to);
+  if (error != cudaSuccess) report(c, "scale_gradient", -1, -1, error, cudaSuccess);
+  const double by = grad_scale != 0.0 ? grad_output / grad_scale : grad_output;
+  const Tolerance allowed = tolerance(c);
+  for (std::size_t i = 0; i < n; ++i) {
+    const double expected = before[i] * by, got = out.get(to + i);
+    if (!close(got, expected, allowed.gradient_relative * std::fabs(expected) + allowed.smallest)) {
+      report(c, "scaled gradient", -1, static_cast<std::int64_t>(i), got, expected);
+    }
+  }
+}
+
+void scale_gradient_cases() {
+  for (const DType type : kTypes) {
+    for (const std::int64_t count : {1, 7, 1000, 40001}) {
+      for (const double factor : {0.0, 1.0, 2.5}) {
+        run_scale(type, count, 0, 0, true, factor, 0.0, type == DType::kFloat64);
+        run_scale(type, count, 3, 3, false, factor, 0.0, true);
+        run_scale(type, count, 1, 2, false, factor, 0.5, false);
+        run_scale(type, count, 5, 5, true, factor, 4.0, true);
+      }
+    }
+    run_scale(type, 0, 0, 0, true, 2.0, 0.0, false);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::size_t part = argc == 3 ? std::strtoul(argv[1], nullptr, 10) : 0;
+  const std::size_t parts = argc == 3 ? std::strtoul(argv[2], nullptr, 10) : 1;
+  const bool timed = std::getenv("SIMT_TIMES") != nullptr;
+  const std::vector<Case> cases = kd_loss_cases();
+  std::size_t ran = 0;
+  for (std::size_t i = part; i < cases.size(); i += parts, ++ran) {
+    const auto start = std::chrono::steady_clock::now();
+    run(cases[i], static_cast<std::uint32_t>(i));
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    if (timed) std::printf("%.3f s  %s\n", took.count(), cases[i].text().c_str());
+  }
+  if (part == 0) scale_gradient_cases();
+  std::printf("%zu of %zu cases, %d failures\n", ran, cases.size(), failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,113 @@
+"""The CUDA kernels without a GPU: the .cu files, compiled by g++ for the interpreter in tests/simt, under AddressSanitizer
+and UndefinedBehaviorSanitizer, against a float64 reference; and the interpreter against kernels with planted faults.
+
+simt/test_kd_loss.cpp says which cases run. Both programs also run from ctest (CMakeLists.txt).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SIMT = ROOT / "tests" / "simt"
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+FLAGS = [
+    "-std=c++20",
+    "-x",
+    "c++",
+    "-DLRDS_SIMT",
+    "-O1",
+    "-g1",
+    "-fno-strict-aliasing",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    f"-I{ROOT / 'csrc'}",
+    f"-I{SIMT / 'include'}",
+    f"-I{SIMT}",
+    # nvcc includes this by itself.
+    "-include",
+    "cuda_runtime.h",
+]
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def compile_object(source: Path, folder: Path) -> Path:
+    target = folder / f"{source.name}.o"
+    done = run([compiler(), *FLAGS, "-c", str(source), "-o", str(target)])
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """simt_kd_loss and simt_interpreter, built once."""
+    folder = tmp_path_factory.mktemp("simt")
+    # The kernels first: they take longest.
+    sources = [*KERNELS, SIMT / "test_kd_loss.cpp", SIMT / "test_interpreter.cpp", SIMT / "simt.cpp"]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        objects = list(pool.map(lambda source: compile_object(source, folder), sources))
+    kernels, (kd_loss, interpreter, machine) = objects[:-3], objects[-3:]
+    built = {}
+    for name, parts in {
+        "simt_kd_loss": [*kernels, kd_loss, machine],
+        "simt_interpreter": [interpreter, machine],
+    }.items():
+        built[name] = folder / name
+        link = [compiler(), "-fsanitize=address,undefined", *map(str, parts), "-o", str(built[name])]
+        done = run(link)
+        assert done.returncode == 0, done.stderr
+    return built
+
+
+def test_every_kernel_is_interpreted() -> None:
+    assert {path.stem for path in KERNELS} >= {"kd_loss", "kd_loss_f32", "kd_loss_bf16", "scale_gradient"}
+
+
+def test_kernels_match_the_reference(programs: dict[str, Path]) -> None:
+    program = str(programs["simt_kd_loss"])
+    with ThreadPoolExecutor(WORKERS) as pool:
+        parts = pool.map(lambda part: run([program, str(part), str(WORKERS)]), range(WORKERS))
+    for done in parts:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert " 0 failures" in done.stdout
+
+
+def test_interpreter_runs_a_correct_kernel(programs: dict[str, Path]) -> None:
+    done = run([str(programs["simt_interpreter"]), "none"])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("exit", "divergent barrier"),
+        ("branch", "divergent barrier"),
+        ("two_barriers", "different barriers"),
+        ("two_shuffles", "different collectives"),
+        ("lane_left", "divergent barrier"),
+        ("shared_overflow", "heap-buffer-overflow"),
+        ("async_early", "before the copy was waited for"),
+    ],
+)
+def test_interpreter_catches(programs: dict[str, Path], fault: str, message: str) -> None:
+    done = run([str(programs["simt_interpreter"]), fault])
+    assert done.returncode != 0
+    assert message in done.stderr
