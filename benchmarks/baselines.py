@@ -1,8 +1,10 @@
-"""What kd_loss is measured against. Frozen before the kernels were written: the ratios of every release keep their meaning.
+"""What kd_loss is measured against.
 
-Every baseline takes (student_logits, teacher_logits, target) and the Objective, returns the mean loss as a 0-d float32 tensor
-and is differentiated by autograd. They cover what the field's own code covers: 2-d logits, int64 targets without ignored rows,
-a bool selection, reduction "mean". Half-precision logits are cast to float32 first, as autocast does for these ops.
+Frozen before the kernels were written: the ratios of every release keep their meaning. Every
+baseline takes (student_logits, teacher_logits, target) and the Objective, returns the mean loss as
+a 0-d float32 tensor and is differentiated by autograd. They cover what the field's own code covers:
+2-d logits, int64 targets without ignored rows, a bool selection, reduction "mean". Half-precision
+logits are cast to float32 first, as autocast does for these ops.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The hyperparameters that all contenders share; the names and defaults of lrds_fast.kd_loss."""
+    """The hyperparameters that all contenders share, with the names of lrds_fast.kd_loss."""
 
     temperature: float = 4.0
     ce_weight: float = 0.1
@@ -36,7 +38,7 @@ def eager(
     objective: Objective,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy, label revision and T^2 * KL as published distillation code spells them: one op per formula."""
+    """CE, label revision and T^2 * KL as published distillation code spells them: op by op."""
     z, v = student_logits.float(), teacher_logits.float()
     temperature = objective.temperature
 
@@ -66,8 +68,9 @@ def lean_eager(
     objective: Objective,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """The same loss by someone who counts passes: no one-hot, the revision in place, its entropy in closed form, and one
-    shared log-softmax where T = 1.
+    """The same loss by someone who counts passes.
+
+    No one-hot, the revision in place, its entropy in closed form, one log-softmax where T = 1.
     """
     z, v = student_logits.float(), teacher_logits.float()
     temperature, index = objective.temperature, target[:, None]
@@ -100,5 +103,5 @@ def lean_eager(
 
 
 def compiled(mode: str = "default") -> Baseline:
-    """torch.compile of `eager`, specialised per shape as a training loop with a fixed batch would be."""
+    """torch.compile of `eager`, specialised per shape as a loop with a fixed batch would be."""
     return torch.compile(eager, mode=mode, dynamic=False, fullgraph=True)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# 1: KD is 0. 2: binary. 10: below one vector. 31, 32, 33: a warp, two AVX-512 vectors, their tails. 100: CIFAR-100.
-# 1000, 1001: ImageNet without and with background (odd rows are unaligned). 4097: one past the last size that a GPU
-# thread block keeps in registers.
+# 1: KD is 0. 2: binary. 10: below one vector. 31, 32, 33: a warp, two AVX-512 vectors, their tails.
+# 100: CIFAR-100. 1000, 1001: ImageNet without and with background (odd rows are unaligned).
+# 4097: one past the last size that a GPU thread block keeps in registers.
 CLASSES = (1, 2, 10, 31, 32, 33, 100, 1000, 1001, 4097)
-# Integers up to 8 may be computed by repeated multiplication of exp(x / T), anything else by a second exp.
+# Integers up to 8 may be computed by multiplying exp(x / T) with itself, others by a second exp.
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 8.0, 2.5)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,9 +31,10 @@ def rows(
     seed: int = 0,
     device: str = "cpu",
 ) -> Rows:
-    """Logits of plausible spread with a few hard rows, and targets that the teacher gets right on every other row.
+    """Logits of plausible spread, a few hard rows; the teacher is right on at least every other one.
 
-    Row 1 is shifted by 300, row 2 peaks 500 above the rest, row 3 is constant, row 4 has the student equal the teacher.
+    Row 1 is shifted by 300, row 2 peaks 500 above the rest, row 3 is constant, and in row 4 the
+    student equals the teacher.
     """
     generator = torch.Generator().manual_seed(seed)
     student = 2.0 * torch.randn(count, classes, generator=generator, dtype=torch.float64)

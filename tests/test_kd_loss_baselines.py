@@ -33,9 +33,7 @@ baselines = load("baselines")
 @pytest.mark.parametrize("share", [None, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 2.5])
 @pytest.mark.parametrize("name", ["eager", "lean_eager"])
-def test_baseline_matches_reference(
-    name: str, temperature: float, share: float | None, dtype: torch.dtype
-) -> None:
+def test_baseline_matches_reference(name: str, temperature: float, share: float | None, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     student = (2 * torch.randn(37, 101, generator=generator)).to(dtype)
     teacher = (3 * torch.randn(37, 101, generator=generator)).to(dtype)

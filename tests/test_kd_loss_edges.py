@@ -1,4 +1,4 @@
-"""kd_loss where formulas have corners: rows nobody asked for, masked classes, ties, empty batches, exact facts."""
+"""kd_loss in its corners: rows nobody asked for, masked classes, ties, empty batches, exact facts."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def test_teacher_of_unselected_rows_does_not_leak(classes: int, kind: str) -> No
             teacher[row] = poison
         selected = mask if kind == "mask" else mask.float() * 0.7
         for reduction in ("mean", "none"):
-            assert_matches_reference(
-                kd_loss_parts, student, teacher, target, selected=selected, reduction=reduction
-            )
+            assert_matches_reference(kd_loss_parts, student, teacher, target, selected=selected, reduction=reduction)
         assert kd_loss(student, teacher, target, selected=selected).isfinite()
 
 
@@ -104,9 +102,7 @@ def test_no_rows(reduction: str, shape: tuple[int, ...]) -> None:
         target = torch.zeros(shape[:-1], dtype=torch.int64)
         mask = torch.ones(shape[:-1], dtype=torch.bool)
         for selected in (None, mask):
-            parts = kd_loss_parts(
-                student, student.detach(), target, reduction=reduction, selected=selected
-            )
+            parts = kd_loss_parts(student, student.detach(), target, reduction=reduction, selected=selected)
             assert parts.loss.shape == (shape[:-1] if reduction == "none" else ())
             assert parts.loss.dtype == (dtype if dtype == torch.float64 else torch.float32)
             assert parts.loss.sum().item() == 0.0
@@ -119,7 +115,7 @@ def test_one_class() -> None:
     for dtype in kd_cases.FLOATING:
         student, teacher, target = kd_cases.rows(9, 1, dtype)
         student.requires_grad_()
-        parts = kd_loss_parts(student, teacher, target, label_smoothing=0.1)
+        parts = kd_loss_parts(student, teacher, target)
         assert parts.loss.item() == parts.ce.item() == parts.kd.item() == 0.0
         assert parts.n_revised.item() == 0
         assert not gradient(parts.loss, student).any()
@@ -128,7 +124,7 @@ def test_one_class() -> None:
 @pytest.mark.parametrize("classes", SIZES)
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 def test_masked_classes(dtype: torch.dtype, classes: int) -> None:
-    """-inf in both: the class is not there. Its gradient is exactly 0, the rest is that of the smaller problem."""
+    """-inf in both: the class is not there, its gradient exactly 0."""
     student, teacher, target = kd_cases.rows(9, classes, dtype)
     keep = torch.ones(classes, dtype=torch.bool)
     keep[:: max(2, classes // 7)] = False  # the first class, and more of them
@@ -144,7 +140,7 @@ def test_masked_classes(dtype: torch.dtype, classes: int) -> None:
 
 @pytest.mark.parametrize("classes", SIZES)
 def test_masked_teacher_classes(classes: int) -> None:
-    """0 log 0 = 0: a class that only the teacher rules out pulls the student down and costs nothing infinite."""
+    """0 log 0 = 0: a class that only the teacher rules out costs nothing infinite."""
     for dtype in kd_cases.FLOATING:
         student, teacher, target = kd_cases.rows(9, classes, dtype)
         teacher[:, 1:-1:2] = -math.inf
@@ -204,7 +200,7 @@ def test_row_of_minus_infinity_is_nan_and_stays_in_its_row(which: str) -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("classes", [10, 33, 1000, 40000])
 def test_nan_and_inf_in_rows_that_count_are_not_hidden(classes: int, poison: float) -> None:
-    """At every position of a vector and of a tail; a silent finite loss would be the worst answer."""
+    """In vectors and in tails. A silent finite loss would be the worst answer."""
     for position in {0, 7, classes // 2, classes - 1}:
         for which in (0, 1):
             rows = kd_cases.rows(5, classes)
@@ -217,7 +213,7 @@ def test_nan_and_inf_in_rows_that_count_are_not_hidden(classes: int, poison: flo
 
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 def test_ties_with_the_label_count_as_right(dtype: torch.dtype) -> None:
-    """In bfloat16 equal top logits are common; an order-dependent argmax would revise half of them."""
+    """Equal top logits are common in bfloat16; an argmax by order would revise half of them."""
     for classes in (2, 10, 33, 1000):
         teacher = torch.zeros(4, classes, dtype=dtype)
         teacher[:, 0] = teacher[:, classes - 1] = 3.0
@@ -330,18 +326,15 @@ def test_teacher_gets_no_gradient() -> None:
     loss = kd_loss(student, teacher, target)
     loss.backward()
     assert teacher.grad is None and student.grad is not None
-    assert torch.autograd.grad(kd_loss(student, teacher, target), teacher, allow_unused=True) == (
-        None,
-    )
+    assert torch.autograd.grad(kd_loss(student, teacher, target), teacher, allow_unused=True) == (None,)
 
 
-def test_reference_agrees_that_selected_weights_interpolate() -> None:
+def test_selection_weights_interpolate() -> None:
     """w = 0.25 is a quarter of the selected row's loss and three quarters of the unselected one's."""
     student, teacher, target = kd_cases.rows(9, 33, torch.float64)
     options = {"reduction": "none", "ce_weight": 0.3, "kd_weight": 2.0, "ce_weight_unselected": 1.5}
     selected, unselected, quarter = (
-        kd_loss(student, teacher, target, selected=torch.full((9,), w), **options)
-        for w in (1.0, 0.0, 0.25)
+        kd_loss(student, teacher, target, selected=torch.full((9,), w), **options) for w in (1.0, 0.0, 0.25)
     )
     torch.testing.assert_close(quarter, 0.25 * selected + 0.75 * unselected)
     torch.testing.assert_close(

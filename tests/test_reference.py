@@ -1,4 +1,4 @@
-"""The reference itself, against a second implementation in scalar Python and against PyTorch's own losses."""
+"""The reference, against a second implementation in scalar Python and PyTorch's own losses."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ class Row:
         log_q, log_s = log_softmax(z, temperature), log_softmax(z, 1.0)
         label = [(1.0 - smoothing) * (k == y) + smoothing / classes for k in range(classes)]
         self.ce = -sum(t * s for t, s in zip(label, log_s, strict=True))
-        self.kd = temperature**2 * sum(
-            a * (math.log(a) - b) for a, b in zip(p, log_q, strict=True) if a > 0.0
-        )
+        self.kd = temperature**2 * sum(a * (math.log(a) - b) for a, b in zip(p, log_q, strict=True) if a > 0.0)
         self.ce_gradient = [math.exp(s) - t for t, s in zip(label, log_s, strict=True)]
         self.kd_gradient = [temperature * (math.exp(b) - a) for a, b in zip(p, log_q, strict=True)]
 
@@ -168,9 +166,7 @@ def test_ce_is_torch_cross_entropy(reduction: str, smoothing: float, ignore_inde
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    expected = F.cross_entropy(
-        z, y, ignore_index=ignore_index, label_smoothing=smoothing, reduction=reduction
-    )
+    expected = F.cross_entropy(z, y, ignore_index=ignore_index, label_smoothing=smoothing, reduction=reduction)
     torch.testing.assert_close(parts.loss, expected)
     assert not parts.kd.any()
 
@@ -178,9 +174,7 @@ def test_ce_is_torch_cross_entropy(reduction: str, smoothing: float, ignore_inde
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_kd_is_torch_kl_div(temperature: float) -> None:
     z, v, y = batch()
-    loss = reference.kd_loss(
-        z, v, y, temperature=temperature, ce_weight=0.0, kd_weight=1.0, revise=None
-    )
+    loss = reference.kd_loss(z, v, y, temperature=temperature, ce_weight=0.0, kd_weight=1.0, revise=None)
     log_q, p = F.log_softmax(z / temperature, 1), F.softmax(v / temperature, 1)
     torch.testing.assert_close(loss, temperature**2 * F.kl_div(log_q, p, reduction="batchmean"))
 
@@ -200,9 +194,7 @@ def test_revise_labels_matches_the_formulas() -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize(
-    ("ce_weight", "kd_weight"), [(0.1, 0.9), (0.0, 1.0), (0.7, 0.0), (-0.3, -0.9)]
-)
+@pytest.mark.parametrize(("ce_weight", "kd_weight"), [(0.1, 0.9), (0.0, 1.0), (0.7, 0.0), (-0.3, -0.9)])
 def test_logit_gradient_is_the_gradient(ce_weight: float, kd_weight: float) -> None:
     z, v, y = batch()
     options = {
@@ -228,9 +220,7 @@ def test_logit_gradient_is_the_gradient(ce_weight: float, kd_weight: float) -> N
         (0, 0, 0),
     ],
 )
-def test_default_weight_of_unselected_rows(
-    ce_weight: float, kd_weight: float, expected: float
-) -> None:
+def test_default_weight_of_unselected_rows(ce_weight: float, kd_weight: float, expected: float) -> None:
     z, v, y = batch()
     loss = reference.kd_loss(z, v[:0], y, ce_weight=ce_weight, kd_weight=kd_weight)
     torch.testing.assert_close(loss, expected * F.cross_entropy(z, y))
@@ -242,9 +232,7 @@ def test_gradient_is_right_by_finite_differences() -> None:
     selected = torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 0.2], dtype=torch.float64)
     y[3] = -100
     assert torch.autograd.gradcheck(
-        lambda x: reference.kd_loss(
-            x, v, y, selected=selected, label_smoothing=0.1, reduction="none"
-        ),
+        lambda x: reference.kd_loss(x, v, y, selected=selected, label_smoothing=0.1, reduction="none"),
         z,
     )
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels without a GPU: the .cu files, compiled by g++ for the interpreter in tests/simt, under AddressSanitizer
-and UndefinedBehaviorSanitizer, against a float64 reference; and the interpreter against kernels with planted faults.
+"""The CUDA kernels without a GPU: the .cu files, compiled by g++ for the interpreter in tests/simt, under ASan
+and UBSan, against a float64 reference; and the interpreter against kernels with planted faults.
 
 simt/test_kd_loss.cpp says which cases run. Both programs also run from ctest (CMakeLists.txt).
 """

@@ -1,0 +1,266 @@
+"""What kd_loss refuses; one line says which argument, what was expected and what arrived."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import kd_cases
+import pytest
+import torch
+
+from lrds_fast import kd_loss, kd_loss_parts
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def arguments() -> dict[str, Any]:
+    rows = kd_cases.rows(6, 10)
+    return {
+        "student_logits": rows.student,
+        "teacher_logits": rows.teacher,
+        "target": rows.target,
+    }
+
+
+def replaced(**changes: Any) -> Change:
+    return lambda given: given.update(changes)
+
+
+def target_with(row: int, value: int) -> torch.Tensor:
+    target = arguments()["target"].clone()
+    target[row] = value
+    return target
+
+
+def weights_with(row: int, value: float) -> torch.Tensor:
+    weights = torch.ones(6)
+    weights[row] = value
+    return weights
+
+
+Z = torch.zeros
+# (id, change, exception, what the message must say: the argument, the expectation, what arrived)
+REFUSED: list[tuple[str, Change, type[Exception], list[str]]] = [
+    ("student no tensor", replaced(student_logits=[[1.0]]), TypeError, ["student_logits", "list"]),
+    ("teacher no tensor", replaced(teacher_logits=None), TypeError, ["teacher_logits", "None"]),
+    ("target no tensor", replaced(target=[1, 2]), TypeError, ["target", "list"]),
+    (
+        "student int",
+        replaced(student_logits=Z(6, 10).long()),
+        TypeError,
+        ["student_logits", "[Ll]ong|int64"],
+    ),
+    (
+        "teacher int",
+        replaced(teacher_logits=Z(6, 10).int()),
+        TypeError,
+        ["teacher_logits", "[Ii]nt"],
+    ),
+    (
+        "complex",
+        replaced(student_logits=Z(6, 10).cfloat()),
+        TypeError,
+        ["student_logits", "[Cc]omplex"],
+    ),
+    ("student 0-d", replaced(student_logits=Z(())), ValueError, ["student_logits"]),
+    (
+        "no classes",
+        replaced(student_logits=Z(6, 0), teacher_logits=Z(6, 0)),
+        ValueError,
+        ["student_logits", r"\b0\b"],
+    ),
+    ("class count", replaced(teacher_logits=Z(6, 11)), ValueError, ["teacher_logits", "10", "11"]),
+    (
+        "teacher has more rows",
+        replaced(teacher_logits=Z(7, 10)),
+        ValueError,
+        ["teacher_logits", "6", "7"],
+    ),
+    ("target float", replaced(target=Z(6)), TypeError, ["target", "int64", "[Ff]loat"]),
+    ("target bool", replaced(target=Z(6).bool()), TypeError, ["target", "[Bb]ool"]),
+    ("target int16", replaced(target=Z(6).short()), TypeError, ["target", "[Ss]hort|int16"]),
+    ("target short", replaced(target=Z(5).long()), ValueError, ["target", "6", "5"]),
+    ("target 2-d", replaced(target=Z(6, 1).long()), ValueError, ["target", "6"]),
+    ("target transposed", replaced(target=Z(2, 3).long()), ValueError, ["target"]),
+    (
+        "target above",
+        replaced(target=target_with(4, 10)),
+        ValueError,
+        ["target", r"\b4\b", r"\b10\b"],
+    ),
+    ("target below", replaced(target=target_with(2, -1)), ValueError, ["target", r"\b2\b", "-1"]),
+    (
+        "target int32",
+        replaced(target=target_with(3, 77).int()),
+        ValueError,
+        ["target", r"\b3\b", "77"],
+    ),
+    ("target huge", replaced(target=target_with(3, 2**40)), ValueError, ["target", str(2**40)]),
+    (
+        "another ignore_index",
+        replaced(target=target_with(1, -100), ignore_index=-1),
+        ValueError,
+        ["target", "-100"],
+    ),
+    (
+        "teacher elsewhere",
+        replaced(teacher_logits=Z(6, 10, device="meta")),
+        ValueError,
+        ["cpu", "meta"],
+    ),
+    ("target elsewhere", replaced(target=Z(6, device="meta").long()), ValueError, ["cpu", "meta"]),
+    (
+        "selected elsewhere",
+        replaced(selected=Z(6, device="meta").bool()),
+        ValueError,
+        ["selected", "cpu", "meta"],
+    ),
+    ("eta 0", replaced(eta=0.0), ValueError, ["eta", r"0.*1", r"0\.0"]),
+    ("eta 1", replaced(eta=1.0), ValueError, ["eta", r"1\.0"]),
+    ("eta negative", replaced(eta=-0.5), ValueError, ["eta", "-0.5"]),
+    ("eta NaN", replaced(eta=math.nan), ValueError, ["eta", "nan"]),
+    ("temperature 0", replaced(temperature=0.0), ValueError, ["temperature", r"0"]),
+    ("temperature negative", replaced(temperature=-4.0), ValueError, ["temperature", r"-4"]),
+    ("temperature inf", replaced(temperature=math.inf), ValueError, ["temperature", "inf"]),
+    ("temperature NaN", replaced(temperature=math.nan), ValueError, ["temperature", "nan"]),
+    ("temperature text", replaced(temperature="4"), TypeError, ["temperature", "str|'4'"]),
+    ("ce_weight NaN", replaced(ce_weight=math.nan), ValueError, ["ce_weight", "nan"]),
+    ("kd_weight inf", replaced(kd_weight=math.inf), ValueError, ["kd_weight", "inf"]),
+    (
+        "unselected inf",
+        replaced(ce_weight_unselected=-math.inf),
+        ValueError,
+        ["ce_weight_unselected", "-inf"],
+    ),
+    ("revise", replaced(revise="lri"), ValueError, ["revise", "'lr'", "None", "'lri'"]),
+    ("revise bool", replaced(revise=True), (ValueError, TypeError), ["revise", "True|bool"]),
+    ("divergence", replaced(divergence="js"), ValueError, ["divergence", "'kl'", "'js'"]),
+    (
+        "reduction",
+        replaced(reduction="batchmean"),
+        ValueError,
+        ["reduction", "'mean'", "'batchmean'"],
+    ),
+    ("smoothing above", replaced(label_smoothing=1.1), ValueError, ["label_smoothing", "1.1"]),
+    ("smoothing below", replaced(label_smoothing=-0.1), ValueError, ["label_smoothing", "-0.1"]),
+    ("smoothing NaN", replaced(label_smoothing=math.nan), ValueError, ["label_smoothing", "nan"]),
+    (
+        "selected int",
+        replaced(selected=torch.ones(6).long()),
+        TypeError,
+        ["selected", "[Ll]ong|int64"],
+    ),
+    ("selected list", replaced(selected=[True] * 6), TypeError, ["selected", "list"]),
+    ("selected short", replaced(selected=torch.ones(5).bool()), ValueError, ["selected", "6", "5"]),
+    ("selected 2-d", replaced(selected=torch.ones(2, 3).bool()), ValueError, ["selected"]),
+    (
+        "selected above 1",
+        replaced(selected=weights_with(3, 1.5)),
+        ValueError,
+        ["selected", r"\b3\b", "1.5"],
+    ),
+    (
+        "selected below 0",
+        replaced(selected=weights_with(5, -0.25)),
+        ValueError,
+        ["selected", r"\b5\b", "-0.25"],
+    ),
+    (
+        "selected NaN",
+        replaced(selected=weights_with(0, math.nan)),
+        ValueError,
+        ["selected", r"\b0\b", "nan"],
+    ),
+    (
+        "prefix and selected",
+        replaced(teacher_logits=Z(4, 10), selected=torch.ones(6).bool()),
+        ValueError,
+        ["selected", "teacher_logits"],
+    ),
+    ("num_valid shape", replaced(num_valid=torch.ones(2)), ValueError, ["num_valid", "2"]),
+    ("num_valid text", replaced(num_valid="all"), TypeError, ["num_valid", "str|'all'"]),
+    ("num_valid NaN", replaced(num_valid=math.nan), ValueError, ["num_valid", "nan"]),
+    ("num_valid negative", replaced(num_valid=-1), ValueError, ["num_valid", "-1"]),
+    ("grad_scale shape", replaced(grad_scale=torch.ones(2)), ValueError, ["grad_scale", "2"]),
+    ("grad_scale 0", replaced(grad_scale=0.0), ValueError, ["grad_scale", "0"]),
+    ("grad_scale NaN", replaced(grad_scale=math.nan), ValueError, ["grad_scale", "nan"]),
+    ("ignore_index float", replaced(ignore_index=1.5), TypeError, ["ignore_index", "1.5|float"]),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "says"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+@pytest.mark.parametrize("function", [kd_loss, kd_loss_parts], ids=["kd_loss", "kd_loss_parts"])
+def test_refused(function: Callable[..., Any], change: Change, error: type[Exception], says: list[str]) -> None:
+    given = arguments()
+    function(**given)
+    change(given)
+    positional = [given.pop(name) for name in ("student_logits", "teacher_logits", "target")]
+    with pytest.raises(error) as raised:
+        function(*positional, **given)
+    message = str(raised.value)
+    first, _, rest = message.partition("\n")
+    for pattern in says:
+        assert re.search(pattern, first), f"{pattern!r} not in {first!r}"
+    assert "Exception raised from" not in rest, "a C++ stack trace for a user's mistake"
+
+
+def test_temperature_as_the_third_argument_gets_a_hint() -> None:
+    """mdistiller and others: kd_loss(logits_student, logits_teacher, temperature)."""
+    given = arguments()
+    for call in (
+        lambda: kd_loss(given["student_logits"], given["teacher_logits"], 4.0),
+        lambda: kd_loss(given["student_logits"], given["teacher_logits"], given["target"], 4.0),  # type: ignore[misc]
+    ):
+        with pytest.raises(TypeError, match=r"temperature\s*="):
+            call()
+
+
+def test_unknown_keyword() -> None:
+    given = arguments()
+    with pytest.raises(TypeError, match="alpha"):
+        kd_loss(*given.values(), alpha=0.5)
+
+
+def test_errors_come_before_any_work() -> None:
+    """A bad target on the last row of many: an error, not a loss, with a gradient and without."""
+    rows = kd_cases.rows(20000, 10)
+    rows.target[19999] = 10
+    for requires_grad in (False, True):
+        student = rows.student.clone().requires_grad_(requires_grad)
+        with pytest.raises(ValueError, match="19999"):
+            kd_loss(student, rows.teacher, rows.target)
+
+
+def test_the_first_bad_row_is_named_whatever_the_threads() -> None:
+    rows = kd_cases.rows(20000, 10)
+    rows.target[[123, 15000, 19999]] = torch.tensor([10, 11, 12])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with pytest.raises(ValueError, match=r"\b123\b.*\b10\b"):
+                kd_loss(*rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_accepted() -> None:
+    """Legal values that a stricter reading might refuse."""
+    given = arguments()
+    for extra in (
+        {"temperature": 1},
+        {"ce_weight": 0, "kd_weight": 0},
+        {"label_smoothing": 1.0},
+        {"label_smoothing": 0},
+        {"ignore_index": 3},
+        {"num_valid": 0},
+        {"num_valid": torch.tensor([4.0])},
+        {"grad_scale": None, "num_valid": None},
+        {"selected": torch.ones(6, 1).bool()[:, 0]},
+        {"eta": 1e-6},
+        {"eta": 1.0 - 1e-6},
+    ):
+        assert kd_loss(*given.values(), **extra).isfinite(), extra
