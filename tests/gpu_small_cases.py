@@ -1,0 +1,34 @@
+"""Every kernel path on small inputs: what compute-sanitizer runs (tools/gpu_check.sh). Non-zero exit if wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import kd_cases
+from tolerances import assert_matches_reference
+
+from lrds_fast import kd_loss_parts
+
+ran = 0
+for classes in (1, 10, 100, 200, 1000, 1001, 4097, 40000):
+    for student_dtype, teacher_dtype in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        student, teacher, target = kd_cases.rows(7, classes, student_dtype, teacher_dtype, device="cuda")
+        target[5] = -100
+        for layout in ("wide rows", "unaligned"):
+            z, v = kd_cases.strided(student, layout), kd_cases.strided(teacher, layout)
+            assert_matches_reference(kd_loss_parts, z, v, target)
+            assert_matches_reference(kd_loss_parts, z, v, target, reduction="none", selected=target > classes // 2)
+            ran += 2
+student, teacher, target = kd_cases.rows(6000, 10, device="cuda")  # enough rows for the shared count
+assert_matches_reference(kd_loss_parts, student, teacher, target)
+sys.stdout.write(f"{ran + 1} cases\n")

@@ -1,0 +1,216 @@
+"""kd_loss on CUDA against the float64 reference, and what CUDA alone promises: no sync, graphs, few launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kd_cases
+import pytest
+import torch
+from tolerances import assert_matches_reference
+
+from lrds_fast import kd_loss, kd_loss_parts, reference
+from lrds_fast.functional import kd_logit_gradient
+
+pytestmark = pytest.mark.gpu
+
+# Beyond the CPU's sizes: a row that fills shared memory, and one that no shared memory holds.
+CLASSES = (*kd_cases.CLASSES, 21841, 128256)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
+def test_matches_reference(dtype: torch.dtype, classes: int) -> None:
+    rows = 9 if classes < 20000 else 5
+    tensors = kd_cases.rows(rows, classes, dtype, device="cuda")
+    for extra in (
+        {},
+        {"revise": None, "temperature": 2.5},
+        {"temperature": 1.0, "label_smoothing": 0.1, "reduction": "none"},
+        {"selected": torch.arange(rows, device="cuda") % 3 > 0, "reduction": "sum"},
+        {"selected": torch.linspace(0, 1, rows, device="cuda"), "reduction": "elementmean"},
+    ):
+        assert_matches_reference(kd_loss_parts, *tensors, **extra)
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 4097])
+@pytest.mark.parametrize("teacher", kd_cases.FLOATING, ids=str)
+@pytest.mark.parametrize("student", kd_cases.FLOATING, ids=str)
+def test_mixed_types(student: torch.dtype, teacher: torch.dtype, classes: int) -> None:
+    assert_matches_reference(kd_loss_parts, *kd_cases.rows(7, classes, student, teacher, device="cuda"))
+
+
+@pytest.mark.parametrize("classes", [10, 33, 1001, 4097, 21841])
+@pytest.mark.parametrize("layout", kd_cases.LAYOUTS)
+def test_layouts(layout: str, classes: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher, target = kd_cases.rows(6, classes, dtype, device="cuda")
+        student, teacher = kd_cases.strided(student, layout), kd_cases.strided(teacher, layout)
+        assert_matches_reference(kd_loss_parts, student, teacher, target)
+
+
+@pytest.mark.parametrize("rows", [1, 127, 5000, 70000])
+def test_many_rows(rows: int) -> None:
+    """The denominator is counted inside the row kernel, in other ways for few rows than for many."""
+    student, teacher, target = kd_cases.rows(rows, 10, device="cuda")
+    target[::3] = -100
+    assert_matches_reference(kd_loss_parts, student, teacher, target)
+    assert_matches_reference(kd_loss_parts, student, teacher[: rows // 2], target)
+    assert_matches_reference(kd_loss_parts, student, teacher, target.int(), num_valid=17.0)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_empty_and_ignored(rows: int) -> None:
+    student, teacher, target = kd_cases.rows(rows, 33, device="cuda")
+    target.fill_(-100)
+    student.fill_(float("nan")).requires_grad_()
+    parts = kd_loss_parts(student, teacher, target)
+    parts.loss.backward()
+    assert parts.loss.item() == 0 and parts.n_valid.item() == 0
+    assert student.grad is not None and not student.grad.any()
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 21841])
+def test_target_out_of_range_is_nan_in_its_row_alone(classes: int) -> None:
+    student, teacher, target = kd_cases.rows(6, classes, device="cuda")
+    target[2], target[4] = classes, -1
+    student.requires_grad_()
+    loss = kd_loss(student, teacher, target, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    bad = torch.tensor([False, False, True, False, True, False], device="cuda")
+    assert torch.equal(loss.isnan(), bad)
+    assert torch.equal(gradient.isnan().all(dim=1), bad)
+    assert torch.equal(gradient.isnan().any(dim=1), bad)
+
+
+def test_nothing_synchronises() -> None:
+    student, teacher, target = kd_cases.rows(64, 1000, device="cuda")
+    student.requires_grad_()
+    scale = torch.full((), 1024.0, device="cuda")
+    kd_loss(student, teacher, target).backward()  # first use asks the device about itself
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for extra in ({}, {"reduction": "none"}, {"num_valid": 60.0, "grad_scale": scale}, {"grad_scale": 1024.0}):
+            parts = kd_loss_parts(student, teacher, target, selected=target > 10, **extra)  # type: ignore[arg-type]
+            parts.loss.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (8192, 10), (33, 1001), (4, 21841)])
+def test_graph_capture(shape: tuple[int, int]) -> None:
+    student, teacher, target = kd_cases.rows(*shape, device="cuda")
+    student.requires_grad_()
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = kd_loss(student, teacher, target)
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+    expected = [tensor.clone() for tensor in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for tensor in captured:
+        tensor.fill_(float("nan"))
+    for _ in range(2):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (8192, 10), (257, 1001), (8, 128256)])
+def test_same_bits_every_time(shape: tuple[int, int]) -> None:
+    student, teacher, target = kd_cases.rows(*shape, torch.bfloat16, device="cuda")
+    student.requires_grad_()
+    runs = []
+    for _ in range(5):
+        loss = kd_loss(student, teacher, target)
+        runs.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+    assert all(torch.equal(run[0], runs[0][0]) and torch.equal(run[1], runs[0][1]) for run in runs)
+
+
+@pytest.mark.parametrize("shape", [(64, 10), (64, 1000), (8192, 1000), (64, 4096)])
+def test_launches(shape: tuple[int, int]) -> None:
+    """Up to 4096 classes: a row kernel, a finalize kernel, at most one memset; backward adds the scale kernel."""
+    student, teacher, target = kd_cases.rows(*shape, device="cuda")
+    kd_loss(student.requires_grad_(), teacher, target).backward()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        kd_loss(student, teacher, target)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    memsets = [name for name in names if "emset" in name]
+    kernels = [name for name in names if name not in memsets]
+    assert len(kernels) <= 2 and len(memsets) <= 1, names
+
+
+def test_grad_scaler_and_autocast() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 100, device="cuda")
+    inputs, teacher = torch.randn(32, 64, device="cuda"), torch.randn(32, 100, device="cuda")
+    target = torch.randint(100, (32,), device="cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=65536.0)
+    for grad_scale in (None, "scaler"):
+        model.zero_grad()
+        with torch.autocast("cuda", dtype=torch.float16):
+            logits = model(inputs)
+            assert logits.dtype == torch.float16
+            scaler.scale(torch.zeros((), device="cuda"))  # creates the scale
+            given: Any = scaler._scale if grad_scale else None
+            loss = kd_loss(logits, teacher, target, grad_scale=given)
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        assert model.weight.grad is not None
+        actual = model.weight.grad / 65536.0
+        exact = (logits.detach().double()).requires_grad_()
+        reference.kd_loss(exact, teacher.double(), target).backward()
+        assert exact.grad is not None
+        wanted = exact.grad.float().t() @ inputs
+        torch.testing.assert_close(actual, wanted, rtol=5e-3, atol=1e-5)
+
+
+def test_compiles_fullgraph() -> None:
+    student, teacher, target = kd_cases.rows(64, 1000, device="cuda")
+    student.requires_grad_()
+
+    def step(z: torch.Tensor, v: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return kd_loss(2.0 * z, v, y) * 3.0
+
+    compiled = torch.compile(step, fullgraph=True)
+    for f in (step, compiled):
+        loss = f(student, teacher, target)
+        gradient = torch.autograd.grad(loss, student)[0]
+        if f is step:
+            expected = (loss.detach(), gradient)
+    torch.testing.assert_close((loss.detach(), gradient), expected)
+
+
+def test_logit_gradient() -> None:
+    for classes in (10, 1000, 4097):
+        student, teacher, target = kd_cases.rows(65, classes, torch.float16, device="cuda")
+        actual = kd_logit_gradient(student, teacher, target, ce_weight=-0.9, kd_weight=0.9)
+        expected = reference.kd_logit_gradient(
+            student.double(), teacher.double(), target, ce_weight=-0.9, kd_weight=0.9
+        )
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    classes = 128256
+    rows = (1 << 31) // classes + 2
+    if torch.cuda.mem_get_info()[0] < 4 * rows * classes * 2 + (4 << 30):
+        pytest.skip("needs about 21 GiB of free GPU memory")
+    student = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda")
+    teacher = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda")
+    target = torch.full((rows,), 5, device="cuda")
+    tail = kd_cases.rows(2, classes, torch.bfloat16, device="cuda")
+    student[-2:], teacher[-2:], target[-2:] = tail
+    loss = kd_loss(student.requires_grad_(), teacher, target, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, student)
+    small = tail.student.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(kd_loss(small, tail.teacher, tail.target, reduction="sum"), small)
+    assert torch.equal(gradient[-2:], expected)
