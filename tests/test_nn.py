@@ -1,0 +1,158 @@
+"""KDLoss is kd_loss with its hyperparameters stored."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import kd_cases
+import pytest
+import torch
+
+from lrds_fast import KDLoss, kd_loss
+
+STORED: dict[str, Any] = {
+    "temperature": 2.5,
+    "ce_weight": 0.3,
+    "kd_weight": 1.7,
+    "ce_weight_unselected": 0.6,
+    "revise": None,
+    "eta": 0.55,
+    "divergence": "kl",
+    "label_smoothing": 0.05,
+    "ignore_index": 3,
+    "reduction": "none",
+}
+
+
+def test_defaults_are_kd_losss() -> None:
+    ours = inspect.signature(KDLoss).parameters
+    theirs = inspect.signature(kd_loss).parameters
+    assert set(ours) == set(STORED)
+    for name, parameter in ours.items():
+        assert parameter.default == theirs[name].default, name
+        assert getattr(KDLoss(), name) == parameter.default, name
+        assert parameter.kind == inspect.Parameter.KEYWORD_ONLY, name
+
+
+@pytest.mark.parametrize("changed", STORED)
+def test_every_hyperparameter_reaches_the_loss(changed: str) -> None:
+    rows = kd_cases.rows(12, 10)
+    rows.target[5] = 3
+    selected = torch.linspace(0, 1, 12)
+    keywords = {changed: STORED[changed]}
+    loss = KDLoss(**keywords)(*rows, selected)
+    assert torch.equal(loss, kd_loss(*rows, selected=selected, **keywords))
+    if changed != "divergence":
+        assert not torch.equal(loss, kd_loss(*rows, selected=selected))
+
+
+def test_all_together() -> None:
+    rows = kd_cases.rows(12, 10)
+    selected = torch.arange(12) % 2 == 0
+    module = KDLoss(**STORED)
+    assert torch.equal(module(*rows), kd_loss(*rows, **STORED))
+    assert torch.equal(module(*rows, selected=selected), kd_loss(*rows, selected=selected, **STORED))
+    module = KDLoss()
+    scaled = module(*rows, num_valid=7, grad_scale=2.0)
+    assert torch.equal(scaled, kd_loss(*rows, num_valid=7, grad_scale=2.0))
+    assert torch.equal(
+        module(rows.student, rows.teacher[:4], rows.target), kd_loss(rows.student, rows.teacher[:4], rows.target)
+    )
+
+
+def test_repr_rebuilds_the_module() -> None:
+    for module in (KDLoss(), KDLoss(**STORED)):
+        rebuilt = eval(repr(module))
+        assert vars_of(rebuilt) == vars_of(module)
+
+
+def vars_of(module: KDLoss) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in STORED}
+
+
+def test_copies_and_pickles() -> None:
+    rows = kd_cases.rows(12, 10)
+    module = KDLoss(**STORED)
+    stored = io.BytesIO()
+    torch.save(module, stored)
+    stored.seek(0)
+    for other in (
+        copy.copy(module),
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(stored, weights_only=False),
+    ):
+        assert vars_of(other) == vars_of(module)
+        assert torch.equal(other(*rows), module(*rows))
+
+
+def test_has_no_state() -> None:
+    module = KDLoss()
+    assert module.state_dict() == {} and list(module.parameters()) == [] and list(module.buffers()) == []
+    module.load_state_dict({})
+    assert module.half().to("cpu").eval() is module
+
+
+def test_assigned_hyperparameters_count() -> None:
+    """A temperature schedule assigns to the module; what it assigns is checked on the next call."""
+    rows = kd_cases.rows(12, 10)
+    module = KDLoss()
+    module.temperature = 2.0
+    assert torch.equal(module(*rows), kd_loss(*rows, temperature=2.0))
+    module.eta = 1.5
+    with pytest.raises(ValueError, match=r"eta.*1\.5"):
+        module(*rows)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error"),
+    [
+        ({"eta": 1.0}, ValueError),
+        ({"temperature": -1.0}, ValueError),
+        ({"kd_weight": float("nan")}, ValueError),
+        ({"revise": "swapp"}, ValueError),
+        ({"reduction": "batchmean"}, ValueError),
+        ({"label_smoothing": 2.0}, ValueError),
+        ({"temperature": "4"}, TypeError),
+        ({"alpha": 0.5}, TypeError),
+    ],
+    ids=str,
+)
+def test_refused_when_built(keywords: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(keywords))):
+        KDLoss(**keywords)
+
+
+def test_trains_a_layer() -> None:
+    """Ten steps of plain gradient descent through the module lower the loss."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(64, 16, generator=generator)
+    _, teacher, target = kd_cases.rows(64, 10)
+    layer = torch.nn.Linear(16, 10)
+    torch.nn.init.zeros_(layer.weight)
+    module = KDLoss()
+    losses = []
+    for _ in range(10):
+        layer.zero_grad()
+        loss = module(layer(features), teacher, target)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter -= 0.3 * parameter.grad
+        losses.append(loss.item())
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+
+
+def test_compiles_fullgraph() -> None:
+    torch.compiler.reset()
+    rows = kd_cases.rows(12, 10)
+    student = rows.student.requires_grad_()
+    module = KDLoss()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    loss, expected = compiled(*rows), module(*rows)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
