@@ -104,6 +104,11 @@ def test_interpreter_runs_a_correct_kernel(programs: dict[str, Path]) -> None:
         ("two_shuffles", "different collectives"),
         ("lane_left", "divergent barrier"),
         ("shared_overflow", "heap-buffer-overflow"),
+        ("static_overflow", "out of bounds"),
+        ("misaligned", "misaligned address"),
+        ("mask", "not in its own collective's mask"),
+        ("missing_barrier", "depends on who goes first"),
+        ("overtaken", "depends on who goes first"),
         ("async_early", "before the copy was waited for"),
     ],
 )

@@ -3,10 +3,13 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -58,6 +61,7 @@ struct Machine {
   unsigned char* shared = nullptr;
   const std::function<void()>* body = nullptr;
   Order order = Order::kForward;
+  std::mt19937 random;
   int device = 0;
   Launches launches{};
   std::map<std::pair<int, const void*>, int> allowed_shared;  // by device and kernel
@@ -87,7 +91,7 @@ Machine machine;
                  place.c_str());
   }
   std::fflush(stderr);
-  std::abort();
+  std::_Exit(70);
 }
 
 void to_scheduler(bool forever) {
@@ -172,21 +176,48 @@ void release_barrier() {
   machine.waiting_at_barrier = 0;
 }
 
+// Runs the warp's fibers that can run, each to its next barrier or collective.
+bool step_warp(unsigned warp) {
+  bool progress = false;
+  const unsigned first = warp * kWarpSize;
+  const unsigned lanes = std::min(static_cast<unsigned>(kWarpSize), machine.threads - first);
+  for (unsigned i = 0; i < lanes; ++i) {
+    const unsigned lane = machine.order == Order::kBackward ? lanes - 1 - i : i;
+    Fiber& fiber = *machine.fibers[first + lane];
+    if (fiber.state != State::kRunnable) continue;
+    to_fiber(fiber);
+    progress = true;
+  }
+  return progress;
+}
+
+// One turn of every warp.
+bool step_block() {
+  const unsigned warps = (machine.threads + kWarpSize - 1) / kWarpSize;
+  bool progress = false;
+  for (unsigned i = 0; i < warps; ++i) {
+    if (machine.order == Order::kShuffled) {
+      progress |= step_warp(static_cast<unsigned>(machine.random() % warps));
+      continue;
+    }
+    const unsigned warp = machine.order == Order::kForward ? i : warps - 1 - i;
+    while (step_warp(warp)) progress = true;
+  }
+  return progress;
+}
+
 void run_block() {
   while (machine.done < machine.threads) {
-    bool progress = false;
-    for (unsigned i = 0; i < machine.threads; ++i) {
-      const unsigned t = machine.order == Order::kForward ? i : machine.threads - 1 - i;
-      Fiber& fiber = *machine.fibers[t];
-      if (fiber.state != State::kRunnable) continue;
-      to_fiber(fiber);
-      progress = true;
-    }
-    if (machine.waiting_at_barrier > 0 && machine.waiting_at_barrier == machine.threads) {
+    if (step_block()) continue;
+    if (machine.waiting_at_barrier == machine.threads) {
       release_barrier();
-      progress = true;
+      continue;
     }
-    if (!progress) fail("divergent barrier: no thread can go on");
+    // Chance may have passed over the warps that can go on.
+    const bool stuck = std::none_of(
+        machine.fibers.begin(), machine.fibers.begin() + machine.threads,
+        [](const std::unique_ptr<Fiber>& fiber) { return fiber->state == State::kRunnable; });
+    if (stuck) fail("divergent barrier: no thread can go on");
   }
 }
 
@@ -263,7 +294,10 @@ const Device& device(int index) {
 }
 void set_device(int index) { machine.device = index; }
 int current_device() { return machine.device; }
-void set_order(Order order) { machine.order = order; }
+void set_order(Order order, std::uint32_t seed) {
+  machine.order = order;
+  machine.random.seed(seed);
+}
 
 Launches take_launches() {
   const Launches taken = machine.launches;
@@ -288,7 +322,13 @@ bool launch(const void* kernel, unsigned grid, unsigned block, std::size_t share
   gridDim = {grid, 1, 1};
   blockDim = {block, 1, 1};
   machine.body = &body;
-  for (unsigned b = 0; b < grid; ++b) {
+  std::vector<unsigned> blocks(grid);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  if (machine.order == Order::kBackward) std::reverse(blocks.begin(), blocks.end());
+  if (machine.order == Order::kShuffled) {
+    std::shuffle(blocks.begin(), blocks.end(), machine.random);
+  }
+  for (const unsigned b : blocks) {
     blockIdx = {b, 0, 0};
     // Exactly as long as asked for, so that AddressSanitizer sees the first byte past the end; full
     // of NaNs, so that reading what nobody wrote shows.

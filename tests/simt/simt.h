@@ -29,7 +29,7 @@ void block_barrier(std::source_location where);
 void warp_exchange(unsigned mask, std::uint64_t value, std::uint64_t* gathered,
                    std::source_location where);
 
-// cp.async: the copy happens at once with Order::kForward, when it is waited for with kBackward;
+// cp.async: the copy happens at once with Order::kForward, when it is waited for with the others;
 // CUDA allows both.
 void async_copy(void* to, const void* from, std::size_t bytes);
 void async_wait();
@@ -61,9 +61,12 @@ constexpr int kDevices = 3;
 void set_device(int index);
 int current_device();
 
-// Which runnable fiber goes first: the lowest thread or the highest. Results must not depend on it.
-enum class Order { kForward, kBackward };
-void set_order(Order order);
+// Who goes first. Results must not depend on it.
+//   kForward   blocks and threads in order; a warp runs as far ahead of the others as barriers let
+//   it kBackward  the same from the end kShuffled  blocks in a random order; a random warp takes
+//   each step, to its next collective
+enum class Order { kForward, kBackward, kShuffled };
+void set_order(Order order, std::uint32_t seed = 0);
 
 // Kernel launches and memsets since the last call.
 struct Launches {

@@ -1,11 +1,15 @@
 // The interpreter on trial: a kernel that must run, and kernels with one fault each that it must
 // not let pass.
 //   simt_interpreter FAULT
+#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <random>
 #include <string>
 #include <vector>
 
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
 #include "cuda_runtime.h"
 
 namespace {
@@ -28,6 +32,31 @@ __global__ void reverse(const int* in, int* out) {
   const int third = __shfl_sync(kAll, lane, 3);
   out[blockIdx.x * blockDim.x + threadIdx.x] =
       kept[blockDim.x - 1 - threadIdx.x] + sum + __builtin_popcount(even & 0x55555555u) + third;
+}
+
+// The collectives of groups smaller than a warp, and the votes. Every line adds 1 where it is
+// right.
+__global__ void collectives(int* out) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  int right = 0;
+  right += __shfl_down_sync(kAll, lane, 3) == (lane + 3 < 32 ? lane + 3 : lane);
+  right += __shfl_down_sync(kAll, lane, 2, 8) == (lane % 8 + 2 < 8 ? lane + 2 : lane);
+  right += __shfl_xor_sync(kAll, 0.5 * lane, 5, 8) == 0.5 * (lane ^ 5);
+  right += __shfl_xor_sync(kAll, lane, 16, 16) == (lane < 16 ? lane : lane ^ 16);
+  right +=
+      __shfl_sync(kAll, static_cast<float>(lane), 2, 4) == static_cast<float>(lane / 4 * 4 + 2);
+  right += __shfl_sync(kAll, 1ull << lane, 31) == 1ull << 31;
+  right += __ballot_sync(kAll, lane > 29) == 0xc0000000u;
+  right += __any_sync(kAll, lane == 7) == 1 && __any_sync(kAll, 0) == 0;
+  right += __all_sync(kAll, lane < 32) == 1 && __all_sync(kAll, lane < 31) == 0;
+  right += __reduce_add_sync(kAll, static_cast<unsigned>(lane)) == 496;
+  // The two halves of a warp apart, as on hardware.
+  if (lane < 16) {
+    right += __shfl_xor_sync(0x0000ffffu, lane, 1) == (lane ^ 1);
+  } else {
+    right += __shfl_xor_sync(0xffff0000u, lane, 2) == (lane ^ 2);
+  }
+  out[threadIdx.x] = right;
 }
 
 __global__ void half_of_the_block_exits(int*) {
@@ -63,6 +92,40 @@ __global__ void two_shuffles(int* out) {
 __global__ void lane_left_the_shuffle(int* out) {
   if (threadIdx.x == 5) return;
   out[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
+}
+
+__global__ void lane_outside_its_mask(int* out) {
+  out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1, 1);
+}
+
+// Each thread reads what its neighbour in the next warp wrote, without a barrier in between.
+__global__ void missing_barrier(int* out) {
+  dynamic_ints()[threadIdx.x] = static_cast<int>(threadIdx.x);
+  out[threadIdx.x] = dynamic_ints()[(threadIdx.x + 32) % blockDim.x];
+}
+
+// The next round's writes may overtake this round's reads: one barrier a round is too few.
+__global__ void overtaken(int* out) {
+  int sum = 0;
+  for (int round = 0; round < 3; ++round) {
+    dynamic_ints()[threadIdx.x] = round * 1000 + static_cast<int>(threadIdx.x);
+    __syncthreads();
+    sum += dynamic_ints()[(threadIdx.x + 32) % blockDim.x];
+  }
+  out[threadIdx.x] = sum;
+}
+
+__global__ void static_overflow(int* out) {
+  __shared__ int kept[64];
+  kept[threadIdx.x + 1] = 1;
+  out[threadIdx.x] = kept[threadIdx.x];
+}
+
+__global__ void misaligned(int* out) {
+  struct alignas(16) Vector {
+    int element[4];
+  };
+  *reinterpret_cast<Vector*>(out + 1) = Vector{{1, 2, 3, 4}};
 }
 
 __global__ void shared_overflow(int*) { dynamic_ints()[threadIdx.x + 1] = 1; }
@@ -114,20 +177,112 @@ int run_reverse() {
   return 0;
 }
 
+int run_collectives() {
+  std::vector<int> out(64, 0);
+  int* const data = out.data();
+  simt::launch(reinterpret_cast<const void*>(collectives), 1, 64, 0, [=] { collectives(data); });
+  for (const int right : out) {
+    if (right != 11) return 8;
+  }
+  return 0;
+}
+
+// float16 against the compiler's own, bfloat16 against the nearer of its two neighbours.
+int run_conversions() {
+  for (unsigned bits = 0; bits < 0x10000; ++bits) {
+    const __half half{static_cast<std::uint16_t>(bits)};
+    const float value = __half2float(half);
+    const float other = static_cast<float>(simt::from_bits<_Float16>(bits));
+    if (std::isnan(other) ? !std::isnan(value) : simt::to_bits(value) != simt::to_bits(other)) {
+      return 9;
+    }
+    if (!std::isnan(value) && __float2half_rn(value).bits != bits) return 10;
+    const __nv_bfloat16 brain{static_cast<std::uint16_t>(bits)};
+    if (!std::isnan(__bfloat162float(brain)) &&
+        __float2bfloat16_rn(__bfloat162float(brain)).bits != bits) {
+      return 11;
+    }
+  }
+  std::mt19937 random(1);
+  for (int i = 0; i < 300000; ++i) {
+    std::uint32_t bits = static_cast<std::uint32_t>(random());
+    // Every other one near float16's range, every fourth halfway between two of its numbers.
+    if (i % 2 == 0) bits = (bits & 0x807fffffu) | (100u + bits % 45u) << 23;
+    if (i % 4 == 0) bits = (bits & ~0x1fffu) | 0x1000u;
+    if (i % 8 == 1) bits = (bits & ~0xffffu) | 0x8000u;
+    const float value = simt::from_bits<float>(bits);
+    if (std::isnan(value)) {
+      if (!std::isnan(__half2float(__float2half_rn(value)))) return 12;
+      if (!std::isnan(__bfloat162float(__float2bfloat16_rn(value)))) return 13;
+      continue;
+    }
+    const auto expected = simt::to_bits(static_cast<_Float16>(value));
+    if (__float2half_rn(value).bits != expected) return 14;
+    const std::uint32_t down = bits >> 16, up = down + 1;  // towards and away from zero
+    const double low = simt::from_bits<float>(down << 16);
+    // Past the largest number its neighbour is what the exponent would mean.
+    const double high = (up & 0x7fff) == 0x7f80 ? std::copysign(0x1p128, low)
+                                                : double{simt::from_bits<float>(up << 16)};
+    const double to_low = std::fabs(double{value} - low), to_high = std::fabs(high - double{value});
+    const std::uint32_t nearest = std::isinf(value) || to_low < to_high ? down
+                                  : to_high < to_low                    ? up
+                                  : down % 2 == 0                       ? down
+                                                                        : up;
+    if (__float2bfloat16_rn(value).bits != nearest) return 15;
+  }
+  return 0;
+}
+
+// Does the kernel's result depend on who goes first?
+bool is_a_race(Kernel kernel) {
+  std::vector<std::vector<int>> results;
+  for (const auto order : {simt::Order::kForward, simt::Order::kBackward, simt::Order::kShuffled}) {
+    simt::set_order(order, 1);
+    std::vector<int> out(64, 0);
+    int* const data = out.data();
+    simt::launch(reinterpret_cast<const void*>(kernel), 1, 64, 64 * sizeof(int),
+                 [=] { kernel(data); });
+    results.push_back(out);
+  }
+  return results[0] != results[1] || results[0] != results[2];
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string fault = argc == 2 ? argv[1] : "none";
-  if (fault == "none") return run_reverse();
+  if (fault == "none") {
+    for (const auto order :
+         {simt::Order::kForward, simt::Order::kBackward, simt::Order::kShuffled}) {
+      simt::set_order(order, 1);
+      for (const auto run : {run_reverse, run_collectives}) {
+        if (const int error = run(); error != 0) return error;
+      }
+    }
+    return run_conversions();
+  }
   const struct {
     const char* name;
     Kernel kernel;
-  } kFaults[] = {{"exit", half_of_the_block_exits},     {"two_barriers", two_barriers},
-                 {"branch", barrier_in_a_branch},       {"two_shuffles", two_shuffles},
-                 {"lane_left", lane_left_the_shuffle},  {"shared_overflow", shared_overflow},
+  } kFaults[] = {{"exit", half_of_the_block_exits},
+                 {"two_barriers", two_barriers},
+                 {"branch", barrier_in_a_branch},
+                 {"two_shuffles", two_shuffles},
+                 {"lane_left", lane_left_the_shuffle},
+                 {"shared_overflow", shared_overflow},
+                 {"static_overflow", static_overflow},
+                 {"misaligned", misaligned},
+                 {"mask", lane_outside_its_mask},
+                 {"missing_barrier", missing_barrier},
+                 {"overtaken", overtaken},
                  {"async_early", async_copy_read_early}};
   for (const auto& [name, kernel] : kFaults) {
     if (fault != name) continue;
+    if (fault == "missing_barrier" || fault == "overtaken") {
+      if (!is_a_race(kernel)) return 0;
+      std::fprintf(stderr, "the result depends on who goes first\n");
+      return 16;
+    }
     // The second order delays asynchronous copies until they are waited for.
     if (fault == "async_early") simt::set_order(simt::Order::kBackward);
     std::vector<int> out(64, 0);

@@ -45,6 +45,16 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = simt::kWarp
   return source / width > lane / width ? value : simt::from_bits<T>(all[source]);
 }
 
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = simt::kWarpSize,
+                   Where where = Where::current()) {
+  std::uint64_t all[simt::kWarpSize];
+  simt::warp_exchange(mask, simt::to_bits(value), all, where);
+  const unsigned lane = threadIdx.x % simt::kWarpSize;
+  const unsigned segment = static_cast<unsigned>(width);
+  return lane % segment + delta >= segment ? value : simt::from_bits<T>(all[lane + delta]);
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate, Where where = Where::current()) {
   std::uint64_t all[simt::kWarpSize];
   simt::warp_exchange(mask, predicate != 0, all, where);
