@@ -1,6 +1,9 @@
 // Runs the CUDA kernels of kd_loss and scale_gradient in the interpreter and compares them with
 // reference.h.
-//   simt_kd_loss [PART PARTS]    every PARTS-th case, from PART on
+//   simt_kd_loss [PART PARTS [GROUP]]    every PARTS-th case, from PART on; only those of a group
+//   SIMT_TIMES=1                         and say how long each took
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -9,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -30,7 +34,8 @@ using lrds::SelectedType;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-constexpr std::int64_t kIgnore = -100;
+// Kinds of rows; one of them is ordinary.
+constexpr int kKinds = 20;
 
 const char* name_of(DType type) {
   constexpr const char* kNames[] = {"f64", "f32", "bf16", "f16"};
@@ -41,20 +46,29 @@ std::size_t size_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
 }
 
-// Elements of a type known at run time, in a heap block exactly as long as they need.
+// Elements of a type known at run time, in a heap block exactly as long as they need, full of
+// `poison`: what nobody writes shows. All ones is a NaN in every type.
 class Buffer {
  public:
-  Buffer(DType type, std::size_t count) : type_(type), count_(count) {
+  explicit Buffer(DType type, std::size_t count, int poison = 0xff)
+      : type_(type), count_(count), data_(nullptr, Free{bytes() > kHuge ? bytes() : 0}) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, 16, std::max<std::size_t>(1, count * size_of(type))) != 0) {
-      std::abort();
+    if (bytes() > kHuge) {
+      memory = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (memory == MAP_FAILED) std::abort();
+    } else {
+      if (posix_memalign(&memory, 16, std::max<std::size_t>(1, bytes())) != 0) std::abort();
+      std::memset(memory, poison, bytes());
     }
     data_.reset(static_cast<unsigned char*>(memory));
-    // All ones is a NaN in every type: what nobody writes shows.
-    std::memset(memory, 0xff, count * size_of(type));
   }
   void* at(std::size_t i) { return data_.get() + i * size_of(type_); }
   std::size_t bytes() const { return count_ * size_of(type_); }
+  bool holds(int poison, std::size_t elements) const {
+    return std::all_of(data_.get(), data_.get() + elements * size_of(type_),
+                       [=](unsigned char byte) { return byte == poison; });
+  }
 
   // Returns the value as the type rounds it.
   double set(std::size_t i, double value) {
@@ -106,8 +120,17 @@ class Buffer {
   }
 
  private:
+  // More than this is reserved, not allocated: rows far apart in memory that is mostly absent.
+  static constexpr std::size_t kHuge = std::size_t{1} << 30;
   struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
+    std::size_t mapped;
+    void operator()(unsigned char* p) const {
+      if (mapped == 0) {
+        std::free(p);
+      } else {
+        munmap(p, mapped);
+      }
+    }
   };
   DType type_;
   std::size_t count_;
@@ -118,6 +141,7 @@ enum class GradOutput { kNone, kScalar, kPerRow };
 
 // One call. What is not said is the ordinary training call.
 struct Case {
+  const char* group = "";
   DType student = DType::kFloat32;
   DType teacher = DType::kFloat32;
   std::int64_t classes = 10;
@@ -136,9 +160,11 @@ struct Case {
   double ce_weight_unselected = 1.0;
   double kd_weight = 0.9;
   double label_smoothing = 0.0;
+  double eta = 0.8;
+  std::int64_t ignore_index = -100;
   bool revise = true;
-  bool num_valid = false;
-  bool grad_scale = false;
+  double num_valid = -1.0;  // negative: not given
+  double grad_scale = 0.0;  // 0: not given
   GradOutput grad_output = GradOutput::kNone;
   bool with_gradient = true;
   bool with_loss = true;
@@ -150,18 +176,19 @@ struct Case {
     char line[512];
     std::snprintf(
         line, sizeof line,
-        "%s/%s C=%lld N=%lld K=%lld offsets %lld,%lld,%lld padding %lld,%lld %s selected %d "
-        "reduction %d T=%g weights %g,%g,%g smoothing %g%s%s%s grad_output %d%s%s%s device %d",
-        name_of(student), name_of(teacher), static_cast<long long>(classes),
+        "%s: %s/%s C=%lld N=%lld K=%lld offsets %lld,%lld,%lld padding %lld,%lld %s selected %d "
+        "reduction %d T=%g weights %g,%g,%g smoothing %g eta %g ignore %lld%s num_valid %g "
+        "grad_scale %g grad_output %d%s%s%s device %d",
+        group, name_of(student), name_of(teacher), static_cast<long long>(classes),
         static_cast<long long>(rows), static_cast<long long>(teacher_rows),
         static_cast<long long>(offset), static_cast<long long>(teacher_offset),
         static_cast<long long>(gradient_offset), static_cast<long long>(student_padding),
         static_cast<long long>(teacher_padding), target_is_int64 ? "int64" : "int32",
         static_cast<int>(selected), static_cast<int>(reduction), temperature, ce_weight,
-        ce_weight_unselected, kd_weight, label_smoothing, revise ? " revised" : "",
-        num_valid ? " num_valid" : "", grad_scale ? " grad_scale" : "",
-        static_cast<int>(grad_output), with_gradient ? "" : " no gradient",
-        with_loss ? "" : " no loss", hard ? " hard" : "", device);
+        ce_weight_unselected, kd_weight, label_smoothing, eta, static_cast<long long>(ignore_index),
+        revise ? " revised" : "", num_valid, grad_scale, static_cast<int>(grad_output),
+        with_gradient ? "" : " no gradient", with_loss ? "" : " no loss", hard ? " hard" : "",
+        device);
     return line;
   }
 };
@@ -242,7 +269,7 @@ void run(const Case& c, std::uint32_t seed) {
   std::vector<bool> bad(n, false);
   std::uniform_int_distribution<std::int64_t> any_class(0, c.classes - 1);
   for (std::size_t i = 0; i < n; ++i) {
-    const int kind = c.hard ? static_cast<int>((i + seed) % 13) : 0;
+    const int kind = c.hard ? static_cast<int>((i + seed) % kKinds) : 0;
     target[i] = any_class(random);
     if (c.selected == SelectedType::kPrefix) {
       w[i] = static_cast<std::int64_t>(i) < teacher_rows ? 1.0 : 0.0;
@@ -259,7 +286,7 @@ void run(const Case& c, std::uint32_t seed) {
     }
     const auto y = static_cast<std::size_t>(target[i]);
     const std::size_t other = (y + 1) % classes;
-    if (kind == 2 || (c.mostly_ignored && i % 256 != 7)) target[i] = kIgnore;
+    if (kind == 2 || (c.mostly_ignored && i % 256 != 7)) target[i] = c.ignore_index;
     if (kind == 3) target[i] = i % 2 == 0 ? c.classes : -7;
     if (kind == 5) v[i][other] = z[i][other] = -kInf;
     if (kind == 6) v[i][other] = -kInf;
@@ -272,12 +299,22 @@ void run(const Case& c, std::uint32_t seed) {
     }
     if (kind == 12 &&
         (c.selected == SelectedType::kFloat32 || c.selected == SelectedType::kFloat64)) {
-      w[i] = i % 2 == 0 ? kNan : 1.5;
+      w[i] = i % 3 == 0 ? kNan : i % 3 == 1 ? 1.5 : -0.25;
+    }
+    if (kind == 13) std::fill(z[i].begin(), z[i].end(), -kInf);
+    if (kind == 14) std::fill(v[i].begin(), v[i].end(), -kInf);
+    if (kind == 15) z[i][other] = kNan;
+    if (kind == 16) v[i][other] = kNan;
+    if (kind == 17) z[i][other] = kInf;
+    if (kind == 18) v[i][other] = kInf;
+    if (kind == 19) {  // the teacher is certain of another class, the student of yet another
+      v[i][other] = 200.0;
+      z[i][(y + 2) % classes] = 200.0;
     }
     bad[i] = kind == 3 || !(w[i] >= 0.0 && w[i] <= 1.0);
-    if (target[i] == kIgnore) bad[i] = false;
+    if (target[i] == c.ignore_index) bad[i] = false;
     // What a row does not need is NaN.
-    const bool reads = target[i] != kIgnore && !bad[i];
+    const bool reads = target[i] != c.ignore_index && !bad[i];
     if (!reads) std::fill(z[i].begin(), z[i].end(), kNan);
     if (!reads || w[i] * c.kd_weight == 0.0) std::fill(v[i].begin(), v[i].end(), kNan);
     for (std::size_t k = 0; k < classes; ++k) {
@@ -292,17 +329,17 @@ void run(const Case& c, std::uint32_t seed) {
   std::vector<std::uint8_t> w8;
   for (const double x : w) w8.push_back(x != 0.0 ? 1 : 0);
   Buffer num_valid(a, 1), grad_scale(a, 1), grad_output(a, std::max<std::size_t>(1, n));
-  num_valid.set(0, 5.0);
-  grad_scale.set(0, 1024.0);
+  num_valid.set(0, c.num_valid);
+  grad_scale.set(0, c.grad_scale);
   for (std::size_t i = 0; i < n; ++i) grad_output.set(i, uniform(random) - 0.5);
 
   // --- Expected ---
   const reference::Options options{c.temperature, c.ce_weight, c.ce_weight_unselected,
-                                   c.kd_weight,   0.8,         c.label_smoothing,
+                                   c.kd_weight,   c.eta,       c.label_smoothing,
                                    c.revise};
-  const double valid = static_cast<double>(
-      std::count_if(target.begin(), target.end(), [](std::int64_t y) { return y != kIgnore; }));
-  const double denominator = c.num_valid ? 5.0 : valid;
+  const double valid = static_cast<double>(std::count_if(
+      target.begin(), target.end(), [&](std::int64_t y) { return y != c.ignore_index; }));
+  const double denominator = c.num_valid >= 0.0 ? c.num_valid : valid;
   double scale = 1.0;
   if (c.reduction == Reduction::kMean) scale = denominator > 0 ? 1.0 / denominator : 0.0;
   if (c.reduction == Reduction::kElementMean) {
@@ -312,7 +349,7 @@ void run(const Case& c, std::uint32_t seed) {
   std::int64_t counts[3] = {};
   double sum_ce = 0.0, sum_kd = 0.0, largest = 0.0;
   for (std::size_t i = 0; i < n; ++i) {
-    if (target[i] == kIgnore) {
+    if (target[i] == c.ignore_index) {
       rows[i].gradient.assign(classes, 0.0);
     } else if (bad[i]) {
       rows[i].ce = rows[i].kd = kNan;
@@ -321,8 +358,8 @@ void run(const Case& c, std::uint32_t seed) {
       rows[i] =
           reference::kd_loss_row(z[i], v[i], static_cast<std::size_t>(target[i]), w[i], options);
     }
-    counts[0] += target[i] != kIgnore;
-    counts[1] += target[i] != kIgnore && w[i] > 0.0;
+    counts[0] += target[i] != c.ignore_index;
+    counts[1] += target[i] != c.ignore_index && w[i] > 0.0;
     counts[2] += rows[i].revised;
     sum_ce += rows[i].ce;
     sum_kd += rows[i].kd;
@@ -333,31 +370,33 @@ void run(const Case& c, std::uint32_t seed) {
 
   // --- The call, twice: the second time other threads go first ---
   const bool none = c.reduction == Reduction::kNone;
-  const auto call = [&](simt::Order order) {
+  const auto call = [&](simt::Order order, int poison) {
     const auto g_offset = static_cast<std::size_t>(c.gradient_offset);
-    Outputs out{Buffer(a, none ? n : 1),
-                Buffer(a, 1),
-                Buffer(a, 1),
-                Buffer(a, n),
-                Buffer(a, n),
-                Buffer(c.student, g_offset + n * classes),
+    Outputs out{Buffer(a, none ? n : 1, poison),
+                Buffer(a, 1, poison),
+                Buffer(a, 1, poison),
+                Buffer(a, n, poison),
+                Buffer(a, n, poison),
+                Buffer(c.student, g_offset + n * classes, poison),
                 {},
                 {}};
-    out.flags.assign(n, 0xee);
+    out.flags.assign(n, static_cast<std::uint8_t>(poison));
     out.counts.assign(3, -1);
     KdLossArgs args{};
     args.rows = c.rows;
     args.classes = c.classes;
-    args.student = student.at(offset);
+    args.student = n > 0 ? student.at(offset) : nullptr;
     args.student_stride = static_cast<std::int64_t>(z_stride);
     args.student_type = c.student;
     args.teacher = teacher_rows > 0 ? teacher.at(v_offset) : nullptr;
     args.teacher_stride = static_cast<std::int64_t>(v_stride);
     args.teacher_rows = teacher_rows;
     args.teacher_type = c.teacher;
-    args.target = c.target_is_int64 ? static_cast<const void*>(target.data()) : target32.data();
+    args.target = n == 0              ? nullptr
+                  : c.target_is_int64 ? static_cast<const void*>(target.data())
+                                      : target32.data();
     args.target_is_int64 = c.target_is_int64;
-    args.ignore_index = kIgnore;
+    args.ignore_index = c.ignore_index;
     args.selected_type = c.selected;
     args.selected = c.selected == SelectedType::kBool      ? static_cast<const void*>(w8.data())
                     : c.selected == SelectedType::kFloat32 ? static_cast<const void*>(w32.data())
@@ -367,26 +406,26 @@ void run(const Case& c, std::uint32_t seed) {
     args.ce_weight = c.ce_weight;
     args.ce_weight_unselected = c.ce_weight_unselected;
     args.kd_weight = c.kd_weight;
-    args.eta = 0.8;
+    args.eta = c.eta;
     args.label_smoothing = c.label_smoothing;
     args.revise = c.revise ? Revise::kLabelRevision : Revise::kNone;
     args.reduction = c.reduction;
     args.accumulate = a;
-    args.num_valid = c.num_valid ? num_valid.at(0) : nullptr;
-    args.grad_scale = c.grad_scale ? grad_scale.at(0) : nullptr;
+    args.num_valid = c.num_valid >= 0.0 ? num_valid.at(0) : nullptr;
+    args.grad_scale = c.grad_scale != 0.0 ? grad_scale.at(0) : nullptr;
     args.grad_output = c.grad_output != GradOutput::kNone ? grad_output.at(0) : nullptr;
     args.grad_output_stride = c.grad_output == GradOutput::kPerRow ? 1 : 0;
-    if (c.with_gradient) args.gradient = out.gradient.at(g_offset);
+    if (c.with_gradient && n > 0) args.gradient = out.gradient.at(g_offset);
     if (c.with_loss) {
-      args.ce = out.ce.at(0);
-      args.kd = out.kd.at(0);
-      args.flags = out.flags.data();
+      args.ce = n > 0 ? out.ce.at(0) : nullptr;
+      args.kd = n > 0 ? out.kd.at(0) : nullptr;
+      args.flags = n > 0 ? out.flags.data() : nullptr;
       args.loss = out.loss.at(0);
       args.loss_ce = out.loss_ce.at(0);
       args.loss_kd = out.loss_kd.at(0);
       args.counts = out.counts.data();
     }
-    simt::set_order(order);
+    simt::set_order(order, seed);
     simt::take_launches();
     const cudaError_t error = lrds::cuda::kd_loss(args, nullptr);
     if (error != cudaSuccess) report(c, "cudaError_t", -1, -1, error, cudaSuccess);
@@ -395,19 +434,35 @@ void run(const Case& c, std::uint32_t seed) {
     if (launches.kernels != kernels)
       report(c, "kernel launches", -1, -1, launches.kernels, kernels);
     if (launches.memsets > 1) report(c, "memsets", -1, -1, launches.memsets, 1);
+    if (!out.gradient.holds(poison, c.with_gradient ? g_offset : g_offset + n * classes)) {
+      report(c, "a write outside the gradient", -1, -1, 1, 0);
+    }
     return out;
   };
-  Outputs out = call(simt::Order::kForward);
-  Outputs again = call(simt::Order::kBackward);
+  // Other threads go first, and the outputs hold other rubbish: equal bits were written.
+  Outputs out = call(simt::Order::kForward, 0xff);
+  Outputs again = call(seed % 2 == 0 ? simt::Order::kBackward : simt::Order::kShuffled, 0x5a);
 
   // --- Compare ---
   const auto same = [&](Buffer& x, Buffer& y, const char* what) {
     if (std::memcmp(x.at(0), y.at(0), x.bytes()) != 0) report(c, what, -1, -1, 0, 1);
   };
-  same(out.gradient, again.gradient, "bits of the gradient between two runs");
-  same(out.loss, again.loss, "bits of the loss between two runs");
-  same(out.ce, again.ce, "bits of ce between two runs");
-  same(out.kd, again.kd, "bits of kd between two runs");
+  const std::size_t g_begin = static_cast<std::size_t>(c.gradient_offset);
+  if (c.with_gradient && n > 0 &&
+      std::memcmp(out.gradient.at(g_begin), again.gradient.at(g_begin),
+                  n * classes * size_of(c.student)) != 0) {
+    report(c, "bits of the gradient between two runs", -1, -1, 0, 1);
+  }
+  if (c.with_loss) {
+    same(out.loss, again.loss, "bits of the loss between two runs");
+    same(out.ce, again.ce, "bits of ce between two runs");
+    same(out.kd, again.kd, "bits of kd between two runs");
+    if (!none) {
+      same(out.loss_ce, again.loss_ce, "bits of loss_ce between two runs");
+      same(out.loss_kd, again.loss_kd, "bits of loss_kd between two runs");
+    }
+    if (out.flags != again.flags) report(c, "flags between two runs", -1, -1, 0, 1);
+  }
 
   const Tolerance allowed = tolerance(c);
   for (std::size_t i = 0; c.with_loss && i < n; ++i) {
@@ -422,7 +477,7 @@ void run(const Case& c, std::uint32_t seed) {
       report(c, "loss", row, -1, out.loss.get(i), rows[i].ce + rows[i].kd);
     }
     const int flags =
-        target[i] == kIgnore ? 0 : 1 | (w[i] > 0.0 ? 2 : 0) | (rows[i].revised ? 4 : 0);
+        target[i] == c.ignore_index ? 0 : 1 | (w[i] > 0.0 ? 2 : 0) | (rows[i].revised ? 4 : 0);
     if (out.flags[i] != flags) report(c, "flags", row, -1, out.flags[i], flags);
   }
   if (c.with_loss) {
@@ -450,13 +505,16 @@ void run(const Case& c, std::uint32_t seed) {
   }
   for (std::size_t i = 0; c.with_gradient && i < n; ++i) {
     double factor = scale;
-    if (c.grad_scale) factor *= 1024.0;
+    if (c.grad_scale != 0.0) factor *= c.grad_scale;
     if (c.grad_output == GradOutput::kScalar) factor *= grad_output.get(0);
     if (c.grad_output == GradOutput::kPerRow) factor *= grad_output.get(i);
     const double row_scale =
         std::fabs(factor) * (c.ce_weight + c.ce_weight_unselected + c.kd_weight * c.temperature);
     for (std::size_t k = 0; k < classes; ++k) {
-      const double expected = rows[i].gradient[k] * factor;
+      double expected = rows[i].gradient[k] * factor;
+      if (c.student == DType::kFloat16 && std::fabs(expected) >= 65520.0) {
+        expected = std::copysign(kInf, expected);
+      }
       const double got =
           out.gradient.get(static_cast<std::size_t>(c.gradient_offset) + i * classes + k);
       if (!close(got, expected,
@@ -473,7 +531,11 @@ const DType kTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DTyp
 
 std::vector<Case> kd_loss_cases() {
   std::vector<Case> cases;
-  const auto add = [&](Case c) { cases.push_back(c); };
+  const char* group = "";
+  const auto add = [&](Case c) {
+    c.group = group;
+    cases.push_back(c);
+  };
   const auto make = [](DType student, DType teacher, std::int64_t classes, std::int64_t rows) {
     Case c;
     c.student = student;
@@ -484,10 +546,11 @@ std::vector<Case> kd_loss_cases() {
   };
   // Every path by every type: 10, 100, 1000 classes of the usual data sets; one class; the edges of
   // a warp; the edges of the dispatch table; odd lengths, whose rows start at every alignment.
+  group = "classes";
   for (const DType type : kTypes) {
     for (const std::int64_t classes :
          {1, 2, 10, 31, 32, 33, 100, 128, 129, 257, 1000, 1001, 1024}) {
-      Case c = make(type, type, classes, 13);
+      Case c = make(type, type, classes, kKinds);
       c.selected = SelectedType::kFloat32;
       add(c);
     }
@@ -501,6 +564,9 @@ std::vector<Case> kd_loss_cases() {
     streamed.device = 1;
     streamed.hard = false;
     add(streamed);
+    Case edges = make(type, type, 4097, 4);
+    edges.device = 2;
+    add(edges);
     Case several = make(type, type, 1027, 13);  // several rows a block, of every kind
     several.selected = SelectedType::kFloat32;
     several.device = 2;
@@ -509,6 +575,7 @@ std::vector<Case> kd_loss_cases() {
     add(several);
   }
   // Student and teacher of different types.
+  group = "types";
   for (const DType student : kTypes) {
     for (const DType teacher : kTypes) {
       if (student == teacher) continue;
@@ -518,6 +585,7 @@ std::vector<Case> kd_loss_cases() {
       add(c);
     }
   }
+  group = "alignment";
   // Rows that start anywhere: bases and strides that agree on alignment, and that do not.
   for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
     for (const std::int64_t classes : {10, 33, 130, 1001, 1030}) {
@@ -538,6 +606,15 @@ std::vector<Case> kd_loss_cases() {
       add(c);
     }
   }
+  // Rows further apart than 32 bits count.
+  group = "far";
+  for (const std::int64_t classes : {33, 200, 1030}) {
+    Case c = make(DType::kBFloat16, DType::kBFloat16, classes, 3);
+    c.student_padding = c.teacher_padding = (std::int64_t{1} << 31) + 8 - classes;
+    c.hard = false;
+    add(c);
+  }
+  group = "options";
   // Everything else, on a short row, a long row and a streamed one.
   for (const std::int64_t classes : {33, 200, 1029}) {
     const auto variants = [&](DType type, int device) {
@@ -547,7 +624,8 @@ std::vector<Case> kd_loss_cases() {
         change(c);
         add(c);
       };
-      for (const double t : {1.0, 2.0, 8.0, 2.5}) add_if([&](Case& c) { c.temperature = t; });
+      for (const double t : {1.0, 2.0, 8.0, 2.5, 0.5, 20.0})
+        add_if([&](Case& c) { c.temperature = t; });
       for (const Reduction r : {Reduction::kNone, Reduction::kSum, Reduction::kElementMean}) {
         add_if([&](Case& c) { c.reduction = r; });
       }
@@ -564,7 +642,37 @@ std::vector<Case> kd_loss_cases() {
         c.kd_weight = c.ce_weight = 0.0;
         c.selected = SelectedType::kBool;
       });
-      add_if([](Case& c) { c.num_valid = c.grad_scale = true; });
+      add_if([](Case& c) {
+        c.num_valid = 5.0;
+        c.grad_scale = 1024.0;
+      });
+      add_if([](Case& c) { c.num_valid = 0.0; });
+      add_if([](Case& c) {
+        c.grad_scale = 65536.0;
+        c.reduction = Reduction::kSum;
+      });
+      add_if([](Case& c) {
+        c.eta = 0.05;
+        c.ignore_index = -1;
+      });
+      // Every row that has it as its target is ignored, whatever else the row is.
+      add_if([](Case& c) {
+        c.eta = 0.999;
+        c.ignore_index = 1;
+      });
+      add_if([](Case& c) {
+        c.grad_output = GradOutput::kPerRow;
+        c.reduction = Reduction::kElementMean;
+        c.target_is_int64 = false;
+        c.selected = SelectedType::kBool;
+      });
+      add_if([](Case& c) {
+        c.label_smoothing = 0.3;
+        c.temperature = 1.5;
+        c.ce_weight_unselected = 0.0;
+        c.selected = SelectedType::kFloat64;
+      });
+
       add_if([](Case& c) {
         c.with_loss = false;
         c.grad_output = GradOutput::kScalar;
@@ -576,11 +684,17 @@ std::vector<Case> kd_loss_cases() {
       });
       add_if([](Case& c) { c.with_gradient = false; });
       add_if([](Case& c) { c.mostly_ignored = true; });
+      add_if([](Case& c) {
+        c.mostly_ignored = true;
+        c.rows = 5;  // all of them
+      });
     };
     variants(DType::kFloat32, 0);
     if (classes < 1024) variants(DType::kFloat64, 0);
     if (classes > 1024) variants(DType::kBFloat16, 1);
+    if (classes == 200) variants(DType::kFloat16, 0);
   }
+  group = "counting";
   // The blocks share the counting of valid rows.
   for (const DType type : {DType::kFloat32, DType::kFloat64}) {
     Case c = make(type, type, 2, 5000);
@@ -590,6 +704,7 @@ std::vector<Case> kd_loss_cases() {
     add(c);
   }
   // Nothing to do.
+  group = "empty";
   for (const Reduction r : {Reduction::kNone, Reduction::kMean, Reduction::kSum}) {
     Case c = make(DType::kBFloat16, DType::kBFloat16, 100, 0);
     c.reduction = r;
@@ -627,43 +742,74 @@ void run_scale(DType type, std::int64_t count, std::int64_t offset, std::int64_t
   if (error != cudaSuccess) report(c, "scale_gradient", -1, -1, error, cudaSuccess);
   const double by = grad_scale != 0.0 ? grad_output / grad_scale : grad_output;
   const Tolerance allowed = tolerance(c);
+  if (!in_place && !separate.holds(0xff, to)) report(c, "a write before out", -1, -1, 1, 0);
+  if (!in_place) {
+    // The gradient stays what it was.
+    for (std::size_t i = 0; i < n; ++i) {
+      const double after = gradient.get(from + i);
+      if (!close(after, before[i], 0.0)) {
+        report(c, "source", -1, static_cast<std::int64_t>(i), after, before[i]);
+      }
+    }
+  }
   for (std::size_t i = 0; i < n; ++i) {
-    const double expected = before[i] * by, got = out.get(to + i);
+    double expected = before[i] * by;
+    if (type == DType::kFloat16 && std::fabs(expected) >= 65520.0) {
+      expected = std::copysign(kInf, expected);
+    }
+    const double got = out.get(to + i);
     if (!close(got, expected, allowed.gradient_relative * std::fabs(expected) + allowed.smallest)) {
       report(c, "scaled gradient", -1, static_cast<std::int64_t>(i), got, expected);
     }
   }
 }
 
-void scale_gradient_cases() {
+std::size_t scale_gradient_cases() {
+  std::size_t ran = 0;
+  const auto run_scale_of = [&](auto... arguments) {
+    run_scale(arguments...);
+    ++ran;
+  };
   for (const DType type : kTypes) {
     for (const std::int64_t count : {1, 7, 1000, 40001}) {
-      for (const double factor : {0.0, 1.0, 2.5}) {
-        run_scale(type, count, 0, 0, true, factor, 0.0, type == DType::kFloat64);
-        run_scale(type, count, 3, 3, false, factor, 0.0, true);
-        run_scale(type, count, 1, 2, false, factor, 0.5, false);
-        run_scale(type, count, 5, 5, true, factor, 4.0, true);
+      for (const double factor : {0.0, 1.0, 2.5, 65536.0}) {
+        run_scale_of(type, count, 0, 0, true, factor, 0.0, type == DType::kFloat64);
+        run_scale_of(type, count, 3, 3, false, factor, 0.0, true);
+        run_scale_of(type, count, 1, 2, false, factor, 0.5, false);
+        run_scale_of(type, count, 5, 5, true, factor, 4.0, true);
       }
     }
-    run_scale(type, 0, 0, 0, true, 2.0, 0.0, false);
+    run_scale_of(type, 0, 0, 0, true, 2.0, 0.0, false);
   }
+  return ran;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::size_t part = argc == 3 ? std::strtoul(argv[1], nullptr, 10) : 0;
-  const std::size_t parts = argc == 3 ? std::strtoul(argv[2], nullptr, 10) : 1;
+  const std::size_t part = argc >= 3 ? std::strtoul(argv[1], nullptr, 10) : 0;
+  const std::size_t parts = argc >= 3 ? std::strtoul(argv[2], nullptr, 10) : 1;
+  const std::string only = argc >= 4 ? argv[3] : "";
   const bool timed = std::getenv("SIMT_TIMES") != nullptr;
   const std::vector<Case> cases = kd_loss_cases();
-  std::size_t ran = 0;
-  for (std::size_t i = part; i < cases.size(); i += parts, ++ran) {
+  std::map<std::string, std::size_t> ran;
+  for (std::size_t i = part; i < cases.size(); i += parts) {
+    if (!only.empty() && only != cases[i].group) continue;
     const auto start = std::chrono::steady_clock::now();
     run(cases[i], static_cast<std::uint32_t>(i));
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
     if (timed) std::printf("%.3f s  %s\n", took.count(), cases[i].text().c_str());
+    ++ran[cases[i].group];
   }
-  if (part == 0) scale_gradient_cases();
-  std::printf("%zu of %zu cases, %d failures\n", ran, cases.size(), failures);
-  return failures == 0 ? 0 : 1;
+  if (part == 0 && (only.empty() || only == "scale_gradient")) {
+    ran["scale_gradient"] = scale_gradient_cases();
+  }
+  std::size_t all = 0;
+  for (const auto& [group, count] : ran) {
+    std::printf("%s: %zu cases\n", group.c_str(), count);
+    all += count;
+  }
+  std::printf("%zu cases, %d failures\n", all, failures);
+  // A group that does not exist is a mistake, too.
+  return failures == 0 && all > 0 ? 0 : 1;
 }
