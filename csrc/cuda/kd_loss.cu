@@ -41,7 +41,7 @@ __device__ T block_sum(T x) {
 
 // One block. With Reduction::kNone the rows wrote their losses themselves.
 template <class A>
-__global__ void __launch_bounds__(kFinalizeThreads) kd_loss_finalize(const Totals<A> totals) {
+__global__ void __launch_bounds__(kFinalizeThreads, 1) kd_loss_finalize(const Totals<A> totals) {
   const bool sums = totals.reduction != Reduction::kNone;
   double ce = 0.0, kd = 0.0;
   unsigned long long valid = 0, selected = 0, revised = 0;

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
   using ZVec = Vector<S, kWidth>;
   using VVec = Vector<Kept, kWidth>;
   // Vectors that a thread has in flight, and between two looks at the running maximum.
-  constexpr int kChunk = std::is_same_v<A, double> ? 2 : kWidth == 1 ? 8 : 2;
+  constexpr int kChunk = std::is_same_v<A, double> ? 2 : kWidth == 1 ? 4 : 8 / kWidth;
   constexpr int kMaxWarps = block_threads(std::is_same_v<A, double>) / kWarpSize;
   static_assert(kWidth == 1 || kSameTeacher, "vectors of two types are not aligned alike");
 
@@ -112,18 +112,13 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     const Layout<S, kWidth> layout(z_row, classes);
     const int slots = (layout.vectors + threads - 1) / threads;
 
-    const std::int64_t next_index = index + gridDim.x;
-    const Row<A> next = open_row(sweep, next_index);
+    const Row<A> next = open_row(sweep, index + gridDim.x);
     const bool has_edge = kWidth > 1 && thread < layout.edges && reads_z;
     A z_edge = -infinity, v_edge = -infinity;
     if (has_edge) {
       z_edge = widen<A>(z_row[layout.edge(thread)]);
       if (reads_v) v_edge = load_one_v(v_row, layout.edge(thread));
     }
-    A z_y = A(0), v_y = A(0);
-    if (reads_z) z_y = widen<A>(z_row[row.y]);
-    if (reads_v) v_y = load_one_v(v_row, row.y);
-
     // This thread's vector i, from where it is; -inf past the end. Unread teachers count as 0, as
     // in the gradient.
     const auto fetch = [&](int i, ZVec& z, VVec& v) {
@@ -142,6 +137,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
 
     RowStats<A> stats = empty_row_stats<A>();
     A seen = A(0);  // classes behind this thread's statistics
+    A z_y = A(0), v_y = A(0);
     __pipeline_wait_prior(0);
     if (reads_z) {
       with_power(sweep, [&](auto power) {
@@ -203,6 +199,9 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
         }
       });
 
+      // Asked for here, on time behind the merge.
+      z_y = widen<A>(z_row[row.y]);
+      if (reads_v) v_y = load_one_v(v_row, row.y);
       warp_merge(stats, seen, sweep.params.inv_temperature);
       seen = group_sum(seen, kWarpSize);
       const int lane = thread % kWarpSize, warps = threads / kWarpSize;
@@ -224,6 +223,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     const RowResult<A> result = close_row(sweep, row, stats, z_y, v_y, scale, index);
     if (thread == 0) write_row(sweep, row, result, index);
 
+    const std::int64_t next_index = index + gridDim.x;
     const S* const next_z = student_row(next_index);
     const char* const next_v = teacher_row(next.reads_teacher(sweep) ? next_index : 0);
     const Layout<S, kWidth> next_layout(next_z, classes);
