@@ -49,21 +49,27 @@ QUICK = [(128, 100), (256, 1000), (1024, 1001), (256, 21841)]
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: a shape, the logits' type, the temperature, the share of selected rows."""
+    """One row of the table: a shape, the logits' types, the temperature, the share of selected rows."""
 
     rows: int
     classes: int
     dtype: torch.dtype = torch.float32
     temperature: float = 4.0
     selected: float = 1.0
+    teacher_dtype: torch.dtype | None = None  # as the student's
 
     @property
     def elements(self) -> int:
         return self.rows * self.classes
 
+    @property
+    def types(self) -> str:
+        """ "float32", or "bfloat16 / float32" of student and teacher."""
+        pair = (self.dtype,) if self.teacher_dtype in (None, self.dtype) else (self.dtype, self.teacher_dtype)
+        return " / ".join(str(dtype).removeprefix("torch.") for dtype in pair)
+
     def __str__(self) -> str:
-        kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.rows}x{self.classes} {kind} T={self.temperature:g} selected={self.selected:.0%}"
+        return f"{self.rows}x{self.classes} {self.types} T={self.temperature:g} selected={self.selected:.0%}"
 
 
 def cases(shapes: list[tuple[int, int]], variations: bool) -> Iterator[Case]:
@@ -73,6 +79,7 @@ def cases(shapes: list[tuple[int, int]], variations: bool) -> Iterator[Case]:
     if variations:
         for dtype in (torch.bfloat16, torch.float16):
             yield Case(1024, 1000, dtype=dtype)
+        yield Case(1024, 1000, dtype=torch.bfloat16, teacher_dtype=torch.float32)
         for temperature in (1.0, 2.0, 2.5):
             yield Case(1024, 1000, temperature=temperature)
         for selected in (0.0, 0.3):
@@ -99,7 +106,7 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     selected = None
     if case.selected < 1.0:
         selected = torch.rand(case.rows, generator=generator, device=device) < case.selected
-    return Inputs(student.requires_grad_(), teacher.to(case.dtype), target, selected)
+    return Inputs(student.requires_grad_(), teacher.to(case.teacher_dtype or case.dtype), target, selected)
 
 
 Loss = Callable[[Inputs], Tensor]
@@ -288,7 +295,7 @@ def run_case(case: Case, device: str, names: list[str], rounds: int) -> list[Row
         {
             "rows": case.rows,
             "classes": case.classes,
-            "dtype": str(case.dtype).removeprefix("torch."),
+            "dtype": case.types,
             "temperature": case.temperature,
             "selected": case.selected,
             "contender": name,
@@ -345,8 +352,9 @@ def table(rows: list[Row]) -> str:
             f"{float(ours['ns_per_element']):.2f}",
         ]
         cells += ["" if ratio is None else f"{ratio:.1f}x" for ratio in ratios]
-        size = 4 if dtype == "float32" else 2
-        moved = (2 + selected) * size * n * c / (float(ours["median_ms"]) / 1e3)
+        sizes = [4 if name == "float32" else 2 for name in dtype.split(" / ")]
+        # The student is read, its gradient written; the teacher of unselected rows is not read.
+        moved = (2 * sizes[0] + selected * sizes[-1]) * n * c / (float(ours["median_ms"]) / 1e3)
         cells.append(f"{moved / float(ours['triad_gb_s']) / 1e9:.0%}")
         lines.append("| " + " | ".join(cells) + " |")
         if dtype == "float32" and temperature == 4 and selected == 1 and c >= 100:
