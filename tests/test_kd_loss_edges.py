@@ -133,6 +133,9 @@ def test_masked_classes(dtype: torch.dtype, classes: int) -> None:
     student[:, ~keep] = teacher[:, ~keep] = -math.inf
     assert_matches_reference(kd_loss_parts, student, teacher, target)
     assert_matches_reference(kd_loss_parts, student, teacher, target, temperature=2.5)
+    # A smoothed label gives mass to classes that are not there: an infinite loss, as torch's own.
+    assert kd_loss(student, teacher, target, label_smoothing=0.1).item() == math.inf
+    assert_matches_reference(kd_loss_parts, student, teacher, target, label_smoothing=0.1)
     student.requires_grad_()
     grad = gradient(kd_loss(student, teacher, target), student)
     assert grad.isfinite().all() and not grad[:, ~keep].any()
