@@ -7,6 +7,7 @@ simt/test_kd_loss.cpp says which cases run. Both programs also run from ctest (C
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,10 +57,19 @@ def compile_object(source: Path, folder: Path) -> Path:
     return target
 
 
+def has_sanitizers(folder: Path) -> bool:
+    source = folder / "empty.cpp"
+    source.write_text("int main() { return 0; }\n")
+    link = [compiler(), "-fsanitize=address,undefined", str(source), "-o", str(folder / "empty")]
+    return shutil.which(compiler()) is not None and run(link).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """simt_kd_loss and simt_interpreter, built once."""
     folder = tmp_path_factory.mktemp("simt")
+    if not has_sanitizers(folder):
+        pytest.skip(f"{compiler()} cannot link AddressSanitizer: install a g++ that has it, or set CXX")
     # The kernels first: they take longest.
     sources = [*KERNELS, SIMT / "test_kd_loss.cpp", SIMT / "test_interpreter.cpp", SIMT / "simt.cpp"]
     with ThreadPoolExecutor(WORKERS) as pool:
