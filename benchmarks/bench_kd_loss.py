@@ -7,7 +7,7 @@
     pytest benchmarks/bench_kd_loss.py                      the same cases under pytest-benchmark
 
 Every case is checked against lrds_fast.reference in float64 before it is timed. The contenders take turns within each
-round, so that a noisy neighbour meets all of them; a row holds medians over rounds, and the spread beside them. On the
+round, so that a noisy neighbour meets all of them, each turn after one untimed run; a row holds medians over rounds. On the
 CPU with one thread the clock is the process's CPU time (page faults included), with several it is wall time. On CUDA a
 graph of forward + backward is replayed over buffers that together exceed the L2 cache; host_us is timed with Python in
 the loop. The roofline (copy and triad, a = b + s * c) is measured in the same run.
@@ -187,6 +187,9 @@ def time_cpu(run: Callable[[], None], least_s: float = 0.005) -> Callable[[], fl
     repeats = max(1, math.ceil(least_s / max(once, 1e-6)))
 
     def timed() -> float:
+        # The contender before this one left the allocator and the page tables in its own state; a training loop
+        # repeats itself. On a virtual machine the first touch of a page that the host took back costs microseconds.
+        run()
         begin = cpu_clock()
         for _ in range(repeats):
             run()
