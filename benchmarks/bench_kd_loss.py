@@ -7,10 +7,10 @@
     pytest benchmarks/bench_kd_loss.py                      the same cases under pytest-benchmark
 
 Every case is checked against lrds_fast.reference in float64 before it is timed. The contenders take turns within each
-round, so that a noisy neighbour meets all of them, each turn after one untimed run; a row holds medians over rounds. On the
-CPU with one thread the clock is the process's CPU time (page faults included), with several it is wall time. On CUDA a
-graph of forward + backward is replayed over buffers that together exceed the L2 cache; host_us is timed with Python in
-the loop. The roofline (copy and triad, a = b + s * c) is measured in the same run.
+round, so that a noisy neighbour meets all of them, each turn after one untimed run; a row holds medians over rounds.
+On the CPU with one thread the clock is the process's CPU time (page faults included), with several it is wall time. On
+CUDA a graph of forward + backward is replayed over buffers that together exceed the L2 cache; host_us is timed with
+Python in the loop. The roofline (copy and triad, a = b + s * c) is measured in the same run.
 """
 
 from __future__ import annotations
