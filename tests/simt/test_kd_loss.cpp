@@ -787,6 +787,8 @@ std::size_t scale_gradient_cases() {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // A sanitizer ends the program without a flush.
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   const std::size_t part = argc >= 3 ? std::strtoul(argv[1], nullptr, 10) : 0;
   const std::size_t parts = argc >= 3 ? std::strtoul(argv[2], nullptr, 10) : 1;
   const std::string only = argc >= 4 ? argv[3] : "";
