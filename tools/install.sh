@@ -20,8 +20,13 @@ constraints=()
 # The exact versions were tested on 3.11; older interpreters get the newest that the ranges allow.
 "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && constraints=(-c constraints.txt)
 requirements=$("$venv/bin/python" tools/requirements.py)
-if [ "${LRDS_FAST_CUDA:-}" = 1 ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
-  requirements+=$'\nnvidia-cuda-nvcc>=13,<14\nnvidia-cuda-crt>=13,<14\nnvidia-nvvm>=13,<14'
-fi
 mapfile -t packages <<<"$requirements"
 "$venv/bin/python" -m pip install --quiet "${constraints[@]}" "${packages[@]}"
+
+# Asked for CUDA kernels on a machine without a compiler: it exists as wheels, of the CUDA version that torch has.
+if [ "${LRDS_FAST_CUDA:-}" = 1 ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
+  cuda=$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "")')
+  [ -n "$cuda" ] || need "LRDS_FAST_CUDA=1, but this torch is a CPU-only build"
+  echo "lrds-fast: installing nvcc $cuda into $venv"
+  "$venv/bin/python" -m pip install --quiet "nvidia-cuda-nvcc==$cuda.*" "nvidia-cuda-crt==$cuda.*" "nvidia-nvvm==$cuda.*"
+fi
