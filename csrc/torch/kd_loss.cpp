@@ -241,7 +241,6 @@ void run_cpu(const Call& call) {
 
   const std::size_t scratch_bytes = (cpu::kd_loss_scratch_bytes(args) + 63) / 64 * 64;
   std::atomic<std::int64_t> bad_row{args.rows};
-  std::atomic<int> bad_kind{cpu::RowError::kNone};
   const std::int64_t grain = std::max<std::int64_t>(1, 32768 / args.classes);
   at::parallel_for(0, args.rows, grain, [&](std::int64_t begin, std::int64_t end) {
     const std::unique_ptr<void, decltype(&std::free)> scratch(
@@ -253,13 +252,12 @@ void run_cpu(const Call& call) {
     std::int64_t first = bad_row.load();
     while (error.row < first && !bad_row.compare_exchange_weak(first, error.row)) {
     }
-    if (bad_row.load() == error.row) bad_kind.store(error.kind);
   });
   const std::int64_t row = bad_row.load();
   if (row < args.rows) {
-    TORCH_CHECK_VALUE(bad_kind.load() != cpu::RowError::kTarget, "target[", row, "] is ",
-                      target_at(call, row), ", outside [0, ", args.classes,
-                      ") and not ignore_index = ", args.ignore_index);
+    const std::int64_t y = target_at(call, row);
+    TORCH_CHECK_VALUE(y >= 0 && y < args.classes, "target[", row, "] is ", y, ", outside [0, ",
+                      args.classes, ") and not ignore_index = ", args.ignore_index);
     TORCH_CHECK_VALUE(false, "selected[", row, "] is not a weight in [0, 1]: ",
                       args.selected_type == SelectedType::kFloat64
                           ? call.selected.const_data_ptr<double>()[row]
