@@ -289,7 +289,7 @@ void async_wait() {
 
 const Device& device(int index) {
   static const Device devices[kDevices] = {
-      {132, 232448, 233472}, {4, 4096 + 2560, 64 * 1024}, {2, 101376, 102400}};
+      {132, 232448, 233472}, {1, 4096 + 2560, 8192}, {2, 101376, 16384}};
   return devices[index];
 }
 void set_device(int index) { machine.device = index; }

@@ -54,8 +54,9 @@ struct Device {
   int shared_per_block;
   int shared_per_multiprocessor;
 };
-// Device 0 is an H200; 1 has 4 KiB of shared memory, so that rows stream; 2 has two
-// multiprocessors, so that blocks and warps take several rows each.
+// Device 0 is an H200, which gives every row here a block of its own. 1 has one multiprocessor and
+// 4 KiB of shared memory: rows stream, all through one block. 2 has two multiprocessors with room
+// for one block each.
 const Device& device(int index);
 constexpr int kDevices = 3;
 void set_device(int index);

@@ -689,7 +689,7 @@ std::vector<Case> kd_loss_cases() {
         c.rows = 5;  // all of them
       });
     };
-    variants(DType::kFloat32, 0);
+    variants(DType::kFloat32, classes > 1024 ? 2 : 0);
     if (classes < 1024) variants(DType::kFloat64, 0);
     if (classes > 1024) variants(DType::kBFloat16, 1);
     if (classes == 200) variants(DType::kFloat16, 0);
