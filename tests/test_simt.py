@@ -120,6 +120,8 @@ def test_interpreter_runs_a_correct_kernel(programs: dict[str, Path]) -> None:
         ("missing_barrier", "depends on who goes first"),
         ("overtaken", "depends on who goes first"),
         ("async_early", "before the copy was waited for"),
+        ("async_too_few", "before the copy was waited for"),
+        ("async_open", "before the copy was waited for"),
     ],
 )
 def test_interpreter_catches(programs: dict[str, Path], fault: str, message: str) -> None:

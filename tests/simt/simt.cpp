@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -46,7 +47,8 @@ struct Fiber {
   unsigned mask = 0;
   std::uint64_t value = 0;
   std::uint64_t gathered[kWarpSize] = {};
-  std::vector<Copy> copies;
+  std::vector<Copy> copies;                  // of the open group
+  std::deque<std::vector<Copy>> unfinished;  // groups
 };
 
 struct Machine {
@@ -128,7 +130,6 @@ void fiber_main() {
                                   &machine.scheduler_stack_bytes);
 #endif
   (*machine.body)();
-  async_wait();
   machine.running->state = State::kDone;
   ++machine.done;
   to_scheduler(true);
@@ -158,6 +159,8 @@ void prepare(unsigned threads) {
     makecontext(&fiber.context, fiber_main, 0);
     fiber.index = {t, 0, 0};
     fiber.state = State::kRunnable;
+    fiber.copies.clear();
+    fiber.unfinished.clear();
   }
   machine.threads = threads;
   machine.waiting_at_barrier = 0;
@@ -278,13 +281,23 @@ void async_copy(void* to, const void* from, std::size_t bytes) {
   if ((bytes != 4 && bytes != 8 && bytes != 16) || misaligned(to) || misaligned(from)) {
     fail("an asynchronous copy of a size or alignment that CUDA does not have");
   }
-  machine.running->copies.push_back({to, from, bytes});
-  if (machine.order == Order::kForward) async_wait();
+  if (machine.order == Order::kForward) {
+    std::memcpy(to, from, bytes);
+  } else {
+    machine.running->copies.push_back({to, from, bytes});
+  }
 }
 
-void async_wait() {
-  for (const Copy& copy : machine.running->copies) std::memcpy(copy.to, copy.from, copy.bytes);
-  machine.running->copies.clear();
+void async_commit() {
+  Fiber& fiber = *machine.running;
+  fiber.unfinished.push_back(std::exchange(fiber.copies, {}));
+}
+
+void async_wait(std::size_t unfinished) {
+  std::deque<std::vector<Copy>>& groups = machine.running->unfinished;
+  for (; groups.size() > unfinished; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
 }
 
 const Device& device(int index) {

@@ -32,7 +32,8 @@ void warp_exchange(unsigned mask, std::uint64_t value, std::uint64_t* gathered,
 // cp.async: the copy happens at once with Order::kForward, when it is waited for with the others;
 // CUDA allows both.
 void async_copy(void* to, const void* from, std::size_t bytes);
-void async_wait();
+void async_commit();                      // closes the group of the copies since the last
+void async_wait(std::size_t unfinished);  // for all groups but the last so many; not for open ones
 
 template <class T>
 std::uint64_t to_bits(T value) {

@@ -134,8 +134,28 @@ __global__ void async_copy_read_early(int* out) {
   if (threadIdx.x != 0) return;
   alignas(16) static int source[4] = {1, 2, 3, 4};
   simt::async_copy(dynamic_ints(), source, 16);
+  simt::async_commit();
   out[0] = dynamic_ints()[0];
-  simt::async_wait();
+  simt::async_wait(0);
+}
+
+__global__ void async_waits_for_too_few(int* out) {
+  if (threadIdx.x != 0) return;
+  alignas(16) static int source[4] = {1, 2, 3, 4};
+  for (int group = 0; group < 2; ++group) {
+    simt::async_copy(dynamic_ints() + 4 * group, source, 16);
+    simt::async_commit();
+  }
+  simt::async_wait(1);
+  out[0] = dynamic_ints()[0] == 1 ? dynamic_ints()[4] : 2;
+}
+
+__global__ void async_not_committed(int* out) {
+  if (threadIdx.x != 0) return;
+  alignas(16) static int source[4] = {1, 2, 3, 4};
+  simt::async_copy(dynamic_ints(), source, 16);
+  simt::async_wait(0);
+  out[0] = dynamic_ints()[0];
 }
 
 using Kernel = void (*)(int*);
@@ -275,7 +295,9 @@ int main(int argc, char** argv) {
                  {"mask", lane_outside_its_mask},
                  {"missing_barrier", missing_barrier},
                  {"overtaken", overtaken},
-                 {"async_early", async_copy_read_early}};
+                 {"async_early", async_copy_read_early},
+                 {"async_too_few", async_waits_for_too_few},
+                 {"async_open", async_not_committed}};
   for (const auto& [name, kernel] : kFaults) {
     if (fault != name) continue;
     if (fault == "missing_barrier" || fault == "overtaken") {
@@ -284,12 +306,12 @@ int main(int argc, char** argv) {
       return 16;
     }
     // The second order delays asynchronous copies until they are waited for.
-    if (fault == "async_early") simt::set_order(simt::Order::kBackward);
+    if (fault.starts_with("async")) simt::set_order(simt::Order::kBackward);
     std::vector<int> out(64, 0);
     int* const data = out.data();
     simt::launch(reinterpret_cast<const void*>(kernel), 1, 64, 64 * sizeof(int),
                  [=, k = kernel] { k(data); });
-    if (fault == "async_early" && out[0] != 1) {
+    if (fault.starts_with("async") && out[0] == -1) {
       std::fprintf(stderr, "read %d before the copy was waited for\n", out[0]);
       return 7;
     }
