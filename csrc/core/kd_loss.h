@@ -17,14 +17,16 @@
 // copy, so that the linker can never hand an AVX-512 body to a CPU without it.
 #if defined(__CUDACC__) || defined(LRDS_SIMT)
 #define LRDS_HOST_DEVICE static __host__ __device__
+#define LRDS_HOST_DEVICE_MEMBER __host__ __device__
 #else
 #define LRDS_HOST_DEVICE static
+#define LRDS_HOST_DEVICE_MEMBER
 #endif
 
 namespace lrds {
 
 enum class DType : std::int32_t { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
-enum class Revise : std::int32_t { kNone = 0, kLabelRevision = 1 };
+enum class Revise : std::int32_t { kNone = 0, kLabelRevision = 1, kMft = 2, kSwap = 3 };
 enum class Reduction : std::int32_t { kNone = 0, kMean = 1, kSum = 2, kElementMean = 3 };
 enum class SelectedType : std::int32_t { kPrefix = 0, kBool = 1, kFloat32 = 2, kFloat64 = 3 };
 
@@ -85,6 +87,8 @@ LRDS_HOST_DEVICE inline float row_exp(float x) { return expf(x); }
 LRDS_HOST_DEVICE inline double row_exp(double x) { return exp(x); }
 LRDS_HOST_DEVICE inline float row_log(float x) { return logf(x); }
 LRDS_HOST_DEVICE inline double row_log(double x) { return log(x); }
+LRDS_HOST_DEVICE inline float row_sqrt(float x) { return sqrtf(x); }
+LRDS_HOST_DEVICE inline double row_sqrt(double x) { return sqrt(x); }
 
 template <typename A>
 LRDS_HOST_DEVICE inline A anchor(A max) {
@@ -222,6 +226,14 @@ LRDS_HOST_DEVICE inline A reduction_scale(Reduction reduction, A valid_rows, A c
   return count > A(0) ? A(1) / count : A(0);
 }
 
+// What the denominators make of each term: they differ only under class weights.
+struct TermScales {
+  double ce;
+  double kd;
+};
+
+constexpr int kMaxTemperatures = 8;
+
 // One call, as both devices' sweeps take it: plain pointers, sizes and strides in elements. The
 // last stride of every logit tensor is 1. accumulate is kFloat64 if either logits are, else
 // kFloat32; A below is that type.
@@ -253,6 +265,21 @@ struct KdLossArgs {
   Reduction reduction;
   DType accumulate;
 
+  // The wider family. A call that is_plain() has none of it.
+  std::int32_t divergence;  // code, the index in Divergences (divergences.h)
+  double divergence_parameters[3];
+  bool standardize;
+  std::int32_t temperature_count;
+  double temperatures[kMaxTemperatures];  // the KD terms are added; temperature is the first
+  const void* soft_target;   // A[rows * classes] or null: target is unused, no row is ignored
+  const void* class_weight;  // A[classes] or null
+  const void* weight_sum;    // A[1] or null: replaces the sum of the valid rows' class weights
+  // A cached teacher: `teacher` holds kept_classes logits a row, teacher_indices their classes, and
+  // teacher_logsumexp logsumexp(v / temperature) over all classes.
+  std::int64_t kept_classes;            // 0: the teacher is dense
+  const std::int64_t* teacher_indices;  // (teacher_rows, kept_classes) contiguous
+  const void* teacher_logsumexp;        // A[teacher_rows]
+
   const void* num_valid;    // A[1] or null: replaces the count of valid rows in the denominator
   const void* grad_scale;   // A[1] or null: folded into the gradient before it is rounded
   const void* grad_output;  // null, or A[rows] / A[1] by grad_output_stride (1 / 0): multiplies
@@ -272,6 +299,13 @@ struct KdLossArgs {
   void* loss_kd;
   std::int64_t* counts;  // n_valid, n_selected, n_revised; null: only the gradient is wanted
 };
+
+// The default loss, for which both devices have their fastest kernels.
+LRDS_HOST_DEVICE inline bool is_plain(const KdLossArgs& args) {
+  return args.divergence == 0 && !args.standardize && args.temperature_count == 1 &&
+         args.soft_target == nullptr && args.class_weight == nullptr && args.kept_classes == 0 &&
+         (args.revise == Revise::kNone || args.revise == Revise::kLabelRevision);
+}
 
 template <typename A>
 LRDS_HOST_DEVICE inline RowParams<A> row_params(const KdLossArgs& args) {

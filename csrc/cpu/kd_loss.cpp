@@ -5,8 +5,6 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "cpu/kd_loss_double.h"
-
 namespace lrds::cpu {
 namespace {
 
@@ -49,7 +47,7 @@ double sum_rows(const A* terms, std::int64_t rows) {
 }
 
 template <class A>
-void finalize(const KdLossArgs& args, double scale) {
+void finalize(const KdLossArgs& args, const TermScales& scales) {
   const A* const ce = static_cast<const A*>(args.ce);
   const A* const kd = static_cast<const A*>(args.kd);
   A* const loss = static_cast<A*>(args.loss);
@@ -57,7 +55,8 @@ void finalize(const KdLossArgs& args, double scale) {
     for (std::int64_t row = 0; row < args.rows; ++row) loss[row] = ce[row] + kd[row];
   } else {
     // A sum of nothing is 0 and stays 0, also where the denominator of an empty mean would be.
-    const double sum_ce = sum_rows(ce, args.rows) * scale, sum_kd = sum_rows(kd, args.rows) * scale;
+    const double sum_ce = sum_rows(ce, args.rows) * scales.ce;
+    const double sum_kd = sum_rows(kd, args.rows) * scales.kd;
     *static_cast<A*>(args.loss_ce) = static_cast<A>(sum_ce);
     *static_cast<A*>(args.loss_kd) = static_cast<A>(sum_kd);
     *loss = static_cast<A>(sum_ce + sum_kd);
@@ -101,7 +100,12 @@ Isa selected_isa() {
 
 std::size_t kd_loss_scratch_bytes(const KdLossArgs& args) {
   const std::size_t classes = static_cast<std::size_t>(args.classes);
-  if (args.accumulate == DType::kFloat64) return 3 * classes * sizeof(double);
+  const bool wide = args.accumulate == DType::kFloat64;
+  if (wide || !is_plain(args)) {
+    return detail::kFamilyScratchRows *
+           static_cast<std::size_t>(detail::family_padded(args.classes)) *
+           (wide ? sizeof(double) : sizeof(float));
+  }
   const std::size_t padded = (classes + 63) / 64 * 64 + detail::kScratchSlack;
   const std::size_t kept = args.classes <= detail::kScratchClasses ? 2 : 0;
   const std::size_t converted = args.teacher_type != args.student_type ? 1 : 0;
@@ -109,6 +113,7 @@ std::size_t kd_loss_scratch_bytes(const KdLossArgs& args) {
 }
 
 std::int64_t kd_loss_count_valid(const KdLossArgs& args) {
+  if (args.soft_target != nullptr) return args.rows;
   std::int64_t valid = 0;
   if (args.target_is_int64) {
     const std::int64_t* const target = static_cast<const std::int64_t*>(args.target);
@@ -120,27 +125,48 @@ std::int64_t kd_loss_count_valid(const KdLossArgs& args) {
   return valid;
 }
 
-RowError kd_loss_rows(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
-                      std::int64_t end, void* scratch) {
-  if (args.accumulate == DType::kFloat64) {
-    return detail::kd_loss_rows_double(args, gradient_scale, begin, end, scratch);
+double kd_loss_weight_sum(const KdLossArgs& args) {
+  const auto weight = [&](std::int64_t y) {
+    if (y == args.ignore_index || y < 0 || y >= args.classes) return 0.0;
+    return args.accumulate == DType::kFloat64 ? static_cast<const double*>(args.class_weight)[y]
+                                              : static_cast<const float*>(args.class_weight)[y];
+  };
+  double sum = 0.0;
+  for (std::int64_t row = 0; row < args.rows; ++row) {
+    sum += weight(args.target_is_int64 ? static_cast<const std::int64_t*>(args.target)[row]
+                                       : static_cast<const std::int32_t*>(args.target)[row]);
   }
-#if defined(__x86_64__)
-  static const detail::RowsFunction rows =
-      selected_isa() == Isa::kAvx512 ? detail::kd_loss_rows_avx512
-      : selected_isa() == Isa::kAvx2 ? detail::kd_loss_rows_avx2
-                                     : detail::kd_loss_rows_baseline;
-#else
-  static const detail::RowsFunction rows = detail::kd_loss_rows_baseline;
-#endif
-  return rows(args, gradient_scale, begin, end, scratch);
+  return sum;
 }
 
-void kd_loss_finalize(const KdLossArgs& args, double loss_scale) {
+RowError kd_loss_rows(const KdLossArgs& args, const TermScales& scales, std::int64_t begin,
+                      std::int64_t end, void* scratch) {
   if (args.accumulate == DType::kFloat64) {
-    finalize<double>(args, loss_scale);
+    return detail::kd_family_rows_double(args, scales, begin, end, scratch);
+  }
+#if defined(__x86_64__)
+  static const Isa isa = selected_isa();
+  static const detail::RowsFunction rows = isa == Isa::kAvx512 ? detail::kd_loss_rows_avx512
+                                           : isa == Isa::kAvx2 ? detail::kd_loss_rows_avx2
+                                                               : detail::kd_loss_rows_baseline;
+  static const detail::FamilyFunction family = isa == Isa::kAvx512 ? detail::kd_family_rows_avx512
+                                               : isa == Isa::kAvx2
+                                                   ? detail::kd_family_rows_avx2
+                                                   : detail::kd_family_rows_baseline;
+#else
+  static const detail::RowsFunction rows = detail::kd_loss_rows_baseline;
+  static const detail::FamilyFunction family = detail::kd_family_rows_baseline;
+#endif
+  if (!is_plain(args)) return family(args, scales, begin, end, scratch);
+  // Without class weights both terms have one denominator.
+  return rows(args, scales.kd, begin, end, scratch);
+}
+
+void kd_loss_finalize(const KdLossArgs& args, const TermScales& scales) {
+  if (args.accumulate == DType::kFloat64) {
+    finalize<double>(args, scales);
   } else {
-    finalize<float>(args, loss_scale);
+    finalize<float>(args, scales);
   }
 }
 

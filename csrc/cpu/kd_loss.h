@@ -18,7 +18,7 @@ const char* isa_name(Isa isa);
 bool isa_compiled(Isa isa);
 
 struct RowError {
-  enum Kind : int { kNone = 0, kTarget = 1, kSelected = 2 };
+  enum Kind : int { kNone = 0, kTarget = 1, kSelected = 2, kTeacherIndex = 3 };
   Kind kind;
   std::int64_t row;
 };
@@ -29,14 +29,17 @@ std::size_t kd_loss_scratch_bytes(const KdLossArgs& args);
 // Rows with target != ignore_index.
 std::int64_t kd_loss_count_valid(const KdLossArgs& args);
 
-// Rows [begin, end). gradient_scale multiplies the gradient (1 / denominator * grad_scale); a row's
+// The sum of their class weights, for the denominator of a mean.
+double kd_loss_weight_sum(const KdLossArgs& args);
+
+// Rows [begin, end). `scales` multiply the terms' gradients (1 / denominator * grad_scale); a row's
 // grad_output, if any, multiplies on top. A row's bits do not depend on begin and end. Stops at the
 // first bad row and names it.
-RowError kd_loss_rows(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
+RowError kd_loss_rows(const KdLossArgs& args, const TermScales& scales, std::int64_t begin,
                       std::int64_t end, void* scratch);
 
 // Sums the per-row terms in a fixed order, into loss, loss_ce, loss_kd and counts.
-void kd_loss_finalize(const KdLossArgs& args, double loss_scale);
+void kd_loss_finalize(const KdLossArgs& args, const TermScales& scales);
 
 namespace detail {
 using RowsFunction = RowError (*)(const KdLossArgs&, double, std::int64_t, std::int64_t, void*);
@@ -51,6 +54,21 @@ RowError kd_loss_rows_avx512(const KdLossArgs& args, double gradient_scale, std:
 constexpr std::int64_t kScratchClasses = 32768;
 // Scratch: exponentials of z and v, a converted teacher row, and one vector of slack each.
 constexpr std::int64_t kScratchSlack = 64;
+
+// The wider family's rows (kd_family_sweep.h).
+using FamilyFunction = RowError (*)(const KdLossArgs&, const TermScales&, std::int64_t,
+                                    std::int64_t, void*);
+RowError kd_family_rows_baseline(const KdLossArgs& args, const TermScales& scales,
+                                 std::int64_t begin, std::int64_t end, void* scratch);
+RowError kd_family_rows_avx2(const KdLossArgs& args, const TermScales& scales, std::int64_t begin,
+                             std::int64_t end, void* scratch);
+RowError kd_family_rows_avx512(const KdLossArgs& args, const TermScales& scales, std::int64_t begin,
+                               std::int64_t end, void* scratch);
+RowError kd_family_rows_double(const KdLossArgs& args, const TermScales& scales, std::int64_t begin,
+                               std::int64_t end, void* scratch);
+// Scratch: rows of z, v, gradient, soft target and class weights, each whole vectors long.
+constexpr std::int64_t kFamilyScratchRows = 5;
+constexpr std::int64_t family_padded(std::int64_t classes) { return (classes + 15) / 16 * 16; }
 }  // namespace detail
 
 }  // namespace lrds::cpu

@@ -11,6 +11,9 @@
 
 // GCC 12 warns inside its own intrinsics (GCC bug 105593), thousands of times.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+// A vector as a template argument loses attributes that concern its memory, not its arithmetic.
+#pragma GCC diagnostic ignored "-Wignored-attributes"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
 
 #include "cpu/half.h"
@@ -20,11 +23,18 @@
 // Written in terms of the Simd above.
 #include "cpu/kd_loss_sweep.h"
 
+#include "cpu/kd_family_float.h"
+
 namespace lrds::cpu::detail {
 
 RowError kd_loss_rows_avx512(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                              std::int64_t end, void* scratch) {
   return sweep_by_type(args, gradient_scale, begin, end, scratch);
+}
+
+RowError kd_family_rows_avx512(const KdLossArgs& args, const TermScales& scales, std::int64_t begin,
+                               std::int64_t end, void* scratch) {
+  return family_rows<FloatLanes>(args, scales, begin, end, scratch);
 }
 
 }  // namespace lrds::cpu::detail

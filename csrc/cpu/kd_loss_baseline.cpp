@@ -15,11 +15,18 @@
 // Written in terms of the Simd above.
 #include "cpu/kd_loss_sweep.h"
 
+#include "cpu/kd_family_float.h"
+
 namespace lrds::cpu::detail {
 
 RowError kd_loss_rows_baseline(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                                std::int64_t end, void* scratch) {
   return sweep_by_type(args, gradient_scale, begin, end, scratch);
+}
+
+RowError kd_family_rows_baseline(const KdLossArgs& args, const TermScales& scales,
+                                 std::int64_t begin, std::int64_t end, void* scratch) {
+  return family_rows<FloatLanes>(args, scales, begin, end, scratch);
 }
 
 }  // namespace lrds::cpu::detail

@@ -6,12 +6,15 @@
 
 namespace lrds::cpu {
 
-// y is ignore_index for an ignored row, else in [0, classes); w in [0, 1].
+// y is ignore_index for an ignored row, else in [0, classes), 0 for soft targets; w in [0, 1].
 static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::int64_t* y,
                                 double* w) {
-  *y = args.target_is_int64 ? static_cast<const std::int64_t*>(args.target)[row]
-                            : static_cast<const std::int32_t*>(args.target)[row];
-  if (*y != args.ignore_index && (*y < 0 || *y >= args.classes)) return {RowError::kTarget, row};
+  const bool soft = args.soft_target != nullptr;
+  *y = soft                   ? 0
+       : args.target_is_int64 ? static_cast<const std::int64_t*>(args.target)[row]
+                              : static_cast<const std::int32_t*>(args.target)[row];
+  const bool valid = soft || *y != args.ignore_index;
+  if (valid && (*y < 0 || *y >= args.classes)) return {RowError::kTarget, row};
   *w = 1.0;
   switch (args.selected_type) {
     case SelectedType::kPrefix:
@@ -28,7 +31,7 @@ static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::i
       break;
   }
   // An ignored row's weight is not read into anything, so it is not judged either.
-  if (*y != args.ignore_index && !(*w >= 0.0 && *w <= 1.0)) return {RowError::kSelected, row};
+  if (valid && !(*w >= 0.0 && *w <= 1.0)) return {RowError::kSelected, row};
   return {RowError::kNone, row};
 }
 

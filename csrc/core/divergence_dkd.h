@@ -1,0 +1,49 @@
+// Decoupled knowledge distillation: alpha T^2 KL(binary(p'_y) || binary(q_y)) + beta T^2 KL(p'hat
+// || qhat), hat = renormalised over the others, so p'hat = phat. Zhao et al., CVPR 2022.
+// Parameters: alpha, beta.
+#pragma once
+
+#include "core/divergence.h"
+
+namespace lrds {
+
+struct Dkd {
+  static constexpr int kSums = 1;
+  static constexpr int kSecondSums = 0;
+  static constexpr Classes kClasses = Classes::kOthers;
+  static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kNone;
+
+  template <class M, class X>
+  LRDS_HOST_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
+    sums[0] += M::where_positive(e.ev, e.ev * (e.dv - e.dz));
+  }
+
+  template <class M, class A>
+  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
+                                                        const DistillTerms<A>&) {
+    const A t = s.temperature, alpha = s.parameters[0], beta = s.parameters[1];
+    const Revision<A>& p = s.revision;
+    DistillTerms<A> out{};
+    const A binary = times_log(p.target, p.log_target - s.student.log_target) +
+                     times_log(p.others, p.log_others - s.student.log_others);
+    const bool others = s.sum_v > A(0);
+    const A hat =
+        others ? s.sums[0] * s.inv_temperature / s.sum_v - row_log(s.sum_v) + row_log(s.sum_z)
+               : A(0);
+    // A weight of 0 switches its part off, also where that is infinite.
+    out.loss = t * t * (times_log(alpha, binary) + times_log(beta, hat));
+    out.at_target = alpha * t * (s.student.target - p.target);
+    if (others) {
+      out.c[0] = (t * beta - out.at_target) / s.sum_z;
+      out.c[1] = t * beta / s.sum_v;
+    }
+    return out;
+  }
+
+  template <class M, class X, class A>
+  LRDS_HOST_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
+    return f.c[0] * e.ez - f.c[1] * e.ev;
+  }
+};
+
+}  // namespace lrds

@@ -1,0 +1,61 @@
+// Refined logit distillation: the binary part with the teacher's top probability p_a at its own
+// temperature Tc, alpha Tc^2 KL((p_a, 1 - p_a) || (q_y, 1 - q_y)), and beta T^2 KL over the classes
+// with v_k < v_y, both sides renormalised. It replaces revision. Sun et al., "Knowledge
+// Distillation with Refined Logits", 2024. Parameters: alpha, beta, Tc.
+#pragma once
+
+#include "core/divergence.h"
+
+namespace lrds {
+
+struct Rld {
+  static constexpr int kSums = 1;
+  static constexpr int kSecondSums = 0;
+  static constexpr Classes kClasses = Classes::kBelowTarget;
+  static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kParameter;
+
+  template <class M, class X>
+  LRDS_HOST_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
+    sums[0] += M::where_positive(e.ev, e.ev * (e.dv - e.dz));
+  }
+
+  template <class M, class A>
+  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
+                                                        const DistillTerms<A>&) {
+    const A t = s.temperature, alpha = s.parameters[0], beta = s.parameters[1];
+    const A tc = s.second_temperature;
+    const Split<A>& p = s.second_teacher;
+    const Split<A>& q = s.second_student;
+    DistillTerms<A> out{};
+    A top = p.target, log_top = p.log_target, left = p.others, log_left = p.log_others;
+    if (s.v_y < s.max_v) {
+      // The top class is one of the others; the target joins those that are left.
+      top = row_exp(-p.total);
+      log_top = -p.total;
+      left = (s.second_sum_v - A(1)) * top + p.target;
+      log_left = row_log(left);
+    }
+    const A binary =
+        times_log(top, log_top - q.log_target) + times_log(left, log_left - q.log_others);
+    const bool below = s.sum_v > A(0);
+    const A hat =
+        below ? s.sums[0] * s.inv_temperature / s.sum_v - row_log(s.sum_v) + row_log(s.sum_z)
+              : A(0);
+    const bool others = s.classes > A(1);
+    out.loss = others ? times_log(alpha, tc * tc * binary) + times_log(beta, t * t * hat) : A(0);
+    out.at_target = others ? alpha * tc * (q.target - top) : A(0);
+    if (others) out.c[2] = -out.at_target / s.second_sum_z;
+    if (below) {
+      out.c[0] = t * beta / s.sum_z;
+      out.c[1] = t * beta / s.sum_v;
+    }
+    return out;
+  }
+
+  template <class M, class X, class A>
+  LRDS_HOST_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
+    return f.c[2] * e.second_z + f.c[0] * e.ez - f.c[1] * e.ev;
+  }
+};
+
+}  // namespace lrds

@@ -1,0 +1,434 @@
+// One row of the loss under any divergence, revision policy, target and number of temperatures: the
+// template that both devices run. An executor knows where the row is and how to loop over it: a
+// SIMD loop over scratch memory, a warp, a block.
+//
+// Executor:
+//   M            the math: scalar type A, element type X (A or a vector of A), exp, log, where_*
+//   z(k), v(k)   logits of the classes at position k; -inf at the target and past the row's end
+//   t(k), w(k)   soft target's probabilities, class weights
+//   others(k, x) x, but 0 at the target and past the row's end
+//   max(f), sum<N>(f, out)   over all positions: f(k) -> X; f(k, X* sums)
+//   each(f)                  f(k) for all positions
+//   store(k, x)              the gradient at position k
+#pragma once
+
+#include "core/divergence.h"
+
+namespace lrds {
+
+template <typename A>
+struct DistillParams {
+  int temperatures;
+  A temperature[kMaxTemperatures];
+  Revise revise;
+  A eta;
+  A label_smoothing;
+  A classes;
+  bool standardize;
+  bool soft;      // targets are probabilities
+  bool weighted;  // classes have weights
+  bool gradient;  // is wanted
+  A parameters[3];
+};
+
+template <typename A>
+LRDS_HOST_DEVICE inline DistillParams<A> distill_params(const KdLossArgs& args) {
+  DistillParams<A> out{};
+  out.temperatures = args.temperature_count;
+  for (int i = 0; i < args.temperature_count; ++i)
+    out.temperature[i] = static_cast<A>(args.temperatures[i]);
+  out.revise = args.revise;
+  out.eta = static_cast<A>(args.eta);
+  out.label_smoothing = static_cast<A>(args.label_smoothing);
+  out.classes = static_cast<A>(args.classes);
+  out.standardize = args.standardize;
+  out.soft = args.soft_target != nullptr;
+  out.weighted = args.class_weight != nullptr;
+  out.gradient = args.gradient != nullptr;
+  for (int i = 0; i < 3; ++i) out.parameters[i] = static_cast<A>(args.divergence_parameters[i]);
+  return out;
+}
+
+// What a row brings along. A term of weight 0 is neither read nor added.
+//   ce_scale, kd_scale   multiply the terms' gradients
+//   z_y, v_y             logits at the target
+//   t_y, t_margin        the soft target's probability there, and its lead over the next class; 1,
+//   1 for an index w_y                  the target's class weight, 1 without weights
+template <typename A>
+struct RowTask {
+  A ce_weight, kd_weight;
+  A ce_scale, kd_scale;
+  A z_y, v_y;
+  A t_y, t_margin;
+  A w_y;
+};
+
+// ce, kd: weighted loss terms. at_target: the gradient there.
+template <typename A>
+struct RowTerms {
+  A ce;
+  A kd;
+  A at_target;
+  bool revised;
+};
+
+// x -> (x - shift) * scale
+template <typename A>
+struct Affine {
+  A shift;
+  A scale;
+  A deviation;  // unbiased; unset without standardisation
+};
+
+constexpr double kStandardizeEpsilon = 1e-7;
+
+// A soft target's revision changes every class: v'_k = T [log p'_k - log beta + logsumexp(v / T)],
+// which is v_k where the target has no probability.
+template <typename A>
+struct SoftTeacher {
+  bool on;
+  A temperature;
+  A inv_temperature;
+  A shift;
+  A total;
+  A beta;
+  A offset;
+};
+
+template <class M, class X, class A>
+LRDS_HOST_DEVICE inline X soft_teacher_logit(const SoftTeacher<A>& soft, X v, X t) {
+  const X p = M::exp((v - soft.shift) * soft.inv_temperature - soft.total);
+  const X mixed = soft.beta * p + (A(1) - soft.beta) * t;
+  const X logit = soft.temperature * (M::log(mixed) + soft.offset) + soft.shift;
+  // With beta = 0 nothing of the teacher is left.
+  return soft.beta > A(0) ? M::where_positive(t, logit, v) : logit;
+}
+
+// One temperature's part of a row, as the gradient needs it.
+template <typename A>
+struct AtTemperature {
+  A inv_temperature;
+  A inv_second;
+  A shift_z, shift_v;
+  SoftTeacher<A> soft;
+  DistillTerms<A> terms;
+};
+
+template <class D, class Executor>
+class RowProgram {
+ public:
+  using M = typename Executor::M;
+  using A = typename M::A;
+  using X = typename M::X;
+
+  LRDS_HOST_DEVICE_MEMBER RowProgram(Executor& exec, const DistillParams<A>& params,
+                                     const RowTask<A>& row)
+      : exec_(exec), params_(params), row_(row) {}
+
+  LRDS_HOST_DEVICE_MEMBER RowTerms<A> run() {
+    RowTerms<A> out{A(0), A(0), A(0), false};
+    max_z_ = exec_.max([&](auto k) { return exec_.z(k); });
+    const bool has_ce = row_.ce_weight != A(0), has_kd = row_.kd_weight != A(0);
+    if (has_ce) cross_entropy(out);
+    if (has_kd) distill(out);
+    if (params_.gradient) {
+      exec_.each([&](auto k) {
+        X g = X{};
+        if (has_ce) g += cross_entropy_gradient(k);
+        if (has_kd) g += distill_gradient(k);
+        exec_.store(k, g);
+      });
+    }
+    return out;
+  }
+
+ private:
+  // --- Cross-entropy: sum_k c_k * (logsumexp(z) - z_k) ---
+
+  // c_k of another class.
+  template <class K>
+  LRDS_HOST_DEVICE_MEMBER X target_weight(K k) const {
+    X c = X{} + params_.label_smoothing / params_.classes;
+    if (params_.soft) c += (A(1) - params_.label_smoothing) * exec_.t(k);
+    if (params_.weighted) c *= exec_.w(k);
+    return exec_.others(k, c);
+  }
+
+  LRDS_HOST_DEVICE_MEMBER bool spread() const {
+    return params_.soft || params_.label_smoothing != A(0);
+  }
+
+  LRDS_HOST_DEVICE_MEMBER void cross_entropy(RowTerms<A>& out) {
+    const A shift = anchor(max_z_);
+    const bool dense = spread();
+    A sums[3];
+    exec_.template sum<3>(
+        [&](auto k, X* into) {
+          const X dz = exec_.z(k) - shift;
+          into[0] += M::exp(dz);
+          if (dense) {
+            const X c = target_weight(k);
+            into[1] += c;
+            into[2] += M::where_positive(c, c * dz);
+          }
+        },
+        sums);
+    const A smoothing = params_.label_smoothing;
+    const A c_y = row_.w_y * ((A(1) - smoothing) * row_.t_y + smoothing / params_.classes);
+    const A c_sum = dense ? sums[1] + c_y : c_y;
+    const Split<A> q = split(sums[0], row_.z_y - shift);
+    const A at_others = dense ? sums[2] : A(0);
+    // (total - z_y) through the split: both may be large.
+    out.ce = row_.ce_weight *
+             (times_log(c_y, -q.log_target) + times_log(c_sum - c_y, q.total) - at_others);
+    const A scale = row_.ce_weight * row_.ce_scale;
+    ce_scale_ = scale;
+    ce_coefficient_ = scale * c_sum * row_exp(-q.total);
+    out.at_target += scale * (c_sum * q.target - c_y);
+  }
+
+  template <class K>
+  LRDS_HOST_DEVICE_MEMBER X cross_entropy_gradient(K k) const {
+    X g = ce_coefficient_ * M::exp(exec_.z(k) - anchor(max_z_));
+    if (spread()) g -= ce_scale_ * target_weight(k);
+    return g;
+  }
+
+  // --- Distillation ---
+
+  template <class F>
+  LRDS_HOST_DEVICE_MEMBER Affine<A> affine_of(F logit, A at_target) const {
+    if (!params_.standardize) return Affine<A>{A(0), A(1), A(0)};
+    A sum[1];
+    exec_.template sum<1>([&](auto k, X* into) { into[0] += exec_.others(k, logit(k)); }, sum);
+    const A mean = (sum[0] + at_target) / params_.classes;
+    exec_.template sum<1>(
+        [&](auto k, X* into) {
+          const X d = exec_.others(k, logit(k) - mean);
+          into[0] += d * d;
+        },
+        sum);
+    const A d_y = at_target - mean;
+    const A deviation =
+        params_.classes > A(1) ? row_sqrt((sum[0] + d_y * d_y) / (params_.classes - A(1))) : A(0);
+    return Affine<A>{mean, A(1) / (deviation + static_cast<A>(kStandardizeEpsilon)), deviation};
+  }
+
+  template <class K>
+  LRDS_HOST_DEVICE_MEMBER X student(K k) const {
+    return (exec_.z(k) - affine_z_.shift) * affine_z_.scale;
+  }
+  template <class K>
+  LRDS_HOST_DEVICE_MEMBER X raw_teacher(K k) const {
+    return (exec_.v(k) - affine_v_.shift) * affine_v_.scale;
+  }
+  template <class K>
+  LRDS_HOST_DEVICE_MEMBER X teacher(K k, const SoftTeacher<A>& soft) const {
+    const X v = raw_teacher(k);
+    if (!soft.on) return v;
+    return soft_teacher_logit<M>(soft, v, exec_.others(k, exec_.t(k)));
+  }
+
+  // Position k as the divergence sees it.
+  template <class K>
+  LRDS_HOST_DEVICE_MEMBER Element<X> element(K k, const AtTemperature<A>& at) const {
+    Element<X> e;
+    e.z = student(k);
+    e.v = teacher(k, at.soft);
+    if constexpr (D::kSecondTemperature != SecondTemperature::kNone) {
+      e.second_z = M::exp((e.z - anchor_z_) * at.inv_second);
+    } else {
+      e.second_z = X{};
+    }
+    if constexpr (D::kClasses == Classes::kBelowTarget) {
+      const X nothing = X{} + negative_infinity<A>();
+      e.z = M::where_less(e.v, v_y_, e.z, nothing);
+      e.v = M::where_less(e.v, v_y_, e.v, nothing);
+    }
+    e.dz = e.z - at.shift_z;
+    e.dv = e.v - at.shift_v;
+    e.ez = M::exp(e.dz * at.inv_temperature);
+    e.ev = M::exp(e.dv * at.inv_temperature);
+    return e;
+  }
+
+  LRDS_HOST_DEVICE_MEMBER void distill(RowTerms<A>& out) {
+    affine_z_ = affine_of([&](auto k) { return exec_.z(k); }, row_.z_y);
+    affine_v_ = affine_of([&](auto k) { return exec_.v(k); }, row_.v_y);
+    z_y_ = (row_.z_y - affine_z_.shift) * affine_z_.scale;
+    v_y_ = (row_.v_y - affine_v_.shift) * affine_v_.scale;
+    const A max_z = (max_z_ - affine_z_.shift) * affine_z_.scale;
+    max_v_ = exec_.max([&](auto k) { return raw_teacher(k); });
+    anchor_z_ = anchor(max_z);
+    anchor_v_ = anchor(max_v_);
+    A loss = A(0), at_target = A(0);
+    for (int i = 0; i < params_.temperatures; ++i) {
+      const bool revised = at_temperature(params_.temperature[i], at_[i]);
+      loss += at_[i].terms.loss;
+      at_target += at_[i].terms.at_target;
+      out.revised = out.revised || revised;
+    }
+    out.kd = row_.kd_weight * loss;
+    kd_scale_ = row_.kd_weight * row_.kd_scale;
+    if (params_.gradient && params_.standardize) {
+      A sums[2];
+      exec_.template sum<2>(
+          [&](auto k, X* into) {
+            const X g = exec_.others(k, direct_gradient(k));
+            into[0] += g;
+            into[1] += g * exec_.others(k, exec_.z(k) - affine_z_.shift);
+          },
+          sums);
+      const A d_y = row_.z_y - affine_z_.shift;
+      gradient_mean_ = (sums[0] + at_target) / params_.classes;
+      const A along = sums[1] + at_target * d_y;
+      const A spread = (params_.classes - A(1)) * affine_z_.deviation;
+      gradient_slope_ = spread > A(0)    ? along * affine_z_.scale / spread
+                        : spread == A(0) ? A(0)
+                                         : spread;
+      at_target = (at_target - gradient_mean_ - d_y * gradient_slope_) * affine_z_.scale;
+    }
+    out.at_target += kd_scale_ * at_target;
+  }
+
+  // Statistics and terms at one temperature; true if the teacher was revised.
+  LRDS_HOST_DEVICE_MEMBER bool at_temperature(A temperature, AtTemperature<A>& at) {
+    DistillStats<A> s{};
+    s.temperature = temperature;
+    s.inv_temperature = A(1) / temperature;
+    s.classes = params_.classes;
+    s.z_y = z_y_;
+    s.v_y = v_y_;
+    s.max_v = max_v_;
+    s.parameters = params_.parameters;
+    at.inv_temperature = s.inv_temperature;
+    at.shift_z = anchor_z_;
+    at.shift_v = anchor_v_;
+    at.soft.on = false;
+    at.inv_second = A(0);
+    const bool wrong = v_y_ < max_v_;
+
+    if constexpr (D::kSecondTemperature != SecondTemperature::kNone) {
+      s.second_temperature =
+          D::kSecondTemperature == SecondTemperature::kOne ? A(1) : params_.parameters[2];
+      at.inv_second = A(1) / s.second_temperature;
+      A sums[2];
+      exec_.template sum<2>(
+          [&](auto k, X* into) {
+            into[0] += M::exp((student(k) - anchor_z_) * at.inv_second);
+            into[1] += M::exp((raw_teacher(k) - anchor_v_) * at.inv_second);
+          },
+          sums);
+      s.second_sum_z = sums[0];
+      s.second_sum_v = sums[1];
+      s.second_student = split(sums[0], (z_y_ - anchor_z_) * at.inv_second);
+      s.second_teacher = split(sums[1], (v_y_ - anchor_v_) * at.inv_second);
+      s.second_revision =
+          revise(s.second_teacher, wrong, params_.revise, params_.eta, row_.t_y, row_.t_margin);
+    }
+
+    bool revised = false;
+    if constexpr (D::kClasses == Classes::kBelowTarget) {
+      const auto below = [&](auto k, X x) {
+        return M::where_less(raw_teacher(k), v_y_, x, X{} + negative_infinity<A>());
+      };
+      at.shift_z = anchor(exec_.max([&](auto k) { return below(k, student(k)); }));
+      at.shift_v = anchor(exec_.max([&](auto k) { return below(k, raw_teacher(k)); }));
+    } else if (params_.soft && wrong && params_.revise != Revise::kNone) {
+      revised = true;
+      revise_soft(at, s);
+    }
+
+    s.shift_z = at.shift_z;
+    s.shift_v = at.shift_v;
+    constexpr int kSums = D::kSums + 2;
+    A sums[kSums];
+    exec_.template sum<kSums>(
+        [&](auto k, X* into) {
+          const Element<X> e = element(k, at);
+          into[0] += e.ez;
+          into[1] += e.ev;
+          if constexpr (D::kSums > 0) D::template add<M>(e, into + 2);
+        },
+        sums);
+    s.sum_z = sums[0];
+    s.sum_v = sums[1];
+    for (int i = 0; i < D::kSums; ++i) s.sums[i] = sums[2 + i];
+    if constexpr (D::kClasses == Classes::kOthers) {
+      s.student = split(s.sum_z, (z_y_ - at.shift_z) * s.inv_temperature);
+      s.teacher = split(s.sum_v, (s.v_y - at.shift_v) * s.inv_temperature);
+      if (revised) {
+        s.revision = unrevised(s.teacher);
+      } else {
+        s.revision = revise(s.teacher, wrong, params_.soft ? Revise::kNone : params_.revise,
+                            params_.eta, row_.t_y, row_.t_margin);
+        revised = s.revision.revised;
+      }
+    }
+    at.terms = DistillTerms<A>{};
+    if constexpr (D::kSecondSums > 0) {
+      at.terms = D::template prepare<M>(s);
+      A second[D::kSecondSums];
+      exec_.template sum<D::kSecondSums>(
+          [&](auto k, X* into) { D::template add_second<M>(at.terms, element(k, at), into); },
+          second);
+      for (int i = 0; i < D::kSecondSums; ++i) s.second[i] = second[i];
+    }
+    at.terms = D::template finish<M>(s, at.terms);
+    return revised;
+  }
+
+  // Replaces the teacher by its revision towards a soft target; leaves the target's new logit in
+  // s.v_y.
+  LRDS_HOST_DEVICE_MEMBER void revise_soft(AtTemperature<A>& at, DistillStats<A>& s) {
+    A sum[1];
+    exec_.template sum<1>(
+        [&](auto k, X* into) {
+          into[0] += M::exp((raw_teacher(k) - anchor_v_) * s.inv_temperature);
+        },
+        sum);
+    const Split<A> p = split(sum[0], (v_y_ - anchor_v_) * s.inv_temperature);
+    const Revision<A> r =
+        revise(p, true, Revise::kLabelRevision, params_.eta, row_.t_y, row_.t_margin);
+    const A offset = r.beta > A(0) ? p.total - r.log_beta : p.total;
+    at.soft =
+        SoftTeacher<A>{true, s.temperature, s.inv_temperature, anchor_v_, p.total, r.beta, offset};
+    s.v_y = s.temperature * (r.log_target + offset) + anchor_v_;
+    at.shift_v = anchor(exec_.max([&](auto k) { return teacher(k, at.soft); }));
+  }
+
+  // The KD terms' gradient with respect to the (standardised) logits, unweighted.
+  template <class K>
+  LRDS_HOST_DEVICE_MEMBER X direct_gradient(K k) const {
+    X g = X{};
+    for (int i = 0; i < params_.temperatures; ++i) {
+      g += D::template gradient<M>(at_[i].terms, element(k, at_[i]));
+    }
+    return g;
+  }
+
+  template <class K>
+  LRDS_HOST_DEVICE_MEMBER X distill_gradient(K k) const {
+    X g = direct_gradient(k);
+    if (params_.standardize) {
+      const X d = exec_.z(k) - affine_z_.shift;
+      g = (g - gradient_mean_ - d * gradient_slope_) * affine_z_.scale;
+    }
+    return kd_scale_ * g;
+  }
+
+  Executor& exec_;
+  const DistillParams<A>& params_;
+  const RowTask<A>& row_;
+  A max_z_;
+  A ce_coefficient_, ce_scale_;
+  Affine<A> affine_z_, affine_v_;
+  A z_y_, v_y_;  // at the target, standardised
+  A max_v_;      // of the others, standardised
+  A anchor_z_, anchor_v_;
+  A kd_scale_;
+  A gradient_mean_, gradient_slope_;
+  AtTemperature<A> at_[kMaxTemperatures];
+};
+
+}  // namespace lrds
