@@ -1,6 +1,7 @@
 """Knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693), fast.
 
-kd_loss, kd_loss_parts, KDLoss: the fused loss. revise_labels: the revised teacher. influence: scores of samples.
+kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD: its divergences. TopKTeacher: a cached
+teacher. revise_labels: the revised teacher. influence: scores of samples.
 select, Selection: which samples keep their teacher. models: networks by name. reference: everything in plain PyTorch.
 """
 
@@ -9,20 +10,31 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lrds_fast import reference
+from lrds_fast import divergences, reference
 from lrds_fast._version import __version__
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
 from lrds_fast.functional import KDLossParts, kd_loss, kd_loss_parts, revise_labels
 from lrds_fast.nn import KDLoss
+from lrds_fast.topk import TopKTeacher
 
 if TYPE_CHECKING:
     from lrds_fast import influence, models
     from lrds_fast.selection import Selection, select
 
 __all__ = [
+    "DKD",
+    "JSD",
+    "KL",
     "KDLoss",
     "KDLossParts",
+    "MSE",
+    "NKD",
+    "RKL",
+    "RLD",
     "Selection",
+    "TopKTeacher",
     "__version__",
+    "divergences",
     "influence",
     "kd_loss",
     "kd_loss_parts",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,10 +46,18 @@ def _accumulate(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _loss_outputs(
-    student: Tensor, teacher: Tensor, target: Tensor, reduction: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = target.shape if reduction == NO_REDUCTION else ()
+# The operators of the loss share their parameters (csrc/torch/kd_loss.cpp: kParameters); shapes depend on a few.
+# PyTorch hands a fake kernel the arguments as the caller did: by position or by name.
+_PARAMETERS = tuple(argument.name for argument in torch.ops.lrds_fast.kd_loss.default._schema.arguments)
+
+
+def _shape_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    by_name = {**dict(zip(_PARAMETERS, args, strict=False)), **kwargs}
+    return by_name["student"], by_name["teacher"], by_name["reduction"]
+
+
+def _loss_outputs(student: Tensor, teacher: Tensor, reduction: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = student.shape[:-1] if reduction == NO_REDUCTION else ()
     dtype = _accumulate(student, teacher)
     loss, ce, kd = (torch.empty(shape, dtype=dtype, device=student.device) for _ in range(3))
     return loss, ce, kd, torch.empty(3, dtype=torch.int64, device=student.device)
@@ -58,68 +68,30 @@ def _empty_contiguous(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 @torch.library.register_fake("lrds_fast::kd_loss")
-def _kd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    selected: Tensor | None,
-    num_valid: Tensor | None,
-    grad_scale: Tensor | None,
-    temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    ce_weight_unselected: float,
-    eta: float,
-    label_smoothing: float,
-    revise: int,
-    reduction: int,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _loss_outputs(student, teacher, target, reduction)
+@torch.library.register_fake("lrds_fast::kd_loss_forward_")
+def _kd_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _loss_outputs(*_shape_arguments(args, kwargs))
 
 
 @torch.library.register_fake("lrds_fast::kd_loss_forward")
 def _kd_loss_forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    selected: Tensor | None,
-    num_valid: Tensor | None,
-    grad_scale: Tensor | None,
-    temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    ce_weight_unselected: float,
-    eta: float,
-    label_smoothing: float,
-    revise: int,
-    reduction: int,
-    ignore_index: int,
-    with_gradient: bool,
+    *args: Any, with_gradient: bool | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradient = _empty_contiguous(student) if with_gradient else student.new_empty(0)
-    return (*_loss_outputs(student, teacher, target, reduction), gradient)
+    student, teacher, reduction = _shape_arguments(args, kwargs)
+    wanted = args[-1] if with_gradient is None else with_gradient
+    gradient = _empty_contiguous(student) if wanted else student.new_empty(0)
+    return (*_loss_outputs(student, teacher, reduction), gradient)
 
 
 @torch.library.register_fake("lrds_fast::kd_loss_backward")
-def _kd_loss_backward(
-    grad_output: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    selected: Tensor | None,
-    num_valid: Tensor | None,
-    temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    ce_weight_unselected: float,
-    eta: float,
-    label_smoothing: float,
-    revise: int,
-    reduction: int,
-    ignore_index: int,
-) -> Tensor:
-    return _empty_contiguous(student)
+def _kd_loss_backward(grad_output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _empty_contiguous(_shape_arguments(args, kwargs)[0])
+
+
+@torch.library.register_fake("lrds_fast::kd_logit_gradient")
+def _kd_logit_gradient(*args: Any, **kwargs: Any) -> Tensor:
+    student, teacher, _ = _shape_arguments(args, kwargs)
+    return _empty_contiguous(student, _accumulate(student, teacher))
 
 
 @torch.library.register_fake("lrds_fast::scale_gradient")
@@ -132,21 +104,8 @@ def _scale_gradient_(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor |
     return None
 
 
-@torch.library.register_fake("lrds_fast::kd_logit_gradient")
-def _kd_logit_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    eta: float,
-    label_smoothing: float,
-    revise: int,
-) -> Tensor:
-    return _empty_contiguous(student, _accumulate(student, teacher))
-
-
 kd_loss = torch.ops.lrds_fast.kd_loss.default
+kd_loss_forward = torch.ops.lrds_fast.kd_loss_forward.default
+kd_loss_forward_ = torch.ops.lrds_fast.kd_loss_forward_.default
 kd_logit_gradient = torch.ops.lrds_fast.kd_logit_gradient.default
 build_info = _C.build_info

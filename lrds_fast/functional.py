@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrds_fast import _ops, reference
+from lrds_fast.divergences import REVISE, Divergence, resolve
 from lrds_fast.reference import KDLossParts, default_ce_weight_unselected
+from lrds_fast.topk import TopKTeacher
 
 __all__ = ["KDLossParts", "kd_logit_gradient", "kd_loss", "kd_loss_parts", "revise_labels"]
 
-_REVISE = {None: 0, "lr": 1}
+MAX_TEMPERATURES = 8
+"""Temperatures that one call can add up (csrc/core/kd_loss.h: kMaxTemperatures)."""
+
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2, "elementmean": 3}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,60 +31,84 @@ def _choice(name: str, value: object, choices: dict[Any, int]) -> int:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+class Hyperparameters(NamedTuple):
+    """kd_loss's keywords, checked, defaults filled in, names replaced by the operators' codes."""
+
+    temperature: list[float]
+    ce_weight_unselected: float
+    revise: int
+    reduction: int
+    divergence: Divergence
+
+
+def _check_number(name: str, value: object) -> None:
+    # The common case costs one comparison.
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not -math.inf < value < math.inf:  # math.isfinite does not trace with symbolic floats
+        raise ValueError(f"{name} must be finite; got {value!r}")
+
+
+def temperatures(temperature: float | Sequence[float]) -> list[float]:
+    """The temperatures of a call, one or several. Raises TypeError or ValueError for anything but numbers > 0."""
+    if isinstance(temperature, (tuple, list)):
+        several = list(temperature)
+        if not 1 <= len(several) <= MAX_TEMPERATURES:
+            raise ValueError(f"temperature must be a number or 1 to {MAX_TEMPERATURES} numbers; got {temperature!r}")
+    else:
+        several = [temperature]
+    for value in several:
+        _check_number("temperature", value)
+        if value <= 0:
+            raise ValueError(f"temperature must be > 0; got {temperature!r}")
+    return several
+
+
 def check_hyperparameters(
     *,
-    temperature: float,
+    temperature: float | Sequence[float],
     ce_weight: float,
     kd_weight: float,
     ce_weight_unselected: float | None,
     revise: str | None,
     eta: float,
-    divergence: str,
+    divergence: str | Divergence,
+    standardize: bool = False,
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
-) -> tuple[float, int, int]:
-    """Checks kd_loss's keywords; returns (ce_weight_unselected with its default, revise code, reduction code).
+) -> Hyperparameters:
+    """Checks kd_loss's keywords and resolves them.
 
     Raises TypeError for a value that is not a number, ValueError for one out of range. Each message names the
     argument, what it must be and what arrived.
     """
-    numbers = {
-        "temperature": temperature,
-        "ce_weight": ce_weight,
-        "kd_weight": kd_weight,
-        "eta": eta,
-        "label_smoothing": label_smoothing,
-    }
-    if ce_weight_unselected is not None:
-        numbers["ce_weight_unselected"] = ce_weight_unselected
-    for name, value in numbers.items():
-        # The common case costs one comparison.
-        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            several = name == "temperature" and isinstance(value, (tuple, list))
-            hint = "; several temperatures: add one kd_loss per temperature" if several else ""
-            raise TypeError(f"{name} must be a number; got {value!r}{hint}")
-        if not -math.inf < value < math.inf:  # math.isfinite does not trace with symbolic floats
-            raise ValueError(f"{name} must be finite; got {value!r}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be > 0; got {temperature!r}")
+    for name, value in (
+        ("ce_weight", ce_weight),
+        ("kd_weight", kd_weight),
+        ("eta", eta),
+        ("label_smoothing", label_smoothing),
+        ("ce_weight_unselected", 0.0 if ce_weight_unselected is None else ce_weight_unselected),
+    ):
+        _check_number(name, value)
+        if value < 0 and name != "eta":
+            raise ValueError(f"{name} must be >= 0; got {value!r}")
     if not 0 < eta < 1:
         raise ValueError(f"eta must be inside (0, 1), the paper's default is 0.8; got {eta!r}")
-    if not 0 <= label_smoothing <= 1:
+    if not label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
-    for name in ("ce_weight", "kd_weight", "ce_weight_unselected"):
-        if name in numbers and numbers[name] < 0:
-            raise ValueError(f"{name} must be >= 0; got {numbers[name]!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int; got {ignore_index!r}")
-    if divergence != "kl":
-        raise ValueError(f"divergence must be 'kl'; got {divergence!r}")
+    if not isinstance(standardize, bool):
+        raise TypeError(f"standardize must be a bool; got {standardize!r}")
     if ce_weight_unselected is None:
         ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
-    return (
+    return Hyperparameters(
+        temperatures(temperature),
         ce_weight_unselected,
-        _choice("revise", revise, _REVISE),
+        _choice("revise", revise, REVISE),
         _choice("reduction", reduction, _REDUCTION),
+        resolve(divergence),
     )
 
 
@@ -92,47 +121,109 @@ def _check_logits(name: str, logits: object) -> None:
         raise ValueError(f"{name} must have shape (..., C) with C >= 1; got {tuple(logits.shape)}")
 
 
-def _check_target(target: object, student_logits: Tensor) -> None:
+def _check_target(target: object, logits: Tensor, revise: str | None) -> None:
     if not isinstance(target, Tensor):
         hint = ""
         if isinstance(target, (int, float)):
             hint = f"; the order is (student_logits, teacher_logits, target): pass temperature={target!r} by keyword"
         raise TypeError(f"target must be a Tensor of class indices; got {type(target).__name__} {target!r}{hint}")
-    if target.dtype not in (torch.int64, torch.int32):
+    shape, expected = tuple(target.shape), tuple(logits.shape[:-1])
+    if target.dtype.is_floating_point:
+        if shape != tuple(logits.shape):
+            # As many numbers as rows were meant as indices: their type is wrong. Else the shape is.
+            error = TypeError if shape == expected else ValueError
+            raise error(
+                f"target must be int64 or int32 class indices of shape {expected}, or floating probabilities of shape "
+                f"{tuple(logits.shape)}; got {target.dtype} of shape {shape}"
+            )
+        if revise not in ("lr", None):
+            raise ValueError(f"revise must be 'lr' or None where target holds probabilities; got {revise!r}")
+    elif target.dtype not in (torch.int64, torch.int32):
         raise TypeError(
-            f"target must hold int64 or int32 class indices; got {target.dtype} of shape {tuple(target.shape)}"
+            f"target must hold int64 or int32 class indices, or floating probabilities; got {target.dtype} of shape "
+            f"{shape}"
         )
-    if target.shape != student_logits.shape[:-1]:
+    elif shape != expected:
+        raise ValueError(f"target must have student_logits' leading shape {expected}; got {shape}")
+    if target.device != logits.device:
+        raise ValueError(f"target must be on {logits.device} like student_logits; got {target.device}")
+
+
+def _check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) -> None:
+    values, indices, logsumexp = teacher.values, teacher.indices, teacher.logsumexp
+    for name, tensor in (("values", values), ("indices", indices), ("logsumexp", logsumexp)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"TopKTeacher.{name} must be a Tensor; got {type(tensor).__name__}")
+        if tensor.device != values.device:
+            raise ValueError(f"TopKTeacher.{name} must be on {values.device} like its values; got {tensor.device}")
+    if values.dim() < 1 or not 1 <= values.shape[-1] <= classes:
+        raise ValueError(f"TopKTeacher.values must be (..., k) with 1 <= k <= {classes}; got {tuple(values.shape)}")
+    if indices.dtype not in (torch.int64, torch.int32) or indices.shape != values.shape:
         raise ValueError(
-            f"target must have student_logits' leading shape {tuple(student_logits.shape[:-1])}; "
-            f"got {tuple(target.shape)}"
+            f"TopKTeacher.indices must be int64 or int32 of shape {tuple(values.shape)}; got {indices.dtype} of shape "
+            f"{tuple(indices.shape)}"
         )
-    if target.device != student_logits.device:
-        raise ValueError(f"target must be on {student_logits.device} like student_logits; got {target.device}")
+    if not logsumexp.dtype.is_floating_point or logsumexp.shape != values.shape[:-1]:
+        raise ValueError(
+            f"TopKTeacher.logsumexp must be floating of shape {tuple(values.shape[:-1])}; got {logsumexp.dtype} of "
+            f"shape {tuple(logsumexp.shape)}"
+        )
+    if temperature != [teacher.temperature]:
+        raise ValueError(
+            f"temperature must be {teacher.temperature!r}, at which the TopKTeacher's logsumexp was taken; "
+            f"got {temperature[0] if len(temperature) == 1 else tuple(temperature)!r}"
+        )
 
 
-def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, selected: Tensor | None) -> None:
+def _check_class_weight(class_weight: object, logits: Tensor) -> None:
+    classes = logits.shape[-1]
+    if not isinstance(class_weight, Tensor):
+        raise TypeError(f"class_weight must be a Tensor of {classes} weights; got {type(class_weight).__name__}")
+    if not class_weight.dtype.is_floating_point:
+        raise TypeError(f"class_weight must be floating; got {class_weight.dtype}")
+    if tuple(class_weight.shape) != (classes,):
+        raise ValueError(f"class_weight must have shape ({classes},); got {tuple(class_weight.shape)}")
+    if class_weight.device != logits.device:
+        raise ValueError(f"class_weight must be on {logits.device} like student_logits; got {class_weight.device}")
+
+
+def _check_tensors(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
+    target: Tensor,
+    selected: Tensor | None,
+    class_weight: Tensor | None,
+    hyperparameters: Hyperparameters,
+    revise: str | None,
+) -> None:
     _check_logits("student_logits", student_logits)
-    _check_logits("teacher_logits", teacher_logits)
     classes = student_logits.shape[-1]
-    if teacher_logits.shape[-1] != classes:
-        raise ValueError(
-            f"teacher_logits must have the student's {classes} classes; got shape {tuple(teacher_logits.shape)}"
-        )
-    if teacher_logits.device != student_logits.device:
-        raise ValueError(
-            f"teacher_logits must be on {student_logits.device} like student_logits; got {teacher_logits.device}"
-        )
-    _check_target(target, student_logits)
-    prefix = teacher_logits.shape != student_logits.shape
+    if isinstance(teacher_logits, TopKTeacher):
+        _check_topk(teacher_logits, classes, hyperparameters.temperature)
+        teacher = teacher_logits.values
+        _check_logits("TopKTeacher.values", teacher)
+        teacher_shape = (*teacher.shape[:-1], classes)
+    else:
+        teacher = teacher_logits
+        _check_logits("teacher_logits", teacher)
+        teacher_shape = tuple(teacher.shape)
+        if teacher_shape[-1] != classes:
+            raise ValueError(f"teacher_logits must have the student's {classes} classes; got shape {teacher_shape}")
+    if teacher.device != student_logits.device:
+        raise ValueError(f"teacher_logits must be on {student_logits.device} like student_logits; got {teacher.device}")
+    _check_target(target, student_logits, revise)
+    if class_weight is not None:
+        _check_class_weight(class_weight, student_logits)
+    leading = tuple(student_logits.shape[:-1])
+    rows = math.prod(leading)
+    prefix = teacher_shape != tuple(student_logits.shape)
     if prefix:
-        rows, teacher_rows = target.numel(), math.prod(teacher_logits.shape[:-1])
-        inner = student_logits.shape[1:]
-        fits = teacher_logits.dim() == 2 or teacher_logits.shape[1:] == inner
-        if teacher_rows > rows or not fits:
+        inner = tuple(student_logits.shape[1:])
+        fits = len(teacher_shape) == 2 or teacher_shape[1:] == inner
+        if math.prod(teacher_shape[:-1]) > rows or not fits:
             raise ValueError(
                 f"teacher_logits must have student_logits' shape {tuple(student_logits.shape)}, or hold its first "
-                f"K <= {rows} rows; got {tuple(teacher_logits.shape)}"
+                f"K <= {rows} rows; got {teacher_shape}"
             )
     if selected is None:
         return
@@ -142,14 +233,11 @@ def _check_tensors(student_logits: Tensor, teacher_logits: Tensor, target: Tenso
         raise TypeError(f"selected must be bool, or floating weights in [0, 1]; got {selected.dtype}")
     if prefix:
         raise ValueError(
-            f"selected must be None when teacher_logits holds only the first {teacher_logits.shape[0]} rows: "
+            f"selected must be None when teacher_logits holds only the first {teacher_shape[0]} rows: "
             "those rows are the selected ones"
         )
-    if selected.shape != target.shape and tuple(selected.shape) != (target.numel(),):
-        raise ValueError(
-            f"selected must have target's shape {tuple(target.shape)} or ({target.numel()},); "
-            f"got {tuple(selected.shape)}"
-        )
+    if tuple(selected.shape) not in (leading, (rows,)):
+        raise ValueError(f"selected must have the rows' shape {leading} or ({rows},); got {tuple(selected.shape)}")
     if selected.device != student_logits.device:
         raise ValueError(f"selected must be on {student_logits.device} like student_logits; got {selected.device}")
 
@@ -182,24 +270,27 @@ def _transforms_active() -> bool:
 
 def _call(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
     target: Tensor,
     *,
-    temperature: float,
+    temperature: float | Sequence[float],
     ce_weight: float,
     kd_weight: float,
     ce_weight_unselected: float | None,
     revise: str | None,
     eta: float,
     selected: Tensor | None,
-    divergence: str,
+    divergence: str | Divergence,
+    standardize: bool,
     label_smoothing: float,
+    class_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
     num_valid: Tensor | float | None,
+    weight_sum: Tensor | float | None,
     grad_scale: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    unselected, revise_code, reduction_code = check_hyperparameters(
+    checked = check_hyperparameters(
         temperature=temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,
@@ -207,11 +298,12 @@ def _call(
         revise=revise,
         eta=eta,
         divergence=divergence,
+        standardize=standardize,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    _check_tensors(student_logits, teacher_logits, target, selected)
+    _check_tensors(student_logits, teacher_logits, target, selected, class_weight, checked, revise)
     if _transforms_active():
         # torch.func cannot look into a C++ autograd function; the same loss in PyTorch ops it can.
         parts = reference.kd_loss_parts(
@@ -221,82 +313,112 @@ def _call(
             temperature=temperature,
             ce_weight=ce_weight,
             kd_weight=kd_weight,
-            ce_weight_unselected=unselected,
+            ce_weight_unselected=checked.ce_weight_unselected,
             revise=revise,
             eta=eta,
             selected=selected,
+            divergence=divergence,
+            standardize=standardize,
             label_smoothing=label_smoothing,
+            class_weight=class_weight,
             ignore_index=ignore_index,
             reduction=reduction,
             num_valid=num_valid,
+            weight_sum=weight_sum,
         )
         return parts.loss, parts.ce, parts.kd, torch.stack(parts[3:])
+    cached = isinstance(teacher_logits, TopKTeacher)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.kd_loss(
         student_logits,
-        teacher_logits,
+        teacher_logits.values if cached else teacher_logits,
         target,
         selected,
+        class_weight,
+        teacher_logits.indices if cached else None,
+        teacher_logits.logsumexp if cached else None,
         _scalar("num_valid", num_valid, student_logits),
+        _scalar("weight_sum", weight_sum, student_logits),
         _scalar("grad_scale", grad_scale, student_logits),
-        temperature,
+        checked.temperature,
         ce_weight,
         kd_weight,
-        unselected,
+        checked.ce_weight_unselected,
         eta,
         label_smoothing,
-        revise_code,
-        reduction_code,
+        checked.revise,
+        checked.reduction,
         ignore_index,
+        checked.divergence.code,
+        checked.divergence.parameters,
+        standardize,
     )
     return outputs
 
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
     target: Tensor,
     *args: object,
-    temperature: float = 4.0,
+    temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
-    divergence: str = "kl",
+    divergence: str | Divergence = "kl",
+    standardize: bool = False,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_valid: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
 ) -> Tensor:
-    """ce_weight * CE(z, y) + kd_weight * T^2 * KL(p' || softmax(z / T)), p' the teacher with its wrong rows revised.
+    """ce_weight * CE(z, y) + kd_weight * D(p', q): label revision and distillation in one pass over the logits.
 
-    One pass reads every logit once and writes the gradient with the loss; backward only scales it.
+    q = softmax(z / T) is the student, p' the teacher's softmax(v / T) with its wrong rows revised, D a divergence
+    (T^2 KL(p' || q) by default). One pass reads every logit once and writes the gradient with the loss; backward only
+    scales it.
 
     student_logits: (..., C) float64/float32/bfloat16/float16, last stride 1 (else copied), any row stride.
     teacher_logits: the same shape, any of these dtypes, no gradient. It may hold only the first K of the N flattened
         rows, (K, C) or (B', ..., C): those are then the selected ones, and `selected` must be None. K = 0 is legal.
-    target: (...) int64/int32 class indices in [0, C), or ignore_index. Out of range: ValueError on the CPU; on CUDA
-        (no synchronisation) that row's loss and gradient are NaN.
-    temperature: T > 0. ce_weight, kd_weight: independent weights >= 0; a term of weight 0 is not computed.
+        A cached teacher comes as a TopKTeacher.
+    target: (...) int64/int32 class indices in [0, C), or ignore_index; or (..., C) floating probabilities (mixup,
+        CutMix, soft labels). An index out of range: ValueError on the CPU; on CUDA (no synchronisation) that row's
+        loss and gradient are NaN.
+    temperature: T > 0; of several, the terms are added, each with its own revision.
+    ce_weight, kd_weight: independent weights >= 0; a term of weight 0 is not computed.
     ce_weight_unselected: CE weight of rows without teacher. Default: ce_weight + kd_weight if that is <= 1, else
         max(ce_weight, 1), so that a row's supervision does not shrink when the teacher is silent.
-    revise: "lr" rewrites p on rows where the teacher's top class is not the target (a tie that the target takes part
-        in counts as right): beta = eta / (1 + p_max - p_y), p' = beta p + (1 - beta) one_hot(y), so the target wins by
-        exactly 1 - eta. None: p' = p.
+    revise: what happens to p where the teacher's top class is not the target (a tie that the target takes part in
+        counts as right). "lr": beta = eta / (1 + p_max - p_y), p' = beta p + (1 - beta) one_hot(y), so the target wins
+        by exactly 1 - eta. "mft": the same there, and on right rows p'_y = min(1, p_y + 1 - eta). "swap": the target's
+        logit and the top one change places. None: p' = p. With probabilities as target, "lr" mixes towards them:
+        beta = eta m / (m + p_max - p_y), m the target's own lead.
     selected: (...) or (N,), bool or weights w in [0, 1]. A row's CE weight is w * ce_weight + (1 - w) *
         ce_weight_unselected, its KD weight w * kd_weight. None: every row.
-    label_smoothing: of the CE term, as in F.cross_entropy. ignore_index: rows with this target are not read.
-    reduction: "mean" over rows that are not ignored (selected or not), "elementmean" over those rows times C, "sum",
-        or "none" (target's shape, ignored rows 0). No valid row: loss 0, gradient 0.
-    num_valid: a number or 0-d tensor that replaces the row count of the means (global means in DDP or accumulation).
+    divergence: "kl", "rkl", "dkd", "rld", "nkd", "mse_logits", "mse_probs", "jsd", or one of lrds_fast.divergences
+        with its own parameters, DKD(alpha=1, beta=2). "rld" replaces revision.
+    standardize: the divergence sees (x - mean) / (std + 1e-7) of both logits' rows instead of the logits.
+    label_smoothing, class_weight: (C,) floating, of the CE term, as in F.cross_entropy.
+    ignore_index: rows with this target are not read.
+    reduction: "mean" over rows that are not ignored (selected or not; with class_weight the CE sum is divided by their
+        weights' sum instead), "elementmean" over those rows times C, "sum", or "none" (the rows' shape, ignored rows
+        0). No valid row: loss 0, gradient 0.
+    num_valid, weight_sum: numbers or 0-d tensors that replace the means' row count and weight sum (global means in
+        DDP or accumulation).
     grad_scale: a number or 0-d tensor: the factor the coming grad_output will carry (GradScaler._scale). It never
         changes the result; it is folded in before a 16-bit gradient is rounded.
 
+    -inf logits (excluded classes) are legal but for standardize and one-sided mse_logits.
     Returns a float32 tensor (float64 if any logits are); the gradient has student_logits' dtype. Deterministic: the
     same bits for any thread count. Nothing synchronises on CUDA. Raises ValueError or TypeError naming the argument.
-    Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693.
+    Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693; the
+    divergences' sources are in lrds_fast.divergences.
     """
     if args:
         raise TypeError(
@@ -315,31 +437,37 @@ def kd_loss(
         eta=eta,
         selected=selected,
         divergence=divergence,
+        standardize=standardize,
         label_smoothing=label_smoothing,
+        class_weight=class_weight,
         ignore_index=ignore_index,
         reduction=reduction,
         num_valid=num_valid,
+        weight_sum=weight_sum,
         grad_scale=grad_scale,
     )[0]
 
 
 def kd_loss_parts(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
     target: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
-    divergence: str = "kl",
+    divergence: str | Divergence = "kl",
+    standardize: bool = False,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_valid: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
 ) -> KDLossParts:
     """kd_loss with what it is made of, for logging: (loss, ce, kd, n_valid, n_selected, n_revised).
@@ -359,10 +487,13 @@ def kd_loss_parts(
         eta=eta,
         selected=selected,
         divergence=divergence,
+        standardize=standardize,
         label_smoothing=label_smoothing,
+        class_weight=class_weight,
         ignore_index=ignore_index,
         reduction=reduction,
         num_valid=num_valid,
+        weight_sum=weight_sum,
         grad_scale=grad_scale,
     )
     n_valid, n_selected, n_revised = counts.unbind()
@@ -379,8 +510,9 @@ def revise_labels(
 ) -> Tensor:
     """softmax(teacher_logits / temperature), corrected where the teacher's top class is not `target`.
 
-    teacher_logits: (..., C) floating. target: (...) int64/int32 in [0, C). Returns (..., C) probabilities, float32
-    (float64 for float64 logits), without gradient. On corrected rows the target wins by exactly 1 - eta and the other
+    teacher_logits: (..., C) floating. target: (...) int64/int32 in [0, C), or (..., C) floating probabilities with
+    policy "lr". policy: "lr", "mft" or "swap", kd_loss's `revise`. Returns (..., C) probabilities, float32 (float64
+    for float64 logits), without gradient. On rows that "lr" corrects the target wins by exactly 1 - eta and the other
     classes keep their ratios; kd_loss applies the same revision inside its kernel, without forming this tensor.
     Raises ValueError for eta outside (0, 1), temperature <= 0, mismatched shapes or, on the CPU, a target outside
     [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
@@ -397,16 +529,12 @@ def revise_labels(
         ignore_index=-100,
         reduction="mean",
     )
-    _choice("policy", policy, {"lr": 1})
+    _choice("policy", policy, {name: code for name, code in REVISE.items() if name is not None})
     _check_logits("teacher_logits", teacher_logits)
-    if not isinstance(target, Tensor) or target.shape != teacher_logits.shape[:-1]:
-        got = tuple(target.shape) if isinstance(target, Tensor) else target
-        raise ValueError(
-            f"target must have teacher_logits' leading shape {tuple(teacher_logits.shape[:-1])}; got {got!r}"
-        )
-    _check_target(target, teacher_logits)
+    _check_target(target, teacher_logits, policy)
     classes = teacher_logits.shape[-1]
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms_active():
+    indices = not target.dtype.is_floating_point
+    if indices and target.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms_active():
         outside = ((target < 0) | (target >= classes)).flatten()
         if outside.any():
             row = int(outside.nonzero()[0])
@@ -419,32 +547,37 @@ def kd_logit_gradient(
     teacher_logits: Tensor,
     target: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     revise: str | None = "lr",
     eta: float = 0.8,
+    divergence: str | Divergence = "kl",
+    standardize: bool = False,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
-    """Each row's d/dz [ce_weight * CE(z, y) + kd_weight * T^2 * KL(p' || q)], without any 1/N: influence's delta.
+    """Each row's d/dz [ce_weight * CE(z, y) + kd_weight * D(p', q)], without any 1/N: influence's delta.
 
-    student_logits, teacher_logits: (N, C) floating. target: (N,) int64/int32 in [0, C). Weights are finite and may be
-    negative (a difference of two losses); a term of weight 0 is not computed and its logits are not read.
-    Returns (N, C) float32 (float64 if any logits are), without gradient. The arithmetic is kd_loss's own kernel.
+    student_logits, teacher_logits: (N, C) floating. target: (N,) int64/int32 in [0, C), or (N, C) probabilities.
+    Weights are finite and may be negative (a difference of two losses); a term of weight 0 is not computed and its
+    logits are not read. The rest as in kd_loss. Returns (N, C) float32 (float64 if any logits are), without gradient.
+    The arithmetic is kd_loss's own kernel.
     """
-    check_hyperparameters(
+    checked = check_hyperparameters(
         temperature=temperature,
         ce_weight=abs(ce_weight),
         kd_weight=abs(kd_weight),
         ce_weight_unselected=1.0,
         revise=revise,
         eta=eta,
-        divergence="kl",
+        divergence=divergence,
+        standardize=standardize,
         label_smoothing=label_smoothing,
         ignore_index=-100,
         reduction="sum",
     )
-    _check_tensors(student_logits, teacher_logits, target, None)
+    _check_tensors(student_logits, teacher_logits, target, None, class_weight, checked, revise)
     if student_logits.dim() != 2 or teacher_logits.shape != student_logits.shape:
         raise ValueError(
             "student_logits and teacher_logits must both be (N, C); "
@@ -454,11 +587,20 @@ def kd_logit_gradient(
         student_logits.detach(),
         teacher_logits.detach(),
         target,
-        temperature,
+        None,
+        class_weight,
+        *[None] * 5,
+        checked.temperature,
         ce_weight,
         kd_weight,
+        ce_weight,
         eta,
         label_smoothing,
-        _REVISE[revise],
+        checked.revise,
+        checked.reduction,
+        -100,
+        checked.divergence.code,
+        checked.divergence.parameters,
+        standardize,
     )
     return gradient

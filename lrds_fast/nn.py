@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
+from lrds_fast.divergences import Divergence
 from lrds_fast.functional import check_hyperparameters, kd_loss
 from lrds_fast.reference import default_ce_weight_unselected
+from lrds_fast.topk import TopKTeacher
 
 
 class KDLoss(nn.Module):
     """kd_loss as a module. Keywords as lrds_fast.kd_loss; they become attributes of the same names.
 
     Hyperparameters are checked here, once more on every call (they may be assigned to), and raise ValueError or
-    TypeError. The module has no parameters and no state.
+    TypeError. The module has no parameters; class_weight is a buffer.
     """
 
     def __init__(
         self,
         *,
-        temperature: float = 4.0,
+        temperature: float | Sequence[float] = 4.0,
         ce_weight: float = 0.1,
         kd_weight: float = 0.9,
         ce_weight_unselected: float | None = None,
         revise: str | None = "lr",
         eta: float = 0.8,
-        divergence: str = "kl",
+        divergence: str | Divergence = "kl",
+        standardize: bool = False,
         label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
     ) -> None:
@@ -38,6 +44,7 @@ class KDLoss(nn.Module):
             revise=revise,
             eta=eta,
             divergence=divergence,
+            standardize=standardize,
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -49,7 +56,11 @@ class KDLoss(nn.Module):
         self.revise = revise
         self.eta = eta
         self.divergence = divergence
+        self.standardize = standardize
         self.label_smoothing = label_smoothing
+        # As nn.CrossEntropyLoss keeps it: a buffer, so that .to(device) moves it.
+        self.register_buffer("class_weight", class_weight)
+        self.class_weight: Tensor | None
         self.ignore_index = ignore_index
         self.reduction = reduction
 
@@ -63,11 +74,12 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor,
+        teacher_logits: Tensor | TopKTeacher,
         target: Tensor,
         selected: Tensor | None = None,
         *,
         num_valid: Tensor | float | None = None,
+        weight_sum: Tensor | float | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> Tensor:
         """The loss; shapes, dtypes and errors as lrds_fast.kd_loss."""
@@ -83,16 +95,19 @@ class KDLoss(nn.Module):
             eta=self.eta,
             selected=selected,
             divergence=self.divergence,
+            standardize=self.standardize,
             label_smoothing=self.label_smoothing,
+            class_weight=self.class_weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             num_valid=num_valid,
+            weight_sum=weight_sum,
             grad_scale=grad_scale,
         )
 
     def extra_repr(self) -> str:
         names = (
-            "temperature ce_weight kd_weight ce_weight_unselected revise eta divergence label_smoothing ignore_index "
-            "reduction"
+            "temperature ce_weight kd_weight ce_weight_unselected revise eta divergence standardize label_smoothing "
+            "ignore_index reduction"
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())

@@ -2,16 +2,20 @@
 
 Nothing here is fast. Everything here is differentiable, works under torch.func, and is written to be read next to the
 formulas of docs/method.md. Symbols: z student logits, v teacher logits, y target class, T temperature,
-q = softmax(z / T), p = softmax(v / T), p' the revised p.
+q = softmax(z / T), p = softmax(v / T), p' the revised p. A divergence is one function from Rows to per-row losses.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD, Divergence, resolve
+from lrds_fast.topk import TopKTeacher
 
 
 class KDLossParts(NamedTuple):
@@ -43,17 +47,79 @@ def compute_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype
     return torch.float32
 
 
-def _revise(v: Tensor, y: Tensor, temperature: float, eta: float, policy: str | None) -> tuple[Tensor, Tensor]:
-    """p' (N, C) and the (N,) bool of revised rows; v (N, C) in the compute dtype, y (N,) in [0, C)."""
-    p = F.softmax(v / temperature, dim=-1)
-    v_y = v.gather(-1, y[:, None])
-    wrong = v_y < v.max(dim=-1, keepdim=True).values
-    if policy is None:
-        return p, torch.zeros_like(wrong[:, 0])
-    p_y = p.gather(-1, y[:, None])
-    beta = eta / (1.0 + p.max(dim=-1, keepdim=True).values - p_y)
-    revised = (beta * p).scatter_add(-1, y[:, None], 1.0 - beta)
-    return torch.where(wrong, revised, p), wrong[:, 0]
+def _at(x: Tensor, y: Tensor) -> Tensor:
+    """x[i, y[i]], (N,)."""
+    return x.gather(-1, y[:, None])[:, 0]
+
+
+def _times_log(p: Tensor, log_ratio: Tensor) -> Tensor:
+    """p * log_ratio with 0 wherever p = 0, whatever log_ratio is there, also in the gradient. A NaN in p stays."""
+    nonzero = p != 0
+    return torch.where(nonzero, p, 0.0) * torch.where(nonzero, log_ratio, 0.0) + torch.where(p.isnan(), p, 0.0)
+
+
+def _without_target(x: Tensor, y: Tensor) -> Tensor:
+    """x with -inf at the target."""
+    return x.masked_fill(F.one_hot(y, x.shape[-1]).bool(), -torch.inf)
+
+
+# --- Revision -------------------------------------------------------------------------------------------------------
+
+
+class Revised(NamedTuple):
+    """A teacher after revision: p', log p' and v' (N, C), softmax(v' / T) = p'; the rows that changed (N,)."""
+
+    p: Tensor
+    log_p: Tensor
+    v: Tensor
+    changed: Tensor
+
+
+def _wrong(v: Tensor, y: Tensor) -> Tensor:
+    """Rows (N,) whose target is below the top; a tie that the target takes part in counts as right."""
+    return _at(v, y) < v.max(dim=-1).values
+
+
+def _towards(plain: Revised, target: Tensor, beta: Tensor, rows: Tensor, temperature: float) -> Revised:
+    """p' = beta p + (1 - beta) target on `rows`; v' leaves the logits alone where the target has no probability."""
+    p, log_p, v, _ = plain
+    log_beta = beta.log()[:, None]
+    revised_p = beta[:, None] * p + (1.0 - beta)[:, None] * target
+    mixed = revised_p.log()
+    revised_log_p = torch.where(target > 0, mixed, log_p + log_beta)
+    log_sum = (v / temperature).logsumexp(dim=-1, keepdim=True)
+    revised_v = torch.where(target > 0, temperature * (mixed - log_beta + log_sum), v)
+    where = rows[:, None]
+    return Revised(
+        torch.where(where, revised_p, p),
+        torch.where(where, revised_log_p, log_p),
+        torch.where(where, revised_v, v),
+        rows,
+    )
+
+
+def _revise(v: Tensor, y: Tensor, soft: Tensor | None, temperature: float, eta: float, policy: str | None) -> Revised:
+    """The teacher's logits v (N, C) revised towards y (N,), or towards the distributions soft (N, C) around y."""
+    wrong = _wrong(v, y)
+    if policy == "swap":
+        top = v.argmax(dim=-1)
+        v_y, v_top = _at(v, y)[:, None], _at(v, top)[:, None]
+        swapped = v.scatter(-1, y[:, None], v_top).scatter(-1, top[:, None], v_y)
+        v = torch.where(wrong[:, None], swapped, v)
+    p, log_p = F.softmax(v / temperature, dim=-1), F.log_softmax(v / temperature, dim=-1)
+    plain = Revised(p, log_p, v, wrong if policy == "swap" else torch.zeros_like(wrong))
+    if policy in (None, "swap"):
+        return plain
+    target = F.one_hot(y, v.shape[-1]).to(v.dtype) if soft is None else soft
+    margin = 1.0 if soft is None else _at(soft, y) - _without_target(soft, y).amax(dim=-1).clamp(min=0.0)
+    beta = eta * margin / (margin + p.amax(dim=-1) - _at(p, y))
+    if policy == "lr":
+        return _towards(plain, target, beta, wrong, temperature)
+    # "mft": right rows are lifted too, to p'_y = min(1, p_y + 1 - eta).
+    others = _without_target(log_p, y).logsumexp(dim=-1).exp()
+    lifted = (others - (1.0 - eta)).clamp(min=0.0) / torch.where(others > 0, others, 1.0)
+    changed = wrong | (others > 0)
+    return _towards(plain, target, torch.where(wrong, beta, lifted), changed, temperature)
 
 
 def revise_labels(
@@ -66,41 +132,216 @@ def revise_labels(
 ) -> Tensor:
     """softmax(teacher_logits / temperature), corrected where the teacher's top class is not `target`.
 
-    teacher_logits: (..., C) floating. target: (...) int32/int64 in [0, C). Returns (..., C) probabilities, float32
-    (float64 for float64 logits). On corrected rows, beta = eta / (1 + p_max - p_y) and the result is
-    beta * p + (1 - beta) * one_hot(target): the target wins by exactly 1 - eta, the other classes keep their ratios.
-    Lan et al. 2024 (arXiv 2404.03693), label revision.
+    teacher_logits: (..., C) floating. target: (...) int32/int64 in [0, C), or (..., C) probabilities with policy "lr".
+    Returns (..., C) probabilities, float32 (float64 for float64 logits). On rows that "lr" corrects,
+    beta = eta / (1 + p_max - p_y) and the result is beta * p + (1 - beta) * one_hot(target): the target wins by exactly
+    1 - eta, the other classes keep their ratios. Lan et al. 2024 (arXiv 2404.03693), label revision.
     """
-    v = teacher_logits.detach().to(compute_dtype(teacher_logits, teacher_logits))
-    classes = v.shape[-1]
-    p, _ = _revise(v.reshape(-1, classes), target.reshape(-1).long(), temperature, eta, policy)
-    return p.reshape(teacher_logits.shape)
+    classes = teacher_logits.shape[-1]
+    v = teacher_logits.detach().to(compute_dtype(teacher_logits, teacher_logits)).reshape(-1, classes)
+    y, soft = _targets(target, classes, v.dtype)
+    return _revise(v, y, soft, temperature, eta, policy).p.reshape(teacher_logits.shape)
 
 
-def _xlogy_difference(p: Tensor, log_q: Tensor) -> Tensor:
-    """p * (log p - log q) with 0 wherever p = 0, whatever log q is there. A NaN in p stays."""
-    nonzero = p != 0
-    log_p = torch.where(nonzero, p, 1.0).log()
-    return torch.where(nonzero, p * (log_p - log_q), 0.0)
+# --- Divergences ----------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """What a divergence sees: logits (N, C) (standardised if asked), targets, and the teacher revised at `temperature`.
+
+    raw_v is the teacher before revision. revise_at(T) revises it at another temperature.
+    """
+
+    z: Tensor
+    raw_v: Tensor
+    y: Tensor
+    temperature: float
+    teacher: Revised
+    revise_at: Callable[[float], Revised]
+
+
+def _log_others(log_p: Tensor, y: Tensor) -> Tensor:
+    """log(1 - p_y), as a logsumexp over the others: never the log of a difference."""
+    return _without_target(log_p, y).logsumexp(dim=-1)
+
+
+def _binary_kl(log_p: Tensor, log_rest: Tensor, log_q: Tensor, log_q_rest: Tensor) -> Tensor:
+    """KL of the two-class distributions (p, 1 - p) and (q, 1 - q), given as logarithms, (N,)."""
+    return _times_log(log_p.exp(), log_p - log_q) + _times_log(log_rest.exp(), log_rest - log_q_rest)
+
+
+def _masked_kl(v: Tensor, z: Tensor, keep: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(v / T) || softmax(z / T)) over the classes in `keep` (N, C), both renormalised; 0 for no class."""
+    empty = ~keep.any(dim=-1, keepdim=True)
+    log_p, log_q = (F.log_softmax((x / temperature).masked_fill(~(keep | empty), -torch.inf), dim=-1) for x in (v, z))
+    kl = _times_log(log_p.exp(), log_p - log_q).sum(dim=-1)
+    return torch.where(empty[:, 0], 0.0, kl)
+
+
+def _kl(rows: Rows, _: KL) -> Tensor:
+    log_q = F.log_softmax(rows.z / rows.temperature, dim=-1)
+    return rows.temperature**2 * _times_log(rows.teacher.p, rows.teacher.log_p - log_q).sum(dim=-1)
+
+
+def _rkl(rows: Rows, _: RKL) -> Tensor:
+    log_q = F.log_softmax(rows.z / rows.temperature, dim=-1)
+    return rows.temperature**2 * _times_log(log_q.exp(), log_q - rows.teacher.log_p).sum(dim=-1)
+
+
+def _dkd(rows: Rows, d: DKD) -> Tensor:
+    t, y, log_p = rows.temperature, rows.y, rows.teacher.log_p
+    log_q = F.log_softmax(rows.z / t, dim=-1)
+    loss = torch.zeros_like(log_q[:, 0])
+    if d.alpha:
+        loss = loss + d.alpha * _binary_kl(_at(log_p, y), _log_others(log_p, y), _at(log_q, y), _log_others(log_q, y))
+    if d.beta:
+        others = ~F.one_hot(y, log_q.shape[-1]).bool()
+        loss = loss + d.beta * _masked_kl(rows.teacher.v, rows.z, others, t)
+    return t**2 * loss
+
+
+def _rld(rows: Rows, d: RLD) -> Tensor:
+    t, tc, v, y = rows.temperature, d.confidence_temperature, rows.raw_v, rows.y
+    loss = torch.zeros_like(v[:, 0])
+    if d.alpha:
+        log_p, log_q = F.log_softmax(v / tc, dim=-1), F.log_softmax(rows.z / tc, dim=-1)
+        # The top class; the target, where it ties with another.
+        top = torch.where(_wrong(v, y), v.argmax(dim=-1), y)
+        binary = _binary_kl(_at(log_p, top), _log_others(log_p, top), _at(log_q, y), _log_others(log_q, y))
+        loss = loss + d.alpha * tc**2 * binary
+    if d.beta:
+        loss = loss + d.beta * t**2 * _masked_kl(v, rows.z, v < _at(v, y)[:, None], t)
+    return loss
+
+
+def _nkd(rows: Rows, d: NKD) -> Tensor:
+    t, y = rows.temperature, rows.y
+    p_y = _at(rows.revise_at(1.0).p, y)
+    loss = _times_log(p_y, -_at(F.log_softmax(rows.z, dim=-1), y))
+    if d.gamma:
+        log_p, log_q = (F.log_softmax(_without_target(x / t, y), dim=-1) for x in (rows.teacher.v, rows.z))
+        loss = loss - d.gamma * t**2 * _times_log(log_p.exp(), log_q).sum(dim=-1)
+    return loss
+
+
+def _mse(rows: Rows, d: MSE) -> Tensor:
+    if d.on == "probs":
+        return (F.softmax(rows.z / rows.temperature, dim=-1) - rows.teacher.p).square().mean(dim=-1)
+    z, v = rows.z, rows.teacher.v
+    same = z.detach() == v  # also where both are -inf
+    return torch.where(same, 0.0, torch.where(same, 0.0, z) - torch.where(same, 0.0, v)).square().mean(dim=-1)
+
+
+def _jsd(rows: Rows, d: JSD) -> Tensor:
+    log_q, log_p = F.log_softmax(rows.z / rows.temperature, dim=-1), rows.teacher.log_p
+    p, q = rows.teacher.p, log_q.exp()
+    mixture = d.weight * p + (1.0 - d.weight) * q
+    log_m = torch.where(mixture > 0, mixture, 1.0).log()
+    teacher_kl, student_kl = (_times_log(x, log_x - log_m).sum(dim=-1) for x, log_x in ((p, log_p), (q, log_q)))
+    return rows.temperature**2 * (d.weight * teacher_kl + (1.0 - d.weight) * student_kl)
+
+
+DIVERGENCES: dict[type[Divergence], Callable[[Rows, Any], Tensor]] = {
+    KL: _kl,
+    RKL: _rkl,
+    DKD: _dkd,
+    RLD: _rld,
+    NKD: _nkd,
+    MSE: _mse,
+    JSD: _jsd,
+}
+"""Each divergence's per-row losses, (N,)."""
+
+
+# --- The loss -------------------------------------------------------------------------------------------------------
+
+
+def _targets(target: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Class indices (N,) and, for probabilities, the distributions (N, C) that they lead."""
+    if not target.dtype.is_floating_point:
+        return target.reshape(-1).long(), None
+    soft = target.detach().reshape(-1, classes).to(dtype)
+    return soft.argmax(dim=-1), soft
+
+
+def _standardize(x: Tensor) -> Tensor:
+    return (x - x.mean(dim=-1, keepdim=True)) / (x.std(dim=-1, keepdim=True) + 1e-7)
+
+
+def _cross_entropy(
+    z: Tensor, y: Tensor, soft: Tensor | None, label_smoothing: float, class_weight: Tensor | None
+) -> Tensor:
+    """F.cross_entropy(..., reduction="none"), (N,), with 0 * inf = 0."""
+    classes = z.shape[-1]
+    weight = F.one_hot(y, classes).to(z.dtype) if soft is None else soft
+    if label_smoothing:
+        weight = (1.0 - label_smoothing) * weight + label_smoothing / classes
+    if class_weight is not None:
+        weight = weight * class_weight.to(z.dtype)
+    return -_times_log(weight, F.log_softmax(z, dim=-1)).sum(dim=-1)
+
+
+def _distillation(
+    z: Tensor,
+    v: Tensor,
+    y: Tensor,
+    soft: Tensor | None,
+    *,
+    temperatures: Sequence[float],
+    revise: str | None,
+    eta: float,
+    divergence: Divergence,
+    standardize: bool,
+) -> tuple[Tensor, Tensor]:
+    """The KD terms, added over the temperatures, (N,), and the rows that were revised at any of them, (N,) bool."""
+    none = torch.zeros_like(y, dtype=torch.bool)
+    if z.shape[-1] == 1:
+        return z[:, 0] * 0.0, none
+    if standardize:
+        z, v = _standardize(z), _standardize(v)
+    policy = None if isinstance(divergence, RLD) else revise
+    loss, changed = torch.zeros_like(z[:, 0]), none
+
+    def revise_at(temperature: float) -> Revised:
+        return _revise(v, y, soft, temperature, eta, policy)
+
+    for temperature in temperatures:
+        teacher = revise_at(temperature)
+        rows = Rows(z, v, y, temperature, teacher, revise_at)
+        loss = loss + DIVERGENCES[type(divergence)](rows, divergence)
+        changed = changed | teacher.changed
+    return loss, changed
+
+
+def _inverse(denominator: Tensor) -> Tensor:
+    """1 / denominator, 0 where nothing is left to average."""
+    return torch.where(denominator > 0, 1.0 / denominator.clamp(min=torch.finfo(denominator.dtype).tiny), 0.0)
+
+
+def _temperatures(temperature: float | Sequence[float]) -> list[float]:
+    return list(temperature) if isinstance(temperature, (tuple, list)) else [temperature]  # type: ignore[list-item]
 
 
 def kd_loss_parts(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
     target: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
-    divergence: str = "kl",
+    divergence: str | Divergence = "kl",
+    standardize: bool = False,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_valid: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
 ) -> KDLossParts:
     """kd_loss_parts as a composition of PyTorch ops; see lrds_fast.kd_loss_parts for the arguments.
@@ -108,18 +349,19 @@ def kd_loss_parts(
     grad_scale is accepted and has no effect: it only says how a rounded gradient may be stored.
     """
     del grad_scale
-    if divergence != "kl":
-        raise ValueError(f"divergence must be 'kl'; got {divergence!r}")
     if ce_weight_unselected is None:
         ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
-    dtype = compute_dtype(student_logits, teacher_logits)
     classes = student_logits.shape[-1]
+    if isinstance(teacher_logits, TopKTeacher):
+        wide = torch.float64 in (student_logits.dtype, teacher_logits.values.dtype)
+        teacher_logits = teacher_logits.dense(classes, torch.float64 if wide else torch.float32)
+    dtype = compute_dtype(student_logits, teacher_logits)
     z = student_logits.reshape(-1, classes).to(dtype)
     v = teacher_logits.detach().reshape(-1, classes).to(dtype)
-    y = target.reshape(-1).long()
+    y, soft = _targets(target, classes, dtype)
     rows, teacher_rows = z.shape[0], v.shape[0]
 
-    valid = y != ignore_index
+    valid = torch.ones_like(y, dtype=torch.bool) if soft is not None else y != ignore_index
     y = torch.where(valid, y, 0)
     if selected is not None:
         w = selected.reshape(-1).to(dtype)
@@ -134,33 +376,40 @@ def kd_loss_parts(
     # a NaN in a row that nobody asked for reaches neither the loss nor the gradient.
     use_ce = valid & (w_ce != 0)
     z_ce = torch.where(use_ce[:, None], z, 0.0)
-    log_p1 = F.log_softmax(z_ce, dim=-1)
-    ce = (1.0 - label_smoothing) * -log_p1.gather(-1, y[:, None])[:, 0]
-    if label_smoothing:
-        ce = ce - label_smoothing * log_p1.mean(dim=-1)
-    ce = torch.where(use_ce, w_ce * ce, 0.0)
+    ce = torch.where(use_ce, w_ce * _cross_entropy(z_ce, y, soft, label_smoothing, class_weight), 0.0)
 
     use_kd = valid & (w_kd != 0)
-    z_kd = torch.where(use_kd[:, None], z, 0.0)
-    v_kd = torch.where(use_kd[:, None], v, 0.0)
-    p, revised = _revise(v_kd, y, temperature, eta, revise)
-    log_q = F.log_softmax(z_kd / temperature, dim=-1)
-    kl = _xlogy_difference(p, log_q).sum(dim=-1)
-    kd = torch.where(use_kd, w_kd * temperature**2 * kl, 0.0)
+    kd_rows, changed = _distillation(
+        torch.where(use_kd[:, None], z, 0.0),
+        torch.where(use_kd[:, None], v, 0.0),
+        y,
+        soft,
+        temperatures=_temperatures(temperature),
+        revise=revise,
+        eta=eta,
+        divergence=resolve(divergence),
+        standardize=standardize,
+    )
+    kd = torch.where(use_kd, w_kd * kd_rows, 0.0)
 
     n_valid = valid.sum()
+    lead = student_logits.shape[:-1]
     if reduction == "none":
-        ce, kd = ce.reshape(target.shape), kd.reshape(target.shape)
+        ce, kd = ce.reshape(lead), kd.reshape(lead)
+    elif reduction in ("mean", "elementmean"):
+
+        def number(given: Tensor | float | None, counted: Tensor) -> Tensor:
+            return torch.as_tensor(counted if given is None else given, dtype=dtype, device=z.device)
+
+        count = number(num_valid, n_valid) * (classes if reduction == "elementmean" else 1)
+        ce_count = count
+        if reduction == "mean" and class_weight is not None and soft is None:
+            ce_count = number(weight_sum, torch.where(valid, class_weight.to(dtype)[y], 0.0).sum())
+        ce, kd = ce.sum() * _inverse(ce_count), kd.sum() * _inverse(count)
+    elif reduction == "sum":
+        ce, kd = ce.sum(), kd.sum()
     else:
-        denominator = torch.ones((), dtype=dtype, device=z.device)
-        if reduction in ("mean", "elementmean"):
-            count = n_valid if num_valid is None else num_valid
-            denominator = torch.as_tensor(count, dtype=dtype, device=z.device)
-            denominator = denominator * (classes if reduction == "elementmean" else 1)
-        elif reduction != "sum":
-            raise ValueError(f"reduction must be 'mean', 'sum', 'none' or 'elementmean'; got {reduction!r}")
-        scale = torch.where(denominator > 0, 1.0 / denominator.clamp(min=torch.finfo(dtype).tiny), 0.0)
-        ce, kd = ce.sum() * scale, kd.sum() * scale
+        raise ValueError(f"reduction must be 'mean', 'sum', 'none' or 'elementmean'; got {reduction!r}")
     selected_rows = valid & (w > 0)
     return KDLossParts(
         loss=ce + kd,
@@ -168,27 +417,30 @@ def kd_loss_parts(
         kd=kd.detach(),
         n_valid=n_valid,
         n_selected=selected_rows.sum(),
-        n_revised=(use_kd & revised).sum(),
+        n_revised=(use_kd & changed).sum(),
     )
 
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
     target: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
-    divergence: str = "kl",
+    divergence: str | Divergence = "kl",
+    standardize: bool = False,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     num_valid: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
 ) -> Tensor:
     """kd_loss as a composition of PyTorch ops; see lrds_fast.kd_loss for the arguments."""
@@ -204,10 +456,13 @@ def kd_loss(
         eta=eta,
         selected=selected,
         divergence=divergence,
+        standardize=standardize,
         label_smoothing=label_smoothing,
+        class_weight=class_weight,
         ignore_index=ignore_index,
         reduction=reduction,
         num_valid=num_valid,
+        weight_sum=weight_sum,
         grad_scale=grad_scale,
     ).loss
 
@@ -217,26 +472,42 @@ def kd_logit_gradient(
     teacher_logits: Tensor,
     target: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     revise: str | None = "lr",
     eta: float = 0.8,
+    divergence: str | Divergence = "kl",
+    standardize: bool = False,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
-    """Each row's d/dz [ce_weight * CE(z, y) + kd_weight * T^2 * KL(p' || q)], without any 1/N.
+    """Each row's d/dz [ce_weight * CE(z, y) + kd_weight * D(p', q)], without any 1/N.
 
-    Logits (N, C), target (N,). Weights may be negative or 0 (a term of weight 0 is not read). Returns (N, C) in
-    float32 (float64 for float64 logits).
+    Logits (N, C), target (N,) or (N, C) probabilities. Weights may be negative or 0 (a term of weight 0 is not read).
+    Returns (N, C) in float32 (float64 for float64 logits).
     """
     dtype = compute_dtype(student_logits, teacher_logits)
-    z, v, y = student_logits.detach().to(dtype), teacher_logits.detach().to(dtype), target.long()
-    gradient = torch.zeros_like(z)
-    if ce_weight != 0:
-        one_hot = F.one_hot(y, z.shape[-1]).to(dtype)
-        smoothed = (1.0 - label_smoothing) * one_hot + label_smoothing / z.shape[-1]
-        gradient = gradient + ce_weight * (F.softmax(z, dim=-1) - smoothed)
-    if kd_weight != 0:
-        p, _ = _revise(v, y, temperature, eta, revise)
-        gradient = gradient + kd_weight * temperature * (F.softmax(z / temperature, dim=-1) - p)
-    return gradient
+    y, soft = _targets(target, student_logits.shape[-1], dtype)
+    v = teacher_logits.detach().to(dtype)
+    with torch.enable_grad():
+        z = student_logits.detach().to(dtype).requires_grad_()
+        loss = z.new_zeros(())
+        if ce_weight != 0:
+            loss = loss + ce_weight * _cross_entropy(z, y, soft, label_smoothing, class_weight).sum()
+        if kd_weight != 0:
+            rows, _ = _distillation(
+                z,
+                v,
+                y,
+                soft,
+                temperatures=_temperatures(temperature),
+                revise=revise,
+                eta=eta,
+                divergence=resolve(divergence),
+                standardize=standardize,
+            )
+            loss = loss + kd_weight * rows.sum()
+        if not loss.requires_grad:
+            return torch.zeros_like(z)
+        return torch.autograd.grad(loss, z)[0]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
+
 # 1: KD is 0. 2: binary. 10: below one vector. 31, 32, 33: a warp, two AVX-512 vectors, their tails.
 # 100: CIFAR-100. 1000, 1001: ImageNet without and with background (odd rows are unaligned).
 # 4097: one past the last size that a GPU thread block keeps in registers.
@@ -14,6 +16,24 @@ CLASSES = (1, 2, 10, 31, 32, 33, 100, 1000, 1001, 4097)
 # Integers up to 8 may be computed by multiplying exp(x / T) with itself, others by a second exp.
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 8.0, 2.5)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Every divergence, those with parameters also away from their defaults.
+FAMILY = (
+    KL(),
+    RKL(),
+    DKD(),
+    DKD(alpha=0.0, beta=2.0),
+    DKD(alpha=3.0, beta=0.0),
+    RLD(),
+    RLD(alpha=0.5, beta=2.0, confidence_temperature=3.0),
+    NKD(),
+    NKD(gamma=0.0),
+    MSE("logits"),
+    MSE("probs"),
+    JSD(),
+    JSD(weight=0.1),
+)
+REVISE = (None, "lr", "mft", "swap")
 
 
 class Rows(NamedTuple):
@@ -82,3 +102,11 @@ LAYOUTS = (
     "every other class",
     "expanded",
 )
+
+
+def family_rows(count: int, classes: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Rows:
+    """rows(), but the peak of row 2 is 60: divergences with a logarithm of the teacher are finite there in float32."""
+    student, teacher, target = rows(count, classes, torch.float64, seed=seed)
+    student[2:3, classes // 2] -= 440.0
+    teacher[2:3, classes // 3] -= 440.0
+    return Rows(student.to(dtype), teacher.to(dtype), target)

@@ -8,6 +8,7 @@
 // A divergence is a struct in a file of its own (divergence_kl.h is the shortest to read), listed
 // in divergences.h. Its element functions take X, a number or a SIMD vector of them, through a math
 // M:
+//   kRevised             is it taken of the revised teacher
 //   kSums, kSecondSums   how many sums it needs, without and with its coefficients known
 //   kClasses             over which classes: the others, or those of them below the target
 //   kSecondTemperature   which further temperature it looks at
@@ -55,7 +56,7 @@ struct Revision {
 };
 
 // Statistics of a row at one temperature. Exponentials are relative to the maximum over the
-// divergence's classes: z_k - max_z and so on, the anchors of kd_loss.h where that is -inf.
+// divergence's classes: z_k - max_z and so on.
 template <typename A>
 struct DistillStats {
   A temperature;

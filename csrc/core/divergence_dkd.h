@@ -8,6 +8,7 @@
 namespace lrds {
 
 struct Dkd {
+  static constexpr bool kRevised = true;
   static constexpr int kSums = 1;
   static constexpr int kSecondSums = 0;
   static constexpr Classes kClasses = Classes::kOthers;

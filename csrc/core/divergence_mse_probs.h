@@ -6,6 +6,7 @@
 namespace lrds {
 
 struct MseProbs {
+  static constexpr bool kRevised = true;
   static constexpr int kSums = 0;
   static constexpr int kSecondSums = 2;
   static constexpr Classes kClasses = Classes::kOthers;

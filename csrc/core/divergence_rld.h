@@ -9,6 +9,7 @@
 namespace lrds {
 
 struct Rld {
+  static constexpr bool kRevised = false;
   static constexpr int kSums = 1;
   static constexpr int kSecondSums = 0;
   static constexpr Classes kClasses = Classes::kBelowTarget;

@@ -307,6 +307,12 @@ LRDS_HOST_DEVICE inline bool is_plain(const KdLossArgs& args) {
          (args.revise == Revise::kNone || args.revise == Revise::kLabelRevision);
 }
 
+// Is the mean's CE sum divided by class weights instead of rows?
+LRDS_HOST_DEVICE inline bool weighs_rows(const KdLossArgs& args) {
+  return args.reduction == Reduction::kMean && args.class_weight != nullptr &&
+         args.soft_target == nullptr;
+}
+
 template <typename A>
 LRDS_HOST_DEVICE inline RowParams<A> row_params(const KdLossArgs& args) {
   return RowParams<A>{

@@ -128,7 +128,9 @@ class RowProgram {
   LRDS_HOST_DEVICE_MEMBER RowTerms<A> run() {
     RowTerms<A> out{A(0), A(0), A(0), false};
     max_z_ = exec_.max([&](auto k) { return exec_.z(k); });
-    const bool has_ce = row_.ce_weight != A(0), has_kd = row_.kd_weight != A(0);
+    const bool has_ce = row_.ce_weight != A(0);
+    // One class has nothing to distil.
+    const bool has_kd = row_.kd_weight != A(0) && params_.classes > A(1);
     if (has_ce) cross_entropy(out);
     if (has_kd) distill(out);
     if (params_.gradient) {
@@ -143,6 +145,12 @@ class RowProgram {
   }
 
  private:
+  // The maximum of the others; the target's logit where they are all -inf (or none), which leaves
+  // the row's total at 0.
+  LRDS_HOST_DEVICE_MEMBER static A anchor_of(A max, A at_target) {
+    return max == negative_infinity<A>() ? at_target : max;
+  }
+
   // --- Cross-entropy: sum_k c_k * (logsumexp(z) - z_k) ---
 
   // c_k of another class.
@@ -159,7 +167,7 @@ class RowProgram {
   }
 
   LRDS_HOST_DEVICE_MEMBER void cross_entropy(RowTerms<A>& out) {
-    const A shift = anchor(max_z_);
+    const A shift = shift_z_ = anchor_of(max_z_, row_.z_y);
     const bool dense = spread();
     A sums[3];
     exec_.template sum<3>(
@@ -189,7 +197,7 @@ class RowProgram {
 
   template <class K>
   LRDS_HOST_DEVICE_MEMBER X cross_entropy_gradient(K k) const {
-    X g = ce_coefficient_ * M::exp(exec_.z(k) - anchor(max_z_));
+    X g = ce_coefficient_ * M::exp(exec_.z(k) - shift_z_);
     if (spread()) g -= ce_scale_ * target_weight(k);
     return g;
   }
@@ -259,8 +267,8 @@ class RowProgram {
     v_y_ = (row_.v_y - affine_v_.shift) * affine_v_.scale;
     const A max_z = (max_z_ - affine_z_.shift) * affine_z_.scale;
     max_v_ = exec_.max([&](auto k) { return raw_teacher(k); });
-    anchor_z_ = anchor(max_z);
-    anchor_v_ = anchor(max_v_);
+    anchor_z_ = anchor_of(max_z, z_y_);
+    anchor_v_ = anchor_of(max_v_, v_y_);
     A loss = A(0), at_target = A(0);
     for (int i = 0; i < params_.temperatures; ++i) {
       const bool revised = at_temperature(params_.temperature[i], at_[i]);
@@ -334,7 +342,8 @@ class RowProgram {
       };
       at.shift_z = anchor(exec_.max([&](auto k) { return below(k, student(k)); }));
       at.shift_v = anchor(exec_.max([&](auto k) { return below(k, raw_teacher(k)); }));
-    } else if (params_.soft && wrong && params_.revise != Revise::kNone) {
+    }
+    if (D::kRevised && params_.soft && wrong && params_.revise != Revise::kNone) {
       revised = true;
       revise_soft(at, s);
     }
@@ -394,7 +403,7 @@ class RowProgram {
     at.soft =
         SoftTeacher<A>{true, s.temperature, s.inv_temperature, anchor_v_, p.total, r.beta, offset};
     s.v_y = s.temperature * (r.log_target + offset) + anchor_v_;
-    at.shift_v = anchor(exec_.max([&](auto k) { return teacher(k, at.soft); }));
+    at.shift_v = anchor_of(exec_.max([&](auto k) { return teacher(k, at.soft); }), s.v_y);
   }
 
   // The KD terms' gradient with respect to the (standardised) logits, unweighted.
@@ -420,7 +429,8 @@ class RowProgram {
   Executor& exec_;
   const DistillParams<A>& params_;
   const RowTask<A>& row_;
-  A max_z_;
+  A max_z_;    // of the others
+  A shift_z_;  // anchor of the cross-entropy's exponentials
   A ce_coefficient_, ce_scale_;
   Affine<A> affine_z_, affine_v_;
   A z_y_, v_y_;  // at the target, standardised

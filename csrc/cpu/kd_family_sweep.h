@@ -182,7 +182,7 @@ class FamilySweep {
       const int flags = valid ? lrds::kRowValid | (w > A(0) ? lrds::kRowSelected : 0) : 0;
       lrds::RowTerms<A> terms{};
       if (weights.ce != A(0) || weights.kd != A(0)) {
-        error = read_logits(row, weights.kd != A(0), y);
+        error = read_logits(row, weights.kd != A(0), D::kRevised, y);
         if (error.kind != RowError::kNone) return error;
         terms = this->template sweep<D>(row, weights);
         if (args_.gradient != nullptr) g_[y_] = terms.at_target;
@@ -208,7 +208,7 @@ class FamilySweep {
   }
 
   // The row into scratch, the target's logits out of it.
-  RowError read_logits(std::int64_t row, bool with_teacher, std::int64_t y) {
+  RowError read_logits(std::int64_t row, bool with_teacher, bool revised, std::int64_t y) {
     y_ = static_cast<int>(y);
     task_.t_y = task_.t_margin = A(1);
     if (args_.soft_target != nullptr) {
@@ -229,7 +229,7 @@ class FamilySweep {
     if (with_teacher) {
       const RowError error = read_teacher(row);
       if (error.kind != RowError::kNone) return error;
-      if (args_.revise == lrds::Revise::kSwap) swap_top();
+      if (revised && args_.revise == lrds::Revise::kSwap) swap_top();
       task_.v_y = v_[y_];
       v_[y_] = lrds::negative_infinity<A>();
     }

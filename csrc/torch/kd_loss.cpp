@@ -16,15 +16,16 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "core/divergences.h"
 #include "core/kd_loss.h"
 #include "cpu/kd_loss.h"
 #include "cpu/scale_gradient.h"
@@ -43,9 +44,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The hyperparameters of one call, in the order of the schemas.
+using Numbers = at::ArrayRef<double>;
+
+// The hyperparameters of one call.
 struct KdLossOptions {
-  double temperature;
+  std::vector<double> temperature;
   double ce_weight;
   double kd_weight;
   double ce_weight_unselected;
@@ -54,11 +57,76 @@ struct KdLossOptions {
   std::int64_t revise;
   std::int64_t reduction;
   std::int64_t ignore_index;
+  std::int64_t divergence;
+  std::vector<double> divergence_parameters;
+  bool standardize;
 };
 
-constexpr const char* kOptionsSchema =
-    "float temperature, float ce_weight, float kd_weight, float ce_weight_unselected, float eta, "
-    "float label_smoothing, int revise, int reduction, int ignore_index";
+// What a call brings: tensors and hyperparameters, in the order of the schemas. The operators below
+// are templates of this parameter list, which is written out here and in kParameters alone.
+struct Problem {
+  Tensor student, teacher, target;
+  OptionalTensor selected, class_weight, teacher_indices, teacher_logsumexp, num_valid, weight_sum,
+      grad_scale;
+  KdLossOptions options;
+
+  Problem(const Tensor& student, const Tensor& teacher, const Tensor& target,
+          const OptionalTensor& selected, const OptionalTensor& class_weight,
+          const OptionalTensor& teacher_indices, const OptionalTensor& teacher_logsumexp,
+          const OptionalTensor& num_valid, const OptionalTensor& weight_sum,
+          const OptionalTensor& grad_scale, Numbers temperature, double ce_weight, double kd_weight,
+          double ce_weight_unselected, double eta, double label_smoothing, std::int64_t revise,
+          std::int64_t reduction, std::int64_t ignore_index, std::int64_t divergence,
+          Numbers divergence_parameters, bool standardize)
+      : student(student),
+        teacher(teacher),
+        target(target),
+        selected(selected),
+        class_weight(class_weight),
+        teacher_indices(teacher_indices),
+        teacher_logsumexp(teacher_logsumexp),
+        num_valid(num_valid),
+        weight_sum(weight_sum),
+        grad_scale(grad_scale),
+        options{temperature.vec(),
+                ce_weight,
+                kd_weight,
+                ce_weight_unselected,
+                eta,
+                label_smoothing,
+                revise,
+                reduction,
+                ignore_index,
+                divergence,
+                divergence_parameters.vec(),
+                standardize} {}
+
+  template <class F>
+  auto unpack(F f) const {
+    const KdLossOptions& o = options;
+    return f(student, teacher, target, selected, class_weight, teacher_indices, teacher_logsumexp,
+             num_valid, weight_sum, grad_scale, o.temperature, o.ce_weight, o.kd_weight,
+             o.ce_weight_unselected, o.eta, o.label_smoothing, o.revise, o.reduction,
+             o.ignore_index, o.divergence, o.divergence_parameters, o.standardize);
+  }
+
+  // Index targets have the rows' shape, soft targets one dimension more.
+  bool soft() const { return at::isFloatingType(target.scalar_type()); }
+};
+
+template <template <class...> class T>
+using WithParameters =
+    T<const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, Numbers, double, double, double, double, double, std::int64_t,
+      std::int64_t, std::int64_t, std::int64_t, Numbers, bool>;
+
+constexpr const char* kParameters =
+    "Tensor student, Tensor teacher, Tensor target, Tensor? selected, Tensor? class_weight, "
+    "Tensor? teacher_indices, Tensor? teacher_logsumexp, Tensor? num_valid, Tensor? weight_sum, "
+    "Tensor? grad_scale, float[] temperature, float ce_weight, float kd_weight, "
+    "float ce_weight_unselected, float eta, float label_smoothing, int revise, int reduction, "
+    "int ignore_index, int divergence, float[] divergence_parameters, bool standardize";
 
 DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -86,93 +154,131 @@ Tensor rows_of(const Tensor& logits, std::int64_t classes) {
 struct Call {
   KdLossArgs args{};
   at::ScalarType accumulate = at::kFloat;
-  Tensor student, teacher, target, selected, num_valid, grad_scale, grad_output, gradient;
+  Tensor student, teacher, target, selected, class_weight, teacher_indices, teacher_logsumexp,
+      num_valid, weight_sum, grad_scale, grad_output, gradient;
 };
+
+void check_device(const Tensor& tensor, const char* name, const Tensor& student) {
+  TORCH_CHECK_VALUE(tensor.device() == student.device(), name, " must be on ", student.device(),
+                    " like student_logits; got ", tensor.device());
+}
 
 Tensor scalar_on(const OptionalTensor& value, const char* name, const Tensor& student,
                  at::ScalarType accumulate) {
   if (!value.has_value()) return Tensor();
   TORCH_CHECK_VALUE(value->numel() == 1, name, " must hold one number; got shape ", value->sizes());
-  TORCH_CHECK_VALUE(value->device() == student.device(), name, " must be on ", student.device(),
-                    " like student_logits; got ", value->device());
+  check_device(*value, name, student);
   return value->to(accumulate).contiguous();
 }
 
-Call make_call(const Tensor& student, const Tensor& teacher, const Tensor& target,
-               const OptionalTensor& selected, const OptionalTensor& num_valid,
-               const OptionalTensor& grad_scale, const KdLossOptions& options) {
-  Call call;
-  KdLossArgs& args = call.args;
-  TORCH_CHECK_VALUE(student.dim() >= 1, "student_logits must be (..., C); got a 0-d tensor");
-  const std::int64_t classes = student.size(-1);
-  TORCH_CHECK_VALUE(classes >= 1 && classes < (std::int64_t{1} << 31),
-                    "student_logits must have at least one class; got shape ", student.sizes());
-  TORCH_CHECK_VALUE(teacher.dim() >= 1 && teacher.size(-1) == classes,
-                    "teacher_logits must have the student's ", classes, " classes; got shape ",
-                    teacher.sizes());
-  for (const Tensor& tensor : {teacher, target}) {
-    TORCH_CHECK_VALUE(tensor.device() == student.device(), "all tensors must be on ",
-                      student.device(), " like student_logits; got ", tensor.device());
-  }
-  args.student_type = dtype_of(student, "student_logits");
-  args.teacher_type = dtype_of(teacher, "teacher_logits");
-  const bool wide = args.student_type == DType::kFloat64 || args.teacher_type == DType::kFloat64;
-  args.accumulate = wide ? DType::kFloat64 : DType::kFloat32;
-  call.accumulate = wide ? at::kDouble : at::kFloat;
+const void* pointer_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
 
-  call.student = rows_of(student, classes);
-  call.teacher = rows_of(teacher, classes);
-  args.rows = call.student.size(0);
-  args.classes = classes;
-  args.student = call.student.const_data_ptr();
-  args.student_stride = call.student.stride(0);
+void set_target(Call& call, const Problem& problem) {
+  KdLossArgs& args = call.args;
+  const Tensor& target = problem.target;
+  check_device(target, "target", problem.student);
+  args.ignore_index = problem.options.ignore_index;
+  if (problem.soft()) {
+    TORCH_CHECK_VALUE(target.sizes() == problem.student.sizes(),
+                      "target probabilities must have student_logits' shape ",
+                      problem.student.sizes(), "; got ", target.sizes());
+    call.target = target.to(call.accumulate).contiguous();
+    args.soft_target = call.target.const_data_ptr();
+    return;
+  }
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
+                   "target must be int64 or int32 class indices, or floating probabilities; got ",
+                   target.scalar_type());
+  TORCH_CHECK_VALUE(target.numel() == args.rows, "target must have one class per row, ", args.rows,
+                    "; got shape ", target.sizes());
+  call.target = target.contiguous();
+  args.target = call.target.const_data_ptr();
+  args.target_is_int64 = target.scalar_type() == at::kLong;
+}
+
+void set_selected(Call& call, const Problem& problem) {
+  KdLossArgs& args = call.args;
+  args.selected_type = SelectedType::kPrefix;
+  if (!problem.selected.has_value()) return;
+  const Tensor& selected = *problem.selected;
+  check_device(selected, "selected", problem.student);
+  TORCH_CHECK_VALUE(selected.numel() == args.rows, "selected must have one entry per row, ",
+                    args.rows, "; got shape ", selected.sizes());
+  TORCH_CHECK_VALUE(args.teacher_rows == args.rows,
+                    "selected must be None when teacher_logits has fewer rows than student_logits");
+  switch (selected.scalar_type()) {
+    case at::kBool:
+      args.selected_type = SelectedType::kBool;
+      call.selected = selected.contiguous();
+      break;
+    case at::kDouble:
+      args.selected_type = SelectedType::kFloat64;
+      call.selected = selected.contiguous();
+      break;
+    case at::kFloat:
+    case at::kHalf:
+    case at::kBFloat16:
+      args.selected_type = SelectedType::kFloat32;
+      call.selected = selected.to(at::kFloat).contiguous();
+      break;
+    default:
+      TORCH_CHECK_TYPE(false, "selected must be bool or floating; got ", selected.scalar_type());
+  }
+  args.selected = call.selected.const_data_ptr();
+}
+
+// The teacher's rows: dense, or the kept classes of a cached one.
+void set_teacher(Call& call, const Problem& problem) {
+  KdLossArgs& args = call.args;
+  const Tensor& teacher = problem.teacher;
+  check_device(teacher, "teacher_logits", problem.student);
+  const bool cached = problem.teacher_indices.has_value();
+  TORCH_CHECK_VALUE(
+      teacher.dim() >= 1 && (cached ? teacher.size(-1) >= 1 && teacher.size(-1) <= args.classes
+                                    : teacher.size(-1) == args.classes),
+      "teacher_logits must have the student's ", args.classes,
+      cached ? " classes at most" : " classes", "; got shape ", teacher.sizes());
+  call.teacher = rows_of(teacher, teacher.size(-1));
   args.teacher = call.teacher.const_data_ptr();
   args.teacher_stride = call.teacher.stride(0);
   args.teacher_rows = call.teacher.size(0);
   TORCH_CHECK_VALUE(args.teacher_rows <= args.rows,
                     "teacher_logits must have at most the student's ", args.rows, " rows; got ",
                     args.teacher_rows);
+  if (!cached) return;
+  TORCH_CHECK_VALUE(problem.teacher_logsumexp.has_value(),
+                    "a cached teacher needs its logsumexp beside its indices");
+  check_device(*problem.teacher_indices, "teacher indices", problem.student);
+  check_device(*problem.teacher_logsumexp, "teacher logsumexp", problem.student);
+  TORCH_CHECK_VALUE(problem.teacher_indices->numel() == teacher.numel(),
+                    "teacher indices must have the kept logits' shape ", teacher.sizes(), "; got ",
+                    problem.teacher_indices->sizes());
+  TORCH_CHECK_VALUE(problem.teacher_logsumexp->numel() == args.teacher_rows,
+                    "teacher logsumexp must have one number per row, ", args.teacher_rows,
+                    "; got shape ", problem.teacher_logsumexp->sizes());
+  call.teacher_indices = problem.teacher_indices->to(at::kLong).contiguous();
+  call.teacher_logsumexp = problem.teacher_logsumexp->to(call.accumulate).contiguous();
+  args.kept_classes = teacher.size(-1);
+  args.teacher_indices = call.teacher_indices.const_data_ptr<std::int64_t>();
+  args.teacher_logsumexp = call.teacher_logsumexp.const_data_ptr();
+}
 
-  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
-                   "target must be int64 or int32 class indices; got ", target.scalar_type());
-  TORCH_CHECK_VALUE(target.numel() == args.rows, "target must have one class per row, ", args.rows,
-                    "; got shape ", target.sizes());
-  call.target = target.contiguous();
-  args.target = call.target.const_data_ptr();
-  args.target_is_int64 = target.scalar_type() == at::kLong;
-  args.ignore_index = options.ignore_index;
-
-  args.selected_type = SelectedType::kPrefix;
-  if (selected.has_value()) {
-    TORCH_CHECK_VALUE(selected->device() == student.device(), "selected must be on ",
-                      student.device(), " like student_logits; got ", selected->device());
-    TORCH_CHECK_VALUE(selected->numel() == args.rows, "selected must have one entry per row, ",
-                      args.rows, "; got shape ", selected->sizes());
-    TORCH_CHECK_VALUE(
-        args.teacher_rows == args.rows,
-        "selected must be None when teacher_logits has fewer rows than student_logits");
-    switch (selected->scalar_type()) {
-      case at::kBool:
-        args.selected_type = SelectedType::kBool;
-        call.selected = selected->contiguous();
-        break;
-      case at::kDouble:
-        args.selected_type = SelectedType::kFloat64;
-        call.selected = selected->contiguous();
-        break;
-      case at::kFloat:
-      case at::kHalf:
-      case at::kBFloat16:
-        args.selected_type = SelectedType::kFloat32;
-        call.selected = selected->to(at::kFloat).contiguous();
-        break;
-      default:
-        TORCH_CHECK_TYPE(false, "selected must be bool or floating; got ", selected->scalar_type());
-    }
-    args.selected = call.selected.const_data_ptr();
-  }
-
-  args.temperature = options.temperature;
+void set_options(KdLossArgs& args, const KdLossOptions& options) {
+  const std::size_t temperatures = options.temperature.size();
+  TORCH_CHECK_VALUE(temperatures >= 1 && temperatures <= static_cast<std::size_t>(kMaxTemperatures),
+                    "temperature must be one number or up to ", kMaxTemperatures, "; got ",
+                    temperatures);
+  TORCH_CHECK_VALUE(options.divergence_parameters.size() == 3,
+                    "divergence_parameters must be three numbers; got ",
+                    options.divergence_parameters.size());
+  TORCH_CHECK_VALUE(options.divergence >= 0 && options.divergence < Divergences::kCount,
+                    "divergence must be a code in [0, ", Divergences::kCount, "); got ",
+                    options.divergence);
+  args.temperature = options.temperature[0];
+  args.temperature_count = static_cast<std::int32_t>(temperatures);
+  std::copy(options.temperature.begin(), options.temperature.end(), args.temperatures);
   args.ce_weight = options.ce_weight;
   args.ce_weight_unselected = options.ce_weight_unselected;
   args.kd_weight = options.kd_weight;
@@ -180,11 +286,50 @@ Call make_call(const Tensor& student, const Tensor& teacher, const Tensor& targe
   args.label_smoothing = options.label_smoothing;
   args.revise = static_cast<Revise>(options.revise);
   args.reduction = static_cast<Reduction>(options.reduction);
+  args.divergence = static_cast<std::int32_t>(options.divergence);
+  std::copy(options.divergence_parameters.begin(), options.divergence_parameters.end(),
+            args.divergence_parameters);
+  args.standardize = options.standardize;
+}
 
-  call.num_valid = scalar_on(num_valid, "num_valid", student, call.accumulate);
-  if (call.num_valid.defined()) args.num_valid = call.num_valid.const_data_ptr();
-  call.grad_scale = scalar_on(grad_scale, "grad_scale", student, call.accumulate);
-  if (call.grad_scale.defined()) args.grad_scale = call.grad_scale.const_data_ptr();
+Call make_call(const Problem& problem) {
+  Call call;
+  KdLossArgs& args = call.args;
+  const Tensor& student = problem.student;
+  TORCH_CHECK_VALUE(student.dim() >= 1, "student_logits must be (..., C); got a 0-d tensor");
+  const std::int64_t classes = student.size(-1);
+  TORCH_CHECK_VALUE(classes >= 1 && classes < (std::int64_t{1} << 31),
+                    "student_logits must have at least one class; got shape ", student.sizes());
+  args.student_type = dtype_of(student, "student_logits");
+  args.teacher_type = dtype_of(problem.teacher, "teacher_logits");
+  const bool wide = args.student_type == DType::kFloat64 || args.teacher_type == DType::kFloat64;
+  args.accumulate = wide ? DType::kFloat64 : DType::kFloat32;
+  call.accumulate = wide ? at::kDouble : at::kFloat;
+
+  call.student = rows_of(student, classes);
+  args.rows = call.student.size(0);
+  args.classes = classes;
+  args.student = call.student.const_data_ptr();
+  args.student_stride = call.student.stride(0);
+  set_teacher(call, problem);
+  set_target(call, problem);
+  set_selected(call, problem);
+  set_options(args, problem.options);
+
+  if (problem.class_weight.has_value()) {
+    check_device(*problem.class_weight, "class_weight", student);
+    TORCH_CHECK_VALUE(problem.class_weight->numel() == classes,
+                      "class_weight must have one weight per class, ", classes, "; got shape ",
+                      problem.class_weight->sizes());
+    call.class_weight = problem.class_weight->to(call.accumulate).contiguous();
+  }
+  args.class_weight = pointer_or_null(call.class_weight);
+  call.num_valid = scalar_on(problem.num_valid, "num_valid", student, call.accumulate);
+  args.num_valid = pointer_or_null(call.num_valid);
+  call.weight_sum = scalar_on(problem.weight_sum, "weight_sum", student, call.accumulate);
+  args.weight_sum = pointer_or_null(call.weight_sum);
+  call.grad_scale = scalar_on(problem.grad_scale, "grad_scale", student, call.accumulate);
+  args.grad_scale = pointer_or_null(call.grad_scale);
   return call;
 }
 
@@ -226,44 +371,62 @@ std::int64_t target_at(const Call& call, std::int64_t row) {
                                    : call.target.const_data_ptr<std::int32_t>()[row];
 }
 
+// One over the denominators, before grad_scale.
+TermScales term_scales_cpu(const Call& call) {
+  const KdLossArgs& args = call.args;
+  if (args.reduction == Reduction::kNone || args.reduction == Reduction::kSum) return {1.0, 1.0};
+  const double valid = args.num_valid != nullptr
+                           ? host_scalar(call.num_valid)
+                           : static_cast<double>(cpu::kd_loss_count_valid(args));
+  const double scale = reduction_scale(args.reduction, valid, static_cast<double>(args.classes));
+  if (!weighs_rows(args)) return {scale, scale};
+  const double weight_sum =
+      args.weight_sum != nullptr ? host_scalar(call.weight_sum) : cpu::kd_loss_weight_sum(args);
+  return {weight_sum > 0.0 ? 1.0 / weight_sum : 0.0, scale};
+}
+
+[[noreturn]] void throw_row_error(const Call& call, const cpu::RowError& error) {
+  const KdLossArgs& args = call.args;
+  const std::int64_t row = error.row;
+  switch (error.kind) {
+    case cpu::RowError::kTarget:
+      TORCH_CHECK_VALUE(false, "target[", row, "] is ", target_at(call, row), ", outside [0, ",
+                        args.classes, ") and not ignore_index = ", args.ignore_index);
+    case cpu::RowError::kTeacherIndex:
+      TORCH_CHECK_VALUE(false, "the cached teacher's indices[", row, "] must be inside [0, ",
+                        args.classes, "); got ",
+                        call.teacher_indices.view({-1, args.kept_classes})[row]);
+    default:
+      TORCH_CHECK_VALUE(false, "selected[", row, "] is not a weight in [0, 1]: ",
+                        args.selected_type == SelectedType::kFloat64
+                            ? call.selected.const_data_ptr<double>()[row]
+                            : call.selected.const_data_ptr<float>()[row]);
+  }
+}
+
 // Runs the sweep (and, when the loss is wanted, its finalize step) on the CPU.
 void run_cpu(const Call& call) {
   const KdLossArgs& args = call.args;
-  double valid_rows = 0.0;
-  if (args.reduction == Reduction::kMean || args.reduction == Reduction::kElementMean) {
-    valid_rows = args.num_valid != nullptr ? host_scalar(call.num_valid)
-                                           : static_cast<double>(cpu::kd_loss_count_valid(args));
-  }
-  const double scale =
-      reduction_scale(args.reduction, valid_rows, static_cast<double>(args.classes));
-  const double gradient_scale =
-      args.grad_scale != nullptr ? scale * host_scalar(call.grad_scale) : scale;
+  const TermScales loss_scales = term_scales_cpu(call);
+  const double folded = args.grad_scale != nullptr ? host_scalar(call.grad_scale) : 1.0;
+  const TermScales scales{loss_scales.ce * folded, loss_scales.kd * folded};
 
   const std::size_t scratch_bytes = (cpu::kd_loss_scratch_bytes(args) + 63) / 64 * 64;
-  std::atomic<std::int64_t> bad_row{args.rows};
+  std::mutex mutex;
+  cpu::RowError first{cpu::RowError::kNone, args.rows};
   const std::int64_t grain = std::max<std::int64_t>(1, 32768 / args.classes);
   at::parallel_for(0, args.rows, grain, [&](std::int64_t begin, std::int64_t end) {
     const std::unique_ptr<void, decltype(&std::free)> scratch(
         scratch_bytes > 0 ? std::aligned_alloc(64, scratch_bytes) : nullptr, &std::free);
     TORCH_CHECK(scratch_bytes == 0 || scratch != nullptr, "out of memory: ", scratch_bytes,
                 " bytes of scratch for a row");
-    const cpu::RowError error = cpu::kd_loss_rows(args, gradient_scale, begin, end, scratch.get());
+    const cpu::RowError error = cpu::kd_loss_rows(args, scales, begin, end, scratch.get());
     if (error.kind == cpu::RowError::kNone) return;
-    std::int64_t first = bad_row.load();
-    while (error.row < first && !bad_row.compare_exchange_weak(first, error.row)) {
-    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (error.row < first.row) first = error;
   });
-  const std::int64_t row = bad_row.load();
-  if (row < args.rows) {
-    const std::int64_t y = target_at(call, row);
-    TORCH_CHECK_VALUE(y >= 0 && y < args.classes, "target[", row, "] is ", y, ", outside [0, ",
-                      args.classes, ") and not ignore_index = ", args.ignore_index);
-    TORCH_CHECK_VALUE(false, "selected[", row, "] is not a weight in [0, 1]: ",
-                      args.selected_type == SelectedType::kFloat64
-                          ? call.selected.const_data_ptr<double>()[row]
-                          : call.selected.const_data_ptr<float>()[row]);
-  }
-  if (args.counts != nullptr) cpu::kd_loss_finalize(args, scale);
+  if (first.kind != cpu::RowError::kNone) throw_row_error(call, first);
+  if (args.counts != nullptr) cpu::kd_loss_finalize(args, loss_scales);
 }
 
 #if defined(LRDS_WITH_CUDA)
@@ -274,30 +437,20 @@ void run_cuda(const Call& call) {
 #endif
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Run = void (*)(const Call&);
 
-template <void (*Run)(const Call&)>
-Forward kd_loss_forward(const Tensor& student, const Tensor& teacher, const Tensor& target,
-                        const OptionalTensor& selected, const OptionalTensor& num_valid,
-                        const OptionalTensor& grad_scale, double temperature, double ce_weight,
-                        double kd_weight, double ce_weight_unselected, double eta,
-                        double label_smoothing, std::int64_t revise, std::int64_t reduction,
-                        std::int64_t ignore_index, bool with_gradient) {
-  const KdLossOptions options{temperature,     ce_weight, kd_weight, ce_weight_unselected, eta,
-                              label_smoothing, revise,    reduction, ignore_index};
-  Call call = make_call(student, teacher, target, selected, num_valid, grad_scale, options);
+// Allocates the outputs of a call whose gradient is decided and runs it.
+Loss run_for_loss(Call& call, const Problem& problem, Run run) {
   KdLossArgs& args = call.args;
-  const at::TensorOptions accumulate = student.options().dtype(call.accumulate);
-  Tensor gradient = at::empty({0}, student.options());
-  if (with_gradient) {
-    set_gradient(call, student);
-    gradient = call.gradient;
-  }
-  const Tensor ce_rows = at::empty(target.sizes(), accumulate);
-  const Tensor kd_rows = at::empty(target.sizes(), accumulate);
-  const Tensor flags = at::empty({args.rows}, student.options().dtype(at::kByte));
-  const Tensor counts = at::empty({3}, student.options().dtype(at::kLong));
+  const at::TensorOptions accumulate = problem.student.options().dtype(call.accumulate);
+  const auto rows = problem.student.sizes().slice(0, problem.student.dim() - 1);
+  const Tensor ce_rows = at::empty(rows, accumulate);
+  const Tensor kd_rows = at::empty(rows, accumulate);
+  const Tensor flags = at::empty({args.rows}, accumulate.dtype(at::kByte));
+  const Tensor counts = at::empty({3}, accumulate.dtype(at::kLong));
   const bool per_row = args.reduction == Reduction::kNone;
-  const Tensor loss = per_row ? at::empty(target.sizes(), accumulate) : at::empty({}, accumulate);
+  const Tensor loss = per_row ? at::empty(rows, accumulate) : at::empty({}, accumulate);
   const Tensor ce = per_row ? ce_rows : at::empty({}, accumulate);
   const Tensor kd = per_row ? kd_rows : at::empty({}, accumulate);
   args.ce = ce_rows.mutable_data_ptr();
@@ -307,50 +460,60 @@ Forward kd_loss_forward(const Tensor& student, const Tensor& teacher, const Tens
   args.loss_ce = ce.mutable_data_ptr();
   args.loss_kd = kd.mutable_data_ptr();
   args.counts = counts.mutable_data_ptr<std::int64_t>();
-  Run(call);
-  return {loss, ce, kd, counts, gradient};
+  run(call);
+  return {loss, ce, kd, counts};
 }
 
-// The recompute form: the gradient from the logits again, with grad_output folded in before it is
-// rounded.
-template <void (*Run)(const Call&)>
-Tensor kd_loss_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                        const Tensor& target, const OptionalTensor& selected,
-                        const OptionalTensor& num_valid, double temperature, double ce_weight,
-                        double kd_weight, double ce_weight_unselected, double eta,
-                        double label_smoothing, std::int64_t revise, std::int64_t reduction,
-                        std::int64_t ignore_index) {
-  const KdLossOptions options{temperature,     ce_weight, kd_weight, ce_weight_unselected, eta,
-                              label_smoothing, revise,    reduction, ignore_index};
-  Call call = make_call(student, teacher, target, selected, num_valid, std::nullopt, options);
-  set_gradient(call, student);
-  set_grad_output(call, grad_output);
-  Run(call);
-  return call.gradient;
-}
+template <Run run>
+struct Kernels {
+  template <class... P>
+  struct Of {
+    static Forward forward(P... parameters, bool with_gradient) {
+      const Problem problem(parameters...);
+      Call call = make_call(problem);
+      Tensor gradient = at::empty({0}, problem.student.options());
+      if (with_gradient) {
+        set_gradient(call, problem.student);
+        gradient = call.gradient;
+      }
+      auto [loss, ce, kd, counts] = run_for_loss(call, problem, run);
+      return {loss, ce, kd, counts, gradient};
+    }
 
-template <void (*Run)(const Call&)>
-Tensor kd_logit_gradient(const Tensor& student, const Tensor& teacher, const Tensor& target,
-                         double temperature, double ce_weight, double kd_weight, double eta,
-                         double label_smoothing, std::int64_t revise) {
-  // Rounding to 16 bits would be felt in the scores: the gradient leaves in the accumulation type.
-  const bool wide = student.scalar_type() == at::kDouble || teacher.scalar_type() == at::kDouble;
-  const Tensor precise = student.to(wide ? at::kDouble : at::kFloat);
-  const KdLossOptions options{temperature,
-                              ce_weight,
-                              kd_weight,
-                              ce_weight,
-                              eta,
-                              label_smoothing,
-                              revise,
-                              static_cast<std::int64_t>(Reduction::kSum),
-                              /*ignore_index=*/-100};
-  Call call =
-      make_call(precise, teacher, target, std::nullopt, std::nullopt, std::nullopt, options);
-  set_gradient(call, precise);
-  Run(call);
-  return call.gradient;
-}
+    // The student's logits become their gradient: for callers whose logits are a buffer of theirs.
+    static Loss forward_in_place(P... parameters) {
+      const Problem problem(parameters...);
+      TORCH_CHECK_VALUE(problem.student.is_contiguous(), "student must be contiguous");
+      Call call = make_call(problem);
+      call.args.gradient = call.student.mutable_data_ptr();
+      return run_for_loss(call, problem, run);
+    }
+
+    // The recompute form: the gradient from the logits again, with grad_output folded in before it
+    // is rounded.
+    static Tensor backward(const Tensor& grad_output, P... parameters) {
+      const Problem problem(parameters...);
+      Call call = make_call(problem);
+      set_gradient(call, problem.student);
+      set_grad_output(call, grad_output);
+      run(call);
+      return call.gradient;
+    }
+
+    // Rounding to 16 bits would be felt in the scores: the gradient leaves in the accumulation
+    // type.
+    static Tensor logit_gradient(P... parameters) {
+      Problem problem(parameters...);
+      const bool wide = problem.student.scalar_type() == at::kDouble ||
+                        problem.teacher.scalar_type() == at::kDouble;
+      problem.student = problem.student.to(wide ? at::kDouble : at::kFloat);
+      Call call = make_call(problem);
+      set_gradient(call, problem.student);
+      run(call);
+      return call.gradient;
+    }
+  };
+};
 
 Tensor factor_of(const Tensor& gradient, const Tensor& grad_output) {
   const at::ScalarType accumulate =
@@ -421,29 +584,32 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-Forward call_forward(const Tensor& student, const Tensor& teacher, const Tensor& target,
-                     const OptionalTensor& selected, const OptionalTensor& num_valid,
-                     const OptionalTensor& grad_scale, const KdLossOptions& o, bool with_gradient) {
-  static const auto op =
-      find<Forward(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                   const OptionalTensor&, const OptionalTensor&, double, double, double, double,
-                   double, double, std::int64_t, std::int64_t, std::int64_t, bool)>(
-          "lrds_fast::kd_loss_forward");
-  return op.call(student, teacher, target, selected, num_valid, grad_scale, o.temperature,
-                 o.ce_weight, o.kd_weight, o.ce_weight_unselected, o.eta, o.label_smoothing,
-                 o.revise, o.reduction, o.ignore_index, with_gradient);
+template <class... P>
+struct ForwardOp {
+  static Forward call(P... parameters, bool with_gradient) {
+    static const auto op = find<Forward(P..., bool)>("lrds_fast::kd_loss_forward");
+    return op.call(parameters..., with_gradient);
+  }
+};
+
+template <class... P>
+struct BackwardOp {
+  static Tensor call(const Tensor& grad_output, P... parameters) {
+    static const auto op = find<Tensor(const Tensor&, P...)>("lrds_fast::kd_loss_backward");
+    return op.call(grad_output, parameters...);
+  }
+};
+
+Forward call_forward(const Problem& problem, bool with_gradient) {
+  return problem.unpack([&](const auto&... parameters) {
+    return WithParameters<ForwardOp>::call(parameters..., with_gradient);
+  });
 }
 
-Tensor call_backward(const Tensor& grad_output, const Tensor& student, const Tensor& teacher,
-                     const Tensor& target, const OptionalTensor& selected,
-                     const OptionalTensor& num_valid, const KdLossOptions& o) {
-  static const auto op =
-      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                  const OptionalTensor&, double, double, double, double, double, double,
-                  std::int64_t, std::int64_t, std::int64_t)>("lrds_fast::kd_loss_backward");
-  return op.call(grad_output, student, teacher, target, selected, num_valid, o.temperature,
-                 o.ce_weight, o.kd_weight, o.ce_weight_unselected, o.eta, o.label_smoothing,
-                 o.revise, o.reduction, o.ignore_index);
+Tensor call_backward(const Tensor& grad_output, const Problem& problem) {
+  return problem.unpack([&](const auto&... parameters) {
+    return WithParameters<BackwardOp>::call(grad_output, parameters...);
+  });
 }
 
 // A tensor made under inference_mode (a teacher's output) cannot be saved for backward; another
@@ -460,29 +626,35 @@ OptionalTensor optional(const Tensor& tensor) {
 
 class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
  public:
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& student, const Tensor& teacher,
-      const Tensor& target, const OptionalTensor& selected, const OptionalTensor& num_valid,
-      const OptionalTensor& grad_scale, const KdLossOptions& options) {
+  // The student is an argument of its own: it is the one input that gets a gradient.
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
+                                                const Tensor& student, const Problem& problem) {
+    const KdLossOptions& options = problem.options;
     // A gradient per row cannot carry grad_output yet; a float16 gradient of a mean would underflow
     // without its scale.
     const bool recompute = options.reduction == static_cast<std::int64_t>(Reduction::kNone) ||
-                           (student.scalar_type() == at::kHalf && !grad_scale.has_value());
+                           (student.scalar_type() == at::kHalf && !problem.grad_scale.has_value());
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [loss, ce, kd, counts, gradient] = call_forward(
-        student, teacher, target, selected, num_valid, grad_scale, options, !recompute);
+    const auto [loss, ce, kd, counts, gradient] = call_forward(problem, !recompute);
     ctx->saved_data["recompute"] = recompute;
     if (recompute) {
-      ctx->save_for_backward({student, saveable(teacher), saveable(target),
-                              saveable(selected.value_or(Tensor())),
-                              saveable(num_valid.value_or(Tensor()))});
-      ctx->saved_data["numbers"] = std::vector<double>{
-          options.temperature,          options.ce_weight, options.kd_weight,
-          options.ce_weight_unselected, options.eta,       options.label_smoothing};
+      const auto save = [](const OptionalTensor& tensor) {
+        return saveable(tensor.value_or(Tensor()));
+      };
+      ctx->save_for_backward({student, saveable(problem.teacher), saveable(problem.target),
+                              save(problem.selected), save(problem.class_weight),
+                              save(problem.teacher_indices), save(problem.teacher_logsumexp),
+                              save(problem.num_valid), save(problem.weight_sum)});
+      ctx->saved_data["temperature"] = options.temperature;
+      ctx->saved_data["numbers"] =
+          std::vector<double>{options.ce_weight, options.kd_weight, options.ce_weight_unselected,
+                              options.eta, options.label_smoothing};
       ctx->saved_data["choices"] =
-          std::vector<std::int64_t>{options.revise, options.reduction, options.ignore_index};
+          std::vector<std::int64_t>{options.revise, options.reduction, options.ignore_index,
+                                    options.divergence, options.standardize ? 1 : 0};
+      ctx->saved_data["divergence_parameters"] = options.divergence_parameters;
     } else {
-      ctx->save_for_backward({gradient, saveable(grad_scale.value_or(Tensor()))});
+      ctx->save_for_backward({gradient, saveable(problem.grad_scale.value_or(Tensor()))});
     }
     ctx->mark_non_differentiable({ce, kd, counts});
     ctx->set_materialize_grads(false);
@@ -491,7 +663,7 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    torch::autograd::variable_list inputs(7);
+    torch::autograd::variable_list inputs(2);
     if (!grads[0].defined()) return inputs;
     const bool create_graph = c10::GradMode::is_enabled();
     // Unpacked before autograd is switched off: a saved-tensor hook (activation checkpointing) may
@@ -518,11 +690,16 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
                             const torch::autograd::variable_list& saved,
                             const Tensor& grad_output) {
     if (ctx->saved_data["recompute"].toBool()) {
+      const std::vector<double> temperature = ctx->saved_data["temperature"].toDoubleVector();
       const std::vector<double> n = ctx->saved_data["numbers"].toDoubleVector();
       const std::vector<std::int64_t> c = ctx->saved_data["choices"].toIntVector();
-      const KdLossOptions options{n[0], n[1], n[2], n[3], n[4], n[5], c[0], c[1], c[2]};
-      return call_backward(grad_output, saved[0], saved[1], saved[2], optional(saved[3]),
-                           optional(saved[4]), options);
+      const std::vector<double> parameters =
+          ctx->saved_data["divergence_parameters"].toDoubleVector();
+      return call_backward(
+          grad_output, Problem(saved[0], saved[1], saved[2], optional(saved[3]), optional(saved[4]),
+                               optional(saved[5]), optional(saved[6]), optional(saved[7]),
+                               optional(saved[8]), std::nullopt, temperature, n[0], n[1], n[2],
+                               n[3], n[4], c[0], c[1], c[2], c[3], parameters, c[4] != 0));
     }
     Tensor gradient = saved[0];
     // In place only for a plain tensor that nobody will ask for again: a tracer needs the
@@ -541,87 +718,86 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
   }
 };
 
-using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Loss kd_loss_without_gradient(const Tensor& student, const Tensor& teacher, const Tensor& target,
-                              const OptionalTensor& selected, const OptionalTensor& num_valid,
-                              const OptionalTensor& grad_scale, double temperature,
-                              double ce_weight, double kd_weight, double ce_weight_unselected,
-                              double eta, double label_smoothing, std::int64_t revise,
-                              std::int64_t reduction, std::int64_t ignore_index) {
-  const KdLossOptions options{temperature,     ce_weight, kd_weight, ce_weight_unselected, eta,
-                              label_smoothing, revise,    reduction, ignore_index};
-  auto [loss, ce, kd, counts, gradient] =
-      call_forward(student, teacher, target, selected, num_valid, grad_scale, options, false);
+Loss without_gradient(const Problem& problem) {
+  auto [loss, ce, kd, counts, gradient] = call_forward(problem, false);
   return {loss, ce, kd, counts};
 }
 
-Loss kd_loss_autograd(const Tensor& student, const Tensor& teacher, const Tensor& target,
-                      const OptionalTensor& selected, const OptionalTensor& num_valid,
-                      const OptionalTensor& grad_scale, double temperature, double ce_weight,
-                      double kd_weight, double ce_weight_unselected, double eta,
-                      double label_smoothing, std::int64_t revise, std::int64_t reduction,
-                      std::int64_t ignore_index) {
-  if (!c10::GradMode::is_enabled() || !student.requires_grad()) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return kd_loss_without_gradient(student, teacher, target, selected, num_valid, grad_scale,
-                                    temperature, ce_weight, kd_weight, ce_weight_unselected, eta,
-                                    label_smoothing, revise, reduction, ignore_index);
+template <class... P>
+struct KdLossOp {
+  static Loss without_gradient(P... parameters) {
+    return lrds::without_gradient(Problem(parameters...));
   }
-  const KdLossOptions options{temperature,     ce_weight, kd_weight, ce_weight_unselected, eta,
-                              label_smoothing, revise,    reduction, ignore_index};
-  // Teacher and selection get no gradient: detached, they are no inputs of the graph.
-  const OptionalTensor weights =
-      selected.has_value() ? OptionalTensor(selected->detach()) : selected;
-  auto outputs = KdLossFunction::apply(student, teacher.detach(), target, weights, num_valid,
-                                       grad_scale, options);
-  return {outputs[0], outputs[1], outputs[2], outputs[3]};
-}
+
+  static Loss autograd(P... parameters) {
+    Problem problem(parameters...);
+    if (!c10::GradMode::is_enabled() || !problem.student.requires_grad()) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      return lrds::without_gradient(problem);
+    }
+    // Nothing but the student gets a gradient: detached, the rest are no inputs of the graph.
+    problem.teacher = problem.teacher.detach();
+    problem.target = problem.target.detach();
+    for (OptionalTensor* const tensor :
+         {&problem.selected, &problem.class_weight, &problem.teacher_logsumexp, &problem.num_valid,
+          &problem.weight_sum, &problem.grad_scale}) {
+      if (tensor->has_value()) *tensor = (*tensor)->detach();
+    }
+    const Tensor student = problem.student;
+    auto outputs = KdLossFunction::apply(student, problem);
+    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+  }
+};
+
+using CpuOps = WithParameters<Kernels<run_cpu>::Of>;
+#if defined(LRDS_WITH_CUDA)
+using CudaOps = WithParameters<Kernels<run_cuda>::Of>;
+#endif
 
 }  // namespace
 
 TORCH_LIBRARY(lrds_fast, m) {
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
-  const std::string inputs =
-      "Tensor student, Tensor teacher, Tensor target, Tensor? selected, Tensor? num_valid";
-  const std::string options = kOptionsSchema;
+  const std::string parameters = kParameters;
   const std::string outputs = "Tensor loss, Tensor ce, Tensor kd, Tensor counts";
-  define("kd_loss(" + inputs + ", Tensor? grad_scale, " + options + ") -> (" + outputs + ")");
-  define("kd_loss_forward(" + inputs + ", Tensor? grad_scale, " + options +
-         ", bool with_gradient) -> (" + outputs + ", Tensor gradient)");
-  define("kd_loss_backward(Tensor grad_output, " + inputs + ", " + options + ") -> Tensor");
+  define("kd_loss(" + parameters + ") -> (" + outputs + ")");
+  define("kd_loss_forward(" + parameters + ", bool with_gradient) -> (" + outputs +
+         ", Tensor gradient)");
+  define("kd_loss_forward_(Tensor(a!) " + parameters.substr(parameters.find("student")) + ") -> (" +
+         outputs + ")");
+  define("kd_loss_backward(Tensor grad_output, " + parameters + ") -> Tensor");
+  define("kd_logit_gradient(" + parameters + ") -> Tensor");
   define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor? grad_scale) -> Tensor");
   define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor? grad_scale) -> ()");
-  define(
-      "kd_logit_gradient(Tensor student, Tensor teacher, Tensor target, float temperature, "
-      "float ce_weight, float kd_weight, float eta, float label_smoothing, int revise) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lrds_fast, CompositeExplicitAutograd, m) {
-  m.impl("kd_loss", &kd_loss_without_gradient);
+  m.impl("kd_loss", &WithParameters<KdLossOp>::without_gradient);
 }
 
 TORCH_LIBRARY_IMPL(lrds_fast, Autograd, m) {
-  m.impl("kd_loss", &kd_loss_autograd);
-  for (const char* name : {"kd_loss_forward", "kd_loss_backward", "scale_gradient",
-                           "scale_gradient_", "kd_logit_gradient"}) {
+  m.impl("kd_loss", &WithParameters<KdLossOp>::autograd);
+  for (const char* name : {"kd_loss_forward", "kd_loss_forward_", "kd_loss_backward",
+                           "scale_gradient", "scale_gradient_", "kd_logit_gradient"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
 
 TORCH_LIBRARY_IMPL(lrds_fast, CPU, m) {
-  m.impl("kd_loss_forward", &kd_loss_forward<run_cpu>);
-  m.impl("kd_loss_backward", &kd_loss_backward<run_cpu>);
-  m.impl("kd_logit_gradient", &kd_logit_gradient<run_cpu>);
+  m.impl("kd_loss_forward", &CpuOps::forward);
+  m.impl("kd_loss_forward_", &CpuOps::forward_in_place);
+  m.impl("kd_loss_backward", &CpuOps::backward);
+  m.impl("kd_logit_gradient", &CpuOps::logit_gradient);
   m.impl("scale_gradient", &scale_gradient<scale_into_cpu>);
   m.impl("scale_gradient_", &scale_gradient_<scale_into_cpu>);
 }
 
 #if defined(LRDS_WITH_CUDA)
 TORCH_LIBRARY_IMPL(lrds_fast, CUDA, m) {
-  m.impl("kd_loss_forward", &kd_loss_forward<run_cuda>);
-  m.impl("kd_loss_backward", &kd_loss_backward<run_cuda>);
-  m.impl("kd_logit_gradient", &kd_logit_gradient<run_cuda>);
+  m.impl("kd_loss_forward", &CudaOps::forward);
+  m.impl("kd_loss_forward_", &CudaOps::forward_in_place);
+  m.impl("kd_loss_backward", &CudaOps::backward);
+  m.impl("kd_logit_gradient", &CudaOps::logit_gradient);
   m.impl("scale_gradient", &scale_gradient<scale_into_cuda>);
   m.impl("scale_gradient_", &scale_gradient_<scale_into_cuda>);
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrds_fast import functional
 from lrds_fast._version import __version__
+from lrds_fast.divergences import resolve
 from lrds_fast.influence.curvature import (
     CURVATURES,
     Curvature,
@@ -100,7 +101,7 @@ def last_layer_scores(
     curved = not kinds.isdisjoint(_CURVED)
     fitted: Curvature = Identity(None)
     if curved:
-        terms = _hessian_terms(rows, hessian, selected, loss)
+        terms = _hessian_terms(rows, target.long(), hessian, selected, loss)
         if not terms and curvature != "identity":
             _report_zero_hessian(damping)
         fitted = fit_curvature(curvature, rows, terms, damping=damping, damping_scale=damping_scale, dtype=dtype)
@@ -137,7 +138,7 @@ def last_layer_scores(
         "curvature": curvature,
         "hessian": hessian,
         "damping": fitted.damping if curved else None,
-        "loss": {name: getattr(loss, name) for name in _LOSS_FACTS},
+        "loss": _loss_facts(loss),
         "library_version": __version__,
     }
     return Scores(result, target=y, teacher_pred=teacher_pred, meta=meta)
@@ -166,13 +167,14 @@ class _Batch:
         """(B, C) logit gradients: of the label's cross-entropy ("gt"), the divergence ("kd"), the change ("delta")."""
         if of not in self._gradients:
             loss = self._loss
+            smoothing, class_weight = 0.0, None
             if of == "gt":
-                weights, smoothing = (1.0, 0.0), 0.0
+                weights = (1.0, 0.0)
             elif of == "kd":
-                weights, smoothing = (0.0, 1.0), 0.0
+                weights = (0.0, 1.0)
             else:
                 weights = (loss.ce_weight - loss.resolved_ce_weight_unselected, loss.kd_weight)
-                smoothing = loss.label_smoothing
+                smoothing, class_weight = loss.label_smoothing, loss.class_weight
             self._gradients[of] = functional.kd_logit_gradient(
                 self.z,
                 self.v,
@@ -182,7 +184,10 @@ class _Batch:
                 kd_weight=weights[1],
                 revise=loss.revise,
                 eta=loss.eta,
+                divergence=loss.divergence,
+                standardize=loss.standardize,
                 label_smoothing=smoothing,
+                class_weight=class_weight,
             )
         return self._gradients[of]
 
@@ -206,7 +211,7 @@ class _Batch:
         return torch.where(self.teacher_right(), self.y, self.v.argmax(dim=1))
 
     def divergence(self) -> Tensor:
-        """(B,) T^2 KL(p' || q), unweighted."""
+        """(B,) the loss's divergence between p' and q, unweighted."""
         return functional.kd_loss(
             self.z,
             self.v,
@@ -216,6 +221,8 @@ class _Batch:
             kd_weight=1.0,
             revise=self._loss.revise,
             eta=self._loss.eta,
+            divergence=self._loss.divergence,
+            standardize=self._loss.standardize,
             reduction="none",
         )
 
@@ -250,9 +257,20 @@ _LOSS_FACTS = (
     "resolved_ce_weight_unselected",
     "revise",
     "eta",
+    "standardize",
     "label_smoothing",
-    "divergence",
 )
+
+
+def _loss_facts(loss: KDLoss) -> dict[str, object]:
+    """The hyperparameters that the scores depend on, as JSON can hold them."""
+    facts = {name: getattr(loss, name) for name in _LOSS_FACTS}
+    weight = loss.class_weight
+    return {
+        **facts,
+        "divergence": repr(resolve(loss.divergence)),
+        "class_weight": None if weight is None else weight.tolist(),
+    }
 
 
 def _checked_loss(loss: KDLoss | None) -> KDLoss:
@@ -263,17 +281,20 @@ def _checked_loss(loss: KDLoss | None) -> KDLoss:
     return loss
 
 
-def _hessian_terms(rows: Rows, hessian: str, selected: Tensor | None, loss: KDLoss) -> list[HessianTerm]:
-    """The terms of H with a weight above 0 on any row."""
+def _hessian_terms(
+    rows: Rows, target: Tensor, hessian: str, selected: Tensor | None, loss: KDLoss
+) -> list[HessianTerm]:
+    """The terms of H with a weight above 0 on any row; every divergence has the KL's, one per temperature."""
     ones = torch.ones(rows.count, dtype=torch.float64, device=rows.features.device)
     if hessian == "gt":
         return [HessianTerm(ones, 1.0)]
     w = ones if selected is None else selected.double()
     unselected = loss.resolved_ce_weight_unselected
-    terms = [
-        HessianTerm(w * loss.ce_weight + (1.0 - w) * unselected, 1.0),
-        HessianTerm(w * loss.kd_weight, float(loss.temperature)),
-    ]
+    ce = w * loss.ce_weight + (1.0 - w) * unselected
+    if loss.class_weight is not None:
+        ce = ce * loss.class_weight.to(ce)[target]
+    terms = [HessianTerm(ce, 1.0)]
+    terms += [HessianTerm(w * loss.kd_weight, t) for t in functional.temperatures(loss.temperature)]
     for term in terms:
         if (term.weight < 0).any():
             raise ValueError(

@@ -1,0 +1,184 @@
+"""The divergences between the (revised) teacher p' and the student q = softmax(z / T), with their parameters.
+
+Pure data: the formulas are in lrds_fast.reference (PyTorch) and csrc/core/divergence_*.h (kernels).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+REVISE: dict[str | None, int] = {None: 0, "lr": 1, "mft": 2, "swap": 3}
+"""Revision policies and their codes (csrc/core/kd_loss.h: Revise)."""
+
+MAX_PARAMETERS = 3
+"""Numbers that the operators take for a divergence."""
+
+
+def _check(owner: Divergence, name: str, *, above: float, below: float = math.inf, inclusive: bool = False) -> None:
+    value = getattr(owner, name)
+    what = f"{type(owner).__name__}'s {name}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{what} must be a number; got {value!r}")
+    if not (above < value < below or (inclusive and value == above)):
+        bounds = f"{'>=' if inclusive else '>'} {above:g}" if below == math.inf else f"inside ({above:g}, {below:g})"
+        raise ValueError(f"{what} must be finite and {bounds}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What kd_loss puts between teacher and student. Use one of the subclasses, or its name for its defaults."""
+
+    _name: ClassVar[str]
+    _code: ClassVar[int]
+
+    @property
+    def name(self) -> str:
+        """What kd_loss(divergence=...) calls it."""
+        return self._name
+
+    @property
+    def code(self) -> int:
+        """Its place in csrc/core/divergences.h."""
+        return self._code
+
+    @property
+    def parameters(self) -> list[float]:
+        """The numbers among the fields, in order, padded with zeros to MAX_PARAMETERS."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        numbers = [float(value) for value in values if not isinstance(value, str)]
+        return numbers + [0.0] * (MAX_PARAMETERS - len(numbers))
+
+
+@dataclass(frozen=True)
+class KL(Divergence):
+    """T^2 KL(p' || q). Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015."""
+
+    _name = "kl"
+    _code = 0
+
+
+@dataclass(frozen=True)
+class RKL(Divergence):
+    """Reverse KL, T^2 KL(q || p'): mode-seeking, as language models are distilled (Gu et al., "MiniLLM", 2024)."""
+
+    _name = "rkl"
+    _code = 1
+
+
+@dataclass(frozen=True)
+class DKD(Divergence):
+    """alpha T^2 KL(binary(p'_y) || binary(q_y)) + beta T^2 KL(p'hat || qhat), hat renormalised over k != y.
+
+    alpha, beta >= 0 weigh the target-class and the non-target-class part. Zhao et al., "Decoupled Knowledge
+    Distillation", CVPR 2022.
+    """
+
+    _name = "dkd"
+    _code = 2
+
+    alpha: float = 1.0
+    beta: float = 8.0
+
+    def __post_init__(self) -> None:
+        _check(self, "alpha", above=0.0, inclusive=True)
+        _check(self, "beta", above=0.0, inclusive=True)
+
+
+@dataclass(frozen=True)
+class RLD(Divergence):
+    """DKD's binary part with the teacher's top probability, and KL over the classes that the teacher ranks below y.
+
+    alpha Tc^2 KL((p_a, 1 - p_a) || (q_y, 1 - q_y)) at Tc = confidence_temperature > 0, plus beta T^2 KL over the
+    classes with v_k < v_y, both sides renormalised. It takes the place of label revision. Sun et al., "Knowledge
+    Distillation with Refined Logits", 2024.
+    """
+
+    _name = "rld"
+    _code = 3
+
+    alpha: float = 1.0
+    beta: float = 8.0
+    confidence_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "alpha", above=0.0, inclusive=True)
+        _check(self, "beta", above=0.0, inclusive=True)
+        _check(self, "confidence_temperature", above=0.0)
+
+
+@dataclass(frozen=True)
+class NKD(Divergence):
+    """-p'_y log softmax(z)_y at T = 1, plus gamma T^2 times the cross-entropy of phat and qhat over k != y.
+
+    gamma >= 0. Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+    Normalized Loss and Customized Soft Labels", ICCV 2023.
+    """
+
+    _name = "nkd"
+    _code = 4
+
+    gamma: float = 1.5
+
+    def __post_init__(self) -> None:
+        _check(self, "gamma", above=0.0, inclusive=True)
+
+
+@dataclass(frozen=True)
+class MSE(Divergence):
+    """Mean over the classes of (z - v')^2 (on="logits") or of (q - p')^2 (on="probs"); no T^2.
+
+    Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014; Kim et al., "Comparing Kullback-Leibler Divergence and
+    Mean Squared Error Loss in Knowledge Distillation", 2021.
+    """
+
+    on: str = "logits"
+
+    def __post_init__(self) -> None:
+        if self.on not in ("logits", "probs"):
+            raise ValueError(f"MSE's on must be 'logits' or 'probs'; got {self.on!r}")
+
+    @property
+    def name(self) -> str:
+        return f"mse_{self.on}"
+
+    @property
+    def code(self) -> int:
+        return 5 if self.on == "logits" else 6
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """Generalised Jensen-Shannon: T^2 [w KL(p' || m) + (1 - w) KL(q || m)], m = w p' + (1 - w) q, 0 < w < 1.
+
+    Agarwal et al., "On-Policy Distillation of Language Models", 2024.
+    """
+
+    _name = "jsd"
+    _code = 7
+
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check(self, "weight", above=0.0, below=1.0)
+
+
+_BY_NAME = {d.name: d for d in (KL(), RKL(), DKD(), RLD(), NKD(), MSE("logits"), MSE("probs"), JSD())}
+NAMES = tuple(_BY_NAME)
+"""Every name that kd_loss(divergence=...) takes."""
+
+
+def resolve(divergence: str | Divergence) -> Divergence:
+    """A divergence from its name (with its defaults) or itself. ValueError for another name, TypeError for the rest."""
+    if isinstance(divergence, Divergence) and type(divergence) is not Divergence:
+        return divergence
+    if isinstance(divergence, str):
+        if divergence in _BY_NAME:
+            return _BY_NAME[divergence]
+        raise ValueError(f"divergence must be one of {', '.join(map(repr, NAMES))}; got {divergence!r}")
+    raise TypeError(
+        f"divergence must be one of {', '.join(map(repr, NAMES))} or an object of lrds_fast.divergences; "
+        f"got {divergence!r}"
+    )
