@@ -52,6 +52,11 @@ def _at(x: Tensor, y: Tensor) -> Tensor:
     return x.gather(-1, y[:, None])[:, 0]
 
 
+def _is_target(y: Tensor, classes: int) -> Tensor:
+    """(N, C) bool, true at the target. F.one_hot does not vmap."""
+    return torch.arange(classes, device=y.device) == y[:, None]
+
+
 def _times_log(p: Tensor, log_ratio: Tensor) -> Tensor:
     """p * log_ratio with 0 wherever p = 0, whatever log_ratio is there, also in the gradient. A NaN in p stays."""
     nonzero = p != 0
@@ -60,7 +65,7 @@ def _times_log(p: Tensor, log_ratio: Tensor) -> Tensor:
 
 def _without_target(x: Tensor, y: Tensor) -> Tensor:
     """x with -inf at the target."""
-    return x.masked_fill(F.one_hot(y, x.shape[-1]).bool(), -torch.inf)
+    return x.masked_fill(_is_target(y, x.shape[-1]), -torch.inf)
 
 
 # --- Revision -------------------------------------------------------------------------------------------------------
@@ -110,7 +115,7 @@ def _revise(v: Tensor, y: Tensor, soft: Tensor | None, temperature: float, eta: 
     plain = Revised(p, log_p, v, wrong if policy == "swap" else torch.zeros_like(wrong))
     if policy in (None, "swap"):
         return plain
-    target = F.one_hot(y, v.shape[-1]).to(v.dtype) if soft is None else soft
+    target = _is_target(y, v.shape[-1]).to(v.dtype) if soft is None else soft
     margin = 1.0 if soft is None else _at(soft, y) - _without_target(soft, y).amax(dim=-1).clamp(min=0.0)
     beta = eta * margin / (margin + p.amax(dim=-1) - _at(p, y))
     if policy == "lr":
@@ -195,7 +200,7 @@ def _dkd(rows: Rows, d: DKD) -> Tensor:
     if d.alpha:
         loss = loss + d.alpha * _binary_kl(_at(log_p, y), _log_others(log_p, y), _at(log_q, y), _log_others(log_q, y))
     if d.beta:
-        others = ~F.one_hot(y, log_q.shape[-1]).bool()
+        others = ~_is_target(y, log_q.shape[-1])
         loss = loss + d.beta * _masked_kl(rows.teacher.v, rows.z, others, t)
     return t**2 * loss
 
@@ -273,7 +278,7 @@ def _cross_entropy(
 ) -> Tensor:
     """F.cross_entropy(..., reduction="none"), (N,), with 0 * inf = 0."""
     classes = z.shape[-1]
-    weight = F.one_hot(y, classes).to(z.dtype) if soft is None else soft
+    weight = _is_target(y, classes).to(z.dtype) if soft is None else soft
     if label_smoothing:
         weight = (1.0 - label_smoothing) * weight + label_smoothing / classes
     if class_weight is not None:
@@ -296,7 +301,7 @@ def _distillation(
     """The KD terms, added over the temperatures, (N,), and the rows that were revised at any of them, (N,) bool."""
     none = torch.zeros_like(y, dtype=torch.bool)
     if z.shape[-1] == 1:
-        return z[:, 0] * 0.0, none
+        return (z[:, 0] + v[:, 0]) * 0.0, none
     if standardize:
         z, v = _standardize(z), _standardize(v)
     policy = None if isinstance(divergence, RLD) else revise

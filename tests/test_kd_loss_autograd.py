@@ -14,7 +14,7 @@ import torch
 from tolerances import assert_matches_reference
 from torch import Tensor
 
-from lrds_fast import kd_loss, kd_loss_parts, reference
+from lrds_fast import DKD, functional, kd_loss, kd_loss_parts, reference
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "elementmean"])
@@ -163,19 +163,40 @@ def test_inference_tensors_of_a_teacher() -> None:
 # --- opcheck
 
 
-def op_arguments(
-    dtype: torch.dtype = torch.float32, reduction: int = 1, prefix: int | None = None, **given: Any
-) -> tuple[list[Tensor | None], list[float | int]]:
-    """(student, teacher, target, selected, num_valid, grad_scale), (temperature ... ignore_index)."""
+def op_arguments(dtype: torch.dtype = torch.float32, prefix: int | None = None, **given: Any) -> dict[str, Any]:
+    """The operators' arguments by name: kd_loss's defaults, those of `given` replaced."""
     student, teacher, target = kd_cases.rows(6, 10, dtype)
     student.requires_grad_(given.pop("requires_grad", True))
-    tensors = [student, teacher[:prefix], target]
-    tensors += [given.pop(name, None) for name in ("selected", "num_valid", "grad_scale")]
-    assert not given
-    return tensors, [4.0, 0.1, 0.9, 1.0, 0.8, 0.1, 1, reduction, -100]
+    arguments: dict[str, Any] = dict(
+        student=student,
+        teacher=teacher[:prefix],
+        target=target,
+        selected=None,
+        class_weight=None,
+        teacher_indices=None,
+        teacher_logsumexp=None,
+        num_valid=None,
+        weight_sum=None,
+        grad_scale=None,
+        temperature=[4.0],
+        ce_weight=0.1,
+        kd_weight=0.9,
+        ce_weight_unselected=1.0,
+        eta=0.8,
+        label_smoothing=0.1,
+        revise=1,
+        reduction=1,
+        ignore_index=-100,
+        divergence=0,
+        divergence_parameters=[0.0, 0.0, 0.0],
+        standardize=False,
+    )
+    assert given.keys() <= arguments.keys()
+    return arguments | given
 
 
-OP_CASES = {
+SOFT = torch.softmax(torch.arange(60.0).view(6, 10).sin(), dim=-1)
+OP_CASES: dict[str, dict[str, Any]] = {
     "mean": {},
     "sum": {"reduction": 2},
     "none": {"reduction": 0},
@@ -189,22 +210,46 @@ OP_CASES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64},
     "no gradient": {"requires_grad": False},
+    "class weights": {"class_weight": torch.linspace(0.5, 1.5, 10), "weight_sum": torch.tensor(4.0)},
+    "temperatures": {"temperature": [1.0, 2.5, 4.0]},
+    "soft targets": {"target": SOFT},
+    "soft targets, rows": {"target": SOFT, "reduction": 0},
+    "cached teacher": {
+        "teacher": torch.arange(18.0).view(6, 3),
+        "teacher_indices": torch.tensor([[0, 4, 9]] * 6),
+        "teacher_logsumexp": torch.full((6,), 20.0),
+    },
+    "dkd, standardized": {"divergence": 2, "divergence_parameters": [1.0, 8.0, 0.0], "standardize": True},
+    "jsd, rows": {"divergence": 7, "divergence_parameters": [0.5, 0.0, 0.0], "reduction": 0},
 }
 
 
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_kd_loss(case: str) -> None:
-    tensors, numbers = op_arguments(**OP_CASES[case])
-    torch.library.opcheck(torch.ops.lrds_fast.kd_loss.default, (*tensors, *numbers))
+    torch.library.opcheck(torch.ops.lrds_fast.kd_loss.default, (), op_arguments(**OP_CASES[case]))
 
 
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_forward_and_backward(case: str) -> None:
-    tensors, numbers = op_arguments(**OP_CASES[case] | {"requires_grad": False})
+    arguments = op_arguments(**OP_CASES[case] | {"requires_grad": False})
+    ops = torch.ops.lrds_fast
     for with_gradient in (False, True):
-        torch.library.opcheck(torch.ops.lrds_fast.kd_loss_forward.default, (*tensors, *numbers, with_gradient))
-    grad_output = torch.ones(6 if numbers[7] == 0 else (), dtype=torch.float32)
-    torch.library.opcheck(torch.ops.lrds_fast.kd_loss_backward.default, (grad_output, *tensors[:5], *numbers))
+        torch.library.opcheck(ops.kd_loss_forward.default, (), arguments | {"with_gradient": with_gradient})
+    torch.library.opcheck(ops.kd_loss_forward_.default, (), arguments | {"student": arguments["student"].clone()})
+    grad_output = torch.ones(6 if arguments["reduction"] == 0 else (), dtype=torch.float32)
+    torch.library.opcheck(ops.kd_loss_backward.default, (grad_output,), arguments)
+    torch.library.opcheck(ops.kd_logit_gradient.default, (), arguments)
+
+
+@pytest.mark.parametrize("case", OP_CASES)
+def test_in_place_is_the_same(case: str) -> None:
+    """kd_loss_forward_ leaves in the logits' memory what kd_loss_forward returns."""
+    arguments = op_arguments(**OP_CASES[case] | {"requires_grad": False})
+    *expected, gradient = torch.ops.lrds_fast.kd_loss_forward(**arguments, with_gradient=True)
+    logits = arguments.pop("student").clone()
+    actual = torch.ops.lrds_fast.kd_loss_forward_(logits, **arguments)
+    for ours, theirs in zip((*actual, logits), (*expected, gradient), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
@@ -231,11 +276,18 @@ def test_kd_logit_gradient(ce_weight: float, kd_weight: float, dtype: torch.dtyp
     """The per-row gradient that influence scores are made of: float32 out, weights of any sign."""
     for classes in (2, 33, 1000):
         student, teacher, target = kd_cases.rows(9, classes, dtype)
-        numbers = (2.5, ce_weight, kd_weight, 0.6, 0.1)
-        op = torch.ops.lrds_fast.kd_logit_gradient.default
-        for revise in (0, 1):
-            torch.library.opcheck(op, (student, teacher, target, *numbers, revise))
-            actual = op(student, teacher, target, *numbers, revise)
+        for revise in (None, "lr"):
+            actual = functional.kd_logit_gradient(
+                student,
+                teacher,
+                target,
+                temperature=2.5,
+                ce_weight=ce_weight,
+                kd_weight=kd_weight,
+                eta=0.6,
+                label_smoothing=0.1,
+                revise=revise,
+            )
             expected = reference.kd_logit_gradient(
                 student.double(),
                 teacher.double(),
@@ -245,7 +297,7 @@ def test_kd_logit_gradient(ce_weight: float, kd_weight: float, dtype: torch.dtyp
                 kd_weight=kd_weight,
                 eta=0.6,
                 label_smoothing=0.1,
-                revise="lr" if revise else None,
+                revise=revise,
             )
             compute = torch.float64 if dtype == torch.float64 else torch.float32
             assert actual.dtype == compute
@@ -262,6 +314,7 @@ def test_every_operator_is_checked() -> None:
     known = {
         "kd_loss",
         "kd_loss_forward",
+        "kd_loss_forward_",
         "kd_loss_backward",
         "scale_gradient",
         "scale_gradient_",
@@ -289,8 +342,10 @@ def step(student: Tensor, teacher: Tensor, target: Tensor, **arguments: Any) -> 
         {"temperature": 2.5, "revise": None, "label_smoothing": 0.1},
         {"num_valid": torch.tensor(6.0), "grad_scale": torch.tensor(2.0)},
         {"num_valid": 6.0, "grad_scale": 2.0},
+        {"divergence": "jsd", "temperature": (2.0, 4.0), "class_weight": torch.linspace(0.5, 1.5, 33)},
+        {"divergence": DKD(beta=2.0), "standardize": True},
     ],
-    ids=["default", "none", "selected", "hyperparameters", "0-d tensors", "numbers"],
+    ids=["default", "none", "selected", "hyperparameters", "0-d tensors", "numbers", "family", "object"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_compiles_fullgraph(dtype: torch.dtype, arguments: dict[str, Any]) -> None:

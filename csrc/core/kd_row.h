@@ -129,8 +129,12 @@ class RowProgram {
     RowTerms<A> out{A(0), A(0), A(0), false};
     max_z_ = exec_.max([&](auto k) { return exec_.z(k); });
     const bool has_ce = row_.ce_weight != A(0);
-    // One class has nothing to distil.
-    const bool has_kd = row_.kd_weight != A(0) && params_.classes > A(1);
+    bool has_kd = row_.kd_weight != A(0);
+    if (has_kd && params_.classes == A(1)) {
+      // Nothing to distil; NaN if the one logit is not finite.
+      has_kd = false;
+      out.kd = out.at_target = (row_.z_y - row_.z_y) + (row_.v_y - row_.v_y);
+    }
     if (has_ce) cross_entropy(out);
     if (has_kd) distill(out);
     if (params_.gradient) {
