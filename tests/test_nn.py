@@ -66,13 +66,16 @@ def test_all_together() -> None:
 
 
 def test_repr_rebuilds_the_module() -> None:
-    for module in (KDLoss(), KDLoss(**STORED)):
+    """But for class_weight: a buffer, as in nn.CrossEntropyLoss."""
+    for module in (KDLoss(), KDLoss(**STORED | {"class_weight": None})):
         rebuilt = eval(repr(module))
         assert vars_of(rebuilt) == vars_of(module)
 
 
 def vars_of(module: KDLoss) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in STORED}
+    weight = module.class_weight
+    facts = {name: getattr(module, name) for name in STORED}
+    return facts | {"class_weight": None if weight is None else weight.tolist()}
 
 
 def test_copies_and_pickles() -> None:
@@ -91,8 +94,9 @@ def test_copies_and_pickles() -> None:
         assert torch.equal(other(*rows), module(*rows))
 
 
-def test_has_no_state() -> None:
+def test_has_no_state_but_class_weights() -> None:
     module = KDLoss()
+    assert list(KDLoss(class_weight=torch.ones(3)).state_dict()) == ["class_weight"]
     assert module.state_dict() == {} and list(module.parameters()) == [] and list(module.buffers()) == []
     module.load_state_dict({})
     assert module.half().to("cpu").eval() is module
