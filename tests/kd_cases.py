@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # 1: KD is 0. 2: binary. 10: below one vector. 31, 32, 33: a warp, two AVX-512 vectors, their tails.
 # 100: CIFAR-100. 1000, 1001: ImageNet without and with background (odd rows are unaligned).
