@@ -1,7 +1,8 @@
 """Knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693), fast.
 
 kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD: its divergences. TopKTeacher: a cached
-teacher. revise_labels: the revised teacher. influence: scores of samples.
+teacher. revision_loss, dist_loss, mlkd_loss: losses over a batch. revise_labels: the revised teacher.
+influence: scores of samples.
 select, Selection: which samples keep their teacher. models: networks by name. reference: everything in plain PyTorch.
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrds_fast import divergences, reference
 from lrds_fast._version import __version__
+from lrds_fast.composed import dist_loss, mlkd_loss, revision_loss
 from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
 from lrds_fast.functional import KDLossParts, kd_loss, kd_loss_parts, revise_labels
 from lrds_fast.nn import KDLoss
@@ -34,13 +36,16 @@ __all__ = [
     "Selection",
     "TopKTeacher",
     "__version__",
+    "dist_loss",
     "divergences",
     "influence",
     "kd_loss",
     "kd_loss_parts",
+    "mlkd_loss",
     "models",
     "reference",
     "revise_labels",
+    "revision_loss",
     "select",
 ]
 

@@ -242,6 +242,25 @@ def _check_tensors(
         raise ValueError(f"selected must be on {student_logits.device} like student_logits; got {selected.device}")
 
 
+def check_pair(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> None:
+    """Checks (N, C) logits of student and teacher and, unless None, (N,) class indices. ValueError, TypeError."""
+    _check_logits("student_logits", student_logits)
+    _check_logits("teacher_logits", teacher_logits)
+    if student_logits.dim() != 2 or teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            "student_logits and teacher_logits must both be (N, C); "
+            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    if teacher_logits.device != student_logits.device:
+        raise ValueError(
+            f"teacher_logits must be on {student_logits.device} like student_logits; got {teacher_logits.device}"
+        )
+    if target is not None:
+        _check_target(target, student_logits, None)
+        if target.dtype.is_floating_point:
+            raise TypeError(f"target must hold int64 or int32 class indices; got {target.dtype}")
+
+
 def _scalar(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | None:
     if value is None:
         return None

@@ -176,7 +176,7 @@ def _binary_kl(log_p: Tensor, log_rest: Tensor, log_q: Tensor, log_q_rest: Tenso
 
 
 def _masked_kl(v: Tensor, z: Tensor, keep: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(v / T) || softmax(z / T)) over the classes in `keep` (N, C), both renormalised; 0 where p has no class."""
+    """KL(softmax(v / T) || softmax(z / T)) over the classes in `keep` (N, C), renormalised; 0 where p has none."""
     empty = ~(keep & (v > -torch.inf)).any(dim=-1, keepdim=True)
     log_p, log_q = (F.log_softmax((x / temperature).masked_fill(~(keep | empty), -torch.inf), dim=-1) for x in (v, z))
     kl = _times_log(log_p.exp(), log_p - log_q).sum(dim=-1)

@@ -30,6 +30,7 @@ PYTHON_MAY_IMPORT = {
     "_ops": {"_ops", "_C", "_version"},
     "functional": _CORE,
     "nn": {"nn", *_CORE},
+    "composed": {"composed", *_CORE},
     "influence": {"influence", "nn", *_CORE},
     "selection": {"selection", "influence", "nn", *_CORE},
     "models": {"models", *_CORE},

@@ -1,0 +1,180 @@
+"""Losses of the field that need more than a row at a time, put together from kd_loss and PyTorch ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrds_fast.functional import check_pair, kd_loss, revise_labels, temperatures
+from lrds_fast.reference import compute_dtype
+
+__all__ = ["dist_loss", "mlkd_loss", "revision_loss"]
+
+_EPSILON = 1e-8
+"""Added to the product of norms in a correlation: that of a constant row is 0."""
+
+
+def _weight(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
+
+
+def revision_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    lambda1: float = 4.0,
+    lambda2: float = 1.0,
+    eta: float = 0.8,
+) -> Tensor:
+    """mean_R CE + lambda1 * mean_{R,k} (z - v)^2 + lambda2 * mean_{W,k} (softmax(z) - p')^2, all at T = 1.
+
+    R are the rows whose teacher is right (its top class is the target, ties included), W the others; an empty set
+    contributes 0. This is the objective in which label revision has been re-implemented publicly: wrong rows get no
+    cross-entropy, right rows match raw logits.
+
+    student_logits, teacher_logits: (N, C) floating. target: (N,) int64/int32 in [0, C). lambda1, lambda2 >= 0, eta in
+    (0, 1). Returns a 0-d float32 tensor (float64 for float64 logits). The sets are counted on the device: nothing
+    synchronises, and in DDP each process averages over its own rows. Raises ValueError or TypeError naming the
+    argument. Source: Sun et al., "Knowledge Distillation with Refined Logits", 2024, on Lan et al., arXiv 2404.03693.
+    """
+    _weight("lambda1", lambda1)
+    _weight("lambda2", lambda2)
+    check_pair(student_logits, teacher_logits, target)
+    top = teacher_logits.amax(dim=-1)
+    right = teacher_logits.gather(-1, target.long()[:, None])[:, 0] >= top
+    on_right = kd_loss(
+        student_logits,
+        teacher_logits,
+        target,
+        ce_weight=1.0,
+        kd_weight=lambda1,
+        divergence="mse_logits",
+        revise=None,
+        selected=right,
+        num_valid=right.sum(),
+        temperature=1.0,
+        ce_weight_unselected=0.0,
+        eta=eta,
+    )
+    on_wrong = kd_loss(
+        student_logits,
+        teacher_logits,
+        target,
+        ce_weight=0.0,
+        kd_weight=lambda2,
+        divergence="mse_probs",
+        selected=~right,
+        num_valid=(~right).sum(),
+        temperature=1.0,
+        ce_weight_unselected=0.0,
+        eta=eta,
+    )
+    return on_right + on_wrong
+
+
+def _correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Pearson's correlation along dim."""
+    a, b = (x - x.mean(dim=dim, keepdim=True) for x in (a, b))
+    correlation: Tensor = (a * b).sum(dim=dim) / (a.norm(dim=dim) * b.norm(dim=dim) + _EPSILON)
+    return correlation
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """T^2 [beta (1 - mean_i corr(q_i., p_i.)) + gamma (1 - mean_k corr(q_.k, p_.k))], corr Pearson's correlation.
+
+    q, p = softmax of the logits at T. The first term relates classes within a sample, the second samples within a
+    class; the second is over the rows of this call.
+
+    student_logits, teacher_logits: (N, C) floating; the teacher gets no gradient. beta, gamma >= 0; temperature > 0.
+    Returns a 0-d float32 tensor (float64 for float64 logits). Raises ValueError or TypeError naming the argument.
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
+    """
+    _weight("beta", beta)
+    _weight("gamma", gamma)
+    (t,) = temperatures([temperature])
+    check_pair(student_logits, teacher_logits, None)
+    dtype = compute_dtype(student_logits, teacher_logits)
+    q = F.softmax(student_logits.to(dtype) / t, dim=-1)
+    p = F.softmax(teacher_logits.detach().to(dtype) / t, dim=-1)
+    between_classes = 1.0 - _correlation(q, p, 1).mean()
+    between_samples = 1.0 - _correlation(q, p, 0).mean()
+    return t**2 * (beta * between_classes + gamma * between_samples)
+
+
+def mlkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    ce_weight: float = 0.1,
+    kd_weight: float = 0.9,
+    batch_weight: float = 1.0,
+    category_weight: float = 1.0,
+    revise: str | None = "lr",
+    eta: float = 0.8,
+    selected: Tensor | None = None,
+    ce_weight_unselected: float | None = None,
+) -> Tensor:
+    """ce_weight * CE + kd_weight * sum_T [T^2 KL(p' || q) + batch_weight * B_T + category_weight * C_T].
+
+    With Q, P the (N, C) matrices of q and p' at T: B_T = |Q Q^T - P P^T|^2 / N relates the samples of the batch,
+    C_T = |Q^T Q - P^T P|^2 / C the classes (squared Frobenius norms). The KL terms of all temperatures are one call of
+    kd_loss; revise=None is the published loss.
+
+    student_logits, teacher_logits: (N, C) floating; the teacher gets no gradient. target: (N,) int64/int32 in [0, C).
+    temperature: one or several T > 0. revise, eta, selected, ce_weight_unselected: as in kd_loss; a row outside
+    `selected` is in neither matrix, weights scale its row. Returns a 0-d float32 tensor (float64 for float64 logits).
+    Raises ValueError or TypeError naming the argument. Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR
+    2023, without its masks by confidence.
+    """
+    _weight("batch_weight", batch_weight)
+    _weight("category_weight", category_weight)
+    check_pair(student_logits, teacher_logits, target)
+    rows = kd_loss(
+        student_logits,
+        teacher_logits,
+        target,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        revise=revise,
+        eta=eta,
+        selected=selected,
+        ce_weight_unselected=ce_weight_unselected,
+    )
+    dtype = compute_dtype(student_logits, teacher_logits)
+    z, v = student_logits.to(dtype), teacher_logits.detach().to(dtype)
+    count: Tensor | int = max(1, z.shape[0])
+    w = None
+    if selected is not None:
+        w = selected.to(dtype)[:, None]
+        v = torch.where(w > 0, v, 0.0)  # what was not selected may hold anything
+        count = w.sum().clamp(min=1.0)
+    gram = torch.zeros((), dtype=dtype, device=z.device)
+    for t in temperatures(temperature):
+        q = F.softmax(z / t, dim=-1)
+        if revise is None:
+            p = F.softmax(v / t, dim=-1)
+        else:
+            p = revise_labels(v, target, eta=eta, temperature=t, policy=revise)
+        if w is not None:
+            q, p = torch.where(w > 0, w * q, 0.0), w * p
+        if batch_weight:
+            gram = gram + batch_weight * (q @ q.T - p @ p.T).square().sum() / count
+        if category_weight:
+            gram = gram + category_weight * (q.T @ q - p.T @ p).square().sum() / z.shape[1]
+    return rows + kd_weight * gram
