@@ -270,7 +270,8 @@ struct KdLossArgs {
   double divergence_parameters[3];
   bool standardize;
   std::int32_t temperature_count;
-  double temperatures[kMaxTemperatures];  // the KD terms are added; temperature is the first
+  double
+      temperatures[kMaxTemperatures];  // several: the KD terms are added; temperature is the first
   const void* soft_target;   // A[rows * classes] or null: target is unused, no row is ignored
   const void* class_weight;  // A[classes] or null
   const void* weight_sum;    // A[1] or null: replaces the sum of the valid rows' class weights
@@ -302,7 +303,7 @@ struct KdLossArgs {
 
 // The default loss, for which both devices have their fastest kernels.
 LRDS_HOST_DEVICE inline bool is_plain(const KdLossArgs& args) {
-  return args.divergence == 0 && !args.standardize && args.temperature_count == 1 &&
+  return args.divergence == 0 && !args.standardize && args.temperature_count <= 1 &&
          args.soft_target == nullptr && args.class_weight == nullptr && args.kept_classes == 0 &&
          (args.revise == Revise::kNone || args.revise == Revise::kLabelRevision);
 }

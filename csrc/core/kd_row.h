@@ -34,9 +34,11 @@ struct DistillParams {
 template <typename A>
 LRDS_HOST_DEVICE inline DistillParams<A> distill_params(const KdLossArgs& args) {
   DistillParams<A> out{};
-  out.temperatures = args.temperature_count;
-  for (int i = 0; i < args.temperature_count; ++i)
+  out.temperatures = args.temperature_count > 0 ? args.temperature_count : 1;
+  out.temperature[0] = static_cast<A>(args.temperature);
+  for (int i = 1; i < out.temperatures; ++i) {
     out.temperature[i] = static_cast<A>(args.temperatures[i]);
+  }
   out.revise = args.revise;
   out.eta = static_cast<A>(args.eta);
   out.label_smoothing = static_cast<A>(args.label_smoothing);
