@@ -1,7 +1,7 @@
 # make demo      a student distilled on real digits, a table and a report (a few minutes)
 # make test      linters, the C++ and CUDA kernels without a GPU, Python tests, a build against a CPU-only torch
 # make test-full everything: also the slow tests
-# make bench     the benchmarks of this machine, into benchmarks/results/
+# make bench     the benchmarks of this machine, into benchmarks/results/ and docs/benchmarks/
 # make gpu-check on a machine with a GPU, without network, with the Python it finds: build, tests, sanitizer, benchmarks
 # make format    rewrite the sources in the project's style
 #
@@ -52,7 +52,7 @@ test-full: $(BUILT) lint cpu-torch
 	$(BIN)/python -m pytest --durations=30
 
 bench: $(BUILT)
-	$(BIN)/python benchmarks/bench_kd_loss.py --csv benchmarks/results/kd_loss_cpu.csv
+	$(BIN)/lrds-fast bench --out benchmarks/results --pages docs/benchmarks
 
 gpu-check:
 	@tools/gpu_check.sh

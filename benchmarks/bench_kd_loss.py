@@ -16,7 +16,9 @@ Python in the loop. The roofline (copy and triad, a = b + s * c) is measured in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import dataclasses
 import math
 import os
 import platform
@@ -36,14 +38,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lrds_fast
-from benchmarks import baselines
+from benchmarks import baselines, rivals
 from lrds_fast import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [(64, 10), (1024, 10), (65536, 10)]
 MEDIUM = [(128, 100), (4096, 100), (65536, 100), (64, 1000), (256, 1000), (1024, 1000), (4096, 1000), (1024, 1001)]
 LARGE = [(65536, 1000), (4096, 21841), (2048, 32000), (2048, 128256), (1024, 256000)]
-CUDA_ONLY = [(16384, 21841), (8192, 128256)]
+CUDA_ONLY = [(16384, 21841), (8192, 128256), (16400, 131072)]
+# The eager baseline alone needs 40 GB beyond this.
+MOST_CPU_ELEMENTS = 270_000_000
 QUICK = [(128, 100), (256, 1000), (1024, 1001), (256, 21841)]
 
 
@@ -57,6 +61,8 @@ class Case:
     temperature: float = 4.0
     selected: float = 1.0
     teacher_dtype: torch.dtype | None = None  # as the student's
+    divergence: str = "kl"
+    grad_output: float = 1.0
 
     @property
     def elements(self) -> int:
@@ -69,7 +75,10 @@ class Case:
         return " / ".join(str(dtype).removeprefix("torch.") for dtype in pair)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.classes} {self.types} T={self.temperature:g} selected={self.selected:.0%}"
+        more = [] if self.divergence == "kl" else [self.divergence]
+        more += [] if self.grad_output == 1.0 else [f"grad_output={self.grad_output:g}"]
+        shape = f"{self.rows}x{self.classes} {self.types} T={self.temperature:g} selected={self.selected:.0%}"
+        return " ".join([shape, *more])
 
 
 def cases(shapes: list[tuple[int, int]], variations: bool) -> Iterator[Case]:
@@ -84,6 +93,11 @@ def cases(shapes: list[tuple[int, int]], variations: bool) -> Iterator[Case]:
             yield Case(1024, 1000, temperature=temperature)
         for selected in (0.0, 0.3):
             yield Case(1024, 1000, selected=selected)
+        # What a GradScaler sends down: the stored gradient is scaled once more, or (float16) computed again.
+        for dtype in (torch.float32, torch.float16):
+            yield Case(1024, 1000, dtype=dtype, grad_output=65536.0)
+        for divergence in lrds_fast.divergences.NAMES[1:]:
+            yield Case(1024, 1000, divergence=divergence)
 
 
 @dataclass
@@ -114,19 +128,14 @@ Loss = Callable[[Inputs], Tensor]
 
 def contenders(case: Case, names: list[str]) -> dict[str, Loss]:
     objective = baselines.Objective(temperature=case.temperature)
+    keywords: dict[str, Any] = {**dataclasses.asdict(objective), "divergence": case.divergence}
 
     def ours(inputs: Inputs) -> Tensor:
-        return lrds_fast.kd_loss(
-            inputs.student,
-            inputs.teacher,
-            inputs.target,
-            temperature=objective.temperature,
-            ce_weight=objective.ce_weight,
-            kd_weight=objective.kd_weight,
-            ce_weight_unselected=objective.ce_weight_unselected,
-            eta=objective.eta,
-            selected=inputs.selected,
-        )
+        return lrds_fast.kd_loss(inputs.student, inputs.teacher, inputs.target, selected=inputs.selected, **keywords)
+
+    def composed(inputs: Inputs) -> Tensor:
+        """Another divergence as PyTorch ops: the baselines know the KL alone."""
+        return reference.kd_loss(inputs.student, inputs.teacher, inputs.target, selected=inputs.selected, **keywords)
 
     def from_baseline(baseline: baselines.Baseline) -> Loss:
         return lambda i: baseline(i.student, i.teacher, i.target, objective, i.selected)
@@ -137,13 +146,19 @@ def contenders(case: Case, names: list[str]) -> dict[str, Loss]:
         "lean": lambda: from_baseline(baselines.lean_eager),
         "compile": lambda: from_baseline(baselines.compiled()),
         "compile-autotune": lambda: from_baseline(baselines.compiled("max-autotune-no-cudagraphs")),
+        "liger": lambda: from_baseline(rivals.liger_composed),
+        "triton": lambda: from_baseline(rivals.triton_two_pass),
     }
+    if case.divergence != "kl":
+        made |= {"eager": lambda: composed, "compile": lambda: torch.compile(composed, dynamic=False, fullgraph=True)}
+        names = [name for name in names if name in ("ours", "eager", "compile")]
     return {name: made[name]() for name in names}
 
 
-def backward(loss: Loss, inputs: Inputs) -> None:
+def backward(loss: Loss, inputs: Inputs, grad_output: float = 1.0) -> None:
     inputs.student.grad = None
-    loss(inputs).backward()
+    value = loss(inputs)
+    value.backward(None if grad_output == 1.0 else torch.full_like(value, grad_output))
 
 
 def check(case: Case, inputs: Inputs, losses: dict[str, Loss]) -> None:
@@ -157,15 +172,20 @@ def check(case: Case, inputs: Inputs, losses: dict[str, Loss]) -> None:
     )
     exact = part.student.detach().double().requires_grad_()
     expected = reference.kd_loss(
-        exact, part.teacher.double(), part.target, temperature=case.temperature, selected=part.selected
+        exact,
+        part.teacher.double(),
+        part.target,
+        temperature=case.temperature,
+        selected=part.selected,
+        divergence=case.divergence,
     )
-    expected.backward()
+    expected.backward(torch.full_like(expected, case.grad_output))
     assert exact.grad is not None
     scale = exact.grad.abs().max()
     rounding = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}[case.dtype]
     for name, loss in losses.items():
         value = loss(part)
-        (gradient,) = torch.autograd.grad(value, part.student)
+        (gradient,) = torch.autograd.grad(value, part.student, torch.full_like(value, case.grad_output))
         torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-4, atol=1e-6, msg=f"{name}: loss, {case}")
         error = ((gradient.double() - exact.grad).abs().max() / scale).item()
         if not error <= rounding:
@@ -196,6 +216,32 @@ def time_cpu(run: Callable[[], None], least_s: float = 0.005) -> Callable[[], fl
         return (cpu_clock() - begin) / repeats
 
     return timed
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Some builds of the profiler announce every start and stop on file descriptor 2."""
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def peak_mib_cpu(run: Callable[[], None]) -> float:
+    """The most memory that PyTorch's allocator held for `run` beyond what it held before, MiB."""
+    with quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        run()
+    held = most = 0
+    for event in profile.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most / 2**20
 
 
 def triad_cpu() -> float:
@@ -271,6 +317,7 @@ def cpu_name() -> str:
 
 def run_case(case: Case, device: str, names: list[str], rounds: int) -> list[Row]:
     losses = contenders(case, names)
+    names = list(losses)
     inputs = make_inputs(case, device)
     check(case, inputs, losses)
     timers: dict[str, Callable[[], float]] = {}
@@ -284,12 +331,13 @@ def run_case(case: Case, device: str, names: list[str], rounds: int) -> list[Row
 
             def run(loss: Loss = loss) -> None:
                 for batch in batches:
-                    torch.autograd.grad(loss(batch), batch.student)
+                    value = loss(batch)
+                    torch.autograd.grad(value, batch.student, torch.full_like(value, case.grad_output))
 
             timers[name] = time_cuda_graph(run)
     else:
         for name, loss in losses.items():
-            timers[name] = time_cpu(lambda loss=loss: backward(loss, inputs))  # type: ignore[misc]
+            timers[name] = time_cpu(lambda loss=loss: backward(loss, inputs, case.grad_output))  # type: ignore[misc]
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name, timed in timers.items():
@@ -301,6 +349,8 @@ def run_case(case: Case, device: str, names: list[str], rounds: int) -> list[Row
             "dtype": case.types,
             "temperature": case.temperature,
             "selected": case.selected,
+            "divergence": case.divergence,
+            "grad_output": case.grad_output,
             "contender": name,
             "median_ms": statistics.median(seconds) * 1e3,
             "min_ms": min(seconds) * 1e3,
@@ -310,18 +360,20 @@ def run_case(case: Case, device: str, names: list[str], rounds: int) -> list[Row
         }
         for name, seconds in times.items()
     ]
-    if device == "cuda":
-        for row, loss in zip(rows, losses.values(), strict=True):
-            inputs.student.grad = None
+    for row, loss in zip(rows, losses.values(), strict=True):
+        inputs.student.grad = None
+        if device == "cpu":
+            row["peak_mib"] = peak_mib_cpu(lambda loss=loss: backward(loss, inputs, case.grad_output))  # type: ignore[misc]
+        else:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            backward(loss, inputs)
+            backward(loss, inputs, case.grad_output)
             row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
             torch.cuda.synchronize()
             begin = time.perf_counter()
             for _ in range(50):
-                backward(loss, inputs)
+                backward(loss, inputs, case.grad_output)
             row["host_us"] = (time.perf_counter() - begin) / 50 * 1e6
             torch.cuda.synchronize()
     return rows
@@ -336,18 +388,21 @@ def table(rows: list[Row]) -> str:
     by_case: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         key = (int(row["rows"]), int(row["classes"]), row["dtype"], float(row["temperature"]), float(row["selected"]))
+        key += (row["divergence"], float(row["grad_output"]))
         by_case.setdefault(key, {})[row["contender"]] = row
-    names = [
-        name for name in ("eager", "lean", "compile", "compile-autotune") if any(name in c for c in by_case.values())
-    ]
-    header = ["shape", "case", "kd_loss, ms", "ns/element", *(f"vs {name}" for name in names), "% of triad"]
+    known = ("eager", "lean", "compile", "compile-autotune", "liger", "triton")
+    names = [name for name in known if any(name in found for found in by_case.values())]
+    header = ["shape", "case", "kd_loss, ms", "ns/element", *(f"vs {name}" for name in names)]
+    header += ["% of triad", "peak MiB (eager)"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     means: dict[str, list[float]] = {name: [] for name in names}
-    for (n, c, dtype, temperature, selected), found in by_case.items():
+    for (n, c, dtype, temperature, selected, divergence, grad_output), found in by_case.items():
         ours = found["ours"]
         ratios = [float(found[name]["speedup_of_ours"]) if name in found else None for name in names]
-        what = [dtype] + ([f"T = {temperature:g}"] if temperature != 4 else [])
+        what = [dtype] + ([divergence] if divergence != "kl" else [])
+        what += [f"T = {temperature:g}"] if temperature != 4 else []
         what += [f"{selected:.0%} selected"] if selected != 1 else []
+        what += [f"grad_output {grad_output:g}"] if grad_output != 1 else []
         cells = [
             f"{n} x {c}",
             ", ".join(what),
@@ -359,21 +414,33 @@ def table(rows: list[Row]) -> str:
         # The student is read, its gradient written; the teacher of unselected rows is not read.
         moved = (2 * sizes[0] + selected * sizes[-1]) * n * c / (float(ours["median_ms"]) / 1e3)
         cells.append(f"{moved / float(ours['triad_gb_s']) / 1e9:.0%}")
+        peaks = [float(found[name]["peak_mib"]) for name in ("ours", "eager") if name in found]
+        cells.append(f"{peaks[0]:.3g}" + (f" ({peaks[1]:.3g})" if len(peaks) > 1 else ""))
         lines.append("| " + " | ".join(cells) + " |")
-        if dtype == "float32" and temperature == 4 and selected == 1 and c >= 100:
+        if is_headline(ours):
             for name, ratio in zip(names, ratios, strict=True):
                 if ratio is not None:
                     means[name].append(ratio)
     summary = ", ".join(f"{geometric_mean(r):.1f}x {name} ({len(r)} shapes)" for name, r in means.items() if r)
-    first = rows[0]
-    threads = f", {first['threads']} thread(s), {first['isa']}" if first["threads"] != "" else ""
-    lines += [
-        "",
-        f"Geometric mean over float32 shapes with C >= 100: {summary}.",
-        f"{first['device']}{threads}; torch {first['torch']}; triad {float(first['triad_gb_s']):.1f} GB/s; "
-        f"commit {first['commit']}; `{first['command']}`.",
-    ]
+    lines += ["", f"Geometric mean over float32 shapes with C >= 100: {summary}.", provenance(rows[0])]
     return "\n".join(lines)
+
+
+def is_headline(row: Row) -> bool:
+    """Does the row count for the geometric means: the default loss of float32 logits with C >= 100?"""
+    numbers = tuple(float(row[name]) for name in ("temperature", "selected", "grad_output"))
+    return (
+        row["dtype"] == "float32" and row["divergence"] == "kl" and numbers == (4, 1, 1) and int(row["classes"]) >= 100
+    )
+
+
+def provenance(row: Row) -> str:
+    """Where and how the rows of a run were measured, in one line."""
+    threads = f", {row['threads']} thread(s), {row['isa']}" if row["threads"] != "" else ""
+    return (
+        f"{row['device']}{threads}; torch {row['torch']}; triad {float(row['triad_gb_s']):.1f} GB/s; "
+        f"commit {row['commit']}; `{row['command']}`."
+    )
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
@@ -407,9 +474,11 @@ def main() -> int:
     command = "python " + " ".join(sys.argv)
     names = ["ours", "eager", "lean", "compile"]
     shapes = QUICK if arguments.quick else SMALL + MEDIUM + LARGE
-    if arguments.device == "cuda" and not arguments.quick:
-        shapes = shapes + CUDA_ONLY
-        names.append("compile-autotune")
+    if arguments.device == "cuda":
+        names += [name for name, present in (("liger", rivals.has_liger()), ("triton", rivals.has_triton())) if present]
+        if not arguments.quick:
+            shapes = shapes + CUDA_ONLY
+            names.append("compile-autotune")
     rates = roofline_cuda() if arguments.device == "cuda" else {"triad": triad_cpu()}
     common = facts(arguments.device, command) | {f"{name}_gb_s": rate / 1e9 for name, rate in rates.items()}
     rows: list[Row] = []

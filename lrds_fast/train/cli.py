@@ -168,6 +168,20 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("recipe", metavar="RECIPE")
     show.add_argument("--resolved", action="store_true", help="every value with its default, as JSON")
 
+    sub = add(
+        "bench",
+        _bench,
+        "run the benchmarks of this machine: CSV, a table and a plot",
+        "lrds-fast bench kd_loss --quick",
+    )
+    sub.add_argument("suites", metavar="SUITE", nargs="*", help="which (default: all); `lrds-fast bench --list`")
+    sub.add_argument("--list", action="store_true", help="name the suites and end")
+    sub.add_argument("--quick", action="store_true", help="a few small shapes")
+    sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    sub.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    sub.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder to write to (default: %(default)s)")
+    sub.add_argument("--pages", type=Path, help="folder of the tables and plots (default: that of the CSVs)")
+
     add(
         "doctor",
         _doctor,
@@ -279,6 +293,24 @@ def _recipes(options: argparse.Namespace) -> int:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {load_recipe(name).description}")
+    return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from lrds_fast.train.bench import run_suites, suites
+
+    if options.list:
+        print("\n".join(suites()))
+        return OK
+    pages = run_suites(
+        options.suites or list(suites()),
+        device=options.device,
+        threads=options.threads,
+        quick=options.quick,
+        out=options.out,
+        pages=options.pages or options.out,
+    )
+    print("\n".join(f"page: {page}" for page in pages))
     return OK
 
 

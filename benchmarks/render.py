@@ -1,0 +1,127 @@
+"""Renders stored runs as pages: docs/benchmarks/<name>.md with a table, and an SVG plot beside it.
+
+python benchmarks/render.py                                   every CSV of benchmarks/results
+python benchmarks/render.py out/kd_loss_cuda.csv --out out    one run, elsewhere
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.bench_kd_loss import Row, is_headline, table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ROOT / "docs" / "benchmarks"
+# Distinct in print and to most colour-blind readers (Okabe and Ito).
+COLOURS = {"eager": "#d55e00", "lean": "#e69f00", "compile": "#009e73", "compile-autotune": "#56b4e9"}
+COLOURS |= {"liger": "#cc79a7", "triton": "#666666", "ours": "#0072b2"}
+
+
+def read(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_kd_loss(rows: list[Row], path: Path) -> None:
+    """Two panels over the shapes: how many times slower each contender is, and kd_loss's percent of the roofline."""
+    headline = [row for row in rows if is_headline(row) or (int(row["classes"]) < 100 and row["divergence"] == "kl")]
+    headline = [row for row in headline if row["dtype"] == "float32" and float(row["temperature"]) == 4]
+    shapes = list(dict.fromkeys((int(row["rows"]), int(row["classes"])) for row in headline))
+    shapes.sort(key=lambda shape: (shape[1], shape[0]))
+    labels = [f"{n} x {c}" for n, c in shapes]
+    figure, (ratios, roof) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 2))
+    for name in dict.fromkeys(row["contender"] for row in headline):
+        if name == "ours":
+            continue
+        found = {
+            (int(r["rows"]), int(r["classes"])): float(r["speedup_of_ours"]) for r in headline if r["contender"] == name
+        }
+        ratios.plot(labels, [found.get(shape) for shape in shapes], marker="o", color=COLOURS[name], label=name)
+    ratios.axhline(1.0, color=COLOURS["ours"], label="kd_loss")
+    ratios.set_yscale("log")
+    ratios.set_ylabel("time / time of kd_loss")
+    ratios.legend(ncols=4, fontsize="small")
+    ours = {(int(r["rows"]), int(r["classes"])): r for r in headline if r["contender"] == "ours"}
+    percent = [
+        12e-9 * n * c / (float(ours[n, c]["median_ms"]) / 1e3) / float(ours[n, c]["triad_gb_s"]) * 100
+        for n, c in shapes
+    ]
+    roof.bar(labels, percent, color=COLOURS["ours"])
+    roof.axhline(100.0, color="#000000", linewidth=0.8)
+    roof.set_ylabel("% of triad\n(read, read, write)")
+    roof.tick_params(axis="x", rotation=60)
+    figure.suptitle(f"forward + backward, float32, T = 4: {rows[0]['device']}", fontsize="medium")
+    figure.tight_layout()
+    temporary = path.with_name(path.name + ".tmp")
+    # Without a date or random ids, the same numbers are the same file.
+    matplotlib.rcParams["svg.hashsalt"] = "lrds-fast"
+    figure.savefig(temporary, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def page_kd_loss(path: Path, out: Path) -> Path:
+    rows = read(path)
+    plot = out / f"{path.stem}.svg"
+    plot_kd_loss(rows, plot)
+    page = out / f"{path.stem}.md"
+    title = f"kd_loss, forward + backward: {rows[0]['device']}"
+    text = (
+        f"# {title}\n\n"
+        "Every row was checked against the float64 reference before it was timed; contenders took turns within each\n"
+        "round, and a cell is a median over rounds. vs X: the median of X's time over kd_loss's in the same round.\n"
+        "% of triad: the bytes that must move (read student, read teacher of selected rows, write gradient) against\n"
+        "the bandwidth of a = b + s * c measured in the same run. Other divergences are compared with the same loss\n"
+        "as PyTorch ops, lrds_fast.reference. Peak memory is what the allocator held beyond the inputs.\n\n"
+        f"![speed-up and percent of the roofline by shape]({plot.name})\n\n{table(rows)}\n"
+    )
+    page.write_text(text, encoding="utf-8")
+    return page
+
+
+def page_plain(path: Path, out: Path) -> Path:
+    """Any other run, as it is stored."""
+    rows = read(path)
+    hidden = {"device", "threads", "torch", "cuda", "lrds_fast", "commit", "isa", "command", "triad_gb_s", "copy_gb_s"}
+    columns = [name for name in rows[0] if name not in hidden]
+    lines = [f"# {path.stem}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row[name] or "" for name in columns) + " |" for row in rows]
+    facts = ", ".join(f"{name} {rows[0][name]}" for name in rows[0] if name in hidden and rows[0][name])
+    page = out / f"{path.stem}.md"
+    page.write_text("\n".join([*lines, "", facts, ""]), encoding="utf-8")
+    return page
+
+
+def render(path: Path, out: Path) -> Path:
+    """Writes the page of one CSV into `out`; returns its path. ValueError for a file without rows."""
+    if not read(path):
+        raise ValueError(f"{path} holds no rows")
+    out.mkdir(parents=True, exist_ok=True)
+    return page_kd_loss(path, out) if path.stem.startswith("kd_loss") else page_plain(path, out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", nargs="*", type=Path, help="stored runs (default: benchmarks/results/*.csv)")
+    parser.add_argument("--out", type=Path, default=PAGES, help="folder of the pages (default: docs/benchmarks)")
+    arguments = parser.parse_args(argv)
+    for path in arguments.csv or sorted(RESULTS.glob("*.csv")):
+        sys.stdout.write(f"{render(path, arguments.out)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""`lrds-fast bench`: the suites, their pages, and that the committed pages show the committed numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrds_fast.train import bench, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
+
+
+def render(stored: Path, out: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "render.py"), str(stored), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--list"]) == cli.OK
+    assert "kd_loss" in capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kd_los"], "there is no suite 'kd_los'; there are: kd_loss"),
+        (["--threads", "0"], "--threads must be >= 1; got 0"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == cli.MISUSED
+    assert message in capsys.readouterr().err
+
+
+def test_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench, "_CHECKOUT", tmp_path)
+    assert cli.main(["bench"]) == cli.MISUSED
+    assert "part of the source checkout" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not RESULTS, reason="no stored results")
+@pytest.mark.parametrize("stored", RESULTS, ids=lambda path: path.stem)
+def test_committed_pages_show_the_committed_numbers(stored: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    render(stored, tmp_path)
+    page = f"{stored.stem}.md"
+    committed = ROOT / "docs" / "benchmarks" / page
+    assert committed.is_file(), "run: python benchmarks/render.py"
+    assert (tmp_path / page).read_text() == committed.read_text(), "run: python benchmarks/render.py"
+    for plot in tmp_path.glob("*.svg"):
+        assert plot.read_text().rstrip().endswith("</svg>")
+        assert (committed.parent / plot.name).is_file()
+
+
+@pytest.mark.slow
+def test_quick_run(tmp_path: Path) -> None:
+    """Every suite in its short form: checked, timed, stored, rendered."""
+    assert cli.main(["bench", "--quick", "--out", str(tmp_path)]) == cli.OK
+    for name in bench.suites():
+        assert (tmp_path / f"{name}_cpu.csv").stat().st_size > 0
+        assert "|" in (tmp_path / f"{name}_cpu.md").read_text()
