@@ -60,7 +60,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], s
         pytest.skip("nvcc was not found: set CUDA_HOME to compile the CUDA kernels")
     folder = tmp_path_factory.mktemp("cuda")
     # A row kernel's file meets one architecture, the small files all.
-    rows = [source for source in KERNELS if source.stem.startswith("kd_loss_")]
+    rows = [source for source in KERNELS if source.stem.startswith(("kd_loss_", "kd_family_"))]
     others = [source for source in KERNELS if source not in rows]
     pairs = [(source, ARCHS[i % len(ARCHS)]) for i, source in enumerate(rows)]
     pairs += [(source, arch) for source in others for arch in ARCHS]

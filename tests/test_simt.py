@@ -66,18 +66,27 @@ def has_sanitizers(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """simt_kd_loss and simt_interpreter, built once."""
+    """simt_kd_loss, simt_kd_family and simt_interpreter, built once."""
     folder = tmp_path_factory.mktemp("simt")
     if not has_sanitizers(folder):
         pytest.skip(f"{compiler()} cannot link AddressSanitizer: install a g++ that has it, or set CXX")
     # The kernels first: they take longest.
-    sources = [*KERNELS, SIMT / "test_kd_loss.cpp", SIMT / "test_interpreter.cpp", SIMT / "simt.cpp"]
+    sources = [
+        *KERNELS,
+        SIMT / "test_kd_loss.cpp",
+        SIMT / "test_kd_family.cpp",
+        SIMT / "test_interpreter.cpp",
+        SIMT / "simt.cpp",
+        # What the family's kernels are compared with.
+        ROOT / "csrc" / "cpu" / "kd_family_double.cpp",
+    ]
     with ThreadPoolExecutor(WORKERS) as pool:
         objects = list(pool.map(lambda source: compile_object(source, folder), sources))
-    kernels, (kd_loss, interpreter, machine) = objects[:-3], objects[-3:]
+    kernels, (kd_loss, kd_family, interpreter, machine, exact) = objects[: len(KERNELS)], objects[len(KERNELS) :]
     built = {}
     for name, parts in {
         "simt_kd_loss": [*kernels, kd_loss, machine],
+        "simt_kd_family": [*kernels, kd_family, exact, machine],
         "simt_interpreter": [interpreter, machine],
     }.items():
         built[name] = folder / name
@@ -91,8 +100,9 @@ def test_every_kernel_is_interpreted() -> None:
     assert {path.stem for path in KERNELS} >= {"kd_loss", "kd_loss_f32", "kd_loss_bf16", "scale_gradient"}
 
 
-def test_kernels_match_the_reference(programs: dict[str, Path]) -> None:
-    program = str(programs["simt_kd_loss"])
+@pytest.mark.parametrize("name", ["simt_kd_loss", "simt_kd_family"])
+def test_kernels_match_the_reference(programs: dict[str, Path], name: str) -> None:
+    program = str(programs[name])
     with ThreadPoolExecutor(WORKERS) as pool:
         parts = pool.map(lambda part: run([program, str(part), str(WORKERS)]), range(WORKERS))
     for done in parts:

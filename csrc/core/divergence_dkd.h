@@ -15,13 +15,13 @@ struct Dkd {
   static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kNone;
 
   template <class M, class X>
-  LRDS_HOST_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
+  LRDS_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
     sums[0] += M::where_positive(e.ev, e.ev * (e.dv - e.dz));
   }
 
   template <class M, class A>
-  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
-                                                        const DistillTerms<A>&) {
+  LRDS_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
+                                                   const DistillTerms<A>&) {
     const A t = s.temperature, alpha = s.parameters[0], beta = s.parameters[1];
     const Revision<A>& p = s.revision;
     DistillTerms<A> out{};
@@ -42,7 +42,7 @@ struct Dkd {
   }
 
   template <class M, class X, class A>
-  LRDS_HOST_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
+  LRDS_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
     return f.c[0] * e.ez - f.c[1] * e.ev;
   }
 };

@@ -15,7 +15,7 @@ struct Jsd {
 
   // q_k = c0 * ez, log q_k = dz / T - c2; p'_k = c1 * ev, log p'_k = dv / T - c3.
   template <class M, class A>
-  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> prepare(const DistillStats<A>& s) {
+  LRDS_DEVICE_MEMBER static DistillTerms<A> prepare(const DistillStats<A>& s) {
     DistillTerms<A> out{};
     out.c[0] = row_exp(-s.student.total);
     out.c[1] = row_exp(-s.teacher.total) * s.revision.beta;
@@ -27,8 +27,8 @@ struct Jsd {
   }
 
   template <class M, class X, class A>
-  LRDS_HOST_DEVICE_MEMBER static void add_second(const DistillTerms<A>& f, const Element<X>& e,
-                                                 X* sums) {
+  LRDS_DEVICE_MEMBER static void add_second(const DistillTerms<A>& f, const Element<X>& e,
+                                            X* sums) {
     const X q = f.c[0] * e.ez, p = f.c[1] * e.ev;
     const X log_mixture = M::log(f.c[4] * p + (A(1) - f.c[4]) * q);
     sums[0] += M::where_positive(p, p * ((e.dv * f.c[5] - f.c[3]) - log_mixture));
@@ -36,8 +36,7 @@ struct Jsd {
   }
 
   template <class M, class A>
-  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
-                                                        DistillTerms<A> out) {
+  LRDS_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s, DistillTerms<A> out) {
     const A t = s.temperature, w = s.parameters[0];
     const A q = s.student.target, p = s.revision.target;
     const A log_mixture = row_log(w * p + (A(1) - w) * q);
@@ -51,7 +50,7 @@ struct Jsd {
   }
 
   template <class M, class X, class A>
-  LRDS_HOST_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
+  LRDS_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
     const X q = f.c[0] * e.ez, p = f.c[1] * e.ev;
     const X log_mixture = M::log(f.c[4] * p + (A(1) - f.c[4]) * q);
     const X ratio = (e.dz * f.c[5] - f.c[2]) - log_mixture - f.c[3];

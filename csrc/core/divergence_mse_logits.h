@@ -15,14 +15,14 @@ struct MseLogits {
   static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kNone;
 
   template <class M, class X>
-  LRDS_HOST_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
+  LRDS_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
     const X d = M::difference(e.z, e.v);
     sums[0] += d * d;
   }
 
   template <class M, class A>
-  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
-                                                        const DistillTerms<A>&) {
+  LRDS_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
+                                                   const DistillTerms<A>&) {
     DistillTerms<A> out{};
     if (s.classes == A(1)) return out;
     const Revision<A>& p = s.revision;
@@ -37,7 +37,7 @@ struct MseLogits {
   }
 
   template <class M, class X, class A>
-  LRDS_HOST_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
+  LRDS_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
     return f.c[0] * M::difference(e.z, e.v);
   }
 };

@@ -15,7 +15,7 @@ struct MseProbs {
   // q_k = c0 * ez, p'_k = c1 * ev. Differences are squared as they are: the squares' sums would
   // cancel.
   template <class M, class A>
-  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> prepare(const DistillStats<A>& s) {
+  LRDS_DEVICE_MEMBER static DistillTerms<A> prepare(const DistillStats<A>& s) {
     DistillTerms<A> out{};
     out.c[0] = row_exp(-s.student.total);
     out.c[1] = row_exp(-s.teacher.total) * s.revision.beta;
@@ -23,8 +23,8 @@ struct MseProbs {
   }
 
   template <class M, class X, class A>
-  LRDS_HOST_DEVICE_MEMBER static void add_second(const DistillTerms<A>& f, const Element<X>& e,
-                                                 X* sums) {
+  LRDS_DEVICE_MEMBER static void add_second(const DistillTerms<A>& f, const Element<X>& e,
+                                            X* sums) {
     const X q = f.c[0] * e.ez;
     const X d = q - f.c[1] * e.ev;
     sums[0] += d * d;
@@ -32,8 +32,7 @@ struct MseProbs {
   }
 
   template <class M, class A>
-  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
-                                                        DistillTerms<A> out) {
+  LRDS_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s, DistillTerms<A> out) {
     const A q = s.student.target, d = q - s.revision.target;
     const A mean = s.second[1] + q * d;  // sum_k q_k (q_k - p'_k)
     out.loss = s.classes == A(1) ? A(0) : (s.second[0] + d * d) / s.classes;
@@ -44,7 +43,7 @@ struct MseProbs {
   }
 
   template <class M, class X, class A>
-  LRDS_HOST_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
+  LRDS_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
     const X q = f.c[0] * e.ez;
     return f.c[2] * q * ((q - f.c[1] * e.ev) - f.c[3]);
   }

@@ -15,13 +15,13 @@ struct Nkd {
   static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kOne;
 
   template <class M, class X>
-  LRDS_HOST_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
+  LRDS_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
     sums[0] += M::where_positive(e.ev, e.ev * e.dz);
   }
 
   template <class M, class A>
-  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
-                                                        const DistillTerms<A>&) {
+  LRDS_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
+                                                   const DistillTerms<A>&) {
     const A t = s.temperature, gamma = s.parameters[0];
     const A p_y = s.second_revision.target;
     DistillTerms<A> out{};
@@ -39,7 +39,7 @@ struct Nkd {
   }
 
   template <class M, class X, class A>
-  LRDS_HOST_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
+  LRDS_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
     return f.c[2] * e.second_z + f.c[0] * e.ez - f.c[1] * e.ev;
   }
 };

@@ -13,13 +13,13 @@ struct Rkl {
   static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kNone;
 
   template <class M, class X>
-  LRDS_HOST_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
+  LRDS_DEVICE_MEMBER static void add(const Element<X>& e, X* sums) {
     sums[0] += M::where_positive(e.ez, e.ez * (e.dz - e.dv));
   }
 
   template <class M, class A>
-  LRDS_HOST_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
-                                                        const DistillTerms<A>&) {
+  LRDS_DEVICE_MEMBER static DistillTerms<A> finish(const DistillStats<A>& s,
+                                                   const DistillTerms<A>&) {
     const A t = s.temperature;
     const Revision<A>& p = s.revision;
     DistillTerms<A> out{};
@@ -38,7 +38,7 @@ struct Rkl {
   }
 
   template <class M, class X, class A>
-  LRDS_HOST_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
+  LRDS_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
     return M::where_positive(e.ez, f.c[0] * e.ez * ((e.dz - e.dv) + f.c[1]));
   }
 };

@@ -17,10 +17,13 @@
 // copy, so that the linker can never hand an AVX-512 body to a CPU without it.
 #if defined(__CUDACC__) || defined(LRDS_SIMT)
 #define LRDS_HOST_DEVICE static __host__ __device__
-#define LRDS_HOST_DEVICE_MEMBER __host__ __device__
+// Of what only a kernel instantiates.
+#define LRDS_DEVICE static __device__
+#define LRDS_DEVICE_MEMBER __device__
 #else
 #define LRDS_HOST_DEVICE static
-#define LRDS_HOST_DEVICE_MEMBER
+#define LRDS_DEVICE static
+#define LRDS_DEVICE_MEMBER
 #endif
 
 namespace lrds {
@@ -280,6 +283,8 @@ struct KdLossArgs {
   std::int64_t kept_classes;            // 0: the teacher is dense
   const std::int64_t* teacher_indices;  // (teacher_rows, kept_classes) contiguous
   const void* teacher_logsumexp;        // A[teacher_rows]
+
+  double* workspace;  // CUDA, unless is_plain(): 2 doubles on the device
 
   const void* num_valid;    // A[1] or null: replaces the count of valid rows in the denominator
   const void* grad_scale;   // A[1] or null: folded into the gradient before it is rounded

@@ -98,7 +98,7 @@ struct SoftTeacher {
 };
 
 template <class M, class X, class A>
-LRDS_HOST_DEVICE inline X soft_teacher_logit(const SoftTeacher<A>& soft, X v, X t) {
+LRDS_DEVICE inline X soft_teacher_logit(const SoftTeacher<A>& soft, X v, X t) {
   const X p = M::exp((v - soft.shift) * soft.inv_temperature - soft.total);
   const X mixed = soft.beta * p + (A(1) - soft.beta) * t;
   const X logit = soft.temperature * (M::log(mixed) + soft.offset) + soft.shift;
@@ -123,11 +123,11 @@ class RowProgram {
   using A = typename M::A;
   using X = typename M::X;
 
-  LRDS_HOST_DEVICE_MEMBER RowProgram(Executor& exec, const DistillParams<A>& params,
-                                     const RowTask<A>& row)
+  LRDS_DEVICE_MEMBER RowProgram(Executor& exec, const DistillParams<A>& params,
+                                const RowTask<A>& row)
       : exec_(exec), params_(params), row_(row) {}
 
-  LRDS_HOST_DEVICE_MEMBER RowTerms<A> run() {
+  LRDS_DEVICE_MEMBER RowTerms<A> run() {
     RowTerms<A> out{A(0), A(0), A(0), false};
     max_z_ = exec_.max([&](auto k) { return exec_.z(k); });
     const bool has_ce = row_.ce_weight != A(0);
@@ -153,7 +153,7 @@ class RowProgram {
  private:
   // The maximum of the others; the target's logit where they are all -inf (or none), which leaves
   // the row's total at 0.
-  LRDS_HOST_DEVICE_MEMBER static A anchor_of(A max, A at_target) {
+  LRDS_DEVICE_MEMBER static A anchor_of(A max, A at_target) {
     return max == negative_infinity<A>() ? at_target : max;
   }
 
@@ -161,18 +161,16 @@ class RowProgram {
 
   // c_k of another class.
   template <class K>
-  LRDS_HOST_DEVICE_MEMBER X target_weight(K k) const {
+  LRDS_DEVICE_MEMBER X target_weight(K k) const {
     X c = X{} + params_.label_smoothing / params_.classes;
     if (params_.soft) c += (A(1) - params_.label_smoothing) * exec_.t(k);
     if (params_.weighted) c *= exec_.w(k);
     return exec_.others(k, c);
   }
 
-  LRDS_HOST_DEVICE_MEMBER bool spread() const {
-    return params_.soft || params_.label_smoothing != A(0);
-  }
+  LRDS_DEVICE_MEMBER bool spread() const { return params_.soft || params_.label_smoothing != A(0); }
 
-  LRDS_HOST_DEVICE_MEMBER void cross_entropy(RowTerms<A>& out) {
+  LRDS_DEVICE_MEMBER void cross_entropy(RowTerms<A>& out) {
     const A shift = shift_z_ = anchor_of(max_z_, row_.z_y);
     const bool dense = spread();
     A sums[3];
@@ -202,7 +200,7 @@ class RowProgram {
   }
 
   template <class K>
-  LRDS_HOST_DEVICE_MEMBER X cross_entropy_gradient(K k) const {
+  LRDS_DEVICE_MEMBER X cross_entropy_gradient(K k) const {
     X g = ce_coefficient_ * M::exp(exec_.z(k) - shift_z_);
     if (spread()) g -= ce_scale_ * target_weight(k);
     return g;
@@ -211,7 +209,7 @@ class RowProgram {
   // --- Distillation ---
 
   template <class F>
-  LRDS_HOST_DEVICE_MEMBER Affine<A> affine_of(F logit, A at_target) const {
+  LRDS_DEVICE_MEMBER Affine<A> affine_of(F logit, A at_target) const {
     if (!params_.standardize) return Affine<A>{A(0), A(1), A(0)};
     A sum[1];
     exec_.template sum<1>([&](auto k, X* into) { into[0] += exec_.others(k, logit(k)); }, sum);
@@ -229,15 +227,15 @@ class RowProgram {
   }
 
   template <class K>
-  LRDS_HOST_DEVICE_MEMBER X student(K k) const {
+  LRDS_DEVICE_MEMBER X student(K k) const {
     return (exec_.z(k) - affine_z_.shift) * affine_z_.scale;
   }
   template <class K>
-  LRDS_HOST_DEVICE_MEMBER X raw_teacher(K k) const {
+  LRDS_DEVICE_MEMBER X raw_teacher(K k) const {
     return (exec_.v(k) - affine_v_.shift) * affine_v_.scale;
   }
   template <class K>
-  LRDS_HOST_DEVICE_MEMBER X teacher(K k, const SoftTeacher<A>& soft) const {
+  LRDS_DEVICE_MEMBER X teacher(K k, const SoftTeacher<A>& soft) const {
     const X v = raw_teacher(k);
     if (!soft.on) return v;
     return soft_teacher_logit<M>(soft, v, exec_.others(k, exec_.t(k)));
@@ -245,7 +243,7 @@ class RowProgram {
 
   // Position k as the divergence sees it.
   template <class K>
-  LRDS_HOST_DEVICE_MEMBER Element<X> element(K k, const AtTemperature<A>& at) const {
+  LRDS_DEVICE_MEMBER Element<X> element(K k, const AtTemperature<A>& at) const {
     Element<X> e;
     e.z = student(k);
     e.v = teacher(k, at.soft);
@@ -266,7 +264,7 @@ class RowProgram {
     return e;
   }
 
-  LRDS_HOST_DEVICE_MEMBER void distill(RowTerms<A>& out) {
+  LRDS_DEVICE_MEMBER void distill(RowTerms<A>& out) {
     affine_z_ = affine_of([&](auto k) { return exec_.z(k); }, row_.z_y);
     affine_v_ = affine_of([&](auto k) { return exec_.v(k); }, row_.v_y);
     z_y_ = (row_.z_y - affine_z_.shift) * affine_z_.scale;
@@ -306,7 +304,7 @@ class RowProgram {
   }
 
   // Statistics and terms at one temperature; true if the teacher was revised.
-  LRDS_HOST_DEVICE_MEMBER bool at_temperature(A temperature, AtTemperature<A>& at) {
+  LRDS_DEVICE_MEMBER bool at_temperature(A temperature, AtTemperature<A>& at) {
     DistillStats<A> s{};
     s.temperature = temperature;
     s.inv_temperature = A(1) / temperature;
@@ -395,7 +393,7 @@ class RowProgram {
 
   // Replaces the teacher by its revision towards a soft target; leaves the target's new logit in
   // s.v_y.
-  LRDS_HOST_DEVICE_MEMBER void revise_soft(AtTemperature<A>& at, DistillStats<A>& s) {
+  LRDS_DEVICE_MEMBER void revise_soft(AtTemperature<A>& at, DistillStats<A>& s) {
     A sum[1];
     exec_.template sum<1>(
         [&](auto k, X* into) {
@@ -414,7 +412,7 @@ class RowProgram {
 
   // The KD terms' gradient with respect to the (standardised) logits, unweighted.
   template <class K>
-  LRDS_HOST_DEVICE_MEMBER X direct_gradient(K k) const {
+  LRDS_DEVICE_MEMBER X direct_gradient(K k) const {
     X g = X{};
     for (int i = 0; i < params_.temperatures; ++i) {
       g += D::template gradient<M>(at_[i].terms, element(k, at_[i]));
@@ -423,7 +421,7 @@ class RowProgram {
   }
 
   template <class K>
-  LRDS_HOST_DEVICE_MEMBER X distill_gradient(K k) const {
+  LRDS_DEVICE_MEMBER X distill_gradient(K k) const {
     X g = direct_gradient(k);
     if (params_.standardize) {
       const X d = exec_.z(k) - affine_z_.shift;

@@ -2,6 +2,7 @@
 #include "cuda/kd_loss.h"
 
 #include "cuda/device.cuh"
+#include "cuda/kd_family.h"
 #include "cuda/kd_loss_launch.h"
 
 namespace lrds::cuda {
@@ -22,6 +23,7 @@ struct Totals {
   A* loss_ce;
   A* loss_kd;
   std::int64_t* counts;
+  const double* scales;  // of the CE and of the KD term, where the family's kernel has left them
 };
 
 // The block's sum of x, for thread 0, added in an order that depends on the block's size alone.
@@ -70,19 +72,21 @@ __global__ void __launch_bounds__(kFinalizeThreads, 1) kd_loss_finalize(const To
                                                   : static_cast<double>(valid);
   const double scale =
       reduction_scale<double>(totals.reduction, rows, static_cast<double>(totals.classes));
-  *totals.loss_ce = static_cast<A>(ce * scale);
-  *totals.loss_kd = static_cast<A>(kd * scale);
-  *totals.loss = static_cast<A>(ce * scale + kd * scale);
+  ce *= totals.scales != nullptr ? totals.scales[0] : scale;
+  kd *= totals.scales != nullptr ? totals.scales[1] : scale;
+  *totals.loss_ce = static_cast<A>(ce);
+  *totals.loss_kd = static_cast<A>(kd);
+  *totals.loss = static_cast<A>(ce + kd);
 }
 
 template <class A>
 cudaError_t finalize(const KdLossArgs& args, cudaStream_t stream) {
-  return launch(
-      kd_loss_finalize<A>, 1, kFinalizeThreads, 0, stream,
-      Totals<A>{args.rows, args.classes, args.reduction, static_cast<const A*>(args.num_valid),
-                static_cast<const A*>(args.ce), static_cast<const A*>(args.kd), args.flags,
-                static_cast<A*>(args.loss), static_cast<A*>(args.loss_ce),
-                static_cast<A*>(args.loss_kd), args.counts});
+  return launch(kd_loss_finalize<A>, 1, kFinalizeThreads, 0, stream,
+                Totals<A>{args.rows, args.classes, args.reduction,
+                          static_cast<const A*>(args.num_valid), static_cast<const A*>(args.ce),
+                          static_cast<const A*>(args.kd), args.flags, static_cast<A*>(args.loss),
+                          static_cast<A*>(args.loss_ce), static_cast<A*>(args.loss_kd), args.counts,
+                          !is_plain(args) && family_has_scales(args) ? args.workspace : nullptr});
 }
 
 cudaError_t launch_rows(const KdLossArgs& args, cudaStream_t stream) {
@@ -118,8 +122,8 @@ cudaError_t kd_loss(const KdLossArgs& args, cudaStream_t stream) {
   if (args.classes < 1 || args.classes > kMaxClasses || args.rows < 0) {
     return cudaErrorInvalidValue;
   }
-  if (args.rows > 0) {
-    const cudaError_t error = launch_rows(args, stream);
+  if (!is_plain(args) || args.rows > 0) {
+    const cudaError_t error = is_plain(args) ? launch_rows(args, stream) : kd_family(args, stream);
     if (error != cudaSuccess) return error;
   }
   if (args.counts == nullptr) return cudaSuccess;

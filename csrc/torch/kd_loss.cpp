@@ -431,12 +431,14 @@ void run_cpu(const Call& call) {
 
 #if defined(LRDS_WITH_CUDA)
 void run_cuda(const Call& call) {
-  TORCH_CHECK_NOT_IMPLEMENTED(is_plain(call.args),
-                              "on CUDA kd_loss has the KL divergence with one temperature, index "
-                              "targets and a dense teacher; "
-                              "for the rest use lrds_fast.reference.kd_loss there");
   const c10::cuda::CUDAGuard guard(call.student.device());
-  C10_CUDA_CHECK(cuda::kd_loss(call.args, c10::cuda::getCurrentCUDAStream().stream()));
+  KdLossArgs args = call.args;
+  Tensor workspace;
+  if (!is_plain(args)) {
+    workspace = at::empty({2}, call.student.options().dtype(at::kDouble));
+    args.workspace = workspace.mutable_data_ptr<double>();
+  }
+  C10_CUDA_CHECK(cuda::kd_loss(args, c10::cuda::getCurrentCUDAStream().stream()));
 }
 #endif
 

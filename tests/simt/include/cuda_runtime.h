@@ -9,6 +9,7 @@
 #include "cuda_runtime_api.h"
 
 #define __launch_bounds__(...)
+#define __grid_constant__
 // Blocks run one at a time.
 #define __shared__ static
 
@@ -83,6 +84,11 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value, Where where = W
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
   const unsigned long long old = *address;
   *address += value;
+  return old;
+}
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address |= value;
   return old;
 }
 inline void __nanosleep(unsigned) {}
