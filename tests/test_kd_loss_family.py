@@ -58,7 +58,7 @@ def assert_family(
         return x.double() if x.is_floating_point() else x
 
     # Up to a thousandth, and negative: what a mean and a difference of losses would hand down.
-    weight = torch.linspace(-1.5, 2.0, len(student), dtype=torch.float64)
+    weight = torch.linspace(-1.5, 2.0, len(student), dtype=torch.float64, device=student.device)
     got, got_gradient = rows_and_gradient(lrds_fast.kd_loss, student, teacher, target, weight, **options)
     if "class_weight" in options:
         options["class_weight"] = options["class_weight"].double()

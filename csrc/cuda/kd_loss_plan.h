@@ -113,14 +113,15 @@ inline ValidRows plan_valid_rows(const KdLossArgs& args) {
 // The dispatch table. "Alike" means that student, teacher and gradient have one type and
 // vectors_agree.
 //
-//   accumulation  classes      operands    path           a row's threads
-//   float         1..128       one type    kWarpShort     ceil(C / 8) lanes, up to a power of two
-//   float         129..1024    alike       kWarpVector    16 lanes to 512 classes, else 32
-//   float         1..512       otherwise   kWarpElement   16 lanes to 256 classes, else 32
-//   float         1025..       alike       kBlockVector   128 to 4096 classes, 256 to 8192, else
-//   384 if two blocks float         513..        otherwise   kBlockElement  with their rows fit in
-//   a multiprocessor, else 768 double        1..          any         kBlockElement  64 to 1024
-//   classes, 128 to 4096, else 256
+// clang-format off
+//   accumulation  classes   operands   path           a row's threads
+//   float         1..128    one type   kWarpShort     ceil(C / 8) lanes, up to a power of two
+//   float         129..1024 alike      kWarpVector    16 lanes to 512 classes, else 32
+//   float         1..512    otherwise  kWarpElement   16 lanes to 256 classes, else 32
+//   float         1025..    alike      kBlockVector   128 to 4096 classes, 256 to 8192, else 384 if two blocks
+//   float         513..     otherwise  kBlockElement  with their rows fit in a multiprocessor, else 768
+//   double        1..       any        kBlockElement  64 to 1024 classes, 128 to 4096, else 256
+// clang-format on
 inline Plan plan_rows(const KdLossArgs& args, const DeviceFacts& device) {
   const std::int64_t classes = args.classes;
   const bool vectors = detail::vectors_agree(args);
