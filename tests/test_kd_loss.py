@@ -417,10 +417,13 @@ def test_defaults_are_the_documented_ones() -> None:
         "eta": 0.8,
         "selected": None,
         "divergence": "kl",
+        "standardize": False,
         "label_smoothing": 0.0,
+        "class_weight": None,
         "ignore_index": -100,
         "reduction": "mean",
         "num_valid": None,
+        "weight_sum": None,
         "grad_scale": None,
     }
 

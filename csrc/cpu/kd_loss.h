@@ -49,6 +49,8 @@ RowError kd_loss_rows_avx2(const KdLossArgs& args, double gradient_scale, std::i
                            std::int64_t end, void* scratch);
 RowError kd_loss_rows_avx512(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                              std::int64_t end, void* scratch);
+// Rows up to this long are swept a vector of rows at a time (kd_loss_short.h).
+constexpr std::int64_t kShortClasses = 48;
 // Rows longer than this recompute their exponentials for the gradient instead of keeping them in
 // scratch.
 constexpr std::int64_t kScratchClasses = 32768;

@@ -7,6 +7,8 @@
 // instead of a second exponential.
 #pragma once
 
+#include "cpu/simd_log.h"
+
 namespace {
 
 using lrds::KdLossArgs;
@@ -89,6 +91,12 @@ inline float row_sum_shift(const T* row, std::int64_t classes, float shift) {
   }
   return total;
 }
+
+}  // namespace
+
+#include "cpu/kd_loss_short.h"
+
+namespace {
 
 struct Hyper {
   RowParams<float> params;
@@ -221,6 +229,9 @@ const float* teacher_as_float(const T* row, std::int64_t classes, float* convert
 template <int P, class Z, class V>
 RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                     std::int64_t end, float* scratch) {
+  if (args.classes <= kShortClasses) {
+    return sweep_short_rows<P, Z>(args, gradient_scale, begin, end);
+  }
   const RowParams<float> params = lrds::row_params<float>(args);
   const Hyper hyper{params, params.inv_temperature, params.label_smoothing != 0.0f, args.classes};
   const std::int64_t classes = args.classes;
