@@ -1,0 +1,546 @@
+"""kd_loss of two linear classifiers, chunk of rows by chunk of rows: no (N, C) tensor of logits ever exists."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lrds_fast import _ops
+from lrds_fast.functional import _scalar, check_hyperparameters
+
+__all__ = ["default_chunk_rows", "linear_kd_loss"]
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CHUNK_BYTES = 256 << 20
+_LEAST_ROWS = 64
+# A block of a 16-bit weight gradient that the CPU adds while it is still in cache (measured in docs/linear.md).
+_BLOCK_ELEMENTS = 1 << 19
+
+
+class _Options(NamedTuple):
+    """Hyperparameters of the operator kd_loss_forward, in its order."""
+
+    temperature: float
+    ce_weight: float
+    kd_weight: float
+    ce_weight_unselected: float
+    eta: float
+    label_smoothing: float
+    revise: int
+    reduction: int
+    ignore_index: int
+
+
+class _Rows(NamedTuple):
+    """What a call needs besides the differentiable inputs; nothing here gets a gradient."""
+
+    options: _Options
+    teacher_hidden: Tensor  # (K, d_t), K <= N
+    teacher_weight: Tensor  # (C, d_t)
+    teacher_bias: Tensor | None
+    target: Tensor  # (N,)
+    selected: Tensor | None  # (N,)
+    num_valid: Tensor | None  # 0-d, the count that divides a mean
+    grad_scale: Tensor | None  # 0-d, the factor folded into the gradients
+    student_dtype: torch.dtype  # of the student's logits: the autocast dtype, or the inputs' own
+    teacher_dtype: torch.dtype
+    chunk_rows: int  # 0: default_chunk_rows
+
+
+class _Wanted(NamedTuple):
+    """Which gradients somebody will ask for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def default_chunk_rows(rows: int, classes: int, bytes_per_class: int) -> int:
+    """Rows per chunk when the caller names none; a function of the shapes alone.
+
+    bytes_per_class: of one student logit and one teacher logit together. The two logits buffers stay within 256 MiB,
+    but hold at least 64 rows (a matrix product of fewer rows wastes the hardware). Chunks are multiples of 64 rows and
+    about equally long, so that no stub is left for the end. Never more than `rows`, never less than 1.
+    """
+    most = max(_LEAST_ROWS, _CHUNK_BYTES // (classes * bytes_per_class) // _LEAST_ROWS * _LEAST_ROWS)
+    chunks = max(1, -(-rows // most))
+    even = -(-rows // chunks)
+    return max(1, min(rows, -(-even // _LEAST_ROWS) * _LEAST_ROWS))
+
+
+# --- Arithmetic
+
+
+def _accumulate_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """out = hidden @ weight.T + bias; all of one dtype."""
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _chunk_loss_and_gradient(
+    z: Tensor,
+    v: Tensor,
+    target: Tensor,
+    selected: Tensor | None,
+    num_valid: Tensor | None,
+    grad_scale: Tensor | None,
+    options: _Options,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The chunk's share of the loss (0-d) and of its gradient by z, which may be written over z.
+
+    v holds the teacher's first rows of the chunk, all of them or fewer. The share is final: divided by the call's
+    num_valid, the gradient times grad_scale.
+    """
+    outputs = torch.ops.lrds_fast.kd_loss_forward.default(
+        z, v, target, selected, num_valid, grad_scale, *options, with_gradient
+    )
+    return outputs[0], outputs[4]
+
+
+def _add_transposed_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total (C, d) += gradient.T (C, n) @ hidden (n, d), accumulated in total's dtype.
+
+    float16 and bfloat16 into float32: CUDA's matrix product does it in one call. The CPU's returns 16 bits. A chunk's
+    bfloat16 product is rounded once and then added in float32; float16, where a sum over rows could overflow, is
+    multiplied as float32. Both go by blocks of classes, which stay in cache and need no second (C, d) buffer.
+    """
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.t(), hidden)
+    elif gradient.is_cuda:
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        wide = hidden.to(total.dtype) if gradient.dtype == torch.float16 else None
+        block = max(1, _BLOCK_ELEMENTS // max(1, hidden.shape[1]))
+        for part, columns in zip(torch.split(total, block), torch.split(gradient, block, dim=1), strict=True):
+            if wide is None:
+                part.add_(torch.mm(columns.t(), hidden))
+            else:
+                part.addmm_(columns.to(wide.dtype).t(), wide)
+
+
+def _add_column_sums(total: Tensor, gradient: Tensor) -> None:
+    """total (C,) += gradient (n, C) summed over rows in total's dtype."""
+    # By blocks: a sum into another dtype converts its whole input first on the CPU.
+    block = max(1, _BLOCK_ELEMENTS // max(1, gradient.shape[0])) if not gradient.is_cuda else gradient.shape[1]
+    for part, columns in zip(torch.split(total, block), torch.split(gradient, block, dim=1), strict=True):
+        part.add_(columns.sum(0, dtype=total.dtype))
+
+
+def _product_into(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
+    """out (n, d) = gradient (n, C) @ weight (C, d), rounded once, to out's dtype where the backend can."""
+    if out.dtype == gradient.dtype:
+        torch.mm(gradient, weight, out=out)
+    elif gradient.is_cuda:
+        torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(gradient, weight))
+
+
+def _unread(rows: _Rows) -> Tensor:
+    """(N, 1) bool: rows whose student logits no term reads. 0 * NaN there must not reach the weight gradient."""
+    options = rows.options
+    unread = rows.target == options.ignore_index
+    if options.ce_weight_unselected == 0:
+        if rows.selected is not None:
+            unread = unread | (rows.selected == 0)
+        else:
+            teacher_rows = rows.teacher_hidden.shape[0]
+            unread = unread | (torch.arange(unread.shape[0], device=unread.device) >= teacher_rows)
+    return unread[:, None]
+
+
+_Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, wanted: _Wanted) -> _Results:
+    """The loss and the wanted gradients, which already carry grad_scale and the reduction.
+
+    The gradient of hidden has hidden's dtype; those of weight and bias are the accumulators, float32 or float64.
+    """
+    classes = weight.shape[0]
+    # A subclass may hold no data (fake tensors).
+    if hidden.device.type == "cpu" and type(rows.target) is Tensor:
+        _check_values(rows.target, rows.selected, classes, rows.options.ignore_index)
+    if rows.chunk_rows == 0:
+        bytes_per_class = rows.student_dtype.itemsize + rows.teacher_dtype.itemsize
+        rows = rows._replace(chunk_rows=default_chunk_rows(hidden.shape[0], classes, bytes_per_class))
+    # Every dtype below is chosen: autocast would choose again.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _sum_over_chunks(hidden, weight, bias, rows, wanted)
+
+
+def _sum_over_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, wanted: _Wanted) -> _Results:
+    count, classes = hidden.shape[0], weight.shape[0]
+    teacher_rows = rows.teacher_hidden.shape[0]
+    device = hidden.device
+    weight, teacher_weight = weight.to(rows.student_dtype), rows.teacher_weight.to(rows.teacher_dtype)
+    bias = None if bias is None else bias.to(rows.student_dtype)
+    teacher_bias = None if rows.teacher_bias is None else rows.teacher_bias.to(rows.teacher_dtype)
+    reads_teacher = rows.options.kd_weight != 0
+    with_gradient = any(wanted)
+
+    accumulate = _accumulate_dtype(rows.student_dtype)
+    loss = torch.zeros((), dtype=_accumulate_dtype(rows.student_dtype, rows.teacher_dtype), device=device)
+    hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted.hidden else None
+    weight_gradient = torch.zeros(weight.shape, dtype=accumulate, device=device) if wanted.weight else None
+    bias_gradient = torch.zeros(classes, dtype=accumulate, device=device) if wanted.bias else None
+    unread = _unread(rows) if wanted.weight else None
+
+    z_rows, v_rows = min(rows.chunk_rows, count), min(rows.chunk_rows, teacher_rows)
+    z_buffer = torch.empty((z_rows, classes), dtype=rows.student_dtype, device=device)
+    v_buffer = torch.empty((v_rows, classes), dtype=rows.teacher_dtype, device=device)
+    for begin in range(0, count, rows.chunk_rows):
+        end = min(begin + rows.chunk_rows, count)
+        teacher_end = max(begin, min(end, teacher_rows))
+        x = hidden[begin:end].to(rows.student_dtype)
+        z = _logits_into(z_buffer[: end - begin], x, weight, bias)
+        v = v_buffer[: teacher_end - begin]
+        if reads_teacher and teacher_end > begin:
+            _logits_into(v, rows.teacher_hidden[begin:teacher_end].to(v.dtype), teacher_weight, teacher_bias)
+        share, gradient = _chunk_loss_and_gradient(
+            z,
+            v,
+            rows.target[begin:end],
+            None if rows.selected is None else rows.selected[begin:end],
+            rows.num_valid,
+            rows.grad_scale,
+            rows.options,
+            with_gradient,
+        )
+        loss += share
+        if hidden_gradient is not None:
+            _product_into(hidden_gradient[begin:end], gradient, weight)
+        if weight_gradient is not None and unread is not None:
+            _add_transposed_product(weight_gradient, gradient, x.masked_fill(unread[begin:end], 0.0))
+        if bias_gradient is not None:
+            _add_column_sums(bias_gradient, gradient)
+    return loss, hidden_gradient, weight_gradient, bias_gradient
+
+
+# torch.compile sees one operator instead of the loop: any number of rows in one graph, and the chunks stay chunks.
+@torch.library.custom_op(
+    "lrds_fast::linear_kd_loss_forward",
+    mutates_args=(),
+    schema=(
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, "
+        "Tensor? teacher_bias, Tensor target, Tensor? selected, Tensor? num_valid, Tensor? grad_scale, "
+        "ScalarType student_dtype, ScalarType teacher_dtype, int chunk_rows, float temperature, float ce_weight, "
+        "float kd_weight, float ce_weight_unselected, float eta, float label_smoothing, int revise, int reduction, "
+        "int ignore_index, bool hidden_gradient, bool weight_gradient, bool bias_gradient) "
+        "-> (Tensor loss, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)"
+    ),
+)
+def _forward_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """_loss_and_gradients with an empty tensor for each gradient that nobody wants."""
+    rows, wanted = _unpack(given)
+    loss, *gradients = _loss_and_gradients(hidden, weight, bias, rows, wanted)
+    first, second, third = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return loss, first, second, third
+
+
+@_forward_op.register_fake
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *given: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, wanted = _unpack(given)
+    accumulate = _accumulate_dtype(rows.student_dtype)
+    return (
+        hidden.new_empty((), dtype=_accumulate_dtype(rows.student_dtype, rows.teacher_dtype)),
+        hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
+        hidden.new_empty(weight.shape, dtype=accumulate) if wanted.weight else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[:1], dtype=accumulate) if wanted.bias else hidden.new_empty(0),
+    )
+
+
+def _unpack(given: tuple[Any, ...]) -> tuple[_Rows, _Wanted]:
+    """The operator's arguments after bias, as `(*rows[1:], *rows.options, *wanted)` put them there."""
+    tensors = len(_Rows._fields) - 1
+    options = tensors + len(_Options._fields)
+    return _Rows(_Options(*given[tensors:options]), *given[:tensors]), _Wanted(*given[options:])
+
+
+def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, wanted: _Wanted) -> _Results:
+    if not torch.compiler.is_compiling():
+        return _loss_and_gradients(hidden, weight, bias, rows, wanted)
+    loss, *gradients = _forward_op(hidden, weight, bias, *rows[1:], *rows.options, *wanted)
+    first, second, third = (made if asked else None for made, asked in zip(gradients, wanted, strict=True))
+    return loss, first, second, third
+
+
+def _graph_is_kept() -> bool:
+    # The flag of the running backward pass; torch has no public name for it.
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+class _LinearKDLoss(torch.autograd.Function):
+    """Forward makes the loss and the gradients; backward scales them by grad_output / grad_scale."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, wanted: _Wanted) -> Tensor:
+        loss, *gradients = _forward(hidden, weight, bias, rows, wanted)
+        ctx.save_for_backward(*gradients, rows.grad_scale)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, grad_scale = ctx.saved_tensors
+        in_place = not torch.compiler.is_compiling() and not _graph_is_kept()
+        results: list[Tensor | None] = []
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
+            if gradient is None:
+                results.append(None)
+                continue
+            if in_place:  # nobody will ask for the saved one again
+                torch.ops.lrds_fast.scale_gradient_.default(gradient, grad_output, grad_scale)
+            else:
+                gradient = torch.ops.lrds_fast.scale_gradient.default(gradient, grad_output, grad_scale)
+            results.append(gradient.to(dtype))
+        return (*results, None, None)
+
+
+# --- Arguments
+
+
+def _matrix(name: str, tensor: object, shape: str) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor of shape {shape}; got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
+    return tensor
+
+
+def _check_head(who: str, hidden: object, weight: object, bias: object, like: Tensor | None) -> torch.dtype:
+    """Checks one classifier and its input; returns the dtype of its logits: F.linear's, autocast considered."""
+    hidden = _matrix(f"{who}_hidden", hidden, "(..., d)")
+    weight = _matrix(f"{who}_weight", weight, "(C, d)")
+    if hidden.dim() < 2:
+        raise ValueError(f"{who}_hidden must have shape (..., d), two dimensions or more; got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[0] < 1:
+        raise ValueError(f"{who}_weight must have shape (C, d) with C >= 1; got {tuple(weight.shape)}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{who}_weight must have {hidden.shape[-1]} columns like {who}_hidden {tuple(hidden.shape)}; "
+            f"got {tuple(weight.shape)}"
+        )
+    tensors = {"hidden": hidden, "weight": weight}
+    if bias is not None:
+        tensors["bias"] = _matrix(f"{who}_bias", bias, "(C,)")
+        if tuple(tensors["bias"].shape) != (weight.shape[0],):
+            raise ValueError(f"{who}_bias must have shape ({weight.shape[0]},); got {tuple(tensors['bias'].shape)}")
+    device = hidden.device if like is None else like.device
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    expected = _cast_dtype(hidden.dtype, autocast)
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{who}_{name} must be on {device} like student_hidden; got {tensor.device}")
+        if _cast_dtype(tensor.dtype, autocast) != expected:
+            raise TypeError(f"{who}_{name} must be {hidden.dtype} like {who}_hidden; got {tensor.dtype}")
+    return expected
+
+
+def _cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    return dtype if autocast is None or dtype == torch.float64 else autocast
+
+
+def _check_rows(student: Tensor, teacher: Tensor, target: object, selected: object) -> None:
+    """Checks target and selected against the leading shapes of the two hidden tensors."""
+    leading = tuple(student.shape[:-1])
+    count, teacher_rows = math.prod(leading), math.prod(teacher.shape[:-1])
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor of class indices; got {type(target).__name__} {target!r}")
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"target must hold int64 or int32 class indices; got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if tuple(target.shape) != leading:
+        raise ValueError(f"target must have student_hidden's leading shape {leading}; got {tuple(target.shape)}")
+    prefix = tuple(teacher.shape[:-1]) != leading
+    if prefix and (teacher_rows > count or not (teacher.dim() == 2 or teacher.shape[1:-1] == student.shape[1:-1])):
+        raise ValueError(
+            f"teacher_hidden must have student_hidden's leading shape {leading}, or hold its first K <= {count} rows; "
+            f"got {tuple(teacher.shape)}"
+        )
+    others = [("target", target)]
+    if selected is not None:
+        if not isinstance(selected, Tensor):
+            raise TypeError(f"selected must be a Tensor, bool or floating; got {type(selected).__name__}")
+        if selected.dtype != torch.bool and not selected.dtype.is_floating_point:
+            raise TypeError(f"selected must be bool, or floating weights in [0, 1]; got {selected.dtype}")
+        if prefix:
+            raise ValueError(
+                f"selected must be None when teacher_hidden holds only the first {teacher_rows} rows: "
+                "those rows are the selected ones"
+            )
+        if tuple(selected.shape) not in (leading, (count,)):
+            raise ValueError(f"selected must have target's shape {leading} or ({count},); got {tuple(selected.shape)}")
+        others.append(("selected", selected))
+    for name, tensor in others:
+        if tensor.device != student.device:
+            raise ValueError(f"{name} must be on {student.device} like student_hidden; got {tensor.device}")
+
+
+def _check_values(target: Tensor, selected: Tensor | None, classes: int, ignore_index: int) -> None:
+    """What the kernel would find in its chunk, said with the row of the whole batch. CPU only: CUDA would wait."""
+    valid = target != ignore_index
+    outside = valid & ((target < 0) | (target >= classes))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target[{row}] is {int(target[row])}, outside [0, {classes}) and not ignore_index = {ignore_index}"
+        )
+    if selected is not None and selected.dtype != torch.bool:
+        bad = valid & ~((selected >= 0) & (selected <= 1))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"selected[{row}] is not a weight in [0, 1]: {float(selected[row])}")
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 4.0,
+    ce_weight: float = 0.1,
+    kd_weight: float = 0.9,
+    ce_weight_unselected: float | None = None,
+    revise: str | None = "lr",
+    eta: float = 0.8,
+    selected: Tensor | None = None,
+    divergence: str = "kl",
+    standardize: bool = False,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_valid: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
+    grad_scale: Tensor | float | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """kd_loss(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T, target) without the logits.
+
+    Both classifiers are applied to chunk_rows rows at a time, kd_loss runs on that chunk, and the chunk's gradient is
+    multiplied into the gradients of student_hidden, student_weight and student_bias at once. Memory beyond inputs and
+    gradients: three chunks of logits and, if student_weight is 16-bit, its gradient in float32.
+
+    student_hidden: (..., d) floating, leading dimensions flattened to N rows. student_weight: (C, d), student_bias:
+        (C,) or None; the same dtype. Under autocast all are cast as F.linear casts them.
+    teacher_hidden: (..., d_t) with the same leading dimensions, or the first K of the N rows, (K, d_t) or
+        (B', ..., d_t): those are then the selected ones, the others' logits are never computed, and `selected` must
+        be None. K = 0 is legal. teacher_weight: (C, d_t), teacher_bias: (C,) or None. None of them gets a gradient.
+    target: (...) int64/int32 class indices in [0, C), or ignore_index.
+    selected: as kd_loss. Rows with weight 0 are still multiplied with teacher_weight (which rows those are is known on
+        the device only): sort them to the end and pass a teacher prefix to save that product.
+    reduction: "mean", "sum" or "elementmean". "none" is refused: gradients are made in the forward pass, before each
+        row's own grad_output is known.
+    grad_scale: as kd_loss. It is not needed against underflow: float16 logit gradients are kept undivided until
+        backward, which multiplies by grad_output / N in float32.
+    chunk_rows: rows per chunk; None: as many as keep both logits chunks within 256 MiB, at least 64, in chunks of about
+        equal length. A row's loss does not depend on it, the order in which rows are added does.
+    temperature, ce_weight, kd_weight, ce_weight_unselected, revise, eta, divergence, label_smoothing, ignore_index,
+        num_valid: as kd_loss. standardize, class_weight and weight_sum are refused unless left at their defaults.
+
+    Returns a 0-d float32 tensor (float64 if any logits are). Gradients have their inputs' dtypes; those of the weight
+    and the bias are accumulated over chunks in float32 (float64 for float64). Nothing synchronises on CUDA; on the
+    CPU a target out of range raises ValueError, on CUDA it makes the loss NaN. No second derivative. Compiles with
+    fullgraph=True, for any N in one graph. Raises ValueError or TypeError naming the argument.
+    Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693.
+    """
+    unselected, revise_code, reduction_code = check_hyperparameters(
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        ce_weight_unselected=ce_weight_unselected,
+        revise=revise,
+        eta=eta,
+        divergence=divergence,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    if reduction_code == _ops.NO_REDUCTION:
+        raise ValueError(
+            "reduction must be 'mean', 'sum' or 'elementmean'; got 'none': the gradients of hidden and weight are made "
+            "in the forward pass, which does not know each row's grad_output yet"
+        )
+    for name, value, default in (
+        ("standardize", standardize, False),
+        ("class_weight", class_weight, None),
+        ("weight_sum", weight_sum, None),
+    ):
+        if value is not default:
+            raise ValueError(f"{name} must be {default!r} in linear_kd_loss; got {value!r}")
+    if chunk_rows is not None:
+        if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+            raise TypeError(f"chunk_rows must be an int or None; got {chunk_rows!r}")
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be >= 1; got {chunk_rows!r}")
+    student_dtype = _check_head("student", student_hidden, student_weight, student_bias, like=None)
+    teacher_dtype = _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, like=student_hidden)
+    classes = student_weight.shape[0]
+    if teacher_weight.shape[0] != classes:
+        raise ValueError(
+            f"teacher_weight must have the student's {classes} classes; got shape {tuple(teacher_weight.shape)}"
+        )
+    _check_rows(student_hidden, teacher_hidden, target, selected)
+
+    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    target = target.reshape(-1)
+    selected = None if selected is None else selected.detach().reshape(-1)
+    count = _scalar("num_valid", num_valid, student_hidden)
+    if count is None:
+        count = (target != ignore_index).sum()
+    scale = _scalar("grad_scale", grad_scale, student_hidden)
+    if scale is None and student_dtype == torch.float16 and reduction != "sum":
+        # Undoes the division by the count, which a float16 gradient would not survive; backward divides in float32.
+        divisor = count * classes if reduction == "elementmean" else count
+        scale = torch.where(divisor > 0, divisor, 1).to(torch.float32)
+    rows = _Rows(
+        teacher_hidden=teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
+        teacher_weight=teacher_weight.detach(),
+        teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
+        target=target,
+        selected=selected,
+        num_valid=count,
+        grad_scale=scale,
+        student_dtype=student_dtype,
+        teacher_dtype=teacher_dtype,
+        chunk_rows=chunk_rows or 0,
+        options=_Options(
+            temperature,
+            ce_weight,
+            kd_weight,
+            unselected,
+            eta,
+            label_smoothing,
+            revise_code,
+            reduction_code,
+            ignore_index,
+        ),
+    )
+    given = (student_hidden, student_weight, student_bias)
+    grad_enabled = torch.is_grad_enabled()
+    wanted = _Wanted(*(grad_enabled and tensor is not None and tensor.requires_grad for tensor in given))
+    if not any(wanted):
+        return _forward(hidden, student_weight, student_bias, rows, wanted)[0]
+    loss: Tensor = _LinearKDLoss.apply(hidden, student_weight, student_bias, rows, wanted)
+    return loss
