@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lrds_fast import _ops
 from lrds_fast.functional import _scalar, check_hyperparameters
@@ -63,8 +62,8 @@ def default_chunk_rows(rows: int, classes: int, bytes_per_class: int) -> int:
     """Rows per chunk when the caller names none; a function of the shapes alone.
 
     bytes_per_class: of one student logit and one teacher logit together. The two logits buffers stay within 256 MiB,
-    but hold at least 64 rows (a matrix product of fewer rows wastes the hardware). Chunks are multiples of 64 rows and
-    about equally long, so that no stub is left for the end. Never more than `rows`, never less than 1.
+    but hold at least 64 rows (a matrix product of fewer rows wastes the hardware). No more chunks than that takes, and
+    those equal up to rounding to 64 rows. Never more than `rows`, never less than 1.
     """
     most = max(_LEAST_ROWS, _CHUNK_BYTES // (classes * bytes_per_class) // _LEAST_ROWS * _LEAST_ROWS)
     chunks = max(1, -(-rows // most))
@@ -224,6 +223,7 @@ def _sum_over_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: 
             _add_transposed_product(weight_gradient, gradient, x.masked_fill(unread[begin:end], 0.0))
         if bias_gradient is not None:
             _add_column_sums(bias_gradient, gradient)
+        del gradient  # before the next one is made
     return loss, hidden_gradient, weight_gradient, bias_gradient
 
 
@@ -295,21 +295,38 @@ class _LinearKDLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, grad_scale = ctx.saved_tensors
-        in_place = not torch.compiler.is_compiling() and not _graph_is_kept()
+        tracing = torch.compiler.is_compiling()
+        create_graph = torch.is_grad_enabled() and not tracing
+        in_place = not tracing and not _graph_is_kept()
         results: list[Tensor | None] = []
         for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
             if gradient is None:
                 results.append(None)
                 continue
-            if in_place:  # nobody will ask for the saved one again
-                torch.ops.lrds_fast.scale_gradient_.default(gradient, grad_output, grad_scale)
-            else:
-                gradient = torch.ops.lrds_fast.scale_gradient.default(gradient, grad_output, grad_scale)
-            results.append(gradient.to(dtype))
+            with torch.no_grad():
+                if in_place:  # nobody will ask for the saved one again
+                    torch.ops.lrds_fast.scale_gradient_.default(gradient, grad_output, grad_scale)
+                else:
+                    gradient = torch.ops.lrds_fast.scale_gradient.default(gradient, grad_output, grad_scale)
+                gradient = gradient.to(dtype)
+            results.append(_NoSecondDerivative.apply(gradient.requires_grad_()) if create_graph else gradient)
         return (*results, None, None)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity whose derivative is an error. (once_differentiable is silent when grad_output is a constant.)"""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        raise RuntimeError(
+            "linear_kd_loss has no second derivative; use lrds_fast.reference.kd_loss of the logits where one is needed"
+        )
 
 
 # --- Arguments
@@ -454,8 +471,8 @@ def linear_kd_loss(
         row's own grad_output is known.
     grad_scale: as kd_loss. It is not needed against underflow: float16 logit gradients are kept undivided until
         backward, which multiplies by grad_output / N in float32.
-    chunk_rows: rows per chunk; None: as many as keep both logits chunks within 256 MiB, at least 64, in chunks of about
-        equal length. A row's loss does not depend on it, the order in which rows are added does.
+    chunk_rows: rows per chunk; None: as many as keep both logits chunks within 256 MiB, at least 64. A row's
+        loss does not depend on it, the order in which rows are added does.
     temperature, ce_weight, kd_weight, ce_weight_unselected, revise, eta, divergence, label_smoothing, ignore_index,
         num_valid: as kd_loss. standardize, class_weight and weight_sum are refused unless left at their defaults.
 
