@@ -173,14 +173,9 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, row
     if rows.chunk_rows == 0:
         bytes_per_class = rows.student_dtype.itemsize + rows.teacher_dtype.itemsize
         rows = rows._replace(chunk_rows=default_chunk_rows(hidden.shape[0], classes, bytes_per_class))
-    # Every dtype below is chosen: autocast would choose again.
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _sum_over_chunks(hidden, weight, bias, rows, wanted)
 
-
-def _sum_over_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, wanted: _Wanted) -> _Results:
-    count, classes = hidden.shape[0], weight.shape[0]
-    teacher_rows = rows.teacher_hidden.shape[0]
+    # The dtypes are autocast's already (see _check_head); it casts nothing again below.
+    count, teacher_rows = hidden.shape[0], rows.teacher_hidden.shape[0]
     device = hidden.device
     weight, teacher_weight = weight.to(rows.student_dtype), rows.teacher_weight.to(rows.teacher_dtype)
     bias = None if bias is None else bias.to(rows.student_dtype)

@@ -527,11 +527,14 @@ def test_chunks_without_gradient_are_two() -> None:
     assert memory.peak <= 2 * chunk * classes * 4 + 16 * rows
 
 
-def test_a_prefix_saves_the_teachers_products() -> None:
+def test_a_prefix_and_a_kd_weight_of_0_save_the_teachers_products() -> None:
     p = problem()
     with Memory() as memory, torch.no_grad():
         ours(p, p[:3], prefix=8, chunk_rows=7)
     assert sum(count for name, count in memory.calls.items() if "mm" in name) == 4 + 2
+    with Memory() as memory, torch.no_grad():
+        ours(p, p[:3], kd_weight=0.0, chunk_rows=7)
+    assert sum(count for name, count in memory.calls.items() if "mm" in name) == 4
 
 
 def test_default_chunk_rows() -> None:
