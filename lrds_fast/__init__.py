@@ -1,8 +1,8 @@
 """Knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693), fast.
 
 kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD: its divergences. TopKTeacher: a cached
-teacher. revision_loss, dist_loss, mlkd_loss: losses over a batch. revise_labels: the revised teacher.
-influence: scores of samples.
+teacher. linear_kd_loss: from hidden states and classifiers. revision_loss, dist_loss, mlkd_loss: losses over a batch.
+revise_labels: the revised teacher. influence: scores of samples.
 select, Selection: which samples keep their teacher. models: networks by name. reference: everything in plain PyTorch.
 """
 
@@ -16,6 +16,7 @@ from lrds_fast._version import __version__
 from lrds_fast.composed import dist_loss, mlkd_loss, revision_loss
 from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
 from lrds_fast.functional import KDLossParts, kd_loss, kd_loss_parts, revise_labels
+from lrds_fast.linear import linear_kd_loss
 from lrds_fast.nn import KDLoss
 from lrds_fast.topk import TopKTeacher
 
@@ -41,6 +42,7 @@ __all__ = [
     "influence",
     "kd_loss",
     "kd_loss_parts",
+    "linear_kd_loss",
     "mlkd_loss",
     "models",
     "reference",

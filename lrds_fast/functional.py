@@ -175,16 +175,15 @@ def _check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) ->
         )
 
 
-def _check_class_weight(class_weight: object, logits: Tensor) -> None:
-    classes = logits.shape[-1]
+def _check_class_weight(class_weight: object, classes: int, device: torch.device) -> None:
     if not isinstance(class_weight, Tensor):
         raise TypeError(f"class_weight must be a Tensor of {classes} weights; got {type(class_weight).__name__}")
     if not class_weight.dtype.is_floating_point:
         raise TypeError(f"class_weight must be floating; got {class_weight.dtype}")
     if tuple(class_weight.shape) != (classes,):
         raise ValueError(f"class_weight must have shape ({classes},); got {tuple(class_weight.shape)}")
-    if class_weight.device != logits.device:
-        raise ValueError(f"class_weight must be on {logits.device} like student_logits; got {class_weight.device}")
+    if class_weight.device != device:
+        raise ValueError(f"class_weight must be on {device} like student_logits; got {class_weight.device}")
 
 
 def _check_tensors(
@@ -213,7 +212,7 @@ def _check_tensors(
         raise ValueError(f"teacher_logits must be on {student_logits.device} like student_logits; got {teacher.device}")
     _check_target(target, student_logits, revise)
     if class_weight is not None:
-        _check_class_weight(class_weight, student_logits)
+        _check_class_weight(class_weight, classes, student_logits.device)
     leading = tuple(student_logits.shape[:-1])
     rows = math.prod(leading)
     prefix = teacher_shape != tuple(student_logits.shape)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrds_fast import _ops
-from lrds_fast.functional import _scalar, check_hyperparameters
+from lrds_fast.divergences import Divergence
+from lrds_fast.functional import _check_class_weight, _scalar, check_hyperparameters
 
 __all__ = ["default_chunk_rows", "linear_kd_loss"]
 
@@ -21,9 +23,9 @@ _BLOCK_ELEMENTS = 1 << 19
 
 
 class _Options(NamedTuple):
-    """Hyperparameters of the operator kd_loss_forward, in its order."""
+    """The hyperparameters of the loss's operators, in their order."""
 
-    temperature: float
+    temperature: list[float]
     ce_weight: float
     kd_weight: float
     ce_weight_unselected: float
@@ -32,6 +34,9 @@ class _Options(NamedTuple):
     revise: int
     reduction: int
     ignore_index: int
+    divergence: int
+    divergence_parameters: list[float]
+    standardize: bool
 
 
 class _Rows(NamedTuple):
@@ -43,7 +48,9 @@ class _Rows(NamedTuple):
     teacher_bias: Tensor | None
     target: Tensor  # (N,)
     selected: Tensor | None  # (N,)
+    class_weight: Tensor | None  # (C,)
     num_valid: Tensor | None  # 0-d, the count that divides a mean
+    weight_sum: Tensor | None  # 0-d, what divides a mean of weighted cross-entropies
     grad_scale: Tensor | None  # 0-d, the factor folded into the gradients
     student_dtype: torch.dtype  # of the student's logits: the autocast dtype, or the inputs' own
     teacher_dtype: torch.dtype
@@ -85,25 +92,27 @@ def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
-def _chunk_loss_and_gradient(
-    z: Tensor,
-    v: Tensor,
-    target: Tensor,
-    selected: Tensor | None,
-    num_valid: Tensor | None,
-    grad_scale: Tensor | None,
-    options: _Options,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """The chunk's share of the loss (0-d) and of its gradient by z, which may be written over z.
+def _chunk_loss_and_gradient(z: Tensor, v: Tensor, chunk: slice, rows: _Rows, with_gradient: bool) -> Tensor:
+    """The chunk's share of the loss (0-d); its gradient by z, if wanted, takes the place of z.
 
-    v holds the teacher's first rows of the chunk, all of them or fewer. The share is final: divided by the call's
-    num_valid, the gradient times grad_scale.
+    v holds the teacher's first rows of the chunk, all of them or fewer. The share is final: divided by the whole
+    call's num_valid or weight_sum, the gradient times grad_scale.
     """
-    outputs = torch.ops.lrds_fast.kd_loss_forward.default(
-        z, v, target, selected, num_valid, grad_scale, *options, with_gradient
+    arguments = (
+        z,
+        v,
+        rows.target[chunk],
+        None if rows.selected is None else rows.selected[chunk],
+        rows.class_weight,
+        None,
+        None,
+        rows.num_valid,
+        rows.weight_sum,
+        rows.grad_scale,
+        *rows.options,
     )
-    return outputs[0], outputs[4]
+    loss: Tensor = (_ops.kd_loss_forward_(*arguments) if with_gradient else _ops.kd_loss_forward(*arguments, False))[0]
+    return loss
 
 
 def _add_transposed_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
@@ -201,24 +210,13 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, row
         v = v_buffer[: teacher_end - begin]
         if reads_teacher and teacher_end > begin:
             _logits_into(v, rows.teacher_hidden[begin:teacher_end].to(v.dtype), teacher_weight, teacher_bias)
-        share, gradient = _chunk_loss_and_gradient(
-            z,
-            v,
-            rows.target[begin:end],
-            None if rows.selected is None else rows.selected[begin:end],
-            rows.num_valid,
-            rows.grad_scale,
-            rows.options,
-            with_gradient,
-        )
-        loss += share
+        loss += _chunk_loss_and_gradient(z, v, slice(begin, end), rows, with_gradient)
         if hidden_gradient is not None:
-            _product_into(hidden_gradient[begin:end], gradient, weight)
+            _product_into(hidden_gradient[begin:end], z, weight)
         if weight_gradient is not None and unread is not None:
-            _add_transposed_product(weight_gradient, gradient, x.masked_fill(unread[begin:end], 0.0))
+            _add_transposed_product(weight_gradient, z, x.masked_fill(unread[begin:end], 0.0))
         if bias_gradient is not None:
-            _add_column_sums(bias_gradient, gradient)
-        del gradient  # before the next one is made
+            _add_column_sums(bias_gradient, z)
     return loss, hidden_gradient, weight_gradient, bias_gradient
 
 
@@ -228,10 +226,12 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, row
     mutates_args=(),
     schema=(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, "
-        "Tensor? teacher_bias, Tensor target, Tensor? selected, Tensor? num_valid, Tensor? grad_scale, "
-        "ScalarType student_dtype, ScalarType teacher_dtype, int chunk_rows, float temperature, float ce_weight, "
-        "float kd_weight, float ce_weight_unselected, float eta, float label_smoothing, int revise, int reduction, "
-        "int ignore_index, bool hidden_gradient, bool weight_gradient, bool bias_gradient) "
+        "Tensor? teacher_bias, Tensor target, Tensor? selected, Tensor? class_weight, Tensor? num_valid, "
+        "Tensor? weight_sum, Tensor? grad_scale, ScalarType student_dtype, ScalarType teacher_dtype, int chunk_rows, "
+        "float[] temperature, float ce_weight, float kd_weight, float ce_weight_unselected, float eta, "
+        "float label_smoothing, int revise, int reduction, int ignore_index, int divergence, "
+        "float[] divergence_parameters, bool standardize, bool hidden_gradient, bool weight_gradient, "
+        "bool bias_gradient) "
         "-> (Tensor loss, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)"
     ),
 )
@@ -421,6 +421,12 @@ def _check_values(target: Tensor, selected: Tensor | None, classes: int, ignore_
             raise ValueError(f"selected[{row}] is not a weight in [0, 1]: {float(selected[row])}")
 
 
+def _weight_sum(class_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The sum over the valid rows of their class's weight, 0-d; rows out of range are reported elsewhere."""
+    valid = (target != ignore_index) & (target >= 0) & (target < class_weight.shape[0])
+    return torch.where(valid, class_weight[torch.where(valid, target, 0).long()], 0.0).sum(dtype=torch.float64)
+
+
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -430,14 +436,14 @@ def linear_kd_loss(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    temperature: float = 4.0,
+    temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
-    divergence: str = "kl",
+    divergence: str | Divergence = "kl",
     standardize: bool = False,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
@@ -452,7 +458,7 @@ def linear_kd_loss(
 
     Both classifiers are applied to chunk_rows rows at a time, kd_loss runs on that chunk, and the chunk's gradient is
     multiplied into the gradients of student_hidden, student_weight and student_bias at once. Memory beyond inputs and
-    gradients: three chunks of logits and, if student_weight is 16-bit, its gradient in float32.
+    gradients: two chunks of logits and, if student_weight is 16-bit, its gradient in float32.
 
     student_hidden: (..., d) floating, leading dimensions flattened to N rows. student_weight: (C, d), student_bias:
         (C,) or None; the same dtype. Under autocast all are cast as F.linear casts them.
@@ -468,8 +474,7 @@ def linear_kd_loss(
         backward, which multiplies by grad_output / N in float32.
     chunk_rows: rows per chunk; None: as many as keep both logits chunks within 256 MiB, at least 64. A row's
         loss does not depend on it, the order in which rows are added does.
-    temperature, ce_weight, kd_weight, ce_weight_unselected, revise, eta, divergence, label_smoothing, ignore_index,
-        num_valid: as kd_loss. standardize, class_weight and weight_sum are refused unless left at their defaults.
+    The other keywords are kd_loss's.
 
     Returns a 0-d float32 tensor (float64 if any logits are). Gradients have their inputs' dtypes; those of the weight
     and the bias are accumulated over chunks in float32 (float64 for float64). Nothing synchronises on CUDA; on the
@@ -477,7 +482,7 @@ def linear_kd_loss(
     fullgraph=True, for any N in one graph. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693.
     """
-    unselected, revise_code, reduction_code = check_hyperparameters(
+    checked = check_hyperparameters(
         temperature=temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,
@@ -485,22 +490,16 @@ def linear_kd_loss(
         revise=revise,
         eta=eta,
         divergence=divergence,
+        standardize=standardize,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    if reduction_code == _ops.NO_REDUCTION:
+    if checked.reduction == _ops.NO_REDUCTION:
         raise ValueError(
             "reduction must be 'mean', 'sum' or 'elementmean'; got 'none': the gradients of hidden and weight are made "
             "in the forward pass, which does not know each row's grad_output yet"
         )
-    for name, value, default in (
-        ("standardize", standardize, False),
-        ("class_weight", class_weight, None),
-        ("weight_sum", weight_sum, None),
-    ):
-        if value is not default:
-            raise ValueError(f"{name} must be {default!r} in linear_kd_loss; got {value!r}")
     if chunk_rows is not None:
         if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
             raise TypeError(f"chunk_rows must be an int or None; got {chunk_rows!r}")
@@ -514,6 +513,8 @@ def linear_kd_loss(
             f"teacher_weight must have the student's {classes} classes; got shape {tuple(teacher_weight.shape)}"
         )
     _check_rows(student_hidden, teacher_hidden, target, selected)
+    if class_weight is not None:
+        _check_class_weight(class_weight, classes, student_hidden.device)
 
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     target = target.reshape(-1)
@@ -521,6 +522,9 @@ def linear_kd_loss(
     count = _scalar("num_valid", num_valid, student_hidden)
     if count is None:
         count = (target != ignore_index).sum()
+    weights = _scalar("weight_sum", weight_sum, student_hidden)
+    if weights is None and class_weight is not None:
+        weights = _weight_sum(class_weight.detach(), target, ignore_index)
     scale = _scalar("grad_scale", grad_scale, student_hidden)
     if scale is None and student_dtype == torch.float16 and reduction != "sum":
         # Undoes the division by the count, which a float16 gradient would not survive; backward divides in float32.
@@ -532,21 +536,26 @@ def linear_kd_loss(
         teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
         target=target,
         selected=selected,
+        class_weight=None if class_weight is None else class_weight.detach(),
         num_valid=count,
+        weight_sum=weights,
         grad_scale=scale,
         student_dtype=student_dtype,
         teacher_dtype=teacher_dtype,
         chunk_rows=chunk_rows or 0,
         options=_Options(
-            temperature,
+            checked.temperature,
             ce_weight,
             kd_weight,
-            unselected,
+            checked.ce_weight_unselected,
             eta,
             label_smoothing,
-            revise_code,
-            reduction_code,
+            checked.revise,
+            checked.reduction,
             ignore_index,
+            checked.divergence.code,
+            checked.divergence.parameters,
+            standardize,
         ),
     )
     given = (student_hidden, student_weight, student_bias)

@@ -31,6 +31,7 @@ PYTHON_MAY_IMPORT = {
     "functional": _CORE,
     "nn": {"nn", *_CORE},
     "composed": {"composed", *_CORE},
+    "linear": {"linear", *_CORE},
     "influence": {"influence", "nn", *_CORE},
     "selection": {"selection", "influence", "nn", *_CORE},
     "models": {"models", *_CORE},
