@@ -99,17 +99,17 @@ Isa selected_isa() {
 }
 
 std::size_t kd_loss_scratch_bytes(const KdLossArgs& args) {
-  const std::size_t classes = static_cast<std::size_t>(args.classes);
   const bool wide = args.accumulate == DType::kFloat64;
   if (wide || !is_plain(args)) {
     return detail::kFamilyScratchRows *
            static_cast<std::size_t>(detail::family_padded(args.classes)) *
            (wide ? sizeof(double) : sizeof(float));
   }
-  const std::size_t padded = (classes + 63) / 64 * 64 + detail::kScratchSlack;
-  const std::size_t kept = args.classes <= detail::kScratchClasses ? 2 : 0;
-  const std::size_t converted = args.teacher_type != args.student_type ? 1 : 0;
-  return (kept + converted) * padded * sizeof(float);
+  const std::int64_t kept =
+      args.classes <= detail::kScratchClasses ? 2 * detail::group_rows(args.classes) : 0;
+  const std::int64_t converted = args.teacher_type != args.student_type ? 1 : 0;
+  return static_cast<std::size_t>((kept + converted) * detail::scratch_padded(args.classes)) *
+         sizeof(float);
 }
 
 std::int64_t kd_loss_count_valid(const KdLossArgs& args) {

@@ -56,6 +56,20 @@ constexpr std::int64_t kShortClasses = 48;
 constexpr std::int64_t kScratchClasses = 32768;
 // Scratch: exponentials of z and v, a converted teacher row, and one vector of slack each.
 constexpr std::int64_t kScratchSlack = 64;
+// What the exponentials of a group of rows may take of the first-level cache.
+constexpr std::int64_t kGroupBytes = 16 << 10;
+// Rows of a group; a sweep of fewer lanes takes fewer.
+constexpr std::int64_t kGroupRows = 16;
+
+// Elements of one row in scratch.
+constexpr std::int64_t scratch_padded(std::int64_t classes) {
+  return (classes + 63) / 64 * 64 + kScratchSlack;
+}
+constexpr std::int64_t group_rows(std::int64_t classes) {
+  const std::int64_t fit =
+      kGroupBytes / (2 * scratch_padded(classes) * std::int64_t{sizeof(float)});
+  return fit < 1 ? 1 : fit > kGroupRows ? kGroupRows : fit;
+}
 
 // The wider family's rows (kd_family_sweep.h).
 using FamilyFunction = RowError (*)(const KdLossArgs&, const TermScales&, std::int64_t,

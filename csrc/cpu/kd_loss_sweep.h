@@ -3,8 +3,10 @@
 // leaks into another.
 //
 // A row is read from memory once and stays in cache for three short passes: maxima; exponentials
-// and sums; gradient. Power P > 0 says that T is that integer, so exp(z) is exp(z / T) raised to it
-// instead of a second exponential.
+// and sums; gradient. What a row does once is done for a group of short rows in
+// the lanes of a vector.
+// Power P > 0 says that T is that integer, so exp(z) is exp(z / T) raised to it instead of a second
+// exponential.
 #pragma once
 
 #include "cpu/simd_log.h"
@@ -94,6 +96,7 @@ inline float row_sum_shift(const T* row, std::int64_t classes, float shift) {
 
 }  // namespace
 
+#include "cpu/kd_loss_lanes.h"
 #include "cpu/kd_loss_short.h"
 
 namespace {
@@ -105,12 +108,15 @@ struct Hyper {
   std::int64_t classes;
 };
 
-// One row with whichever terms its weights ask for: CE, KD. Writes the gradient if `gradient` is
-// not null.
+// Where a row's exponentials are kept for its gradient; null where it computes them twice.
+struct Kept {
+  float* z;
+  float* v;
+};
+
+// The sums of one row, with whichever terms its weights ask for: CE, KD.
 template <int P, bool CE, bool KD, class Z, class V>
-lrds::RowResult<float> sweep_row(const Hyper& hyper, const Z* z, const V* v, std::int64_t y,
-                                 RowWeights<float> weights, float gradient_scale, Z* gradient,
-                                 float* scratch_z, float* scratch_v) {
+RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept) {
   // With both terms and an integer T one exponential serves both; otherwise the CE exponential is
   // its own.
   constexpr bool kSeparate = CE && KD && P == 0;
@@ -120,15 +126,12 @@ lrds::RowResult<float> sweep_row(const Hyper& hyper, const Z* z, const V* v, std
   stats.max_z = row_max(z, classes);
   if constexpr (KD) stats.max_v = row_max(v, classes);
   const float shift_z = lrds::anchor(stats.max_z);
-  const float shift_v = lrds::anchor(stats.max_v);
-  const Simd::V max_z = Simd::set(shift_z), max_v = Simd::set(shift_v);
+  const Simd::V max_z = Simd::set(shift_z), max_v = Simd::set(lrds::anchor(stats.max_v));
   // Without a KD term the only exponential is exp(z): T is 1.
   const Simd::V inv_t = Simd::set(KD ? hyper.inv_t : 1.0f);
   if constexpr (CE) {
     if (hyper.smoothing) stats.sum_shift = row_sum_shift(z, classes, shift_z);
   }
-
-  const bool keep = gradient != nullptr && classes <= lrds::cpu::detail::kScratchClasses;
   const auto sums = [&](auto keep_constant) {
     constexpr bool kKeep = decltype(keep_constant)::value;
     for (std::int64_t block = 0; block < classes; block += kBlock) {
@@ -141,13 +144,13 @@ lrds::RowResult<float> sweep_row(const Hyper& hyper, const Z* z, const V* v, std
           sum_z = Simd::add(sum_z, kSeparate ? Simd::exp(dz) : power<kPower>(ez));
         }
         sum_zt = Simd::add(sum_zt, ez);
-        if constexpr (kKeep) Simd::store(scratch_z + k, ez);
+        if constexpr (kKeep) Simd::store(kept.z + k, ez);
         if constexpr (KD) {
           const Simd::V dv = Simd::sub(load(v + k, n), max_v);
           const Simd::V ev = Simd::exp(Simd::mul(dv, inv_t));
           sum_vt = Simd::add(sum_vt, ev);
           dot = Simd::fma_where_positive(ev, Simd::sub(dv, dz), dot);
-          if constexpr (kKeep) Simd::store(scratch_v + k, ev);
+          if constexpr (kKeep) Simd::store(kept.v + k, ev);
         }
       });
       if constexpr (CE && KD) stats.sum_z += Simd::reduce_add(sum_z);
@@ -159,73 +162,179 @@ lrds::RowResult<float> sweep_row(const Hyper& hyper, const Z* z, const V* v, std
       }
     }
   };
-  if (keep) {
+  if (kept.z != nullptr) {
     sums(std::true_type());
   } else {
     sums(std::false_type());
   }
+  return stats;
+}
 
-  const float z_y = lrds::cpu::to_float(z[y]);
-  const float v_y = KD ? lrds::cpu::to_float(v[y]) : 0.0f;
-  const lrds::RowResult<float> result = lrds::finish_row(
-      stats, z_y, v_y, hyper.params, weights, static_cast<float>(classes), gradient_scale);
-  if (gradient == nullptr) return result;
+// What the gradient of one row is made of.
+struct RowGradient {
+  float on_z, on_zt, on_vt, smoothing, at_target;
+  float shift_z, shift_v;
+};
 
-  const Simd::V on_z = Simd::set(result.coefficient_z), on_zt = Simd::set(result.coefficient_zt),
-                on_vt = Simd::set(result.coefficient_vt), smoothing = Simd::set(result.smoothing);
-  // dL/dz_k from the exponentials, the target's constant aside.
-  const auto combine = [&](Simd::V ez, Simd::V ez1, Simd::V ev) {
-    Simd::V g;
-    if constexpr (CE && KD) {
-      g = Simd::fma(on_zt, ez, Simd::sub(Simd::mul(on_z, ez1), smoothing));
-    } else if constexpr (CE) {
-      g = Simd::sub(Simd::mul(on_z, ez), smoothing);
-    } else {
-      g = Simd::mul(on_zt, ez);
-    }
-    if constexpr (KD) g = Simd::fnma(on_vt, ev, g);
-    return g;
-  };
+// dL/dz of one row; v is read only where nothing is kept.
+template <int P, bool CE, bool KD, class Z, class V>
+void write_row(const Hyper& hyper, const Z* z, const V* v, std::int64_t y, Kept kept,
+               const RowGradient& row, Z* gradient) {
+  constexpr bool kSeparate = CE && KD && P == 0;
+  constexpr int kPower = P == 0 ? 1 : P;
+  const Simd::V inv_t = Simd::set(KD ? hyper.inv_t : 1.0f);
+  const Simd::V shift_z = Simd::set(row.shift_z), shift_v = Simd::set(row.shift_v);
+  const Simd::V on_z = Simd::set(row.on_z), on_zt = Simd::set(row.on_zt),
+                on_vt = Simd::set(row.on_vt), smoothing = Simd::set(row.smoothing);
   const auto gradients = [&](auto keep_constant) {
     constexpr bool kKeep = decltype(keep_constant)::value;
-    for_each_vector(0, classes, [&](std::int64_t k, auto n) {
+    for_each_vector(0, hyper.classes, [&](std::int64_t k, auto n) {
       Simd::V dz{}, ez, ez1{}, ev{};
-      if constexpr (!kKeep || kSeparate) dz = Simd::sub(load(z + k, n), max_z);
+      if constexpr (!kKeep || kSeparate) dz = Simd::sub(load(z + k, n), shift_z);
       if constexpr (kKeep) {
-        ez = Simd::load(scratch_z + k);
-        if constexpr (KD) ev = Simd::load(scratch_v + k);
+        ez = Simd::load(kept.z + k);
+        if constexpr (KD) ev = Simd::load(kept.v + k);
       } else {
         ez = Simd::exp(Simd::mul(dz, inv_t));
-        if constexpr (KD) ev = Simd::exp(Simd::mul(Simd::sub(load(v + k, n), max_v), inv_t));
+        if constexpr (KD) ev = Simd::exp(Simd::mul(Simd::sub(load(v + k, n), shift_v), inv_t));
       }
       if constexpr (CE && KD) ez1 = kSeparate ? Simd::exp(dz) : power<kPower>(ez);
-      store(gradient + k, combine(ez, ez1, ev), n);
+      Simd::V g;
+      if constexpr (CE && KD) {
+        g = Simd::fma(on_zt, ez, Simd::sub(Simd::mul(on_z, ez1), smoothing));
+      } else if constexpr (CE) {
+        g = Simd::sub(Simd::mul(on_z, ez), smoothing);
+      } else {
+        g = Simd::mul(on_zt, ez);
+      }
+      if constexpr (KD) g = Simd::fnma(on_vt, ev, g);
+      store(gradient + k, g, n);
     });
   };
-  // The target's own element is formed in float and rounded once, after the row.
-  float at_target = result.at_target - result.smoothing;
-  const float dz_y = z_y - shift_z;
-  if constexpr (CE) at_target += result.coefficient_z * lrds::row_exp(dz_y);
-  if constexpr (KD) {
-    at_target += result.coefficient_zt * lrds::row_exp(dz_y * hyper.inv_t) -
-                 result.coefficient_vt * lrds::row_exp((v_y - shift_v) * hyper.inv_t);
-  }
-  if (keep) {
+  if (kept.z != nullptr) {
     gradients(std::true_type());
   } else {
     gradients(std::false_type());
   }
-  lrds::cpu::from_float(at_target, gradient + y);
-  return result;
+  // The target's own element was formed in float and is rounded once.
+  lrds::cpu::from_float(row.at_target, gradient + y);
 }
 
-template <class T>
-const float* teacher_as_float(const T* row, std::int64_t classes, float* converted) {
-  for_each_vector(0, classes,
-                  [&](std::int64_t k, auto n) { Simd::store(converted + k, load(row + k, n)); });
-  return converted;
+// The teacher's row as V; float where its type is not the student's.
+template <class V>
+const V* teacher_row(const KdLossArgs& args, std::int64_t row, float* converted) {
+  const std::int64_t offset = row * args.teacher_stride;
+  if constexpr (std::is_same_v<V, float>) {
+    const auto convert = [&](const auto* from) -> const float* {
+      for_each_vector(0, args.classes, [&](std::int64_t k, auto n) {
+        Simd::store(converted + k, load(from + k, n));
+      });
+      return converted;
+    };
+    switch (args.teacher_type) {
+      case lrds::DType::kBFloat16:
+        return convert(static_cast<const lrds::cpu::BFloat16*>(args.teacher) + offset);
+      case lrds::DType::kFloat16:
+        return convert(static_cast<const lrds::cpu::Float16*>(args.teacher) + offset);
+      default:
+        break;
+    }
+  }
+  return static_cast<const V*>(args.teacher) + offset;
 }
 
+// One row of a group, from its sums to its gradient.
+template <class Z, class V>
+struct PendingRow {
+  const Z* z;
+  const V* v;  // null: no KD term
+  Z* gradient;
+  std::int64_t y;
+  float z_y, v_y;
+  int flags;
+  RowWeights<float> weights;
+  float scale;  // of the gradient
+  RowStats<float> stats;
+  // Of finish_rows:
+  float ce, kd;
+  RowGradient made;
+
+  bool is_read() const { return weights.ce != 0.0f || weights.kd != 0.0f; }
+};
+
+// What a row does once, for one row.
+template <class Row>
+void finish_single(const Hyper& hyper, Row& row) {
+  const lrds::RowResult<float> result =
+      lrds::finish_row(row.stats, row.z_y, row.v_y, hyper.params, row.weights,
+                       static_cast<float>(hyper.classes), row.scale);
+  const float shift_z = lrds::anchor(row.stats.max_z), shift_v = lrds::anchor(row.stats.max_v);
+  const float dz = row.z_y - shift_z, dv = row.v_y - shift_v;
+  float at_target = result.at_target - result.smoothing;
+  if (row.weights.ce != 0.0f) at_target += result.coefficient_z * lrds::row_exp(dz);
+  if (row.weights.kd != 0.0f) {
+    at_target += result.coefficient_zt * lrds::row_exp(dz * hyper.inv_t) -
+                 result.coefficient_vt * lrds::row_exp(dv * hyper.inv_t);
+  }
+  row.ce = result.ce;
+  row.kd = result.kd;
+  row.flags |= result.revised ? lrds::kRowRevised : 0;
+  row.made = RowGradient{result.coefficient_z,
+                         result.coefficient_zt,
+                         result.coefficient_vt,
+                         result.smoothing,
+                         at_target,
+                         shift_z,
+                         shift_v};
+}
+
+// The same for a group, in lanes.
+template <class Row>
+void finish_group(const Hyper& hyper, Row* rows, int count) {
+  Lanes lanes{};
+  RowStats<Simd::V> stats = empty_lanes();
+  for (int lane = 0; lane < count; ++lane) {
+    const Row& row = rows[lane];
+    if (!row.is_read()) continue;
+    stats.max_z[lane] = row.stats.max_z;
+    stats.sum_z[lane] = row.stats.sum_z;
+    stats.sum_zt[lane] = row.stats.sum_zt;
+    stats.sum_shift[lane] = row.stats.sum_shift;
+    stats.max_v[lane] = row.stats.max_v;
+    stats.sum_vt[lane] = row.stats.sum_vt;
+    stats.dot[lane] = row.stats.dot;
+    lanes.ce_weight[lane] = row.weights.ce;
+    lanes.kd_weight[lane] = row.weights.kd;
+    lanes.scale[lane] = row.scale;
+    lanes.z_y[lane] = row.z_y;
+    lanes.v_y[lane] = row.v_y;
+  }
+  const LaneTerms terms =
+      finish_lanes(stats, lanes, hyper.params, static_cast<float>(hyper.classes));
+  const Simd::V shift_z = anchor_lanes(stats.max_z), shift_v = anchor_lanes(stats.max_v);
+  const Simd::V at_target = target_lanes(terms, lanes, shift_z, shift_v, hyper.inv_t);
+  for (int lane = 0; lane < count; ++lane) {
+    Row& row = rows[lane];
+    row.ce = terms.ce[lane];
+    row.kd = terms.kd[lane];
+    row.flags |= terms.revised[lane] != 0.0f ? lrds::kRowRevised : 0;
+    row.made =
+        RowGradient{terms.on_z[lane], terms.on_zt[lane], terms.on_vt[lane], terms.smoothing[lane],
+                    at_target[lane],  shift_z[lane],     shift_v[lane]};
+  }
+}
+
+// Calls with_terms with the constants (P, CE, KD) that the row's weights ask for.
+template <int P, class WithTerms>
+inline auto visit_terms(RowWeights<float> weights, WithTerms with_terms) {
+  using One = std::integral_constant<int, 1>;
+  if (weights.kd == 0.0f) return with_terms(One(), std::true_type(), std::false_type());
+  if (weights.ce == 0.0f) return with_terms(One(), std::false_type(), std::true_type());
+  return with_terms(std::integral_constant<int, P>(), std::true_type(), std::true_type());
+}
+
+// Rows in groups whose exponentials stay in the first-level cache: the sums of each, then what they
+// do once in the lanes of a vector, then the gradient of each. Long rows are groups of one.
 template <int P, class Z, class V>
 RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                     std::int64_t end, float* scratch) {
@@ -235,68 +344,69 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
   const RowParams<float> params = lrds::row_params<float>(args);
   const Hyper hyper{params, params.inv_temperature, params.label_smoothing != 0.0f, args.classes};
   const std::int64_t classes = args.classes;
-  const std::int64_t padded = (classes + 63) / 64 * 64 + lrds::cpu::detail::kScratchSlack;
-  const bool keeps = classes <= lrds::cpu::detail::kScratchClasses;
-  float* const scratch_z = scratch;
-  float* const scratch_v = keeps ? scratch + padded : scratch;
-  float* const converted = keeps ? scratch + 2 * padded : scratch;
-  float* const ce = static_cast<float*>(args.ce);
-  float* const kd = static_cast<float*>(args.kd);
-  const float* const grad_output = static_cast<const float*>(args.grad_output);
-  const auto put = [&](std::int64_t row, float row_ce, float row_kd, int flags) {
-    if (args.counts == nullptr) return;
-    ce[row] = row_ce;
-    kd[row] = row_kd;
-    args.flags[row] = static_cast<std::uint8_t>(flags);
+  const std::int64_t padded = lrds::cpu::detail::scratch_padded(classes);
+  const std::int64_t fit = lrds::cpu::detail::group_rows(classes);
+  const std::int64_t group = fit < kWidth ? fit : kWidth;
+  const bool keeps = args.gradient != nullptr && classes <= lrds::cpu::detail::kScratchClasses;
+  const auto kept_of = [&](std::int64_t lane) {
+    return keeps ? Kept{scratch + 2 * lane * padded, scratch + (2 * lane + 1) * padded}
+                 : Kept{nullptr, nullptr};
   };
+  // A teacher of another type, as float. One row: where a group has several, what the gradient
+  // needs of it is kept.
+  float* const converted =
+      classes <= lrds::cpu::detail::kScratchClasses ? scratch + 2 * group * padded : scratch;
+  const float* const grad_output = static_cast<const float*>(args.grad_output);
+  PendingRow<Z, V> pending[kWidth];
 
-  for (std::int64_t row = begin; row < end; ++row) {
-    const Z* const z = static_cast<const Z*>(args.student) + row * args.student_stride;
-    Z* const gradient =
-        args.gradient == nullptr ? nullptr : static_cast<Z*>(args.gradient) + row * classes;
-    float w;
-    std::int64_t y;
-    const RowError error = lrds::cpu::read_row(args, row, &y, &w);
-    if (error.kind != RowError::kNone) return error;
-    const bool valid = y != args.ignore_index;
-    const RowWeights<float> weights =
-        valid ? lrds::row_weights(params, w) : RowWeights<float>{0.0f, 0.0f};
-    const int flags = valid ? lrds::kRowValid | (w > 0.0f ? lrds::kRowSelected : 0) : 0;
-    if (weights.ce == 0.0f && weights.kd == 0.0f) {
-      if (gradient != nullptr) std::memset(static_cast<void*>(gradient), 0, classes * sizeof(Z));
-      put(row, 0.0f, 0.0f, flags);
-      continue;
+  for (std::int64_t first = begin; first < end; first += group) {
+    const int count = static_cast<int>(group < end - first ? group : end - first);
+    for (int lane = 0; lane < count; ++lane) {
+      const std::int64_t index = first + lane;
+      PendingRow<Z, V>& row = pending[lane];
+      row = {};
+      row.z = static_cast<const Z*>(args.student) + index * args.student_stride;
+      if (args.gradient != nullptr) row.gradient = static_cast<Z*>(args.gradient) + index * classes;
+      float w;
+      const RowError error = lrds::cpu::read_row(args, index, &row.y, &w);
+      if (error.kind != RowError::kNone) return error;
+      if (row.y == args.ignore_index) continue;
+      row.weights = lrds::row_weights(params, w);
+      row.flags = lrds::kRowValid | (w > 0.0f ? lrds::kRowSelected : 0);
+      if (!row.is_read()) continue;
+      if (row.weights.kd != 0.0f) row.v = teacher_row<V>(args, index, converted);
+      row.stats = visit_terms<P>(row.weights, [&](auto p, auto ce, auto kd) {
+        return sum_row<p(), ce(), kd(), Z, V>(hyper, row.z, row.v, kept_of(lane));
+      });
+      row.z_y = lrds::cpu::to_float(row.z[row.y]);
+      if (row.v != nullptr) row.v_y = lrds::cpu::to_float(row.v[row.y]);
+      double scale = gradient_scale;
+      if (grad_output != nullptr) scale *= grad_output[index * args.grad_output_stride];
+      row.scale = static_cast<float>(scale);
     }
-    double scale = gradient_scale;
-    if (grad_output != nullptr) scale *= grad_output[row * args.grad_output_stride];
-    const float row_scale = static_cast<float>(scale);
-
-    lrds::RowResult<float> result;
-    if (weights.kd == 0.0f) {
-      result = sweep_row<1, true, false, Z, V>(hyper, z, nullptr, y, weights, row_scale, gradient,
-                                               scratch_z, scratch_v);
-    } else {
-      const V* v;
-      if constexpr (std::is_same_v<V, float>) {
-        v = args.teacher_type == lrds::DType::kFloat32
-                ? static_cast<const float*>(args.teacher) + row * args.teacher_stride
-            : args.teacher_type == lrds::DType::kBFloat16
-                ? teacher_as_float(static_cast<const lrds::cpu::BFloat16*>(args.teacher) +
-                                       row * args.teacher_stride,
-                                   classes, converted)
-                : teacher_as_float(static_cast<const lrds::cpu::Float16*>(args.teacher) +
-                                       row * args.teacher_stride,
-                                   classes, converted);
-      } else {
-        v = static_cast<const V*>(args.teacher) + row * args.teacher_stride;
+    // Which of the two depends on the number of classes alone.
+    if (group > 1) {
+      finish_group(hyper, pending, count);
+    } else if (pending[0].is_read()) {
+      finish_single(hyper, pending[0]);
+    }
+    for (int lane = 0; lane < count; ++lane) {
+      const PendingRow<Z, V>& row = pending[lane];
+      if (args.counts != nullptr) {
+        static_cast<float*>(args.ce)[first + lane] = row.ce;
+        static_cast<float*>(args.kd)[first + lane] = row.kd;
+        args.flags[first + lane] = static_cast<std::uint8_t>(row.flags);
       }
-      result = weights.ce == 0.0f
-                   ? sweep_row<1, false, true, Z, V>(hyper, z, v, y, weights, row_scale, gradient,
-                                                     scratch_z, scratch_v)
-                   : sweep_row<P, true, true, Z, V>(hyper, z, v, y, weights, row_scale, gradient,
-                                                    scratch_z, scratch_v);
+      if (row.gradient == nullptr) continue;
+      if (!row.is_read()) {
+        std::memset(static_cast<void*>(row.gradient), 0, classes * sizeof(Z));
+        continue;
+      }
+      visit_terms<P>(row.weights, [&](auto p, auto ce, auto kd) {
+        write_row<p(), ce(), kd(), Z, V>(hyper, row.z, row.v, row.y, kept_of(lane), row.made,
+                                         row.gradient);
+      });
     }
-    put(row, result.ce, result.kd, flags | (result.revised ? lrds::kRowRevised : 0));
   }
   return RowError{RowError::kNone, 0};
 }

@@ -11,7 +11,7 @@ template <class Simd>
 typename Simd::V log_lanes(typename Simd::V x) {
   using V = typename Simd::V;
   typedef std::int32_t I __attribute__((vector_size(Simd::kWidth * 4)));
-  const auto set = [](float value) { return Simd::set(value); };
+  const auto set = [](auto value) { return Simd::set(value); };
   const I tiny = x < set(1.17549435e-38f);
   const V scaled = tiny ? x * set(8388608.0f) : x;
   const I bits = reinterpret_cast<I>(scaled);
