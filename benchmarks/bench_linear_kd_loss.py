@@ -150,7 +150,7 @@ def contenders(case: Case, device: str) -> dict[str, Contender]:
         logits = F.linear(inputs.hidden, inputs.weight)
         return baselines.eager(logits, teacher_logits(inputs), inputs.target, objective)
 
-    default = default_chunk_rows(case.rows, case.classes, 2 * case.dtype.itemsize)
+    default = default_chunk_rows(case.rows, case.classes, 2 * case.dtype.itemsize, device)
     found = {
         "ours": Contender(ours, revised, default),
         "ours, 256 rows": Contender(lambda inputs: ours(inputs, 256), revised, 256),

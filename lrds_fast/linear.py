@@ -16,7 +16,9 @@ from lrds_fast.functional import _check_class_weight, _scalar, check_hyperparame
 __all__ = ["default_chunk_rows", "linear_kd_loss"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CHUNK_BYTES = 256 << 20
+# Both logits of a chunk. On the CPU smaller chunks cost nothing (docs/linear.md); a GPU wants large products.
+_CHUNK_BYTES = {"cpu": 64 << 20}
+_CHUNK_BYTES_ELSEWHERE = 256 << 20
 _LEAST_ROWS = 64
 # A block of a 16-bit weight gradient that the CPU adds while it is still in cache (measured in docs/linear.md).
 _BLOCK_ELEMENTS = 1 << 19
@@ -65,14 +67,16 @@ class _Wanted(NamedTuple):
     bias: bool
 
 
-def default_chunk_rows(rows: int, classes: int, bytes_per_class: int) -> int:
-    """Rows per chunk when the caller names none; a function of the shapes alone.
+def default_chunk_rows(rows: int, classes: int, bytes_per_class: int, device: str) -> int:
+    """Rows per chunk when the caller names none; a function of the shapes and the device's type alone.
 
-    bytes_per_class: of one student logit and one teacher logit together. The two logits buffers stay within 256 MiB,
-    but hold at least 64 rows (a matrix product of fewer rows wastes the hardware). No more chunks than that takes, and
-    those equal up to rounding to 64 rows. Never more than `rows`, never less than 1.
+    bytes_per_class: of one student logit and one teacher logit together. device: "cpu", "cuda". The two logits buffers
+    stay within 64 MiB on the CPU and 256 MiB elsewhere, but hold at least 64 rows (a matrix product of fewer rows
+    wastes the hardware). No more chunks than that takes, and those equal up to rounding to 64 rows. Never more than
+    `rows`, never less than 1.
     """
-    most = max(_LEAST_ROWS, _CHUNK_BYTES // (classes * bytes_per_class) // _LEAST_ROWS * _LEAST_ROWS)
+    limit = _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE)
+    most = max(_LEAST_ROWS, limit // (classes * bytes_per_class) // _LEAST_ROWS * _LEAST_ROWS)
     chunks = max(1, -(-rows // most))
     even = -(-rows // chunks)
     return max(1, min(rows, -(-even // _LEAST_ROWS) * _LEAST_ROWS))
@@ -181,7 +185,9 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, row
         _check_values(rows.target, rows.selected, classes, rows.options.ignore_index)
     if rows.chunk_rows == 0:
         bytes_per_class = rows.student_dtype.itemsize + rows.teacher_dtype.itemsize
-        rows = rows._replace(chunk_rows=default_chunk_rows(hidden.shape[0], classes, bytes_per_class))
+        rows = rows._replace(
+            chunk_rows=default_chunk_rows(hidden.shape[0], classes, bytes_per_class, hidden.device.type)
+        )
 
     # The dtypes are autocast's already (see _check_head); it casts nothing again below.
     count, teacher_rows = hidden.shape[0], rows.teacher_hidden.shape[0]
@@ -472,8 +478,8 @@ def linear_kd_loss(
         row's own grad_output is known.
     grad_scale: as kd_loss. It is not needed against underflow: float16 logit gradients are kept undivided until
         backward, which multiplies by grad_output / N in float32.
-    chunk_rows: rows per chunk; None: as many as keep both logits chunks within 256 MiB, at least 64. A row's
-        loss does not depend on it, the order in which rows are added does.
+    chunk_rows: rows per chunk; None: as many as keep both logits chunks within 64 MiB on the CPU and 256 MiB on CUDA,
+        at least 64. A row's loss does not depend on it, the order in which rows are added does.
     The other keywords are kd_loss's.
 
     Returns a 0-d float32 tensor (float64 if any logits are). Gradients have their inputs' dtypes; those of the weight

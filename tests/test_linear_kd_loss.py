@@ -545,20 +545,25 @@ def test_a_prefix_and_a_kd_weight_of_0_save_the_teachers_products() -> None:
 
 
 def test_default_chunk_rows() -> None:
-    mib = 1 << 20
+    for device, limit in (("cpu", 64 << 20), ("cuda", 256 << 20)):
+        check_default_chunk_rows(device, limit)
+    assert default_chunk_rows(2048, 32000, 8, "cuda") == 1024
+    assert default_chunk_rows(2048, 32000, 8, "cpu") == 256
+    assert default_chunk_rows(8192, 128256, 4, "cuda") == 512
+    assert default_chunk_rows(1100, 32000, 8, "cuda") == 576  # not 1024 and a stub of 76
+
+
+def check_default_chunk_rows(device: str, limit: int) -> None:
     for rows in (0, 1, 63, 64, 65, 1000, 8192, 100_000):
         for classes in (1, 100, 32000, 128256, 1_000_000):
             for size in (4, 8):
-                chunk = default_chunk_rows(rows, classes, size)
+                chunk = default_chunk_rows(rows, classes, size, device)
                 assert 1 <= chunk <= max(rows, 1)
-                assert chunk * classes * size <= max(256 * mib, 64 * classes * size)
+                assert chunk * classes * size <= max(limit, 64 * classes * size)
                 assert chunk == rows or chunk % 64 == 0 or rows == 0
                 # No more chunks than the largest allowed ones would need.
-                largest = max(64, 256 * mib // (classes * size) // 64 * 64)
+                largest = max(64, limit // (classes * size) // 64 * 64)
                 assert -(-rows // chunk) == -(-rows // largest)
-    assert default_chunk_rows(2048, 32000, 8) == 1024
-    assert default_chunk_rows(8192, 128256, 4) == 512
-    assert default_chunk_rows(1100, 32000, 8) == 576  # not 1024 and a stub of 76
 
 
 # --- torch.compile
