@@ -53,6 +53,8 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "gpu-check: compute-sanitizer was not found; its two checks did not run"
 fi
-step "benchmarks" "$python" benchmarks/bench_kd_loss.py --device cuda --csv "$out/kd_loss_cuda.csv"
+for suite in kd_loss linear_kd_loss; do
+  step "benchmarks: $suite" "$python" "benchmarks/bench_$suite.py" --device cuda --csv "$out/${suite}_cuda.csv"
+done
 echo "gpu-check: $failed step(s) failed; results in $out"
 exit "$failed"
