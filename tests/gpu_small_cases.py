@@ -13,6 +13,7 @@ import kd_cases
 from tolerances import assert_matches_reference
 
 from lrds_fast import kd_loss_parts
+from lrds_fast.divergences import NAMES
 
 ran = 0
 for classes in (1, 10, 100, 200, 1000, 1001, 4097, 40000):
@@ -29,6 +30,12 @@ for classes in (1, 10, 100, 200, 1000, 1001, 4097, 40000):
             assert_matches_reference(kd_loss_parts, z, v, target)
             assert_matches_reference(kd_loss_parts, z, v, target, reduction="none", selected=target > classes // 2)
             ran += 2
+for divergence in NAMES:
+    for classes in (10, 1001, 40000):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            rows = kd_cases.rows(5, classes, dtype, device="cuda")
+            assert_matches_reference(kd_loss_parts, *rows, divergence=divergence)
+            ran += 1
 student, teacher, target = kd_cases.rows(6000, 10, device="cuda")  # enough rows for the shared count
 assert_matches_reference(kd_loss_parts, student, teacher, target)
 sys.stdout.write(f"{ran + 1} cases\n")

@@ -82,11 +82,12 @@ def test_the_backward_forms_agree() -> None:
     assert torch.equal(saved, recomputed)
 
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 CHECK_EVERYTHING = """
 import itertools, sys, torch
 import kd_cases, lrds_fast
+from test_kd_loss_family import assert_family
 from tolerances import assert_matches_reference
 torch.set_num_threads(1)
 for dtype, classes in itertools.product(kd_cases.FLOATING, (*kd_cases.CLASSES, *range(11, 31), 40000)):
@@ -101,6 +102,8 @@ for dtype, classes in itertools.product(kd_cases.FLOATING, (*kd_cases.CLASSES, *
     masked.student[:, 1::3] = masked.teacher[:, 1::3] = -torch.inf
     masked.target.zero_()
     assert_matches_reference(lrds_fast.kd_loss_parts, *masked)
+for dtype, classes, divergence in itertools.product(kd_cases.FLOATING, (2, 10, 33, 1001), kd_cases.FAMILY):
+    assert_family(*kd_cases.family_rows(12, classes, dtype), divergence=divergence, revise="mft", temperature=2.5)
 print("isa", lrds_fast._C.build_info()["cpu_isa"])
 """
 

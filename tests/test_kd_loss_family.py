@@ -78,7 +78,7 @@ def assert_family(
     size = 0.05 * by + want_gradient.abs().amax(dim=-1, keepdim=True) + 0.1 / t * by * want.abs()[:, None]
     if options.get("standardize"):
         # The chain rule multiplies by 1 / std what cancels to 0 for two classes, and a constant row has std = 0.
-        size = size + t * by / (student.double().std(dim=-1, keepdim=True).nan_to_num() + 1e-7)
+        size = size + t * by / (student.double().std(dim=-1, keepdim=True, correction=0).nan_to_num() + 1e-7)
     error = ((got_gradient.double() - want_gradient).abs() / size)[keep][finite]
     assert error.max() <= GRADIENT[got_gradient.dtype], f"gradient off by {error.max():.1e} of its row"
 

@@ -13,7 +13,7 @@ Isa best_isa() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #endif
@@ -24,12 +24,13 @@ Isa capped_isa() {
   const Isa best = best_isa();
   const char* const cap = std::getenv("LRDS_FAST_CPU_ISA");
   if (cap == nullptr) return best;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (std::strcmp(cap, isa_name(isa)) == 0) return isa < best ? isa : best;
   }
-  std::fprintf(
-      stderr, "lrds_fast: LRDS_FAST_CPU_ISA must be baseline, avx2 or avx512; got %s, running %s\n",
-      cap, isa_name(best));
+  std::fprintf(stderr,
+               "lrds_fast: LRDS_FAST_CPU_ISA must be baseline, avx2, avx512 or avx512_bf16; got "
+               "%s, running %s\n",
+               cap, isa_name(best));
   return best;
 }
 
@@ -79,6 +80,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     default:
       return "baseline";
   }
@@ -146,10 +149,10 @@ RowError kd_loss_rows(const KdLossArgs& args, const TermScales& scales, std::int
   }
 #if defined(__x86_64__)
   static const Isa isa = selected_isa();
-  static const detail::RowsFunction rows = isa == Isa::kAvx512 ? detail::kd_loss_rows_avx512
+  static const detail::RowsFunction rows = isa >= Isa::kAvx512 ? detail::kd_loss_rows_avx512
                                            : isa == Isa::kAvx2 ? detail::kd_loss_rows_avx2
                                                                : detail::kd_loss_rows_baseline;
-  static const detail::FamilyFunction family = isa == Isa::kAvx512 ? detail::kd_family_rows_avx512
+  static const detail::FamilyFunction family = isa >= Isa::kAvx512 ? detail::kd_family_rows_avx512
                                                : isa == Isa::kAvx2
                                                    ? detail::kd_family_rows_avx2
                                                    : detail::kd_family_rows_baseline;
@@ -159,6 +162,11 @@ RowError kd_loss_rows(const KdLossArgs& args, const TermScales& scales, std::int
 #endif
   if (!is_plain(args)) return family(args, scales, begin, end, scratch);
   // Without class weights both terms have one denominator.
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512Bf16 && args.student_type == DType::kBFloat16) {
+    return detail::kd_loss_rows_avx512_bf16(args, scales.kd, begin, end, scratch);
+  }
+#endif
   return rows(args, scales.kd, begin, end, scratch);
 }
 

@@ -9,10 +9,10 @@
 
 namespace lrds::cpu {
 
-enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // The best level that this build has and this CPU runs, capped by the environment variable
-// LRDS_FAST_CPU_ISA (baseline, avx2, avx512). Read once.
+// LRDS_FAST_CPU_ISA (baseline, avx2, avx512, avx512_bf16). Read once.
 Isa selected_isa();
 const char* isa_name(Isa isa);
 bool isa_compiled(Isa isa);
@@ -49,6 +49,9 @@ RowError kd_loss_rows_avx2(const KdLossArgs& args, double gradient_scale, std::i
                            std::int64_t end, void* scratch);
 RowError kd_loss_rows_avx512(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                              std::int64_t end, void* scratch);
+// For bfloat16 students alone.
+RowError kd_loss_rows_avx512_bf16(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
+                                  std::int64_t end, void* scratch);
 // Rows up to this long are swept a vector of rows at a time (kd_loss_short.h).
 constexpr std::int64_t kShortClasses = 48;
 // Rows longer than this recompute their exponentials for the gradient instead of keeping them in

@@ -1,4 +1,5 @@
-// 16 float lanes with AVX-512 F/BW/DQ/VL. Included only by translation units that target it.
+// 16 float lanes with AVX-512 F/BW/DQ/VL, and BF16 where LRDS_SIMD_AVX512_BF16 is defined. Included
+// only by translation units that target it.
 #pragma once
 
 #include <immintrin.h>
@@ -81,6 +82,10 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
   }
   static __m256i narrow_bf16(V v) {
+#if defined(LRDS_SIMD_AVX512_BF16)
+    // Flushes what is subnormal in float.
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#endif
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));

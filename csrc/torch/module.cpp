@@ -42,7 +42,7 @@ py::dict build_info() {
   info["cuda_version"] = LRDS_CUDA_VERSION;
   info["cuda_archs"] = split(LRDS_CUDA_ARCHS);
   py::list isas;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     if (lrds::cpu::isa_compiled(isa)) isas.append(lrds::cpu::isa_name(isa));
   }
   info["cpu_isas"] = isas;
