@@ -289,8 +289,10 @@ def roofline_cuda() -> dict[str, float]:
 Row = dict[str, Any]
 
 
-def facts(device: str, command: str) -> Row:
-    """What a reader needs to place a number: device, versions, commit, command."""
+def facts(device: str) -> Row:
+    """What a reader needs to place a number: device, versions, commit, this program's command from the root."""
+    program = Path(sys.argv[0]).resolve()
+    program = program.relative_to(ROOT) if program.is_relative_to(ROOT) else Path(program.name)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -303,7 +305,7 @@ def facts(device: str, command: str) -> Row:
         "lrds_fast": lrds_fast.__version__,
         "commit": commit.stdout.strip(),
         "isa": lrds_fast._ops.build_info()["cpu_isa"] if device == "cpu" else "",
-        "command": command,
+        "command": " ".join(["python", str(program), *sys.argv[1:]]),
     }
 
 
@@ -471,7 +473,6 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
     torch.set_num_threads(arguments.threads)
-    command = "python " + " ".join(sys.argv)
     names = ["ours", "eager", "lean", "compile"]
     shapes = QUICK if arguments.quick else SMALL + MEDIUM + LARGE
     if arguments.device == "cuda":
@@ -480,7 +481,7 @@ def main() -> int:
             shapes = shapes + CUDA_ONLY
             names.append("compile-autotune")
     rates = roofline_cuda() if arguments.device == "cuda" else {"triad": triad_cpu()}
-    common = facts(arguments.device, command) | {f"{name}_gb_s": rate / 1e9 for name, rate in rates.items()}
+    common = facts(arguments.device) | {f"{name}_gb_s": rate / 1e9 for name, rate in rates.items()}
     rows: list[Row] = []
     for case in cases(shapes, variations=not arguments.quick):
         torch._dynamo.reset()

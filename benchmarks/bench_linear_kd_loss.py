@@ -342,7 +342,7 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
     torch.set_num_threads(arguments.threads)
-    common = facts(arguments.device, "python " + " ".join(sys.argv))
+    common = facts(arguments.device)
     liger = importlib.util.find_spec("liger_kernel") is not None
     common["liger"] = importlib.metadata.version("liger-kernel") if liger else ""
     rows: list[Row] = []
