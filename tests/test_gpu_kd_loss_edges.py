@@ -219,3 +219,24 @@ def test_memory_is_one_gradient() -> None:
         kd_loss(student, teacher, target).backward()
         added = torch.cuda.max_memory_allocated() - before
         assert added <= student.numel() * student.element_size() + 32 * 4096 + (1 << 16)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "dkd"])
+@pytest.mark.parametrize("classes", [100, 1000, 128256])
+def test_more_elements_than_32_bits_count(classes: int, divergence: str) -> None:
+    """The rows beyond element 2^31 are the rows that a batch of them alone gives."""
+    last = 8
+    count = 2**31 // classes + last
+    if torch.cuda.mem_get_info()[0] < 4 * 2 * count * classes:
+        pytest.skip("needs 16 GiB of free device memory")
+    rows = kd_cases.rows(last, classes, torch.bfloat16, device=DEVICE)
+    student, teacher = (torch.zeros(count, classes, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    student[-last:], teacher[-last:] = rows.student, rows.teacher
+    target = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+    target[-last:] = rows.target
+    student.requires_grad_()
+    found = gradient(kd_loss(student, teacher, target, reduction="sum", divergence=divergence), student)
+    alone = rows.student.requires_grad_()
+    expected = gradient(kd_loss(alone, rows.teacher, rows.target, reduction="sum", divergence=divergence), alone)
+    assert torch.equal(found[-last:], expected)
+    assert torch.equal(found[-last - 1], found[0]) and found[0].any()

@@ -344,3 +344,24 @@ def test_selection_weights_interpolate() -> None:
         quarter,
         reference.kd_loss(student, teacher, target, selected=torch.full((9,), 0.25), **options),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["kl", "dkd"])
+def test_more_elements_than_32_bits_count(divergence: str) -> None:
+    """The rows beyond element 2^31 are the rows that a batch of them alone gives."""
+    classes, last = 1000, 8
+    count = 2**31 // classes + last
+    rows = kd_cases.rows(last, classes, torch.bfloat16)
+    student = torch.zeros(count, classes, dtype=torch.bfloat16)  # pages that are only read take no memory
+    student[-last:] = rows.student
+    teacher = torch.zeros(count, classes, dtype=torch.bfloat16)
+    teacher[-last:] = rows.teacher
+    target = torch.zeros(count, dtype=torch.int64)
+    target[-last:] = rows.target
+    student.requires_grad_()
+    found = gradient(kd_loss(student, teacher, target, reduction="sum", divergence=divergence), student)
+    alone = rows.student.requires_grad_()
+    expected = gradient(kd_loss(alone, rows.teacher, rows.target, reduction="sum", divergence=divergence), alone)
+    assert torch.equal(found[-last:], expected)
+    assert torch.equal(found[-last - 1], found[0]) and found[0].any()
