@@ -132,6 +132,14 @@ def test_interpreter_runs_a_correct_kernel(programs: dict[str, Path]) -> None:
         ("async_early", "before the copy was waited for"),
         ("async_too_few", "before the copy was waited for"),
         ("async_open", "before the copy was waited for"),
+        ("cluster_early", "a barrier that was not initialised"),
+        ("cluster_late", "shared memory of a block that has exited"),
+        ("cluster_half", "divergent barrier"),
+        ("async_bulk_early", "before the copy was waited for"),
+        ("async_bulk_short", "a bulk copy that nobody waited for"),
+        ("async_bulk_left", "a bulk copy that nobody waited for"),
+        ("async_bulk_misaligned", "a size or alignment that CUDA does not have"),
+        ("phase", "divergent barrier"),
     ],
 )
 def test_interpreter_catches(programs: dict[str, Path], fault: str, message: str) -> None:

@@ -1,5 +1,5 @@
 // What the kernels take from the device: element types, vectors of 16 bytes, the fast exponential,
-// dynamic shared memory.
+// dynamic shared memory, and of sm_90 barriers, bulk copies and clusters.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "core/kd_loss.h"
@@ -16,11 +17,42 @@ namespace lrds::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// The two places where the interpreter of tests/simt, which has no assembler and no linker-placed
-// shared memory, differs.
+// A barrier in shared memory (mbarrier): a phase ends when all its arrivals have come and all bytes
+// that they announced.
+using Barrier = unsigned long long;
+
+// What the interpreter of tests/simt, which has no assembler and no linker-placed shared memory,
+// has in another way.
 #if defined(LRDS_SIMT)
 __device__ inline float exp2_approximate(float x) { return exp2f(x); }
 __device__ inline unsigned char* dynamic_shared() { return simt::dynamic_shared(); }
+__device__ inline void barrier_init(Barrier* barrier, unsigned arrivals) {
+  simt::mbarrier_init(barrier, arrivals);
+}
+__device__ inline void barrier_init_fence() {}
+__device__ inline void barrier_arrive(Barrier* barrier) { simt::mbarrier_arrive(barrier, 0); }
+__device__ inline void barrier_arrive_announcing(Barrier* barrier, unsigned bytes) {
+  simt::mbarrier_arrive(barrier, bytes);
+}
+__device__ inline void barrier_wait(Barrier* barrier, unsigned parity) {
+  simt::mbarrier_wait(barrier, parity, std::source_location::current());
+}
+__device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, Barrier* barrier) {
+  simt::bulk_copy(to, from, bytes, barrier);
+}
+__device__ inline unsigned cluster_rank() { return simt::cluster_rank(); }
+__device__ inline void cluster_sync() { simt::cluster_barrier(std::source_location::current()); }
+template <class T>
+__device__ inline void store_in_block(T* here, unsigned rank, const T& value) {
+  *static_cast<T*>(simt::map_shared(here, rank)) = value;
+}
+__device__ inline void barrier_arrive_in_block(Barrier* here, unsigned rank) {
+  simt::mbarrier_arrive(static_cast<Barrier*>(simt::map_shared(here, rank)), 0);
+}
+__device__ inline void barrier_wait_for_cluster(Barrier* barrier, unsigned parity) {
+  simt::mbarrier_wait(barrier, parity, std::source_location::current());
+}
+#define LRDS_HAS_CLUSTERS 1
 #else
 // 2 ulp; results under 2^-126 become 0.
 __device__ inline float exp2_approximate(float x) {
@@ -32,6 +64,102 @@ __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return bytes;
 }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define LRDS_HAS_CLUSTERS 1
+__device__ inline unsigned shared_address(const void* p) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+__device__ inline void barrier_init(Barrier* barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+// After the last barrier_init, before others (copies, blocks of the cluster) may arrive.
+__device__ inline void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void barrier_arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+// Arrives, and lets the phase end only after so many bytes have been copied.
+__device__ inline void barrier_arrive_announcing(Barrier* barrier, unsigned bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// Until the phase of this parity has ended: 0 for the first, then 1, 0, ...
+__device__ inline void barrier_wait(Barrier* barrier, unsigned parity) {
+  unsigned ended = 0;
+  while (ended == 0) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+}
+// Whole 16 bytes to and from 16-byte boundaries, by one thread.
+__device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+__device__ inline unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// By every thread of the cluster's blocks.
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+// The address, in the cluster's block `rank`, of what `here` is in this one.
+__device__ inline unsigned address_in_block(const void* here, unsigned rank) {
+  unsigned address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address(here)), "r"(rank));
+  return address;
+}
+template <class T>
+__device__ inline void store_in_block(T* here, unsigned rank, const T& value) {
+  static_assert(sizeof(T) % 16 == 0 && alignof(T) >= 16);
+  const uint4* const parts = reinterpret_cast<const uint4*>(&value);
+  const unsigned address = address_in_block(here, rank);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / 16; ++i) {
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address + 16 * i),
+                 "r"(parts[i].x), "r"(parts[i].y), "r"(parts[i].z), "r"(parts[i].w)
+                 : "memory");
+  }
+}
+// Shows this thread's stores to those who wait for the cluster.
+__device__ inline void barrier_arrive_in_block(Barrier* here, unsigned rank) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                   address_in_block(here, rank))
+               : "memory");
+}
+__device__ inline void barrier_wait_for_cluster(Barrier* barrier, unsigned parity) {
+  unsigned ended = 0;
+  while (ended == 0) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+}
+#endif
 #endif
 
 // exp(x * scale / log2(e)) for x <= 0. Rounding x * scale costs |x| * 2^-24 of the result, at most

@@ -7,23 +7,9 @@
 
 #include <cuda_pipeline.h>
 
-#include "cuda/kd_loss_row.cuh"
+#include "cuda/kd_loss_online.cuh"
 
 namespace lrds::cuda {
-
-// Combines the statistics of a group of 32 lanes; `count` classes stand behind each. All lanes get
-// the result.
-template <class A>
-__device__ inline void warp_merge(RowStats<A>& stats, A count, A inv_temperature) {
-  const A max_z = group_max(stats.max_z, kWarpSize);
-  const A max_v = group_max(stats.max_v, kWarpSize);
-  rebase_row_stats(stats, max_z, max_v, count, inv_temperature);
-  stats.sum_z = group_sum(stats.sum_z, kWarpSize);
-  stats.sum_zt = group_sum(stats.sum_zt, kWarpSize);
-  stats.sum_shift = group_sum(stats.sum_shift, kWarpSize);
-  stats.sum_vt = group_sum(stats.sum_vt, kWarpSize);
-  stats.dot = group_sum(stats.dot, kWarpSize);
-}
 
 // A: accumulation type. kSameTeacher: the teacher has the student's type, else any type through
 // load_element. kWidth: elements per access; 1 has no alignment to care for. resident: vectors per
@@ -48,11 +34,11 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
   ZVec* const z_slots = reinterpret_cast<ZVec*>(dynamic_shared());
   VVec* const v_slots = reinterpret_cast<VVec*>(z_slots + resident * threads);
   // Two sets in turn: a warp may be one row ahead of the slowest reader, never two.
-  __shared__ RowStats<A> packets[2][kMaxWarps];
-  __shared__ A packet_counts[2][kMaxWarps];
+  __shared__ OnlineStats<A> packets[2][kMaxWarps];
 
   ValidRowCount<A> valid_rows;
-  valid_rows.start(sweep);
+  __shared__ CountScratch count_scratch;
+  valid_rows.start(sweep, count_scratch);
 
   const auto student_row = [&](std::int64_t index) {
     return static_cast<const S*>(sweep.student) + index * sweep.student_stride;
@@ -92,8 +78,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     }
   };
 
-  A scale = A(0);
-  bool scale_known = sweep.gradient == nullptr;
+  GradientScale<A> scale(sweep);
   Row<A> row = open_row(sweep, blockIdx.x);
   {
     const S* const z_row = student_row(blockIdx.x);
@@ -135,92 +120,38 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       if (reads_v) v = i < resident ? v_slots[n] : load_v(v_row, k);
     };
 
-    RowStats<A> stats = empty_row_stats<A>();
-    A seen = A(0);  // classes behind this thread's statistics
+    OnlineStats<A> stats = empty_online_stats<A>();
     A z_y = A(0), v_y = A(0);
     __pipeline_wait_prior(0);
     if (reads_z) {
       with_power(sweep, [&](auto power) {
         constexpr bool kPower = decltype(power)::value;
-        const auto add = [&](A z_k, A v_k) {
-          const A dz = z_k - anchor(stats.max_z), dv = v_k - anchor(stats.max_v);
-          const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
-          stats.sum_z += exp_from<kPower>(dz, exp_zt, sweep);
-          stats.sum_zt += exp_zt;
-          if (reads_v) {
-            const A exp_vt = exp_scaled(dv, sweep.exp_t_scale);
-            stats.sum_vt += exp_vt;
-            if (exp_vt > A(0)) stats.dot += exp_vt * (dv - dz);
-          }
-        };
-        if (has_edge) {
-          // A NaN must not become the maximum.
-          stats.max_z = z_edge > -infinity ? z_edge : -infinity;
-          stats.max_v = v_edge > -infinity ? v_edge : -infinity;
-          seen = A(1);
-          stats.sum_shift = z_edge - anchor(stats.max_z);
-          add(z_edge, v_edge);
-        }
+        if (has_edge) begin_with<kPower>(sweep, reads_v, z_edge, v_edge, stats);
         for (int i = 0; i < slots; i += kChunk) {
           ZVec z[kChunk];
           VVec v[kChunk];
 #pragma unroll
           for (int c = 0; c < kChunk; ++c) fetch(i + c, z[c], v[c]);
-          A max_z = stats.max_z, max_v = stats.max_v;
-#pragma unroll
-          for (int c = 0; c < kChunk; ++c) {
-            max_z = vector_max(z[c], max_z);
-            max_v = vector_max(v[c], max_v);
-          }
-          if (max_z > stats.max_z || max_v > stats.max_v) {
-            rebase_row_stats(stats, max_z, max_v, seen, sweep.params.inv_temperature);
-          }
           const int left = layout.vectors - (i * threads + thread);
           const int inside = left <= 0 ? 0 : min(kChunk, (left + threads - 1) / threads);
-          if (sweep.params.label_smoothing != A(0)) {
-            const A shift_z = anchor(stats.max_z);
-#pragma unroll
-            for (int c = 0; c < kChunk; ++c) {
-              if (c >= inside) break;
-#pragma unroll
-              for (int j = 0; j < kWidth; ++j) {
-                stats.sum_shift += widen<A>(z[c].element[j]) - shift_z;
-              }
-            }
-          }
-          seen += static_cast<A>(inside * kWidth);
-#pragma unroll
-          for (int c = 0; c < kChunk; ++c) {
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-              add(widen<A>(z[c].element[j]), widen<A>(v[c].element[j]));
-            }
-          }
+          add_vectors<kPower>(sweep, reads_v, z, v, inside, stats);
         }
       });
 
       // Asked for here, on time behind the merge.
       z_y = widen<A>(z_row[row.y]);
       if (reads_v) v_y = load_one_v(v_row, row.y);
-      warp_merge(stats, seen, sweep.params.inv_temperature);
-      seen = group_sum(seen, kWarpSize);
+      warp_merge(sweep, stats);
       const int lane = thread % kWarpSize, warps = threads / kWarpSize;
-      if (lane == 0) {
-        packets[turn][thread / kWarpSize] = stats;
-        packet_counts[turn][thread / kWarpSize] = seen;
-      }
+      if (lane == 0) packets[turn][thread / kWarpSize] = stats;
       __syncthreads();
-      stats = lane < warps ? packets[turn][lane] : empty_row_stats<A>();
-      seen = lane < warps ? packet_counts[turn][lane] : A(0);
-      warp_merge(stats, seen, sweep.params.inv_temperature);
+      stats = lane < warps ? packets[turn][lane] : empty_online_stats<A>();
+      warp_merge(sweep, stats);
       turn ^= 1;
     }
 
-    if (!scale_known) {
-      scale = valid_rows.gradient_scale(sweep);
-      scale_known = true;
-    }
-    const RowResult<A> result = close_row(sweep, row, stats, z_y, v_y, scale, index);
+    const RowResult<A> result =
+        close_row(sweep, row, stats.row, z_y, v_y, scale.get(sweep, valid_rows), index);
     if (thread == 0) write_row(sweep, row, result, index);
 
     const std::int64_t next_index = index + gridDim.x;
@@ -246,14 +177,11 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
         if (kWidth > 1 && thread < layout.edges) gradient[layout.edge(thread)] = narrow<S>(g[0]);
         for (int i = 0; i < resident; ++i) stage_next(i);
       } else {
-        const A shift_z = anchor(stats.max_z), shift_v = anchor(stats.max_v);
+        const A shift_z = anchor(stats.row.max_z), shift_v = anchor(stats.row.max_v);
         with_power(sweep, [&](auto power) {
           constexpr bool kPower = decltype(power)::value;
           const auto gradient_of = [&](A z_k, A v_k) {
-            const A dz = z_k - shift_z;
-            const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
-            const A exp_vt = reads_v ? exp_scaled(v_k - shift_v, sweep.exp_t_scale) : A(0);
-            return gradient_from(result, exp_from<kPower>(dz, exp_zt, sweep), exp_zt, exp_vt);
+            return online_gradient<kPower>(sweep, result, reads_v, z_k, v_k, shift_z, shift_v);
           };
           const auto finish = [&](int i, const ZVec& z, const VVec& v) {
             A g[kWidth];

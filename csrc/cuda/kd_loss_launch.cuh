@@ -2,26 +2,44 @@
 #pragma once
 
 #include "cuda/kd_loss_block.cuh"
+#include "cuda/kd_loss_bulk.cuh"
 #include "cuda/kd_loss_launch.h"
 #include "cuda/kd_loss_warp.cuh"
 
 namespace lrds::cuda {
 
+// Lets a kernel have all the dynamic shared memory there is, beside its own `static_bytes`.
+template <auto kKernel>
+cudaError_t allow_shared(int device, int static_bytes) {
+  static OncePerDevice once;
+  return once(device, [static_bytes](int d) {
+    DeviceFacts facts;
+    const cudaError_t status = device_facts(d, &facts);
+    if (status != cudaSuccess) return status;
+    return cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                facts.shared_per_block - static_bytes);
+  });
+}
+
 template <class S, class A, bool kSameTeacher, int kWidth>
 cudaError_t launch_block(const KdLossArgs& args, const Plan& plan, ValidRows valid_rows, int device,
                          cudaStream_t stream) {
   constexpr auto kernel = kd_loss_block<S, A, kSameTeacher, kWidth>;
-  static OncePerDevice once;
-  const cudaError_t error = once(device, [](int d) {
-    DeviceFacts facts;
-    const cudaError_t status = device_facts(d, &facts);
-    if (status != cudaSuccess) return status;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                facts.shared_per_block - kBlockStaticBytes);
-  });
+  const cudaError_t error = allow_shared<kernel>(device, kBlockStaticBytes);
   if (error != cudaSuccess) return error;
   return launch(kernel, plan.grid, plan.threads, plan.shared_bytes, stream,
                 make_sweep<A>(args, valid_rows), plan.resident);
+}
+
+template <class S>
+cudaError_t launch_bulk(const KdLossArgs& args, const Plan& plan, ValidRows valid_rows, int device,
+                        cudaStream_t stream) {
+  constexpr auto kernel = kd_loss_bulk<S>;
+  const cudaError_t error = allow_shared<kernel>(device, 0);
+  if (error != cudaSuccess) return error;
+  return launch_clusters(kernel, plan.grid, plan.threads, static_cast<unsigned>(plan.cluster),
+                         plan.shared_bytes, stream, make_sweep<float>(args, valid_rows), plan.tiles,
+                         plan.cluster);
 }
 
 template <class S>
@@ -35,16 +53,22 @@ cudaError_t launch_rows(const KdLossArgs& args, const Plan& plan, ValidRows vali
   } else {
     constexpr int kWidth = 16 / sizeof(S);
     const auto warp = [&](auto kernel) {
-      return launch(kernel, plan.grid, plan.threads, 0, stream, make_sweep<float>(args, valid_rows),
-                    plan.lanes);
+      return launch(kernel, plan.grid, plan.threads, plan.shared_bytes, stream,
+                    make_sweep<float>(args, valid_rows), plan.lanes);
     };
     switch (plan.path) {
       case Path::kWarpShort:
         return warp(kd_loss_warp<S, true, 1, kShortElements>);
+      case Path::kWarpShortVector:
+        return warp(kd_loss_warp<S, true, kWidth, kShortElements / kWidth>);
+      case Path::kFlat:
+        return warp(kd_loss_flat<S>);
       case Path::kWarpVector:
         return warp(kd_loss_warp<S, true, kWidth, kLongElements / kWidth>);
       case Path::kWarpElement:
         return warp(kd_loss_warp<S, false, 1, kElementElements>);
+      case Path::kBulk:
+        return launch_bulk<S>(args, plan, valid_rows, device, stream);
       case Path::kBlockVector:
         return launch_block<S, float, true, kWidth>(args, plan, valid_rows, device, stream);
       default:

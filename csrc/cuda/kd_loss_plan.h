@@ -23,25 +23,29 @@ enum class ValidRows : std::int32_t {
 constexpr std::int64_t kOwnCountRows = 4096;
 
 enum class Path : std::int32_t {
-  kWarpShort = 0,    // 1..16 lanes a row, 8 elements each, element by element
-  kWarpVector = 1,   // 16 or 32 lanes a row, 32 elements each, 16-byte vectors
-  kWarpElement = 2,  // the same, element by element: other types or alignments
-  kBlockVector = 3,  // a block a row, shared memory and streaming, 16-byte vectors
-  kBlockElement = 4  // the same, element by element; any types, double accumulation
+  kWarpShort = 0,        // 1..16 lanes a row, 8 elements each, element by element
+  kWarpShortVector = 1,  // the same, 16-byte vectors
+  kFlat = 2,             // the same, element by element from tiles copied flat to shared memory
+  kWarpVector = 3,       // 16 or 32 lanes a row, 32 elements each, 16-byte vectors
+  kWarpElement = 4,      // 16 or 32 lanes a row, 16 elements each; any types or alignments
+  kBlockVector = 5,      // a block a row, shared memory and streaming, 16-byte vectors
+  kBlockElement = 6,     // the same, element by element; any types, double accumulation
+  kBulk = 7              // a cluster of blocks a row, bulk copies, shared memory
 };
 
 constexpr int kMaxThreads = 1024;
 constexpr int kWarpThreads = 256;  // of a block that gives its rows to warps
 constexpr int kShortElements = 8;
 constexpr int kLongElements = 32;
-constexpr std::int64_t kShortClasses = 16 * kShortElements;
-constexpr std::int64_t kLongClasses = 32 * kLongElements;
 constexpr int kElementElements = 16;
-constexpr std::int64_t kElementClasses = 32 * kElementElements;
 // Classes that the kernels index in 32 bits, with room for a grid of vectors past the end.
 constexpr std::int64_t kMaxClasses = std::int64_t{1} << 30;
 // Blocks of kWarpThreads that the registers of a multiprocessor hold (docs/kernels.md).
 constexpr int kWarpBlocksPerMultiprocessor = 2;
+constexpr int kFlatBlocksPerMultiprocessor = 3;
+// Of a tile in shared memory, with room before it for its place between 16-byte boundaries.
+template <class S>
+constexpr int kFlatStageElements = kWarpThreads * kShortElements + 16 / static_cast<int>(sizeof(S));
 
 // Threads of the blocks that sweep a row together: at most so many a block, and so many a
 // multiprocessor.
@@ -51,14 +55,70 @@ constexpr int block_threads_per_multiprocessor(bool wide) { return wide ? 512 : 
 // The block kernel's own shared memory, rounded up.
 constexpr int kBlockStaticBytes = 2560;
 
+// Of the bulk kernel: threads that compute, each with one vector of student and teacher per tile;
+// blocks that may share a row (8 are portable); shared memory beside the ring of tiles.
+constexpr int kBulkThreads = 480;
+constexpr int kMaxCluster = 8;
+constexpr int kBulkTileBytes = 2 * 16 * kBulkThreads;
+constexpr int kMaxBulkTiles = 16;
+constexpr int kBulkFixedBytes = 9216;
+
 struct Plan {
   Path path;
   unsigned grid;
   unsigned threads;
   int lanes;                 // of a row, warp paths
   int resident;              // vectors per thread that stay in shared memory, block paths
+  int tiles;                 // of the ring, bulk path
+  int cluster;               // blocks a row, bulk path
   std::size_t shared_bytes;  // dynamic
 };
+
+// --- The dispatch table ---
+
+// What a path needs of a call's operands.
+enum Operands : unsigned {
+  kAnything = 0,
+  kOneType = 1,     // student, teacher and gradient
+  kAlike = 3,       // and their rows reach 16-byte boundaries at the same classes
+  kWhole = 7,       // and every row is whole 16-byte vectors
+  kBackToBack = 11  // alike, and no gap between rows
+};
+
+// The first rule that fits decides: the device is at least `architecture`, the operands have what
+// the path needs, and there are at most so many classes for the call's types.
+struct Rule {
+  Path path;
+  int architecture;
+  Operands operands;
+  std::int64_t float32_classes;  // student; accumulated in float
+  std::int64_t bits16_classes;   // student; accumulated in float
+  std::int64_t float64_classes;  // accumulated in double
+  unsigned threads;              // of a block
+};
+
+constexpr std::int64_t kNone = 0, kAll = kMaxClasses;
+// clang-format off
+constexpr Rule kRules[] = {
+    // path                 sm_  operands     float32 16-bit float64 threads
+    {Path::kWarpShortVector, 0, kWhole,        128,   128, kNone, kWarpThreads},
+    {Path::kFlat,            0, kBackToBack,   128,   128, kNone, kWarpThreads},
+    {Path::kWarpShort,       0, kOneType,      128,   128, kNone, kWarpThreads},
+    {Path::kWarpVector,      0, kAlike,       1024,  1024, kNone, kWarpThreads},
+    {Path::kWarpElement,     0, kAnything,     512,   512, kNone, kWarpThreads},
+    {Path::kBlockVector,     0, kAlike,       4096,  4096, kNone, 128},
+    {Path::kBlockVector,     0, kAlike,       8192,  8192, kNone, 256},
+    {Path::kBlockVector,     0, kAlike,      kNone, 16384, kNone, 384},
+    {Path::kBulk,           90, kAlike,       kAll,  kAll, kNone, kBulkThreads + 32},
+    {Path::kBlockVector,     0, kAlike,       kAll,  kAll, kNone, 384},
+    {Path::kBlockElement,    0, kAnything,    4096,  4096, kNone, 128},
+    {Path::kBlockElement,    0, kAnything,    8192,  8192, kNone, 256},
+    {Path::kBlockElement,    0, kAnything,    kAll,  kAll, kNone, 384},
+    {Path::kBlockElement,    0, kAnything,   kNone, kNone,  1024, 64},
+    {Path::kBlockElement,    0, kAnything,   kNone, kNone,  4096, 128},
+    {Path::kBlockElement,    0, kAnything,   kNone, kNone,  kAll, 256},
+};
+// clang-format on
 
 namespace detail {
 
@@ -110,79 +170,147 @@ inline ValidRows plan_valid_rows(const KdLossArgs& args) {
   return ValidRows::kShared;
 }
 
-// The dispatch table. "Alike" means that student, teacher and gradient have one type and
-// vectors_agree.
-//
-// clang-format off
-//   accumulation  classes   operands   path           a row's threads
-//   float         1..128    one type   kWarpShort     ceil(C / 8) lanes, up to a power of two
-//   float         129..1024 alike      kWarpVector    16 lanes to 512 classes, else 32
-//   float         1..512    otherwise  kWarpElement   16 lanes to 256 classes, else 32
-//   float         1025..    alike      kBlockVector   128 to 4096 classes, 256 to 8192, else 384 if two blocks
-//   float         513..     otherwise  kBlockElement  with their rows fit in a multiprocessor, else 768
-//   double        1..       any        kBlockElement  64 to 1024 classes, 128 to 4096, else 256
-// clang-format on
-inline Plan plan_rows(const KdLossArgs& args, const DeviceFacts& device) {
-  const std::int64_t classes = args.classes;
-  const bool vectors = detail::vectors_agree(args);
-  const bool same_type = args.teacher_type == args.student_type || args.teacher_rows == 0;
-  Plan plan{};
-  const bool wide = args.accumulate == DType::kFloat64;
+namespace detail {
 
-  const bool is_short = !wide && same_type && classes <= kShortClasses;
-  if (is_short || (!wide && classes <= (vectors ? kLongClasses : kElementClasses))) {
-    if (is_short) {
-      plan.path = Path::kWarpShort;
-      plan.lanes = detail::power_of_two_at_least(detail::ceil_div(classes, kShortElements));
-    } else {
-      plan.path = vectors ? Path::kWarpVector : Path::kWarpElement;
-      plan.lanes = classes <= 16 * (vectors ? kLongElements : kElementElements) ? 16 : 32;
-    }
-    // Small batches in small blocks, so that they reach every multiprocessor.
-    const std::int64_t threads = args.rows * plan.lanes;
-    plan.threads = kWarpThreads;
-    while (plan.threads > 32 && detail::ceil_div(threads, plan.threads) < device.multiprocessors) {
-      plan.threads /= 2;
-    }
-    const std::int64_t most = std::int64_t{device.multiprocessors} * kWarpBlocksPerMultiprocessor *
-                              (kWarpThreads / plan.threads);
-    plan.grid = static_cast<unsigned>(std::min(detail::ceil_div(threads, plan.threads), most));
-    return plan;
+inline unsigned operands_of(const KdLossArgs& args) {
+  unsigned operands = kAnything;
+  if (args.teacher_type == args.student_type || args.teacher_rows == 0) operands |= kOneType;
+  if (!vectors_agree(args)) return operands;
+  operands |= kAlike;
+  const std::int64_t width = 16 / size_of(args.student_type);
+  const auto whole = [&](std::int64_t stride) { return args.rows <= 1 || stride % width == 0; };
+  if (reinterpret_cast<std::uintptr_t>(args.student) % 16 == 0 && args.classes % width == 0 &&
+      whole(args.student_stride) && (args.teacher_rows == 0 || whole(args.teacher_stride))) {
+    operands |= kWhole;
   }
+  const auto flat = [&](std::int64_t stride) { return args.rows <= 1 || stride == args.classes; };
+  if (flat(args.student_stride) && (args.teacher_rows == 0 || flat(args.teacher_stride))) {
+    operands |= kBackToBack;
+  }
+  return operands;
+}
 
-  plan.path = vectors ? Path::kBlockVector : Path::kBlockElement;
-  const std::int64_t width = vectors ? 16 / detail::size_of(args.student_type) : 1;
-  const std::int64_t student_size = detail::size_of(args.student_type);
+// Rows in the registers of 1 to 32 lanes.
+inline void plan_warps(const KdLossArgs& args, const DeviceFacts& device, Plan& plan) {
+  const std::int64_t classes = args.classes;
+  switch (plan.path) {
+    case Path::kWarpVector:
+      plan.lanes = classes <= 16 * kLongElements ? 16 : 32;
+      break;
+    case Path::kWarpElement:
+      plan.lanes = classes <= 16 * kElementElements ? 16 : 32;
+      break;
+    default:
+      plan.lanes = power_of_two_at_least(ceil_div(classes, kShortElements));
+  }
+  // Small batches in small blocks, so that they reach every multiprocessor.
+  const std::int64_t threads = args.rows * plan.lanes;
+  while (plan.threads > 32 && ceil_div(threads, plan.threads) < device.multiprocessors) {
+    plan.threads /= 2;
+  }
+  const bool flat = plan.path == Path::kFlat;
+  const int blocks = flat ? kFlatBlocksPerMultiprocessor : kWarpBlocksPerMultiprocessor;
+  const std::int64_t most =
+      std::int64_t{device.multiprocessors} * blocks * (kWarpThreads / plan.threads);
+  plan.grid = static_cast<unsigned>(std::min(ceil_div(threads, plan.threads), most));
+  if (flat) {
+    const std::int64_t size = size_of(args.student_type);
+    plan.shared_bytes = static_cast<std::size_t>(4 * (kWarpThreads * kShortElements * size + 16));
+  }
+}
+
+// A row by a block: in shared memory as far as it goes.
+inline void plan_blocks(const KdLossArgs& args, const DeviceFacts& device, Plan& plan) {
+  const bool vectors = plan.path == Path::kBlockVector;
+  const bool wide = args.accumulate == DType::kFloat64;
+  const std::int64_t classes = args.classes;
+  const std::int64_t width = vectors ? 16 / size_of(args.student_type) : 1;
+  const std::int64_t student_size = size_of(args.student_type);
   const std::int64_t teacher_size = args.teacher_rows == 0 ? 0
                                     : vectors              ? student_size
                                     : wide                 ? 8
                                                            : 4;
-  // Rows in shared memory, of one block with `threads`: vectors per thread, and bytes.
-  const std::int64_t most_shared = device.shared_per_block - kBlockStaticBytes;
-  const auto keep = [&](int threads) {
+  const std::int64_t most_shared =
+      std::max<std::int64_t>(0, device.shared_per_block - kBlockStaticBytes);
+  std::int64_t reread = 0;  // bytes of a row that do not stay in shared memory
+  // Blocks of so many threads that a multiprocessor holds.
+  const auto fit = [&](std::int64_t threads) {
     const std::int64_t slot = threads * width * (student_size + teacher_size);
-    const std::int64_t needed = detail::ceil_div(classes / width, threads);
+    const std::int64_t needed = ceil_div(classes / width, threads);
+    const std::int64_t resident = std::min(needed, most_shared / slot);
     plan.threads = static_cast<unsigned>(threads);
-    plan.resident =
-        static_cast<int>(std::min(needed, std::max<std::int64_t>(0, most_shared) / slot));
-    plan.shared_bytes = static_cast<std::size_t>(plan.resident * slot);
-    const std::int64_t block_bytes =
-        static_cast<std::int64_t>(plan.shared_bytes) + kBlockStaticBytes + kSharedPerBlockReserved;
+    plan.resident = static_cast<int>(resident);
+    plan.shared_bytes = static_cast<std::size_t>(resident * slot);
+    reread = (needed - resident) * slot;
+    const std::int64_t block_bytes = resident * slot + kBlockStaticBytes + kSharedPerBlockReserved;
     return std::min(device.shared_per_multiprocessor / block_bytes,
-                    std::int64_t{block_threads_per_multiprocessor(wide)} / threads);
+                    block_threads_per_multiprocessor(wide) / threads);
   };
-  std::int64_t blocks;
-  if (wide) {
-    blocks = keep(classes <= 1024 ? 64 : classes <= 4096 ? 128 : block_threads(true));
-  } else if (classes <= 8192) {
-    blocks = keep(classes <= 4096 ? 128 : 256);
-  } else {
-    blocks = keep(block_threads(false) / 2);
-    if (blocks < 2) blocks = keep(block_threads(false));
-  }
+  std::int64_t blocks = fit(plan.threads);
+  // Two blocks of a multiprocessor, or one of all its threads.
+  if (plan.threads == 384 && blocks < 2) blocks = fit(block_threads(false));
   blocks = device.multiprocessors * std::max<std::int64_t>(1, blocks);
+  if (reread > 0) {
+    // What waits to be read again should still be in L2 then; half the multiprocessors work in any
+    // case.
+    const std::int64_t in_l2 = device.l2_bytes / 10 * 7 / reread;
+    blocks = std::min(blocks, std::max<std::int64_t>(in_l2, (device.multiprocessors + 1) / 2));
+  }
   plan.grid = static_cast<unsigned>(std::min(args.rows, blocks));
-  return plan;
+}
+
+// A row by a cluster, all of it in shared memory; false if that is too small.
+inline bool plan_bulk(const KdLossArgs& args, const DeviceFacts& device, Plan& plan) {
+  plan.tiles =
+      std::min(kMaxBulkTiles, (device.shared_per_block - kBulkFixedBytes) / kBulkTileBytes);
+  const std::int64_t vectors = args.classes * size_of(args.student_type) / 16;
+  const auto needed = [&](int cluster) {
+    return ceil_div(ceil_div(vectors, cluster), kBulkThreads);
+  };
+  // The fewest blocks that leave half a row's room for the next row.
+  plan.cluster = 1;
+  while (plan.cluster < kMaxCluster && 3 * needed(plan.cluster) > 2 * plan.tiles) plan.cluster *= 2;
+  if (needed(plan.cluster) > plan.tiles) return false;
+  // Few rows: more blocks for each.
+  while (plan.cluster < kMaxCluster && needed(plan.cluster) > 1 &&
+         args.rows * plan.cluster * 2 <= device.multiprocessors) {
+    plan.cluster *= 2;
+  }
+  const std::int64_t clusters = std::max(1, device.multiprocessors / plan.cluster);
+  plan.grid = static_cast<unsigned>(plan.cluster * std::min(args.rows, clusters));
+  plan.shared_bytes = static_cast<std::size_t>(plan.tiles * kBulkTileBytes + kBulkFixedBytes);
+  return true;
+}
+
+}  // namespace detail
+
+inline Plan plan_rows(const KdLossArgs& args, const DeviceFacts& device) {
+  const unsigned operands = detail::operands_of(args);
+  for (const Rule& rule : kRules) {
+    const std::int64_t most = args.accumulate == DType::kFloat64     ? rule.float64_classes
+                              : args.student_type == DType::kFloat32 ? rule.float32_classes
+                                                                     : rule.bits16_classes;
+    if (device.architecture < rule.architecture || args.classes > most ||
+        (operands & rule.operands) != rule.operands) {
+      continue;
+    }
+    Plan plan{};
+    plan.path = rule.path;
+    plan.threads = rule.threads;
+    switch (rule.path) {
+      case Path::kBulk:
+        if (!detail::plan_bulk(args, device, plan)) continue;
+        break;
+      case Path::kBlockVector:
+      case Path::kBlockElement:
+        detail::plan_blocks(args, device, plan);
+        break;
+      default:
+        detail::plan_warps(args, device, plan);
+    }
+    return plan;
+  }
+  return Plan{};  // the last rule takes everything
 }
 
 }  // namespace lrds::cuda

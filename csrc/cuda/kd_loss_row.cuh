@@ -93,12 +93,17 @@ __device__ inline std::int64_t target_of(const Sweep<A>& sweep, std::int64_t row
 
 // --- The number of valid rows ---
 
-// Valid rows in [begin, end), added up over the threads of the block; thread 0 has the sum. The
-// block must call it as one.
+// Shared memory for block_count_valid.
+struct CountScratch {
+  unsigned long long partial[kMaxThreads / kWarpSize];
+};
+
+// Valid rows in [begin, end), added up over the threads of the block; all of them have the sum. The
+// block must call it as one, and once.
 template <class A>
 __device__ unsigned long long block_count_valid(const Sweep<A>& sweep, std::int64_t begin,
-                                                std::int64_t end) {
-  __shared__ unsigned long long partial[kMaxThreads / kWarpSize];
+                                                std::int64_t end, CountScratch& scratch) {
+  unsigned long long* const partial = scratch.partial;
   unsigned long long count = 0;
 #pragma unroll 4
   for (std::int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
@@ -124,14 +129,14 @@ template <class A>
 struct ValidRowCount {
   unsigned long long own;
 
-  __device__ void start(const Sweep<A>& sweep) {
+  __device__ void start(const Sweep<A>& sweep, CountScratch& scratch) {
     own = 0;
-    if (sweep.valid_rows == ValidRows::kOwn) own = block_count_valid(sweep, 0, sweep.rows);
+    if (sweep.valid_rows == ValidRows::kOwn) own = block_count_valid(sweep, 0, sweep.rows, scratch);
     if (sweep.valid_rows == ValidRows::kShared) {
       const std::int64_t share = (sweep.rows + gridDim.x - 1) / gridDim.x;
       const std::int64_t begin = share * blockIdx.x;
       const std::int64_t end = begin + share < sweep.rows ? begin + share : sweep.rows;
-      const unsigned long long count = block_count_valid(sweep, begin, end);
+      const unsigned long long count = block_count_valid(sweep, begin, end, scratch);
       if (threadIdx.x == 0) atomicAdd(sweep.shared_count, (1ull << 32) | count);
     }
   }
@@ -164,6 +169,22 @@ struct ValidRowCount {
   __device__ A gradient_scale(const Sweep<A>& sweep) const {
     A scale = reduction_scale<A>(sweep.reduction, get(sweep), static_cast<A>(sweep.classes));
     if (sweep.grad_scale != nullptr) scale *= *sweep.grad_scale;
+    return scale;
+  }
+};
+
+// gradient_scale, asked for when the first row needs it.
+template <class A>
+struct GradientScale {
+  A scale = A(0);
+  bool known;
+
+  __device__ explicit GradientScale(const Sweep<A>& sweep) : known(sweep.gradient == nullptr) {}
+  __device__ A get(const Sweep<A>& sweep, const ValidRowCount<A>& valid_rows) {
+    if (!known) {
+      scale = valid_rows.gradient_scale(sweep);
+      known = true;
+    }
     return scale;
   }
 };

@@ -9,27 +9,52 @@
 
 namespace lrds::cuda {
 
+// cluster: blocks that run at once and see each other's shared memory; 0 launches without one.
 template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), unsigned grid, unsigned block,
-                   std::size_t shared_bytes, cudaStream_t stream, const Parameters&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned block,
+                            unsigned cluster, std::size_t shared_bytes, cudaStream_t stream,
+                            const Parameters&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  if (cluster > 0) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned grid, unsigned block,
+                   std::size_t shared_bytes, cudaStream_t stream, const Parameters&... arguments) {
+  return launch_clusters(kernel, grid, block, 0, shared_bytes, stream, arguments...);
+}
+
 constexpr int kMaxDevices = 64;
 
+constexpr int kSharedPerBlockReserved = 1024;
+
 struct DeviceFacts {
+  // 10 * major + minor of what the kernels may use: the device's compute capability, or that of the
+  // code that was compiled for it, if it is older.
+  int architecture;
   int multiprocessors;
   int shared_per_block;           // the most that one block may opt in to
   int shared_per_multiprocessor;  // shared among its blocks, each of which costs
                                   // kSharedPerBlockReserved more
+  int l2_bytes;
 };
-constexpr int kSharedPerBlockReserved = 1024;
+
+// Asked once per device.
+cudaError_t device_facts(int device, DeviceFacts* facts);
 
 // Runs `ask(device)` once per device and call site, whatever thread comes first; its error is
 // remembered.
@@ -44,22 +69,5 @@ struct OncePerDevice {
     return errors[device];
   }
 };
-
-inline cudaError_t device_facts(int device, DeviceFacts* facts) {
-  static OncePerDevice once;
-  static std::array<DeviceFacts, kMaxDevices> known;
-  const cudaError_t error = once(device, [](int d) {
-    cudaError_t status =
-        cudaDeviceGetAttribute(&known[d].multiprocessors, cudaDevAttrMultiProcessorCount, d);
-    if (status != cudaSuccess) return status;
-    status = cudaDeviceGetAttribute(&known[d].shared_per_block,
-                                    cudaDevAttrMaxSharedMemoryPerBlockOptin, d);
-    if (status != cudaSuccess) return status;
-    return cudaDeviceGetAttribute(&known[d].shared_per_multiprocessor,
-                                  cudaDevAttrMaxSharedMemoryPerMultiprocessor, d);
-  });
-  if (error == cudaSuccess) *facts = known[device];
-  return error;
-}
 
 }  // namespace lrds::cuda

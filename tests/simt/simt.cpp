@@ -30,7 +30,9 @@ constexpr std::size_t kStackBytes = 128 * 1024;
 constexpr unsigned kMaxBlock = 1024;
 constexpr int kSharedWithoutAsking = 48 * 1024;
 
-enum class State { kRunnable, kBarrier, kCollective, kDone };
+constexpr unsigned kMaxCluster = 8;
+
+enum class State { kRunnable, kBarrier, kCollective, kMbarrier, kClusterBarrier, kDone };
 
 struct Copy {
   void* to;
@@ -38,35 +40,57 @@ struct Copy {
   std::size_t bytes;
 };
 
+struct BulkCopy {
+  Copy copy;
+  void* barrier;
+};
+
 struct Fiber {
   ucontext_t context;
   void* stack = nullptr;
   Index index{};
+  unsigned block = 0;  // in the cluster
   State state = State::kDone;
   std::source_location where;
   unsigned mask = 0;
   std::uint64_t value = 0;
   std::uint64_t gathered[kWarpSize] = {};
+  void* mbarrier = nullptr;  // State::kMbarrier
+  unsigned parity = 0;
   std::vector<Copy> copies;                  // of the open group
   std::deque<std::vector<Copy>> unfinished;  // groups
 };
 
+struct Block {
+  unsigned index = 0;
+  unsigned char* shared = nullptr;
+  std::size_t shared_bytes = 0;
+  unsigned waiting_at_barrier = 0;
+  unsigned done = 0;
+};
+
 struct Machine {
+  // Of a cluster. A block's begin at a multiple of the warp size.
   std::vector<std::unique_ptr<Fiber>> fibers;
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
   Fiber* running = nullptr;
-  unsigned threads = 0;
-  unsigned waiting_at_barrier = 0;
-  unsigned done = 0;
-  unsigned char* shared = nullptr;
+  bool yielded = false;  // to other warps, in the middle of a step
+  unsigned threads = 0;  // of a block
+  unsigned stride = 0;   // from block to block
+  std::vector<Block> blocks;
+  unsigned waiting_at_cluster_barrier = 0;
+  std::vector<BulkCopy> bulk_copies;
   const std::function<void()>* body = nullptr;
   Order order = Order::kForward;
   std::mt19937 random;
   int device = 0;
   Launches launches{};
   std::map<std::pair<int, const void*>, int> allowed_shared;  // by device and kernel
+
+  Block& own_block() { return blocks[running->block]; }
+  Fiber& fiber(unsigned block, unsigned thread) { return *fibers[block * stride + thread]; }
 };
 
 Machine machine;
@@ -75,18 +99,23 @@ Machine machine;
   std::fprintf(stderr, "simt: %s in block %u\n", what, blockIdx.x);
   // One line per place that threads stand at.
   std::map<std::string, std::pair<unsigned, unsigned>> places;
-  for (unsigned t = 0; t < machine.threads; ++t) {
-    const Fiber& fiber = *machine.fibers[t];
-    std::string place = "has exited";
-    if (fiber.state == State::kBarrier || fiber.state == State::kCollective) {
-      place = fiber.state == State::kBarrier ? "waits at the block barrier at "
-                                             : "waits at the warp collective at ";
-      place += std::string(fiber.where.file_name()) + ":" + std::to_string(fiber.where.line());
-    } else if (fiber.state == State::kRunnable) {
-      place = "runs";
+  const char* const names[] = {"runs",
+                               "waits at the block barrier",
+                               "waits at the warp collective",
+                               "waits for a barrier in shared memory",
+                               "waits at the cluster barrier",
+                               "has exited"};
+  for (unsigned b = 0; b < machine.blocks.size(); ++b) {
+    for (unsigned t = 0; t < machine.threads; ++t) {
+      const Fiber& fiber = machine.fiber(b, t);
+      std::string place = names[static_cast<int>(fiber.state)];
+      if (fiber.state != State::kRunnable && fiber.state != State::kDone) {
+        place += std::string(" at ") + fiber.where.file_name() + ":" +
+                 std::to_string(fiber.where.line());
+      }
+      auto [entry, added] = places.try_emplace(place, t, 0u);
+      ++entry->second.second;
     }
-    auto [entry, added] = places.try_emplace(place, t, 0u);
-    ++entry->second.second;
   }
   for (const auto& [place, who] : places) {
     std::fprintf(stderr, "simt:   thread %u and %u others: %s\n", who.first, who.second - 1,
@@ -113,6 +142,7 @@ void to_scheduler(bool forever) {
 void to_fiber(Fiber& fiber) {
   machine.running = &fiber;
   threadIdx = fiber.index;
+  blockIdx = {machine.blocks[fiber.block].index, 0, 0};
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
   __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStackBytes);
@@ -131,116 +161,275 @@ void fiber_main() {
 #endif
   (*machine.body)();
   machine.running->state = State::kDone;
-  ++machine.done;
+  ++machine.own_block().done;
   to_scheduler(true);
 }
 
-void prepare(unsigned threads) {
-  while (machine.fibers.size() < threads) {
+void prepare() {
+  const auto blocks = static_cast<unsigned>(machine.blocks.size());
+  while (machine.fibers.size() < blocks * machine.stride) {
     auto fiber = std::make_unique<Fiber>();
     fiber->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (fiber->stack == MAP_FAILED) {
-      std::fprintf(stderr, "simt: no memory for %u fibers\n", threads);
+      std::fprintf(stderr, "simt: no memory for %u fibers\n", blocks * machine.stride);
       std::abort();
     }
     machine.fibers.push_back(std::move(fiber));
   }
-  for (unsigned t = 0; t < threads; ++t) {
-    Fiber& fiber = *machine.fibers[t];
+  for (unsigned b = 0; b < blocks; ++b) {
+    for (unsigned t = 0; t < machine.threads; ++t) {
+      Fiber& fiber = machine.fiber(b, t);
 #if defined(__SANITIZE_ADDRESS__)
-    // The last owner of this stack never returned from its frames.
-    __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+      // The last owner of this stack never returned from its frames.
+      __asan_unpoison_memory_region(fiber.stack, kStackBytes);
 #endif
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-    fiber.index = {t, 0, 0};
-    fiber.state = State::kRunnable;
-    fiber.copies.clear();
-    fiber.unfinished.clear();
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack;
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, fiber_main, 0);
+      fiber.index = {t, 0, 0};
+      fiber.block = b;
+      fiber.state = State::kRunnable;
+      fiber.copies.clear();
+      fiber.unfinished.clear();
+    }
   }
-  machine.threads = threads;
-  machine.waiting_at_barrier = 0;
-  machine.done = 0;
+  machine.waiting_at_cluster_barrier = 0;
 }
 
-void release_barrier() {
-  const std::source_location& first = machine.fibers[0]->where;
+// --- Barriers in shared memory ---
+
+// 8 bytes: arrivals still to come, arrivals of a phase, bytes still to come (from kNoBytes), the
+// phase's parity. The highest bit is 0, unlike in memory that nobody wrote.
+constexpr unsigned kCountBits = 16;
+constexpr std::uint64_t kCountMask = (1u << kCountBits) - 1;
+constexpr unsigned kBytesShift = 2 * kCountBits, kParityShift = 62;
+constexpr std::uint64_t kBytesMask = (std::uint64_t{1} << 30) - 1, kNoBytes = 1u << 29;
+
+struct Phase {
+  std::uint64_t pending, arrivals, bytes, parity;
+};
+
+Phase load_phase(const void* barrier) {
+  if (reinterpret_cast<std::uintptr_t>(barrier) % 8 != 0) fail("a barrier that is misaligned");
+  std::uint64_t bits;
+  std::memcpy(&bits, barrier, sizeof bits);
+  if (bits >> 63 != 0) fail("a barrier that was not initialised");
+  return {bits & kCountMask, bits >> kCountBits & kCountMask, bits >> kBytesShift & kBytesMask,
+          bits >> kParityShift & 1};
+}
+
+void store_phase(void* barrier, Phase phase) {
+  if (phase.pending == 0 && phase.bytes == kNoBytes) {
+    phase.pending = phase.arrivals;
+    phase.parity ^= 1;
+  }
+  const std::uint64_t bits = phase.pending | phase.arrivals << kCountBits |
+                             phase.bytes << kBytesShift | phase.parity << kParityShift;
+  std::memcpy(barrier, &bits, sizeof bits);
+}
+
+bool phase_ended(const void* barrier, unsigned parity) {
+  return load_phase(barrier).parity != parity;
+}
+
+void finish_bulk_copy(std::size_t i) {
+  const BulkCopy bulk = machine.bulk_copies[i];
+  machine.bulk_copies.erase(machine.bulk_copies.begin() + static_cast<std::ptrdiff_t>(i));
+  std::memcpy(bulk.copy.to, bulk.copy.from, bulk.copy.bytes);
+  Phase phase = load_phase(bulk.barrier);
+  phase.bytes -= bulk.copy.bytes;
+  store_phase(bulk.barrier, phase);
+}
+
+// --- Scheduling ---
+
+void release_barrier(unsigned block) {
+  const std::source_location& first = machine.fiber(block, 0).where;
   for (unsigned t = 1; t < machine.threads; ++t) {
-    const std::source_location& other = machine.fibers[t]->where;
+    const std::source_location& other = machine.fiber(block, t).where;
     if (other.line() != first.line() || std::strcmp(other.file_name(), first.file_name()) != 0) {
       fail("threads of a block met at different barriers");
     }
   }
-  for (unsigned t = 0; t < machine.threads; ++t) machine.fibers[t]->state = State::kRunnable;
-  machine.waiting_at_barrier = 0;
+  for (unsigned t = 0; t < machine.threads; ++t) {
+    machine.fiber(block, t).state = State::kRunnable;
+  }
+  machine.blocks[block].waiting_at_barrier = 0;
+}
+
+bool can_run(Fiber& fiber) {
+  if (fiber.state == State::kMbarrier && phase_ended(fiber.mbarrier, fiber.parity)) {
+    fiber.state = State::kRunnable;
+  }
+  return fiber.state == State::kRunnable;
 }
 
 // Runs the warp's fibers that can run, each to its next barrier or collective.
-bool step_warp(unsigned warp) {
+bool step_warp(unsigned block, unsigned warp) {
   bool progress = false;
   const unsigned first = warp * kWarpSize;
   const unsigned lanes = std::min(static_cast<unsigned>(kWarpSize), machine.threads - first);
   for (unsigned i = 0; i < lanes; ++i) {
     const unsigned lane = machine.order == Order::kBackward ? lanes - 1 - i : i;
-    Fiber& fiber = *machine.fibers[first + lane];
-    if (fiber.state != State::kRunnable) continue;
+    Fiber& fiber = machine.fiber(block, first + lane);
+    if (!can_run(fiber)) continue;
     to_fiber(fiber);
     progress = true;
+    if (std::exchange(machine.yielded, false)) break;
   }
   return progress;
 }
 
-// One turn of every warp.
-bool step_block() {
+// One turn of every warp of the cluster.
+bool step_cluster() {
   const unsigned warps = (machine.threads + kWarpSize - 1) / kWarpSize;
+  const auto all = warps * static_cast<unsigned>(machine.blocks.size());
   bool progress = false;
-  for (unsigned i = 0; i < warps; ++i) {
+  for (unsigned i = 0; i < all; ++i) {
     if (machine.order == Order::kShuffled) {
-      progress |= step_warp(static_cast<unsigned>(machine.random() % warps));
+      const auto any = static_cast<unsigned>(machine.random() % all);
+      progress |= step_warp(any / warps, any % warps);
+      if (!machine.bulk_copies.empty() && machine.random() % 8 == 0) {
+        finish_bulk_copy(machine.random() % machine.bulk_copies.size());
+        progress = true;
+      }
       continue;
     }
-    const unsigned warp = machine.order == Order::kForward ? i : warps - 1 - i;
-    while (step_warp(warp)) progress = true;
+    const unsigned turn = machine.order == Order::kForward ? i : all - 1 - i;
+    while (step_warp(turn / warps, turn % warps)) progress = true;
   }
   return progress;
 }
 
-void run_block() {
-  while (machine.done < machine.threads) {
-    if (step_block()) continue;
-    if (machine.waiting_at_barrier == machine.threads) {
-      release_barrier();
+bool release_barriers() {
+  for (unsigned b = 0; b < machine.blocks.size(); ++b) {
+    if (machine.blocks[b].waiting_at_barrier == machine.threads) {
+      release_barrier(b);
+      return true;
+    }
+  }
+  const auto blocks = static_cast<unsigned>(machine.blocks.size());
+  if (machine.waiting_at_cluster_barrier == blocks * machine.threads) {
+    for (unsigned b = 0; b < blocks; ++b) {
+      for (unsigned t = 0; t < machine.threads; ++t) {
+        machine.fiber(b, t).state = State::kRunnable;
+      }
+    }
+    machine.waiting_at_cluster_barrier = 0;
+    return true;
+  }
+  return false;
+}
+
+void run_cluster() {
+  const auto blocks = static_cast<unsigned>(machine.blocks.size());
+  const auto any_fiber = [&](auto predicate) {
+    for (unsigned b = 0; b < blocks; ++b) {
+      for (unsigned t = 0; t < machine.threads; ++t) {
+        if (predicate(machine.fiber(b, t))) return true;
+      }
+    }
+    return false;
+  };
+  while (any_fiber([](Fiber& fiber) { return fiber.state != State::kDone; })) {
+    if (step_cluster() || release_barriers()) continue;
+    // Chance may have passed over the warps that can go on.
+    if (any_fiber(can_run)) continue;
+    if (!machine.bulk_copies.empty()) {
+      finish_bulk_copy(machine.order == Order::kBackward ? machine.bulk_copies.size() - 1 : 0);
       continue;
     }
-    // Chance may have passed over the warps that can go on.
-    const bool stuck = std::none_of(
-        machine.fibers.begin(), machine.fibers.begin() + machine.threads,
-        [](const std::unique_ptr<Fiber>& fiber) { return fiber->state == State::kRunnable; });
-    if (stuck) fail("divergent barrier: no thread can go on");
+    fail("divergent barrier: no thread can go on");
   }
+  if (!machine.bulk_copies.empty()) fail("a bulk copy that nobody waited for");
 }
 
 }  // namespace
 
-unsigned char* dynamic_shared() { return machine.shared; }
+unsigned char* dynamic_shared() { return machine.own_block().shared; }
 
 void block_barrier(std::source_location where) {
   Fiber& fiber = *machine.running;
   fiber.state = State::kBarrier;
   fiber.where = where;
-  ++machine.waiting_at_barrier;
+  ++machine.own_block().waiting_at_barrier;
   to_scheduler(false);
+}
+
+void mbarrier_init(void* barrier, unsigned arrivals) {
+  if (arrivals == 0 || arrivals > kCountMask) fail("a barrier for too many arrivals");
+  const std::uint64_t bits =
+      arrivals | std::uint64_t{arrivals} << kCountBits | kNoBytes << kBytesShift;
+  std::memcpy(barrier, &bits, sizeof bits);
+}
+
+void mbarrier_arrive(void* barrier, unsigned announced_bytes) {
+  Phase phase = load_phase(barrier);
+  if (phase.pending == 0) fail("more arrivals than a barrier was initialised for");
+  --phase.pending;
+  phase.bytes += announced_bytes;
+  store_phase(barrier, phase);
+  // Whoever waited for this may overtake the rest of the warp.
+  if (machine.order == Order::kShuffled) {
+    machine.yielded = true;
+    to_scheduler(false);
+  }
+}
+
+void mbarrier_wait(void* barrier, unsigned parity, std::source_location where) {
+  Fiber& fiber = *machine.running;
+  if (phase_ended(barrier, parity)) return;
+  fiber.state = State::kMbarrier;
+  fiber.where = where;
+  fiber.mbarrier = barrier;
+  fiber.parity = parity;
+  to_scheduler(false);
+}
+
+void bulk_copy(void* to, const void* from, std::size_t bytes, void* barrier) {
+  const Block& block = machine.own_block();
+  auto* const begin = static_cast<unsigned char*>(to);
+  if (begin < block.shared || begin + bytes > block.shared + block.shared_bytes) {
+    fail("a bulk copy to memory that is not the block's");
+  }
+  if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<std::uintptr_t>(to) % 16 != 0 ||
+      reinterpret_cast<std::uintptr_t>(from) % 16 != 0) {
+    fail("a bulk copy of a size or alignment that CUDA does not have");
+  }
+  machine.bulk_copies.push_back({{to, from, bytes}, barrier});
+  if (machine.order == Order::kForward) finish_bulk_copy(machine.bulk_copies.size() - 1);
+}
+
+unsigned cluster_rank() { return machine.running->block; }
+
+void cluster_barrier(std::source_location where) {
+  Fiber& fiber = *machine.running;
+  fiber.state = State::kClusterBarrier;
+  fiber.where = where;
+  ++machine.waiting_at_cluster_barrier;
+  to_scheduler(false);
+}
+
+void* map_shared(void* here, unsigned rank) {
+  const Block& own = machine.own_block();
+  const auto at = static_cast<std::size_t>(static_cast<unsigned char*>(here) - own.shared);
+  if (rank >= machine.blocks.size() || at >= own.shared_bytes) {
+    fail("an address that the cluster's shared memory does not have");
+  }
+  if (machine.blocks[rank].done == machine.threads) {
+    fail("shared memory of a block that has exited");
+  }
+  return machine.blocks[rank].shared + at;
 }
 
 void warp_exchange(unsigned mask, std::uint64_t value, std::uint64_t* gathered,
                    std::source_location where) {
   Fiber& self = *machine.running;
   const unsigned lane = self.index.x % kWarpSize;
-  const unsigned first = self.index.x - lane;
+  const unsigned first = self.index.x - lane, block = self.block;
   self.where = where;
   self.mask = mask;
   self.value = value;
@@ -251,7 +440,7 @@ void warp_exchange(unsigned mask, std::uint64_t value, std::uint64_t* gathered,
   for (unsigned l = 0; l < kWarpSize && complete; ++l) {
     if ((mask >> l & 1) == 0) continue;
     if (first + l >= machine.threads) fail("a collective's mask names lanes that do not exist");
-    const Fiber& other = *machine.fibers[first + l];
+    const Fiber& other = machine.fiber(block, first + l);
     if (other.state != State::kCollective) {
       complete = false;
     } else if (other.mask != mask || other.where.line() != where.line() ||
@@ -262,9 +451,9 @@ void warp_exchange(unsigned mask, std::uint64_t value, std::uint64_t* gathered,
   if (complete) {
     for (unsigned to = 0; to < kWarpSize; ++to) {
       if ((mask >> to & 1) == 0) continue;
-      Fiber& other = *machine.fibers[first + to];
+      Fiber& other = machine.fiber(block, first + to);
       for (unsigned from = 0; from < kWarpSize; ++from) {
-        if (mask >> from & 1) other.gathered[from] = machine.fibers[first + from]->value;
+        if (mask >> from & 1) other.gathered[from] = machine.fiber(block, first + from).value;
       }
       other.state = State::kRunnable;
     }
@@ -301,8 +490,11 @@ void async_wait(std::size_t unfinished) {
 }
 
 const Device& device(int index) {
-  static const Device devices[kDevices] = {
-      {132, 232448, 233472}, {1, 4096 + 2560, 8192}, {2, 101376, 16384}};
+  static const Device devices[kDevices] = {{90, 132, 232448, 233472, 50 << 20},
+                                           {80, 1, 4096 + 2560, 8192, 1 << 20},
+                                           {86, 2, 101376, 16384, 6 << 20},
+                                           {90, 8, 58368, 65536, 50 << 20},
+                                           {90, 1, 232448, 233472, 50 << 20}};
   return devices[index];
 }
 void set_device(int index) { machine.device = index; }
@@ -325,9 +517,11 @@ bool allow_shared(const void* kernel, int bytes) {
   return true;
 }
 
-bool launch(const void* kernel, unsigned grid, unsigned block, std::size_t shared_bytes,
-            const std::function<void()>& body) {
+bool launch(const void* kernel, unsigned grid, unsigned block, unsigned cluster,
+            std::size_t shared_bytes, const std::function<void()>& body) {
   if (grid == 0 || block == 0 || block > kMaxBlock) return false;
+  if (cluster == 0 || cluster > kMaxCluster || grid % cluster != 0) return false;
+  if (cluster > 1 && device(machine.device).compute_capability < 90) return false;
   const auto allowed = machine.allowed_shared.find({machine.device, kernel});
   const int most = allowed == machine.allowed_shared.end() ? kSharedWithoutAsking : allowed->second;
   if (shared_bytes > static_cast<std::size_t>(most)) return false;
@@ -335,24 +529,29 @@ bool launch(const void* kernel, unsigned grid, unsigned block, std::size_t share
   gridDim = {grid, 1, 1};
   blockDim = {block, 1, 1};
   machine.body = &body;
-  std::vector<unsigned> blocks(grid);
-  std::iota(blocks.begin(), blocks.end(), 0u);
-  if (machine.order == Order::kBackward) std::reverse(blocks.begin(), blocks.end());
+  machine.threads = block;
+  machine.stride = (block + kWarpSize - 1) / kWarpSize * kWarpSize;
+  std::vector<unsigned> clusters(grid / cluster);
+  std::iota(clusters.begin(), clusters.end(), 0u);
+  if (machine.order == Order::kBackward) std::reverse(clusters.begin(), clusters.end());
   if (machine.order == Order::kShuffled) {
-    std::shuffle(blocks.begin(), blocks.end(), machine.random);
+    std::shuffle(clusters.begin(), clusters.end(), machine.random);
   }
-  for (const unsigned b : blocks) {
-    blockIdx = {b, 0, 0};
-    // Exactly as long as asked for, so that AddressSanitizer sees the first byte past the end; full
-    // of NaNs, so that reading what nobody wrote shows.
-    void* shared = nullptr;
-    if (posix_memalign(&shared, 16, shared_bytes == 0 ? 1 : shared_bytes) != 0) std::abort();
-    std::memset(shared, 0xff, shared_bytes);
-    machine.shared = static_cast<unsigned char*>(shared);
-    prepare(block);
-    run_block();
-    machine.shared = nullptr;
-    std::free(shared);
+  for (const unsigned c : clusters) {
+    machine.blocks.assign(cluster, Block{});
+    for (unsigned b = 0; b < cluster; ++b) {
+      // Exactly as long as asked for, so that AddressSanitizer sees the first byte past the end;
+      // full of NaNs, so that reading what nobody wrote shows.
+      void* shared = nullptr;
+      if (posix_memalign(&shared, 16, shared_bytes == 0 ? 1 : shared_bytes) != 0) std::abort();
+      std::memset(shared, 0xff, shared_bytes);
+      machine.blocks[b] = {c * cluster + b, static_cast<unsigned char*>(shared), shared_bytes, 0,
+                           0};
+    }
+    prepare();
+    run_cluster();
+    for (const Block& done : machine.blocks) std::free(done.shared);
+    machine.blocks.clear();
   }
   return true;
 }

@@ -1,7 +1,8 @@
-// A CUDA grid on one CPU thread: every CUDA thread is a fiber, blocks run one after another, and a
-// barrier or a warp collective that some thread can never reach ends the program with a message
-// instead of hanging or passing by luck. include/ holds the headers that stand in for CUDA's when a
-// .cu file is compiled by g++ -x c++ -DLRDS_SIMT.
+// A CUDA grid on one CPU thread: every CUDA thread is a fiber, clusters of blocks (of one block
+// where the launch names none) run one after another, and a barrier or a warp collective that some
+// thread can never reach ends the program with a message instead of hanging or passing by luck.
+// include/ holds the headers that stand in for CUDA's when a .cu file is compiled by g++ -x c++
+// -DLRDS_SIMT.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +36,21 @@ void async_copy(void* to, const void* from, std::size_t bytes);
 void async_commit();                      // closes the group of the copies since the last
 void async_wait(std::size_t unfinished);  // for all groups but the last so many; not for open ones
 
+// Barriers in shared memory, of 8 bytes (mbarrier). A phase ends when all arrivals have come and
+// all announced bytes have been copied; a thread waits for the end of the phase of a parity.
+void mbarrier_init(void* barrier, unsigned arrivals);
+void mbarrier_arrive(void* barrier, unsigned announced_bytes);
+void mbarrier_wait(void* barrier, unsigned parity, std::source_location where);
+
+// cp.async.bulk: one copy at once with Order::kForward, at any time with Order::kShuffled, when
+// nobody else can go on with Order::kBackward.
+void bulk_copy(void* to, const void* from, std::size_t bytes, void* barrier);
+
+// Clusters. map_shared: where block `rank` of the cluster has what `here` is in this one.
+unsigned cluster_rank();
+void cluster_barrier(std::source_location where);
+void* map_shared(void* here, unsigned rank);
+
 template <class T>
 std::uint64_t to_bits(T value) {
   static_assert(sizeof(T) <= sizeof(std::uint64_t));
@@ -51,15 +67,18 @@ T from_bits(std::uint64_t bits) {
 
 // --- Of the machine ---
 struct Device {
+  int compute_capability;  // 10 * major + minor
   int multiprocessors;
   int shared_per_block;
   int shared_per_multiprocessor;
+  int l2_bytes;
 };
 // Device 0 is an H200, which gives every row here a block of its own. 1 has one multiprocessor and
 // 4 KiB of shared memory: rows stream, all through one block. 2 has two multiprocessors with room
-// for one block each.
+// for one block each. 3 and 4 have clusters: 3 has 8 multiprocessors and little shared memory, so
+// that rows are shared by several blocks; 4 is one multiprocessor of an H200.
 const Device& device(int index);
-constexpr int kDevices = 3;
+constexpr int kDevices = 5;
 void set_device(int index);
 int current_device();
 
@@ -78,9 +97,10 @@ struct Launches {
 Launches take_launches();
 void count_memset();
 
-// Returns false if the configuration is one that CUDA would refuse.
-bool launch(const void* kernel, unsigned grid, unsigned block, std::size_t shared_bytes,
-            const std::function<void()>& body);
+// Returns false if the configuration is one that CUDA would refuse. cluster: blocks that run at
+// once.
+bool launch(const void* kernel, unsigned grid, unsigned block, unsigned cluster,
+            std::size_t shared_bytes, const std::function<void()>& body);
 bool allow_shared(const void* kernel, int bytes);
 
 }  // namespace simt

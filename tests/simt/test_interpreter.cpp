@@ -158,7 +158,148 @@ __global__ void async_not_committed(int* out) {
   out[0] = dynamic_ints()[0];
 }
 
+// --- Barriers in shared memory, bulk copies, clusters ---
+
+struct ClusterMemory {
+  alignas(16) int copied[32];
+  int sent[8];
+  std::uint64_t full, all_sent;
+};
+ClusterMemory& cluster_memory() {
+  return *reinterpret_cast<ClusterMemory*>(simt::dynamic_shared());
+}
+void wait_for(std::uint64_t& barrier, unsigned parity, Where where = Where::current()) {
+  simt::mbarrier_wait(&barrier, parity, where);
+}
+
+// Two rounds: a thread orders 128 bytes in two copies, everybody waits for them; block r of the
+// cluster sends round + copied[r] to every block. out[block * 64 + thread] counts what is right.
+__global__ void cluster_rounds(const int* in, int blocks, int* out) {
+  ClusterMemory& memory = cluster_memory();
+  const unsigned rank = simt::cluster_rank();
+  if (threadIdx.x == 0) {
+    simt::mbarrier_init(&memory.full, 1);
+    simt::mbarrier_init(&memory.all_sent, static_cast<unsigned>(blocks));
+  }
+  simt::cluster_barrier(Where::current());
+  int right = 0;
+  for (unsigned round = 0; round < 2; ++round) {
+    if (threadIdx.x == 0) {
+      simt::mbarrier_arrive(&memory.full, 128);
+      simt::bulk_copy(memory.copied, in + 32 * round, 64, &memory.full);
+      simt::bulk_copy(memory.copied + 16, in + 32 * round + 16, 64, &memory.full);
+    }
+    wait_for(memory.full, round);
+    const int mine = memory.copied[rank];
+    right += memory.copied[threadIdx.x % 32] == in[32 * round + threadIdx.x % 32];
+    if (threadIdx.x < static_cast<unsigned>(blocks)) {
+      auto& there = *static_cast<ClusterMemory*>(simt::map_shared(&memory, threadIdx.x));
+      there.sent[rank] = static_cast<int>(round) + mine;
+      simt::mbarrier_arrive(&there.all_sent, 0);
+    }
+    wait_for(memory.all_sent, round);
+    for (int from = 0; from < blocks; ++from) {
+      right +=
+          memory.sent[from] == static_cast<int>(round) + in[32 * static_cast<int>(round) + from];
+    }
+    simt::cluster_barrier(Where::current());
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = right;
+}
+
+__global__ void arrives_before_it_is_initialised(int*) {
+  ClusterMemory& memory = cluster_memory();
+  if (threadIdx.x == 0) {
+    simt::mbarrier_init(&memory.full, 2);
+    auto& there = *static_cast<ClusterMemory*>(simt::map_shared(&memory, 1 - simt::cluster_rank()));
+    simt::mbarrier_arrive(&there.full, 0);
+  }
+}
+
+__global__ void sends_to_a_block_that_left(int*) {
+  if (simt::cluster_rank() == 0) return;
+  static_cast<ClusterMemory*>(simt::map_shared(&cluster_memory(), 0))->sent[0] = 1;
+}
+
+alignas(16) int bulk_source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+
+__global__ void bulk_copy_read_early(int* out) {
+  if (threadIdx.x != 0) return;
+  ClusterMemory& memory = cluster_memory();
+  simt::mbarrier_init(&memory.full, 1);
+  simt::mbarrier_arrive(&memory.full, 16);
+  simt::bulk_copy(memory.copied, bulk_source, 16, &memory.full);
+  out[0] = memory.copied[0];
+  wait_for(memory.full, 0);
+}
+
+__global__ void bulk_copy_announces_too_little(int* out) {
+  if (threadIdx.x != 0) return;
+  ClusterMemory& memory = cluster_memory();
+  simt::mbarrier_init(&memory.full, 1);
+  simt::mbarrier_arrive(&memory.full, 16);
+  simt::bulk_copy(memory.copied + 4, bulk_source + 4, 16, &memory.full);
+  simt::bulk_copy(memory.copied, bulk_source, 16, &memory.full);
+  wait_for(memory.full, 0);
+  out[0] = memory.copied[0] == 1 ? memory.copied[4] : memory.copied[0];
+}
+
+__global__ void bulk_copy_nobody_waits_for(int*) {
+  if (threadIdx.x != 0) return;
+  ClusterMemory& memory = cluster_memory();
+  simt::mbarrier_init(&memory.full, 1);
+  simt::mbarrier_arrive(&memory.full, 16);
+  simt::bulk_copy(memory.copied, bulk_source, 16, &memory.full);
+}
+
+__global__ void bulk_copy_misaligned(int*) {
+  if (threadIdx.x != 0) return;
+  ClusterMemory& memory = cluster_memory();
+  simt::mbarrier_init(&memory.full, 1);
+  simt::bulk_copy(memory.copied, bulk_source + 1, 16, &memory.full);
+}
+
+__global__ void waits_for_the_wrong_phase(int*) {
+  ClusterMemory& memory = cluster_memory();
+  if (threadIdx.x == 0) simt::mbarrier_init(&memory.full, 64);
+  __syncthreads();
+  simt::mbarrier_arrive(&memory.full, 0);
+  wait_for(memory.full, 1);
+  wait_for(memory.full, 0);
+  wait_for(memory.full, 1);
+}
+
+__global__ void half_of_the_cluster_meets(int*) {
+  if (simt::cluster_rank() == 0) simt::cluster_barrier(Where::current());
+}
+
 using Kernel = void (*)(int*);
+
+int run_clusters() {
+  alignas(16) static int in[64];
+  for (int i = 0; i < 64; ++i) in[i] = 3 * i + 1;
+  for (const unsigned cluster : {1u, 2u, 8u}) {
+    std::vector<int> out(16 * 64, 0);
+    int* const data = out.data();
+    if (!simt::launch(reinterpret_cast<const void*>(cluster_rounds), 16, 64, cluster,
+                      sizeof(ClusterMemory),
+                      [=] { cluster_rounds(in, static_cast<int>(cluster), data); })) {
+      return 17;
+    }
+    for (const int right : out) {
+      if (right != 2 + 2 * static_cast<int>(cluster)) return 18;
+    }
+  }
+  // What CUDA refuses: a grid that clusters do not divide, clusters that are not portable.
+  const auto nothing = [] {};
+  const auto* const kernel = reinterpret_cast<const void*>(cluster_rounds);
+  if (simt::launch(kernel, 3, 64, 2, 0, nothing)) return 19;
+  if (simt::launch(kernel, 16, 64, 16, 0, nothing)) return 20;
+  simt::set_device(2);
+  const bool refused = !simt::launch(kernel, 2, 64, 2, 0, nothing);
+  simt::set_device(0);
+  return refused ? 0 : 21;
+}
 
 int run_reverse() {
   std::vector<int> in(3 * 96), out(in.size(), -1);
@@ -200,7 +341,7 @@ int run_reverse() {
 int run_collectives() {
   std::vector<int> out(64, 0);
   int* const data = out.data();
-  simt::launch(reinterpret_cast<const void*>(collectives), 1, 64, 0, [=] { collectives(data); });
+  simt::launch(reinterpret_cast<const void*>(collectives), 1, 64, 1, 0, [=] { collectives(data); });
   for (const int right : out) {
     if (right != 11) return 8;
   }
@@ -260,7 +401,7 @@ bool is_a_race(Kernel kernel) {
     simt::set_order(order, 1);
     std::vector<int> out(64, 0);
     int* const data = out.data();
-    simt::launch(reinterpret_cast<const void*>(kernel), 1, 64, 64 * sizeof(int),
+    simt::launch(reinterpret_cast<const void*>(kernel), 1, 64, 1, 64 * sizeof(int),
                  [=] { kernel(data); });
     results.push_back(out);
   }
@@ -275,7 +416,7 @@ int main(int argc, char** argv) {
     for (const auto order :
          {simt::Order::kForward, simt::Order::kBackward, simt::Order::kShuffled}) {
       simt::set_order(order, 1);
-      for (const auto run : {run_reverse, run_collectives}) {
+      for (const auto run : {run_reverse, run_collectives, run_clusters}) {
         if (const int error = run(); error != 0) return error;
       }
     }
@@ -297,7 +438,15 @@ int main(int argc, char** argv) {
                  {"overtaken", overtaken},
                  {"async_early", async_copy_read_early},
                  {"async_too_few", async_waits_for_too_few},
-                 {"async_open", async_not_committed}};
+                 {"async_open", async_not_committed},
+                 {"cluster_early", arrives_before_it_is_initialised},
+                 {"cluster_late", sends_to_a_block_that_left},
+                 {"cluster_half", half_of_the_cluster_meets},
+                 {"async_bulk_early", bulk_copy_read_early},
+                 {"async_bulk_short", bulk_copy_announces_too_little},
+                 {"async_bulk_left", bulk_copy_nobody_waits_for},
+                 {"async_bulk_misaligned", bulk_copy_misaligned},
+                 {"phase", waits_for_the_wrong_phase}};
   for (const auto& [name, kernel] : kFaults) {
     if (fault != name) continue;
     if (fault == "missing_barrier" || fault == "overtaken") {
@@ -307,9 +456,12 @@ int main(int argc, char** argv) {
     }
     // The second order delays asynchronous copies until they are waited for.
     if (fault.starts_with("async")) simt::set_order(simt::Order::kBackward);
+    const unsigned cluster = fault.starts_with("cluster") ? 2 : 1;
+    const bool has_barriers = cluster == 2 || fault.starts_with("async_bulk") || fault == "phase";
+    const std::size_t bytes = has_barriers ? sizeof(ClusterMemory) : 64 * sizeof(int);
     std::vector<int> out(64, 0);
     int* const data = out.data();
-    simt::launch(reinterpret_cast<const void*>(kernel), 1, 64, 64 * sizeof(int),
+    simt::launch(reinterpret_cast<const void*>(kernel), cluster, 64, cluster, bytes,
                  [=, k = kernel] { k(data); });
     if (fault.starts_with("async") && out[0] == -1) {
       std::fprintf(stderr, "read %d before the copy was waited for\n", out[0]);

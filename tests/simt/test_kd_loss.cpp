@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cuda/kd_loss.h"
+#include "cuda/kd_loss_plan.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "reference.h"
@@ -606,6 +607,42 @@ std::vector<Case> kd_loss_cases() {
       add(c);
     }
   }
+  // Clusters: a ring shorter and longer than a row's slice, rows of every kind in turn through it,
+  // one block a row and eight, every alignment.
+  group = "clusters";
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const std::int64_t classes = type == DType::kFloat32 ? 8201 : 16403;
+    Case c = make(type, type, classes, kKinds);
+    c.device = 3;
+    c.selected = SelectedType::kFloat32;
+    add(c);
+    c.device = 4;
+    c.rows = 9;
+    add(c);
+    c.device = 0;  // few rows for many multiprocessors: eight blocks each
+    c.rows = 2;
+    c.offset = c.teacher_offset = c.gradient_offset = 3;
+    add(c);
+    c.device = 3;
+    c.rows = 5;
+    c.temperature = 2.5;
+    c.label_smoothing = 0.1;
+    c.student_padding = 8;
+    c.teacher_padding = 32;
+    c.grad_output = GradOutput::kPerRow;
+    c.reduction = Reduction::kNone;
+    add(c);
+    c.with_gradient = false;
+    add(c);
+    c.rows = 23;
+    c.mostly_ignored = true;
+    add(c);
+    // Past the shared memory of eight blocks: two passes.
+    Case longer = make(type, type, 48 * classes / 8, 1);
+    longer.device = 3;
+    longer.hard = false;
+    add(longer);
+  }
   // Rows further apart than 32 bits count.
   group = "far";
   for (const std::int64_t classes : {33, 200, 1030}) {
@@ -694,6 +731,35 @@ std::vector<Case> kd_loss_cases() {
     if (classes > 1024) variants(DType::kBFloat16, 1);
     if (classes == 200) variants(DType::kFloat16, 0);
   }
+  group = "flat";
+  // Tiles: several for a block, the last one cut, bases between 16-byte boundaries, teachers of the
+  // first rows only.
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const std::int64_t classes : {3, 10, 50, 100, 127}) {
+      for (const int device : {0, 2}) {
+        Case c = make(type, type, classes, 20001 / classes);
+        c.device = device;
+        c.offset = c.teacher_offset = c.gradient_offset = classes % 7;
+        c.selected = SelectedType::kBool;
+        add(c);
+        c.selected = SelectedType::kPrefix;
+        c.teacher_rows = c.rows / 3 + 1;
+        c.temperature = 2.5;
+        add(c);
+        c.with_gradient = false;
+        add(c);
+      }
+    }
+    for (const std::int64_t classes : {8, 16, 64, 128}) {  // rows of whole vectors
+      Case c = make(type, type, classes, 3 * kKinds);
+      c.device = 2;
+      add(c);
+      c.student_padding = c.teacher_padding = 8;
+      add(c);
+      c.student_padding = 3;
+      add(c);
+    }
+  }
   group = "counting";
   // The blocks share the counting of valid rows.
   for (const DType type : {DType::kFloat32, DType::kFloat64}) {
@@ -711,6 +777,68 @@ std::vector<Case> kd_loss_cases() {
     add(c);
   }
   return cases;
+}
+
+// The dispatch table's decisions, as docs/kernels.md tells them.
+std::size_t plan_cases() {
+  using lrds::cuda::DeviceFacts;
+  using lrds::cuda::Path;
+  using lrds::cuda::Plan;
+  const DeviceFacts h200{90, 132, 232448, 233472, 50 << 20};
+  const DeviceFacts a100{80, 108, 166912, 167936, 40 << 20};
+  alignas(16) static float memory[8];
+  const struct {
+    const DeviceFacts& device;
+    DType student, teacher;
+    std::int64_t rows, classes;
+    Path path;
+    int cluster;
+    unsigned grid;
+  } expected[] = {
+      {h200, DType::kFloat32, DType::kFloat32, 65536, 10, Path::kFlat, 0, 396},
+      {h200, DType::kFloat32, DType::kFloat32, 65536, 100, Path::kWarpShortVector, 0, 264},
+      {h200, DType::kBFloat16, DType::kBFloat16, 65536, 100, Path::kFlat, 0, 396},
+      {h200, DType::kFloat32, DType::kBFloat16, 65536, 100, Path::kWarpElement, 0, 264},
+      {h200, DType::kBFloat16, DType::kBFloat16, 65536, 1000, Path::kWarpVector, 0, 264},
+      {h200, DType::kFloat32, DType::kFloat32, 64, 1000, Path::kWarpVector, 0, 64},
+      {h200, DType::kFloat64, DType::kFloat64, 65536, 10, Path::kBlockElement, 0, 132 * 8},
+      {h200, DType::kBFloat16, DType::kBFloat16, 4096, 16384, Path::kBlockVector, 0, 264},
+      {h200, DType::kBFloat16, DType::kBFloat16, 16384, 21841, Path::kBulk, 1, 132},
+      {h200, DType::kFloat32, DType::kFloat32, 16384, 21841, Path::kBulk, 2, 132},
+      {h200, DType::kBFloat16, DType::kBFloat16, 8192, 128256, Path::kBulk, 4, 132},
+      {h200, DType::kBFloat16, DType::kBFloat16, 20, 128256, Path::kBulk, 4, 80},
+      {h200, DType::kBFloat16, DType::kBFloat16, 16, 128256, Path::kBulk, 8, 128},
+      {h200, DType::kFloat32, DType::kFloat32, 1, 21841, Path::kBulk, 8, 8},
+      {h200, DType::kBFloat16, DType::kBFloat16, 4096, 256000, Path::kBulk, 8, 128},
+      {h200, DType::kFloat32, DType::kFloat32, 4096, 256000, Path::kBlockVector, 0, 66},
+      {h200, DType::kFloat32, DType::kBFloat16, 4096, 128256, Path::kBlockElement, 0, 66},
+      {a100, DType::kBFloat16, DType::kBFloat16, 16384, 21841, Path::kBlockVector, 0, 108},
+      {a100, DType::kBFloat16, DType::kBFloat16, 8192, 128256, Path::kBlockVector, 0, 79},
+  };
+  std::size_t ran = 0;
+  for (const auto& e : expected) {
+    Case c;
+    c.group = "plan";
+    c.student = e.student;
+    c.teacher = e.teacher;
+    c.rows = e.rows;
+    c.classes = e.classes;
+    KdLossArgs args{};
+    args.rows = args.teacher_rows = e.rows;
+    args.classes = args.student_stride = args.teacher_stride = e.classes;
+    args.student = args.teacher = args.gradient = memory;
+    args.student_type = e.student;
+    args.teacher_type = e.teacher;
+    args.accumulate = e.student == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const Plan plan = lrds::cuda::plan_rows(args, e.device);
+    if (plan.path != e.path) {
+      report(c, "path", -1, -1, static_cast<int>(plan.path), static_cast<int>(e.path));
+    }
+    if (plan.cluster != e.cluster) report(c, "cluster", -1, -1, plan.cluster, e.cluster);
+    if (plan.grid != e.grid) report(c, "grid", -1, -1, plan.grid, e.grid);
+    ++ran;
+  }
+  return ran;
 }
 
 void run_scale(DType type, std::int64_t count, std::int64_t offset, std::int64_t out_offset,
@@ -806,6 +934,7 @@ int main(int argc, char** argv) {
   if (part == 0 && (only.empty() || only == "scale_gradient")) {
     ran["scale_gradient"] = scale_gradient_cases();
   }
+  if (part == 0 && (only.empty() || only == "plan")) ran["plan"] = plan_cases();
   std::size_t all = 0;
   for (const auto& [group, count] : ran) {
     std::printf("%s: %zu cases\n", group.c_str(), count);

@@ -10,7 +10,7 @@
 
 #define __launch_bounds__(...)
 #define __grid_constant__
-// Blocks run one at a time.
+// Blocks run one at a time. Kernels that run in clusters keep to dynamic_shared().
 #define __shared__ static
 
 using simt::blockDim;
@@ -101,19 +101,31 @@ struct dim3 {
   explicit dim3(unsigned x_) : x(x_) {}
 };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const std::tuple<std::remove_const_t<Parameters>...> parameters(arguments...);
+  const unsigned cluster = config->numAttrs > 0 ? config->attrs[0].val.clusterDim.x : 1;
   const bool started =
       simt::launch(reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
-                   config->dynamicSmemBytes, [&] { std::apply(kernel, parameters); });
+                   cluster, config->dynamicSmemBytes, [&] { std::apply(kernel, parameters); });
   return started ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
@@ -123,4 +135,14 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
   return simt::allow_shared(reinterpret_cast<const void*>(kernel), value) ? cudaSuccess
                                                                           : cudaErrorInvalidValue;
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = simt::device(simt::current_device()).compute_capability;
+  return cudaSuccess;
 }

@@ -21,6 +21,9 @@ using cudaStream_t = simtStream*;
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrL2CacheSize = 38,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
@@ -32,10 +35,27 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const simt::Device& facts = simt::device(device);
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? facts.multiprocessors
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? facts.shared_per_block
-                                                                  : facts.shared_per_multiprocessor;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = facts.multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = facts.l2_bytes;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = facts.compute_capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = facts.compute_capability % 10;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = facts.shared_per_multiprocessor;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = facts.shared_per_block;
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
 }
 
 inline cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes, cudaStream_t) {
