@@ -16,7 +16,7 @@ from lrds_fast import kd_loss_parts
 from lrds_fast.divergences import NAMES
 
 ran = 0
-for classes in (1, 10, 100, 200, 1000, 1001, 4097, 40000):
+for classes in (1, 10, 64, 100, 200, 1000, 1001, 4097, 40000, 300000):
     for student_dtype, teacher_dtype in (
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.bfloat16),
@@ -25,8 +25,10 @@ for classes in (1, 10, 100, 200, 1000, 1001, 4097, 40000):
     ):
         student, teacher, target = kd_cases.rows(7, classes, student_dtype, teacher_dtype, device="cuda")
         target[5] = -100
-        for layout in ("wide rows", "unaligned"):
-            z, v = kd_cases.strided(student, layout), kd_cases.strided(teacher, layout)
+        for layout in ("back to back", "wide rows", "unaligned"):
+            back_to_back = layout == "back to back"
+            z = student if back_to_back else kd_cases.strided(student, layout)
+            v = teacher if back_to_back else kd_cases.strided(teacher, layout)
             assert_matches_reference(kd_loss_parts, z, v, target)
             assert_matches_reference(kd_loss_parts, z, v, target, reduction="none", selected=target > classes // 2)
             ran += 2
@@ -36,6 +38,11 @@ for divergence in NAMES:
             rows = kd_cases.rows(5, classes, dtype, device="cuda")
             assert_matches_reference(kd_loss_parts, *rows, divergence=divergence)
             ran += 1
+# Several rows through each block's ring, and through each cluster's.
+for rows, classes in ((300, 21841), (100, 128256)):
+    student, teacher, target = kd_cases.rows(rows, classes, torch.bfloat16, device="cuda")
+    assert_matches_reference(kd_loss_parts, student, teacher, target, selected=target % 3 > 0)
+    ran += 1
 student, teacher, target = kd_cases.rows(6000, 10, device="cuda")  # enough rows for the shared count
 assert_matches_reference(kd_loss_parts, student, teacher, target)
 sys.stdout.write(f"{ran + 1} cases\n")

@@ -14,8 +14,8 @@ from lrds_fast.functional import kd_logit_gradient
 
 pytestmark = pytest.mark.gpu
 
-# Beyond the CPU's sizes: a row that fills shared memory, and one that no shared memory holds.
-CLASSES = (*kd_cases.CLASSES, 21841, 128256)
+# Beyond the CPU's sizes: a row for a block, one for a cluster, and one that no cluster's shared memory holds.
+CLASSES = (*kd_cases.CLASSES, 21841, 128256, 300000)
 
 
 @pytest.mark.parametrize("classes", CLASSES)
@@ -57,6 +57,20 @@ def test_many_rows(rows: int) -> None:
     assert_matches_reference(kd_loss_parts, student, teacher, target)
     assert_matches_reference(kd_loss_parts, student, teacher[: rows // 2], target)
     assert_matches_reference(kd_loss_parts, student, teacher, target.int(), num_valid=17.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "classes"), [(300, 21841), (100, 128256), (50, 213000)])
+def test_many_long_rows(rows: int, classes: int, dtype: torch.dtype) -> None:
+    """Several rows through each cluster's ring of tiles, some of them without teacher, some without student."""
+    student, teacher, target = kd_cases.rows(rows, classes, dtype, device="cuda")
+    selected = target % 3 > 0
+    target[::7] = -100
+    assert_matches_reference(kd_loss_parts, student, teacher, target, selected=selected)
+    first = kd_loss_parts(student, teacher, target, selected=selected, reduction="none").loss
+    for _ in range(3):
+        again = kd_loss_parts(student, teacher, target, selected=selected, reduction="none").loss
+        assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("rows", [0, 5])
