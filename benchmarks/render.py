@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_linear_kd_loss
+from benchmarks import bench_bandwidth, bench_linear_kd_loss
 from benchmarks.bench_kd_loss import Row, is_headline, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +106,22 @@ def page_linear_kd_loss(path: Path, out: Path) -> Path:
     return page
 
 
+def page_bandwidth(path: Path, out: Path) -> Path:
+    rows = read(path)
+    page = out / f"{path.stem}.md"
+    page.write_text(
+        f"# kd_loss, forward + backward, against memory bandwidth: {rows[0]['device']}\n\n"
+        "% of triad: the bytes that must move (read student, read teacher, write gradient) a second over those of\n"
+        "a = b + s * c in the same round. memory: what becomes of a gradient that is dropped. Returned to the\n"
+        "operating system, as glibc does with large blocks, the next one costs page faults; jemalloc, tcmalloc, or\n"
+        "glibc with `MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647` keep it for the\n"
+        "next step.\n\n"
+        f"{bench_bandwidth.table(rows)}\n",
+        encoding="utf-8",
+    )
+    return page
+
+
 def page_plain(path: Path, out: Path) -> Path:
     """Any other run, as it is stored."""
     rows = read(path)
@@ -128,6 +144,8 @@ def render(path: Path, out: Path) -> Path:
         return page_kd_loss(path, out)
     if path.stem.startswith("linear_kd_loss"):
         return page_linear_kd_loss(path, out)
+    if path.stem.startswith("bandwidth"):
+        return page_bandwidth(path, out)
     return page_plain(path, out)
 
 

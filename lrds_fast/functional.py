@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ class Hyperparameters(NamedTuple):
     revise: int
     reduction: int
     divergence: Divergence
+    divergence_parameters: list[float]
 
 
 def _check_number(name: str, value: object) -> None:
@@ -103,13 +105,28 @@ def check_hyperparameters(
         raise TypeError(f"standardize must be a bool; got {standardize!r}")
     if ce_weight_unselected is None:
         ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
+    resolved = resolve(divergence)
     return Hyperparameters(
         temperatures(temperature),
         ce_weight_unselected,
         _choice("revise", revise, REVISE),
         _choice("reduction", reduction, _REDUCTION),
-        resolve(divergence),
+        resolved,
+        resolved.parameters,
     )
+
+
+_checked_before = functools.lru_cache(maxsize=64, typed=True)(check_hyperparameters)
+
+
+def _check_once(**keywords: Any) -> Hyperparameters:
+    """check_hyperparameters, remembered: a training loop passes the same numbers at every step."""
+    if not torch.compiler.is_compiling():  # the compiler wants to see through, and runs this once anyway
+        try:
+            return _checked_before(**keywords)
+        except TypeError:
+            pass  # a mistake, which is told below; or a list of temperatures, which has no hash
+    return check_hyperparameters(**keywords)
 
 
 def _check_logits(name: str, logits: object) -> None:
@@ -308,7 +325,7 @@ def _call(
     weight_sum: Tensor | float | None,
     grad_scale: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checked = check_hyperparameters(
+    checked = _check_once(
         temperature=temperature,
         ce_weight=ce_weight,
         kd_weight=kd_weight,
@@ -367,7 +384,7 @@ def _call(
         checked.reduction,
         ignore_index,
         checked.divergence.code,
-        checked.divergence.parameters,
+        checked.divergence_parameters,
         standardize,
     )
     return outputs
@@ -618,7 +635,7 @@ def kd_logit_gradient(
         checked.reduction,
         -100,
         checked.divergence.code,
-        checked.divergence.parameters,
+        checked.divergence_parameters,
         standardize,
     )
     return gradient

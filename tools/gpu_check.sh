@@ -53,7 +53,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "gpu-check: compute-sanitizer was not found; its two checks did not run"
 fi
-for suite in kd_loss linear_kd_loss; do
+for suite in kd_loss linear_kd_loss bandwidth; do
   step "benchmarks: $suite" "$python" "benchmarks/bench_$suite.py" --device cuda --csv "$out/${suite}_cuda.csv"
 done
 echo "gpu-check: $failed step(s) failed; results in $out"

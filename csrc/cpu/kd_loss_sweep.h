@@ -114,9 +114,18 @@ struct Kept {
   float* v;
 };
 
+// What memory is asked for while a row's exponentials are computed: the row after it, and where its
+// gradient goes.
+template <class Z, class V>
+struct Ahead {
+  const Z* z;
+  const V* v;
+  Z* gradient;
+};
+
 // The sums of one row, with whichever terms its weights ask for: CE, KD.
 template <int P, bool CE, bool KD, class Z, class V>
-RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept) {
+RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, Ahead<Z, V> ahead) {
   // With both terms and an integer T one exponential serves both; otherwise the CE exponential is
   // its own.
   constexpr bool kSeparate = CE && KD && P == 0;
@@ -138,6 +147,9 @@ RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept) {
       const std::int64_t end = block + kBlock < classes ? block + kBlock : classes;
       Simd::V sum_z = Simd::set(0.0f), sum_zt = sum_z, sum_vt = sum_z, dot = sum_z;
       for_each_vector(block, end, [&](std::int64_t k, auto n) {
+        __builtin_prefetch(ahead.z + k);
+        if constexpr (KD) __builtin_prefetch(ahead.v + k);
+        if (ahead.gradient != nullptr) __builtin_prefetch(ahead.gradient + k, 1);
         const Simd::V dz = Simd::sub(load(z + k, n), max_z);
         const Simd::V ez = Simd::exp(Simd::mul(dz, inv_t));
         if constexpr (CE && KD) {
@@ -333,6 +345,27 @@ inline auto visit_terms(RowWeights<float> weights, WithTerms with_terms) {
   return with_terms(std::integral_constant<int, P>(), std::true_type(), std::true_type());
 }
 
+// What a row is, before its logits are read.
+struct Opened {
+  std::int64_t y = 0;
+  RowWeights<float> weights{};
+  int flags = 0;
+  RowError error{RowError::kNone, 0};
+};
+
+// A row past the end is one that reads nothing.
+inline Opened open_row(const KdLossArgs& args, const RowParams<float>& params, std::int64_t index,
+                       std::int64_t end) {
+  Opened row;
+  if (index >= end) return row;
+  float w;
+  row.error = lrds::cpu::read_row(args, index, &row.y, &w);
+  if (row.error.kind != RowError::kNone || row.y == args.ignore_index) return row;
+  row.weights = lrds::row_weights(params, w);
+  row.flags = lrds::kRowValid | (w > 0.0f ? lrds::kRowSelected : 0);
+  return row;
+}
+
 // Rows in groups whose exponentials stay in the first-level cache: the sums of each, then what they
 // do once in the lanes of a vector, then the gradient of each. Long rows are groups of one.
 template <int P, class Z, class V>
@@ -356,9 +389,12 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
   // needs of it is kept.
   float* const converted =
       classes <= lrds::cpu::detail::kScratchClasses ? scratch + 2 * group * padded : scratch;
+  const V* converted_row = nullptr;  // what teacher_row returns where it has converted
+  if constexpr (std::is_same_v<V, float>) converted_row = converted;
   const float* const grad_output = static_cast<const float*>(args.grad_output);
   PendingRow<Z, V> pending[kWidth];
 
+  Opened next = open_row(args, params, begin, end);
   for (std::int64_t first = begin; first < end; first += group) {
     const int count = static_cast<int>(group < end - first ? group : end - first);
     for (int lane = 0; lane < count; ++lane) {
@@ -367,16 +403,22 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
       row = {};
       row.z = static_cast<const Z*>(args.student) + index * args.student_stride;
       if (args.gradient != nullptr) row.gradient = static_cast<Z*>(args.gradient) + index * classes;
-      float w;
-      const RowError error = lrds::cpu::read_row(args, index, &row.y, &w);
-      if (error.kind != RowError::kNone) return error;
-      if (row.y == args.ignore_index) continue;
-      row.weights = lrds::row_weights(params, w);
-      row.flags = lrds::kRowValid | (w > 0.0f ? lrds::kRowSelected : 0);
+      const Opened opened = next;
+      if (opened.error.kind != RowError::kNone) return opened.error;
+      next = open_row(args, params, index + 1, end);
+      row.y = opened.y;
+      row.weights = opened.weights;
+      row.flags = opened.flags;
       if (!row.is_read()) continue;
       if (row.weights.kd != 0.0f) row.v = teacher_row<V>(args, index, converted);
+      // What is not needed is asked for where it is in cache already.
+      Ahead<Z, V> ahead{row.z, row.v, row.gradient};
+      if (next.weights.ce != 0.0f || next.weights.kd != 0.0f) ahead.z += args.student_stride;
+      if (next.weights.kd != 0.0f && row.v != nullptr && row.v != converted_row) {
+        ahead.v += args.teacher_stride;
+      }
       row.stats = visit_terms<P>(row.weights, [&](auto p, auto ce, auto kd) {
-        return sum_row<p(), ce(), kd(), Z, V>(hyper, row.z, row.v, kept_of(lane));
+        return sum_row<p(), ce(), kd(), Z, V>(hyper, row.z, row.v, kept_of(lane), ahead);
       });
       row.z_y = lrds::cpu::to_float(row.z[row.y]);
       if (row.v != nullptr) row.v_y = lrds::cpu::to_float(row.v[row.y]);

@@ -1,5 +1,6 @@
 // Tensors in, plain structs out: checks, allocation, devices, the operator schemas and their
 // autograd.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -333,6 +334,12 @@ Call make_call(const Problem& problem) {
   return call;
 }
 
+// at::empty without the operator call, which on the CPU costs more than the allocation.
+Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  if (options.device().is_cpu()) return Tensor(at::detail::empty_cpu(sizes, options));
+  return at::empty(sizes, options);
+}
+
 // A fresh gradient of many megabytes costs a page fault per 4 KiB, several times the sweep itself;
 // huge pages cost one per 2 MiB. Advice only: whatever the kernel answers, the memory is usable.
 void advise_huge_pages(const Tensor& tensor) {
@@ -347,7 +354,7 @@ void advise_huge_pages(const Tensor& tensor) {
 }
 
 void set_gradient(Call& call, const Tensor& student) {
-  call.gradient = at::empty(student.sizes(), student.options());
+  call.gradient = fresh(student.sizes(), student.options());
   if (student.device().is_cpu()) advise_huge_pages(call.gradient);
   call.args.gradient = call.gradient.mutable_data_ptr();
 }
@@ -451,17 +458,18 @@ Loss run_for_loss(Call& call, const Problem& problem, Run run) {
   KdLossArgs& args = call.args;
   const at::TensorOptions accumulate = problem.student.options().dtype(call.accumulate);
   const auto rows = problem.student.sizes().slice(0, problem.student.dim() - 1);
-  const Tensor ce_rows = at::empty(rows, accumulate);
-  const Tensor kd_rows = at::empty(rows, accumulate);
-  const Tensor flags = at::empty({args.rows}, accumulate.dtype(at::kByte));
-  const Tensor counts = at::empty({3}, accumulate.dtype(at::kLong));
   const bool per_row = args.reduction == Reduction::kNone;
-  const Tensor loss = per_row ? at::empty(rows, accumulate) : at::empty({}, accumulate);
-  const Tensor ce = per_row ? ce_rows : at::empty({}, accumulate);
-  const Tensor kd = per_row ? kd_rows : at::empty({}, accumulate);
-  args.ce = ce_rows.mutable_data_ptr();
-  args.kd = kd_rows.mutable_data_ptr();
-  args.flags = flags.mutable_data_ptr<std::uint8_t>();
+  const auto output = [&] { return per_row ? fresh(rows, accumulate) : fresh({}, accumulate); };
+  const Tensor loss = output(), ce = output(), kd = output();
+  const Tensor counts = fresh({3}, accumulate.dtype(at::kLong));
+  // Rows' terms that are no outputs, and flags, in one piece.
+  const auto term_bytes =
+      per_row ? 0 : args.rows * static_cast<std::int64_t>(elementSize(call.accumulate));
+  const Tensor terms = fresh({2 * term_bytes + args.rows}, accumulate.dtype(at::kByte));
+  std::uint8_t* const bytes = terms.mutable_data_ptr<std::uint8_t>();
+  args.ce = per_row ? ce.mutable_data_ptr() : bytes;
+  args.kd = per_row ? kd.mutable_data_ptr() : bytes + term_bytes;
+  args.flags = bytes + 2 * term_bytes;
   args.loss = loss.mutable_data_ptr();
   args.loss_ce = ce.mutable_data_ptr();
   args.loss_kd = kd.mutable_data_ptr();
@@ -477,7 +485,7 @@ struct Kernels {
     static Forward forward(P... parameters, bool with_gradient) {
       const Problem problem(parameters...);
       Call call = make_call(problem);
-      Tensor gradient = at::empty({0}, problem.student.options());
+      Tensor gradient = with_gradient ? Tensor() : fresh({0}, problem.student.options());
       if (with_gradient) {
         set_gradient(call, problem.student);
         gradient = call.gradient;
@@ -742,12 +750,15 @@ struct KdLossOp {
       return lrds::without_gradient(problem);
     }
     // Nothing but the student gets a gradient: detached, the rest are no inputs of the graph.
-    problem.teacher = problem.teacher.detach();
-    problem.target = problem.target.detach();
+    const auto detach = [](Tensor& tensor) {
+      if (tensor.requires_grad()) tensor = tensor.detach();
+    };
+    detach(problem.teacher);
+    detach(problem.target);
     for (OptionalTensor* const tensor :
          {&problem.selected, &problem.class_weight, &problem.teacher_logsumexp, &problem.num_valid,
           &problem.weight_sum, &problem.grad_scale}) {
-      if (tensor->has_value()) *tensor = (*tensor)->detach();
+      if (tensor->has_value()) detach(**tensor);
     }
     const Tensor student = problem.student;
     auto outputs = KdLossFunction::apply(student, problem);
