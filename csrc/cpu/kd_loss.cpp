@@ -108,8 +108,7 @@ std::size_t kd_loss_scratch_bytes(const KdLossArgs& args) {
            static_cast<std::size_t>(detail::family_padded(args.classes)) *
            (wide ? sizeof(double) : sizeof(float));
   }
-  const std::int64_t kept =
-      args.classes <= detail::kScratchClasses ? 2 * detail::group_rows(args.classes) : 0;
+  const std::int64_t kept = 2 * detail::group_rows(args.classes);
   const std::int64_t converted = args.teacher_type != args.student_type ? 1 : 0;
   return static_cast<std::size_t>((kept + converted) * detail::scratch_padded(args.classes)) *
          sizeof(float);

@@ -54,9 +54,6 @@ RowError kd_loss_rows_avx512_bf16(const KdLossArgs& args, double gradient_scale,
                                   std::int64_t end, void* scratch);
 // Rows up to this long are swept a vector of rows at a time (kd_loss_short.h).
 constexpr std::int64_t kShortClasses = 48;
-// Rows longer than this recompute their exponentials for the gradient instead of keeping them in
-// scratch.
-constexpr std::int64_t kScratchClasses = 32768;
 // Scratch: exponentials of z and v, a converted teacher row, and one vector of slack each.
 constexpr std::int64_t kScratchSlack = 64;
 // What the exponentials of a group of rows may take of the first-level cache.

@@ -108,7 +108,7 @@ struct Hyper {
   std::int64_t classes;
 };
 
-// Where a row's exponentials are kept for its gradient; null where it computes them twice.
+// Where a row's exponentials are kept for its gradient; null where it has none.
 struct Kept {
   float* z;
   float* v;
@@ -188,46 +188,30 @@ struct RowGradient {
   float shift_z, shift_v;
 };
 
-// dL/dz of one row; v is read only where nothing is kept.
-template <int P, bool CE, bool KD, class Z, class V>
-void write_row(const Hyper& hyper, const Z* z, const V* v, std::int64_t y, Kept kept,
-               const RowGradient& row, Z* gradient) {
+// dL/dz of one row.
+template <int P, bool CE, bool KD, class Z>
+void write_row(const Hyper& hyper, const Z* z, std::int64_t y, Kept kept, const RowGradient& row,
+               Z* gradient) {
   constexpr bool kSeparate = CE && KD && P == 0;
   constexpr int kPower = P == 0 ? 1 : P;
-  const Simd::V inv_t = Simd::set(KD ? hyper.inv_t : 1.0f);
-  const Simd::V shift_z = Simd::set(row.shift_z), shift_v = Simd::set(row.shift_v);
+  const Simd::V shift_z = Simd::set(row.shift_z);
   const Simd::V on_z = Simd::set(row.on_z), on_zt = Simd::set(row.on_zt),
                 on_vt = Simd::set(row.on_vt), smoothing = Simd::set(row.smoothing);
-  const auto gradients = [&](auto keep_constant) {
-    constexpr bool kKeep = decltype(keep_constant)::value;
-    for_each_vector(0, hyper.classes, [&](std::int64_t k, auto n) {
-      Simd::V dz{}, ez, ez1{}, ev{};
-      if constexpr (!kKeep || kSeparate) dz = Simd::sub(load(z + k, n), shift_z);
-      if constexpr (kKeep) {
-        ez = Simd::load(kept.z + k);
-        if constexpr (KD) ev = Simd::load(kept.v + k);
-      } else {
-        ez = Simd::exp(Simd::mul(dz, inv_t));
-        if constexpr (KD) ev = Simd::exp(Simd::mul(Simd::sub(load(v + k, n), shift_v), inv_t));
-      }
-      if constexpr (CE && KD) ez1 = kSeparate ? Simd::exp(dz) : power<kPower>(ez);
-      Simd::V g;
-      if constexpr (CE && KD) {
-        g = Simd::fma(on_zt, ez, Simd::sub(Simd::mul(on_z, ez1), smoothing));
-      } else if constexpr (CE) {
-        g = Simd::sub(Simd::mul(on_z, ez), smoothing);
-      } else {
-        g = Simd::mul(on_zt, ez);
-      }
-      if constexpr (KD) g = Simd::fnma(on_vt, ev, g);
-      store(gradient + k, g, n);
-    });
-  };
-  if (kept.z != nullptr) {
-    gradients(std::true_type());
-  } else {
-    gradients(std::false_type());
-  }
+  for_each_vector(0, hyper.classes, [&](std::int64_t k, auto n) {
+    const Simd::V ez = Simd::load(kept.z + k);
+    Simd::V g;
+    if constexpr (CE && KD) {
+      const Simd::V ez1 =
+          kSeparate ? Simd::exp(Simd::sub(load(z + k, n), shift_z)) : power<kPower>(ez);
+      g = Simd::fma(on_zt, ez, Simd::sub(Simd::mul(on_z, ez1), smoothing));
+    } else if constexpr (CE) {
+      g = Simd::sub(Simd::mul(on_z, ez), smoothing);
+    } else {
+      g = Simd::mul(on_zt, ez);
+    }
+    if constexpr (KD) g = Simd::fnma(on_vt, Simd::load(kept.v + k), g);
+    store(gradient + k, g, n);
+  });
   // The target's own element was formed in float and is rounded once.
   lrds::cpu::from_float(row.at_target, gradient + y);
 }
@@ -380,15 +364,14 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
   const std::int64_t padded = lrds::cpu::detail::scratch_padded(classes);
   const std::int64_t fit = lrds::cpu::detail::group_rows(classes);
   const std::int64_t group = fit < kWidth ? fit : kWidth;
-  const bool keeps = args.gradient != nullptr && classes <= lrds::cpu::detail::kScratchClasses;
+  const bool keeps = args.gradient != nullptr;
   const auto kept_of = [&](std::int64_t lane) {
     return keeps ? Kept{scratch + 2 * lane * padded, scratch + (2 * lane + 1) * padded}
                  : Kept{nullptr, nullptr};
   };
   // A teacher of another type, as float. One row: where a group has several, what the gradient
   // needs of it is kept.
-  float* const converted =
-      classes <= lrds::cpu::detail::kScratchClasses ? scratch + 2 * group * padded : scratch;
+  float* const converted = scratch + 2 * group * padded;
   const V* converted_row = nullptr;  // what teacher_row returns where it has converted
   if constexpr (std::is_same_v<V, float>) converted_row = converted;
   const float* const grad_output = static_cast<const float*>(args.grad_output);
@@ -445,8 +428,7 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
         continue;
       }
       visit_terms<P>(row.weights, [&](auto p, auto ce, auto kd) {
-        write_row<p(), ce(), kd(), Z, V>(hyper, row.z, row.v, row.y, kept_of(lane), row.made,
-                                         row.gradient);
+        write_row<p(), ce(), kd(), Z>(hyper, row.z, row.y, kept_of(lane), row.made, row.gradient);
       });
     }
   }
