@@ -247,6 +247,25 @@ def test_the_first_bad_row_is_named_whatever_the_threads() -> None:
         torch.set_num_threads(threads)
 
 
+def test_what_was_right_before_excuses_nothing() -> None:
+    """Checked numbers are remembered; an equal value of another type, or another value, is a mistake all the same."""
+    given = arguments()
+    for _ in range(2):
+        kd_loss(**given, ce_weight=1.0, ignore_index=1, standardize=True)
+        for name, wrong in (("ce_weight", True), ("ignore_index", True), ("ignore_index", 1.0), ("standardize", 1)):
+            with pytest.raises(TypeError, match=name):
+                kd_loss(**given, **({"ce_weight": 1.0, "ignore_index": 1, "standardize": True} | {name: wrong}))
+        with pytest.raises(ValueError, match="ce_weight"):
+            kd_loss(**given, ce_weight=-1.0)
+    several = [kd_loss(**given, temperature=t) for t in ([2.0, 4.0], (2.0, 4.0))]
+    assert (
+        several[0]
+        == several[1]
+        == kd_loss(**given, temperature=2.0)
+        + kd_loss(**given, temperature=4.0, ce_weight=0.0, ce_weight_unselected=1.0)
+    )
+
+
 def test_accepted() -> None:
     """Legal values that a stricter reading might refuse."""
     given = arguments()
