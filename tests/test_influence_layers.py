@@ -15,7 +15,7 @@ CLASSES = 5
 
 
 class Head(nn.Module):
-    """A body, pooled over everything but samples and channels, and a linear head; the body's output changed in place."""
+    """A body whose output is changed in place, pooled over all but samples and channels, and a linear head."""
 
     def __init__(self, body: nn.Module, width: int, channels_last: bool = False) -> None:
         super().__init__()

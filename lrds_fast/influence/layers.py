@@ -1,8 +1,9 @@
 """Per-sample gradients of a model's layers, as the short factors that backpropagation leaves behind.
 
-A linear layer that sample i meets at T positions has the gradient sum_t d_it (outer) a_it, d_it the gradient of its loss in the layer's
-output and a_it the layer's input (with a 1 for the bias): T pairs of short vectors, never the O x I matrix. Convolutions are linear layers
-over unfolded patches, one per group. What is called several times (shared modules) has the positions of all its calls.
+A linear layer that sample i meets at T positions has the gradient sum_t d_it (outer) a_it, d_it the gradient of its
+loss in the layer's output and a_it the layer's input (with a 1 for the bias): T pairs of short vectors, never the O x I
+matrix. Convolutions are linear layers over unfolded patches, one per group. What is called several times (shared
+modules) has the positions of all its calls.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def sample_gradients(
             call = _Call(arguments[0].detach().clone(), [])
             calls[name].append(call)
             # On the tensor of this moment: what an in-place operation makes of it later has another gradient.
-            output.register_hook(call.delta.append)
+            output.register_hook(call.delta.append)  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -204,8 +205,8 @@ def _joined(parts: Sequence[SampleGradients]) -> SampleGradients:
         return Outer(torch.cat([p.inputs for p in outer], dim=2), torch.cat([p.deltas for p in outer], dim=2))
     if isinstance(first, Lookup):
         lookup = [part for part in parts if isinstance(part, Lookup)]
-        indices, deltas = (torch.cat(list(both), dim=1) for both in zip(*((p.indices, p.deltas) for p in lookup)))
-        return Lookup(indices, deltas, first.size)
+        indices = torch.cat([p.indices for p in lookup], dim=1)
+        return Lookup(indices, torch.cat([p.deltas for p in lookup], dim=1), first.size)
     return Direct(torch.stack([part.dense() for part in parts]).sum(dim=0))
 
 
