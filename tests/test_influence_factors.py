@@ -29,8 +29,8 @@ def model_and_batches() -> tuple[nn.Module, list[Tensor]]:
     return model.double().eval(), [torch.randn(n, 4, 3, 3, dtype=torch.float64) for n in (5, 8, 4)]
 
 
-def distillation_terms(logits: Tensor) -> list[tuple[Tensor, float]]:
-    weight = torch.linspace(0.2, 1.0, len(logits), dtype=logits.dtype)
+def distillation_terms(logits: Tensor, start: int = 0) -> list[tuple[Tensor, float]]:
+    weight = 0.2 + 0.04 * torch.arange(start, start + len(logits)).to(logits)
     return [(weight, 1.0), (1.0 - weight / 2, 3.0)]
 
 
@@ -68,13 +68,15 @@ def test_factors_by_definition() -> None:
     model, batches = model_and_batches()
     fitted = {c: fit_factors(model, batches, curvature=c, labels="all", terms=distillation_terms) for c in CURVATURES}
     x = torch.cat(batches)
-    # The terms' weights are by position in a batch.
     sums: dict[str, Tensor] = {}
     a: dict[str, Tensor] = {}
     g: dict[str, Tensor] = {}
+    start = 0
     for batch in batches:
-        generator = torch.Generator()
-        for draw, delta in enumerate(fisher_gradients(model(batch).detach(), distillation_terms, "all", generator)):
+        logits = model(batch).detach()
+        terms = distillation_terms(logits, start)
+        start += len(batch)
+        for draw, delta in enumerate(fisher_gradients(logits, terms, "all", torch.Generator())):
             _, found = sample_gradients(model, batch, lambda _, d=delta: d)  # type: ignore[misc]
             for name, gradients in found.items():
                 block = fitted["ekfac"].blocks[name]
@@ -140,7 +142,7 @@ def test_fisher_gradients_add_up_to_the_hessian_of_the_logits(labels: int | str)
     torch.manual_seed(0)
     logits = torch.randn(2, CLASSES, dtype=torch.float64)
     total = torch.zeros(2, CLASSES, CLASSES, dtype=torch.float64)
-    for delta in fisher_gradients(logits, distillation_terms, labels, torch.Generator().manual_seed(0)):
+    for delta in fisher_gradients(logits, distillation_terms(logits), labels, torch.Generator().manual_seed(0)):
         total += delta[:, :, None] * delta[:, None, :]
     expected = torch.zeros_like(total)
     for weight, temperature in distillation_terms(logits):
@@ -161,4 +163,4 @@ def test_mistakes_are_named() -> None:
             fit_factors(model, batches, **keywords)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batches held no samples"):
         fit_factors(model, [])
-    assert cross_entropy_terms(torch.zeros(3, 2))[0][1] == 1.0
+    assert cross_entropy_terms(torch.zeros(3, 2), 0)[0][1] == 1.0

@@ -1,9 +1,10 @@
-"""Curvature of a whole model, one block per layer: fitted in two passes over the data, inverted in its eigenbasis.
+"""Curvature of a whole model, a block per layer: fitted in two passes over the data, inverted in its eigenbasis.
 
 For a layer whose sample gradients are G_i = sum_t d_it (outer) a_it, with d from labels that the model itself would give:
 
-    A = mean_i sum_t a_it a_it^T = Qa diag(a) Qa^T          G = mean_i mean_t d_it d_it^T = Qg diag(g) Qg^T
-    K-FAC: H = (Qg (x) Qa) diag(g (outer) a) (Qg (x) Qa)^T   EK-FAC: Lambda = mean_i (Qg^T G_i Qa)^2 in place of g (outer) a
+    A = mean_i sum_t a_it a_it^T = Qa diag(a) Qa^T         G = mean_i mean_t d_it d_it^T = Qg diag(g) Qg^T
+    K-FAC: H = (Qg (x) Qa) diag(g (outer) a) (Qg (x) Qa)^T
+    EK-FAC: the same with Lambda = mean_i (Qg^T G_i Qa)^2 in place of g (outer) a
 
 Grouped convolutions have one such block per group. Layers with one parameter per channel (normalisation) and embedding
 tables have the diagonal of the same Fisher matrix. Factors are accumulated and inverted in float64.
@@ -23,11 +24,12 @@ from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, samp
 CURVATURES = ("identity", "kfac", "ekfac")
 """What a whole model's blocks can be; "exact" is for a last layer (curvature.py)."""
 
-Terms = Callable[[Tensor], Sequence[tuple[Tensor, float]]]
-"""From logits (B, C) to the objective's terms: weights (B,) >= 0 of J(softmax(z / T)), and T."""
+Terms = Callable[[Tensor, int], Sequence[tuple[Tensor, float]]]
+"""From logits (B, C) and the place of their first sample in the data to the objective's terms: weights (B,) >= 0 of
+J(softmax(z / T)), and T."""
 
 
-def cross_entropy_terms(logits: Tensor) -> list[tuple[Tensor, float]]:
+def cross_entropy_terms(logits: Tensor, start: int) -> list[tuple[Tensor, float]]:
     """The label's cross-entropy alone, weight 1."""
     return [(logits.new_ones(len(logits)), 1.0)]
 
@@ -38,7 +40,7 @@ def fisher_gradients(logits: Tensor, terms: Terms, labels: int | str, generator:
     labels: "all" takes every class with its probability, C backward passes a term and exact; a number takes as many
     draws from the model's own distribution.
     """
-    for weight, temperature in terms(logits):
+    for weight, temperature in terms:
         q = torch.softmax(logits / temperature, dim=1)
         scale = weight.sqrt()[:, None]
         if labels == "all":
@@ -55,7 +57,7 @@ def fisher_gradients(logits: Tensor, terms: Terms, labels: int | str, generator:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: eigenvalues (G, O, I) in the basis qg (G, O, O), qa (G, I, I); or (P,) on the parameters themselves."""
+    """A layer: eigenvalues (G, O, I) in the basis qg (G, O, O), qa (G, I, I), or (P,) on the parameters themselves."""
 
     eigenvalues: Tensor
     qg: Tensor | None = None
@@ -146,10 +148,13 @@ def fit_factors(
     def passes() -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
         """(samples of the batch where a new one begins, else 0; sample gradients of one draw)."""
         generator = torch.Generator().manual_seed(seed)
+        start = 0
         for x in batches:
             with torch.no_grad():
                 logits = model(x)
-            for draw, delta in enumerate(fisher_gradients(logits, terms, labels, generator)):
+            drawn = fisher_gradients(logits, terms(logits, start), labels, generator)
+            start += len(x)
+            for draw, delta in enumerate(drawn):
                 yield len(x) if draw == 0 else 0, sample_gradients(model, x, lambda _, d=delta: d, names)[1]  # type: ignore[misc]
 
     a: dict[str, Tensor] = {}
