@@ -182,6 +182,14 @@ def test_mistakes_are_named() -> None:
         layer_names(nn.ReLU())
     with pytest.raises(ValueError, match=r"nn\.Linear layer; this one has none"):
         layer_names(nn.Conv2d(1, 1, 1), "last")
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="'0' is frozen in part"):
+        layer_names(model)
+    model[0].bias.requires_grad_(True)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="'1' and '0' share a parameter"):
+        layer_names(tied)
     model[1].train()
     with pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) is in training mode"):
         sample_gradients(model, x, gradient)

@@ -1,6 +1,6 @@
-"""Curvature of a whole model, a block per layer: fitted in two passes over the data, inverted in its eigenbasis.
+"""Curvature of a whole model, a block per layer: fitted in two passes over data, inverted in its eigenbasis.
 
-For a layer whose sample gradients are G_i = sum_t d_it (outer) a_it, with d from labels that the model itself would give:
+For a layer whose sample gradients are G_i = sum_t d_it (outer) a_it, d from labels that the model itself would give:
 
     A = mean_i sum_t a_it a_it^T = Qa diag(a) Qa^T         G = mean_i mean_t d_it d_it^T = Qg diag(g) Qg^T
     K-FAC: H = (Qg (x) Qa) diag(g (outer) a) (Qg (x) Qa)^T
@@ -34,7 +34,9 @@ def cross_entropy_terms(logits: Tensor, start: int) -> list[tuple[Tensor, float]
     return [(logits.new_ones(len(logits)), 1.0)]
 
 
-def fisher_gradients(logits: Tensor, terms: Terms, labels: int | str, generator: torch.Generator) -> Iterator[Tensor]:
+def fisher_gradients(
+    logits: Tensor, terms: Sequence[tuple[Tensor, float]], labels: int | str, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Logit gradients (B, C) whose outer products add up to sum_t w_t J(softmax(z / T_t)), on average over draws.
 
     labels: "all" takes every class with its probability, C backward passes a term and exact; a number takes as many

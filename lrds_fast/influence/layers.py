@@ -131,6 +131,15 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all") -> list[s
             )
     if not names:
         raise ValueError("layers: the model has no trainable parameters")
+    owner: dict[int, str] = {}
+    for name in names:
+        own = list(modules[name].parameters(recurse=False))
+        if not all(p.requires_grad for p in own):
+            raise ValueError(f"layers: {name!r} is frozen in part; freeze all of its parameters, or none")
+        for parameter in own:
+            other = owner.setdefault(id(parameter), name)
+            if other != name:
+                raise ValueError(f"layers: {name!r} and {other!r} share a parameter; name only one of them")
     return names
 
 
