@@ -5,6 +5,8 @@
                                          val_features=hv, val_logits=zv, val_target=yv)
     scores["kd_gain"]          # (N,), negative = the teacher helps on this sample
 
+    scores = influence.score(student, teacher, train_data, val_data)       # the same over all layers, from the models
+
 Definitions, formulas and measurements: docs/influence.md.
 """
 
@@ -13,5 +15,6 @@ from __future__ import annotations
 from lrds_fast.influence.curvature import CURVATURES
 from lrds_fast.influence.last_layer import HESSIANS, last_layer_scores
 from lrds_fast.influence.scores import SCORES, Scores
+from lrds_fast.influence.whole import score
 
-__all__ = ["CURVATURES", "HESSIANS", "SCORES", "Scores", "last_layer_scores"]
+__all__ = ["CURVATURES", "HESSIANS", "SCORES", "Scores", "last_layer_scores", "score"]

@@ -285,8 +285,8 @@ def _pseudo_inverse(values: Tensor, damping: float, size: int) -> Tensor:
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (clamped at 0) and eigenvectors of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    """Eigenvalues (clamped at 0) and eigenvectors of positive semi-definite matrices (..., n, n)."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values.clamp_min(0.0), vectors
 
 

@@ -1,0 +1,205 @@
+"""Curvature of a whole model, a block per layer: fitted in two passes over data, inverted in its eigenbasis.
+
+For a layer whose sample gradients are G_i = sum_t d_it (outer) a_it, d from labels that the model itself would give:
+
+    A = mean_i sum_t a_it a_it^T = Qa diag(a) Qa^T         G = mean_i mean_t d_it d_it^T = Qg diag(g) Qg^T
+    K-FAC: H = (Qg (x) Qa) diag(g (outer) a) (Qg (x) Qa)^T
+    EK-FAC: the same with Lambda = mean_i (Qg^T G_i Qa)^2 in place of g (outer) a
+
+Grouped convolutions have one such block per group. Layers with one parameter per channel (normalisation) and embedding
+tables have the diagonal of the same Fisher matrix. Factors are accumulated and inverted in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lrds_fast.influence.curvature import _eigh, _pseudo_inverse
+from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, sample_gradients
+
+CURVATURES = ("identity", "kfac", "ekfac")
+"""What a whole model's blocks can be; "exact" is for a last layer (curvature.py)."""
+
+Terms = Callable[[Tensor, int], Sequence[tuple[Tensor, float]]]
+"""From logits (B, C) and the place of their first sample in the data to the objective's terms: weights (B,) >= 0 of
+J(softmax(z / T)), and T."""
+
+
+def cross_entropy_terms(logits: Tensor, start: int) -> list[tuple[Tensor, float]]:
+    """The label's cross-entropy alone, weight 1."""
+    return [(logits.new_ones(len(logits)), 1.0)]
+
+
+def fisher_gradients(
+    logits: Tensor, terms: Sequence[tuple[Tensor, float]], labels: int | str, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Logit gradients (B, C) whose outer products add up to sum_t w_t J(softmax(z / T_t)), on average over draws.
+
+    labels: "all" takes every class with its probability, C backward passes a term and exact; a number takes as many
+    draws from the model's own distribution.
+    """
+    for weight, temperature in terms:
+        q = torch.softmax(logits / temperature, dim=1)
+        scale = weight.sqrt()[:, None]
+        if labels == "all":
+            for k in range(q.shape[1]):
+                hot = torch.zeros_like(q)
+                hot[:, k] = 1.0
+                yield scale * q[:, k : k + 1].sqrt() * (q - hot)
+            continue
+        count = int(labels)
+        for _ in range(count):
+            drawn = torch.multinomial(q.double().cpu(), 1, generator=generator).to(q.device)
+            yield scale / count**0.5 * (q - torch.zeros_like(q).scatter_(1, drawn, 1.0))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer: eigenvalues (G, O, I) in the basis qg (G, O, O), qa (G, I, I), or (P,) on the parameters themselves."""
+
+    eigenvalues: Tensor
+    qg: Tensor | None = None
+    qa: Tensor | None = None
+
+    def mean(self) -> float:
+        return float(self.eigenvalues.mean())
+
+    def rotate(self, gradients: SampleGradients) -> Tensor:
+        """(B, *eigenvalues.shape): sample gradients in the block's basis."""
+        if self.qg is None or self.qa is None or not isinstance(gradients, Outer):
+            return gradients.dense().to(self.eigenvalues).reshape(-1, *self.eigenvalues.shape)
+        v = gradients.inputs.to(self.qa) @ self.qa
+        u = gradients.deltas.to(self.qg) @ self.qg
+        return u.transpose(2, 3) @ v
+
+    def quadratic(self, gradients: SampleGradients, weight: Tensor) -> Tensor:
+        """(B,) sum over the block of weight * rotated^2."""
+        if self.qg is not None and self.qa is not None and isinstance(gradients, Outer):
+            v = gradients.inputs.to(self.qa) @ self.qa
+            u = gradients.deltas.to(self.qg) @ self.qg
+            if v.shape[2] == 1:  # one position: two products and a row-dot, no O x I tile
+                return ((u.square() @ weight) * v.square()).sum(dim=(1, 2, 3))
+            return ((u.transpose(2, 3) @ v).square_() * weight).sum(dim=(1, 2, 3))
+        return (self.rotate(gradients).square() * weight).flatten(1).sum(dim=1)
+
+    def solve(self, gradient: Tensor, inverse: Tensor) -> Tensor:
+        """H^-1 of one flattened gradient (P,)."""
+        tile = gradient.to(self.eigenvalues).reshape(self.eigenvalues.shape)
+        if self.qg is None or self.qa is None:
+            return (tile * inverse).flatten()
+        rotated = self.qg.transpose(1, 2) @ tile @ self.qa
+        return (self.qg @ (rotated * inverse) @ self.qa.transpose(1, 2)).flatten()
+
+
+class Factors:
+    """The damped curvature of a model's layers and its inverse.
+
+    blocks: by layer name. damping: by layer name, what was added to every eigenvalue.
+    """
+
+    def __init__(self, curvature: str, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
+        self.curvature, self.blocks, self.damping = curvature, dict(blocks), dict(damping)
+        self._inverse = {
+            name: _pseudo_inverse(
+                block.eigenvalues + self.damping[name], self.damping[name], max(block.eigenvalues.shape)
+            )
+            for name, block in self.blocks.items()
+        }
+
+    def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """H^-1 g, layer by layer: flattened gradients (P,) in a SampleGradients' order in, float64 out."""
+        return {name: block.solve(gradient[name], self._inverse[name]) for name, block in self.blocks.items()}
+
+    def quadratic(self, gradients: Mapping[str, SampleGradients], power: int = 1) -> Tensor:
+        """(B,) g_i^T H^-power g_i, added over the layers. power: 1 (self_influence) or 2 (param_shift squared)."""
+        parts = [
+            block.quadratic(gradients[name], self._inverse[name].pow(power)) for name, block in self.blocks.items()
+        ]
+        return torch.stack(parts).sum(dim=0)
+
+
+def fit_factors(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    layers: str | Sequence[str] = "all",
+    curvature: str = "ekfac",
+    terms: Terms = cross_entropy_terms,
+    labels: int | str = 1,
+    damping: float | None = None,
+    damping_scale: float = 0.1,
+    seed: int = 0,
+) -> Factors:
+    """Fits a model's curvature, block by block.
+
+    model: in eval mode. batches: inputs (B, ...), iterated once for "kfac" and twice for "ekfac". layers: as
+    layers.layer_names takes them. terms: the objective's. labels: as fisher_gradients takes them, drawn from `seed`.
+    damping: >= 0, added to every eigenvalue of every layer; None: damping_scale times each layer's mean eigenvalue.
+    Raises ValueError for an unknown curvature, no samples, or what sample_gradients refuses.
+    """
+    if curvature not in CURVATURES:
+        raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}; got {curvature!r}")
+    if labels != "all" and not (isinstance(labels, int) and labels >= 1):
+        raise ValueError(f"labels must be 'all' or a number of draws >= 1; got {labels!r}")
+    names = layer_names(model, layers)
+
+    def passes() -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
+        """(samples of the batch where a new one begins, else 0; sample gradients of one draw)."""
+        generator = torch.Generator().manual_seed(seed)
+        start = 0
+        for x in batches:
+            with torch.no_grad():
+                logits = model(x)
+            drawn = fisher_gradients(logits, terms(logits, start), labels, generator)
+            start += len(x)
+            for draw, delta in enumerate(drawn):
+                yield len(x) if draw == 0 else 0, sample_gradients(model, x, lambda _, d=delta: d, names)[1]  # type: ignore[misc]
+
+    a: dict[str, Tensor] = {}
+    g: dict[str, Tensor] = {}
+    diagonal: dict[str, Tensor] = {}
+    count = 0
+    for samples, found in passes():
+        count += samples
+        for name, gradients in found.items():
+            if isinstance(gradients, Outer):
+                if samples:  # inputs do not depend on the draw
+                    v = gradients.inputs.double().transpose(0, 1).flatten(1, 2)
+                    _add(a, name, v.transpose(1, 2) @ v)
+                u = gradients.deltas.double().transpose(0, 1).flatten(1, 2)
+                _add(g, name, u.transpose(1, 2) @ u / gradients.deltas.shape[2])
+            else:
+                _add(diagonal, name, gradients.dense().double().square().sum(dim=0))
+    if count == 0:
+        raise ValueError("batches held no samples")
+    blocks: dict[str, Block] = {}
+    for name in names:
+        if name in diagonal:
+            blocks[name] = Block(diagonal[name] / count)
+        else:
+            (g_values, qg), (a_values, qa) = _eigh(g[name] / count), _eigh(a[name] / count)
+            blocks[name] = Block(g_values[:, :, None] * a_values[:, None, :], qg, qa)
+    if curvature == "identity":
+        blocks = {name: Block(torch.ones_like(block.eigenvalues)) for name, block in blocks.items()}
+    if curvature == "ekfac":
+        corrected: dict[str, Tensor] = {}
+        for _, found in passes():
+            for name, block in blocks.items():
+                if block.qg is not None:
+                    _add(corrected, name, block.rotate(found[name]).square_().sum(dim=0))
+        blocks |= {name: Block(sums / count, blocks[name].qg, blocks[name].qa) for name, sums in corrected.items()}
+    if curvature == "identity":
+        by_layer = dict.fromkeys(names, damping or 0.0)
+    elif damping is None:
+        by_layer = {name: damping_scale * block.mean() for name, block in blocks.items()}
+    else:
+        by_layer = dict.fromkeys(names, float(damping))
+    return Factors(curvature, blocks, by_layer)
+
+
+def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    sums[name] = sums[name] + part if name in sums else part

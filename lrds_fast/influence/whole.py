@@ -1,0 +1,330 @@
+"""Scores of a classifier's training samples from all of its layers, or some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from lrds_fast import functional
+from lrds_fast._version import __version__
+from lrds_fast.influence.curvature import Identity
+from lrds_fast.influence.factors import CURVATURES, Factors, fit_factors
+from lrds_fast.influence.inputs import check_choice, check_damping, check_logits
+from lrds_fast.influence.last_layer import _SCORERS, HESSIANS, _Batch, _checked_loss, _loss_facts
+from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
+from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names, uniform_scores
+from lrds_fast.nn import KDLoss
+
+# Scores that need gradients in the parameters; the others are made of the logits alone.
+_OF_PARAMETERS = ("kd_gain", "self_influence", "param_shift", "grand")
+
+Data = Dataset[Any] | Iterable[Any]
+"""A dataset of (input, target, ...) samples, or an iterable of their batches that can be iterated again."""
+
+
+def score(
+    student: nn.Module,
+    teacher: nn.Module,
+    train_data: Data,
+    val_data: Data | None = None,
+    *,
+    layers: str | Sequence[str] = "all",
+    scores: str | Sequence[str] = ("kd_gain",),
+    curvature: str = "ekfac",
+    damping: float | None = None,
+    damping_scale: float = 0.1,
+    hessian: str = "objective",
+    labels: int | str = 1,
+    selected: Tensor | None = None,
+    loss: KDLoss | None = None,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Scores:
+    """Scores every sample by what its teacher does to the student's layers. LOWER = keep the teacher.
+
+    As last_layer_scores, from the models and the data, over all layers. kd_gain costs one forward-mode pass (a JVP)
+    per batch and no per-sample gradient: -(ddelta_i . dz_i), dz_i the change of sample i's logits when the parameters
+    move by H^-1 g_val. self_influence, param_shift and grand add up over the layers.
+
+    student, teacher: from inputs (B, ...) to logits (B, C); both are put into eval mode and restored. The parameters'
+    device is where everything runs. train_data, val_data: a Dataset of (input, target, ...) samples, read in order in
+    batches of batch_size, or an iterable of such batches that gives the same order every time (a DataLoader without
+    shuffling); val_data, held out of the training set and never the test set, is needed by kd_gain.
+    layers: "all" with trainable parameters, "last" (the last nn.Linear), or a list of module names. Linear, Conv
+    (groups, dilation, any padding), Embedding and normalisation layers; others are refused by name.
+    scores: the names of last_layer_scores. curvature: "identity", "kfac", "ekfac", a block per layer. labels: how H
+    sees the model's own labels: a number of draws per sample (seed 0), or "all" (exact, C backward passes a batch).
+    damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue.
+    hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
+
+    Returns Scores on the CPU, float32 (float64 for a float64 student). Raises ValueError or TypeError naming what is
+    wrong: an argument, a layer, or the sample whose gradient is not finite.
+    """
+    names = parse_score_names(scores)
+    kinds = {name.kind for name in names}
+    check_choice("curvature", curvature, CURVATURES)
+    check_choice("hessian", hessian, HESSIANS)
+    damping = None if damping is None else check_damping("damping", damping)
+    damping_scale = check_damping("damping_scale", damping_scale)
+    loss = _checked_loss(loss)
+    chosen = layer_names(student, layers)
+    curved = not kinds.isdisjoint(("kd_gain", "self_influence", "param_shift"))
+    if "kd_gain" in kinds and val_data is None:
+        raise ValueError("kd_gain needs val_data, a slice held out of the training set")
+    parameter = next(student.parameters())
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    train = _Batches(train_data, parameter, batch_size, progress)
+
+    with _eval_mode(student, teacher):
+        factors: Factors | None = None
+        if curved:
+            terms = _Terms(hessian, selected, loss, train)
+            factors = fit_factors(
+                student,
+                terms.inputs(),
+                layers=chosen,
+                curvature=curvature,
+                terms=terms,
+                labels=labels,
+                damping=damping,
+                damping_scale=damping_scale,
+            )
+        direction: dict[str, Tensor] = {}
+        if "kd_gain" in kinds and factors is not None and val_data is not None:
+            held_out = _Batches(val_data, parameter, batch_size, progress)
+            direction = _unpacked(student, factors.solve(_mean_gradient(student, chosen, held_out)))
+        found: dict[str, list[Tensor]] = {name.key: [] for name in names}
+        targets, predictions = [], []
+        for x, y in train("scores"):
+            batch = _Scored(student, teacher, x, y, chosen, loss, factors, direction, dtype)
+            for name in names:
+                if name.kind != "random":
+                    found[name.key].append(batch.score(name).to(dtype).cpu())
+            targets.append(y.cpu())
+            predictions.append(batch.rows.teacher_pred().cpu())
+    target = torch.cat(targets)
+    if selected is not None and selected.shape != target.shape:
+        raise ValueError(
+            f"selected must have shape ({len(target)},), one value per sample; got {tuple(selected.shape)}"
+        )
+    like = torch.empty(0, dtype=dtype)
+    result = {
+        name.key: uniform_scores(len(target), name.seed, like) if name.kind == "random" else torch.cat(found[name.key])
+        for name in names
+    }
+    meta = {
+        "num_samples": len(target),
+        "num_classes": batch.rows.z.shape[1],
+        "layers": chosen,
+        "curvature": curvature,
+        "hessian": hessian,
+        "labels": labels,
+        "damping": None if factors is None else factors.damping,
+        "loss": _loss_facts(loss),
+        "library_version": __version__,
+    }
+    return Scores(result, target=target, teacher_pred=torch.cat(predictions), meta=meta)
+
+
+class _eval_mode:
+    """Models in eval mode for a while; each of their modules gets its own mode back."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        self._models = models
+
+    def __enter__(self) -> None:
+        self._modes = [(module, module.training) for model in self._models for module in model.modules()]
+        for model in self._models:
+            model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self._modes:
+            module.training = training
+
+
+class _Batches:
+    """(inputs, int64 targets) of some data, in order, on a parameter's device and, if floating, in its dtype."""
+
+    def __init__(self, data: Data, parameter: Tensor, batch_size: int, progress: bool) -> None:
+        if isinstance(data, Iterator):
+            raise TypeError("data must be iterable again (a Dataset, a DataLoader, a list of batches), not an iterator")
+        self._batches: Iterable[Any] = DataLoader(data, batch_size) if isinstance(data, Dataset) else data
+        sampler = getattr(self._batches, "sampler", None)
+        if isinstance(sampler, torch.utils.data.RandomSampler):
+            raise ValueError("the loader shuffles: scores are in the order of the data; pass one with shuffle=False")
+        self._parameter, self._progress = parameter, progress
+
+    def __call__(self, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        device, seen = self._parameter.device, 0
+        for batch in tqdm(self._batches, desc=what, disable=not self._progress, leave=False):
+            x, y = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+            if x.is_floating_point():
+                x = x.to(self._parameter.dtype)
+            if y.dim() != 1 or len(y) != len(x):
+                raise ValueError(
+                    f"targets must be (B,) class indices; got shape {tuple(y.shape)} for {len(x)} inputs, from sample"
+                    f" {seen} on"
+                )
+            seen += len(x)
+            yield x, y.long()
+        if seen == 0:
+            raise ValueError("the data holds no samples")
+
+
+class _Terms:
+    """The objective's terms for fit_factors, which sees inputs only: with the targets of its last batch."""
+
+    def __init__(self, hessian: str, selected: Tensor | None, loss: KDLoss, batches: _Batches) -> None:
+        self._hessian, self._selected, self._loss, self._batches = hessian, selected, loss, batches
+        self._target = torch.empty(0)
+
+    def inputs(self) -> Iterable[Tensor]:
+        terms = self
+
+        class Inputs:
+            def __iter__(self) -> Iterator[Tensor]:
+                for x, y in terms._batches("factors"):
+                    terms._target = y
+                    yield x
+
+        return Inputs()
+
+    def __call__(self, logits: Tensor, start: int) -> list[tuple[Tensor, float]]:
+        ones = logits.new_ones(len(logits))
+        if self._hessian == "gt":
+            return [(ones, 1.0)]
+        loss, w = self._loss, ones
+        if self._selected is not None:
+            w = self._selected[start : start + len(logits)].to(ones)
+            if len(w) != len(logits):
+                raise ValueError(
+                    f"selected must have one value per sample; got {len(self._selected)}, and there are at least"
+                    f" {start + len(logits)} samples"
+                )
+        ce = w * loss.ce_weight + (1.0 - w) * loss.resolved_ce_weight_unselected
+        if loss.class_weight is not None:
+            ce = ce * loss.class_weight.to(ce)[self._target]
+        terms = [(ce, 1.0)] + [(w * loss.kd_weight, t) for t in functional.temperatures(loss.temperature)]
+        if any((weight < 0).any() for weight, _ in terms):
+            raise ValueError("hessian='objective' needs a loss whose weights are >= 0, or H is indefinite")
+        return terms
+
+
+class _Scored:
+    """A batch of samples: logits now, gradients in the parameters when a score asks for them."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        layers: Sequence[str],
+        loss: KDLoss,
+        factors: Factors | None,
+        direction: Mapping[str, Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self._student, self._x, self._layers, self._factors = student, x, layers, factors
+        self._direction = direction
+        with torch.no_grad():
+            z, v = student(x).to(dtype), teacher(x).to(dtype)
+        check_logits("student_logits", z)
+        check_logits("teacher_logits", v)
+        if z.shape != v.shape:
+            raise ValueError(f"student and teacher must give the same classes; got {tuple(z.shape)}, {tuple(v.shape)}")
+        if y.min() < 0 or y.max() >= z.shape[1]:
+            raise ValueError(f"targets must lie in [0, {z.shape[1]}); got {int(y.min())} to {int(y.max())}")
+        nothing = z.new_empty(len(z), 0)
+        self.rows = _Batch(
+            h=nothing, z=z, v=v, y=y, loss=loss, curvature=Identity(None), direction=nothing[:0].reshape(0, 0)
+        )
+        self._gradients: dict[str, Any] = {}
+
+    def _of(self, gradient: str) -> Any:
+        if gradient not in self._gradients:
+            delta = self.rows.gradient(gradient)
+            self._gradients[gradient] = sample_gradients(
+                self._student, self._x, lambda logits: delta.to(logits), self._layers
+            )[1]
+        return self._gradients[gradient]
+
+    def score(self, name: ScoreName) -> Tensor:
+        """(B,) the score."""
+        if name.kind not in _OF_PARAMETERS:
+            return _SCORERS[name.kind](self.rows, name)
+        if name.kind == "kd_gain":
+            return self._gain()
+        if name.kind == "grand":
+            return torch.stack([g.squared_norm() for g in self._of("gt").values()]).sum(dim=0).sqrt()
+        assert self._factors is not None
+        if name.kind == "self_influence":
+            return self._factors.quadratic(self._of("gt"), 1)
+        return self._factors.quadratic(self._of(name.gradient), 2).sqrt()
+
+    def _gain(self) -> Tensor:
+        """-ddelta . dz, dz the derivative of the logits along the direction."""
+        moved = {name: tensor.detach() for name, tensor in self._student.named_parameters() if name in self._direction}
+        with torch.no_grad():
+            dz = jvp(lambda p: functional_call(self._student, p, (self._x,)), (moved,), (dict(self._direction),))[1]
+        gain: Tensor = torch.linalg.vecdot(self.rows.gradient("delta"), dz.to(self.rows.z))
+        return -gain
+
+
+def _mean_gradient(student: nn.Module, layers: Sequence[str], batches: _Batches) -> dict[str, Tensor]:
+    """g_val, flattened layer by layer as SampleGradients are: the gradient of the mean cross-entropy."""
+    parameters = {n: p for n, p in parameters_of(student, layers).items() if p.requires_grad}
+    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+    count = 0
+    for x, y in batches("validation"):
+        with torch.enable_grad():
+            total = F.cross_entropy(student(x), y, reduction="sum")
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        count += len(x)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                sums[name] += gradient
+    packed = {}
+    for layer in layers:
+        module = student.get_submodule(layer)
+        own = {kind: sums[f"{layer}.{kind}" if layer else kind] / count for kind, _ in _own(module)}
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            columns = [own["weight"].flatten(1)] + ([own["bias"][:, None]] if "bias" in own else [])
+            packed[layer] = torch.cat(columns, dim=1).flatten()
+        else:
+            packed[layer] = torch.cat([tensor.flatten() for tensor in own.values()])
+    return packed
+
+
+def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_parameters(recurse=False))
+
+
+def _unpacked(student: nn.Module, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of packing: by parameter name, in each parameter's shape and dtype."""
+    found = {}
+    for layer, flat in packed.items():
+        module = student.get_submodule(layer)
+        own = dict(_own(module))
+        parts: dict[str, Tensor] = {}
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            matrix = flat.reshape(len(own["weight"]), -1)
+            width = own["weight"][0].numel()
+            parts["weight"] = matrix[:, :width]
+            if "bias" in own:
+                parts["bias"] = matrix[:, width]
+        else:
+            start = 0
+            for kind, parameter in own.items():
+                parts[kind] = flat[start : start + parameter.numel()]
+                start += parameter.numel()
+        for kind, part in parts.items():
+            found[f"{layer}.{kind}" if layer else kind] = part.reshape(own[kind].shape).to(own[kind].dtype)
+    return found

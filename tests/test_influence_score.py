@@ -1,0 +1,161 @@
+"""Scores over a whole model: against dense gradients and matrices, and against the last layer's closed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_influence_factors import dense_blocks
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lrds_fast import KDLoss, influence
+from lrds_fast.functional import kd_logit_gradient
+from lrds_fast.influence.factors import fit_factors
+from lrds_fast.influence.layers import sample_gradients
+
+CLASSES = 4
+LOSS = KDLoss(temperature=3.0, ce_weight=0.3, kd_weight=0.7)
+NAMES = ("kd_gain", "self_influence", "param_shift", "param_shift:delta", "grand", "el2n", "conflict", "random:3")
+
+
+def network(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 6, 3, groups=6),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+        nn.GELU(),
+        nn.Linear(5, CLASSES),
+    )
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    return model.to(dtype)
+
+
+def data(seed: int, count: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 4, 3, 3, dtype=torch.float64, generator=generator)
+    return TensorDataset(x, torch.randint(CLASSES, (count,), generator=generator))
+
+
+def deltas(z: Tensor, v: Tensor, y: Tensor, ce: float, kd: float) -> Tensor:
+    return kd_logit_gradient(z, v, y, temperature=LOSS.temperature, ce_weight=ce, kd_weight=kd, eta=LOSS.eta)
+
+
+@pytest.mark.parametrize("curvature", ["identity", "kfac", "ekfac"])
+def test_against_dense_gradients(curvature: str) -> None:
+    student, teacher, train, val = network(0), network(1), data(2, 23), data(3, 9)
+    keywords: dict[str, Any] = {"curvature": curvature, "damping": 0.05, "labels": "all"}
+    found = influence.score(
+        student, teacher, train, val, scores=NAMES, hessian="gt", loss=LOSS, batch_size=7, **keywords
+    )
+    assert student.training and teacher.training and all(p.grad is None for p in student.parameters())
+    student.eval()
+    teacher.eval()
+    (x, y), (x_val, y_val) = train.tensors, val.tensors
+    with torch.no_grad():
+        z, v = student(x), teacher(x)
+    factors = fit_factors(student, x.split(7), **keywords)
+
+    def gradients(inputs: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        return {n: g.dense() for n, g in sample_gradients(student, inputs, lambda _: delta)[1].items()}
+
+    gt, change = gradients(x, deltas(z, v, y, 1.0, 0.0)), gradients(x, deltas(z, v, y, 0.3 - 1.0, 0.7))
+    held_out = gradients(x_val, student(x_val).detach().softmax(dim=1) - F.one_hot(y_val, CLASSES))
+    expected = {name: torch.zeros(len(x), dtype=torch.float64) for name in NAMES[:5]}
+    for name in factors.blocks:
+        inverse = torch.linalg.inv(dense_blocks(factors, name))
+        expected["kd_gain"] -= change[name] @ inverse @ held_out[name].mean(dim=0)
+        expected["self_influence"] += (gt[name] @ inverse * gt[name]).sum(dim=1)
+        expected["param_shift"] += (gt[name] @ inverse).square().sum(dim=1)
+        expected["param_shift:delta"] += (change[name] @ inverse).square().sum(dim=1)
+        expected["grand"] += gt[name].square().sum(dim=1)
+    for key, exact in expected.items():
+        exact = exact if key in ("kd_gain", "self_influence") else exact.sqrt()
+        torch.testing.assert_close(found[key], exact, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found["el2n"], (z.softmax(dim=1) - F.one_hot(y, CLASSES)).norm(dim=1))
+    assert torch.equal(found.target, y) and found.meta["layers"] == ["0", "1", "3", "5", "7"]
+
+
+@pytest.mark.parametrize("hessian", ["gt", "objective"])
+def test_the_last_layer_is_its_closed_form(hessian: str) -> None:
+    student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 40), data(3, 9)
+    selected = torch.arange(40) % 3 > 0
+    common: dict[str, Any] = {"scores": NAMES, "hessian": hessian, "selected": selected, "loss": LOSS}
+    found = influence.score(student, teacher, train, val, layers="last", labels="all", batch_size=11, **common)
+    with torch.no_grad():
+        h, h_val = (student[:-1](split.tensors[0]) for split in (train, val))
+        expected = influence.last_layer_scores(
+            features=h,
+            student_logits=student[-1](h),
+            teacher_logits=teacher(train.tensors[0]),
+            target=train.tensors[1],
+            val_features=h_val,
+            val_logits=student[-1](h_val),
+            val_target=val.tensors[1],
+            **common,
+        )
+    for name in NAMES:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-12)
+    assert torch.equal(found.teacher_pred, expected.teacher_pred)
+
+
+def test_kd_gain_predicts_what_a_step_does() -> None:
+    """The definition: n times the change of the held-out loss when one sample's teacher enters the objective."""
+    student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 12), data(3, 9)
+    found = influence.score(student, teacher, train, val, curvature="identity", loss=LOSS)["kd_gain"]
+    x, y = train.tensors
+    parameters = list(student.parameters())
+
+    def held_out() -> Tensor:
+        with torch.no_grad():
+            return F.cross_entropy(student(val.tensors[0]), val.tensors[1])
+
+    before = held_out()
+    for i in range(4):
+        z, v = student(x[i : i + 1]), teacher(x[i : i + 1]).detach()
+        delta = deltas(z.detach(), v, y[i : i + 1], LOSS.ce_weight - 1.0, LOSS.kd_weight)
+        step = torch.autograd.grad(z, parameters, delta)
+        size = 1e-6
+        with torch.no_grad():
+            for parameter, part in zip(parameters, step, strict=True):
+                parameter -= size * part
+            change = (held_out() - before) / size
+            for parameter, part in zip(parameters, step, strict=True):
+                parameter += size * part
+        assert change.item() == pytest.approx(found[i].item(), rel=1e-4)
+
+
+def test_data_in_other_forms() -> None:
+    student, teacher, train, val = network(0, torch.float32), network(1, torch.float32), data(2, 23), data(3, 9)
+    first = influence.score(student, teacher, train, val, batch_size=8)
+    again = influence.score(student, teacher, DataLoader(train, batch_size=8), [val.tensors])
+    torch.testing.assert_close(again["kd_gain"], first["kd_gain"])
+    assert first["kd_gain"].dtype == torch.float32 and not first["kd_gain"].requires_grad
+
+
+def test_mistakes_are_named() -> None:
+    student, teacher, train, val = network(0), network(1), data(2, 12), data(3, 4)
+    for change, error, message in (
+        ({"val_data": None}, ValueError, "kd_gain needs val_data"),
+        ({"curvature": "exact"}, ValueError, "curvature must be one of identity, kfac, ekfac"),
+        ({"layers": ["nope"]}, ValueError, "no module 'nope'"),
+        ({"train_data": DataLoader(train, shuffle=True)}, ValueError, "the loader shuffles"),
+        ({"train_data": iter([])}, TypeError, "iterable again"),
+        ({"train_data": []}, ValueError, "holds no samples"),
+        ({"val_data": []}, ValueError, "holds no samples"),
+        ({"selected": torch.ones(7).bool()}, ValueError, "selected must have one value per sample; got 7"),
+        ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()}, ValueError, "the same classes"),
+        ({"train_data": [(train.tensors[0], train.tensors[1] + 3)]}, ValueError, r"targets must lie in \[0, 4\)"),
+        ({"train_data": [(train.tensors[0], train.tensors[1][:5])]}, ValueError, r"got shape \(5,\) for 12 inputs"),
+    ):
+        given: dict[str, Any] = {"student": student, "teacher": teacher, "train_data": train, "val_data": val}
+        with pytest.raises(error, match=message):
+            influence.score(**(given | change))
+        assert student.training and teacher.training
