@@ -12,14 +12,21 @@ tables have the diagonal of the same Fisher matrix. Factors are accumulated and 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrds_fast.influence.curvature import _eigh, _pseudo_inverse
-from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, sample_gradients
+from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
 
 CURVATURES = ("identity", "kfac", "ekfac")
 """What a whole model's blocks can be; "exact" is for a last layer (curvature.py)."""
@@ -95,20 +102,97 @@ class Block:
         return (self.qg @ (rotated * inverse) @ self.qa.transpose(1, 2)).flatten()
 
 
-class Factors:
-    """The damped curvature of a model's layers and its inverse.
+_FORMAT = "lrds-fast influence factors 1"
 
-    blocks: by layer name. damping: by layer name, what was added to every eigenvalue.
+
+def fingerprint(model: nn.Module, layers: Sequence[str]) -> str:
+    """sha256 of the layers' parameters: their names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name, parameter in parameters_of(model, layers).items():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Factors:
+    """The damped curvature of a model's layers and its inverse: Factors.fit, save, load.
+
+    curvature: "identity", "kfac" or "ekfac". blocks: by layer name. damping: by layer name, what was added to every
+    eigenvalue. model: the fingerprint of the layers that the factors were fitted to.
     """
 
-    def __init__(self, curvature: str, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
-        self.curvature, self.blocks, self.damping = curvature, dict(blocks), dict(damping)
+    def __init__(
+        self, curvature: str, blocks: Mapping[str, Block], damping: Mapping[str, float], model: str = ""
+    ) -> None:
+        self.curvature, self.blocks, self.damping, self.model = curvature, dict(blocks), dict(damping), model
         self._inverse = {
             name: _pseudo_inverse(
                 block.eigenvalues + self.damping[name], self.damping[name], max(block.eigenvalues.shape)
             )
             for name, block in self.blocks.items()
         }
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.blocks)
+
+    @classmethod
+    def fit(cls, model: nn.Module, batches: Iterable[Tensor], **keywords: Any) -> Factors:
+        """fit_factors, by its keywords."""
+        return fit_factors(model, batches, **keywords)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            parts = {"eigenvalues": block.eigenvalues, "qg": block.qg, "qa": block.qa}
+            tensors |= {f"{kind}:{name}": t.contiguous() for kind, t in parts.items() if t is not None}
+        metadata = {
+            "format": _FORMAT,
+            "facts": json.dumps(
+                {"curvature": self.curvature, "layers": self.layers, "damping": self.damping, "model": self.model}
+            ),
+        }
+        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Factors:
+        """Reads what save wrote. With a model: ValueError unless its layers are those that the factors are of."""
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} holds no influence factors (format {metadata.get('format')!r})")
+                facts = json.loads(metadata["facts"])
+                keys = set(file.keys())
+
+                def tensor(kind: str, name: str) -> Tensor | None:
+                    key = f"{kind}:{name}"
+                    return file.get_tensor(key) if key in keys else None
+
+                blocks = {}
+                for name in facts["layers"]:
+                    eigenvalues = tensor("eigenvalues", name)
+                    if eigenvalues is None:
+                        raise ValueError(f"{path} is damaged: it has no eigenvalues of layer {name!r}")
+                    blocks[name] = Block(eigenvalues, tensor("qg", name), tensor("qa", name))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        if model is not None:
+            modules = dict(model.named_modules())
+            missing = [name for name in blocks if name not in modules]
+            if missing:
+                raise ValueError(f"{path} belongs to another model: this one has no layer {missing[0]!r}")
+            if fingerprint(model, list(blocks)) != facts["model"]:
+                raise ValueError(f"{path} belongs to other weights than this model's; fit the factors again")
+        return cls(facts["curvature"], blocks, facts["damping"], facts["model"])
 
     def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """H^-1 g, layer by layer: flattened gradients (P,) in a SampleGradients' order in, float64 out."""
@@ -198,7 +282,7 @@ def fit_factors(
         by_layer = {name: damping_scale * block.mean() for name, block in blocks.items()}
     else:
         by_layer = dict.fromkeys(names, float(damping))
-    return Factors(curvature, blocks, by_layer)
+    return Factors(curvature, blocks, by_layer, fingerprint(model, names))
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:

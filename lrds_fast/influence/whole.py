@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lrds_fast import functional
 from lrds_fast._version import __version__
 from lrds_fast.influence.curvature import Identity
-from lrds_fast.influence.factors import CURVATURES, Factors, fit_factors
+from lrds_fast.influence.factors import CURVATURES, Factors, fingerprint, fit_factors
 from lrds_fast.influence.inputs import check_choice, check_damping, check_logits
 from lrds_fast.influence.last_layer import _SCORERS, HESSIANS, _Batch, _checked_loss, _loss_facts
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
@@ -44,6 +44,7 @@ def score(
     labels: int | str = 1,
     selected: Tensor | None = None,
     loss: KDLoss | None = None,
+    factors: Factors | None = None,
     batch_size: int = 256,
     progress: bool = False,
 ) -> Scores:
@@ -63,6 +64,8 @@ def score(
     sees the model's own labels: a number of draws per sample (seed 0), or "all" (exact, C backward passes a batch).
     damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue.
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
+    factors: Factors.fit or .load of this student's layers, instead of fitting them here; curvature, damping,
+    damping_scale, hessian and labels are then theirs.
 
     Returns Scores on the CPU, float32 (float64 for a float64 student). Raises ValueError or TypeError naming what is
     wrong: an argument, a layer, or the sample whose gradient is not finite.
@@ -83,8 +86,9 @@ def score(
     train = _Batches(train_data, parameter, batch_size, progress)
 
     with _eval_mode(student, teacher):
-        factors: Factors | None = None
-        if curved:
+        if factors is not None:
+            chosen = _checked_factors(student, factors, layers)
+        elif curved:
             terms = _Terms(hessian, selected, loss, train)
             factors = fit_factors(
                 student,
@@ -123,7 +127,7 @@ def score(
         "num_samples": len(target),
         "num_classes": batch.rows.z.shape[1],
         "layers": chosen,
-        "curvature": curvature,
+        "curvature": curvature if factors is None else factors.curvature,
         "hessian": hessian,
         "labels": labels,
         "damping": None if factors is None else factors.damping,
@@ -131,6 +135,16 @@ def score(
         "library_version": __version__,
     }
     return Scores(result, target=target, teacher_pred=torch.cat(predictions), meta=meta)
+
+
+def _checked_factors(student: nn.Module, factors: Factors, layers: str | Sequence[str]) -> list[str]:
+    """The layers of factors that were fitted to this student."""
+    if layers != "all" and layer_names(student, layers) != factors.layers:
+        raise ValueError(f"layers and factors differ; the factors are of {', '.join(map(repr, factors.layers))}")
+    known = dict(student.named_modules())
+    if any(name not in known for name in factors.layers) or fingerprint(student, factors.layers) != factors.model:
+        raise ValueError("factors were fitted to another student, or to other weights of it; fit them again")
+    return factors.layers
 
 
 class _eval_mode:
