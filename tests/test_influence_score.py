@@ -163,6 +163,7 @@ def test_mistakes_are_named() -> None:
     for change, error, message in (
         ({"val_data": None}, ValueError, "kd_gain needs val_data"),
         ({"curvature": "exact"}, ValueError, "curvature must be one of identity, kfac, ekfac"),
+        ({"scores": "kd_gain_ns"}, ValueError, "a score of the last layer alone"),
         ({"layers": ["nope"]}, ValueError, "no module 'nope'"),
         ({"train_data": DataLoader(train, shuffle=True)}, ValueError, "the loader shuffles"),
         ({"train_data": iter([])}, TypeError, "iterable again"),

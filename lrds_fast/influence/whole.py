@@ -60,8 +60,9 @@ def score(
     shuffling); val_data, held out of the training set and never the test set, is needed by kd_gain.
     layers: "all" with trainable parameters, "last" (the last nn.Linear), or a list of module names. Linear, Conv
     (groups, dilation, any padding), Embedding and normalisation layers; others are refused by name.
-    scores: the names of last_layer_scores. curvature: "identity", "kfac", "ekfac", a block per layer. labels: how H
-    sees the model's own labels: a number of draws per sample (seed 0), or "all" (exact, C backward passes a batch).
+    scores: the names of last_layer_scores, but for kd_gain_ns. curvature: "identity", "kfac", "ekfac", a block per
+    layer. labels: how H sees the model's own labels: a number of draws per sample (seed 0), or "all" (exact, C backward
+    passes a batch).
     damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue.
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
     factors: Factors.fit or .load of this student's layers, instead of fitting them here; curvature, damping,
@@ -72,6 +73,8 @@ def score(
     """
     names = parse_score_names(scores)
     kinds = {name.kind for name in names}
+    if "kd_gain_ns" in kinds:
+        raise ValueError("kd_gain_ns is a score of the last layer alone: use influence.last_layer_scores")
     check_choice("curvature", curvature, CURVATURES)
     check_choice("hessian", hessian, HESSIANS)
     damping = None if damping is None else check_damping("damping", damping)
