@@ -7,7 +7,8 @@ For a layer whose sample gradients are G_i = sum_t d_it (outer) a_it, d from lab
     EK-FAC: the same with Lambda = mean_i (Qg^T G_i Qa)^2 in place of g (outer) a
 
 Grouped convolutions have one such block per group. Layers with one parameter per channel (normalisation) and embedding
-tables have the diagonal of the same Fisher matrix. Factors are accumulated and inverted in float64.
+tables have the diagonal of the same Fisher matrix. Batches are reduced in the model's dtype; sums over batches,
+eigenvectors and inverses are float64.
 """
 
 from __future__ import annotations
@@ -76,22 +77,31 @@ class Block:
         return float(self.eigenvalues.mean())
 
     def rotate(self, gradients: SampleGradients) -> Tensor:
-        """(B, *eigenvalues.shape): sample gradients in the block's basis."""
+        """(B, *eigenvalues.shape): sample gradients in the block's basis, in their own dtype."""
         if self.qg is None or self.qa is None or not isinstance(gradients, Outer):
-            return gradients.dense().to(self.eigenvalues).reshape(-1, *self.eigenvalues.shape)
-        v = gradients.inputs.to(self.qa) @ self.qa
-        u = gradients.deltas.to(self.qg) @ self.qg
-        return u.transpose(2, 3) @ v
+            return gradients.dense().reshape(-1, *self.eigenvalues.shape)
+        a, d = gradients.inputs, gradients.deltas
+        qg, qa = self.qg.to(d), self.qa.to(a)
+        positions, inputs, outputs = a.shape[2], a.shape[3], d.shape[3]
+        if positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs):
+            return (d @ qg).transpose(2, 3) @ (a @ qa)
+        # Many positions: their sum first, then two small rotations of it.
+        tile = d.transpose(2, 3) @ a
+        return qg.transpose(1, 2) @ tile @ qa
 
     def quadratic(self, gradients: SampleGradients, weight: Tensor) -> Tensor:
-        """(B,) sum over the block of weight * rotated^2."""
+        """(B,) sum over the block of weight * rotated^2, float64."""
+        # In the gradients' dtype, where the inverse of a small eigenvalue may not fit: scaled to at most 1.
+        scale = float(weight.max())
         if self.qg is not None and self.qa is not None and isinstance(gradients, Outer):
-            v = gradients.inputs.to(self.qa) @ self.qa
-            u = gradients.deltas.to(self.qg) @ self.qg
-            if v.shape[2] == 1:  # one position: two products and a row-dot, no O x I tile
-                return ((u.square() @ weight) * v.square()).sum(dim=(1, 2, 3))
-            return ((u.transpose(2, 3) @ v).square_() * weight).sum(dim=(1, 2, 3))
-        return (self.rotate(gradients).square() * weight).flatten(1).sum(dim=1)
+            a, d = gradients.inputs, gradients.deltas
+            if a.shape[2] == 1:  # one position: two products and a row-dot, no O x I tile
+                v, u = (a @ self.qa.to(a)).square_(), (d @ self.qg.to(d)).square_()
+                normal = (weight / scale if scale > 0 else weight).to(u)
+                return ((u @ normal) * v).sum(dim=(1, 2, 3)).double() * scale
+        rotated = self.rotate(gradients).square()
+        normal = (weight / scale if scale > 0 else weight).to(rotated)
+        return (rotated.flatten(1) @ normal.flatten()).double() * scale
 
     def solve(self, gradient: Tensor, inverse: Tensor) -> Tensor:
         """H^-1 of one flattened gradient (P,)."""
@@ -252,12 +262,12 @@ def fit_factors(
         for name, gradients in found.items():
             if isinstance(gradients, Outer):
                 if samples:  # inputs do not depend on the draw
-                    v = gradients.inputs.double().transpose(0, 1).flatten(1, 2)
+                    v = gradients.inputs.transpose(0, 1).flatten(1, 2)
                     _add(a, name, v.transpose(1, 2) @ v)
-                u = gradients.deltas.double().transpose(0, 1).flatten(1, 2)
+                u = gradients.deltas.transpose(0, 1).flatten(1, 2)
                 _add(g, name, u.transpose(1, 2) @ u / gradients.deltas.shape[2])
             else:
-                _add(diagonal, name, gradients.dense().double().square().sum(dim=0))
+                _add(diagonal, name, gradients.dense().square().sum(dim=0))
     if count == 0:
         raise ValueError("batches held no samples")
     blocks: dict[str, Block] = {}
@@ -274,7 +284,7 @@ def fit_factors(
         for _, found in passes():
             for name, block in blocks.items():
                 if block.qg is not None:
-                    _add(corrected, name, block.rotate(found[name]).square_().sum(dim=0))
+                    _add(corrected, name, block.rotate(found[name]).square().sum(dim=0))
         blocks |= {name: Block(sums / count, blocks[name].qg, blocks[name].qa) for name, sums in corrected.items()}
     if curvature == "identity":
         by_layer = dict.fromkeys(names, damping or 0.0)
@@ -286,4 +296,4 @@ def fit_factors(
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
-    sums[name] = sums[name] + part if name in sums else part
+    sums[name] = sums[name] + part.double() if name in sums else part.double()
