@@ -241,9 +241,12 @@ def fit_factors(
         raise ValueError(f"labels must be 'all' or a number of draws >= 1; got {labels!r}")
     names = layer_names(model, layers)
 
+    # The second pass draws labels of its own: eigenvalues measured on the draws that the basis was fitted to would be
+    # too large in it.
+    generator = torch.Generator().manual_seed(seed)
+
     def passes() -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
         """(samples of the batch where a new one begins, else 0; sample gradients of one draw)."""
-        generator = torch.Generator().manual_seed(seed)
         start = 0
         for x in batches:
             with torch.no_grad():
