@@ -25,6 +25,10 @@ from lrds_fast.nn import KDLoss
 # Scores that need gradients in the parameters; the others are made of the logits alone.
 _OF_PARAMETERS = ("kd_gain", "self_influence", "param_shift", "grand")
 
+# Of these, the ones made of per-sample gradients, and of which, where the name does not say.
+_PER_SAMPLE = ("self_influence", "param_shift", "grand")
+_GRADIENT_OF = {"self_influence": "gt", "grand": "gt"}
+
 Data = Dataset[Any] | Iterable[Any]
 """A dataset of (input, target, ...) samples, or an iterable of their batches that can be iterated again."""
 
@@ -109,8 +113,10 @@ def score(
             direction = _unpacked(student, factors.solve(_mean_gradient(student, chosen, held_out)))
         found: dict[str, list[Tensor]] = {name.key: [] for name in names}
         targets, predictions = [], []
+        needed = [_GRADIENT_OF.get(name.kind, name.gradient) for name in names if name.kind in _PER_SAMPLE]
+        first = needed[0] if needed else None
         for x, y in train("scores"):
-            batch = _Scored(student, teacher, x, y, chosen, loss, factors, direction, dtype)
+            batch = _Scored(student, teacher, x, y, chosen, loss, factors, direction, dtype, first)
             for name in names:
                 if name.kind != "random":
                     found[name.key].append(batch.score(name).to(dtype).cpu())
@@ -248,11 +254,26 @@ class _Scored:
         factors: Factors | None,
         direction: Mapping[str, Tensor],
         dtype: torch.dtype,
+        first: str | None,
     ) -> None:
         self._student, self._x, self._layers, self._factors = student, x, layers, factors
-        self._direction = direction
+        self._direction, self._loss, self._dtype = direction, loss, dtype
+        self._gradients: dict[str, Any] = {}
         with torch.no_grad():
-            z, v = student(x).to(dtype), teacher(x).to(dtype)
+            v = teacher(x).to(dtype)
+        if first is None:
+            with torch.no_grad():
+                self.rows = self._opened(student(x), v, y)
+        else:
+            # The forward pass of the first gradients is the one that the logits come from.
+            def delta(logits: Tensor) -> Tensor:
+                self.rows = self._opened(logits, v, y)
+                return self.rows.gradient(first).to(logits)
+
+            self._gradients[first] = sample_gradients(student, x, delta, layers)[1]
+
+    def _opened(self, logits: Tensor, v: Tensor, y: Tensor) -> _Batch:
+        z = logits.to(self._dtype)
         check_logits("student_logits", z)
         check_logits("teacher_logits", v)
         if z.shape != v.shape:
@@ -260,10 +281,9 @@ class _Scored:
         if y.min() < 0 or y.max() >= z.shape[1]:
             raise ValueError(f"targets must lie in [0, {z.shape[1]}); got {int(y.min())} to {int(y.max())}")
         nothing = z.new_empty(len(z), 0)
-        self.rows = _Batch(
-            h=nothing, z=z, v=v, y=y, loss=loss, curvature=Identity(None), direction=nothing[:0].reshape(0, 0)
+        return _Batch(
+            h=nothing, z=z, v=v, y=y, loss=self._loss, curvature=Identity(None), direction=nothing[:0].reshape(0, 0)
         )
-        self._gradients: dict[str, Any] = {}
 
     def _of(self, gradient: str) -> Any:
         if gradient not in self._gradients:
