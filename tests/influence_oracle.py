@@ -135,7 +135,21 @@ class Case:
         scores = {f"param_shift:{of}": (g[of] @ inverse).norm(dim=1) for of in g}
         scores["self_influence"] = ((g["gt"] @ inverse) * g["gt"]).sum(1)
         scores["kd_gain"] = -(g["delta"] @ inverse @ self.validation_gradient())
+        scores["kd_gain_ns"] = self._newton_gain(self.curvature(name, kind, damping), kind, g["delta"])
         return scores
+
+    def _newton_gain(self, curvature: Tensor, kind: str, delta: Tensor) -> Tensor:
+        """kd_gain with each row's own Hessian added (or taken away, where the teacher is in the curvature)."""
+        h = self.augmented(self.features)
+        count, size = len(h), self.weight.numel()
+        w = torch.ones(count, dtype=h.dtype) if self.selected is None else self.selected.to(h.dtype)
+        w = torch.zeros_like(w) if kind == "gt" else w
+        rows = vmap(hessian(self.row_loss), in_dims=(None, 0, 0, 0, 0))
+        on, off = torch.ones_like(w), torch.zeros_like(w)
+        change = rows(self.weight, h, self.teacher_logits, self.target, on)
+        change = (change - rows(self.weight, h, self.teacher_logits, self.target, off)).reshape(count, size, size)
+        switched = curvature + (1 - 2 * w)[:, None, None] * change / count
+        return -(torch.linalg.solve(switched, delta) @ self.validation_gradient())
 
 
 def _loss(loss: KDLoss, z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ GATES: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("gates
 
 pytestmark = pytest.mark.gate
 
-CURVED = ("kd_gain", "self_influence", "param_shift:gt", "param_shift:kd", "param_shift:delta")
+CURVED = ("kd_gain", "kd_gain_ns", "self_influence", "param_shift:gt", "param_shift:kd", "param_shift:delta")
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "no-bias": {"bias": False},
@@ -105,10 +105,13 @@ def test_scores_predict_exact_retraining() -> None:
         for change, loss, kd in (("toggle", ADDED, 1.0), ("leave-one-out", REMOVED, 0.0)):
             truth = _retraining(problem, head, base, rows, ce=kd, kd=kd)
             for curvature in influence.CURVATURES:
-                scores = _scores(problem, base, loss, curvature=curvature, hessian="gt", damping=head.decay)
-                name = f"{change} {curvature}"
-                predicted.setdefault(name, []).append(scores["kd_gain"])
-                true.setdefault(name, []).append(truth)
+                # One Newton step of the retraining beside its derivative, where H is exact.
+                steps = {"kd_gain": curvature} | ({"kd_gain_ns": "newton"} if curvature == "exact" else {})
+                options: dict[str, Any] = {"curvature": curvature, "hessian": "gt", "damping": head.decay}
+                scores = _scores(problem, base, loss, scores=tuple(steps), **options)
+                for score, called in steps.items():
+                    predicted.setdefault(f"{change} {called}", []).append(scores[score])
+                    true.setdefault(f"{change} {called}", []).append(truth)
     measured: dict[str, tuple[float, float]] = {}
     for name in predicted:
         each = [_pearson_and_slope(p, t)[0] for p, t in zip(predicted[name], true[name], strict=True)]
@@ -123,6 +126,10 @@ def test_scores_predict_exact_retraining() -> None:
     assert low <= slope <= high
     assert measured["toggle ekfac"][0] >= gate["kd_toggle_ekfac_pearson"]
     assert measured["leave-one-out exact"][0] >= gate["leave_one_out_exact_pearson"]
+    assert measured["toggle newton"][0] >= gate["kd_toggle_newton_pearson"]
+    assert measured["leave-one-out newton"][0] >= gate["leave_one_out_newton_pearson"]
+    for change in ("toggle", "leave-one-out"):
+        assert measured[f"{change} newton"][0] > measured[f"{change} exact"][0]
 
 
 def test_scores_are_the_derivative_of_retraining() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrds_fast import influence
@@ -149,6 +152,54 @@ def test_fisher_gradients_add_up_to_the_hessian_of_the_logits(labels: int | str)
         q = torch.softmax(logits / temperature, dim=1)
         expected += weight[:, None, None] * (torch.diag_embed(q) - q[:, :, None] * q[:, None, :])
     torch.testing.assert_close(total, expected, rtol=0, atol=1e-12 if labels == "all" else 0.02)
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_saved_factors_are_the_factors(curvature: str, tmp_path: Path) -> None:
+    model, batches = model_and_batches()
+    factors = Factors.fit(model, batches, curvature=curvature, labels=2)
+    factors.save(tmp_path / "factors.safetensors")
+    loaded = Factors.load(tmp_path / "factors.safetensors", model)
+    _, found = sample_gradients(model, batches[0], lambda z: z.softmax(dim=1))
+    for power in (1, 2):
+        assert torch.equal(loaded.quadratic(found, power), factors.quadratic(found, power))
+    assert loaded.damping == factors.damping and loaded.layers == ["0", "1", "6", "8"]
+    assert [path.name for path in tmp_path.iterdir()] == ["factors.safetensors"]
+
+
+def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
+    model, batches = model_and_batches()
+    path = tmp_path / "factors.safetensors"
+    Factors.fit(model, batches).save(path)
+    with pytest.raises(ValueError, match="this one has no layer '6'"):
+        Factors.load(path, nn.Sequential(*list(model)[:3]))
+    with torch.no_grad():
+        model[6].weight[0, 0] += 1e-9
+    with pytest.raises(ValueError, match="belongs to other weights than this model's"):
+        Factors.load(path, model)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        Factors.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"holds no influence factors \(format None\)"):
+        Factors.load(path)
+    with pytest.raises(FileNotFoundError):
+        Factors.load(tmp_path / "nowhere.safetensors")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = model_and_batches()
+    factors = Factors.fit(model, batches)
+    factors.save(tmp_path / "f")
+    before = (tmp_path / "f").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lrds_fast.influence.factors.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        factors.save(tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_mistakes_are_named() -> None:

@@ -140,11 +140,30 @@ def test_data_in_other_forms() -> None:
     assert first["kd_gain"].dtype == torch.float32 and not first["kd_gain"].requires_grad
 
 
+def test_fitted_factors_are_taken() -> None:
+    student, teacher, train, val = network(0), network(1), data(2, 23), data(3, 9)
+    batches = train.tensors[0].split(23)
+    factors = influence.Factors.fit(student.eval(), batches, curvature="kfac", damping=0.1, layers=["3", "7"])
+    names = ("kd_gain", "self_influence")
+    given = influence.score(student, teacher, train, val, scores=names, factors=factors)
+    own = influence.score(
+        student, teacher, train, val, scores=names, curvature="kfac", damping=0.1, layers=["3", "7"], hessian="gt"
+    )
+    for name in names:
+        torch.testing.assert_close(given[name], own[name])
+    assert given.meta["curvature"] == "kfac" and given.meta["layers"] == ["3", "7"]
+    with pytest.raises(ValueError, match="layers and factors differ; the factors are of '3', '7'"):
+        influence.score(student, teacher, train, val, layers="last", factors=factors)
+    with pytest.raises(ValueError, match="fitted to another student"):
+        influence.score(teacher, student, train, val, factors=factors)
+
+
 def test_mistakes_are_named() -> None:
     student, teacher, train, val = network(0), network(1), data(2, 12), data(3, 4)
     for change, error, message in (
         ({"val_data": None}, ValueError, "kd_gain needs val_data"),
         ({"curvature": "exact"}, ValueError, "curvature must be one of identity, kfac, ekfac"),
+        ({"scores": "kd_gain_ns"}, ValueError, "a score of the last layer alone"),
         ({"layers": ["nope"]}, ValueError, "no module 'nope'"),
         ({"train_data": DataLoader(train, shuffle=True)}, ValueError, "the loader shuffles"),
         ({"train_data": iter([])}, TypeError, "iterable again"),

@@ -98,13 +98,18 @@ class Curvature(ABC):
     def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
         """g^T H^-power g for g = delta (outer) h, row by row: (B,). power is 1 or 2."""
 
+    @abstractmethod
+    def leverage(self, h: Tensor) -> Tensor:
+        """(I (x) h)^T H^-1 (I (x) h), row by row: how far the logits of inputs h (B, D) follow a push: (B, C, C)."""
+
 
 class Identity(Curvature):
     """H = (1 + damping) I."""
 
-    def __init__(self, damping: float | None) -> None:
+    def __init__(self, damping: float | None, classes: int = 0) -> None:
         self.damping = 0.0 if damping is None else damping
         self._scale = 1.0 / (1.0 + self.damping)
+        self._classes = classes
 
     def solve(self, gradient: Tensor) -> Tensor:
         return gradient * self._scale
@@ -114,6 +119,9 @@ class Identity(Curvature):
 
     def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
         return delta.square().sum(dim=1) * prepared
+
+    def leverage(self, h: Tensor) -> Tensor:
+        return self.prepare(h, 1)[:, None, None] * torch.eye(self._classes, dtype=h.dtype, device=h.device)
 
 
 class Eigenbasis(Curvature):
@@ -143,6 +151,10 @@ class Eigenbasis(Curvature):
     def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
         result: Tensor = torch.linalg.vecdot((delta @ self._rows_qg).square_(), prepared)
         return result * self._scale**power
+
+    def leverage(self, h: Tensor) -> Tensor:
+        diagonal = self.prepare(h, 1) * self._scale
+        return (self._rows_qg * diagonal[:, None, :]) @ self._rows_qg.T
 
 
 class Dense(Curvature):
@@ -181,6 +193,17 @@ class Dense(Curvature):
             if power == 2:
                 half = half @ self._root.T
             result[part] = half.square().sum(dim=1).to(delta.dtype)
+        return result
+
+    def leverage(self, h: Tensor) -> Tensor:
+        size = self._root.shape[0]
+        roots = self._root.reshape(-1, h.shape[1], size)
+        step = max(1, CHUNK_BYTES // (8 * roots.shape[0] * size))
+        result = h.new_empty(h.shape[0], roots.shape[0], roots.shape[0])
+        for start in range(0, h.shape[0], step):
+            part = slice(start, start + step)
+            half = torch.einsum("bd,cdp->bcp", h[part].double(), roots)
+            result[part] = (half @ half.mT).to(h.dtype)
         return result
 
 
@@ -232,14 +255,17 @@ class Iterative(Curvature):
 
     def _no_quadratic(self) -> ValueError:
         return ValueError(
-            f"curvature 'exact' gives self_influence and param_shift for layers of at most {DENSE_LIMIT} parameters;"
-            f" this one has {self._rows.classes * self._rows.inputs}: use curvature='ekfac' for them"
+            f"curvature 'exact' gives self_influence, param_shift and kd_gain_ns for layers of at most {DENSE_LIMIT}"
+            f" parameters; this one has {self._rows.classes * self._rows.inputs}: use curvature='ekfac' for them"
         )
 
     def prepare(self, h: Tensor, power: int) -> Tensor:
         raise self._no_quadratic()
 
     def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
+        raise self._no_quadratic()
+
+    def leverage(self, h: Tensor) -> Tensor:
         raise self._no_quadratic()
 
 
@@ -257,7 +283,7 @@ def fit_curvature(
     dtype: what rows will be scored in.
     """
     if name == "identity":
-        return Identity(damping)
+        return Identity(damping, rows.classes)
     if name == "exact" and rows.classes * rows.inputs <= DENSE_LIMIT:
         hessian = _dense_hessian(rows, terms)
         if damping is None:

@@ -7,19 +7,27 @@ For a layer whose sample gradients are G_i = sum_t d_it (outer) a_it, d from lab
     EK-FAC: the same with Lambda = mean_i (Qg^T G_i Qa)^2 in place of g (outer) a
 
 Grouped convolutions have one such block per group. Layers with one parameter per channel (normalisation) and embedding
-tables have the diagonal of the same Fisher matrix. Factors are accumulated and inverted in float64.
+tables have the diagonal of the same Fisher matrix. Batches are reduced in the model's dtype; sums over batches,
+eigenvectors and inverses are float64.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrds_fast.influence.curvature import _eigh, _pseudo_inverse
-from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, sample_gradients
+from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
 
 CURVATURES = ("identity", "kfac", "ekfac")
 """What a whole model's blocks can be; "exact" is for a last layer (curvature.py)."""
@@ -69,22 +77,31 @@ class Block:
         return float(self.eigenvalues.mean())
 
     def rotate(self, gradients: SampleGradients) -> Tensor:
-        """(B, *eigenvalues.shape): sample gradients in the block's basis."""
+        """(B, *eigenvalues.shape): sample gradients in the block's basis, in their own dtype."""
         if self.qg is None or self.qa is None or not isinstance(gradients, Outer):
-            return gradients.dense().to(self.eigenvalues).reshape(-1, *self.eigenvalues.shape)
-        v = gradients.inputs.to(self.qa) @ self.qa
-        u = gradients.deltas.to(self.qg) @ self.qg
-        return u.transpose(2, 3) @ v
+            return gradients.dense().reshape(-1, *self.eigenvalues.shape)
+        a, d = gradients.inputs, gradients.deltas
+        qg, qa = self.qg.to(d), self.qa.to(a)
+        positions, inputs, outputs = a.shape[2], a.shape[3], d.shape[3]
+        if positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs):
+            return (d @ qg).transpose(2, 3) @ (a @ qa)
+        # Many positions: their sum first, then two small rotations of it.
+        tile = d.transpose(2, 3) @ a
+        return qg.transpose(1, 2) @ tile @ qa
 
     def quadratic(self, gradients: SampleGradients, weight: Tensor) -> Tensor:
-        """(B,) sum over the block of weight * rotated^2."""
+        """(B,) sum over the block of weight * rotated^2, float64."""
+        # In the gradients' dtype, where the inverse of a small eigenvalue may not fit: scaled to at most 1.
+        scale = float(weight.max())
         if self.qg is not None and self.qa is not None and isinstance(gradients, Outer):
-            v = gradients.inputs.to(self.qa) @ self.qa
-            u = gradients.deltas.to(self.qg) @ self.qg
-            if v.shape[2] == 1:  # one position: two products and a row-dot, no O x I tile
-                return ((u.square() @ weight) * v.square()).sum(dim=(1, 2, 3))
-            return ((u.transpose(2, 3) @ v).square_() * weight).sum(dim=(1, 2, 3))
-        return (self.rotate(gradients).square() * weight).flatten(1).sum(dim=1)
+            a, d = gradients.inputs, gradients.deltas
+            if a.shape[2] == 1:  # one position: two products and a row-dot, no O x I tile
+                v, u = (a @ self.qa.to(a)).square_(), (d @ self.qg.to(d)).square_()
+                normal = (weight / scale if scale > 0 else weight).to(u)
+                return ((u @ normal) * v).sum(dim=(1, 2, 3)).double() * scale
+        rotated = self.rotate(gradients).square()
+        normal = (weight / scale if scale > 0 else weight).to(rotated)
+        return (rotated.flatten(1) @ normal.flatten()).double() * scale
 
     def solve(self, gradient: Tensor, inverse: Tensor) -> Tensor:
         """H^-1 of one flattened gradient (P,)."""
@@ -95,20 +112,97 @@ class Block:
         return (self.qg @ (rotated * inverse) @ self.qa.transpose(1, 2)).flatten()
 
 
-class Factors:
-    """The damped curvature of a model's layers and its inverse.
+_FORMAT = "lrds-fast influence factors 1"
 
-    blocks: by layer name. damping: by layer name, what was added to every eigenvalue.
+
+def fingerprint(model: nn.Module, layers: Sequence[str]) -> str:
+    """sha256 of the layers' parameters: their names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name, parameter in parameters_of(model, layers).items():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Factors:
+    """The damped curvature of a model's layers and its inverse: Factors.fit, save, load.
+
+    curvature: "identity", "kfac" or "ekfac". blocks: by layer name. damping: by layer name, what was added to every
+    eigenvalue. model: the fingerprint of the layers that the factors were fitted to.
     """
 
-    def __init__(self, curvature: str, blocks: Mapping[str, Block], damping: Mapping[str, float]) -> None:
-        self.curvature, self.blocks, self.damping = curvature, dict(blocks), dict(damping)
+    def __init__(
+        self, curvature: str, blocks: Mapping[str, Block], damping: Mapping[str, float], model: str = ""
+    ) -> None:
+        self.curvature, self.blocks, self.damping, self.model = curvature, dict(blocks), dict(damping), model
         self._inverse = {
             name: _pseudo_inverse(
                 block.eigenvalues + self.damping[name], self.damping[name], max(block.eigenvalues.shape)
             )
             for name, block in self.blocks.items()
         }
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.blocks)
+
+    @classmethod
+    def fit(cls, model: nn.Module, batches: Iterable[Tensor], **keywords: Any) -> Factors:
+        """fit_factors, by its keywords."""
+        return fit_factors(model, batches, **keywords)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            parts = {"eigenvalues": block.eigenvalues, "qg": block.qg, "qa": block.qa}
+            tensors |= {f"{kind}:{name}": t.contiguous() for kind, t in parts.items() if t is not None}
+        metadata = {
+            "format": _FORMAT,
+            "facts": json.dumps(
+                {"curvature": self.curvature, "layers": self.layers, "damping": self.damping, "model": self.model}
+            ),
+        }
+        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Factors:
+        """Reads what save wrote. With a model: ValueError unless its layers are those that the factors are of."""
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} holds no influence factors (format {metadata.get('format')!r})")
+                facts = json.loads(metadata["facts"])
+                keys = set(file.keys())
+
+                def tensor(kind: str, name: str) -> Tensor | None:
+                    key = f"{kind}:{name}"
+                    return file.get_tensor(key) if key in keys else None
+
+                blocks = {}
+                for name in facts["layers"]:
+                    eigenvalues = tensor("eigenvalues", name)
+                    if eigenvalues is None:
+                        raise ValueError(f"{path} is damaged: it has no eigenvalues of layer {name!r}")
+                    blocks[name] = Block(eigenvalues, tensor("qg", name), tensor("qa", name))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        if model is not None:
+            modules = dict(model.named_modules())
+            missing = [name for name in blocks if name not in modules]
+            if missing:
+                raise ValueError(f"{path} belongs to another model: this one has no layer {missing[0]!r}")
+            if fingerprint(model, list(blocks)) != facts["model"]:
+                raise ValueError(f"{path} belongs to other weights than this model's; fit the factors again")
+        return cls(facts["curvature"], blocks, facts["damping"], facts["model"])
 
     def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """H^-1 g, layer by layer: flattened gradients (P,) in a SampleGradients' order in, float64 out."""
@@ -147,9 +241,12 @@ def fit_factors(
         raise ValueError(f"labels must be 'all' or a number of draws >= 1; got {labels!r}")
     names = layer_names(model, layers)
 
+    # The second pass draws labels of its own: eigenvalues measured on the draws that the basis was fitted to would be
+    # too large in it.
+    generator = torch.Generator().manual_seed(seed)
+
     def passes() -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
         """(samples of the batch where a new one begins, else 0; sample gradients of one draw)."""
-        generator = torch.Generator().manual_seed(seed)
         start = 0
         for x in batches:
             with torch.no_grad():
@@ -168,12 +265,12 @@ def fit_factors(
         for name, gradients in found.items():
             if isinstance(gradients, Outer):
                 if samples:  # inputs do not depend on the draw
-                    v = gradients.inputs.double().transpose(0, 1).flatten(1, 2)
+                    v = gradients.inputs.transpose(0, 1).flatten(1, 2)
                     _add(a, name, v.transpose(1, 2) @ v)
-                u = gradients.deltas.double().transpose(0, 1).flatten(1, 2)
+                u = gradients.deltas.transpose(0, 1).flatten(1, 2)
                 _add(g, name, u.transpose(1, 2) @ u / gradients.deltas.shape[2])
             else:
-                _add(diagonal, name, gradients.dense().double().square().sum(dim=0))
+                _add(diagonal, name, gradients.dense().square().sum(dim=0))
     if count == 0:
         raise ValueError("batches held no samples")
     blocks: dict[str, Block] = {}
@@ -190,7 +287,7 @@ def fit_factors(
         for _, found in passes():
             for name, block in blocks.items():
                 if block.qg is not None:
-                    _add(corrected, name, block.rotate(found[name]).square_().sum(dim=0))
+                    _add(corrected, name, block.rotate(found[name]).square().sum(dim=0))
         blocks |= {name: Block(sums / count, blocks[name].qg, blocks[name].qa) for name, sums in corrected.items()}
     if curvature == "identity":
         by_layer = dict.fromkeys(names, damping or 0.0)
@@ -198,8 +295,8 @@ def fit_factors(
         by_layer = {name: damping_scale * block.mean() for name, block in blocks.items()}
     else:
         by_layer = dict.fromkeys(names, float(damping))
-    return Factors(curvature, blocks, by_layer)
+    return Factors(curvature, blocks, by_layer, fingerprint(model, names))
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
-    sums[name] = sums[name] + part if name in sums else part
+    sums[name] = sums[name] + part.double() if name in sums else part.double()

@@ -63,11 +63,13 @@ def last_layer_scores(
 
     features: (N, d) inputs h of the layer. student_logits, teacher_logits: (N, C); -inf (masked classes) is legal.
     target: (N,) int32/int64 in [0, C). val_features (M, d), val_logits (M, C), val_target (M,): a slice held out of the
-    training set, never the test set; needed by kd_gain. All on one device. Factors are computed in float64; scores in
-    float64 if any of features and logits is, else in float32.
+    training set, never the test set; needed by kd_gain and kd_gain_ns. All on one device. Factors are computed in
+    float64; scores in float64 if any of features and logits is, else in float32.
 
-    scores: among kd_gain, self_influence, param_shift (of the label's gradient; or param_shift:gt, :kd, :delta),
-    conflict, and the baselines random (seed 0; or random:<seed>), all, none, teacher_correct, ce, kd, el2n, grand.
+    scores: among kd_gain, kd_gain_ns (one Newton step of the retraining instead of its derivative: a C x C solve per
+    sample, for small heads and audits), self_influence, param_shift (of the label's gradient; or param_shift:gt, :kd,
+    :delta), conflict, and the baselines random (seed 0; or random:<seed>), all, none, teacher_correct, ce, kd, el2n,
+    grand.
     curvature: H is "identity", "kfac", "ekfac", or "exact" (dense up to 5000 parameters of the layer; beyond that
     conjugate gradients, for kd_gain only).
     damping: >= 0, added to every eigenvalue (to identity's 1 only if given); None: damping_scale * mean eigenvalue.
@@ -106,14 +108,15 @@ def last_layer_scores(
             _report_zero_hessian(damping)
         fitted = fit_curvature(curvature, rows, terms, damping=damping, damping_scale=damping_scale, dtype=dtype)
     direction = features.new_empty(0, dtype=dtype)
-    if "kd_gain" in kinds:
+    if not kinds.isdisjoint(("kd_gain", "kd_gain_ns")):
         validation = _checked_validation(rows, val_features, val_logits, val_target)
         direction = fitted.solve(_mean_gradient(*validation, bias=bias)).to(dtype)
 
     y = target.long()
     result = {name.key: features.new_empty(rows.count, dtype=dtype) for name in names}
     teacher_pred = torch.empty_like(y)
-    for part in rows.chunks():
+    square = rows.classes**2 if "kd_gain_ns" in kinds else 0
+    for part in rows.chunks(bytes_per_row=8 * (6 * rows.classes + 4 * rows.inputs + 5 * square)):
         batch = _Batch(
             h=rows.augmented(part, dtype),
             z=student_logits[part].to(dtype),
@@ -122,6 +125,7 @@ def last_layer_scores(
             loss=loss,
             curvature=fitted,
             direction=direction,
+            switch=_switch(rows, part, hessian, selected, dtype),
         )
         teacher_pred[part] = batch.teacher_pred()
         for name in names:
@@ -157,9 +161,11 @@ class _Batch:
         loss: KDLoss,
         curvature: Curvature,
         direction: Tensor,
+        switch: Tensor | None = None,
     ) -> None:
         self.h, self.z, self.v, self.y = h, z, v, y
         self._loss, self._curvature, self._direction = loss, curvature, direction
+        self._switch = switch
         self._gradients: dict[str, Tensor] = {}
         self._prepared: dict[int, Tensor] = {}
 
@@ -202,6 +208,28 @@ class _Batch:
         product: Tensor = torch.linalg.vecdot(self.gradient("delta"), self.h @ self._direction.T)
         return -product
 
+    def newton_gain(self) -> Tensor:
+        """-g_val^T (H + t_i/n dH_i)^-1 (ddelta outer h~), (B,): H as it is once sample i has been switched.
+
+        dH_i = M_i (x) h~ h~^T, M_i what the teacher adds to the sample's Hessian in its logits. By Woodbury this is
+        kd_gain with (I + t_i/n M_i K_i)^-1 ddelta in place of ddelta, K_i the leverage; t_i/n is `switch`.
+        """
+        assert self._switch is not None
+        loss = self._loss
+        change = self.z.new_zeros(*self.z.shape, self.z.shape[1])
+        ce = self.z.new_full(self.y.shape, loss.ce_weight - loss.resolved_ce_weight_unselected)
+        if loss.class_weight is not None:
+            ce = ce * loss.class_weight.to(ce)[self.y]
+        kd = torch.full_like(ce, loss.kd_weight)
+        for weight, temperature in [(ce, 1.0), *((kd, t) for t in functional.temperatures(loss.temperature))]:
+            q = torch.softmax(self.z / temperature, dim=1)
+            change += weight[:, None, None] * (torch.diag_embed(q) - q[:, :, None] * q[:, None, :])
+        system = self._switch[:, None, None] * (change @ self._curvature.leverage(self.h))
+        system.diagonal(dim1=1, dim2=2).add_(1.0)
+        corrected = torch.linalg.solve(system, self.gradient("delta"))
+        product: Tensor = torch.linalg.vecdot(corrected, self.h @ self._direction.T)
+        return -product
+
     def teacher_right(self) -> Tensor:
         """(B,) bool; a tie that the label takes part in counts as right."""
         return self.v.gather(1, self.y[:, None])[:, 0] >= self.v.amax(dim=1)
@@ -238,6 +266,7 @@ def _conflict(batch: _Batch, _: ScoreName) -> Tensor:
 _TINY = torch.finfo(torch.float32).tiny
 _SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
     "kd_gain": lambda batch, _: batch.gain(),
+    "kd_gain_ns": lambda batch, _: batch.newton_gain(),
     "self_influence": lambda batch, _: batch.quadratic("gt", 1),
     "param_shift": lambda batch, name: batch.quadratic(name.gradient, 2).sqrt(),
     "conflict": _conflict,
@@ -249,7 +278,7 @@ _SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
     "el2n": lambda batch, _: batch.gradient("gt").norm(dim=1),
     "grand": lambda batch, _: batch.gradient("gt").norm(dim=1) * batch.h.norm(dim=1),
 }
-_CURVED = ("kd_gain", "self_influence", "param_shift")
+_CURVED = ("kd_gain", "kd_gain_ns", "self_influence", "param_shift")
 _LOSS_FACTS = (
     "temperature",
     "ce_weight",
@@ -302,6 +331,17 @@ def _hessian_terms(
                 f" ce_weight={loss.ce_weight}, ce_weight_unselected={unselected}, kd_weight={loss.kd_weight}"
             )
     return [term for term in terms if (term.weight > 0).any()]
+
+
+def _switch(rows: Rows, part: slice, hessian: str, selected: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """t_i / n, (B,): 1 / n where H knows the sample without its teacher, -1 / n where it knows it with it."""
+    if hessian == "gt":
+        w = torch.zeros_like(rows.logits[part, 0], dtype=dtype)
+    elif selected is None:
+        w = torch.ones_like(rows.logits[part, 0], dtype=dtype)
+    else:
+        w = selected[part].to(dtype)
+    return (1.0 - 2.0 * w) / rows.count
 
 
 def _report_zero_hessian(damping: float | None) -> None:

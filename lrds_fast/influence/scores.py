@@ -15,6 +15,7 @@ GRADIENTS = ("gt", "kd", "delta")
 #: Every score by name. All of them follow one convention: LOWER = keep the teacher.
 SCORES: Mapping[str, str] = {
     "kd_gain": "n * predicted change of the held-out cross-entropy if the sample is given its teacher; < 0 helps",
+    "kd_gain_ns": "kd_gain with the Newton step's leverage correction: H as it is with the sample's teacher switched",
     "self_influence": "g^T H^-1 g of the cross-entropy; high = noise or memorisation",
     "param_shift": "|H^-1 g|, g of the cross-entropy (param_shift:gt), of the divergence (:kd), of the change (:delta)",
     "conflict": "-cos of the label's and the teacher's gradient; -1 = they agree",

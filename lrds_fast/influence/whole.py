@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lrds_fast import functional
 from lrds_fast._version import __version__
 from lrds_fast.influence.curvature import Identity
-from lrds_fast.influence.factors import CURVATURES, Factors, fit_factors
+from lrds_fast.influence.factors import CURVATURES, Factors, fingerprint, fit_factors
 from lrds_fast.influence.inputs import check_choice, check_damping, check_logits
 from lrds_fast.influence.last_layer import _SCORERS, HESSIANS, _Batch, _checked_loss, _loss_facts
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
@@ -24,6 +24,10 @@ from lrds_fast.nn import KDLoss
 
 # Scores that need gradients in the parameters; the others are made of the logits alone.
 _OF_PARAMETERS = ("kd_gain", "self_influence", "param_shift", "grand")
+
+# Of these, the ones made of per-sample gradients, and of which, where the name does not say.
+_PER_SAMPLE = ("self_influence", "param_shift", "grand")
+_GRADIENT_OF = {"self_influence": "gt", "grand": "gt"}
 
 Data = Dataset[Any] | Iterable[Any]
 """A dataset of (input, target, ...) samples, or an iterable of their batches that can be iterated again."""
@@ -44,6 +48,7 @@ def score(
     labels: int | str = 1,
     selected: Tensor | None = None,
     loss: KDLoss | None = None,
+    factors: Factors | None = None,
     batch_size: int = 256,
     progress: bool = False,
 ) -> Scores:
@@ -59,16 +64,21 @@ def score(
     shuffling); val_data, held out of the training set and never the test set, is needed by kd_gain.
     layers: "all" with trainable parameters, "last" (the last nn.Linear), or a list of module names. Linear, Conv
     (groups, dilation, any padding), Embedding and normalisation layers; others are refused by name.
-    scores: the names of last_layer_scores. curvature: "identity", "kfac", "ekfac", a block per layer. labels: how H
-    sees the model's own labels: a number of draws per sample (seed 0), or "all" (exact, C backward passes a batch).
+    scores: the names of last_layer_scores, but for kd_gain_ns. curvature: "identity", "kfac", "ekfac", a block per
+    layer. labels: how H sees the model's own labels: a number of draws per sample (seed 0), or "all" (exact, C backward
+    passes a batch).
     damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue.
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
+    factors: Factors.fit or .load of this student's layers, instead of fitting them here; curvature, damping,
+    damping_scale, hessian and labels are then theirs.
 
     Returns Scores on the CPU, float32 (float64 for a float64 student). Raises ValueError or TypeError naming what is
     wrong: an argument, a layer, or the sample whose gradient is not finite.
     """
     names = parse_score_names(scores)
     kinds = {name.kind for name in names}
+    if "kd_gain_ns" in kinds:
+        raise ValueError("kd_gain_ns is a score of the last layer alone: use influence.last_layer_scores")
     check_choice("curvature", curvature, CURVATURES)
     check_choice("hessian", hessian, HESSIANS)
     damping = None if damping is None else check_damping("damping", damping)
@@ -83,8 +93,9 @@ def score(
     train = _Batches(train_data, parameter, batch_size, progress)
 
     with _eval_mode(student, teacher):
-        factors: Factors | None = None
-        if curved:
+        if factors is not None:
+            chosen = _checked_factors(student, factors, layers)
+        elif curved:
             terms = _Terms(hessian, selected, loss, train)
             factors = fit_factors(
                 student,
@@ -102,8 +113,10 @@ def score(
             direction = _unpacked(student, factors.solve(_mean_gradient(student, chosen, held_out)))
         found: dict[str, list[Tensor]] = {name.key: [] for name in names}
         targets, predictions = [], []
+        needed = [_GRADIENT_OF.get(name.kind, name.gradient) for name in names if name.kind in _PER_SAMPLE]
+        first = needed[0] if needed else None
         for x, y in train("scores"):
-            batch = _Scored(student, teacher, x, y, chosen, loss, factors, direction, dtype)
+            batch = _Scored(student, teacher, x, y, chosen, loss, factors, direction, dtype, first)
             for name in names:
                 if name.kind != "random":
                     found[name.key].append(batch.score(name).to(dtype).cpu())
@@ -123,7 +136,7 @@ def score(
         "num_samples": len(target),
         "num_classes": batch.rows.z.shape[1],
         "layers": chosen,
-        "curvature": curvature,
+        "curvature": curvature if factors is None else factors.curvature,
         "hessian": hessian,
         "labels": labels,
         "damping": None if factors is None else factors.damping,
@@ -131,6 +144,16 @@ def score(
         "library_version": __version__,
     }
     return Scores(result, target=target, teacher_pred=torch.cat(predictions), meta=meta)
+
+
+def _checked_factors(student: nn.Module, factors: Factors, layers: str | Sequence[str]) -> list[str]:
+    """The layers of factors that were fitted to this student."""
+    if layers != "all" and layer_names(student, layers) != factors.layers:
+        raise ValueError(f"layers and factors differ; the factors are of {', '.join(map(repr, factors.layers))}")
+    known = dict(student.named_modules())
+    if any(name not in known for name in factors.layers) or fingerprint(student, factors.layers) != factors.model:
+        raise ValueError("factors were fitted to another student, or to other weights of it; fit them again")
+    return factors.layers
 
 
 class _eval_mode:
@@ -231,11 +254,26 @@ class _Scored:
         factors: Factors | None,
         direction: Mapping[str, Tensor],
         dtype: torch.dtype,
+        first: str | None,
     ) -> None:
         self._student, self._x, self._layers, self._factors = student, x, layers, factors
-        self._direction = direction
+        self._direction, self._loss, self._dtype = direction, loss, dtype
+        self._gradients: dict[str, Any] = {}
         with torch.no_grad():
-            z, v = student(x).to(dtype), teacher(x).to(dtype)
+            v = teacher(x).to(dtype)
+        if first is None:
+            with torch.no_grad():
+                self.rows = self._opened(student(x), v, y)
+        else:
+            # The forward pass of the first gradients is the one that the logits come from.
+            def delta(logits: Tensor) -> Tensor:
+                self.rows = self._opened(logits, v, y)
+                return self.rows.gradient(first).to(logits)
+
+            self._gradients[first] = sample_gradients(student, x, delta, layers)[1]
+
+    def _opened(self, logits: Tensor, v: Tensor, y: Tensor) -> _Batch:
+        z = logits.to(self._dtype)
         check_logits("student_logits", z)
         check_logits("teacher_logits", v)
         if z.shape != v.shape:
@@ -243,10 +281,9 @@ class _Scored:
         if y.min() < 0 or y.max() >= z.shape[1]:
             raise ValueError(f"targets must lie in [0, {z.shape[1]}); got {int(y.min())} to {int(y.max())}")
         nothing = z.new_empty(len(z), 0)
-        self.rows = _Batch(
-            h=nothing, z=z, v=v, y=y, loss=loss, curvature=Identity(None), direction=nothing[:0].reshape(0, 0)
+        return _Batch(
+            h=nothing, z=z, v=v, y=y, loss=self._loss, curvature=Identity(None), direction=nothing[:0].reshape(0, 0)
         )
-        self._gradients: dict[str, Any] = {}
 
     def _of(self, gradient: str) -> Any:
         if gradient not in self._gradients:
