@@ -15,7 +15,18 @@ from __future__ import annotations
 from lrds_fast.influence.curvature import CURVATURES
 from lrds_fast.influence.factors import Factors
 from lrds_fast.influence.last_layer import HESSIANS, last_layer_scores
+from lrds_fast.influence.queries import Pairwise, pairwise
 from lrds_fast.influence.scores import SCORES, Scores
 from lrds_fast.influence.whole import score
 
-__all__ = ["CURVATURES", "HESSIANS", "SCORES", "Factors", "Scores", "last_layer_scores", "score"]
+__all__ = [
+    "CURVATURES",
+    "HESSIANS",
+    "SCORES",
+    "Factors",
+    "Pairwise",
+    "Scores",
+    "last_layer_scores",
+    "pairwise",
+    "score",
+]

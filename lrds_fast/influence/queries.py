@@ -1,0 +1,90 @@
+"""Which training samples speak for and against a query: influence of every sample on every query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrds_fast import functional
+from lrds_fast.influence.factors import Factors
+from lrds_fast.influence.layers import SampleGradients, sample_gradients
+from lrds_fast.influence.whole import Data, _Batches, _checked_factors, _eval_mode
+
+
+class Pairwise(NamedTuple):
+    """values, indices: (Q, K), each query's K largest influences, largest first, and whose they are."""
+
+    values: Tensor
+    indices: Tensor
+
+
+def pairwise(
+    student: nn.Module,
+    query_data: Data,
+    train_data: Data,
+    *,
+    factors: Factors,
+    top_k: int | None = None,
+    largest: bool = True,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Tensor | Pairwise:
+    """g_q^T H^-1 g_i over the layers of `factors`, g the gradients of the labels' cross-entropies.
+
+    Positive: training on sample i lowers the loss of query q (a proponent); to first order n * the change of q's loss
+    when i is left out.
+
+    student, query_data, train_data: as influence.score takes them, with targets in [0, C). factors: of this student.
+    top_k: None returns all of it, (Q, N); a number K >= 1 a Pairwise of each query's K largest influences (smallest with
+    largest=False), and no more than (Q, K + batch_size) of them is ever held. Ties go to the lower index.
+    Memory beside that: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
+    a float64 student). Raises ValueError or TypeError as influence.score does.
+    """
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be None or an int >= 1; got {top_k!r}")
+    layers = _checked_factors(student, factors, "all")
+    parameter = next(student.parameters())
+
+    def gradients(data: Data, what: str) -> Iterator[Mapping[str, SampleGradients]]:
+        for x, y in _Batches(data, parameter, batch_size, progress)(what):
+
+            def label(logits: Tensor, y: Tensor = y) -> Tensor:
+                return functional.kd_logit_gradient(
+                    logits, logits, y, temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None
+                ).to(logits)
+
+            yield sample_gradients(student, x, label, layers)[1]
+
+    with _eval_mode(student):
+        queries: dict[str, list[Tensor]] = {name: [] for name in layers}
+        for found in gradients(query_data, "queries"):
+            rows = [factors.solve(dict(zip(found, row, strict=True))) for row in _rows(found)]
+            for name in layers:
+                queries[name].append(torch.stack([row[name] for row in rows]).to(parameter.dtype))
+        preconditioned = {name: torch.cat(parts) for name, parts in queries.items()}
+        count = len(preconditioned[layers[0]])
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        values = torch.empty(count, 0, dtype=dtype)
+        indices = torch.empty(count, 0, dtype=torch.int64)
+        blocks, seen = [], 0
+        for found in gradients(train_data, "pairwise"):
+            block = torch.stack([preconditioned[name] @ found[name].dense().T for name in layers]).sum(dim=0)
+            block = block.to(dtype).cpu()
+            if top_k is None:
+                blocks.append(block)
+                continue
+            places = torch.arange(seen, seen + block.shape[1]).expand(count, -1)
+            seen += block.shape[1]
+            values, indices = torch.cat([values, block], dim=1), torch.cat([indices, places], dim=1)
+            # Stable: of equals the one that came first stays.
+            order = values.argsort(dim=1, descending=largest, stable=True)[:, :top_k]
+            values, indices = values.gather(1, order), indices.gather(1, order)
+    return torch.cat(blocks, dim=1) if top_k is None else Pairwise(values, indices)
+
+
+def _rows(found: Mapping[str, SampleGradients]) -> Iterator[tuple[Tensor, ...]]:
+    """Each sample's flattened gradients, layer by layer."""
+    yield from zip(*(gradients.dense() for gradients in found.values()), strict=True)

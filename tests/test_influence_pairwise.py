@@ -1,0 +1,75 @@
+"""Influence of every training sample on every query, against dense matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_influence_factors import dense_blocks
+from test_influence_score import CLASSES, data, network
+from torch import Tensor
+
+from lrds_fast import influence
+from lrds_fast.influence.layers import sample_gradients
+
+
+def problem(curvature: str = "ekfac") -> dict[str, Any]:
+    student, train = network(0), data(2, 23)
+    factors = influence.Factors.fit(student.eval(), train.tensors[0].split(8), curvature=curvature, damping=0.05)
+    return {"student": student.train(), "query_data": data(3, 9), "train_data": train, "factors": factors}
+
+
+@pytest.mark.parametrize("curvature", ["identity", "kfac", "ekfac"])
+def test_against_dense_matrices(curvature: str) -> None:
+    given = problem(curvature)
+    found = influence.pairwise(**given, batch_size=7)
+    student, factors = given["student"], given["factors"]
+    assert student.training
+    student.eval()
+
+    def gradients(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        rows = sample_gradients(student, x, lambda z: z.softmax(dim=1) - F.one_hot(y, CLASSES))[1]
+        return {name: g.dense() for name, g in rows.items()}
+
+    query, train = gradients(*given["query_data"].tensors), gradients(*given["train_data"].tensors)
+    expected = torch.zeros(9, 23, dtype=torch.float64)
+    for name in factors.blocks:
+        expected += query[name] @ torch.linalg.inv(dense_blocks(factors, name)) @ train[name].T
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    # A sample's influence on itself is its self-influence.
+    itself = influence.pairwise(**(given | {"query_data": given["train_data"]})).diagonal()
+    own = influence.score(student, student, given["train_data"], factors=factors, scores="self_influence")
+    torch.testing.assert_close(itself, own["self_influence"], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("top_k", [1, 5, 23, 40])
+def test_top_k(top_k: int, largest: bool) -> None:
+    given = problem()
+    full = influence.pairwise(**given)
+    found = influence.pairwise(**given, top_k=top_k, largest=largest, batch_size=6)
+    order = full.argsort(dim=1, descending=largest, stable=True)[:, :top_k]
+    assert torch.equal(found.indices, order)
+    torch.testing.assert_close(found.values, full.gather(1, order), rtol=1e-10, atol=0)
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    given = problem()
+    x, y = given["train_data"].tensors
+    twice = [(x, y), (x, y)]
+    found = influence.pairwise(**(given | {"train_data": twice}), top_k=2)
+    assert torch.equal(found.indices[:, 1], found.indices[:, 0] + 23)
+
+
+def test_mistakes_are_named() -> None:
+    given = problem()
+    for change, message in (
+        ({"top_k": 0}, "top_k must be None or an int >= 1; got 0"),
+        ({"student": network(5)}, "fitted to another student"),
+        ({"train_data": []}, "holds no samples"),
+        ({"query_data": []}, "holds no samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            influence.pairwise(**(given | change))
