@@ -38,8 +38,8 @@ def pairwise(
     when i is left out.
 
     student, query_data, train_data: as influence.score takes them, with targets in [0, C). factors: of this student.
-    top_k: None returns all of it, (Q, N); a number K >= 1 a Pairwise of each query's K largest influences (smallest with
-    largest=False), and no more than (Q, K + batch_size) of them is ever held. Ties go to the lower index.
+    top_k: None returns all of it, (Q, N); a number K >= 1 a Pairwise of each query's K largest influences (smallest
+    with largest=False), and no more than (Q, K + batch_size) of them is ever held. Ties go to the lower index.
     Memory beside that: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
     a float64 student). Raises ValueError or TypeError as influence.score does.
     """
