@@ -265,10 +265,8 @@ def fit_factors(
         for name, gradients in found.items():
             if isinstance(gradients, Outer):
                 if samples:  # inputs do not depend on the draw
-                    v = gradients.inputs.transpose(0, 1).flatten(1, 2)
-                    _add(a, name, v.transpose(1, 2) @ v)
-                u = gradients.deltas.transpose(0, 1).flatten(1, 2)
-                _add(g, name, u.transpose(1, 2) @ u / gradients.deltas.shape[2])
+                    _add(a, name, _moment(gradients.inputs))
+                _add(g, name, _moment(gradients.deltas) / gradients.deltas.shape[2])
             else:
                 _add(diagonal, name, gradients.dense().square().sum(dim=0))
     if count == 0:
@@ -296,6 +294,14 @@ def fit_factors(
     else:
         by_layer = dict.fromkeys(names, float(damping))
     return Factors(curvature, blocks, by_layer, fingerprint(model, names))
+
+
+def _moment(rows: Tensor) -> Tensor:
+    """(G, W, W): sum over samples and positions of the outer products of rows (B, G, T, W)."""
+    if rows.shape[2] >= rows.shape[3]:  # sample by sample, as the rows lie
+        return (rows.transpose(2, 3) @ rows).sum(dim=0)
+    flat = rows.transpose(0, 1).flatten(1, 2)
+    return flat.transpose(1, 2) @ flat
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:

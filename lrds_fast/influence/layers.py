@@ -253,12 +253,17 @@ def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, delt
         reach = module.dilation[i] * (module.kernel_size[i] - 1) + 1
         # (..., positions, reach) and of the reach every dilation-th element.
         patches = patches.unfold(2 + i, reach, module.stride[i])[..., :: module.dilation[i]]
-    # (B, channels, *positions, *kernel) -> (B, G, positions, channels of a group * kernel)
-    positions = patches.shape[2 : 2 + spatial].numel()
-    patches = patches.reshape(batch, groups, inputs.shape[1] // groups, positions, -1)
-    a = patches.transpose(2, 3).flatten(3)
-    d = delta.reshape(batch, groups, -1, positions).transpose(2, 3)
-    return Outer(_with_bias(a, module.bias), d)
+    # (B, channels, *positions, *kernel) -> (B, G, channels of a group * kernel, positions), in one copy and with the
+    # positions innermost, where they lie next to each other in the input too. Products take either as transposed.
+    places, kernel = patches.shape[2 : 2 + spatial], patches.shape[2 + spatial :]
+    grouped = patches.view(batch, groups, inputs.shape[1] // groups, *patches.shape[2:])
+    order = [0, 1, 2, *range(3 + spatial, 3 + 2 * spatial), *range(3, 3 + spatial)]
+    width, positions = grouped.shape[2] * kernel.numel(), places.numel()
+    a = inputs.new_empty(batch, groups, width + (module.bias is not None), positions)
+    a[:, :, :width].view(batch, groups, -1, *kernel, *places).copy_(grouped.permute(order))
+    a[:, :, width:] = 1.0
+    d = delta.reshape(batch, groups, -1, positions)
+    return Outer(a.transpose(2, 3), d.transpose(2, 3))
 
 
 def _normalisation(module: nn.Module, inputs: Tensor, delta: Tensor) -> Direct:
