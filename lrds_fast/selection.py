@@ -7,11 +7,9 @@ import html
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast._version import __version__
+from lrds_fast.files import replacing
 from lrds_fast.influence import Scores
 
 _FORMAT = 1
@@ -102,7 +101,7 @@ class Selection:
             "meta": dict(self.meta),
         }
         table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(facts)})
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             pq.write_table(table, temporary, write_page_checksum=True)
 
     @classmethod
@@ -156,7 +155,7 @@ class Selection:
     def report(self, path: str | os.PathLike[str]) -> None:
         """Writes one self-contained HTML page: the rule, a histogram per score, and the classes' shares of D_t."""
         page = _html_report(self)
-        with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(page)
 
 
@@ -349,20 +348,6 @@ def _optional_column(table: pa.Table, name: str) -> Tensor | None:
     if column.null_count:
         raise ValueError(f"column {name!r} has {column.null_count} nulls")
     return torch.tensor(column.to_numpy(), dtype=torch.int64)
-
-
-@contextmanager
-def _replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary name beside path that becomes path if the body succeeds and disappears if it does not."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield str(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 _STYLE = (

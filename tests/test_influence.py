@@ -15,7 +15,7 @@ from torch import Tensor
 from lrds_fast import influence, reference
 from lrds_fast.influence import curvature as curvature_module
 from lrds_fast.influence.curvature import HessianTerm, Identity, Iterative, Rows, fit_curvature
-from lrds_fast.influence.last_layer import _SCORERS
+from lrds_fast.influence.last_layer import SCORERS
 from lrds_fast.nn import KDLoss
 
 NAMES = (*influence.SCORES, "param_shift:gt", "param_shift:kd", "param_shift:delta", "random:7")
@@ -44,7 +44,7 @@ def test_every_score_has_the_shape_dtype_and_facts_it_promises() -> None:
 
 
 def test_one_scorer_per_score() -> None:
-    assert set(_SCORERS) | {"random"} == set(influence.SCORES)
+    assert set(SCORERS) | {"random"} == set(influence.SCORES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -53,7 +53,7 @@ def test_against_dense_gradients(curvature: str) -> None:
     student, teacher, train, val = network(0), network(1), data(2, 23), data(3, 9)
     keywords: dict[str, Any] = {"curvature": curvature, "damping": 0.05, "labels": "all"}
     found = influence.score(
-        student, teacher, train, val, scores=NAMES, hessian="gt", loss=LOSS, batch_size=7, **keywords
+        student, teacher, train, val, layers="all", scores=NAMES, hessian="gt", loss=LOSS, batch_size=7, **keywords
     )
     assert student.training and teacher.training and all(p.grad is None for p in student.parameters())
     student.eval()
@@ -83,12 +83,13 @@ def test_against_dense_gradients(curvature: str) -> None:
     assert torch.equal(found.target, y) and found.meta["layers"] == ["0", "1", "3", "5", "7"]
 
 
+@pytest.mark.parametrize("layers", ["last", ["7"]])
 @pytest.mark.parametrize("hessian", ["gt", "objective"])
-def test_the_last_layer_is_its_closed_form(hessian: str) -> None:
+def test_the_last_layer_is_its_closed_form(hessian: str, layers: Any) -> None:
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 40), data(3, 9)
     selected = torch.arange(40) % 3 > 0
     common: dict[str, Any] = {"scores": NAMES, "hessian": hessian, "selected": selected, "loss": LOSS}
-    found = influence.score(student, teacher, train, val, layers="last", labels="all", batch_size=11, **common)
+    found = influence.score(student, teacher, train, val, layers=layers, labels="all", batch_size=11, **common)
     with torch.no_grad():
         h, h_val = (student[:-1](split.tensors[0]) for split in (train, val))
         expected = influence.last_layer_scores(
@@ -109,7 +110,7 @@ def test_the_last_layer_is_its_closed_form(hessian: str) -> None:
 def test_kd_gain_predicts_what_a_step_does() -> None:
     """The definition: n times the change of the held-out loss when one sample's teacher enters the objective."""
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 12), data(3, 9)
-    found = influence.score(student, teacher, train, val, curvature="identity", loss=LOSS)["kd_gain"]
+    found = influence.score(student, teacher, train, val, layers="all", curvature="identity", loss=LOSS)["kd_gain"]
     x, y = train.tensors
     parameters = list(student.parameters())
 
@@ -132,10 +133,11 @@ def test_kd_gain_predicts_what_a_step_does() -> None:
         assert change.item() == pytest.approx(found[i].item(), rel=1e-4)
 
 
-def test_data_in_other_forms() -> None:
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_data_in_other_forms(layers: str) -> None:
     student, teacher, train, val = network(0, torch.float32), network(1, torch.float32), data(2, 23), data(3, 9)
-    first = influence.score(student, teacher, train, val, batch_size=8)
-    again = influence.score(student, teacher, DataLoader(train, batch_size=8), [val.tensors])
+    first = influence.score(student, teacher, train, val, layers=layers, batch_size=8)
+    again = influence.score(student, teacher, DataLoader(train, batch_size=8), [val.tensors], layers=layers)
     torch.testing.assert_close(again["kd_gain"], first["kd_gain"])
     assert first["kd_gain"].dtype == torch.float32 and not first["kd_gain"].requires_grad
 
@@ -153,28 +155,78 @@ def test_fitted_factors_are_taken() -> None:
         torch.testing.assert_close(given[name], own[name])
     assert given.meta["curvature"] == "kfac" and given.meta["layers"] == ["3", "7"]
     with pytest.raises(ValueError, match="layers and factors differ; the factors are of '3', '7'"):
-        influence.score(student, teacher, train, val, layers="last", factors=factors)
+        influence.score(student, teacher, train, val, layers=["3"], factors=factors)
     with pytest.raises(ValueError, match="fitted to another student"):
         influence.score(teacher, student, train, val, factors=factors)
 
 
-def test_mistakes_are_named() -> None:
+def test_exact_curvature_and_newton_steps_from_the_models() -> None:
+    student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 40), data(3, 9)
+    common: dict[str, Any] = {"scores": ("kd_gain", "kd_gain_ns"), "curvature": "exact", "damping": 0.02}
+    found = influence.score(student, teacher, train, val, batch_size=7, **common)
+    with torch.no_grad():
+        h, h_val = (student[:-1](split.tensors[0]) for split in (train, val))
+        expected = influence.last_layer_scores(
+            features=h,
+            student_logits=student[-1](h),
+            teacher_logits=teacher(train.tensors[0]),
+            target=train.tensors[1],
+            val_features=h_val,
+            val_logits=student[-1](h_val),
+            val_target=val.tensors[1],
+            **common,
+        )
+    for name in common["scores"]:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-12)
+
+
+def test_logits_must_be_the_last_layers() -> None:
+    scaled = nn.Sequential(network(0), nn.Softmax(dim=1))
+    with pytest.raises(ValueError, match="logits that are the output of the last nn.Linear, '0.7'"):
+        influence.score(scaled, network(1), data(2, 12), data(3, 4))
+
+
+def test_a_sample_that_is_not_finite_is_named() -> None:
+    student, teacher, train, val = network(0), network(1), data(2, 12), data(3, 4)
+    train.tensors[0][9] = float("nan")
+    with pytest.raises(ValueError, match=r"the input of layer '7' must be finite; sample 9 has"):
+        influence.score(student, teacher, train, val, batch_size=5)
+    with pytest.raises(ValueError, match=r"sample 4 has a NaN.*the batch begins at sample 5"):
+        influence.score(student, teacher, train, layers="all", scores="grand", batch_size=5)
+
+
+def test_few_samples_for_a_factor_are_reported() -> None:
+    student, teacher, train, val = network(0), network(1), data(2, 3), data(3, 4)
+    with pytest.warns(UserWarning, match=r"too few samples for a factor of full rank.* '5' \(3 for 7\)"):
+        influence.score(student, teacher, train, val, layers="all")
+    blind = network(0)
+    torch.nn.init.zeros_(blind[7].weight)
+    with pytest.raises(ValueError, match="layer '0': the curvature is zero"):
+        influence.score(blind, teacher, data(2, 20), val, layers=["0"])
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_mistakes_are_named(layers: str) -> None:
     student, teacher, train, val = network(0), network(1), data(2, 12), data(3, 4)
     for change, error, message in (
         ({"val_data": None}, ValueError, "kd_gain needs val_data"),
-        ({"curvature": "exact"}, ValueError, "curvature must be one of identity, kfac, ekfac"),
-        ({"scores": "kd_gain_ns"}, ValueError, "a score of the last layer alone"),
+        ({"curvature": "none"}, ValueError, "curvature must be one of identity, kfac, ekfac, exact"),
+        ({"curvature": "exact", "layers": ["7"]}, ValueError, "'exact' is of the last layer alone"),
+        ({"scores": "kd_gain_ns", "layers": ["7"]}, ValueError, "a score of the last layer alone"),
         ({"layers": ["nope"]}, ValueError, "no module 'nope'"),
         ({"train_data": DataLoader(train, shuffle=True)}, ValueError, "the loader shuffles"),
+        ({"train_data": DataLoader(train, 5, drop_last=True)}, ValueError, "drops the last batch"),
         ({"train_data": iter([])}, TypeError, "iterable again"),
         ({"train_data": []}, ValueError, "holds no samples"),
         ({"val_data": []}, ValueError, "holds no samples"),
-        ({"selected": torch.ones(7).bool()}, ValueError, "selected must have one value per sample; got 7"),
+        ({"selected": torch.ones(7).bool()}, ValueError, r"selected must have shape \(12,\).*; got \(7,\)"),
+        ({"selected": torch.full((12,), 2.0)}, ValueError, r"selected must lie in \[0, 1\]; got 2.0 at sample 0"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()}, ValueError, "the same classes"),
         ({"train_data": [(train.tensors[0], train.tensors[1] + 3)]}, ValueError, r"targets must lie in \[0, 4\)"),
         ({"train_data": [(train.tensors[0], train.tensors[1][:5])]}, ValueError, r"got shape \(5,\) for 12 inputs"),
+        ({"resume": True}, ValueError, "resume=True needs out="),
     ):
         given: dict[str, Any] = {"student": student, "teacher": teacher, "train_data": train, "val_data": val}
         with pytest.raises(error, match=message):
-            influence.score(**(given | change))
+            influence.score(**({"layers": layers} | given | change))
         assert student.training and teacher.training

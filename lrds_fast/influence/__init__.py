@@ -5,7 +5,8 @@
                                          val_features=hv, val_logits=zv, val_target=yv)
     scores["kd_gain"]          # (N,), negative = the teacher helps on this sample
 
-    scores = influence.score(student, teacher, train_data, val_data)       # the same over all layers, from the models
+    scores = influence.score(student, teacher, train_data, val_data)       # the same from the models and the data
+    scores = influence.score(student, teacher, train_data, val_data, layers="all")
 
 Definitions, formulas and measurements: docs/influence.md.
 """
@@ -15,8 +16,9 @@ from __future__ import annotations
 from lrds_fast.influence.curvature import CURVATURES
 from lrds_fast.influence.factors import Factors
 from lrds_fast.influence.last_layer import HESSIANS, last_layer_scores
-from lrds_fast.influence.queries import Pairwise, pairwise
+from lrds_fast.influence.queries import Pairwise, pairwise, self_influence
 from lrds_fast.influence.scores import SCORES, Scores
+from lrds_fast.influence.shards import load_scores
 from lrds_fast.influence.whole import score
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Pairwise",
     "Scores",
     "last_layer_scores",
+    "load_scores",
     "pairwise",
     "score",
+    "self_influence",
 ]

@@ -14,13 +14,16 @@ their own compute dtype. Everything runs over chunks of rows; the largest tempor
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lrds_fast.influence.ranks import Ranks
 
 CURVATURES = ("identity", "kfac", "ekfac", "exact")
 
@@ -40,17 +43,54 @@ class HessianTerm(NamedTuple):
     temperature: float
 
 
+class Pieces:
+    """Matrices with one width, below each other, read by slices: what lies on disk in parts, as one.
+
+    pieces: (n_k, W) each, anything with a length whose slices are tensors. like: an empty (0, W) tensor of their dtype
+    and device, for where there are none.
+    """
+
+    def __init__(self, pieces: Sequence[Any], like: Tensor) -> None:
+        self._pieces, self._like = list(pieces), like
+        self._starts = [0]
+        for piece in self._pieces:
+            self._starts.append(self._starts[-1] + len(piece))
+        self.shape = (self._starts[-1], like.shape[1])
+        self.device = like.device
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        found = [
+            piece[max(rows.start - first, 0) : rows.stop - first]
+            for piece, first in zip(self._pieces, self._starts, strict=False)
+            if first < rows.stop and rows.start < first + len(piece)
+        ]
+        if len(found) == 1:
+            only: Tensor = found[0].to(self.device)
+            return only
+        return torch.cat(found).to(self.device) if found else self._like
+
+
 @dataclass(frozen=True)
 class Rows:
-    """The rows a curvature is made of: features (N, d) and logits (N, C), finite; bias appends a 1 to the features."""
+    """The rows a curvature is made of: features (N, d) and logits (N, C), finite; bias appends a 1 to the features.
 
-    features: Tensor
-    logits: Tensor
+    Under several `ranks` these are one process's, and the sums are over everybody's.
+    """
+
+    features: Tensor | Pieces
+    logits: Tensor | Pieces
     bias: bool
+    ranks: Ranks = Ranks()
 
     @property
     def count(self) -> int:
+        """This process's rows."""
         return self.features.shape[0]
+
+    @functools.cached_property
+    def total(self) -> int:
+        """Everybody's rows."""
+        return int(self.ranks.sum(torch.tensor([self.count], device=self.features.device)))
 
     @property
     def classes(self) -> int:
@@ -227,7 +267,7 @@ class Iterative(Curvature):
             for weight, p in rows.probabilities(part, self._terms):
                 jy += weight * p * (y - torch.linalg.vecdot(p, y)[:, None])
             total.addmm_(jy.T, h)
-        return total / rows.count + self.damping * matrix
+        return rows.ranks.sum(total) / rows.total + self.damping * matrix
 
     def solve(self, gradient: Tensor) -> Tensor:
         solution = torch.zeros_like(gradient)
@@ -242,7 +282,8 @@ class Iterative(Curvature):
             step = inner / float((direction * product).sum())
             solution += step * direction
             residual -= step * product
-            if float(residual.norm()) <= CG_TOLERANCE * norm:
+            # Agreed on: processes whose roundings differ must not take different numbers of steps.
+            if self._rows.ranks.agree(float(residual.norm()) <= CG_TOLERANCE * norm):
                 return solution
             z = self._preconditioner.solve(residual)
             inner, previous = float((residual * z).sum()), inner
@@ -293,8 +334,8 @@ def fit_curvature(
         damping = damping_scale * _trace(rows, terms) / (rows.classes * rows.inputs)
 
     g, a = _kronecker_factors(rows, terms)
-    g_values, qg = _eigh(g)
-    a_values, qa = _eigh(a)
+    g_values, qg = (rows.ranks.same(part) for part in _eigh(g))
+    a_values, qa = (rows.ranks.same(part) for part in _eigh(a))
     eigenvalues = torch.outer(g_values, a_values) if name == "kfac" else _corrected_eigenvalues(rows, terms, qg, qa)
     if damping is None:
         damping = damping_scale * float(eigenvalues.mean())
@@ -313,7 +354,7 @@ def _pseudo_inverse(values: Tensor, damping: float, size: int) -> Tensor:
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (clamped at 0) and eigenvectors of positive semi-definite matrices (..., n, n)."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    return values.clamp_min(0.0), vectors
+    return values.clamp_min(0.0), vectors.contiguous()
 
 
 def _kronecker_factors(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor]:
@@ -328,7 +369,7 @@ def _kronecker_factors(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor
             weighted = weight * p
             g.diagonal().add_(weighted.sum(dim=0))
             g.addmm_(weighted.T, p, alpha=-1.0)
-    return g / rows.count, a / rows.count
+    return rows.ranks.sum(g) / rows.total, rows.ranks.sum(a) / rows.total
 
 
 def _corrected_eigenvalues(rows: Rows, terms: Sequence[HessianTerm], qg: Tensor, qa: Tensor) -> Tensor:
@@ -344,17 +385,17 @@ def _corrected_eigenvalues(rows: Rows, terms: Sequence[HessianTerm], qg: Tensor,
         for weight, p in rows.probabilities(part, terms):
             variance += weight * (p @ squared - (p @ qg).square_()).clamp_min_(0.0)
         total.addmm_(variance.T, v2)
-    return total / rows.count
+    return rows.ranks.sum(total) / rows.total
 
 
 def _trace(rows: Rows, terms: Sequence[HessianTerm]) -> float:
     """trace(H) before damping."""
-    total = 0.0
+    total = torch.zeros(1, dtype=torch.float64, device=rows.features.device)
     for part in rows.chunks():
         squared_norm = rows.augmented(part, torch.float64).square().sum(dim=1)
         for weight, p in rows.probabilities(part, terms):
-            total += float((weight[:, 0] * (p * (1.0 - p)).sum(dim=1) * squared_norm).sum())
-    return total / rows.count
+            total += (weight[:, 0] * (p * (1.0 - p)).sum(dim=1) * squared_norm).sum()
+    return float(rows.ranks.sum(total)) / rows.total
 
 
 def _dense_hessian(rows: Rows, terms: Sequence[HessianTerm]) -> Tensor:
@@ -370,6 +411,7 @@ def _dense_hessian(rows: Rows, terms: Sequence[HessianTerm]) -> Tensor:
                 column[:, 0] = weight[:, 0] * p[:, c] * (1.0 - p[:, c])
                 block = (column[:, :, None] * h[:, None, :]).flatten(1)
                 hessian[c, :, c:] += (h.T @ block).reshape(inputs, classes - c, inputs)
+    rows.ranks.sum(hessian)
     for c in range(classes):
         hessian[c + 1 :, :, c] = hessian[c, :, c + 1 :].transpose(0, 1)
-    return hessian.reshape(classes * inputs, classes * inputs) / rows.count
+    return hessian.reshape(classes * inputs, classes * inputs) / rows.total

@@ -13,10 +13,10 @@ eigenvectors and inverses are float64.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lrds_fast.files import replacing
 from lrds_fast.influence.curvature import _eigh, _pseudo_inverse
 from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
+from lrds_fast.influence.ranks import Ranks
 
 CURVATURES = ("identity", "kfac", "ekfac")
 """What a whole model's blocks can be; "exact" is for a last layer (curvature.py)."""
@@ -117,10 +119,15 @@ _FORMAT = "lrds-fast influence factors 1"
 
 def fingerprint(model: nn.Module, layers: Sequence[str]) -> str:
     """sha256 of the layers' parameters: their names, shapes, dtypes and values."""
+    return tensors_fingerprint(parameters_of(model, layers))
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of tensors: their names, shapes, dtypes and values."""
     digest = hashlib.sha256()
-    for name, parameter in parameters_of(model, layers).items():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -146,6 +153,17 @@ class Factors:
     def layers(self) -> list[str]:
         return list(self.blocks)
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the blocks and what was added to them."""
+        tensors = {
+            f"{kind} {name} {self.damping[name]}": tensor
+            for name, block in self.blocks.items()
+            for kind, tensor in vars(block).items()
+            if tensor is not None
+        }
+        return tensors_fingerprint(tensors)
+
     @classmethod
     def fit(cls, model: nn.Module, batches: Iterable[Tensor], **keywords: Any) -> Factors:
         """fit_factors, by its keywords."""
@@ -163,14 +181,8 @@ class Factors:
                 {"curvature": self.curvature, "layers": self.layers, "damping": self.damping, "model": self.model}
             ),
         }
-        temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-        try:
+        with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Factors:
@@ -185,7 +197,8 @@ class Factors:
 
                 def tensor(kind: str, name: str) -> Tensor | None:
                     key = f"{kind}:{name}"
-                    return file.get_tensor(key) if key in keys else None
+                    # A copy, at an address as aligned as any other tensor's: products round by alignment.
+                    return file.get_tensor(key).clone() if key in keys else None
 
                 blocks = {}
                 for name in facts["layers"]:
@@ -233,7 +246,45 @@ def fit_factors(
     model: in eval mode. batches: inputs (B, ...), iterated once for "kfac" and twice for "ekfac". layers: as
     layers.layer_names takes them. terms: the objective's. labels: as fisher_gradients takes them, drawn from `seed`.
     damping: >= 0, added to every eigenvalue of every layer; None: damping_scale times each layer's mean eigenvalue.
-    Raises ValueError for an unknown curvature, no samples, or what sample_gradients refuses.
+    Raises ValueError for an unknown curvature, no samples, or what sample_gradients refuses. Warns where a factor has
+    more dimensions than it has seen positions.
+    """
+
+    def placed() -> Iterator[tuple[int, Tensor]]:
+        start = 0
+        for x in batches:
+            yield start, x
+            start += len(x)
+
+    return fit_placed(
+        model,
+        placed,
+        layers=layers,
+        curvature=curvature,
+        terms=terms,
+        labels=labels,
+        damping=damping,
+        damping_scale=damping_scale,
+        seed=seed,
+    )
+
+
+def fit_placed(
+    model: nn.Module,
+    batches: Callable[[], Iterable[tuple[int, Tensor]]],
+    *,
+    layers: str | Sequence[str],
+    curvature: str,
+    terms: Terms,
+    labels: int | str,
+    damping: float | None,
+    damping_scale: float,
+    seed: int = 0,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+) -> Factors:
+    """fit_factors over batches that say where their first sample is in the data: this process's, of those of all.
+
+    The labels that a batch draws depend on its place alone, so that the factors do not depend on who reads what.
     """
     if curvature not in CURVATURES:
         raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}; got {curvature!r}")
@@ -241,59 +292,105 @@ def fit_factors(
         raise ValueError(f"labels must be 'all' or a number of draws >= 1; got {labels!r}")
     names = layer_names(model, layers)
 
-    # The second pass draws labels of its own: eigenvalues measured on the draws that the basis was fitted to would be
-    # too large in it.
-    generator = torch.Generator().manual_seed(seed)
+    def sweep(number: int) -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
+        """(samples of the batch where a new one begins, else 0; sample gradients of one draw).
 
-    def passes() -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
-        """(samples of the batch where a new one begins, else 0; sample gradients of one draw)."""
-        start = 0
-        for x in batches:
+        Every sweep draws labels of its own: eigenvalues measured on the draws that the basis was fitted to would be
+        too large in it.
+        """
+        for start, x in batches():
+            generator = torch.Generator().manual_seed(_seed(seed, number, start))
             with torch.no_grad():
                 logits = model(x)
             drawn = fisher_gradients(logits, terms(logits, start), labels, generator)
-            start += len(x)
             for draw, delta in enumerate(drawn):
                 yield len(x) if draw == 0 else 0, sample_gradients(model, x, lambda _, d=delta: d, names)[1]  # type: ignore[misc]
 
-    a: dict[str, Tensor] = {}
-    g: dict[str, Tensor] = {}
-    diagonal: dict[str, Tensor] = {}
-    count = 0
-    for samples, found in passes():
+    sums = {kind: _zeros(model, names, kind) for kind in ("a", "g", "diagonal", "corrected")}
+    device = next(model.parameters()).device
+    count = torch.zeros(1, dtype=torch.int64, device=device)
+    positions = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in sums["a"]}
+    for samples, found in sweep(0):
         count += samples
         for name, gradients in found.items():
             if isinstance(gradients, Outer):
                 if samples:  # inputs do not depend on the draw
-                    _add(a, name, _moment(gradients.inputs))
-                _add(g, name, _moment(gradients.deltas) / gradients.deltas.shape[2])
+                    sums["a"][name] += _moment(gradients.inputs)
+                    positions[name] += samples * gradients.inputs.shape[2]
+                sums["g"][name] += _moment(gradients.deltas) / gradients.deltas.shape[2]
             else:
-                _add(diagonal, name, gradients.dense().square().sum(dim=0))
-    if count == 0:
+                sums["diagonal"][name] += gradients.dense().square().sum(dim=0)
+    for part in (count, *positions.values(), *(t for kind in ("a", "g", "diagonal") for t in sums[kind].values())):
+        ranks.sum(part)
+    total = int(count)
+    if total == 0:
         raise ValueError("batches held no samples")
+    if curvature != "identity":
+        _report_few(model, {name: int(seen) for name, seen in positions.items()}, sums["a"])
     blocks: dict[str, Block] = {}
     for name in names:
-        if name in diagonal:
-            blocks[name] = Block(diagonal[name] / count)
+        if name in sums["diagonal"]:
+            blocks[name] = Block(sums["diagonal"][name] / total)
         else:
-            (g_values, qg), (a_values, qa) = _eigh(g[name] / count), _eigh(a[name] / count)
+            g_values, qg = (ranks.same(part) for part in _eigh(sums["g"][name] / total))
+            a_values, qa = (ranks.same(part) for part in _eigh(sums["a"][name] / total))
             blocks[name] = Block(g_values[:, :, None] * a_values[:, None, :], qg, qa)
     if curvature == "identity":
         blocks = {name: Block(torch.ones_like(block.eigenvalues)) for name, block in blocks.items()}
     if curvature == "ekfac":
-        corrected: dict[str, Tensor] = {}
-        for _, found in passes():
-            for name, block in blocks.items():
-                if block.qg is not None:
-                    _add(corrected, name, block.rotate(found[name]).square().sum(dim=0))
-        blocks |= {name: Block(sums / count, blocks[name].qg, blocks[name].qa) for name, sums in corrected.items()}
+        for _, found in sweep(1):
+            for name in sums["corrected"]:
+                sums["corrected"][name] += blocks[name].rotate(found[name]).square().sum(dim=0)
+        for name, corrected in sums["corrected"].items():
+            blocks[name] = Block(ranks.sum(corrected) / total, blocks[name].qg, blocks[name].qa)
     if curvature == "identity":
         by_layer = dict.fromkeys(names, damping or 0.0)
     elif damping is None:
         by_layer = {name: damping_scale * block.mean() for name, block in blocks.items()}
     else:
         by_layer = dict.fromkeys(names, float(damping))
+    for name, block in blocks.items():
+        if curvature != "identity" and float(block.eigenvalues.max()) + by_layer[name] <= 0:
+            raise ValueError(
+                f"layer {name!r}: the curvature is zero (every gradient of it is), so nothing can be scored by its"
+                " inverse: leave the layer out, or pass a damping > 0"
+            )
     return Factors(curvature, blocks, by_layer, fingerprint(model, names))
+
+
+def _seed(*numbers: int) -> int:
+    """A seed of its own for every tuple of numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
+
+
+def _zeros(model: nn.Module, names: Sequence[str], kind: str) -> dict[str, Tensor]:
+    """Sums to add up in, by layer: "a" (G, I, I), "g" (G, O, O), "corrected" (G, O, I); "diagonal" (P,)."""
+    found = {}
+    for name in names:
+        module = model.get_submodule(name)
+        weight = next(module.parameters(recurse=False))
+        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if kind == "diagonal":
+                size = sum(p.numel() for p in module.parameters(recurse=False))
+                found[name] = torch.zeros(size, dtype=torch.float64, device=weight.device)
+            continue
+        groups = getattr(module, "groups", 1)
+        outputs, inputs = len(weight) // groups, weight[0].numel() + (module.bias is not None)
+        shapes = {"a": (inputs, inputs), "g": (outputs, outputs), "corrected": (outputs, inputs)}
+        if kind in shapes:
+            found[name] = torch.zeros(groups, *shapes[kind], dtype=torch.float64, device=weight.device)
+    return found
+
+
+def _report_few(model: nn.Module, positions: Mapping[str, int], a: Mapping[str, Tensor]) -> None:
+    """A warning for factors of fewer positions than dimensions: singular, and their eigenvectors mostly arbitrary."""
+    few = [f"{name!r} ({seen} for {a[name].shape[-1]})" for name, seen in positions.items() if seen < a[name].shape[-1]]
+    if few:
+        warnings.warn(
+            f"too few samples for a factor of full rank: positions seen for the inputs of layer {', '.join(few)}."
+            " Directions that no sample has are left to the damping; pass more data",
+            stacklevel=4,
+        )
 
 
 def _moment(rows: Tensor) -> Tensor:
@@ -302,7 +399,3 @@ def _moment(rows: Tensor) -> Tensor:
         return (rows.transpose(2, 3) @ rows).sum(dim=0)
     flat = rows.transpose(0, 1).flatten(1, 2)
     return flat.transpose(1, 2) @ flat
-
-
-def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
-    sums[name] = sums[name] + part.double() if name in sums else part.double()

@@ -77,39 +77,44 @@ def check_device(name: str, tensor: Tensor, others: Iterable[tuple[str, Tensor]]
             raise ValueError(f"{other_name} must be on {name}'s device {tensor.device}; got {other.device}")
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """No NaN and no infinity; the error names the first sample that has one."""
+def check_finite(name: str, tensor: Tensor, first: int = 0) -> None:
+    """No NaN and no infinity; the error names the first sample that has one. first: the number of row 0's sample."""
     for start in range(0, tensor.shape[0], _SCAN_ROWS):
         finite = torch.isfinite(tensor[start : start + _SCAN_ROWS]).all(dim=1)
         if not finite.all():
             raise ValueError(
-                f"{name} must be finite; sample {start + _first(~finite)} has a NaN or an infinity: drop the sample or"
-                " find where its activations overflow"
+                f"{name} must be finite; sample {first + start + _first(~finite)} has a NaN or an infinity: drop the"
+                " sample or find where its activations overflow"
             )
 
 
-def check_logits(name: str, logits: Tensor) -> None:
-    """No NaN, no +inf, no row of only -inf; the error names the first such sample."""
+def check_logits(name: str, logits: Tensor, first: int = 0) -> None:
+    """No NaN, no +inf, no row of only -inf; the error names the first such sample. first: as in check_finite."""
     for start in range(0, logits.shape[0], _SCAN_ROWS):
         # A row's maximum is NaN if any entry is, +inf if any is, -inf if all are: finite exactly for legal rows.
         usable = torch.isfinite(logits[start : start + _SCAN_ROWS].amax(dim=1))
         if not usable.all():
             raise ValueError(
-                f"{name}: sample {start + _first(~usable)} has a NaN, a +inf or nothing but -inf; only some -inf"
-                " (masked classes) are legal"
+                f"{name}: sample {first + start + _first(~usable)} has a NaN, a +inf or nothing but -inf; only some"
+                " -inf (masked classes) are legal"
             )
 
 
 def check_selected(selected: Tensor, like: Tensor) -> None:
     """(N,) bool or floats in [0, 1], on like's device."""
-    _check_tensor("selected", selected)
-    if selected.dtype != torch.bool and not selected.is_floating_point():
-        raise TypeError(f"selected must be bool, or floats in [0, 1]; got {selected.dtype}")
+    check_selected_values(selected)
     if selected.shape != like.shape[:1]:
         raise ValueError(
             f"selected must have shape ({like.shape[0]},), one value per sample; got {tuple(selected.shape)}"
         )
     check_device("features", like, [("selected", selected)])
+
+
+def check_selected_values(selected: Tensor) -> None:
+    """A bool tensor, or floats in [0, 1]."""
+    _check_tensor("selected", selected)
+    if selected.dtype != torch.bool and not selected.is_floating_point():
+        raise TypeError(f"selected must be bool, or floats in [0, 1]; got {selected.dtype}")
     if selected.is_floating_point():
         outside = ~((selected >= 0) & (selected <= 1))
         if outside.any():

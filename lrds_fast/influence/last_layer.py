@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from lrds_fast.influence.curvature import (
     Curvature,
     HessianTerm,
     Identity,
+    Pieces,
     Rows,
     fit_curvature,
 )
@@ -99,53 +100,96 @@ def last_layer_scores(
 
     wide = torch.float64 in (features.dtype, student_logits.dtype, teacher_logits.dtype)
     dtype = torch.float64 if wide else torch.float32
-    rows = Rows(features, student_logits, bias)
-    curved = not kinds.isdisjoint(_CURVED)
-    fitted: Curvature = Identity(None)
-    if curved:
-        terms = _hessian_terms(rows, target.long(), hessian, selected, loss)
-        if not terms and curvature != "identity":
-            _report_zero_hessian(damping)
-        fitted = fit_curvature(curvature, rows, terms, damping=damping, damping_scale=damping_scale, dtype=dtype)
-    direction = features.new_empty(0, dtype=dtype)
-    if not kinds.isdisjoint(("kd_gain", "kd_gain_ns")):
-        validation = _checked_validation(rows, val_features, val_logits, val_target)
-        direction = fitted.solve(_mean_gradient(*validation, bias=bias)).to(dtype)
-
     y = target.long()
-    result = {name.key: features.new_empty(rows.count, dtype=dtype) for name in names}
+    layer = LastLayer(
+        Rows(features, student_logits, bias), teacher_logits, y, dtype, loss, hessian=hessian, selected=selected
+    )
+    if not kinds.isdisjoint(CURVED):
+        layer.fit(curvature, damping=damping, damping_scale=damping_scale)
+    if not kinds.isdisjoint(DIRECTED):
+        validation = _checked_validation((features, student_logits), val_features, val_logits, val_target)
+        layer.aim(_mean_gradient(*validation, bias=bias))
+    result = {name.key: features.new_empty(layer.rows.count, dtype=dtype) for name in names}
     teacher_pred = torch.empty_like(y)
-    square = rows.classes**2 if "kd_gain_ns" in kinds else 0
-    for part in rows.chunks(bytes_per_row=8 * (6 * rows.classes + 4 * rows.inputs + 5 * square)):
-        batch = _Batch(
-            h=rows.augmented(part, dtype),
-            z=student_logits[part].to(dtype),
-            v=teacher_logits[part].to(dtype),
-            y=y[part],
-            loss=loss,
-            curvature=fitted,
-            direction=direction,
-            switch=_switch(rows, part, hessian, selected, dtype),
-        )
-        teacher_pred[part] = batch.teacher_pred()
-        for name in names:
-            if name.kind != "random":
-                result[name.key][part] = _SCORERS[name.kind](batch, name)
+    for part in layer.parts(names):
+        found, teacher_pred[part] = layer.scores(part, names)
+        for key, values in found.items():
+            result[key][part] = values
     for name in names:
         if name.kind == "random":
-            result[name.key] = uniform_scores(rows.count, name.seed, like=features.new_empty(0, dtype=dtype))
+            result[name.key] = uniform_scores(0, layer.rows.count, name.seed, like=features.new_empty(0, dtype=dtype))
     meta = {
-        "num_samples": rows.count,
-        "num_classes": rows.classes,
+        "num_samples": layer.rows.count,
+        "num_classes": layer.rows.classes,
         "num_features": features.shape[1],
         "bias": bias,
         "curvature": curvature,
         "hessian": hessian,
-        "damping": fitted.damping if curved else None,
+        "damping": layer.damping,
         "loss": _loss_facts(loss),
         "library_version": __version__,
     }
     return Scores(result, target=y, teacher_pred=teacher_pred, meta=meta)
+
+
+class LastLayer:
+    """The last layer's rows, their curvature once fitted, and their scores, slice by slice.
+
+    rows: this process's, with rows.ranks. teacher: (N, C) logits. y: (N,) int64. dtype: what rows are scored in.
+    selected: (N,) weights of these rows.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        teacher: Tensor | Pieces,
+        y: Tensor,
+        dtype: torch.dtype,
+        loss: KDLoss,
+        *,
+        hessian: str,
+        selected: Tensor | None,
+    ) -> None:
+        self.rows, self._teacher, self._y, self._dtype, self._loss = rows, teacher, y, dtype, loss
+        self._hessian, self._selected = hessian, selected
+        self._curvature: Curvature = Identity(None)
+        self._direction = torch.empty(0, dtype=dtype, device=rows.features.device)
+        self.damping: float | None = None
+
+    def fit(self, curvature: str, *, damping: float | None, damping_scale: float) -> None:
+        """Fits H to the rows of all processes."""
+        terms = _hessian_terms(self.rows, self._y, self._hessian, self._selected, self._loss)
+        if not terms and curvature != "identity":
+            _report_zero_hessian(damping)
+        self._curvature = fit_curvature(
+            curvature, self.rows, terms, damping=damping, damping_scale=damping_scale, dtype=self._dtype
+        )
+        self.damping = self._curvature.damping
+
+    def aim(self, gradient: Tensor) -> None:
+        """Sets H^-1 g_val; gradient: g_val (C, D) float64."""
+        self._direction = self._curvature.solve(gradient).to(self._dtype)
+
+    def parts(self, names: Sequence[ScoreName]) -> Iterator[slice]:
+        """Slices of the rows whose scoring stays within the chunk's memory."""
+        classes = self.rows.classes
+        square = classes**2 if any(name.kind == "kd_gain_ns" for name in names) else 0
+        return self.rows.chunks(bytes_per_row=8 * (6 * classes + 4 * self.rows.inputs + 5 * square))
+
+    def scores(self, part: slice, names: Sequence[ScoreName]) -> tuple[dict[str, Tensor], Tensor]:
+        """The slice's scores by key, but for random ones, and the teacher's predictions."""
+        batch = _Batch(
+            h=self.rows.augmented(part, self._dtype),
+            z=self.rows.logits[part].to(self._dtype),
+            v=self._teacher[part].to(self._dtype),
+            y=self._y[part],
+            loss=self._loss,
+            curvature=self._curvature,
+            direction=self._direction,
+            switch=_switch(self.rows, part, self._hessian, self._selected, self._dtype),
+        )
+        found = {name.key: SCORERS[name.kind](batch, name) for name in names if name.kind != "random"}
+        return found, batch.teacher_pred()
 
 
 class _Batch:
@@ -264,7 +308,7 @@ def _conflict(batch: _Batch, _: ScoreName) -> Tensor:
 
 # Divides a zero gradient, so that its cosine is 0, and no other.
 _TINY = torch.finfo(torch.float32).tiny
-_SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
+SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
     "kd_gain": lambda batch, _: batch.gain(),
     "kd_gain_ns": lambda batch, _: batch.newton_gain(),
     "self_influence": lambda batch, _: batch.quadratic("gt", 1),
@@ -278,7 +322,8 @@ _SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
     "el2n": lambda batch, _: batch.gradient("gt").norm(dim=1),
     "grand": lambda batch, _: batch.gradient("gt").norm(dim=1) * batch.h.norm(dim=1),
 }
-_CURVED = ("kd_gain", "kd_gain_ns", "self_influence", "param_shift")
+CURVED = ("kd_gain", "kd_gain_ns", "self_influence", "param_shift")
+DIRECTED = ("kd_gain", "kd_gain_ns")
 _LOSS_FACTS = (
     "temperature",
     "ce_weight",
@@ -330,18 +375,20 @@ def _hessian_terms(
                 "hessian='objective' needs a loss whose weights are >= 0, or H is indefinite; got"
                 f" ce_weight={loss.ce_weight}, ce_weight_unselected={unselected}, kd_weight={loss.kd_weight}"
             )
-    return [term for term in terms if (term.weight > 0).any()]
+    # Of all processes, which must agree on the terms.
+    present = rows.ranks.sum(torch.stack([(term.weight > 0).sum() for term in terms]))
+    return [term for term, count in zip(terms, present.tolist(), strict=True) if count]
 
 
 def _switch(rows: Rows, part: slice, hessian: str, selected: Tensor | None, dtype: torch.dtype) -> Tensor:
     """t_i / n, (B,): 1 / n where H knows the sample without its teacher, -1 / n where it knows it with it."""
     if hessian == "gt":
-        w = torch.zeros_like(rows.logits[part, 0], dtype=dtype)
+        w = torch.zeros_like(rows.logits[part][:, 0], dtype=dtype)
     elif selected is None:
-        w = torch.ones_like(rows.logits[part, 0], dtype=dtype)
+        w = torch.ones_like(rows.logits[part][:, 0], dtype=dtype)
     else:
         w = selected[part].to(dtype)
-    return (1.0 - 2.0 * w) / rows.count
+    return (1.0 - 2.0 * w) / rows.total
 
 
 def _report_zero_hessian(damping: float | None) -> None:
@@ -352,13 +399,13 @@ def _report_zero_hessian(damping: float | None) -> None:
     )
     if not damping:
         raise ValueError(advice)
-    warnings.warn(f"{advice}. Scoring with H = damping * I", stacklevel=4)
+    warnings.warn(f"{advice}. Scoring with H = damping * I", stacklevel=5)
 
 
 def _checked_validation(
-    rows: Rows, features: Tensor | None, logits: Tensor | None, target: Tensor | None
+    like: tuple[Tensor, Tensor], features: Tensor | None, logits: Tensor | None, target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The held-out slice, complete and of the same layer as rows."""
+    """The held-out slice, complete and of the same layer as the features and logits it should be like."""
     if features is None or logits is None or target is None:
         given = {"val_features": features, "val_logits": logits, "val_target": target}
         missing = ", ".join(name for name, tensor in given.items() if tensor is None)
@@ -367,9 +414,9 @@ def _checked_validation(
             f" {missing}"
         )
     check_samples(features, logits, target, prefix="val_")
-    check_like("val_features", features, "features", rows.features, dim=1)
-    check_like("val_logits", logits, "student_logits", rows.logits, dim=1)
-    check_device("features", rows.features, [("val_features", features)])
+    check_like("val_features", features, "features", like[0], dim=1)
+    check_like("val_logits", logits, "student_logits", like[1], dim=1)
+    check_device("features", like[0], [("val_features", features)])
     return features, logits, target.long()
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lrds_fast import functional
+from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.factors import Factors
 from lrds_fast.influence.layers import SampleGradients, sample_gradients
-from lrds_fast.influence.whole import Data, _Batches, _checked_factors, _eval_mode
+from lrds_fast.influence.whole import _checked_factors, _eval_mode
 
 
 class Pairwise(NamedTuple):
@@ -30,7 +31,7 @@ def pairwise(
     top_k: int | None = None,
     largest: bool = True,
     batch_size: int = 256,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Tensor | Pairwise:
     """g_q^T H^-1 g_i over the layers of `factors`, g the gradients of the labels' cross-entropies.
 
@@ -49,14 +50,8 @@ def pairwise(
     parameter = next(student.parameters())
 
     def gradients(data: Data, what: str) -> Iterator[Mapping[str, SampleGradients]]:
-        for x, y in _Batches(data, parameter, batch_size, progress)(what):
-
-            def label(logits: Tensor, y: Tensor = y) -> Tensor:
-                return functional.kd_logit_gradient(
-                    logits, logits, y, temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None
-                ).to(logits)
-
-            yield sample_gradients(student, x, label, layers)[1]
+        for batch in Batches(data, parameter, batch_size, progress)(what):
+            yield sample_gradients(student, batch.x, _label_gradient(batch.y), layers)[1]
 
     with _eval_mode(student):
         queries: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -83,6 +78,42 @@ def pairwise(
             order = values.argsort(dim=1, descending=largest, stable=True)[:, :top_k]
             values, indices = values.gather(1, order), indices.gather(1, order)
     return torch.cat(blocks, dim=1) if top_k is None else Pairwise(values, indices)
+
+
+def self_influence(
+    student: nn.Module,
+    data: Data,
+    *,
+    factors: Factors,
+    batch_size: int = 256,
+    progress: bool | None = None,
+) -> Tensor:
+    """g_i^T H^-1 g_i over the layers of `factors`, g the gradient of the label's cross-entropy: (N,), high = noise.
+
+    What influence.score gives under that name, without a teacher. student, data: as influence.score takes them, with
+    targets in [0, C). factors: of this student. The result is on the CPU, float32 (float64 for a float64 student).
+    Raises ValueError or TypeError as influence.score does.
+    """
+    layers = _checked_factors(student, factors, "all")
+    parameter = next(student.parameters())
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    found = []
+    with _eval_mode(student):
+        for batch in Batches(data, parameter, batch_size, progress)("self_influence"):
+            gradients = sample_gradients(student, batch.x, _label_gradient(batch.y), layers)[1]
+            found.append(factors.quadratic(gradients, 1).to(dtype).cpu())
+    return torch.cat(found)
+
+
+def _label_gradient(y: Tensor) -> Callable[[Tensor], Tensor]:
+    """From logits to the gradient of the label's cross-entropy in them."""
+
+    def gradient(logits: Tensor) -> Tensor:
+        return functional.kd_logit_gradient(
+            logits, logits, y, temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None
+        ).to(logits)
+
+    return gradient
 
 
 def _rows(found: Mapping[str, SampleGradients]) -> Iterator[tuple[Tensor, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -126,7 +127,20 @@ class Scores(Mapping[str, Tensor]):
         return f"Scores({', '.join(self._scores)}; {self.target.shape[0]} samples)"
 
 
-def uniform_scores(rows: int, seed: int, like: Tensor) -> Tensor:
-    """(rows,) uniform in [0, 1) with like's dtype and device: the same values for a seed on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(rows, generator=generator, dtype=torch.float64).to(like)
+# Samples whose random scores come from one generator: any range of them can be drawn alone.
+_RANDOM_BLOCK = 1 << 16
+
+
+def uniform_scores(start: int, stop: int, seed: int, like: Tensor) -> Tensor:
+    """(stop - start,) uniform in [0, 1) with like's dtype and device: samples start to stop of a seed's one sequence.
+
+    The same on every device, and whichever way the samples are divided.
+    """
+    parts = []
+    for block in range(start // _RANDOM_BLOCK, -(-stop // _RANDOM_BLOCK)):
+        digest = hashlib.sha256(f"{seed} {block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        values = torch.rand(_RANDOM_BLOCK, generator=generator, dtype=torch.float64)
+        first = block * _RANDOM_BLOCK
+        parts.append(values[max(start - first, 0) : stop - first])
+    return torch.cat(parts).to(like) if parts else like.new_empty(0)

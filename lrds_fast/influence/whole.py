@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from lrds_fast import functional
 from lrds_fast._version import __version__
-from lrds_fast.influence.curvature import Identity
-from lrds_fast.influence.factors import CURVATURES, Factors, fingerprint, fit_factors
-from lrds_fast.influence.inputs import check_choice, check_damping, check_logits
-from lrds_fast.influence.last_layer import _SCORERS, HESSIANS, _Batch, _checked_loss, _loss_facts
+from lrds_fast.influence.batches import Batches, Data
+from lrds_fast.influence.curvature import CURVATURES, Identity
+from lrds_fast.influence.factors import Factors, fingerprint, fit_placed, tensors_fingerprint
+from lrds_fast.influence.head import score_head, with_random
+from lrds_fast.influence.inputs import check_choice, check_damping, check_logits, check_selected_values
+from lrds_fast.influence.last_layer import DIRECTED, HESSIANS, SCORERS, _Batch, _checked_loss, _loss_facts
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
-from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names, uniform_scores
+from lrds_fast.influence.ranks import Ranks
+from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names
+from lrds_fast.influence.shards import Shards, load_scores
 from lrds_fast.nn import KDLoss
 
 # Scores that need gradients in the parameters; the others are made of the logits alone.
 _OF_PARAMETERS = ("kd_gain", "self_influence", "param_shift", "grand")
-
 # Of these, the ones made of per-sample gradients, and of which, where the name does not say.
 _PER_SAMPLE = ("self_influence", "param_shift", "grand")
 _GRADIENT_OF = {"self_influence": "gt", "grand": "gt"}
-
-Data = Dataset[Any] | Iterable[Any]
-"""A dataset of (input, target, ...) samples, or an iterable of their batches that can be iterated again."""
 
 
 def score(
@@ -39,7 +38,7 @@ def score(
     train_data: Data,
     val_data: Data | None = None,
     *,
-    layers: str | Sequence[str] = "all",
+    layers: str | Sequence[str] = "last",
     scores: str | Sequence[str] = ("kd_gain",),
     curvature: str = "ekfac",
     damping: float | None = None,
@@ -50,105 +49,214 @@ def score(
     loss: KDLoss | None = None,
     factors: Factors | None = None,
     batch_size: int = 256,
-    progress: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
 ) -> Scores:
     """Scores every sample by what its teacher does to the student's layers. LOWER = keep the teacher.
 
-    As last_layer_scores, from the models and the data, over all layers. kd_gain costs one forward-mode pass (a JVP)
-    per batch and no per-sample gradient: -(ddelta_i . dz_i), dz_i the change of sample i's logits when the parameters
-    move by H^-1 g_val. self_influence, param_shift and grand add up over the layers.
+    layers="last" is last_layer_scores from the models and the data: one forward pass over each, then the closed form.
+    Over more layers, kd_gain costs one forward-mode pass (a JVP) per batch and no per-sample gradient: -(ddelta_i .
+    dz_i), dz_i the change of sample i's logits when the parameters move by H^-1 g_val. self_influence, param_shift and
+    grand add up over the layers.
 
     student, teacher: from inputs (B, ...) to logits (B, C); both are put into eval mode and restored. The parameters'
     device is where everything runs. train_data, val_data: a Dataset of (input, target, ...) samples, read in order in
     batches of batch_size, or an iterable of such batches that gives the same order every time (a DataLoader without
     shuffling); val_data, held out of the training set and never the test set, is needed by kd_gain.
-    layers: "all" with trainable parameters, "last" (the last nn.Linear), or a list of module names. Linear, Conv
-    (groups, dilation, any padding), Embedding and normalisation layers; others are refused by name.
-    scores: the names of last_layer_scores, but for kd_gain_ns. curvature: "identity", "kfac", "ekfac", a block per
-    layer. labels: how H sees the model's own labels: a number of draws per sample (seed 0), or "all" (exact, C backward
-    passes a batch).
+    layers: "last" (the last nn.Linear, whose output must be the logits), "all" with trainable parameters, or a list of
+    module names. Linear, Conv (groups, dilation, any padding), Embedding and normalisation layers; others are refused
+    by name.
+    scores: the names of last_layer_scores; kd_gain_ns with layers="last" only. curvature: "identity", "kfac", "ekfac",
+    a block per layer; "exact" with layers="last" only. labels: how H sees the model's own labels: a number of draws per
+    sample (seed 0), or "all" (exact, C backward passes a batch); the last layer has them all, in closed form.
     damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue.
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
-    factors: Factors.fit or .load of this student's layers, instead of fitting them here; curvature, damping,
+    factors: Factors.fit or .load of this student's layers, instead of fitting them here; layers, curvature, damping,
     damping_scale, hessian and labels are then theirs.
+    out: a folder for the scores, one Parquet file per shard of the data (load_scores and any Parquet reader take it as
+    one table); what a killed run has finished stays, and resume=True goes on with it, to the same result. Without `out`
+    the last layer's rows, d + 2 C numbers a sample, are held in memory; with it they are on disk while needed.
+    progress: bars with the time left; None: where stderr is a terminal.
+
+    Under torchrun (an initialised torch.distributed) every process makes this call: the data's batches are divided
+    among them, each batch to one, the factors are summed over all, and all get all scores. `out` must be a folder that
+    all of them see.
 
     Returns Scores on the CPU, float32 (float64 for a float64 student). Raises ValueError or TypeError naming what is
     wrong: an argument, a layer, or the sample whose gradient is not finite.
     """
     names = parse_score_names(scores)
     kinds = {name.kind for name in names}
-    if "kd_gain_ns" in kinds:
-        raise ValueError("kd_gain_ns is a score of the last layer alone: use influence.last_layer_scores")
     check_choice("curvature", curvature, CURVATURES)
     check_choice("hessian", hessian, HESSIANS)
     damping = None if damping is None else check_damping("damping", damping)
     damping_scale = check_damping("damping_scale", damping_scale)
     loss = _checked_loss(loss)
-    chosen = layer_names(student, layers)
-    curved = not kinds.isdisjoint(("kd_gain", "self_influence", "param_shift"))
-    if "kd_gain" in kinds and val_data is None:
+    chosen = layer_names(student, layers) if factors is None else _checked_factors(student, factors, layers)
+    head = layers == "last" and factors is None
+    if not head and "kd_gain_ns" in kinds:
+        raise ValueError("kd_gain_ns is a score of the last layer alone: pass layers='last'")
+    if not head and curvature == "exact":
+        raise ValueError("curvature 'exact' is of the last layer alone: pass layers='last', or curvature='ekfac'")
+    if not kinds.isdisjoint(DIRECTED) and val_data is None:
         raise ValueError("kd_gain needs val_data, a slice held out of the training set")
     parameter = next(student.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    train = _Batches(train_data, parameter, batch_size, progress)
-
+    ranks = Ranks.current()
+    shown = progress if ranks.first else False
+    train = Batches(train_data, parameter, batch_size, shown)
+    held_out = None if val_data is None else Batches(val_data, parameter, batch_size, shown)
+    if selected is not None:
+        check_selected_values(selected)
+        if train.samples is not None and selected.shape != (train.samples,):
+            raise ValueError(
+                f"selected must have shape ({train.samples},), one value per sample; got {tuple(selected.shape)}"
+            )
+    meta: dict[str, object] = {
+        "layers": chosen,
+        "curvature": curvature if factors is None else factors.curvature,
+        "hessian": hessian,
+        "labels": "all" if head else labels,
+        "loss": _loss_facts(loss),
+        "library_version": __version__,
+    }
+    facts = {
+        **meta,
+        "scores": [name.key for name in names],
+        "damping": damping,
+        "damping_scale": damping_scale,
+        "dtype": str(dtype),
+        "student": tensors_fingerprint(student.state_dict()),
+        "teacher": tensors_fingerprint(teacher.state_dict()),
+        "selected": None if selected is None else tensors_fingerprint({"selected": selected}),
+        "factors": None if factors is None else factors.fingerprint,
+        "train_samples": train.samples,
+        "val_samples": None if held_out is None else held_out.samples,
+        "batches": train.count,
+    }
+    shards = Shards(out, facts, resume=resume, batches=train.count, ranks=ranks)
+    if shards.complete and out is not None:
+        return load_scores(out)
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "damping": damping,
+        "damping_scale": damping_scale,
+        "hessian": hessian,
+        "selected": selected,
+        "loss": loss,
+        "curvature": curvature,
+    }
     with _eval_mode(student, teacher):
-        if factors is not None:
-            chosen = _checked_factors(student, factors, layers)
-        elif curved:
-            terms = _Terms(hessian, selected, loss, train)
-            factors = fit_factors(
+        if head:
+            more = score_head(student, teacher, chosen[0], train, held_out, shards, names, **common)
+        else:
+            more = _score_layers(
+                student, teacher, chosen, train, held_out, shards, names, factors=factors, labels=labels, **common
+            )
+    if selected is not None and len(selected) != more["num_samples"]:
+        raise ValueError(
+            f"selected must have shape ({more['num_samples']},), one value per sample; got {tuple(selected.shape)}"
+        )
+    return shards.finish({**meta, **more})
+
+
+def _score_layers(
+    student: nn.Module,
+    teacher: nn.Module,
+    chosen: list[str],
+    train: Batches,
+    held_out: Batches | None,
+    shards: Shards,
+    names: Sequence[ScoreName],
+    *,
+    dtype: torch.dtype,
+    curvature: str,
+    damping: float | None,
+    damping_scale: float,
+    hessian: str,
+    labels: int | str,
+    selected: Tensor | None,
+    loss: KDLoss,
+    factors: Factors | None,
+) -> dict[str, object]:
+    """Writes this process's shards; returns what Scores.meta says of them."""
+    ranks = shards.ranks
+    kinds = {name.kind for name in names}
+    if factors is None and not kinds.isdisjoint(("kd_gain", "self_influence", "param_shift")):
+        kept = shards.kept_path("factors")
+        if kept is not None and ranks.agree(kept.exists()):
+            factors = Factors.load(kept, student)
+        else:
+            terms = _Terms(hessian, selected, loss, train, ranks)
+            factors = fit_placed(
                 student,
-                terms.inputs(),
+                terms.inputs,
                 layers=chosen,
                 curvature=curvature,
                 terms=terms,
                 labels=labels,
                 damping=damping,
                 damping_scale=damping_scale,
+                ranks=ranks,
             )
-        direction: dict[str, Tensor] = {}
-        if "kd_gain" in kinds and factors is not None and val_data is not None:
-            held_out = _Batches(val_data, parameter, batch_size, progress)
-            direction = _unpacked(student, factors.solve(_mean_gradient(student, chosen, held_out)))
-        found: dict[str, list[Tensor]] = {name.key: [] for name in names}
-        targets, predictions = [], []
-        needed = [_GRADIENT_OF.get(name.kind, name.gradient) for name in names if name.kind in _PER_SAMPLE]
-        first = needed[0] if needed else None
-        for x, y in train("scores"):
-            batch = _Scored(student, teacher, x, y, chosen, loss, factors, direction, dtype, first)
-            for name in names:
-                if name.kind != "random":
-                    found[name.key].append(batch.score(name).to(dtype).cpu())
-            targets.append(y.cpu())
-            predictions.append(batch.rows.teacher_pred().cpu())
-    target = torch.cat(targets)
-    if selected is not None and selected.shape != target.shape:
-        raise ValueError(
-            f"selected must have shape ({len(target)},), one value per sample; got {tuple(selected.shape)}"
-        )
+            if kept is not None:
+                if ranks.first:
+                    factors.save(kept)
+                ranks.wait()
+    direction: dict[str, Tensor] = {}
+    if "kd_gain" in kinds and factors is not None and held_out is not None:
+        path = shards.kept_path("direction")
+        if path is not None and ranks.agree(path.exists()):
+            direction = shards.kept("direction") or {}
+        else:
+            direction = _unpacked(student, factors.solve(_mean_gradient(student, chosen, held_out, ranks)))
+            if path is not None and ranks.first:
+                shards.keep("direction", direction)
+            ranks.wait()
+        device = next(student.parameters()).device
+        direction = {name: tensor.to(device) for name, tensor in direction.items()}
+    needed = [_GRADIENT_OF.get(name.kind, name.gradient) for name in names if name.kind in _PER_SAMPLE]
+    first = needed[0] if needed else None
     like = torch.empty(0, dtype=dtype)
-    result = {
-        name.key: uniform_scores(len(target), name.seed, like) if name.kind == "random" else torch.cat(found[name.key])
-        for name in names
-    }
-    meta = {
-        "num_samples": len(target),
-        "num_classes": batch.rows.z.shape[1],
-        "layers": chosen,
-        "curvature": curvature if factors is None else factors.curvature,
-        "hessian": hessian,
-        "labels": labels,
+    columns: dict[str, list[Tensor]] = {}
+    shard, start, classes = -1, 0, 0
+
+    def flush() -> None:
+        if columns:
+            whole = {key: torch.cat(parts) for key, parts in columns.items()}
+            shards.write(shard, start, with_random(whole, names, start, like))
+            columns.clear()
+
+    for batch in train("scores", lambda n: shards.mine(shards.of(n)) and not shards.done(shards.of(n))):
+        if not columns:
+            shard, start = shards.of(batch.number), batch.start
+        try:
+            scored = _Scored(student, teacher, batch.x, batch.y, chosen, loss, factors, direction, dtype, first)
+            found = {name.key: scored.score(name).to(dtype) for name in names if name.kind != "random"}
+        except ValueError as error:
+            raise ValueError(f"{error} (the batch begins at sample {batch.start})") from error
+        classes = scored.rows.z.shape[1]
+        for key, column in {"label": batch.y, "teacher_pred": scored.rows.teacher_pred(), **found}.items():
+            columns.setdefault(key, []).append(column.cpu())
+        if shards.ends_with(batch.number):
+            flush()
+    flush()
+    written, classes = shards.written(), max(ranks.gather(classes))
+    if classes == 0:  # an earlier run had written every shard, but not its end
+        batch = next(train("scores", lambda number: number == 0))
+        with torch.no_grad():
+            classes = student(batch.x).shape[1]
+    return {
+        "num_samples": written,
+        "num_classes": classes,
         "damping": None if factors is None else factors.damping,
-        "loss": _loss_facts(loss),
-        "library_version": __version__,
     }
-    return Scores(result, target=target, teacher_pred=torch.cat(predictions), meta=meta)
 
 
 def _checked_factors(student: nn.Module, factors: Factors, layers: str | Sequence[str]) -> list[str]:
     """The layers of factors that were fitted to this student."""
-    if layers != "all" and layer_names(student, layers) != factors.layers:
+    if layers not in ("all", "last") and layer_names(student, layers) != factors.layers:
         raise ValueError(f"layers and factors differ; the factors are of {', '.join(map(repr, factors.layers))}")
     known = dict(student.named_modules())
     if any(name not in known for name in factors.layers) or fingerprint(student, factors.layers) != factors.model:
@@ -172,52 +280,19 @@ class _eval_mode:
             module.training = training
 
 
-class _Batches:
-    """(inputs, int64 targets) of some data, in order, on a parameter's device and, if floating, in its dtype."""
-
-    def __init__(self, data: Data, parameter: Tensor, batch_size: int, progress: bool) -> None:
-        if isinstance(data, Iterator):
-            raise TypeError("data must be iterable again (a Dataset, a DataLoader, a list of batches), not an iterator")
-        self._batches: Iterable[Any] = DataLoader(data, batch_size) if isinstance(data, Dataset) else data
-        sampler = getattr(self._batches, "sampler", None)
-        if isinstance(sampler, torch.utils.data.RandomSampler):
-            raise ValueError("the loader shuffles: scores are in the order of the data; pass one with shuffle=False")
-        self._parameter, self._progress = parameter, progress
-
-    def __call__(self, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-        device, seen = self._parameter.device, 0
-        for batch in tqdm(self._batches, desc=what, disable=not self._progress, leave=False):
-            x, y = batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
-            if x.is_floating_point():
-                x = x.to(self._parameter.dtype)
-            if y.dim() != 1 or len(y) != len(x):
-                raise ValueError(
-                    f"targets must be (B,) class indices; got shape {tuple(y.shape)} for {len(x)} inputs, from sample"
-                    f" {seen} on"
-                )
-            seen += len(x)
-            yield x, y.long()
-        if seen == 0:
-            raise ValueError("the data holds no samples")
-
-
 class _Terms:
     """The objective's terms for fit_factors, which sees inputs only: with the targets of its last batch."""
 
-    def __init__(self, hessian: str, selected: Tensor | None, loss: KDLoss, batches: _Batches) -> None:
+    def __init__(self, hessian: str, selected: Tensor | None, loss: KDLoss, batches: Batches, ranks: Ranks) -> None:
         self._hessian, self._selected, self._loss, self._batches = hessian, selected, loss, batches
+        self._ranks = ranks
         self._target = torch.empty(0)
 
-    def inputs(self) -> Iterable[Tensor]:
-        terms = self
-
-        class Inputs:
-            def __iter__(self) -> Iterator[Tensor]:
-                for x, y in terms._batches("factors"):
-                    terms._target = y
-                    yield x
-
-        return Inputs()
+    def inputs(self) -> Iterator[tuple[int, Tensor]]:
+        ranks = self._ranks
+        for batch in self._batches("factors", lambda number: number % ranks.count == ranks.rank):
+            self._target = batch.y
+            yield batch.start, batch.x
 
     def __call__(self, logits: Tensor, start: int) -> list[tuple[Tensor, float]]:
         ones = logits.new_ones(len(logits))
@@ -296,7 +371,7 @@ class _Scored:
     def score(self, name: ScoreName) -> Tensor:
         """(B,) the score."""
         if name.kind not in _OF_PARAMETERS:
-            return _SCORERS[name.kind](self.rows, name)
+            return SCORERS[name.kind](self.rows, name)
         if name.kind == "kd_gain":
             return self._gain()
         if name.kind == "grand":
@@ -310,24 +385,27 @@ class _Scored:
         """-ddelta . dz, dz the derivative of the logits along the direction."""
         moved = {name: tensor.detach() for name, tensor in self._student.named_parameters() if name in self._direction}
         with torch.no_grad():
-            dz = jvp(lambda p: functional_call(self._student, p, (self._x,)), (moved,), (dict(self._direction),))[1]
+            towards = {name: self._direction[name] for name in moved}
+            dz = jvp(lambda p: functional_call(self._student, p, (self._x,)), (moved,), (towards,))[1]
         gain: Tensor = torch.linalg.vecdot(self.rows.gradient("delta"), dz.to(self.rows.z))
         return -gain
 
 
-def _mean_gradient(student: nn.Module, layers: Sequence[str], batches: _Batches) -> dict[str, Tensor]:
+def _mean_gradient(student: nn.Module, layers: Sequence[str], batches: Batches, ranks: Ranks) -> dict[str, Tensor]:
     """g_val, flattened layer by layer as SampleGradients are: the gradient of the mean cross-entropy."""
     parameters = {n: p for n, p in parameters_of(student, layers).items() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-    count = 0
-    for x, y in batches("validation"):
+    count = torch.zeros(1, dtype=torch.int64, device=next(student.parameters()).device)
+    for batch in batches("validation", lambda number: number % ranks.count == ranks.rank):
         with torch.enable_grad():
-            total = F.cross_entropy(student(x), y, reduction="sum")
+            total = F.cross_entropy(student(batch.x), batch.y, reduction="sum")
             gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-        count += len(x)
+        count += len(batch.x)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 sums[name] += gradient
+    for part in (count, *sums.values()):
+        ranks.sum(part)
     packed = {}
     for layer in layers:
         module = student.get_submodule(layer)
@@ -363,5 +441,5 @@ def _unpacked(student: nn.Module, packed: Mapping[str, Tensor]) -> dict[str, Ten
                 parts[kind] = flat[start : start + parameter.numel()]
                 start += parameter.numel()
         for kind, part in parts.items():
-            found[f"{layer}.{kind}" if layer else kind] = part.reshape(own[kind].shape).to(own[kind].dtype)
+            found[f"{layer}.{kind}" if layer else kind] = part.reshape(own[kind].shape).to(own[kind].dtype).contiguous()
     return found

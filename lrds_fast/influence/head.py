@@ -1,0 +1,213 @@
+"""Scores of the last layer from models and data: one forward pass that keeps what the closed form needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lrds_fast import functional
+from lrds_fast.influence.batches import Batch, Batches
+from lrds_fast.influence.curvature import Pieces, Rows
+from lrds_fast.influence.inputs import check_finite, check_logits
+from lrds_fast.influence.last_layer import CURVED, DIRECTED, LastLayer
+from lrds_fast.influence.scores import ScoreName, uniform_scores
+from lrds_fast.influence.shards import OnDisk, Shards
+from lrds_fast.nn import KDLoss
+
+
+class _Seen(NamedTuple):
+    """A batch as its last layer saw it: h (B, d), z and v (B, C)."""
+
+    h: Tensor
+    z: Tensor
+    v: Tensor
+
+
+class _Rows(NamedTuple):
+    """A shard as its last layer saw it: h, z, v as in _Seen, labels y (B,) and the number of the first sample."""
+
+    h: Tensor | OnDisk
+    z: Tensor | OnDisk
+    v: Tensor | OnDisk
+    y: Tensor
+    start: int
+
+
+class Head:
+    """A student's last nn.Linear, whose output are its logits, and the teacher."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, name: str) -> None:
+        self._student, self._teacher, self._name = student, teacher, name
+        self._layer = student.get_submodule(name)
+        assert isinstance(self._layer, nn.Linear)
+        self.bias = self._layer.bias is not None
+        self.device = self._layer.weight.device
+        self.width, self.classes = self._layer.in_features, self._layer.out_features
+
+    @torch.no_grad()
+    def see(self, batch: Batch) -> _Seen:
+        """One forward pass of both models. Raises ValueError naming the first sample that is not finite."""
+        calls: list[tuple[Tensor, Tensor]] = []
+        handle = self._layer.register_forward_hook(lambda _, args, out: calls.append((args[0].clone(), out)))
+        try:
+            z = self._student(batch.x)
+        finally:
+            handle.remove()
+        h = calls[-1][0] if calls else z[:, :0]
+        if calls and h.dim() == 2:
+            check_finite(f"the input of layer {self._name!r}", h, batch.start)
+        if z.dim() == 2 and len(z):
+            check_logits("student_logits", z, batch.start)
+        if len(calls) != 1 or z.shape != calls[0][1].shape or z.dim() != 2 or not torch.equal(z, calls[0][1]):
+            raise ValueError(
+                f"layers='last' needs logits that are the output of the last nn.Linear, {self._name!r}, of shape (B,"
+                " C); here they are not: name the layers, or use layers='all'"
+            )
+        v = z if self._teacher is None else self._teacher(batch.x)
+        if z.shape != v.shape:
+            raise ValueError(f"student and teacher must give the same classes; got {tuple(z.shape)}, {tuple(v.shape)}")
+        check_logits("teacher_logits", v, batch.start)
+        outside = (batch.y < 0) | (batch.y >= self.classes)
+        if outside.any():
+            row = int(outside.nonzero()[0, 0])
+            raise ValueError(
+                f"targets must lie in [0, {self.classes}); got {int(batch.y[row])} at sample {batch.start + row}"
+            )
+        return _Seen(h, z, v)
+
+
+@torch.no_grad()
+def score_head(
+    student: nn.Module,
+    teacher: nn.Module,
+    name: str,
+    train: Batches,
+    held_out: Batches | None,
+    shards: Shards,
+    names: Sequence[ScoreName],
+    *,
+    dtype: torch.dtype,
+    curvature: str,
+    damping: float | None,
+    damping_scale: float,
+    hessian: str,
+    selected: Tensor | None,
+    loss: KDLoss,
+) -> dict[str, object]:
+    """Writes this process's shards; returns what Scores.meta says of them.
+
+    The last layer's rows, d + 2 C numbers a sample, are kept in the shards' folder, or in memory where there is none.
+    """
+    head = Head(student, teacher, name)
+    own = _own_rows(head, train, shards)
+    device = next(student.parameters()).device
+    like = torch.empty(0, dtype=next(student.parameters()).dtype, device=device)
+    h, z, v = (
+        Pieces([getattr(rows, key) for rows in own.values()], like.new_empty(0, width))
+        for key, width in (("h", head.width), ("z", head.classes), ("v", head.classes))
+    )
+    y = torch.cat([rows.y for rows in own.values()] or [torch.empty(0, dtype=torch.int64)]).to(device)
+    local = None
+    if selected is not None:
+        places = [torch.arange(rows.start, rows.start + len(rows.y)) for rows in own.values()]
+        local = selected.cpu()[torch.cat(places)].to(device) if places else selected[:0].to(device)
+    layer = LastLayer(Rows(h, z, head.bias, shards.ranks), v, y, dtype, loss, hessian=hessian, selected=local)
+    kinds = {score.kind for score in names}
+    if not kinds.isdisjoint(CURVED):
+        layer.fit(curvature, damping=damping, damping_scale=damping_scale)
+    if held_out is not None and not kinds.isdisjoint(DIRECTED):
+        layer.aim(_held_out_gradient(Head(student, None, name), held_out, shards))
+
+    slices = list(layer.parts(names))
+    step = max((part.stop - part.start for part in slices), default=1)
+    first = 0
+    for shard, rows in own.items():
+        count = len(rows.y)
+        if not shards.done(shard):
+            columns: dict[str, list[Tensor]] = {}
+            for start in range(first, first + count, step):
+                part = slice(start, min(start + step, first + count))
+                found, predicted = layer.scores(part, names)
+                for key, column in {"label": y[part], "teacher_pred": predicted, **found}.items():
+                    columns.setdefault(key, []).append(column)
+            whole = {key: torch.cat(parts) for key, parts in columns.items()}
+            shards.write(shard, rows.start, with_random(whole, names, rows.start, like.to(dtype)))
+        first += count
+    return {
+        "num_samples": layer.rows.total,
+        "num_classes": head.classes,
+        "num_features": head.width,
+        "bias": head.bias,
+        "damping": layer.damping,
+    }
+
+
+def with_random(columns: dict[str, Tensor], names: Sequence[ScoreName], start: int, like: Tensor) -> dict[str, Tensor]:
+    """A shard's columns in the order of the names, random scores among them."""
+    stop = start + len(columns["label"])
+    ordered = {key: columns[key] for key in ("label", "teacher_pred")}
+    for name in names:
+        random = name.kind == "random"
+        ordered[name.key] = uniform_scores(start, stop, name.seed, like) if random else columns[name.key]
+    return ordered
+
+
+def _own_rows(head: Head, train: Batches, shards: Shards) -> dict[int, _Rows]:
+    """This process's shards' rows by number; from disk what an earlier run has left there."""
+    kept = {shard for shard in shards.kept_shards("rows") if shards.mine(shard)}
+    found = {}
+    batches = train("features", lambda number: shards.mine(shards.of(number)) and shards.of(number) not in kept)
+    for shard, rows in _by_shard(head, batches, shards):
+        if shards.folder is None:
+            found[shard] = _Rows(rows["h"], rows["z"], rows["v"], rows["y"], int(rows["start"]))
+        else:
+            shards.keep(f"rows-{shard:08d}", rows)
+            kept.add(shard)
+    for shard in kept:
+        path = shards.kept_path(f"rows-{shard:08d}")
+        assert path is not None
+        h, z, v = (OnDisk(path, key) for key in _Seen._fields)
+        found[shard] = _Rows(h, z, v, OnDisk(path, "y")[:], int(OnDisk(path, "start").scalar()))
+    return dict(sorted(found.items()))
+
+
+def _by_shard(head: Head, batches: Iterator[Batch], shards: Shards) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The rows of one shard after the other, on the CPU where they go to disk."""
+    parts: list[tuple[_Seen, Tensor]] = []
+    shard, start = -1, 0
+
+    def rows() -> dict[str, Tensor]:
+        found = {key: torch.cat([getattr(seen, key) for seen, _ in parts]) for key in _Seen._fields}
+        found["y"] = torch.cat([y for _, y in parts])
+        found = {key: t if shards.folder is None else t.cpu() for key, t in found.items()}
+        return {**found, "start": torch.tensor(start)}
+
+    for batch in batches:
+        if not parts:
+            shard, start = shards.of(batch.number), batch.start
+        parts.append((head.see(batch), batch.y))
+        if shards.ends_with(batch.number):
+            yield shard, rows()
+            parts = []
+    if parts:
+        yield shard, rows()
+
+
+def _held_out_gradient(head: Head, held_out: Batches, shards: Shards) -> Tensor:
+    """g_val: the gradient of the mean cross-entropy in the layer's weights, (C, D) float64."""
+    ranks = shards.ranks
+    total, count = None, 0
+    for batch in held_out("validation", lambda number: number % ranks.count == ranks.rank):
+        seen = head.see(batch)
+        z = seen.z.double()
+        delta = functional.kd_logit_gradient(z, z, batch.y, temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None)
+        h = Rows(seen.h, seen.z, head.bias).augmented(slice(0, len(z)), torch.float64)
+        total = delta.T @ h if total is None else total.addmm_(delta.T, h)
+        count += len(z)
+    if total is None:
+        total = torch.zeros(head.classes, head.width + int(head.bias), dtype=torch.float64, device=head.device)
+    counted = ranks.sum(torch.tensor([count], device=total.device))
+    return ranks.sum(total) / int(counted)
