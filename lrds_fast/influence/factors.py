@@ -18,7 +18,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,16 +74,26 @@ class Block:
     eigenvalues: Tensor
     qg: Tensor | None = None
     qa: Tensor | None = None
+    _bases: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def mean(self) -> float:
         return float(self.eigenvalues.mean())
+
+    def _basis(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """qg and qa in a dtype and on a device; made once."""
+        key = (like.dtype, like.device)
+        if key not in self._bases:
+            assert self.qg is not None
+            assert self.qa is not None
+            self._bases[key] = (self.qg.to(like), self.qa.to(like))
+        return self._bases[key]
 
     def rotate(self, gradients: SampleGradients) -> Tensor:
         """(B, *eigenvalues.shape): sample gradients in the block's basis, in their own dtype."""
         if self.qg is None or self.qa is None or not isinstance(gradients, Outer):
             return gradients.dense().reshape(-1, *self.eigenvalues.shape)
         a, d = gradients.inputs, gradients.deltas
-        qg, qa = self.qg.to(d), self.qa.to(a)
+        qg, qa = self._basis(d)
         positions, inputs, outputs = a.shape[2], a.shape[3], d.shape[3]
         if positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs):
             return (d @ qg).transpose(2, 3) @ (a @ qa)
@@ -91,18 +101,16 @@ class Block:
         tile = d.transpose(2, 3) @ a
         return qg.transpose(1, 2) @ tile @ qa
 
-    def quadratic(self, gradients: SampleGradients, weight: Tensor) -> Tensor:
-        """(B,) sum over the block of weight * rotated^2, float64."""
-        # In the gradients' dtype, where the inverse of a small eigenvalue may not fit: scaled to at most 1.
-        scale = float(weight.max())
+    def quadratic(self, gradients: SampleGradients, normal: Tensor, scale: float) -> Tensor:
+        """(B,) sum over the block of scale * normal * rotated^2, float64; normal in the gradients' dtype."""
         if self.qg is not None and self.qa is not None and isinstance(gradients, Outer):
             a, d = gradients.inputs, gradients.deltas
             if a.shape[2] == 1:  # one position: two products and a row-dot, no O x I tile
-                v, u = (a @ self.qa.to(a)).square_(), (d @ self.qg.to(d)).square_()
-                normal = (weight / scale if scale > 0 else weight).to(u)
-                return ((u @ normal) * v).sum(dim=(1, 2, 3)).double() * scale
-        rotated = self.rotate(gradients).square()
-        normal = (weight / scale if scale > 0 else weight).to(rotated)
+                qg, qa = self._basis(d)
+                v, u = (_rotated(x[:, :, 0], q).square_() for x, q in ((a, qa), (d, qg)))
+                return (torch.bmm(u, normal) * v).sum(dim=(0, 2)).double() * scale
+        rotated = self.rotate(gradients)
+        rotated = rotated.square() if self.qg is None else rotated.square_()
         return (rotated.flatten(1) @ normal.flatten()).double() * scale
 
     def solve(self, gradient: Tensor, inverse: Tensor) -> Tensor:
@@ -112,6 +120,11 @@ class Block:
             return (tile * inverse).flatten()
         rotated = self.qg.transpose(1, 2) @ tile @ self.qa
         return (self.qg @ (rotated * inverse) @ self.qa.transpose(1, 2)).flatten()
+
+
+def _rotated(rows: Tensor, q: Tensor) -> Tensor:
+    """Rows (B, G, W) in the bases q (G, W, W): (G, B, W)."""
+    return torch.bmm(rows.transpose(0, 1), q)
 
 
 _FORMAT = "lrds-fast influence factors 1"
@@ -148,6 +161,7 @@ class Factors:
             )
             for name, block in self.blocks.items()
         }
+        self._scaled: dict[tuple[str, int, torch.dtype, torch.device], tuple[Tensor, float]] = {}
 
     @property
     def layers(self) -> list[str]:
@@ -160,7 +174,7 @@ class Factors:
             f"{kind} {name} {self.damping[name]}": tensor
             for name, block in self.blocks.items()
             for kind, tensor in vars(block).items()
-            if tensor is not None
+            if isinstance(tensor, Tensor)
         }
         return tensors_fingerprint(tensors)
 
@@ -223,10 +237,21 @@ class Factors:
 
     def quadratic(self, gradients: Mapping[str, SampleGradients], power: int = 1) -> Tensor:
         """(B,) g_i^T H^-power g_i, added over the layers. power: 1 (self_influence) or 2 (param_shift squared)."""
-        parts = [
-            block.quadratic(gradients[name], self._inverse[name].pow(power)) for name, block in self.blocks.items()
-        ]
+        parts = []
+        for name, block in self.blocks.items():
+            normal, scale = self._weights(name, power, gradients[name])
+            parts.append(block.quadratic(gradients[name], normal, scale))
         return torch.stack(parts).sum(dim=0)
+
+    def _weights(self, name: str, power: int, gradients: SampleGradients) -> tuple[Tensor, float]:
+        """A block's inverse to a power in the gradients' dtype, scaled to at most 1: its own values may not fit."""
+        like = next(t for t in vars(gradients).values() if isinstance(t, Tensor) and t.is_floating_point())
+        key = (name, power, like.dtype, like.device)
+        if key not in self._scaled:
+            weight = self._inverse[name].pow(power)
+            scale = float(weight.max())
+            self._scaled[key] = ((weight / scale if scale > 0 else weight).to(like), scale)
+        return self._scaled[key]
 
 
 def fit_factors(

@@ -13,6 +13,7 @@ from lrds_fast import functional
 from lrds_fast._version import __version__
 from lrds_fast.divergences import resolve
 from lrds_fast.influence.curvature import (
+    CHUNK_BYTES,
     CURVATURES,
     Curvature,
     HessianTerm,
@@ -171,10 +172,14 @@ class LastLayer:
         self._direction = self._curvature.solve(gradient).to(self._dtype)
 
     def parts(self, names: Sequence[ScoreName]) -> Iterator[slice]:
-        """Slices of the rows whose scoring stays within the chunk's memory."""
+        """Slices of the rows whose scoring stays within the chunk's memory; on a CPU, within its caches."""
         classes = self.rows.classes
         square = classes**2 if any(name.kind == "kd_gain_ns" for name in names) else 0
-        return self.rows.chunks(bytes_per_row=8 * (6 * classes + 4 * self.rows.inputs + 5 * square))
+        bytes_per_row = 8 * (6 * classes + 4 * self.rows.inputs + 5 * square)
+        step = max(1, CHUNK_BYTES // bytes_per_row)
+        if self.rows.features.device.type == "cpu":
+            step = min(step, max(_CACHED_ROWS, _CACHED_BYTES // bytes_per_row))
+        return self.rows.slices(step)
 
     def scores(self, part: slice, names: Sequence[ScoreName]) -> tuple[dict[str, Tensor], Tensor]:
         """The slice's scores by key, but for random ones, and the teacher's predictions."""
@@ -306,6 +311,11 @@ def _conflict(batch: _Batch, _: ScoreName) -> Tensor:
     return -cosine
 
 
+# On a CPU rows are scored so many at a time: products run at their full speed from about 256 rows on, and what lies
+# between them (squares, row-dots) then reads what is still in the cache. EK-FAC self-influence, C = 100, d = 512: 9.3
+# us a row at 8192 rows, 6.5 at 256, where the three products alone are 6.35.
+_CACHED_ROWS = 256
+_CACHED_BYTES = 4 << 20
 # Divides a zero gradient, so that its cosine is 0, and no other.
 _TINY = torch.finfo(torch.float32).tiny
 SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {

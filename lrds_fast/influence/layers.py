@@ -166,25 +166,36 @@ def sample_gradients(
                 " or on the other samples: call model.eval()"
             )
     calls: dict[str, list[_Call]] = {name: [] for name in names}
+    roots: list[Tensor] = []
 
-    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # A copy where the model may still write into it (ReLU(inplace=True) before or after).
             call = _Call(arguments[0].detach().clone(), [])
             calls[name].append(call)
+            if not output.requires_grad:
+                # Where the graph begins. A copy: what comes next may work in place, which a leaf does not allow.
+                roots.append(output.requires_grad_())
+                output = output.clone()
             # On the tensor of this moment: what an in-place operation makes of it later has another gradient.
             output.register_hook(call.delta.append)  # type: ignore[no-untyped-call]
+            return output
 
         return hook
 
     handles = [modules[name].register_forward_hook(record(name)) for name in names]
+    # Gradients flow from output to output; those of the parameters, a third of the work, are not computed.
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         with torch.enable_grad():
-            logits = model(inputs)
-            # Through the leaves that the first of the layers' parameters are, so that every output is passed.
-            leaves = [p for name in names for p in modules[name].parameters(recurse=False) if p.requires_grad]
-            torch.autograd.grad(logits, leaves, logit_gradient(logits.detach()), allow_unused=True)
+            logits = model(inputs.detach())
+            if roots and logits.requires_grad:
+                torch.autograd.grad(logits, roots, logit_gradient(logits.detach()), allow_unused=True)
     finally:
+        for parameter in parameters:
+            parameter.requires_grad_()
         for handle in handles:
             handle.remove()
     found = {}
