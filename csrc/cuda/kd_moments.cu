@@ -30,4 +30,8 @@ cudaError_t kd_moments(const KdLossArgs& args, cudaStream_t stream) {
                                             : launch_moments_f32(args, device, stream);
 }
 
+cudaError_t launch_moments_f32(const KdLossArgs& args, int device, cudaStream_t stream) {
+  return launch_moments<float>(args, device, stream);
+}
+
 }  // namespace lrds::cuda

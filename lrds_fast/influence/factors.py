@@ -95,11 +95,13 @@ class Block:
         a, d = gradients.inputs, gradients.deltas
         qg, qa = self._basis(d)
         positions, inputs, outputs = a.shape[2], a.shape[3], d.shape[3]
-        if positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs):
-            return (d @ qg).transpose(2, 3) @ (a @ qa)
-        # Many positions: their sum first, then two small rotations of it.
-        tile = d.transpose(2, 3) @ a
-        return qg.transpose(1, 2) @ tile @ qa
+        # Each side where it is cheaper: its positions before they are summed, or the sum's rows or columns.
+        if positions < inputs:
+            d = _applied(d, qg)
+        if positions < outputs:
+            return d.transpose(2, 3) @ _applied(a, qa)
+        tile = _applied(d.transpose(2, 3) @ a, qa)
+        return tile if positions < inputs else qg.transpose(1, 2) @ tile
 
     def quadratic(self, gradients: SampleGradients, normal: Tensor, scale: float) -> Tensor:
         """(B,) sum over the block of scale * normal * rotated^2, float64; normal in the gradients' dtype."""
@@ -120,6 +122,13 @@ class Block:
             return (tile * inverse).flatten()
         rotated = self.qg.transpose(1, 2) @ tile @ self.qa
         return (self.qg @ (rotated * inverse) @ self.qa.transpose(1, 2)).flatten()
+
+
+def _applied(x: Tensor, q: Tensor) -> Tensor:
+    """x (B, G, R, W) in the bases q (G, W, W); one product where there is one group and x's rows lie together."""
+    if len(q) == 1 and x.is_contiguous():
+        return (x.flatten(0, 2) @ q[0]).view_as(x)
+    return x @ q
 
 
 def _rotated(rows: Tensor, q: Tensor) -> Tensor:
@@ -237,11 +246,14 @@ class Factors:
 
     def quadratic(self, gradients: Mapping[str, SampleGradients], power: int = 1) -> Tensor:
         """(B,) g_i^T H^-power g_i, added over the layers. power: 1 (self_influence) or 2 (param_shift squared)."""
-        parts = []
+        found = []
         for name, block in self.blocks.items():
-            normal, scale = self._weights(name, power, gradients[name])
-            parts.append(block.quadratic(gradients[name], normal, scale))
-        return torch.stack(parts).sum(dim=0)
+            parts = []
+            for part in gradients[name].parts():
+                normal, scale = self._weights(name, power, part)
+                parts.append(block.quadratic(part, normal, scale))
+            found.append(torch.cat(parts))
+        return torch.stack(found).sum(dim=0)
 
     def _weights(self, name: str, power: int, gradients: SampleGradients) -> tuple[Tensor, float]:
         """A block's inverse to a power in the gradients' dtype, scaled to at most 1: its own values may not fit."""
@@ -338,13 +350,14 @@ def fit_placed(
     for samples, found in sweep(0):
         count += samples
         for name, gradients in found.items():
-            if isinstance(gradients, Outer):
-                if samples:  # inputs do not depend on the draw
-                    sums["a"][name] += _moment(gradients.inputs)
-                    positions[name] += samples * gradients.inputs.shape[2]
-                sums["g"][name] += _moment(gradients.deltas) / gradients.deltas.shape[2]
-            else:
-                sums["diagonal"][name] += gradients.dense().square().sum(dim=0)
+            for part in gradients.parts():
+                if isinstance(part, Outer):
+                    if samples:  # inputs do not depend on the draw
+                        sums["a"][name] += _moment(part.inputs)
+                        positions[name] += len(part.inputs) * part.inputs.shape[2]
+                    sums["g"][name] += _moment(part.deltas) / part.deltas.shape[2]
+                else:
+                    sums["diagonal"][name] += part.dense().square().sum(dim=0)
     for part in (count, *positions.values(), *(t for kind in ("a", "g", "diagonal") for t in sums[kind].values())):
         ranks.sum(part)
     total = int(count)
@@ -365,7 +378,8 @@ def fit_placed(
     if curvature == "ekfac":
         for _, found in sweep(1):
             for name in sums["corrected"]:
-                sums["corrected"][name] += blocks[name].rotate(found[name]).square().sum(dim=0)
+                for part in found[name].parts():
+                    sums["corrected"][name] += blocks[name].rotate(part).square_().sum(dim=0)
         for name, corrected in sums["corrected"].items():
             blocks[name] = Block(ranks.sum(corrected) / total, blocks[name].qg, blocks[name].qa)
     if curvature == "identity":
