@@ -240,6 +240,10 @@ class Factors:
                 raise ValueError(f"{path} belongs to other weights than this model's; fit the factors again")
         return cls(facts["curvature"], blocks, facts["damping"], facts["model"])
 
+    def inverse(self, layer: str) -> Tensor:
+        """1 / (eigenvalues + damping) of a layer's block, float64 in the eigenvalues' shape."""
+        return self._inverse[layer]
+
     def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """H^-1 g, layer by layer: flattened gradients (P,) in a SampleGradients' order in, float64 out."""
         return {name: block.solve(gradient[name], self._inverse[name]) for name, block in self.blocks.items()}
@@ -358,8 +362,8 @@ def fit_placed(
                     sums["g"][name] += _moment(part.deltas) / part.deltas.shape[2]
                 else:
                     sums["diagonal"][name] += part.dense().square().sum(dim=0)
-    for part in (count, *positions.values(), *(t for kind in ("a", "g", "diagonal") for t in sums[kind].values())):
-        ranks.sum(part)
+    for total_of in (count, *positions.values(), *(t for kind in ("a", "g", "diagonal") for t in sums[kind].values())):
+        ranks.sum(total_of)
     total = int(count)
     if total == 0:
         raise ValueError("batches held no samples")

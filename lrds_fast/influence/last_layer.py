@@ -168,6 +168,10 @@ class LastLayer:
         )
         self.damping = self._curvature.damping
 
+    def use(self, curvature: Curvature) -> None:
+        """Takes an H that was fitted elsewhere."""
+        self._curvature, self.damping = curvature, curvature.damping
+
     def aim(self, gradient: Tensor) -> None:
         """Sets H^-1 g_val; gradient: g_val (C, D) float64."""
         self._direction = self._curvature.solve(gradient).to(self._dtype)
