@@ -1,6 +1,6 @@
 """Influence scores against the packages that compute them: process time of one CPU thread per sample.
 
-    python benchmarks/bench_influence.py                    this machine's CPU; peers that are not installed are left out
+    python benchmarks/bench_influence.py                    this machine's CPU; peers not installed are left out
     python benchmarks/bench_influence.py --quick            small cases
     python benchmarks/bench_influence.py --markdown results/influence_cpu.csv    a stored run as a table
 
@@ -237,7 +237,7 @@ def main() -> int:
             sys.stdout.write(table(list(csv.DictReader(file))) + "\n")
         return 0
     if arguments.device == "cuda":
-        parser.error("this suite compares process time on a CPU; run it with --device cpu")
+        parser.error("process time of a CPU is what this suite compares; run it with --device cpu")
     torch.set_num_threads(arguments.threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

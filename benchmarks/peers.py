@@ -102,7 +102,7 @@ class Kronfluence:
 
 
 def captum_last_layer(model: nn.Sequential, train: TensorDataset, batch: int) -> Any:
-    """captum's TracInCPFast on a model's last module, one checkpoint of weight 1: gradient products without the bias."""
+    """captum's TracInCPFast on a model's last module, one checkpoint of weight 1: products without the bias."""
     from captum.influence import TracInCPFast
 
     def load(_: nn.Module, __: str) -> float:

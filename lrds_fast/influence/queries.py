@@ -49,13 +49,15 @@ def pairwise(
     layers = _checked_factors(student, factors, "all")
     parameter = next(student.parameters())
 
-    def gradients(data: Data, what: str) -> Iterator[Mapping[str, SampleGradients]]:
-        for batch in Batches(data, parameter, batch_size, progress)(what):
+    train = Batches(train_data, parameter, batch_size, progress)
+
+    def gradients(data: Batches, what: str) -> Iterator[Mapping[str, SampleGradients]]:
+        for batch in data(what):
             yield sample_gradients(student, batch.x, _label_gradient(batch.y), layers)[1]
 
     with _eval_mode(student):
         queries = {name: _Queries(factors, name) for name in layers}
-        for found in gradients(query_data, "queries"):
+        for found in gradients(Batches(query_data, parameter, batch_size, progress), "queries"):
             for name in layers:
                 queries[name].add(found[name])
         count = queries[layers[0]].count
@@ -63,9 +65,17 @@ def pairwise(
         values = torch.empty(count, 0, dtype=dtype)
         indices = torch.empty(count, 0, dtype=torch.int64)
         blocks, seen = [], 0
-        for found in gradients(train_data, "pairwise"):
-            block = torch.stack([queries[name].against(found[name]) for name in layers]).sum(dim=0)
+        # Written into where its size is known: blocks that are joined at the end are twice the memory.
+        whole = torch.empty(count, train.samples, dtype=dtype) if top_k is None and train.samples else None
+        for found in gradients(train, "pairwise"):
+            block = queries[layers[0]].against(found[layers[0]])
+            for name in layers[1:]:
+                block += queries[name].against(found[name])
             block = block.to(dtype).cpu()
+            if whole is not None:
+                whole[:, seen : seen + block.shape[1]] = block
+                seen += block.shape[1]
+                continue
             if top_k is None:
                 blocks.append(block)
                 continue
@@ -75,6 +85,8 @@ def pairwise(
             # Stable: of equals the one that came first stays.
             order = values.argsort(dim=1, descending=largest, stable=True)[:, :top_k]
             values, indices = values.gather(1, order), indices.gather(1, order)
+    if whole is not None:
+        return whole
     return torch.cat(blocks, dim=1) if top_k is None else Pairwise(values, indices)
 
 
@@ -144,14 +156,18 @@ class _Queries:
         """(Q, B): every query with every sample."""
         if self._outer:
             assert isinstance(gradients, Outer)
-            inputs, deltas = (torch.cat([getattr(part, side) for part in self._outer])[:, 0, 0] for side in _SIDES)
-            pairs = (deltas @ gradients.deltas[:, 0, 0].T) * (inputs @ gradients.inputs[:, 0, 0].T)
-            return pairs * float(self._inverse.flatten()[0])
-        queries = torch.cat(self._dense)
-        return torch.cat([queries @ part.dense().T for part in gradients.parts()], dim=1)
+            if len(self._outer) > 1:
+                self._outer = [Outer(*(torch.cat(side) for side in zip(*map(_sides, self._outer), strict=True)))]
+            inputs, deltas = (side[:, 0, 0] for side in _sides(self._outer[0]))
+            pairs = (deltas * float(self._inverse.flatten()[0])) @ gradients.deltas[:, 0, 0].T
+            return pairs.mul_(inputs @ gradients.inputs[:, 0, 0].T)
+        if len(self._dense) > 1:
+            self._dense = [torch.cat(self._dense)]
+        return torch.cat([self._dense[0] @ part.dense().T for part in gradients.parts()], dim=1)
 
 
-_SIDES = ("inputs", "deltas")
+def _sides(outer: Outer) -> tuple[Tensor, Tensor]:
+    return outer.inputs, outer.deltas
 
 
 def _one_position(gradients: SampleGradients) -> TypeGuard[Outer]:
