@@ -128,7 +128,7 @@ def page_influence(path: Path, out: Path) -> Path:
     page.write_text(
         f"# Influence scores: {rows[0]['device']}\n\n"
         "Process time of one thread per sample, per pair for the pairs; medians of interleaved rounds. self: EK-FAC\n"
-        "self-influence of a linear head with 512 inputs, all contenders with kronfluence's factors. ours: from a model\n"
+        "self-influence of a linear head with 512 inputs, all with kronfluence's factors. ours: from a model\n"
         "and a dataset, forward and backward included, as kronfluence and captum run. closed form: from features and\n"
         "logits. plain: the same in three lines of PyTorch over all rows at once. pairs: products of last-layer\n"
         "gradients, 256 queries; captum's lack the bias. pairs-ekfac: 64 queries under EK-FAC. resnet20: EK-FAC\n"
