@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_bandwidth, bench_linear_kd_loss
+from benchmarks import bench_bandwidth, bench_influence, bench_linear_kd_loss
 from benchmarks.bench_kd_loss import Row, is_headline, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +122,23 @@ def page_bandwidth(path: Path, out: Path) -> Path:
     return page
 
 
+def page_influence(path: Path, out: Path) -> Path:
+    rows = read(path)
+    page = out / f"{path.stem}.md"
+    page.write_text(
+        f"# Influence scores: {rows[0]['device']}\n\n"
+        "Process time of one thread per sample, per pair for the pairs; medians of interleaved rounds. self: EK-FAC\n"
+        "self-influence of a linear head with 512 inputs, all with kronfluence's factors. ours: from a model\n"
+        "and a dataset, forward and backward included, as kronfluence and captum run. closed form: from features and\n"
+        "logits. plain: the same in three lines of PyTorch over all rows at once. pairs: products of last-layer\n"
+        "gradients, 256 queries; captum's lack the bias. pairs-ekfac: 64 queries under EK-FAC. resnet20: EK-FAC\n"
+        "self-influence over all convolutions and the head. Results were compared before anything was timed.\n\n"
+        f"{bench_influence.table(rows)}\n",
+        encoding="utf-8",
+    )
+    return page
+
+
 def page_plain(path: Path, out: Path) -> Path:
     """Any other run, as it is stored."""
     rows = read(path)
@@ -146,6 +163,8 @@ def render(path: Path, out: Path) -> Path:
         return page_linear_kd_loss(path, out)
     if path.stem.startswith("bandwidth"):
         return page_bandwidth(path, out)
+    if path.stem.startswith("influence"):
+        return page_influence(path, out)
     return page_plain(path, out)
 
 

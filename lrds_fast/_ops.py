@@ -94,6 +94,14 @@ def _kd_logit_gradient(*args: Any, **kwargs: Any) -> Tensor:
     return _empty_contiguous(student, _accumulate(student, teacher))
 
 
+@torch.library.register_fake("lrds_fast::kd_moments")
+def _kd_moments(*args: Any, direction: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    student, teacher, _ = _shape_arguments(args, kwargs)
+    rows = student.shape[:-1].numel()
+    moments = torch.empty(8, rows, dtype=_accumulate(student, teacher), device=student.device)
+    return moments, torch.empty(rows, dtype=torch.int64, device=student.device)
+
+
 @torch.library.register_fake("lrds_fast::scale_gradient")
 def _scale_gradient(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> Tensor:
     return _empty_contiguous(gradient)
@@ -108,4 +116,5 @@ kd_loss = torch.ops.lrds_fast.kd_loss.default
 kd_loss_forward = torch.ops.lrds_fast.kd_loss_forward.default
 kd_loss_forward_ = torch.ops.lrds_fast.kd_loss_forward_.default
 kd_logit_gradient = torch.ops.lrds_fast.kd_logit_gradient.default
+kd_moments = torch.ops.lrds_fast.kd_moments.default
 build_info = _C.build_info

@@ -639,3 +639,87 @@ def kd_logit_gradient(
         standardize,
     )
     return gradient
+
+
+class KDMoments(NamedTuple):
+    """What a row's two logit gradients g = d CE / dz and h = d KD / dz amount to, each (N,); see kd_moments.
+
+    ce, kd: the terms themselves. ce_ce, kd_kd, ce_kd: g.g, h.h, g.h. ce_along, kd_along: g.r, h.r along the direction
+    r. target: r_y - mean(r). top: the teacher's top class, int64: the target where it is one, else the lowest.
+    """
+
+    ce: Tensor
+    kd: Tensor
+    ce_ce: Tensor
+    kd_kd: Tensor
+    ce_kd: Tensor
+    ce_along: Tensor
+    kd_along: Tensor
+    target: Tensor
+    top: Tensor
+
+
+def kd_moments(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    direction: Tensor | None = None,
+    temperature: float | Sequence[float] = 4.0,
+    revise: str | None = "lr",
+    eta: float = 0.8,
+    divergence: str | Divergence = "kl",
+    standardize: bool = False,
+) -> KDMoments:
+    """CE, KD and the products of their logit gradients, row by row, in one pass that writes no gradient.
+
+    Both terms have weight 1 and there is no 1/N: any score made of the losses, the gradients' norms, their angle or
+    their components along a direction follows (influence: kd_gain, conflict, el2n, ...).
+
+    student_logits, teacher_logits: (N, C) floating. target: (N,) int64/int32 in [0, C). direction: r, (N, C) floating
+    on the same device; None: r = 0. revise: "lr", "mft" or None. The rest as in kd_loss. Returns KDMoments in float32
+    (float64 if any logits are), without gradient. Raises as kd_loss does; on CUDA a target out of range makes its row
+    NaN.
+    """
+    checked = check_hyperparameters(
+        temperature=temperature,
+        ce_weight=1.0,
+        kd_weight=1.0,
+        ce_weight_unselected=1.0,
+        revise=revise,
+        eta=eta,
+        divergence=divergence,
+        standardize=standardize,
+        label_smoothing=0.0,
+        ignore_index=-100,
+        reduction="sum",
+    )
+    _check_tensors(student_logits, teacher_logits, target, None, None, checked, revise)
+    if student_logits.dim() != 2 or teacher_logits.shape != student_logits.shape or target.is_floating_point():
+        raise ValueError(
+            "student_logits and teacher_logits must both be (N, C) and target class indices; got"
+            f" {tuple(student_logits.shape)}, {tuple(teacher_logits.shape)} and {target.dtype}"
+        )
+    if revise == "swap":
+        raise ValueError("revise must be 'lr', 'mft' or None here; got 'swap'")
+    moments, top = _ops.kd_moments(
+        student_logits.detach(),
+        teacher_logits.detach(),
+        target,
+        *[None] * 7,
+        checked.temperature,
+        1.0,
+        1.0,
+        1.0,
+        eta,
+        0.0,
+        checked.revise,
+        checked.reduction,
+        -100,
+        checked.divergence.code,
+        checked.divergence_parameters,
+        standardize,
+        direction,
+    )
+    ce, kd, ce_ce, kd_kd, ce_kd, ce_along, kd_along, at_target = moments.unbind()
+    return KDMoments(ce, kd, ce_ce, kd_kd, ce_kd, ce_along, kd_along, at_target, top)

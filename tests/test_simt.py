@@ -66,7 +66,7 @@ def has_sanitizers(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """simt_kd_loss, simt_kd_family and simt_interpreter, built once."""
+    """simt_kd_loss, simt_kd_family, simt_kd_moments and simt_interpreter, built once."""
     folder = tmp_path_factory.mktemp("simt")
     if not has_sanitizers(folder):
         pytest.skip(f"{compiler()} cannot link AddressSanitizer: install a g++ that has it, or set CXX")
@@ -75,6 +75,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         *KERNELS,
         SIMT / "test_kd_loss.cpp",
         SIMT / "test_kd_family.cpp",
+        SIMT / "test_kd_moments.cpp",
         SIMT / "test_interpreter.cpp",
         SIMT / "simt.cpp",
         # What the family's kernels are compared with.
@@ -82,11 +83,15 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     with ThreadPoolExecutor(WORKERS) as pool:
         objects = list(pool.map(lambda source: compile_object(source, folder), sources))
-    kernels, (kd_loss, kd_family, interpreter, machine, exact) = objects[: len(KERNELS)], objects[len(KERNELS) :]
+    kernels, (kd_loss, kd_family, kd_moments, interpreter, machine, exact) = (
+        objects[: len(KERNELS)],
+        objects[len(KERNELS) :],
+    )
     built = {}
     for name, parts in {
         "simt_kd_loss": [*kernels, kd_loss, machine],
         "simt_kd_family": [*kernels, kd_family, exact, machine],
+        "simt_kd_moments": [*kernels, kd_moments, exact, machine],
         "simt_interpreter": [interpreter, machine],
     }.items():
         built[name] = folder / name
@@ -108,6 +113,12 @@ def test_kernels_match_the_reference(programs: dict[str, Path], name: str) -> No
     for done in parts:
         assert done.returncode == 0, done.stdout + done.stderr
         assert " 0 failures" in done.stdout
+
+
+def test_moments_match_the_reference(programs: dict[str, Path]) -> None:
+    done = run([str(programs["simt_kd_moments"])])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failures" in done.stdout
 
 
 def test_interpreter_runs_a_correct_kernel(programs: dict[str, Path]) -> None:

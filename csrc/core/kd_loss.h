@@ -237,6 +237,19 @@ struct TermScales {
 
 constexpr int kMaxTemperatures = 8;
 
+// The moments of a row: CE, KD, g.g, h.h, g.h, g.r, h.r, r_y - mean(r).
+enum Moment : int {
+  kMomentCe = 0,
+  kMomentKd = 1,
+  kMomentCeCe = 2,
+  kMomentKdKd = 3,
+  kMomentCeKd = 4,
+  kMomentCeAlong = 5,
+  kMomentKdAlong = 6,
+  kMomentTarget = 7,
+  kMoments = 8
+};
+
 // One call, as both devices' sweeps take it: plain pointers, sizes and strides in elements. The
 // last stride of every logit tensor is 1. accumulate is kFloat64 if either logits are, else
 // kFloat32; A below is that type.
@@ -286,6 +299,14 @@ struct KdLossArgs {
 
   double* workspace;  // CUDA, unless is_plain(): 2 doubles on the device
 
+  // What the scores of data selection need of a row's two logit gradients, instead of a loss. Both
+  // are of terms with weight 1: g = d CE / dz, h = d KD / dz.
+  const void* direction;  // A, (rows, classes), or null: r = 0
+  std::int64_t direction_stride;
+  void* moments;              // A[kMoments * rows], one moment after the other, or null
+  std::int64_t* teacher_top;  // the teacher's top class: the target if it is one, else the lowest
+  void* moments_scratch;      // CUDA: see cuda/kd_moments.h
+
   const void* num_valid;    // A[1] or null: replaces the count of valid rows in the denominator
   const void* grad_scale;   // A[1] or null: folded into the gradient before it is rounded
   const void* grad_output;  // null, or A[rows] / A[1] by grad_output_stride (1 / 0): multiplies
@@ -310,6 +331,7 @@ struct KdLossArgs {
 LRDS_HOST_DEVICE inline bool is_plain(const KdLossArgs& args) {
   return args.divergence == 0 && !args.standardize && args.temperature_count <= 1 &&
          args.soft_target == nullptr && args.class_weight == nullptr && args.kept_classes == 0 &&
+         args.moments == nullptr &&
          (args.revise == Revise::kNone || args.revise == Revise::kLabelRevision);
 }
 

@@ -46,7 +46,7 @@ LRDS_HOST_DEVICE inline DistillParams<A> distill_params(const KdLossArgs& args) 
   out.standardize = args.standardize;
   out.soft = args.soft_target != nullptr;
   out.weighted = args.class_weight != nullptr;
-  out.gradient = args.gradient != nullptr;
+  out.gradient = args.gradient != nullptr || args.moments != nullptr;
   for (int i = 0; i < 3; ++i) out.parameters[i] = static_cast<A>(args.divergence_parameters[i]);
   return out;
 }
@@ -115,6 +115,15 @@ struct AtTemperature {
   SoftTeacher<A> soft;
   DistillTerms<A> terms;
 };
+
+// The part of a task that is one term alone, unscaled.
+template <typename A>
+LRDS_HOST_DEVICE inline RowTask<A> only_term(RowTask<A> task, bool kd) {
+  task.ce_weight = kd ? A(0) : A(1);
+  task.kd_weight = kd ? A(1) : A(0);
+  task.ce_scale = task.kd_scale = A(1);
+  return task;
+}
 
 template <class D, class Executor>
 class RowProgram {

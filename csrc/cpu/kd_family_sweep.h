@@ -201,7 +201,170 @@ class FamilySweep {
     return RowError{RowError::kNone, 0};
   }
 
+  // The moments of the rows, for calls with args.moments: no soft targets, no class weights, no
+  // Revise::kSwap.
+  template <class D>
+  RowError moments(std::int64_t begin, std::int64_t end) {
+    A* const out = static_cast<A*>(args_.moments);
+    // The rows of what such a call does not have.
+    A* const g = g_;
+    A* const h = w_;
+    A* const r = t_;
+    for (int k = 0; k < padded_; ++k) r[k] = A(0);
+    for (std::int64_t row = begin; row < end; ++row) {
+      std::int64_t y;
+      A w;
+      RowError error = lrds::cpu::read_row(args_, row, &y, &w);
+      if (error.kind != RowError::kNone) return error;
+      A found[lrds::kMoments] = {};
+      args_.teacher_top[row] = y;
+      if (y != args_.ignore_index) {
+        error = read_logits(row, true, D::kRevised, y);
+        if (error.kind != RowError::kNone) return error;
+        args_.teacher_top[row] = teacher_top();
+        if (args_.direction != nullptr) {
+          const A* const from =
+              static_cast<const A*>(args_.direction) + row * args_.direction_stride;
+          for (int k = 0; k < classes_; ++k) r[k] = from[k];
+        }
+        if (std::is_same_v<D, lrds::Kl> && params_.temperatures == 1 && !params_.standardize &&
+            params_.revise != lrds::Revise::kMft && classes_ > 1) {
+          kl_moments(g, h, r, found);
+        } else {
+          found[lrds::kMomentCe] = this->template gradient_of<D>(false, g).ce;
+          found[lrds::kMomentKd] = this->template gradient_of<D>(true, h).kd;
+          multiply(g, h, r, found);
+        }
+      }
+      for (int i = 0; i < lrds::kMoments; ++i) out[i * args_.rows + row] = found[i];
+    }
+    return RowError{RowError::kNone, 0};
+  }
+
  private:
+  // One term's logit gradient, padded with zeros.
+  template <class D>
+  lrds::RowTerms<A> gradient_of(bool kd, A* gradient) {
+    const lrds::RowTask<A> task = lrds::only_term(task_, kd);
+    ScratchRow<Lanes> exec{z_, v_, nullptr, nullptr, gradient, classes_, y_};
+    const lrds::RowTerms<A> terms =
+        lrds::RowProgram<D, ScratchRow<Lanes>>(exec, params_, task).run();
+    gradient[y_] = terms.at_target;
+    for (int k = classes_; k < padded_; ++k) gradient[k] = A(0);
+    return terms;
+  }
+
+  // The KL's rows with three exponentials a class: e^z, e^(z/T) and e^(v/T) into scratch, the sums,
+  // and the products of what the sums make of them. The target stays out of every sum: 1 - p_y and
+  // its kin are sums of the others.
+  void kl_moments(A* g, A* h, const A* r, A* found) {
+    using V = typename Lanes::V;
+    ScratchRow<Lanes> exec{z_, v_, nullptr, nullptr, nullptr, classes_, y_};
+    const A temperature = params_.temperature[0], inv_t = A(1) / temperature;
+    const A z_y = task_.z_y, v_y = task_.v_y;
+    const A others_z = exec.max([&](int k) { return exec.z(k); });
+    const A others_v = others_v_;
+    const A max_z = others_z > z_y ? others_z : z_y, max_v = others_v > v_y ? others_v : v_y;
+    const V shift_z = V{} + max_z, shift_v = V{} + max_v, scale = V{} + inv_t;
+    A sums[4];
+    exec.template sum<4>(
+        [&](int k, V* into) {
+          const V dz = exec.z(k) - shift_z, dv = exec.v(k) - shift_v;
+          const V e = Lanes::exp(dz), f = Lanes::exp(dz * scale), t = Lanes::exp(dv * scale);
+          Lanes::store(g + k, e);
+          Lanes::store(h + k, f);
+          Lanes::store(v_ + k, t);
+          into[0] += e;
+          into[1] += f;
+          into[2] += t;
+          into[3] += RowMath<Lanes>::where_positive(t, t * (dv - dz));
+        },
+        sums);
+    // Once a row, in double.
+    const double e_others = sums[0], f_others = sums[1], t_others = sums[2];
+    const double dz_y = static_cast<double>(z_y) - max_z, dv_y = static_cast<double>(v_y) - max_v;
+    const double e_y = std::exp(dz_y), f_y = std::exp(dz_y * inv_t), t_y = std::exp(dv_y * inv_t);
+    const double e_sum = e_others + e_y, f_sum = f_others + f_y, t_sum = t_others + t_y;
+    const bool revised = params_.revise != lrds::Revise::kNone && v_y < others_v;
+    const double beta =
+        revised ? params_.eta /
+                      (1.0 + std::exp((static_cast<double>(others_v) - max_v) * inv_t) / t_sum -
+                       t_y / t_sum)
+                : 1.0;
+    const double p_y = beta * t_y / t_sum + (1.0 - beta);
+    const double log_f = std::log(f_sum), log_t = std::log(t_sum), log_beta = std::log(beta);
+    double kl = beta / t_sum * (sums[3] * inv_t + t_others * (log_beta - log_t + log_f));
+    if (p_y > 0.0) {
+      // With beta = 1 the target's own logarithm, which may be of a p_y that has underflown.
+      const double log_p_y = revised ? std::log(p_y) : dv_y * inv_t - log_t;
+      kl += p_y * (log_p_y - (dz_y * inv_t - log_f));
+    }
+    found[lrds::kMomentCe] =
+        static_cast<A>(e_y > 1e-30 ? std::log1p(e_others / e_y) : std::log(e_sum) - dz_y);
+    found[lrds::kMomentKd] = static_cast<A>(temperature * temperature * kl);
+
+    const V on_e = V{} + static_cast<A>(1.0 / e_sum);
+    const V on_f = V{} + static_cast<A>(temperature / f_sum);
+    const V on_t = V{} + static_cast<A>(temperature * beta / t_sum);
+    A products[6];
+    exec.template sum<6>(
+        [&](int k, V* into) {
+          const V a = Lanes::load(g + k) * on_e;
+          const V b = Lanes::load(h + k) * on_f - Lanes::load(v_ + k) * on_t;
+          const V along = Lanes::load(r + k);
+          into[0] += a * a;
+          into[1] += b * b;
+          into[2] += a * b;
+          into[3] += a * along;
+          into[4] += b * along;
+          into[5] += along;
+        },
+        products);
+    const A a = static_cast<A>(-e_others / e_sum);
+    const A b = static_cast<A>(temperature * (beta * t_others / t_sum - f_others / f_sum));
+    found[lrds::kMomentCeCe] = products[0] + a * a;
+    found[lrds::kMomentKdKd] = products[1] + b * b;
+    found[lrds::kMomentCeKd] = products[2] + a * b;
+    found[lrds::kMomentCeAlong] = products[3] + a * r[y_];
+    found[lrds::kMomentKdAlong] = products[4] + b * r[y_];
+    found[lrds::kMomentTarget] = r[y_] - products[5] / params_.classes;
+  }
+
+  void multiply(const A* g, const A* h, const A* r, A* found) const {
+    ScratchRow<Lanes> exec{z_, v_, nullptr, nullptr, nullptr, classes_, y_};
+    A sums[6];
+    exec.template sum<6>(
+        [&](int k, typename Lanes::V* into) {
+          const auto a = Lanes::load(g + k), b = Lanes::load(h + k), along = Lanes::load(r + k);
+          into[0] += a * a;
+          into[1] += b * b;
+          into[2] += a * b;
+          into[3] += a * along;
+          into[4] += b * along;
+          into[5] += along;
+        },
+        sums);
+    for (int i = 0; i < 5; ++i) found[lrds::kMomentCeCe + i] = sums[i];
+    found[lrds::kMomentTarget] = r[y_] - sums[5] / params_.classes;
+  }
+
+  // The target where it is a top class, else the lowest of them.
+  int teacher_top() {
+    ScratchRow<Lanes> exec{z_, v_, nullptr, nullptr, nullptr, classes_, y_};
+    others_v_ = exec.max([&](int k) { return exec.v(k); });
+    if (!(task_.v_y < others_v_)) return y_;
+    // By blocks that the compiler looks through at once, then within the first that has it.
+    constexpr int kBlock = 64;
+    int k = 0;
+    for (; k + kBlock <= classes_; k += kBlock) {
+      int here = 0;
+      for (int i = 0; i < kBlock; ++i) here |= v_[k + i] == others_v_;
+      if (here) break;
+    }
+    while (k + 1 < classes_ && v_[k] != others_v_) ++k;
+    return k;
+  }
+
   void fill(A* out, const A* row) {
     for (int k = 0; k < classes_; ++k) out[k] = row[k];
     for (int k = classes_; k < padded_; ++k) out[k] = A(0);
@@ -298,6 +461,7 @@ class FamilySweep {
   A *z_, *v_, *g_, *t_, *w_;
   int y_ = 0;
   bool swapped_ = false;
+  A others_v_ = A(0);  // the teacher's largest logit but the target's, once teacher_top knows it
   lrds::RowTask<A> task_{};
 };
 
@@ -307,7 +471,9 @@ RowError family_rows(const KdLossArgs& args, const lrds::TermScales& scales, std
   FamilySweep<Lanes> sweep(args, scales, scratch);
   RowError error{RowError::kNone, 0};
   lrds::visit_divergence(args.divergence, [&](auto divergence) {
-    error = sweep.template rows<decltype(divergence)>(begin, end);
+    using D = decltype(divergence);
+    error = args.moments != nullptr ? sweep.template moments<D>(begin, end)
+                                    : sweep.template rows<D>(begin, end);
   });
   return error;
 }

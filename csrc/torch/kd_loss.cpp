@@ -37,6 +37,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "cuda/kd_loss.h"
+#include "cuda/kd_moments.h"
 #endif
 
 namespace lrds {
@@ -449,6 +450,19 @@ void run_cuda(const Call& call) {
 }
 #endif
 
+#if defined(LRDS_WITH_CUDA)
+void run_moments_cuda(const Call& call) {
+  const c10::cuda::CUDAGuard guard(call.student.device());
+  KdLossArgs args = call.args;
+  std::size_t bytes = 0;
+  C10_CUDA_CHECK(cuda::kd_moments_scratch_bytes(args, &bytes));
+  const Tensor scratch =
+      at::empty({static_cast<std::int64_t>(bytes)}, call.student.options().dtype(at::kByte));
+  args.moments_scratch = scratch.mutable_data_ptr();
+  C10_CUDA_CHECK(cuda::kd_moments(args, c10::cuda::getCurrentCUDAStream().stream()));
+}
+#endif
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Run = void (*)(const Call&);
@@ -525,6 +539,45 @@ struct Kernels {
       set_gradient(call, problem.student);
       run(call);
       return call.gradient;
+    }
+  };
+};
+
+using Moments = std::tuple<Tensor, Tensor>;
+
+// The rows' moments (core/kd_loss.h), (kMoments, rows), and the teacher's top classes, (rows,).
+template <Run run>
+struct MomentsOf {
+  template <class... P>
+  struct Of {
+    static Moments call(P... parameters, const OptionalTensor& direction) {
+      const Problem problem(parameters...);
+      Call call = make_call(problem);
+      KdLossArgs& args = call.args;
+      TORCH_CHECK_VALUE(!problem.soft() && !problem.selected.has_value() &&
+                            !problem.class_weight.has_value() && args.kept_classes == 0 &&
+                            args.teacher_rows == args.rows && args.revise != Revise::kSwap &&
+                            args.label_smoothing == 0.0,
+                        "kd_moments takes class indices, a whole teacher and no selected, "
+                        "class_weight, label smoothing or revise='swap'");
+      const at::TensorOptions accumulate = problem.student.options().dtype(call.accumulate);
+      Tensor along;
+      if (direction.has_value()) {
+        check_device(*direction, "direction", problem.student);
+        TORCH_CHECK_VALUE(direction->dim() == 2 && direction->size(0) == args.rows &&
+                              direction->size(1) == args.classes,
+                          "direction must have shape (", args.rows, ", ", args.classes, "); got ",
+                          direction->sizes());
+        along = rows_of(direction->to(call.accumulate), args.classes);
+        args.direction = along.const_data_ptr();
+        args.direction_stride = along.stride(0);
+      }
+      const Tensor moments = at::empty({kMoments, args.rows}, accumulate);
+      const Tensor top = at::empty({args.rows}, accumulate.dtype(at::kLong));
+      args.moments = moments.mutable_data_ptr();
+      args.teacher_top = top.mutable_data_ptr<std::int64_t>();
+      run(call);
+      return {moments, top};
     }
   };
 };
@@ -784,6 +837,7 @@ TORCH_LIBRARY(lrds_fast, m) {
          outputs + ")");
   define("kd_loss_backward(Tensor grad_output, " + parameters + ") -> Tensor");
   define("kd_logit_gradient(" + parameters + ") -> Tensor");
+  define("kd_moments(" + parameters + ", Tensor? direction) -> (Tensor moments, Tensor top)");
   define("scale_gradient(Tensor gradient, Tensor grad_output, Tensor? grad_scale) -> Tensor");
   define("scale_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor? grad_scale) -> ()");
 }
@@ -794,8 +848,9 @@ TORCH_LIBRARY_IMPL(lrds_fast, CompositeExplicitAutograd, m) {
 
 TORCH_LIBRARY_IMPL(lrds_fast, Autograd, m) {
   m.impl("kd_loss", &WithParameters<KdLossOp>::autograd);
-  for (const char* name : {"kd_loss_forward", "kd_loss_forward_", "kd_loss_backward",
-                           "scale_gradient", "scale_gradient_", "kd_logit_gradient"}) {
+  for (const char* name :
+       {"kd_loss_forward", "kd_loss_forward_", "kd_loss_backward", "scale_gradient",
+        "scale_gradient_", "kd_logit_gradient", "kd_moments"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
@@ -805,6 +860,7 @@ TORCH_LIBRARY_IMPL(lrds_fast, CPU, m) {
   m.impl("kd_loss_forward_", &CpuOps::forward_in_place);
   m.impl("kd_loss_backward", &CpuOps::backward);
   m.impl("kd_logit_gradient", &CpuOps::logit_gradient);
+  m.impl("kd_moments", &WithParameters<MomentsOf<run_cpu>::Of>::call);
   m.impl("scale_gradient", &scale_gradient<scale_into_cpu>);
   m.impl("scale_gradient_", &scale_gradient_<scale_into_cpu>);
 }
@@ -815,6 +871,7 @@ TORCH_LIBRARY_IMPL(lrds_fast, CUDA, m) {
   m.impl("kd_loss_forward_", &CudaOps::forward_in_place);
   m.impl("kd_loss_backward", &CudaOps::backward);
   m.impl("kd_logit_gradient", &CudaOps::logit_gradient);
+  m.impl("kd_moments", &WithParameters<MomentsOf<run_moments_cuda>::Of>::call);
   m.impl("scale_gradient", &scale_gradient<scale_into_cuda>);
   m.impl("scale_gradient_", &scale_gradient_<scale_into_cuda>);
 }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 from tqdm import tqdm
 
 Data = Dataset[Any] | Iterable[Any]
@@ -52,11 +52,19 @@ class Batches:
     def __init__(self, data: Data, parameter: Tensor, batch_size: int, progress: bool | None) -> None:
         if isinstance(data, Iterator):
             raise TypeError("data must be iterable again (a Dataset, a DataLoader, a list of batches), not an iterator")
+        if type(data) is TensorDataset:
+            # As a loader would collate it sample by sample, but by slices of the tensors.
+            data = [
+                tuple(tensor[start : start + batch_size] for tensor in data.tensors)
+                for start in range(0, len(data), batch_size)
+            ]
         self._data: Iterable[Any] = DataLoader(data, batch_size) if isinstance(data, Dataset) else data
         self._parameter, self._progress = parameter, progress
         # Of a loader that reads sample by sample, every batch's size is known beforehand.
         self._sizes: list[int] | None = None
         loader = self._data
+        if isinstance(loader, Sequence):
+            self._sizes = [len(batch[0]) for batch in loader]
         if not isinstance(loader, DataLoader):
             return
         if isinstance(loader.sampler, RandomSampler):
@@ -118,7 +126,9 @@ class Batches:
         starts = torch.tensor([0, *self._sizes]).cumsum(0).tolist()
         numbers = [number for number in range(len(self._sizes)) if wanted(number)]
         loader = self._data
-        if len(numbers) < len(self._sizes):
+        if isinstance(loader, Sequence):
+            loader = [loader[number] for number in numbers]
+        elif len(numbers) < len(self._sizes):
             assert isinstance(loader, DataLoader)
             assert loader.batch_sampler is not None
             loader = DataLoader(

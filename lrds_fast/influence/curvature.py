@@ -105,7 +105,10 @@ class Rows:
         """Slices that cover the rows in order, each within CHUNK_BYTES of temporaries."""
         if bytes_per_row is None:
             bytes_per_row = 8 * (6 * self.classes + 4 * self.inputs)
-        step = max(1, CHUNK_BYTES // bytes_per_row)
+        yield from self.slices(max(1, CHUNK_BYTES // bytes_per_row))
+
+    def slices(self, step: int) -> Iterator[slice]:
+        """Slices of `step` rows, the last one shorter, that cover the rows in order."""
         for start in range(0, self.count, step):
             yield slice(start, min(start + step, self.count))
 

@@ -18,7 +18,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,35 +74,45 @@ class Block:
     eigenvalues: Tensor
     qg: Tensor | None = None
     qa: Tensor | None = None
+    _bases: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def mean(self) -> float:
         return float(self.eigenvalues.mean())
+
+    def _basis(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """qg and qa in a dtype and on a device; made once."""
+        key = (like.dtype, like.device)
+        if key not in self._bases:
+            assert self.qg is not None
+            assert self.qa is not None
+            self._bases[key] = (self.qg.to(like), self.qa.to(like))
+        return self._bases[key]
 
     def rotate(self, gradients: SampleGradients) -> Tensor:
         """(B, *eigenvalues.shape): sample gradients in the block's basis, in their own dtype."""
         if self.qg is None or self.qa is None or not isinstance(gradients, Outer):
             return gradients.dense().reshape(-1, *self.eigenvalues.shape)
         a, d = gradients.inputs, gradients.deltas
-        qg, qa = self.qg.to(d), self.qa.to(a)
+        qg, qa = self._basis(d)
         positions, inputs, outputs = a.shape[2], a.shape[3], d.shape[3]
-        if positions * (inputs**2 + outputs**2) <= inputs * outputs * (inputs + outputs):
-            return (d @ qg).transpose(2, 3) @ (a @ qa)
-        # Many positions: their sum first, then two small rotations of it.
-        tile = d.transpose(2, 3) @ a
-        return qg.transpose(1, 2) @ tile @ qa
+        # Each side where it is cheaper: its positions before they are summed, or the sum's rows or columns.
+        if positions < inputs:
+            d = _applied(d, qg)
+        if positions < outputs:
+            return d.transpose(2, 3) @ _applied(a, qa)
+        tile = _applied(d.transpose(2, 3) @ a, qa)
+        return tile if positions < inputs else qg.transpose(1, 2) @ tile
 
-    def quadratic(self, gradients: SampleGradients, weight: Tensor) -> Tensor:
-        """(B,) sum over the block of weight * rotated^2, float64."""
-        # In the gradients' dtype, where the inverse of a small eigenvalue may not fit: scaled to at most 1.
-        scale = float(weight.max())
+    def quadratic(self, gradients: SampleGradients, normal: Tensor, scale: float) -> Tensor:
+        """(B,) sum over the block of scale * normal * rotated^2, float64; normal in the gradients' dtype."""
         if self.qg is not None and self.qa is not None and isinstance(gradients, Outer):
             a, d = gradients.inputs, gradients.deltas
             if a.shape[2] == 1:  # one position: two products and a row-dot, no O x I tile
-                v, u = (a @ self.qa.to(a)).square_(), (d @ self.qg.to(d)).square_()
-                normal = (weight / scale if scale > 0 else weight).to(u)
-                return ((u @ normal) * v).sum(dim=(1, 2, 3)).double() * scale
-        rotated = self.rotate(gradients).square()
-        normal = (weight / scale if scale > 0 else weight).to(rotated)
+                qg, qa = self._basis(d)
+                v, u = (_rotated(x[:, :, 0], q).square_() for x, q in ((a, qa), (d, qg)))
+                return (torch.bmm(u, normal) * v).sum(dim=(0, 2)).double() * scale
+        rotated = self.rotate(gradients)
+        rotated = rotated.square() if self.qg is None else rotated.square_()
         return (rotated.flatten(1) @ normal.flatten()).double() * scale
 
     def solve(self, gradient: Tensor, inverse: Tensor) -> Tensor:
@@ -112,6 +122,18 @@ class Block:
             return (tile * inverse).flatten()
         rotated = self.qg.transpose(1, 2) @ tile @ self.qa
         return (self.qg @ (rotated * inverse) @ self.qa.transpose(1, 2)).flatten()
+
+
+def _applied(x: Tensor, q: Tensor) -> Tensor:
+    """x (B, G, R, W) in the bases q (G, W, W); one product where there is one group and x's rows lie together."""
+    if len(q) == 1 and x.is_contiguous():
+        return (x.flatten(0, 2) @ q[0]).view_as(x)
+    return x @ q
+
+
+def _rotated(rows: Tensor, q: Tensor) -> Tensor:
+    """Rows (B, G, W) in the bases q (G, W, W): (G, B, W)."""
+    return torch.bmm(rows.transpose(0, 1), q)
 
 
 _FORMAT = "lrds-fast influence factors 1"
@@ -148,6 +170,7 @@ class Factors:
             )
             for name, block in self.blocks.items()
         }
+        self._scaled: dict[tuple[str, int, torch.dtype, torch.device], tuple[Tensor, float]] = {}
 
     @property
     def layers(self) -> list[str]:
@@ -160,7 +183,7 @@ class Factors:
             f"{kind} {name} {self.damping[name]}": tensor
             for name, block in self.blocks.items()
             for kind, tensor in vars(block).items()
-            if tensor is not None
+            if isinstance(tensor, Tensor)
         }
         return tensors_fingerprint(tensors)
 
@@ -217,16 +240,34 @@ class Factors:
                 raise ValueError(f"{path} belongs to other weights than this model's; fit the factors again")
         return cls(facts["curvature"], blocks, facts["damping"], facts["model"])
 
+    def inverse(self, layer: str) -> Tensor:
+        """1 / (eigenvalues + damping) of a layer's block, float64 in the eigenvalues' shape."""
+        return self._inverse[layer]
+
     def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """H^-1 g, layer by layer: flattened gradients (P,) in a SampleGradients' order in, float64 out."""
         return {name: block.solve(gradient[name], self._inverse[name]) for name, block in self.blocks.items()}
 
     def quadratic(self, gradients: Mapping[str, SampleGradients], power: int = 1) -> Tensor:
         """(B,) g_i^T H^-power g_i, added over the layers. power: 1 (self_influence) or 2 (param_shift squared)."""
-        parts = [
-            block.quadratic(gradients[name], self._inverse[name].pow(power)) for name, block in self.blocks.items()
-        ]
-        return torch.stack(parts).sum(dim=0)
+        found = []
+        for name, block in self.blocks.items():
+            parts = []
+            for part in gradients[name].parts():
+                normal, scale = self._weights(name, power, part)
+                parts.append(block.quadratic(part, normal, scale))
+            found.append(torch.cat(parts))
+        return torch.stack(found).sum(dim=0)
+
+    def _weights(self, name: str, power: int, gradients: SampleGradients) -> tuple[Tensor, float]:
+        """A block's inverse to a power in the gradients' dtype, scaled to at most 1: its own values may not fit."""
+        like = next(t for t in vars(gradients).values() if isinstance(t, Tensor) and t.is_floating_point())
+        key = (name, power, like.dtype, like.device)
+        if key not in self._scaled:
+            weight = self._inverse[name].pow(power)
+            scale = float(weight.max())
+            self._scaled[key] = ((weight / scale if scale > 0 else weight).to(like), scale)
+        return self._scaled[key]
 
 
 def fit_factors(
@@ -313,15 +354,16 @@ def fit_placed(
     for samples, found in sweep(0):
         count += samples
         for name, gradients in found.items():
-            if isinstance(gradients, Outer):
-                if samples:  # inputs do not depend on the draw
-                    sums["a"][name] += _moment(gradients.inputs)
-                    positions[name] += samples * gradients.inputs.shape[2]
-                sums["g"][name] += _moment(gradients.deltas) / gradients.deltas.shape[2]
-            else:
-                sums["diagonal"][name] += gradients.dense().square().sum(dim=0)
-    for part in (count, *positions.values(), *(t for kind in ("a", "g", "diagonal") for t in sums[kind].values())):
-        ranks.sum(part)
+            for part in gradients.parts():
+                if isinstance(part, Outer):
+                    if samples:  # inputs do not depend on the draw
+                        sums["a"][name] += _moment(part.inputs)
+                        positions[name] += len(part.inputs) * part.inputs.shape[2]
+                    sums["g"][name] += _moment(part.deltas) / part.deltas.shape[2]
+                else:
+                    sums["diagonal"][name] += part.dense().square().sum(dim=0)
+    for total_of in (count, *positions.values(), *(t for kind in ("a", "g", "diagonal") for t in sums[kind].values())):
+        ranks.sum(total_of)
     total = int(count)
     if total == 0:
         raise ValueError("batches held no samples")
@@ -340,7 +382,8 @@ def fit_placed(
     if curvature == "ekfac":
         for _, found in sweep(1):
             for name in sums["corrected"]:
-                sums["corrected"][name] += blocks[name].rotate(found[name]).square().sum(dim=0)
+                for part in found[name].parts():
+                    sums["corrected"][name] += blocks[name].rotate(part).square_().sum(dim=0)
         for name, corrected in sums["corrected"].items():
             blocks[name] = Block(ranks.sum(corrected) / total, blocks[name].qg, blocks[name].qa)
     if curvature == "identity":

@@ -9,7 +9,7 @@ modules) has the positions of all its calls.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,10 @@ class SampleGradients(ABC):
     @abstractmethod
     def squared_norm(self) -> Tensor:
         """(B,) |g_i|^2 over the layer's parameters."""
+
+    def parts(self) -> Iterator[SampleGradients]:
+        """The same gradients, some samples after the other, in pieces small enough to be worked on in the cache."""
+        yield self
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,31 @@ class Outer(SampleGradients):
             gram = self.inputs @ self.inputs.transpose(2, 3)
             return (gram * (self.deltas @ self.deltas.transpose(2, 3))).sum(dim=(1, 2, 3))
         return self.dense().square_().sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Unfolded(SampleGradients):
+    """An Outer whose inputs are many times larger than what they are made of: made some samples at a time.
+
+    make: the Outer of a slice of samples. count: B. bytes_per_sample: of the inputs that `make` writes. sources: what
+    they are made of, (B, ...) each.
+    """
+
+    make: Callable[[slice], Outer]
+    count: int
+    bytes_per_sample: int
+    sources: tuple[Tensor, ...]
+
+    def parts(self) -> Iterator[SampleGradients]:
+        step = max(1, PART_BYTES // max(self.bytes_per_sample, 1))
+        for start in range(0, self.count, step):
+            yield self.make(slice(start, min(start + step, self.count)))
+
+    def dense(self) -> Tensor:
+        return torch.cat([part.dense() for part in self.parts()])
+
+    def squared_norm(self) -> Tensor:
+        return torch.cat([part.squared_norm() for part in self.parts()])
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,10 @@ class _Call:
     input: Tensor
     delta: list[Tensor]
 
+
+# What the patches of some samples may take: they stay in the cache, and a piece is memory that the last one has left
+# (fresh pages cost several times the copy).
+PART_BYTES = 4 << 20
 
 Norm = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
 SUPPORTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -166,25 +199,36 @@ def sample_gradients(
                 " or on the other samples: call model.eval()"
             )
     calls: dict[str, list[_Call]] = {name: [] for name in names}
+    roots: list[Tensor] = []
 
-    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # A copy where the model may still write into it (ReLU(inplace=True) before or after).
             call = _Call(arguments[0].detach().clone(), [])
             calls[name].append(call)
+            if not output.requires_grad:
+                # Where the graph begins. A copy: what comes next may work in place, which a leaf does not allow.
+                roots.append(output.requires_grad_())
+                output = output.clone()
             # On the tensor of this moment: what an in-place operation makes of it later has another gradient.
             output.register_hook(call.delta.append)  # type: ignore[no-untyped-call]
+            return output
 
         return hook
 
     handles = [modules[name].register_forward_hook(record(name)) for name in names]
+    # Gradients flow from output to output; those of the parameters, a third of the work, are not computed.
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         with torch.enable_grad():
-            logits = model(inputs)
-            # Through the leaves that the first of the layers' parameters are, so that every output is passed.
-            leaves = [p for name in names for p in modules[name].parameters(recurse=False) if p.requires_grad]
-            torch.autograd.grad(logits, leaves, logit_gradient(logits.detach()), allow_unused=True)
+            logits = model(inputs.detach())
+            if roots and logits.requires_grad:
+                torch.autograd.grad(logits, roots, logit_gradient(logits.detach()), allow_unused=True)
     finally:
+        for parameter in parameters:
+            parameter.requires_grad_()
         for handle in handles:
             handle.remove()
     found = {}
@@ -199,7 +243,8 @@ def sample_gradients(
 
 def _check_finite(name: str, gradients: SampleGradients) -> None:
     # A sum is finite unless one of its terms is not (or it overflows, which is as bad); it costs one read.
-    parts = [tensor for tensor in vars(gradients).values() if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+    found = gradients.sources if isinstance(gradients, Unfolded) else vars(gradients).values()
+    parts = [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point()]
     finite = torch.stack([torch.isfinite(part.flatten(1).sum(dim=1)) for part in parts]).all(dim=0)
     if not finite.all():
         sample = int((~finite).nonzero()[0])
@@ -214,6 +259,16 @@ def _joined(parts: Sequence[SampleGradients]) -> SampleGradients:
     if isinstance(first, Outer):
         outer = [part for part in parts if isinstance(part, Outer)]
         return Outer(torch.cat([p.inputs for p in outer], dim=2), torch.cat([p.deltas for p in outer], dim=2))
+    if isinstance(first, Unfolded):
+        unfolded = [part for part in parts if isinstance(part, Unfolded)]
+
+        def make(rows: slice) -> Outer:
+            joined = _joined([part.make(rows) for part in unfolded])
+            assert isinstance(joined, Outer)
+            return joined
+
+        size = sum(part.bytes_per_sample for part in unfolded)
+        return Unfolded(make, first.count, size, tuple(t for part in unfolded for t in part.sources))
     if isinstance(first, Lookup):
         lookup = [part for part in parts if isinstance(part, Lookup)]
         indices = torch.cat([p.indices for p in lookup], dim=1)
@@ -226,7 +281,14 @@ def _gradients(module: nn.Module, inputs: Tensor, delta: Tensor) -> SampleGradie
         a, d = (x.reshape(len(x), 1, -1, x.shape[-1]) for x in (inputs, delta))
         return Outer(_with_bias(a, module.bias), d)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return _convolution(module, inputs, delta)
+        positions = delta[0, 0].numel()
+        width = module.weight[0].numel() * module.groups
+        size = positions * width * inputs.element_size()
+
+        def make(rows: slice) -> Outer:
+            return _convolution(module, inputs[rows], delta[rows])
+
+        return Unfolded(make, len(inputs), size, (inputs, delta))
     if isinstance(module, nn.Embedding):
         indices, d = inputs.reshape(len(inputs), -1), delta.reshape(len(delta), -1, delta.shape[-1])
         if module.padding_idx is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrds_fast import functional
 from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.factors import Factors
-from lrds_fast.influence.layers import SampleGradients, sample_gradients
+from lrds_fast.influence.layers import Outer, SampleGradients, sample_gradients
 from lrds_fast.influence.whole import _checked_factors, _eval_mode
 
 
@@ -49,25 +49,33 @@ def pairwise(
     layers = _checked_factors(student, factors, "all")
     parameter = next(student.parameters())
 
-    def gradients(data: Data, what: str) -> Iterator[Mapping[str, SampleGradients]]:
-        for batch in Batches(data, parameter, batch_size, progress)(what):
+    train = Batches(train_data, parameter, batch_size, progress)
+
+    def gradients(data: Batches, what: str) -> Iterator[Mapping[str, SampleGradients]]:
+        for batch in data(what):
             yield sample_gradients(student, batch.x, _label_gradient(batch.y), layers)[1]
 
     with _eval_mode(student):
-        queries: dict[str, list[Tensor]] = {name: [] for name in layers}
-        for found in gradients(query_data, "queries"):
-            rows = [factors.solve(dict(zip(found, row, strict=True))) for row in _rows(found)]
+        queries = {name: _Queries(factors, name) for name in layers}
+        for found in gradients(Batches(query_data, parameter, batch_size, progress), "queries"):
             for name in layers:
-                queries[name].append(torch.stack([row[name] for row in rows]).to(parameter.dtype))
-        preconditioned = {name: torch.cat(parts) for name, parts in queries.items()}
-        count = len(preconditioned[layers[0]])
+                queries[name].add(found[name])
+        count = queries[layers[0]].count
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         values = torch.empty(count, 0, dtype=dtype)
         indices = torch.empty(count, 0, dtype=torch.int64)
         blocks, seen = [], 0
-        for found in gradients(train_data, "pairwise"):
-            block = torch.stack([preconditioned[name] @ found[name].dense().T for name in layers]).sum(dim=0)
+        # Written into where its size is known: blocks that are joined at the end are twice the memory.
+        whole = torch.empty(count, train.samples, dtype=dtype) if top_k is None and train.samples else None
+        for found in gradients(train, "pairwise"):
+            block = queries[layers[0]].against(found[layers[0]])
+            for name in layers[1:]:
+                block += queries[name].against(found[name])
             block = block.to(dtype).cpu()
+            if whole is not None:
+                whole[:, seen : seen + block.shape[1]] = block
+                seen += block.shape[1]
+                continue
             if top_k is None:
                 blocks.append(block)
                 continue
@@ -77,6 +85,8 @@ def pairwise(
             # Stable: of equals the one that came first stays.
             order = values.argsort(dim=1, descending=largest, stable=True)[:, :top_k]
             values, indices = values.gather(1, order), indices.gather(1, order)
+    if whole is not None:
+        return whole
     return torch.cat(blocks, dim=1) if top_k is None else Pairwise(values, indices)
 
 
@@ -116,6 +126,49 @@ def _label_gradient(y: Tensor) -> Callable[[Tensor], Tensor]:
     return gradient
 
 
-def _rows(found: Mapping[str, SampleGradients]) -> Iterator[tuple[Tensor, ...]]:
-    """Each sample's flattened gradients, layer by layer."""
-    yield from zip(*(gradients.dense() for gradients in found.values()), strict=True)
+class _Queries:
+    """The queries' side of one layer: preconditioned gradients, or the two vectors of each where H is a multiple of I.
+
+    With H = c I and one position, g_q . g_i / c is (d_q . d_i)(a_q . a_i) / c: 2 (O + I) operations a pair, not 2 O I.
+    """
+
+    def __init__(self, factors: Factors, layer: str) -> None:
+        self._block, self._inverse = factors.blocks[layer], factors.inverse(layer)
+        self._plain = factors.curvature == "identity"
+        self._dense: list[Tensor] = []
+        self._outer: list[Outer] = []
+
+    @property
+    def count(self) -> int:
+        return sum(len(part) for part in self._dense) + sum(len(part.deltas) for part in self._outer)
+
+    def add(self, gradients: SampleGradients) -> None:
+        """More queries."""
+        for part in gradients.parts():
+            if self._plain and _one_position(part):
+                self._outer.append(part)
+            else:
+                dense = part.dense()
+                solved = [self._block.solve(row, self._inverse) for row in dense]
+                self._dense.append(torch.stack(solved).to(dense))
+
+    def against(self, gradients: SampleGradients) -> Tensor:
+        """(Q, B): every query with every sample."""
+        if self._outer:
+            assert isinstance(gradients, Outer)
+            if len(self._outer) > 1:
+                self._outer = [Outer(*(torch.cat(side) for side in zip(*map(_sides, self._outer), strict=True)))]
+            inputs, deltas = (side[:, 0, 0] for side in _sides(self._outer[0]))
+            pairs = (deltas * float(self._inverse.flatten()[0])) @ gradients.deltas[:, 0, 0].T
+            return pairs.mul_(inputs @ gradients.inputs[:, 0, 0].T)
+        if len(self._dense) > 1:
+            self._dense = [torch.cat(self._dense)]
+        return torch.cat([self._dense[0] @ part.dense().T for part in gradients.parts()], dim=1)
+
+
+def _sides(outer: Outer) -> tuple[Tensor, Tensor]:
+    return outer.inputs, outer.deltas
+
+
+def _one_position(gradients: SampleGradients) -> TypeGuard[Outer]:
+    return isinstance(gradients, Outer) and gradients.inputs.shape[1] == 1 and gradients.inputs.shape[2] == 1
