@@ -174,7 +174,7 @@ def measured(problem: Problem, subsets: Tensor, seeds: int) -> Tensor:
     return total / seeds
 
 
-def lds(scores: Tensor, subsets: Tensor, outputs: Tensor) -> tuple[float, float, float]:
+def lds(scores: Tensor, subsets: Tensor, outputs: Tensor, draws: int = 100) -> tuple[float, float, float]:
     """Mean rank correlation over queries, and its 95% interval; scores (queries, N), outputs (halves, queries)."""
     foretold = torch.stack([scores[:, rows].sum(dim=1) for rows in subsets]).double().numpy()
     seen = outputs.numpy()
@@ -188,7 +188,7 @@ def lds(scores: Tensor, subsets: Tensor, outputs: Tensor) -> tuple[float, float,
     mean = float(correlations(slice(None)).mean())
     random = np.random.default_rng(0)
     drawn = []
-    for _ in range(100):
+    for _ in range(draws):
         found = correlations(random.integers(len(subsets), size=len(subsets)))
         drawn.append(found[random.integers(len(found), size=len(found))].mean())
     # Halves drawn twice tie, which moves the mean: the interval's width is what resampling tells.
