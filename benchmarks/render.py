@@ -146,9 +146,9 @@ def page_lds(path: Path, out: Path) -> Path:
         f"# Linear datamodeling score of influence scores: {rows[0]['device']}\n\n"
         f"An MLP is trained again on {rows[0]['halves']} random halves of the training set, {rows[0]['seeds']} seeds"
         " each. LDS:\n"
-        "rank correlation over the halves between a query's loss and the sum of its influences from the half, mean over\n"
-        "the queries. The interval resamples halves and queries. All contenders share them, so differences between two\n"
-        "are surer than their intervals. CPU seconds: from a model and the data to every pair's score, factors\n"
+        "rank correlation over the halves between a query's loss and the sum of its influences from the half, mean\n"
+        "over the queries. The interval resamples halves and queries. All contenders share them: differences\n"
+        "between two are surer than their intervals. CPU seconds: from a model and the data to every pair's score, factors\n"
         "included.\n\n"
         "digits: scikit-learn's, MLP 64-64-10. cifar: ten classes of CIFAR-100 at 16 x 16, MLP 768-128-10. same\n"
         "label: the cosine of the inputs, negative across classes.\n\n"
@@ -165,8 +165,8 @@ def page_influence_scale(path: Path, out: Path) -> Path:
         f"# Scores at ImageNet's size: {rows[0]['device']}\n\n"
         "Six scores (kd_gain, self_influence, param_shift, conflict, el2n, ce) of every sample by one call of\n"
         "influence.score with out=: forward passes of student and teacher (linear heads on synthetic features, drawn\n"
-        "as they are read), EK-FAC factors over all samples, held-out gradient, Parquet. Peak memory is the process's,\n"
-        "its libraries included; disk is what the run holds there until it ends.\n\n"
+        "as they are read), EK-FAC factors over all samples, held-out gradient, Parquet. Peak memory is the\n"
+        "process's, its libraries included; disk is what the run holds there until it ends.\n\n"
         f"{bench_influence_scale.table(rows)}\n",
         encoding="utf-8",
     )
