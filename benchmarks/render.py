@@ -148,8 +148,8 @@ def page_lds(path: Path, out: Path) -> Path:
         " each. LDS:\n"
         "rank correlation over the halves between a query's loss and the sum of its influences from the half, mean\n"
         "over the queries. The interval resamples halves and queries. All contenders share them: differences\n"
-        "between two are surer than their intervals. CPU seconds: from a model and the data to every pair's score, factors\n"
-        "included.\n\n"
+        "between two are surer than their intervals. CPU seconds: from a model and the data to every pair's\n"
+        "score, factors included.\n\n"
         "digits: scikit-learn's, MLP 64-64-10. cifar: ten classes of CIFAR-100 at 16 x 16, MLP 768-128-10. same\n"
         "label: the cosine of the inputs, negative across classes.\n\n"
         f"{bench_lds.table(rows)}\n",
