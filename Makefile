@@ -32,6 +32,12 @@ $(BUILT): $(VENV)/installed $(SOURCES) setup.py
 	@tools/build.sh "$(VENV)"
 	@rm -f $(VENV)/built-* && touch $@
 
+# The packages that ours is compared with; without them their tests are skipped.
+$(VENV)/peers: $(VENV)/installed pyproject.toml
+	$(BIN)/python tools/requirements.py peers > $@.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -r $@.txt
+	@touch $@
+
 demo: $(BUILT)
 	@$(BIN)/lrds-fast demo
 
@@ -48,7 +54,7 @@ cpu-torch: $(BUILT)
 test: $(BUILT) lint cpu-torch
 	$(BIN)/python -m pytest -m "not slow" --durations=15
 
-test-full: $(BUILT) lint cpu-torch
+test-full: $(BUILT) $(VENV)/peers lint cpu-torch
 	$(BIN)/python -m pytest --durations=30
 
 bench: $(BUILT)

@@ -1,17 +1,19 @@
-"""kronfluence on a classifier, its factors handed to ours: for gates and benchmarks that need the package."""
+"""Other people's influence packages on a classifier: for gates and benchmarks that need them."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lrds_fast.influence import Factors
 from lrds_fast.influence.factors import Block, fingerprint
@@ -109,6 +111,75 @@ def captum_last_layer(model: nn.Sequential, train: TensorDataset, batch: int) ->
         return 1.0
 
     return TracInCPFast(model, model[-1], train, ["now"], load, nn.CrossEntropyLoss(reduction="sum"), batch_size=batch)
+
+
+def dattri_ekfac(model: nn.Module, train: TensorDataset, queries: TensorDataset, batch: int = 200) -> Tensor:
+    """(Q, N) dattri's EK-FAC over the Linear layers; damping: 0.1 times the mean of its Lambda over all of them."""
+    from dattri.algorithm.influence_function import IFAttributorEKFAC
+    from dattri.task import AttributionTask
+
+    model = copy.deepcopy(model)
+
+    def loss(parameters: Any, data: Any) -> Tensor:
+        inputs, target = data
+        if inputs.dim() == 1:  # one sample, under vmap
+            inputs, target = inputs[None], target.reshape(1)
+        return F.cross_entropy(torch.func.functional_call(model, parameters, inputs), target)
+
+    task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
+    loaders = [DataLoader(data, batch_size=batch) for data in (train, queries)]
+    peer = IFAttributorEKFAC(task)
+    with _without_progress_bars():
+        peer.cache(loaders[0])
+        peer.damping = 0.1 * float(torch.cat([values.flatten() for values in peer.cached_lambdas.values()]).mean())
+        found: Tensor = peer.attribute(*loaders)
+    return found.detach().T
+
+
+def trak(
+    models: Sequence[nn.Module], train: TensorDataset, queries: TensorDataset, folder: Path, *, dims: int = 256
+) -> Tensor:
+    """(Q, N) TRAK from several models, its projection in PyTorch (the fast one needs CUDA).
+
+    dims: of the projection. TRAK inverts the Gram matrix of the projected gradients and wants fewer of them than
+    samples: with 512 and 1200 samples its scores are worse than with 256, with 128 about the same.
+    """
+    from trak import TRAKer
+    from trak.projectors import BasicProjector, ProjectionType
+
+    model = copy.deepcopy(models[0])
+    size = sum(parameter.numel() for parameter in model.parameters())
+    # In two blocks: of one it would not draw its matrix again after freeing it.
+    projector = BasicProjector(size, dims, 0, ProjectionType.rademacher, torch.device("cpu"), block_size=dims // 2)
+    peer = TRAKer(
+        model=model,
+        task="image_classification",
+        train_set_size=len(train),
+        save_dir=str(folder),
+        device="cpu",
+        projector=projector,
+        proj_dim=dims,
+        use_half_precision=False,
+    )
+    states = [each.state_dict() for each in models]
+    with _without_progress_bars():
+        for number, state in enumerate(states):
+            peer.load_checkpoint(state, model_id=number)
+            for batch in DataLoader(train, batch_size=200):
+                peer.featurize(batch=batch, num_samples=len(batch[0]))
+        peer.finalize_features()
+        for number, state in enumerate(states):
+            peer.start_scoring_checkpoint("queries", state, model_id=number, num_targets=len(queries))
+            for batch in DataLoader(queries, batch_size=200):
+                peer.score(batch=batch, num_samples=len(batch[0]))
+        found = peer.finalize_scores(exp_name="queries")
+    return torch.as_tensor(found).T.float()
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def has(package: str) -> bool:

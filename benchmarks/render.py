@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_bandwidth, bench_influence, bench_linear_kd_loss
+from benchmarks import bench_bandwidth, bench_influence, bench_influence_scale, bench_lds, bench_linear_kd_loss
 from benchmarks.bench_kd_loss import Row, is_headline, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +139,40 @@ def page_influence(path: Path, out: Path) -> Path:
     return page
 
 
+def page_lds(path: Path, out: Path) -> Path:
+    rows = read(path)
+    page = out / f"{path.stem}.md"
+    page.write_text(
+        f"# Linear datamodeling score of influence scores: {rows[0]['device']}\n\n"
+        f"An MLP is trained again on {rows[0]['halves']} random halves of the training set, {rows[0]['seeds']} seeds"
+        " each. LDS:\n"
+        "rank correlation over the halves between a query's loss and the sum of its influences from the half, mean\n"
+        "over the queries. The interval resamples halves and queries. All contenders share them: differences\n"
+        "between two are surer than their intervals. CPU seconds: from a model and the data to every pair's\n"
+        "score, factors included.\n\n"
+        "digits: scikit-learn's, MLP 64-64-10. cifar: ten classes of CIFAR-100 at 16 x 16, MLP 768-128-10. same\n"
+        "label: the cosine of the inputs, negative across classes.\n\n"
+        f"{bench_lds.table(rows)}\n",
+        encoding="utf-8",
+    )
+    return page
+
+
+def page_influence_scale(path: Path, out: Path) -> Path:
+    rows = read(path)
+    page = out / f"{path.stem}.md"
+    page.write_text(
+        f"# Scores at ImageNet's size: {rows[0]['device']}\n\n"
+        "Six scores (kd_gain, self_influence, param_shift, conflict, el2n, ce) of every sample by one call of\n"
+        "influence.score with out=: forward passes of student and teacher (linear heads on synthetic features, drawn\n"
+        "as they are read), EK-FAC factors over all samples, held-out gradient, Parquet. Peak memory is the\n"
+        "process's, its libraries included; disk is what the run holds there until it ends.\n\n"
+        f"{bench_influence_scale.table(rows)}\n",
+        encoding="utf-8",
+    )
+    return page
+
+
 def page_plain(path: Path, out: Path) -> Path:
     """Any other run, as it is stored."""
     rows = read(path)
@@ -163,6 +197,10 @@ def render(path: Path, out: Path) -> Path:
         return page_linear_kd_loss(path, out)
     if path.stem.startswith("bandwidth"):
         return page_bandwidth(path, out)
+    if path.stem.startswith("lds"):
+        return page_lds(path, out)
+    if path.stem.startswith("influence_scale"):
+        return page_influence_scale(path, out)
     if path.stem.startswith("influence"):
         return page_influence(path, out)
     return page_plain(path, out)

@@ -28,7 +28,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kd_los"], "there is no suite 'kd_los'; there are: bandwidth, influence, kd_loss"),
+        (["kd_los"], "there is no suite 'kd_los'; there are: bandwidth, influence, influence_scale, kd_loss, lds"),
         (["--threads", "0"], "--threads must be >= 1; got 0"),
     ],
 )

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.peers import Kronfluence
+from benchmarks import bench_lds
+from benchmarks.peers import Kronfluence, dattri_ekfac, trak
 from lrds_fast import influence
 
 pytestmark = pytest.mark.slow
@@ -104,3 +105,44 @@ def test_captum_closed_form(bias: bool) -> None:
         assert relative_error(ours, (dq @ dx.T) * (q @ x.T + 1)) <= 1e-6
     else:
         assert error <= 1e-6
+
+
+def test_lds_is_kronfluences(tmp_path: Path) -> None:
+    """Gate 5: with the same H no worse than .01; with our own H, which takes every label, no worse at all."""
+    pytest.importorskip("kronfluence", reason="pip install 'lrds-fast[peers]'")
+    problem = bench_lds.digits(100)
+    generator = torch.Generator().manual_seed(1)
+    subsets = torch.stack([torch.randperm(1200, generator=generator)[:600] for _ in range(40)])
+    outputs = bench_lds.measured(problem, subsets, 2)
+    model = bench_lds.module_of(bench_lds.train(problem, torch.arange(1200)[None], 2), 0)
+    peer = Kronfluence(model, ["0", "2"], problem.train_set, tmp_path)
+    peer.fit()
+    same = influence.pairwise(model, problem.query_set, problem.train_set, factors=peer.factors())
+    assert isinstance(same, Tensor)
+    found = {
+        "kronfluence": peer.pairwise(problem.query_set),
+        "same factors": same,
+        "own factors": bench_lds.influences(model, problem, "ekfac", "all"),
+    }
+    scores = {name: bench_lds.lds(values, subsets, outputs, draws=1)[0] for name, values in found.items()}
+    print(f"gate 5: {scores}")
+    assert abs(scores["same factors"] - scores["kronfluence"]) < 0.01
+    assert scores["own factors"] > scores["kronfluence"] - 0.01
+
+
+def test_lds_of_dattri_and_trak(tmp_path: Path) -> None:
+    """That they run as benchmarks/bench_lds.py has them: their scores foresee something."""
+    for package in ("dattri", "trak"):
+        pytest.importorskip(package, reason="pip install 'lrds-fast[peers]'")
+    problem = bench_lds.digits(50)
+    generator = torch.Generator().manual_seed(1)
+    subsets = torch.stack([torch.randperm(1200, generator=generator)[:600] for _ in range(40)])
+    outputs = bench_lds.measured(problem, subsets, 1)
+    model = bench_lds.module_of(bench_lds.train(problem, torch.arange(1200)[None], 2), 0)
+    found = {
+        "dattri": dattri_ekfac(model, problem.train_set, problem.query_set),
+        "trak": trak([model], problem.train_set, problem.query_set, tmp_path),
+    }
+    scores = {name: bench_lds.lds(values, subsets, outputs, draws=1)[0] for name, values in found.items()}
+    print(f"gate 5: {scores}")
+    assert min(scores.values()) > 0.15

@@ -1,4 +1,4 @@
-"""Prints what pyproject.toml asks for, one requirement a line: build system, package, and the `dev` extra."""
+"""Prints what pyproject.toml asks for, one requirement a line: build system, package, and an extra (default: dev)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def requirements(text: str) -> list[str]:
+def requirements(text: str, extra: str = "dev") -> list[str]:
     """The requirements of `text`, a pyproject.toml, its own extras resolved. Runs before tomli is installed."""
     try:
         import tomllib
@@ -27,9 +27,9 @@ def requirements(text: str) -> list[str]:
             for name in own.group(1).split(","):
                 add(name.strip())
 
-    add("dev")
+    add(extra)
     return sorted(set(found))
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(requirements(Path("pyproject.toml").read_text(encoding="utf-8"))) + "\n")
+    sys.stdout.write("\n".join(requirements(Path("pyproject.toml").read_text(encoding="utf-8"), *sys.argv[1:])) + "\n")
