@@ -13,12 +13,12 @@ import lrds_fast
 from lrds_fast import data as data_sets
 from lrds_fast import influence, models
 from lrds_fast.data import Data
+from lrds_fast.picture import png
 from lrds_fast.selection import Selection, dataset_fingerprint
-from lrds_fast.train import checkpoint
+from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.evaluate import outputs
 from lrds_fast.train.files import write_text
 from lrds_fast.train.loop import CHECKPOINT, TrainResult, train
-from lrds_fast.train.picture import png
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import loss_arguments, pick_device
 
@@ -111,6 +111,8 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progre
         overwrite=overwrite,
         progress=progress,
     )
+    made = rescoring.latest(recipe.out, recipe.selection, recipe.schedule.epochs)
+    selection = selection if made is None else made
     if result.teacher_pred is not None and bool((result.teacher_pred >= 0).any()):
         write_gallery(recipe, data, result.teacher_pred, selection)
     return result
