@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_train import blobs, losses, recipe, student, teacher
 from torch import Tensor, nn
 
 import lrds_fast
@@ -16,7 +17,6 @@ from lrds_fast.selection import Selection, dataset_fingerprint, select
 from lrds_fast.train import Recipe, loop, rescoring, train
 from lrds_fast.train.recipe import SelectionOptions
 from lrds_fast.train.setup import loss_arguments
-from tests.test_train import blobs, losses, recipe, student, teacher
 
 RESCORED = {
     "schedule.epochs": 5,
@@ -94,6 +94,23 @@ def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
     size = len(blobs().train.labels)
     heard = [record["n_selected"] for record in result.records]
     assert heard == [size, *[int(0.5 * size + 0.5)] * 4]
+
+
+def test_joint_selection_in_training(tmp_path: Path) -> None:
+    chosen = recipe(
+        **RESCORED
+        | {"selection.by": "set_shift", "selection.ratio": 0.5, "selection.margin": 0.0, "schedule.epochs": 2}
+    )
+    result, _ = run(tmp_path, chosen)
+    selection = Selection.load(tmp_path / "selections" / "epoch_0001.parquet")
+    assert result.selected is not None and torch.equal(result.selected, selection.mask)
+    assert int(selection.mask.sum()) == int(0.5 * len(selection) + 0.5)
+    residual, by_chance = (selection.policy[key] for key in ("residual", "residual_of_random"))
+    assert isinstance(residual, float) and isinstance(by_chance, float)
+    assert residual < 0.5 * by_chance
+    assert set(selection.scores) == {"set_shift", "kd_gain", "el2n"}
+    with pytest.raises(ValueError, match="set selection.ratio, no margin"):
+        recipe(**{"selection.by": "set_shift", "selection.after": 1})
 
 
 @pytest.mark.parametrize("cut_in", [1, 2, 4])

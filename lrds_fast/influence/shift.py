@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lrds_fast.influence.batches import Batches, Data
-from lrds_fast.influence.factors import Factors, _seed
-from lrds_fast.influence.inputs import check_choice
-from lrds_fast.influence.last_layer import _checked_loss
-from lrds_fast.influence.layers import SampleGradients
+from lrds_fast.influence.factors import CURVATURES, Factors, _seed, fit_placed
+from lrds_fast.influence.inputs import check_choice, check_damping
+from lrds_fast.influence.last_layer import HESSIANS, _checked_loss
+from lrds_fast.influence.layers import SampleGradients, layer_names
+from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import GRADIENTS
-from lrds_fast.influence.whole import _checked_factors, _eval_mode, _Scored
+from lrds_fast.influence.whole import _checked_factors, _eval_mode, _Scored, _Terms
 from lrds_fast.nn import KDLoss
 
 
@@ -23,9 +24,16 @@ def set_shift(
     teacher: nn.Module | None,
     data: Data,
     *,
-    factors: Factors,
     gradient: str = "delta",
     dim: int | None = 512,
+    layers: str | Sequence[str] = "last",
+    factors: Factors | None = None,
+    curvature: str = "ekfac",
+    damping: float | None = None,
+    damping_scale: float = 0.1,
+    hessian: str = "objective",
+    labels: int | str = 1,
+    selected: Tensor | None = None,
     loss: KDLoss | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -33,30 +41,48 @@ def set_shift(
 ) -> Tensor:
     """S_i = R H^-1 g_i, (N, dim): what select_jointly adds up.
 
-    To first order the optimum moves by -1/n sum_i S_i (before R) when the samples i get that gradient. H is `factors`'
-    over its layers. gradient: "delta", the change when a sample gets its teacher; "gt", of its cross-entropy; "kd", of
-    its divergence. teacher: None is allowed with "gt".
+    To first order the optimum moves by -1/n sum_i S_i (before R) when the samples i get that gradient.
+    gradient: "delta", the change when a sample gets its teacher; "gt", of its cross-entropy; "kd", of its divergence.
+    teacher: None is allowed with "gt".
     dim: R is a count sketch into this many numbers (random signs from `seed`, coordinates of the eigenbasis dealt out
     in turn), which keeps inner products on average; a length is off by about sqrt(2 / dim). None: no sketch, all P
     coordinates in H's eigenbasis, (N, P), lengths and products exact.
-    student, data, batch_size, progress: as influence.score takes them. The result is on the CPU, float32 (float64 for a
-    float64 student). Raises ValueError or TypeError as influence.score does.
+    factors: of this student; None fits them here, to `layers`, by curvature ("identity", "kfac" or "ekfac"), damping,
+    damping_scale, hessian, labels and selected, which mean what they mean to influence.score.
+    student, data, batch_size, progress: as influence.score takes them. Under torch.distributed every process computes
+    all of it. The result is on the CPU, float32 (float64 for a float64 student). Raises ValueError or TypeError as
+    influence.score does.
     """
     check_choice("gradient", gradient, GRADIENTS)
     if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
         raise ValueError(f"dim must be None or an int >= 1; got {dim!r}")
     if teacher is None and gradient != "gt":
         raise ValueError(f"gradient={gradient!r} needs a teacher")
-    layers = _checked_factors(student, factors, "all")
+    check_choice("curvature", curvature, CURVATURES)
+    check_choice("hessian", hessian, HESSIANS)
+    chosen = layer_names(student, layers) if factors is None else _checked_factors(student, factors, "all")
     loss = _checked_loss(loss)
     parameter = next(student.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    sketch = _Sketch(factors, dim, seed, dtype, parameter.device)
     models = [student] if teacher is None else [student, teacher]
+    batches = Batches(data, parameter, batch_size, progress)
     found = []
     with _eval_mode(*models):
-        for batch in Batches(data, parameter, batch_size, progress)("set_shift"):
-            scored = _Scored(student, models[-1], batch.x, batch.y, layers, loss, factors, {}, dtype, gradient)
+        if factors is None:
+            terms = _Terms(hessian, selected, loss, batches, Ranks())
+            factors = fit_placed(
+                student,
+                terms.inputs,
+                layers=chosen,
+                curvature=curvature,
+                terms=terms,
+                labels=labels,
+                damping=None if damping is None else check_damping("damping", damping),
+                damping_scale=check_damping("damping_scale", damping_scale),
+            )
+        sketch = _Sketch(factors, dim, seed, dtype, parameter.device)
+        for batch in batches("set_shift"):
+            scored = _Scored(student, models[-1], batch.x, batch.y, chosen, loss, factors, {}, dtype, gradient)
             found.append(sketch(scored._of(gradient)).cpu())
     return torch.cat(found)
 

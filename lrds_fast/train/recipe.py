@@ -77,7 +77,8 @@ class SelectionOptions:
     after > 0: the student is scored when so many epochs are done and the selection made from that, again every `every`
     epochs after (0: once). by: the score, lower = keep the teacher, as [score] says how. ratio >= 0: that share keeps
     it; below 0, those with a score < threshold. margin: samples that have the teacher lose it only beyond
-    ratio + margin, or threshold + margin. per_class: the ratio in every class."""
+    ratio + margin, or threshold + margin. per_class: the ratio in every class. by "set_shift": those are denied that
+    together move the student the least (select_jointly); it takes a ratio."""
 
     path: str = ""
     compose: str = "prefix"
@@ -381,6 +382,12 @@ def _check_values(recipe: Recipe) -> None:
         raise ValueError(
             f"selection.ratio must be at most 1, or below 0 for the threshold; got {recipe.selection.ratio}"
         )
+    if recipe.selection.by == "set_shift" and (recipe.selection.ratio < 0 or recipe.selection.margin):
+        raise ValueError(
+            "selection.by = 'set_shift' chooses a share of the samples together: set selection.ratio, no margin"
+        )
+    if recipe.selection.by == "set_shift" and recipe.score.curvature == "exact":
+        raise ValueError("selection.by = 'set_shift' takes score.curvature 'identity', 'kfac' or 'ekfac'; got 'exact'")
     if recipe.selection.per_class and recipe.selection.after and recipe.selection.ratio < 0:
         raise ValueError("selection.per_class needs selection.ratio, the share of every class")
     if not 0 < recipe.loss.eta < 1:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 import lrds_fast
 from lrds_fast import influence
 from lrds_fast.data import Batch, Data, Loader
-from lrds_fast.selection import Selection, select
+from lrds_fast.selection import Selection, select, select_jointly
 from lrds_fast.train.recipe import Recipe, SelectionOptions
 from lrds_fast.train.setup import loss_arguments
 
 FOLDER = "selections"
+#: The "score" that is not ranked: the denied are chosen together.
+JOINTLY = "set_shift"
 
 
 def is_due(options: SelectionOptions, epoch: int) -> bool:
@@ -77,23 +80,42 @@ def rescore(
     selected: who had it so far, which the objective's Hessian and the hysteresis go by.
     """
     options, how = recipe.selection, recipe.score
-    names = dict.fromkeys((options.by, *how.scores))
+    curvature: dict[str, Any] = {
+        "curvature": how.curvature,
+        "hessian": how.hessian,
+        "damping": None if how.damping < 0 else how.damping,
+        "damping_scale": how.damping_scale,
+        "selected": selected,
+        "loss": lrds_fast.KDLoss(**loss_arguments(recipe.loss)),
+        "progress": progress,
+    }
+    names = [name for name in dict.fromkeys((options.by, *how.scores)) if name != JOINTLY]
     scores = influence.score(
         student,
         teacher,
         _Batches(data.score),
         None if data.val is None else _Batches(data.val),
         scores=[name for name in names if data.val is not None or not name.startswith("kd_gain")],
-        curvature=how.curvature,
-        hessian=how.hessian,
-        damping=None if how.damping < 0 else how.damping,
-        damping_scale=how.damping_scale,
-        selected=selected,
-        loss=lrds_fast.KDLoss(**loss_arguments(recipe.loss)),
-        progress=progress,
+        **curvature,
     )
+    if options.by == JOINTLY:
+        shift = influence.set_shift(student, teacher, _Batches(data.score), **curvature)
+        selection = select_jointly(
+            shift, ratio=options.ratio, per_class=options.per_class, scores=scores, dataset=fingerprint or None
+        )
+    else:
+        selection = _ranked(options, scores, selected, fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    selection.save(path)
+    return selection.mask
+
+
+def _ranked(
+    options: SelectionOptions, scores: influence.Scores, selected: Tensor | None, fingerprint: str
+) -> Selection:
+    """By one score, with what was selected before kept within the margin."""
     by_ratio = options.ratio >= 0
-    selection = select(
+    return select(
         scores,
         options.by,
         ratio=options.ratio if by_ratio else None,
@@ -103,9 +125,6 @@ def rescore(
         per_class=options.per_class,
         dataset=fingerprint or None,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    selection.save(path)
-    return selection.mask
 
 
 class _Batches:
