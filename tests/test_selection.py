@@ -476,6 +476,8 @@ def test_report_is_one_page_that_counts(scores: influence.Scores, tmp_path: Path
     chosen.report(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{int(chosen.mask.sum())} of 60 samples keep the teacher" in page
+    assert "<p>by = kd_gain, threshold = 0</p>" in page
+    assert "by='kd_gain', threshold=0.0)" in repr(chosen)
     for name in scores:
         assert f"<h2>{name}</h2>" in page
     for label in range(5):
@@ -537,6 +539,7 @@ def test_report_shows_both_ends(make: Any, scores: influence.Scores, tmp_path: P
     helpful, harmful = page.index("Most helpful teacher, by kd_gain"), page.index("Most harmful teacher, by kd_gain")
     assert helpful < page.index(f"#{int(order[0])}: ") < harmful < page.index(f"#{int(order[-1])}: ")
     assert "label ant &amp; bee" in page
+    assert page.count("<figure>") == page.count("</figure>") == 48
     chosen.report(tmp_path / "called.html", pictures=lambda index: make(index))
     assert (tmp_path / "called.html").read_text(encoding="utf-8").count("<img") == 48
 

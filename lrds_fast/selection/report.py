@@ -30,7 +30,9 @@ _STYLE = (
 def page(selection: Selection, pictures: Pictures | None, class_names: Sequence[str] | None) -> str:
     """The page's HTML; arguments as Selection.report's."""
     kept, total = int(selection.mask.sum()), len(selection)
-    rule = ", ".join(f"{name} = {_text(value)}" for name, value in selection.policy.items())
+    rule = ", ".join(
+        f"{name} = {_text(value)}" for name, value in selection.policy.items() if value not in (None, False)
+    )
     by = str(selection.policy.get("by", ""))
     names = sorted(selection.scores, key=lambda name: name != by)
     parts = [
@@ -125,7 +127,9 @@ def _extremes(selection: Selection, by: str, pictures: Pictures | None, class_na
         parts.append(f"<h2>{title}, by {escape(by)}</h2><div class=pictures>")
         for index in rows.tolist():
             image = "" if pictures is None else f'<img src="{_png(pictures, index)}" alt="sample {index}">'
-            parts.append(f"<figure>{image}<figcaption>{_caption(selection, index, score, class_names)}</figcaption>")
+            parts.append(
+                f"<figure>{image}<figcaption>{_caption(selection, index, score, class_names)}</figcaption></figure>"
+            )
         parts.append("</div>")
     return parts
 

@@ -74,7 +74,9 @@ class Selection:
 
     def __repr__(self) -> str:
         kept = int(self.mask.sum())
-        rule = ", ".join(f"{name}={value!r}" for name, value in self.policy.items() if value not in (None, False))
+        rule = ", ".join(
+            f"{name}={value!r}" for name, value in self.policy.items() if value is not None and value is not False
+        )
         return f"Selection({kept} of {len(self)} samples keep the teacher; {rule})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
