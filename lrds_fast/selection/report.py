@@ -31,7 +31,9 @@ def page(selection: Selection, pictures: Pictures | None, class_names: Sequence[
     """The page's HTML; arguments as Selection.report's."""
     kept, total = int(selection.mask.sum()), len(selection)
     rule = ", ".join(
-        f"{name} = {_text(value)}" for name, value in selection.policy.items() if value not in (None, False)
+        f"{name} = {_text(value)}"
+        for name, value in selection.policy.items()
+        if value is not None and value is not False
     )
     by = str(selection.policy.get("by", ""))
     names = sorted(selection.scores, key=lambda name: name != by)
