@@ -22,7 +22,7 @@ from lrds_fast.topk import TopKTeacher
 
 if TYPE_CHECKING:
     from lrds_fast import influence, models
-    from lrds_fast.selection import Selection, select
+    from lrds_fast.selection import Selection, select, select_jointly
 
 __all__ = [
     "DKD",
@@ -49,6 +49,7 @@ __all__ = [
     "revise_labels",
     "revision_loss",
     "select",
+    "select_jointly",
 ]
 
 # Loaded on first use: whoever imports the loss alone waits for neither Parquet nor model code.
@@ -57,6 +58,7 @@ _LAZY = {
     "models": ("lrds_fast.models", None),
     "Selection": ("lrds_fast.selection", "Selection"),
     "select": ("lrds_fast.selection", "select"),
+    "select_jointly": ("lrds_fast.selection", "select_jointly"),
 }
 
 

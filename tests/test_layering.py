@@ -34,11 +34,12 @@ PYTHON_MAY_IMPORT = {
     "composed": {"composed", *_CORE},
     "linear": {"linear", *_CORE},
     "influence": {"influence", "nn", *_CORE},
-    "selection": {"selection", "influence", "nn", *_CORE},
+    "picture": {"picture"},
+    "selection": {"selection", "influence", "picture", "nn", *_CORE},
     "models": {"models", *_CORE},
     "data": {"data", "selection", "influence", "nn", *_CORE},
     "recipes": {"recipes"},
-    "train": {"train", "data", "models", "selection", "influence", "nn", "recipes", *_CORE},
+    "train": {"train", "picture", "data", "models", "selection", "influence", "nn", "recipes", *_CORE},
     "__main__": {"train"},
 }
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,58 @@ def test_selection_is_the_sorted_definition(
         expected += members[: math.floor(ratio * len(members) + 0.5)]
     assert chosen.indices.tolist() == sorted(expected)
     assert chosen.mask.nonzero()[:, 0].tolist() == sorted(expected)
+
+
+def test_hysteresis_by_threshold() -> None:
+    """Below 1 enters, at 2 leaves, in between stays what it was."""
+    scores = {"s": torch.tensor([0.5, 1.0, 1.5, 2.0, 0.5, 1.0, 1.5, 2.0])}
+    before = torch.tensor([True] * 4 + [False] * 4)
+    chosen = select(scores, "s", threshold=1.0, leave=2.0, previous=before)
+    assert chosen.indices.tolist() == [0, 1, 2, 4]
+    assert chosen.policy["leave"] == 2.0
+    assert select(scores, "s", threshold=1.0, leave=2.0).indices.tolist() == [0, 4]
+    assert "leave" not in select(scores, "s", threshold=1.0).policy
+    turned = {"s": -scores["s"]}
+    again = select(turned, "s", threshold=-1.0, leave=-2.0, largest=True, previous=chosen)
+    assert again.indices.tolist() == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_hysteresis_by_ratio(per_class: bool) -> None:
+    """The lowest half enters; what was kept stays within the lowest three quarters."""
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    values = torch.rand(400, generator=draws) + labels
+    before = torch.rand(400, generator=draws) < 0.5
+    options: dict[str, Any] = {"per_class": per_class, "labels": labels}
+    chosen = select({"s": values}, "s", ratio=0.5, leave=0.75, previous=before, **options)
+    half, most = (select({"s": values}, "s", ratio=ratio, **options).mask for ratio in (0.5, 0.75))
+    assert torch.equal(chosen.mask, half | (before & most))
+    assert int(half.sum()) < int(chosen.mask.sum()) < int(most.sum())
+    # Nothing changes while the scores do not.
+    assert torch.equal(select({"s": values}, "s", ratio=0.5, leave=0.75, previous=chosen, **options).mask, chosen.mask)
+
+
+def test_hysteresis_settles_what_noise_would_toss_about() -> None:
+    """Scores around the threshold, measured ten times with noise: fewer samples change sides."""
+    draws = torch.Generator().manual_seed(1)
+    truth = torch.randn(2000, generator=draws)
+    changes = {}
+    for leave in (0.0, 0.6):
+        mask: torch.Tensor | None = None
+        changes[leave] = 0
+        for _ in range(10):
+            noisy = {"s": truth + 0.2 * torch.randn(2000, generator=draws)}
+            following = select(noisy, "s", threshold=0.0, leave=leave, previous=mask).mask
+            changes[leave] += 0 if mask is None else int((following != mask).sum())
+            mask = following
+    assert changes[0.6] < 0.35 * changes[0.0]
+
+
+def test_a_previous_selection_of_other_data_is_refused(scores: influence.Scores) -> None:
+    other = select({"s": torch.rand(60)}, "s", ratio=0.5, dataset=dataset_fingerprint([0] * 60, 5))
+    with pytest.raises(ValueError, match="previous was made for another dataset than the scores"):
+        select(scores, threshold=0.0, leave=1.0, previous=other)
 
 
 def test_scores_bring_labels_predictions_and_fingerprint(scores: influence.Scores) -> None:
@@ -379,6 +432,25 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "labels must have one entry per sample, 4; got 2",
     ),
     "labels in words": ({"ratio": 0.5, "labels": list("abcd")}, TypeError, "labels must hold integers"),
+    "leave inside": ({"ratio": 0.5, "leave": 0.4}, ValueError, r"leave must lie in \[ratio, 1\], 0.5 to 1; got 0.4"),
+    "leave below": ({"threshold": 0.5, "leave": 0.4}, ValueError, "leave must be >= threshold, 0.5; got 0.4"),
+    "leave above": (
+        {"threshold": 0.5, "leave": 0.6, "largest": True},
+        ValueError,
+        "leave must be <= threshold, 0.5; got 0.6",
+    ),
+    "leave nan": ({"threshold": 0.5, "leave": math.nan}, ValueError, "leave must be >= threshold, 0.5; got nan"),
+    "leave in words": ({"threshold": 0.5, "leave": "late"}, TypeError, "leave must be a number; got 'late'"),
+    "previous alone": (
+        {"ratio": 0.5, "previous": torch.ones(4, dtype=torch.bool)},
+        ValueError,
+        "previous needs leave=, the limit at which its samples leave",
+    ),
+    "previous of others": (
+        {"ratio": 0.5, "leave": 0.6, "previous": torch.ones(5, dtype=torch.bool)},
+        ValueError,
+        r"previous must be a Selection, or bool of shape \(4,\)",
+    ),
     "soft labels": ({"ratio": 0.5, "labels": torch.rand(4)}, ValueError, "labels must be integers"),
 }
 
@@ -404,6 +476,8 @@ def test_report_is_one_page_that_counts(scores: influence.Scores, tmp_path: Path
     chosen.report(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{int(chosen.mask.sum())} of 60 samples keep the teacher" in page
+    assert "<p>by = kd_gain, threshold = 0</p>" in page
+    assert "by='kd_gain', threshold=0.0)" in repr(chosen)
     for name in scores:
         assert f"<h2>{name}</h2>" in page
     for label in range(5):
@@ -419,3 +493,89 @@ def test_report_survives_odd_scores(tmp_path: Path) -> None:
     assert "<h2>&lt;b&gt;</h2>" in page
     assert "1 infinite or NaN left out" in page
     assert "No finite value" in page
+
+
+class Pictures:
+    """A dataset of (picture, label)."""
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+        self.asked: set[int] = set()
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        self.asked.add(index)
+        return self._make(index), 0
+
+
+def _pil(index: int) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (4, 3), (index, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda index: torch.full((3, 4, 1), index, dtype=torch.uint8),
+        lambda index: torch.full((3, 4), index, dtype=torch.uint8),
+        lambda index: np.full((3, 4, 3), index, dtype=np.uint8),
+        lambda index: torch.full((3, 5, 4), index, dtype=torch.uint8),
+        lambda index: torch.rand(1, 5, 4) * (index + 1) - 0.5,
+        _pil,
+    ],
+    ids=["(H, W, 1)", "(H, W)", "array", "(3, H, W)", "normalised", "PIL"],
+)
+def test_report_shows_both_ends(make: Any, scores: influence.Scores, tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    chosen, pictures = select(scores, threshold=0.0), Pictures(make)
+    chosen.report(tmp_path / "report.html", pictures=pictures, class_names=["ant & bee", "b", "c", "d", "e"])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    order = scores["kd_gain"].argsort(stable=True)
+    assert pictures.asked == set(order[:24].tolist()) | set(order[-24:].tolist())
+    assert page.count('<img src="data:image/png;base64,') == 48
+    helpful, harmful = page.index("Most helpful teacher, by kd_gain"), page.index("Most harmful teacher, by kd_gain")
+    assert helpful < page.index(f"#{int(order[0])}: ") < harmful < page.index(f"#{int(order[-1])}: ")
+    assert "label ant &amp; bee" in page
+    assert page.count("<figure>") == page.count("</figure>") == 48
+    chosen.report(tmp_path / "called.html", pictures=lambda index: make(index))
+    assert (tmp_path / "called.html").read_text(encoding="utf-8").count("<img") == 48
+
+
+def test_report_refuses_what_is_no_picture(scores: influence.Scores, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pictures must give \(H, W\).* got \(7,\) for"):
+        select(scores, threshold=0.0).report(tmp_path / "r.html", pictures=lambda _: torch.rand(7))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_measures_agreement(tmp_path: Path) -> None:
+    """Against scipy, ties included; and the overlap of what each score would keep."""
+    from scipy.stats import spearmanr
+
+    draws = torch.Generator().manual_seed(3)
+    a = torch.randn(500, generator=draws)
+    table = {"a": a, "b": (a + torch.randn(500, generator=draws)).round(), "flat": torch.ones(500)}
+    chosen = select(table, "a", ratio=0.4)
+    chosen.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    section = page[page.index("Agreement between scores") : page.index("Most helpful")]
+    cells = re.findall(r"<td[^>]*>([^<]+)", section)
+    rho = spearmanr(table["a"].numpy(), table["b"].numpy()).statistic
+    both = chosen.mask & select(table, "b", ratio=0.4).mask
+    assert cells == ["1.00", f"{rho:.2f}", f"{rho:.2f}", "1.00", "100%", *[f"{int(both.sum()) / 200:.0%}"] * 2, "100%"]
+
+
+def test_report_has_a_histogram_for_every_class(scores: influence.Scores, tmp_path: Path) -> None:
+    chosen = select(scores, threshold=0.0)
+    chosen.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    rows = page[page.index("<h2>Classes") :].split("<tr>")[2:]
+    assert len(rows) == 5
+    for label, row in enumerate(rows):
+        members = scores.target == label
+        kept, denied = int((members & chosen.mask).sum()), int((members & ~chosen.mask).sum())
+        assert ("class=kept" in row) == (kept > 0) and ("class=denied" in row) == (denied > 0)
+    right = scores.teacher_pred == scores.target
+    assert f"on {float(right[chosen.mask].double().mean()):.1%} of the kept" in page

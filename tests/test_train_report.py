@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lrds_fast.train.picture import histogram, line_chart, png, ticks
+from lrds_fast.picture import histogram, line_chart, png, ticks
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.report import cells, html_report, read_run, tabulate, verdicts
 from lrds_fast.train.statistics import estimate, paired, t95

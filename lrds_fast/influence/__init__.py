@@ -19,6 +19,7 @@ from lrds_fast.influence.last_layer import HESSIANS, last_layer_scores
 from lrds_fast.influence.queries import Pairwise, pairwise, self_influence
 from lrds_fast.influence.scores import SCORES, Scores
 from lrds_fast.influence.shards import load_scores
+from lrds_fast.influence.shift import set_shift
 from lrds_fast.influence.whole import score
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "pairwise",
     "score",
     "self_influence",
+    "set_shift",
 ]

@@ -143,8 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--ratio", type=float, help="keep this share of the samples, in [0, 1]")
     sub.add_argument("--per-class", action="store_true", help="the share of every class")
     sub.add_argument("--largest", action="store_true", help="keep high scores instead of low ones")
+    sub.add_argument("--previous", type=Path, metavar="SELECTION", help="an earlier selection, for --leave")
+    sub.add_argument("--leave", type=float, help="what --previous kept stays until beyond this threshold, or ratio")
     sub.add_argument("--out", type=Path, help="Parquet file to write (default: selection.parquet beside SCORES)")
-    sub.add_argument("--report", type=Path, help="also write an HTML report of the selection")
+    sub.add_argument(
+        "--report", type=Path, help="also write an HTML report; with pictures, where SCORES lies in its run's folder"
+    )
 
     sub = add(
         "report",
@@ -238,6 +242,7 @@ def _select(options: argparse.Namespace) -> int:
     import lrds_fast
     from lrds_fast.influence import Scores
     from lrds_fast.selection import Selection
+    from lrds_fast.train import run
 
     if not options.scores.is_file():
         raise FileNotFoundError(f"there is no file {options.scores}; lrds-fast score writes one")
@@ -252,13 +257,15 @@ def _select(options: argparse.Namespace) -> int:
         threshold=options.threshold,
         per_class=options.per_class,
         largest=options.largest,
+        leave=options.leave,
+        previous=None if options.previous is None else Selection.load(options.previous, dataset=table.fingerprint),
     )
     path = options.out or options.scores.with_name("selection.parquet")
     if path.resolve() == options.scores.resolve():
         raise ValueError(f"--out {path} would replace the scores; name another file")
     selection.save(path)
     if options.report:
-        selection.report(options.report)
+        selection.report(options.report, pictures=run.pictures_beside(options.scores, selection))
     print(f"{int(selection.mask.sum())} of {len(selection)} samples keep the teacher: {path}")
     return OK
 

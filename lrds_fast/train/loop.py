@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import lrds_fast
 from lrds_fast.data import Batch, Data, derived_seed
-from lrds_fast.train import checkpoint
+from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.files import append_record, read_records, remove_leftovers, rewrite_records, write_text
 from lrds_fast.train.recipe import Recipe
@@ -39,10 +39,12 @@ CHECK_EVERY = 50
 
 class TrainResult(NamedTuple):
     """records: one per epoch, as in the log. teacher_pred: (N,) int64 on the CPU, the class the teacher last gave each
-    training sample, -1 where it was never asked; None without a teacher."""
+    training sample, -1 where it was never asked; None without a teacher. selected: (N,) bool, who kept the teacher in
+    the last epoch; None is all."""
 
     records: list[dict[str, Any]]
     teacher_pred: Tensor | None
+    selected: Tensor | None
 
 
 def train(
@@ -60,11 +62,13 @@ def train(
 ) -> TrainResult:
     """Trains `student` in place and writes log.jsonl, last.pt and recipe.json to the folder `out`.
 
-    selected: (N,) bool over data.train's samples, those that keep the teacher; None is all. fingerprint: of the data;
-    resuming on other data is an error. resume: goes on after out/last.pt, with the same numbers as if never stopped
-    (bit for bit on the CPU); without such a file it starts. overwrite: an older run in `out` may go.
-    progress: a bar on stderr. Raises FileExistsError for an older run that may not go, FloatingPointError where the
-    loss is not finite, ValueError where class counts differ.
+    selected: (N,) bool over data.train's samples, those that keep the teacher; None is all. With
+    recipe.selection.after it counts until the first scoring; what is selected then goes to selections/.
+    fingerprint: of the data; resuming on other data is an error. resume: goes on after out/last.pt, with the same
+    numbers as if never stopped (bit for bit on the CPU); without such a file it starts. overwrite: an older run in
+    `out` may go. progress: a bar on stderr.
+    Raises FileExistsError for an older run that may not go, FloatingPointError where the loss is not finite, ValueError
+    where class counts differ or scoring lacks what it needs.
     """
     device = pick_device(recipe.run.device)
     memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
@@ -78,6 +82,8 @@ def train(
             f"selected must be bool of shape ({len(data.train.labels)},), one per training sample;"
             f" got {selected.dtype} of shape {tuple(selected.shape)}"
         )
+
+    rescoring.check(recipe, data, teacher)
 
     hyperparameters = loss_arguments(recipe.loss)
     autocast = autocast_factory(recipe.run.amp, device)
@@ -97,12 +103,15 @@ def train(
         first_epoch = checkpoint.resume(out / CHECKPOINT, facts=facts, student=student, parts=parts)
         records = [record for record in read_records(out / LOG) if record["epoch"] <= first_epoch]
         rewrite_records(out / LOG, records)
+        made = rescoring.latest(out, recipe.selection, first_epoch)
+        selected = selected if made is None else made.mask
     else:
         if (out / CHECKPOINT).exists() and not overwrite:
             raise FileExistsError(
                 f"{out} holds a run already; go on with it (--resume), replace it (--overwrite), or set another run.out"
             )
         (out / CHECKPOINT).unlink(missing_ok=True)
+        rescoring.forget(out)
         rewrite_records(out / LOG, [])
     remove_leftovers(out)
     write_text(out / RECIPE, recipe.to_json())
@@ -118,6 +127,17 @@ def train(
     )
     for epoch in range(first_epoch, recipe.schedule.epochs):
         started = time.perf_counter()
+        if teacher is not None and rescoring.is_due(recipe.selection, epoch):
+            selected = rescoring.rescore(
+                recipe,
+                data,
+                student,
+                teacher,
+                path=rescoring.path_of(out, epoch),
+                fingerprint=fingerprint,
+                selected=selected,
+                progress=progress,
+            )
         student.train()
         totals = Totals(device)
         for step, batch in enumerate(data.train.epoch(epoch, selected), start=epoch * steps_per_epoch):
@@ -184,7 +204,7 @@ def train(
     bar.close()
     if ema is not None:
         student.load_state_dict(ema.module.state_dict())
-    return TrainResult(records, None if teacher_pred is None else teacher_pred.cpu())
+    return TrainResult(records, None if teacher_pred is None else teacher_pred.cpu(), selected)
 
 
 def who_listens(batch: Batch, selected: Tensor | None, compose: str) -> tuple[int, Tensor | None]:

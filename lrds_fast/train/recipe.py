@@ -72,10 +72,23 @@ class LossOptions:
 class SelectionOptions:
     """path: a file of lrds-fast select, "" for every sample. compose "prefix": batches bring selected samples first
     and the teacher sees these alone; "mask": it sees all, and the loss leaves the others out. The numbers are the same
-    up to rounding."""
+    up to rounding.
+
+    after > 0: the student is scored when so many epochs are done and the selection made from that, again every `every`
+    epochs after (0: once). by: the score, lower = keep the teacher, as [score] says how. ratio >= 0: that share keeps
+    it; below 0, those with a score < threshold. margin: samples that have the teacher lose it only beyond
+    ratio + margin, or threshold + margin. per_class: the ratio in every class. by "set_shift": those are denied that
+    together move the student the least (select_jointly); it takes a ratio."""
 
     path: str = ""
     compose: str = "prefix"
+    after: int = 0
+    every: int = 0
+    by: str = "kd_gain"
+    ratio: float = -1.0
+    threshold: float = 0.0
+    margin: float = 0.0
+    per_class: bool = False
 
 
 @dataclass(frozen=True)
@@ -348,6 +361,9 @@ def _check_values(recipe: Recipe) -> None:
         "optimizer.weight_decay": recipe.optimizer.weight_decay,
         "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
         "run.clip_grad_norm": recipe.run.clip_grad_norm,
+        "selection.after": recipe.selection.after,
+        "selection.every": recipe.selection.every,
+        "selection.margin": recipe.selection.margin,
     }
     for key, number in at_least_zero.items():
         if not 0 <= number < float("inf"):
@@ -360,6 +376,20 @@ def _check_values(recipe: Recipe) -> None:
     }.items():
         if not 0 <= number < 1:
             raise ValueError(f"{key} must be in [0, 1); got {number}")
+    if recipe.selection.every and not recipe.selection.after:
+        raise ValueError("selection.every needs selection.after, the epochs before the first scoring, to be above 0")
+    if not recipe.selection.ratio <= 1:
+        raise ValueError(
+            f"selection.ratio must be at most 1, or below 0 for the threshold; got {recipe.selection.ratio}"
+        )
+    if recipe.selection.by == "set_shift" and (recipe.selection.ratio < 0 or recipe.selection.margin):
+        raise ValueError(
+            "selection.by = 'set_shift' chooses a share of the samples together: set selection.ratio, no margin"
+        )
+    if recipe.selection.by == "set_shift" and recipe.score.curvature == "exact":
+        raise ValueError("selection.by = 'set_shift' takes score.curvature 'identity', 'kfac' or 'ekfac'; got 'exact'")
+    if recipe.selection.per_class and recipe.selection.after and recipe.selection.ratio < 0:
+        raise ValueError("selection.per_class needs selection.ratio, the share of every class")
     if not 0 < recipe.loss.eta < 1:
         raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
 

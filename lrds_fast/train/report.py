@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lrds_fast.picture import histogram, line_chart
 from lrds_fast.selection import Selection
 from lrds_fast.train.files import read_records
 from lrds_fast.train.loop import LOG, RECIPE
-from lrds_fast.train.picture import histogram, line_chart
 from lrds_fast.train.recipe import Recipe, from_mapping
 from lrds_fast.train.run import GALLERY
 from lrds_fast.train.statistics import Estimate, estimate, paired

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import lrds_fast
 from lrds_fast import data as data_sets
 from lrds_fast import influence, models
 from lrds_fast.data import Data
+from lrds_fast.picture import png
 from lrds_fast.selection import Selection, dataset_fingerprint
-from lrds_fast.train import checkpoint
+from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.evaluate import outputs
 from lrds_fast.train.files import write_text
-from lrds_fast.train.loop import CHECKPOINT, TrainResult, train
-from lrds_fast.train.picture import png
-from lrds_fast.train.recipe import Recipe
+from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
+from lrds_fast.train.recipe import Recipe, from_mapping
 from lrds_fast.train.setup import loss_arguments, pick_device
 
 GALLERY = "gallery.json"
@@ -111,6 +112,8 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progre
         overwrite=overwrite,
         progress=progress,
     )
+    made = rescoring.latest(recipe.out, recipe.selection, recipe.schedule.epochs)
+    selection = selection if made is None else made
     if result.teacher_pred is not None and bool((result.teacher_pred >= 0).any()):
         write_gallery(recipe, data, result.teacher_pred, selection)
     return result
@@ -152,6 +155,17 @@ def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
         bias=student.head.bias is not None,
         loss=lrds_fast.KDLoss(**loss_arguments(recipe.loss)),
     )
+
+
+def pictures_beside(scores: Path, selection: Selection) -> Callable[[int], Tensor] | None:
+    """What draws the samples of a file of scores, by the recipe of the run it lies with; None where that is not there
+    or its data is not the selection's.
+    """
+    path = scores.with_name(RECIPE)
+    if not path.is_file():
+        return None
+    data = load_data(from_mapping(json.loads(path.read_text(encoding="utf-8")), where=str(path)))
+    return data.train.picture if fingerprint(data) == selection.fingerprint else None
 
 
 def write_gallery(recipe: Recipe, data: Data, teacher_pred: Tensor, selection: Selection | None) -> None:

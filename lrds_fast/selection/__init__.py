@@ -1,0 +1,8 @@
+"""From scores to D_t, the samples that keep their teacher: choosing, saving, loading, looking at it."""
+
+from __future__ import annotations
+
+from lrds_fast.selection.choose import select, select_jointly
+from lrds_fast.selection.table import Selection, dataset_fingerprint
+
+__all__ = ["Selection", "dataset_fingerprint", "select", "select_jointly"]

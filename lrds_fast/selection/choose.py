@@ -1,0 +1,275 @@
+"""From scores to a selection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from lrds_fast._version import __version__
+from lrds_fast.influence import Scores
+from lrds_fast.selection.joint import least_sum
+from lrds_fast.selection.table import (
+    ARROW_FLOATS,
+    RESERVED,
+    Selection,
+    dataset_fingerprint,
+    fingerprint_of,
+    label_tensor,
+)
+
+
+def select(
+    scores: Scores | Mapping[str, Tensor],
+    by: str = "kd_gain",
+    *,
+    ratio: float | None = None,
+    threshold: float | None = None,
+    per_class: bool = False,
+    largest: bool = False,
+    leave: float | None = None,
+    previous: Selection | Tensor | None = None,
+    labels: Tensor | Sequence[int] | None = None,
+    dataset: object = None,
+) -> Selection:
+    """Chooses the samples that keep their teacher: those with the lowest `by` score.
+
+    scores: Scores, or a mapping from names to (N,) values. by: the score to go by.
+    Exactly one of
+        ratio: in [0, 1]; keeps the floor(ratio * N + 0.5) lowest, ties to the lower index. per_class=True keeps that
+            share of every class instead.
+        threshold: keeps score < threshold, strictly. 0 is the meaningful one for kd_gain: the teacher helps there.
+    largest=True turns the order around: the highest, or score > threshold.
+    leave, previous: hysteresis for scores that are taken again and again. What `previous` (a Selection, or (N,) bool)
+        kept stays until it is out of the lowest `leave` share (leave >= ratio), or its score is >= leave (leave >=
+        threshold; <= with largest); what it left out must meet ratio or threshold as ever. Without a previous
+        selection, as at the first scoring, leave changes nothing.
+    labels: (N,) class indices, needed for per_class where scores is a plain mapping.
+    dataset: what the selection is for: a fingerprint (see dataset_fingerprint), or an object that has a `fingerprint`,
+        or `targets` and `classes`. Scores know theirs; if both are given they must agree.
+
+    Deterministic. Raises ValueError or TypeError naming the argument; a NaN score is an error that names the sample.
+    """
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
+    if by not in scores:
+        raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
+    ratio, threshold = _checked_budget(ratio, threshold)
+    table = {name: _score_tensor(name, values) for name, values in scores.items()}
+    size = len(table[by])
+    for name, values in table.items():
+        if len(values) != size:
+            raise ValueError(f"every score must have the {size} samples of {by!r}; {name!r} has {len(values)}")
+    score = table[by].double()
+    if score.isnan().any():
+        raise ValueError(f"score {by!r} is NaN at sample {int(score.isnan().nonzero()[0, 0])}; score again without it")
+
+    y, teacher_pred, num_classes, fingerprint, meta = _facts(scores, labels, dataset, size)
+    if per_class and y is None:
+        raise ValueError("per_class=True needs labels=, the class of each sample, where scores is a plain mapping")
+
+    groups = [torch.arange(size)]
+    if per_class and ratio is not None and y is not None:
+        groups = [(y == label).nonzero()[:, 0] for label in torch.unique(y)]
+    mask = _kept(score, groups, ratio, threshold, largest)
+    if leave is not None:
+        leave = _checked_leave(leave, ratio, threshold, largest)
+        held = _previous_mask(previous, size, fingerprint)
+        if held is not None:
+            share, limit = (leave, None) if threshold is None else (None, leave)
+            mask = mask | (held & _kept(score, groups, share, limit, largest))
+    elif previous is not None:
+        raise ValueError("previous needs leave=, the limit at which its samples leave")
+    return Selection(
+        mask=mask,
+        scores=table,
+        labels=y,
+        teacher_pred=teacher_pred,
+        policy={
+            "by": by,
+            "ratio": ratio,
+            "threshold": threshold,
+            "per_class": per_class,
+            "largest": largest,
+            **({} if leave is None else {"leave": leave}),
+        },
+        fingerprint=fingerprint,
+        num_classes=num_classes,
+        meta={**meta, "library_version": __version__},
+    )
+
+
+def select_jointly(
+    shift: Tensor,
+    *,
+    ratio: float,
+    per_class: bool = False,
+    scores: Scores | Mapping[str, Tensor] | None = None,
+    labels: Tensor | Sequence[int] | None = None,
+    dataset: object = None,
+) -> Selection:
+    """Chooses whom to deny the teacher so that the student's optimum moves as little as possible: |sum S_i| small.
+
+    Ranking by each sample's own shift overlooks that shifts cancel; here the denied are chosen together, as Yang et al.
+    2023 (arXiv:2205.09329) prune data sets: minimise |sum_i w_i S_i| over w in {0, 1}^N with as many ones as are
+    denied. By projected gradient, rounding that balances errors, and swaps; not certain to be the minimum.
+
+    shift: (N, k) floating, influence.set_shift. ratio: in [0, 1]; floor(ratio * N + 0.5) samples keep the teacher,
+    with per_class=True that share of every class. scores: to be kept in the selection's table. labels, dataset: as in
+    select; labels are needed for per_class unless scores are Scores.
+    The selection's table has `set_shift`, |S_i|; its policy the length of the denied samples' sum, `residual`, and what
+    denying as many at random has on average (root mean square), `residual_of_random`.
+
+    Deterministic. Raises ValueError or TypeError naming the argument, and the sample whose shift is not finite.
+    """
+    if not isinstance(shift, Tensor) or shift.dim() != 2 or not shift.is_floating_point() or shift.shape[1] == 0:
+        found = tuple(shift.shape) if isinstance(shift, Tensor) else type(shift).__name__
+        raise ValueError(f"shift must be a floating tensor (N, k) with k >= 1; got {found}")
+    shift = shift.detach().cpu()
+    shift = shift if shift.dtype == torch.float64 else shift.float()
+    bad = (~shift.isfinite()).any(dim=1).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(f"shift is not finite at sample {int(bad[0])}; score again without it")
+    if scores is not None and not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
+    checked, _ = _checked_budget(ratio, None)
+    assert checked is not None
+    size = len(shift)
+    table = {name: _score_tensor(name, values) for name, values in (scores or {}).items()}
+    for name, values in table.items():
+        if len(values) != size:
+            raise ValueError(f"every score must have shift's {size} samples; {name!r} has {len(values)}")
+    y, teacher_pred, num_classes, fingerprint, meta = _facts(scores or {}, labels, dataset, size)
+    if per_class and y is None:
+        raise ValueError("per_class=True needs labels=, the class of each sample, or scores= of type Scores")
+    groups, sizes = None, [size]
+    if per_class and y is not None:
+        known, groups = torch.unique(y, return_inverse=True)
+        sizes = torch.bincount(groups, minlength=len(known)).tolist()
+    counts = [count - math.floor(checked * count + 0.5) for count in sizes]
+    denied = least_sum(shift, counts, groups)
+    return Selection(
+        mask=~denied,
+        scores={**table, "set_shift": shift.norm(dim=1)},
+        labels=y,
+        teacher_pred=teacher_pred,
+        policy={
+            "by": "set_shift",
+            "ratio": checked,
+            "per_class": per_class,
+            "joint": True,
+            "residual": float(shift[denied].double().sum(dim=0).norm()),
+            "residual_of_random": _random_residual(shift, counts, groups),
+        },
+        fingerprint=fingerprint,
+        num_classes=num_classes,
+        meta={**meta, "library_version": __version__},
+    )
+
+
+def _random_residual(shift: Tensor, counts: Sequence[int], groups: Tensor | None) -> float:
+    """sqrt(E |sum over the denied of S_i|^2), so many of each group drawn without replacement."""
+    mean, variance = shift.new_zeros(shift.shape[1], dtype=torch.float64), 0.0
+    for group, count in enumerate(counts):
+        rows = (shift if groups is None else shift[groups == group]).double()
+        size = len(rows)
+        mean += count / max(size, 1) * rows.sum(dim=0)
+        if size > 1:
+            spread = float((rows - rows.mean(dim=0)).square().sum()) / (size - 1)
+            variance += count * (size - count) / size * spread
+    return math.sqrt(float(mean.square().sum()) + variance)
+
+
+def _kept(
+    score: Tensor, groups: Sequence[Tensor], ratio: float | None, threshold: float | None, largest: bool
+) -> Tensor:
+    """(N,) bool: the lowest share of every group, or what is below the threshold."""
+    if threshold is not None:
+        return score > threshold if largest else score < threshold
+    mask = torch.zeros(len(score), dtype=torch.bool)
+    for group in groups:
+        order = group[torch.argsort(score[group], stable=True, descending=largest)]
+        mask[order[: math.floor((ratio or 0.0) * len(group) + 0.5)]] = True
+    return mask
+
+
+def _checked_leave(leave: float, ratio: float | None, threshold: float | None, largest: bool) -> float:
+    """The limit at which the kept leave, on the far side of the one at which others enter."""
+    if isinstance(leave, bool) or not isinstance(leave, Real):
+        raise TypeError(f"leave must be a number; got {leave!r}")
+    leave = float(leave)
+    if ratio is not None and not ratio <= leave <= 1:
+        raise ValueError(f"leave must lie in [ratio, 1], {ratio} to 1; got {leave}")
+    if threshold is not None and not (leave <= threshold if largest else leave >= threshold):
+        side = "<=" if largest else ">="
+        raise ValueError(f"leave must be {side} threshold, {threshold}; got {leave}")
+    return leave
+
+
+def _previous_mask(previous: Selection | Tensor | None, size: int, fingerprint: str | None) -> Tensor | None:
+    if previous is None:
+        return None
+    if isinstance(previous, Selection):
+        if None not in (fingerprint, previous.fingerprint) and fingerprint != previous.fingerprint:
+            raise ValueError("previous was made for another dataset than the scores")
+        previous = previous.mask
+    if not isinstance(previous, Tensor) or previous.dtype != torch.bool or previous.shape != (size,):
+        raise ValueError(f"previous must be a Selection, or bool of shape ({size},)")
+    return previous.cpu()
+
+
+def _checked_budget(ratio: float | None, threshold: float | None) -> tuple[float | None, float | None]:
+    """Exactly one of them, as a float within its range."""
+    if (ratio is None) == (threshold is None):
+        raise ValueError(f"exactly one of ratio and threshold must be given; got ratio={ratio}, threshold={threshold}")
+    for name, value in (("ratio", ratio), ("threshold", threshold)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{name} must be a number; got {value!r}")
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must lie in [0, 1]; got {ratio!r}")
+    if threshold is not None and math.isnan(threshold):
+        raise ValueError(f"threshold must be a number; got {threshold!r}")
+    return None if ratio is None else float(ratio), None if threshold is None else float(threshold)
+
+
+def _facts(
+    scores: Mapping[str, Tensor], labels: Tensor | Sequence[int] | None, dataset: object, size: int
+) -> tuple[Tensor | None, Tensor | None, int | None, str | None, Mapping[str, object]]:
+    """Labels, teacher predictions, C, fingerprint and meta, as far as scores, labels and dataset know them."""
+    y = None if labels is None else label_tensor("labels", labels)
+    if y is not None and len(y) != size:
+        raise ValueError(f"labels must have one entry per sample, {size}; got {len(y)}")
+    wanted = None if dataset is None else fingerprint_of(dataset)
+    if not isinstance(scores, Scores):
+        return y, None, None, wanted, {}
+    target = scores.target.cpu()
+    if y is not None and not torch.equal(y, target):
+        raise ValueError("labels differ from scores.target; leave labels out, Scores carry their own")
+    classes = scores.meta.get("num_classes")
+    num_classes = classes if isinstance(classes, int) else None
+    fingerprint = wanted if num_classes is None else dataset_fingerprint(target, num_classes)
+    if wanted is not None and fingerprint != wanted:
+        raise ValueError(
+            f"scores were computed for another dataset (fingerprint {str(fingerprint)[:12]}; dataset's is"
+            f" {wanted[:12]}); score this dataset"
+        )
+    return target, scores.teacher_pred.cpu(), num_classes, fingerprint, scores.meta
+
+
+def _score_tensor(name: object, values: object) -> Tensor:
+    """(N,) float32 or float64 on the CPU."""
+    if not isinstance(name, str) or not name or name in RESERVED:
+        raise ValueError(f"scores must have names other than {', '.join(RESERVED)}; got {name!r}")
+    try:
+        tensor = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"score {name!r} must be a tensor of numbers; got {type(values).__name__}") from error
+    if tensor.dim() != 1 or tensor.is_complex():
+        raise ValueError(f"score {name!r} must be real with shape (N,); got {tensor.dtype} {tuple(tensor.shape)}")
+    if tensor.dtype not in ARROW_FLOATS:
+        narrow = tensor.dtype in (torch.float16, torch.bfloat16)
+        tensor = tensor.to(torch.float32 if narrow else torch.float64)
+    return tensor

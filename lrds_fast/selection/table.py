@@ -1,0 +1,251 @@
+"""A selection: its table on disk, and the fingerprint that ties it to a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lrds_fast._version import __version__
+from lrds_fast.files import replacing
+
+_FORMAT = 1
+_METADATA_KEY = b"lrds_fast.selection"
+RESERVED = ("index", "label", "teacher_pred", "selected")
+#: From a sample's index to its picture, by call or by subscript.
+Pictures = Callable[[int], Any] | Sequence[Any] | Dataset[Any]
+ARROW_FLOATS = {torch.float32: pa.float32(), torch.float64: pa.float64()}
+
+
+def dataset_fingerprint(labels: Tensor | Sequence[int], num_classes: int) -> str:
+    """sha256, in hex, of N, C and the labels in index order, each a little-endian int64.
+
+    labels: (N,) integers in [0, num_classes). Two datasets with equal fingerprints have the same labels in the same
+    order, which is what a selection's row numbers refer to. Raises TypeError or ValueError for anything else.
+    """
+    y = label_tensor("labels", labels)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1:
+        raise ValueError(f"num_classes must be an int >= 1; got {num_classes!r}")
+    if len(y) and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+        raise ValueError(f"labels must lie in [0, {num_classes}); got values from {int(y.min())} to {int(y.max())}")
+    digest = hashlib.sha256()
+    for array in (torch.tensor([len(y), int(num_classes)]), y):
+        digest.update(array.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection:
+    """D_t: which of N samples keep teacher supervision, with the scores and the rule it came from.
+
+    mask: (N,) bool, on the CPU. indices: ascending int64 positions of the kept samples. scores: every score that was
+    computed, (N,) by name. labels, teacher_pred: (N,) int64 or None where unknown. policy: how select was called.
+    fingerprint: dataset_fingerprint of the dataset, None where unknown. num_classes: None where unknown. meta: facts
+    about the scores and library_version, the version that made the selection; JSON-ready.
+    """
+
+    mask: Tensor
+    scores: Mapping[str, Tensor]
+    labels: Tensor | None
+    teacher_pred: Tensor | None
+    policy: Mapping[str, object]
+    fingerprint: str | None
+    num_classes: int | None
+    meta: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def indices(self) -> Tensor:
+        """(K,) int64, ascending."""
+        return self.mask.nonzero()[:, 0]
+
+    def __len__(self) -> int:
+        """N: the samples that were chosen from, not those chosen."""
+        return self.mask.shape[0]
+
+    def __repr__(self) -> str:
+        kept = int(self.mask.sum())
+        rule = ", ".join(
+            f"{name}={value!r}" for name, value in self.policy.items() if value is not None and value is not False
+        )
+        return f"Selection({kept} of {len(self)} samples keep the teacher; {rule})"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a Parquet table, one row per sample: index, label, teacher_pred, every score, selected.
+
+        Labels and predictions that are not known are null. Policy, fingerprint and versions are in the schema's
+        metadata. The file appears complete or not at all. Raises OSError where it cannot be written.
+        """
+        size = len(self)
+        columns: dict[str, pa.Array] = {"index": pa.array(range(size), pa.int64())}
+        for name, values in (("label", self.labels), ("teacher_pred", self.teacher_pred)):
+            columns[name] = pa.nulls(size, pa.int64()) if values is None else pa.array(values.numpy(), pa.int64())
+        for name, score in self.scores.items():
+            columns[name] = pa.array(score.numpy(), ARROW_FLOATS[score.dtype])
+        columns["selected"] = pa.array(self.mask.numpy(), pa.bool_())
+        facts = {
+            "format": _FORMAT,
+            "library_version": __version__,
+            "fingerprint": self.fingerprint,
+            "num_samples": size,
+            "num_classes": self.num_classes,
+            "scores": list(self.scores),
+            "policy": dict(self.policy),
+            "meta": dict(self.meta),
+        }
+        table = pa.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(facts)})
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary, write_page_checksum=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], dataset: object = None) -> Selection:
+        """Reads what save wrote; with `dataset`, only if it was made for that dataset.
+
+        dataset: a fingerprint (see dataset_fingerprint), or an object that has a `fingerprint` or, as torchvision's
+        datasets do, `targets` and `classes`. Raises FileNotFoundError, or ValueError naming the file for one that is
+        damaged, is not a selection, or belongs to another dataset.
+        """
+        name = os.fspath(path)
+        table, facts = _read(name)
+        try:
+            selection = cls(
+                mask=torch.tensor(table["selected"].to_numpy(), dtype=torch.bool),
+                scores={score: torch.tensor(table[score].to_numpy()) for score in facts["scores"]},
+                labels=_optional_column(table, "label"),
+                teacher_pred=_optional_column(table, "teacher_pred"),
+                policy=facts["policy"],
+                fingerprint=facts["fingerprint"],
+                num_classes=facts["num_classes"],
+                meta=facts["meta"],
+            )
+            in_order = table["index"].to_pylist() == list(range(facts["num_samples"]))
+        except (KeyError, TypeError, ValueError, RuntimeError, pa.ArrowException) as error:
+            raise ValueError(f"{name} is not a complete selection ({_one_line(error)}); run select again") from error
+        if not in_order:
+            raise ValueError(f"{name}: the rows were reordered, added or dropped since it was saved; run select again")
+        if selection._relabelled():
+            raise ValueError(f"{name}: its labels are not those it was saved with; run select again")
+        if dataset is not None:
+            wanted = fingerprint_of(dataset)
+            if selection.fingerprint is None:
+                raise ValueError(
+                    f"{name} does not say which dataset it was made for; make it from Scores, or with"
+                    " select(dataset=...)"
+                )
+            if selection.fingerprint != wanted:
+                raise ValueError(
+                    f"{name} was made for another dataset ({len(selection)} samples, fingerprint"
+                    f" {selection.fingerprint[:12]}; this one's is {wanted[:12]}); score this dataset and select again"
+                )
+        return selection
+
+    def _relabelled(self) -> bool:
+        """Whether labels, C and fingerprint are all known and do not belong together."""
+        if self.labels is None or self.num_classes is None or self.fingerprint is None:
+            return False
+        return dataset_fingerprint(self.labels, self.num_classes) != self.fingerprint
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        pictures: Pictures | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        """Writes one self-contained HTML page on what was kept and why.
+
+        A histogram of every score; how far the scores agree (rank correlation, and overlap of what each would keep);
+        every class's share of D_t with its own histogram of the score that decided; the samples that this score calls
+        most helpful and most harmful.
+        pictures: what shows them: a function from a sample's index to its picture, or a dataset whose items are
+        pictures or begin with one. A picture is a PIL image, or an array or tensor (H, W), (H, W, 1 or 3) or (1 or 3,
+        H, W): uint8, or floating and then stretched from its lowest to its highest value. None: numbers only.
+        class_names: of the classes 0, 1, ...
+        Raises OSError where it cannot be written, ValueError or TypeError for a picture that is none.
+        """
+        from lrds_fast.selection.report import page
+
+        text = page(self, pictures, class_names)
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+def label_tensor(name: str, labels: object) -> Tensor:
+    """(N,) int64 on the CPU, from anything that holds integers."""
+    try:
+        tensor = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must hold integers; got {type(labels).__name__}") from error
+    if tensor.dim() != 1 or (tensor.numel() and (tensor.is_floating_point() or tensor.is_complex())):
+        raise ValueError(f"{name} must be integers with shape (N,); got {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor.long()
+
+
+def fingerprint_of(dataset: object) -> str:
+    """A dataset's fingerprint, from whatever the caller has of it."""
+    if isinstance(dataset, str):
+        if len(dataset) != 64 or not set(dataset) <= set("0123456789abcdef"):
+            raise ValueError(f"dataset must be a fingerprint of 64 hex digits; got {dataset!r}")
+        return dataset
+    fingerprint: object = getattr(dataset, "fingerprint", None)
+    if isinstance(fingerprint, str):
+        return fingerprint_of(fingerprint)
+    targets: Any = getattr(dataset, "targets", None)
+    classes: Any = getattr(dataset, "classes", None)
+    if targets is None or classes is None:
+        raise TypeError(
+            "dataset must be a fingerprint (see dataset_fingerprint), or have a `fingerprint`, or `targets` and"
+            f" `classes`; got {type(dataset).__name__}"
+        )
+    return dataset_fingerprint(targets, classes if isinstance(classes, int) else len(classes))
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _read(name: str) -> tuple[pa.Table, dict[str, Any]]:
+    """The table of a selection file and its metadata."""
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"there is no selection at {name}")
+    if not os.path.isfile(name):
+        raise ValueError(f"{name} is not a file; give the Parquet file that Selection.save wrote")
+    try:
+        table = pq.read_table(name, use_threads=False, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{name} is truncated, damaged or not Parquet ({_one_line(error)}); run select again"
+        ) from error
+    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+    try:
+        facts = json.loads(raw) if raw is not None else None
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict):
+        message = f"{name} is Parquet but not a selection; give a file that Selection.save wrote"
+        raise ValueError(message)
+    if facts.get("format") != _FORMAT:
+        raise ValueError(
+            f"{name} has selection format {facts.get('format')!r}, this version reads {_FORMAT}; run select again"
+        )
+    return table, facts
+
+
+def _optional_column(table: pa.Table, name: str) -> Tensor | None:
+    """An int64 column, or None where it is all null."""
+    column = table[name]
+    if len(column) and column.null_count == len(column):
+        return None
+    if column.null_count:
+        raise ValueError(f"column {name!r} has {column.null_count} nulls")
+    return torch.tensor(column.to_numpy(), dtype=torch.int64)

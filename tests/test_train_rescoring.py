@@ -1,0 +1,179 @@
+"""Selections made during training: when, from what, and the same after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import blobs, losses, recipe, student, teacher
+from torch import Tensor, nn
+
+import lrds_fast
+from lrds_fast import influence
+from lrds_fast.data import Data
+from lrds_fast.selection import Selection, dataset_fingerprint, select
+from lrds_fast.train import Recipe, loop, rescoring, train
+from lrds_fast.train.recipe import SelectionOptions
+from lrds_fast.train.setup import loss_arguments
+
+RESCORED = {
+    "schedule.epochs": 5,
+    "optimizer.lr": 0.02,
+    "selection.after": 1,
+    "selection.every": 2,
+    "selection.margin": 0.05,
+    "score.scores": ["kd_gain", "el2n"],
+}
+
+
+def run(out: Path, chosen: Recipe, data: Data | None = None, **options: Any) -> tuple[loop.TrainResult, nn.Module]:
+    model, found = student(), data or blobs(augment="shift")
+    result = train(
+        chosen,
+        found,
+        model,
+        teacher(),
+        out=out,
+        fingerprint=dataset_fingerprint(found.train.labels, 3),
+        progress=False,
+        **options,
+    )
+    return result, model
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({}, []),
+        ({"after": 2}, [2]),
+        ({"after": 1, "every": 1}, [1, 2, 3, 4, 5]),
+        ({"after": 2, "every": 3}, [2, 5]),
+        ({"after": 9, "every": 1}, []),
+    ],
+)
+def test_when(options: dict[str, int], epochs: list[int]) -> None:
+    assert [epoch for epoch in range(6) if rescoring.is_due(SelectionOptions(**options), epoch)] == epochs
+
+
+def test_selections_are_scores_of_the_student_of_that_moment(tmp_path: Path) -> None:
+    """Stopped after the second scoring, the student in the checkpoint gives the selection that the file holds."""
+    chosen = recipe(**RESCORED | {"schedule.epochs": 3, "schedule.name": "constant"})
+    data = blobs(augment="shift")
+    run(tmp_path / "run", chosen, data)
+    assert sorted(path.name for path in (tmp_path / "run" / "selections").iterdir()) == ["epoch_0001.parquet"]
+    longer = recipe(**RESCORED | {"schedule.epochs": 4, "schedule.name": "constant"})
+    result, _ = run(tmp_path / "longer", longer, data)
+    first, second = (Selection.load(tmp_path / "longer" / "selections" / f"epoch_000{k}.parquet") for k in (1, 3))
+    assert result.selected is not None
+    assert torch.equal(result.selected, second.mask)
+    model, guide = student(), teacher()
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    model.load_state_dict(state["student"])
+    expected = influence.score(
+        model,
+        guide,
+        rescoring._Batches(data.score),
+        rescoring._Batches(data.val) if data.val else None,
+        scores=("kd_gain", "el2n"),
+        selected=first.mask,
+        loss=lrds_fast.KDLoss(**loss_arguments(chosen.loss)),
+    )
+    again = select(expected, threshold=0.0, leave=0.05, previous=first)
+    assert torch.equal(second.scores["kd_gain"], again.scores["kd_gain"])
+    assert torch.equal(second.mask, again.mask)
+    assert set(second.scores) == {"kd_gain", "el2n"}
+    assert 0 < int(second.mask.sum()) < len(second)
+
+
+def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
+    """Everyone is heard until the first scoring, and as many as were selected after it."""
+    chosen = recipe(**RESCORED | {"selection.ratio": 0.5, "selection.margin": 0.0, "selection.by": "el2n"})
+    result, _ = run(tmp_path, chosen)
+    size = len(blobs().train.labels)
+    heard = [record["n_selected"] for record in result.records]
+    assert heard == [size, *[int(0.5 * size + 0.5)] * 4]
+
+
+def test_joint_selection_in_training(tmp_path: Path) -> None:
+    chosen = recipe(
+        **RESCORED
+        | {"selection.by": "set_shift", "selection.ratio": 0.5, "selection.margin": 0.0, "schedule.epochs": 2}
+    )
+    result, _ = run(tmp_path, chosen)
+    selection = Selection.load(tmp_path / "selections" / "epoch_0001.parquet")
+    assert result.selected is not None and torch.equal(result.selected, selection.mask)
+    assert int(selection.mask.sum()) == int(0.5 * len(selection) + 0.5)
+    residual, by_chance = (selection.policy[key] for key in ("residual", "residual_of_random"))
+    assert isinstance(residual, float) and isinstance(by_chance, float)
+    assert residual < 0.5 * by_chance
+    assert set(selection.scores) == {"set_shift", "kd_gain", "el2n"}
+    with pytest.raises(ValueError, match="set selection.ratio, no margin"):
+        recipe(**{"selection.by": "set_shift", "selection.after": 1})
+
+
+@pytest.mark.parametrize("cut_in", [1, 2, 4])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, cut_in: int) -> None:
+    chosen = recipe(**RESCORED)
+    data = blobs(augment="shift")
+    whole, model = run(tmp_path / "whole", chosen, data)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping:
+        num_classes, labels = data.train.num_classes, data.train.labels
+
+        def __len__(self) -> int:
+            return len(data.train)
+
+        def epoch(self, epoch: int, selected: Tensor | None = None) -> Any:
+            for i, batch in enumerate(data.train.epoch(epoch, selected)):
+                if epoch == cut_in and i == 3:
+                    raise Stop
+                yield batch
+
+        def picture(self, index: int) -> Tensor:
+            return data.train.picture(index)
+
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", chosen, Data("cut", Stopping(), data.score, data.val, data.test))
+    torch.manual_seed(12345)
+    resumed, again = run(tmp_path / "cut", chosen, data, resume=True)
+    assert losses(resumed.records) == losses(whole.records)
+    assert resumed.selected is not None and whole.selected is not None
+    assert torch.equal(resumed.selected, whole.selected)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_an_older_runs_selections_go_with_it(tmp_path: Path) -> None:
+    run(tmp_path, recipe(**RESCORED))
+    assert len(list((tmp_path / "selections").iterdir())) == 2
+    run(tmp_path, recipe(**RESCORED | {"selection.every": 0}), overwrite=True)
+    assert [path.name for path in (tmp_path / "selections").iterdir()] == ["epoch_0001.parquet"]
+
+
+def test_what_scoring_needs_is_asked_for_before_training(tmp_path: Path) -> None:
+    data = blobs()
+    without = Data("blobs", data.train, data.score, None, data.test)
+    with pytest.raises(ValueError, match="needs held-out samples; set data.val_fraction"):
+        run(tmp_path, recipe(**RESCORED), without)
+    with pytest.raises(ValueError, match="no teacher to select for; set teacher.model"):
+        train(recipe(**RESCORED), data, student(), None, out=tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="selection.every needs selection.after"):
+        recipe(**{"selection.every": 2})
+    with pytest.raises(ValueError, match="selection.per_class needs selection.ratio"):
+        recipe(**{"selection.after": 2, "selection.per_class": True})
+    with pytest.raises(ValueError, match="selection.ratio must be at most 1"):
+        recipe(**{"selection.ratio": 1.5})
+
+
+def test_a_lost_selection_is_named(tmp_path: Path) -> None:
+    chosen = recipe(**RESCORED)
+    run(tmp_path, chosen)
+    (tmp_path / "selections" / "epoch_0003.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="epoch_0003.parquet is missing"):
+        run(tmp_path, chosen, resume=True)
