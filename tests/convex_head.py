@@ -123,6 +123,7 @@ class DigitsProblem:
 
     head: Head
     target: Tensor
+    clean_target: Tensor
     teacher_logits: Tensor
     corrupted: Tensor
     val_h: Tensor
@@ -164,6 +165,7 @@ def digits_problem(
     return DigitsProblem(
         head=Head(h[train], one_hot(target), p, ones, zeros, temperature, decay),
         target=target,
+        clean_target=digits[train],
         teacher_logits=logits,
         corrupted=corrupted,
         val_h=h[val],

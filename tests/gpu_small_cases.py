@@ -1,4 +1,7 @@
-"""Every kernel path on small inputs: what compute-sanitizer runs (tools/gpu_check.sh). Non-zero exit if wrong."""
+"""Every kernel path on small inputs: what compute-sanitizer runs (tools/gpu_check.sh). Non-zero exit if wrong.
+
+python tests/gpu_small_cases.py cpu    holds the cases themselves to the CPU's kernels
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kd_cases
+from test_kd_loss_family import assert_family
 from tolerances import assert_matches_reference
 
 from lrds_fast import kd_loss_parts
 from lrds_fast.divergences import NAMES
+from lrds_fast.functional import kd_moments
 
+device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
 ran = 0
 for classes in (1, 10, 64, 100, 200, 1000, 1001, 4097, 40000, 300000):
     for student_dtype, teacher_dtype in (
@@ -23,7 +29,7 @@ for classes in (1, 10, 64, 100, 200, 1000, 1001, 4097, 40000, 300000):
         (torch.float16, torch.float32),
         (torch.float64, torch.float64),
     ):
-        student, teacher, target = kd_cases.rows(7, classes, student_dtype, teacher_dtype, device="cuda")
+        student, teacher, target = kd_cases.rows(7, classes, student_dtype, teacher_dtype, device=device)
         target[5] = -100
         for layout in ("back to back", "wide rows", "unaligned"):
             back_to_back = layout == "back to back"
@@ -32,17 +38,27 @@ for classes in (1, 10, 64, 100, 200, 1000, 1001, 4097, 40000, 300000):
             assert_matches_reference(kd_loss_parts, z, v, target)
             assert_matches_reference(kd_loss_parts, z, v, target, reduction="none", selected=target > classes // 2)
             ran += 2
-for divergence in NAMES:
+for divergence in kd_cases.FAMILY:
     for classes in (10, 1001, 40000):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            rows = kd_cases.rows(5, classes, dtype, device="cuda")
-            assert_matches_reference(kd_loss_parts, *rows, divergence=divergence)
+            assert_family(*(x.to(device) for x in kd_cases.family_rows(5, classes, dtype)), divergence=divergence)
             ran += 1
+for divergence in NAMES:
+    for classes in (10, 1001, 40000):
+        student, teacher, target = (x.to(device) for x in kd_cases.family_rows(5, classes))
+        target = target.clamp(min=0)
+        on_host = [tensor.cpu().double() for tensor in (student, teacher)]
+        expected = kd_moments(*on_host, target.cpu(), direction=on_host[1], divergence=divergence)
+        found = kd_moments(student, teacher, target, direction=teacher, divergence=divergence)
+        for name, wanted in expected._asdict().items():
+            got = getattr(found, name).cpu().to(wanted)
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(1 + wanted.abs().max()), msg=name)
+        ran += 1
 # Several rows through each block's ring, and through each cluster's.
 for rows, classes in ((300, 21841), (100, 128256)):
-    student, teacher, target = kd_cases.rows(rows, classes, torch.bfloat16, device="cuda")
+    student, teacher, target = kd_cases.rows(rows, classes, torch.bfloat16, device=device)
     assert_matches_reference(kd_loss_parts, student, teacher, target, selected=target % 3 > 0)
     ran += 1
-student, teacher, target = kd_cases.rows(6000, 10, device="cuda")  # enough rows for the shared count
+student, teacher, target = kd_cases.rows(6000, 10, device=device)  # enough rows for the shared count
 assert_matches_reference(kd_loss_parts, student, teacher, target)
 sys.stdout.write(f"{ran + 1} cases\n")

@@ -201,3 +201,14 @@ def test_mistakes_are_named() -> None:
     aside.forward = lambda x: aside["used"](x)  # type: ignore[method-assign, assignment]
     with pytest.raises(ValueError, match="'unused' has no part in the logits"):
         sample_gradients(aside, torch.randn(3, 4), gradient)
+
+
+@pytest.mark.parametrize("positions", [1, 50, 51, 120, 199])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_norms_from_gram_matrices_are_those_of_the_gradients(positions: int, groups: int) -> None:
+    draws = torch.Generator().manual_seed(positions)
+    a = torch.randn(4, groups, positions, 300, generator=draws, dtype=torch.float64)
+    d = torch.randn(4, groups, positions, 280, generator=draws, dtype=torch.float64)
+    found = Outer(a, d)
+    assert 2 * positions**2 <= 300 * 280, "by Gram matrices"
+    torch.testing.assert_close(found.squared_norm(), found.dense().square().sum(dim=1), rtol=1e-12, atol=0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrds_fast import influence
 from lrds_fast.influence.layers import sample_gradients
+from lrds_fast.influence.queries import _Best
 
 
 def problem(curvature: str = "ekfac") -> dict[str, Any]:
@@ -61,6 +62,19 @@ def test_ties_go_to_the_lower_index() -> None:
     twice = [(x, y), (x, y)]
     found = influence.pairwise(**(given | {"train_data": twice}), top_k=2)
     assert torch.equal(found.indices[:, 1], found.indices[:, 0] + 23)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize(("k", "step"), [(1, 1), (3, 7), (10, 4), (10, 64), (200, 64)])
+def test_best_of_many_blocks(k: int, step: int, largest: bool) -> None:
+    """Values with many ties, block by block, as one stable sort of everything."""
+    values = torch.randint(-20, 20, (17, 150), generator=torch.Generator().manual_seed(k)).double()
+    best = _Best(17, k, largest, torch.float64)
+    for start in range(0, 150, step):
+        best.add(values[:, start : start + step], start)
+    order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
+    assert torch.equal(best.found().indices, order)
+    assert torch.equal(best.found().values, values.gather(1, order))
 
 
 def test_mistakes_are_named() -> None:

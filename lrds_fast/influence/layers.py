@@ -48,9 +48,24 @@ class Outer(SampleGradients):
         _, _, positions, width = self.inputs.shape
         if 2 * positions * positions <= width * self.deltas.shape[3]:
             # |sum_t d_t a_t^T|^2 = sum_tu (d_t . d_u)(a_t . a_u): two T x T products are smaller than the gradient.
-            gram = self.inputs @ self.inputs.transpose(2, 3)
-            return (gram * (self.deltas @ self.deltas.transpose(2, 3))).sum(dim=(1, 2, 3))
+            return _gram_product(self.inputs, self.deltas).sum(dim=1)
         return self.dense().square_().sum(dim=1)
+
+
+def _gram_product(a: Tensor, d: Tensor) -> Tensor:
+    """sum_tu (a_t . a_u)(d_t . d_u) over the positions of a (..., T, I) and d (..., T, O): (...).
+
+    Both matrices are symmetric: halves of the positions with themselves, and once with each other, down to where
+    products are too small to be quick.
+    """
+    positions = a.shape[-2]
+    if positions <= 50:
+        both: Tensor = (a @ a.mT) * (d @ d.mT)
+        return both.sum(dim=(-2, -1))
+    half = positions // 2
+    a1, a2, d1, d2 = a[..., :half, :], a[..., half:, :], d[..., :half, :], d[..., half:, :]
+    cross: Tensor = (a1 @ a2.mT) * (d1 @ d2.mT)
+    return _gram_product(a1, d1) + _gram_product(a2, d2) + 2 * cross.sum(dim=(-2, -1))
 
 
 @dataclass(frozen=True)

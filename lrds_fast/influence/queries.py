@@ -62,8 +62,7 @@ def pairwise(
                 queries[name].add(found[name])
         count = queries[layers[0]].count
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        values = torch.empty(count, 0, dtype=dtype)
-        indices = torch.empty(count, 0, dtype=torch.int64)
+        best = None if top_k is None else _Best(count, top_k, largest, dtype)
         blocks, seen = [], 0
         # Written into where its size is known: blocks that are joined at the end are twice the memory.
         whole = torch.empty(count, train.samples, dtype=dtype) if top_k is None and train.samples else None
@@ -76,18 +75,14 @@ def pairwise(
                 whole[:, seen : seen + block.shape[1]] = block
                 seen += block.shape[1]
                 continue
-            if top_k is None:
+            if best is None:
                 blocks.append(block)
-                continue
-            places = torch.arange(seen, seen + block.shape[1]).expand(count, -1)
+            else:
+                best.add(block, seen)
             seen += block.shape[1]
-            values, indices = torch.cat([values, block], dim=1), torch.cat([indices, places], dim=1)
-            # Stable: of equals the one that came first stays.
-            order = values.argsort(dim=1, descending=largest, stable=True)[:, :top_k]
-            values, indices = values.gather(1, order), indices.gather(1, order)
     if whole is not None:
         return whole
-    return torch.cat(blocks, dim=1) if top_k is None else Pairwise(values, indices)
+    return torch.cat(blocks, dim=1) if best is None else best.found()
 
 
 def self_influence(
@@ -124,6 +119,47 @@ def _label_gradient(y: Tensor) -> Callable[[Tensor], Tensor]:
         ).to(logits)
 
     return gradient
+
+
+class _Best:
+    """Every query's K largest of the values seen so far (smallest, without `largest`), of equals the first."""
+
+    def __init__(self, queries: int, k: int, largest: bool, dtype: torch.dtype) -> None:
+        self._k, self._sign = k, 1.0 if largest else -1.0
+        self._values = torch.empty(queries, 0, dtype=dtype)
+        self._indices = torch.empty(queries, 0, dtype=torch.int64)
+
+    def add(self, block: Tensor, start: int) -> None:
+        """block (Q, B): of the samples from `start` on."""
+        block = block if self._sign > 0 else -block
+        places = torch.arange(start, start + block.shape[1])
+        if self._values.shape[1] < self._k:
+            self._values, self._indices = self._merged(
+                self._values, self._indices, block, places.expand(len(block), -1)
+            )
+            return
+        # Few queries find anything in a block, and these little: only that is sorted. What equals the K-th comes later.
+        bound = self._values[:, -1:]
+        rows = (block.amax(dim=1, keepdim=True) > bound)[:, 0].nonzero()[:, 0]
+        if not len(rows):
+            return
+        block = block[rows]
+        better = block > bound[rows]
+        width = int(better.sum(dim=1).max())
+        first = torch.arange(block.shape[1], 0, -1, dtype=torch.int32)
+        columns = torch.where(better, first, 0).topk(width, dim=1).indices
+        self._values[rows], self._indices[rows] = self._merged(
+            self._values[rows], self._indices[rows], block.gather(1, columns), places[columns]
+        )
+
+    def _merged(self, values: Tensor, indices: Tensor, more: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = torch.cat([values, more], dim=1), torch.cat([indices, places], dim=1)
+        # Stable: of equals the one that came first stays.
+        order = values.argsort(dim=1, descending=True, stable=True)[:, : self._k]
+        return values.gather(1, order), indices.gather(1, order)
+
+    def found(self) -> Pairwise:
+        return Pairwise(self._values * self._sign, self._indices)
 
 
 class _Queries:
