@@ -19,6 +19,7 @@ from lrds_fast.data.loader import (
     epoch_batches,
     generator,
     hold_out,
+    prefix_rows,
 )
 from lrds_fast.data.memory import MemoryLoader, digits, from_npz
 
@@ -38,6 +39,7 @@ __all__ = [
     "in_memory",
     "load",
     "mislabelled",
+    "prefix_rows",
 ]
 
 #: Share of the digits that are the test split; which ones is fixed for good.
