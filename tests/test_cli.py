@@ -64,7 +64,7 @@ def test_from_teacher_to_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert chosen.fingerprint == scores.fingerprint
     assert chosen.scores["kd_gain"][chosen.mask].max() <= chosen.scores["kd_gain"][~chosen.mask].min()
     last = json.loads(Path("runs/digits_kd_lr_ds/log.jsonl").read_text().splitlines()[-1])
-    assert last["n_selected"] == last["teacher_rows"] == 60
+    assert last["n_selected"] == 60 <= last["teacher_rows"] <= 60 + last["step"] / last["epoch"]
 
 
 def test_a_selection_of_other_data_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,10 +98,13 @@ def test_resume_and_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits_alone", "--set", "loss.etta=1"], "unknown key 'loss.etta'; did you mean 'loss.eta'?"),
         (["train", "digits_alone", "--set", "seed=x"], "seed must be int; got 'x' (str)"),
         (["train", "digits_alone", "--set", "student.model=mpl"], "unknown model 'mpl'; did you mean 'mlp'?"),
-        (["train", "digits_alone", "--set", "data.name=cifar"], "data.name must be 'digits', 'npz' or 'folder'"),
+        (
+            ["train", "digits_alone", "--set", "data.name=cifar"],
+            "data.name must be 'digits', 'cifar100', 'cifar10', 'npz'",
+        ),
         (["train", "digits_alone", "--set", "run.device=tpu9"], "run.device must be auto, cpu, cuda or cuda:N"),
         (["train", "digits_kd"], "teacher.checkpoint: there is no file runs/digits_teacher/last.pt; train it first"),
-        (["train", "cifar100_resnet56_resnet20", "--set", "data.root=c.npz"], "there is no file c.npz"),
+        (["train", "digits_alone", "--set", "data.name=npz", "--set", "data.root=c.npz"], "there is no file c.npz"),
         (["train", "imagenet_resnet34_resnet18", "--set", "data.root=in1k"], "there is no folder in1k/train"),
         (["train", "digits_kd", "--set", "teacher.checkpoint="], "would teach with random weights"),
         (["score", "digits_alone"], "score.base: there is no file runs/digits_alone/last.pt"),

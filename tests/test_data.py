@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast import data as data_sets
-from lrds_fast.data import MemoryLoader, epoch_batches, hold_out, mislabelled
+from lrds_fast.data import MemoryLoader, epoch_batches, hold_out, mislabelled, prefix_rows
 
 
 def numbered(size: int, **options: object) -> MemoryLoader:
@@ -46,14 +46,50 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert order(1, 3) != first
 
 
-def test_selected_samples_come_first_in_unchanged_batches() -> None:
-    selected = torch.rand(37, generator=torch.Generator().manual_seed(0)) < 0.4
-    plain = epoch_batches(37, 8, seed=1, epoch=2, shuffle=True)
-    composed = epoch_batches(37, 8, seed=1, epoch=2, shuffle=True, selected=selected)
-    for before, after in zip(plain, composed, strict=True):
-        assert sorted(before.tolist()) == sorted(after.tolist())
-        mask = selected[after]
-        assert mask[: int(mask.sum())].all()
+@pytest.mark.parametrize("size", [37, 40, 41])
+@pytest.mark.parametrize("share", [0.0, 0.13, 0.4, 0.8, 1.0])
+def test_selected_samples_come_first_in_equal_shares(size: int, share: float) -> None:
+    selected = torch.rand(size, generator=torch.Generator().manual_seed(0)) < share
+    kept = int(selected.sum())
+    batches = epoch_batches(size, 8, seed=1, epoch=2, shuffle=True, selected=selected)
+    assert torch.equal(torch.cat(batches).sort().values, torch.arange(size)), "every sample once"
+    assert [len(batch) for batch in batches] == [len(b) for b in epoch_batches(size, 8, seed=1, epoch=2, shuffle=True)]
+    for batch in batches:
+        mask = selected[batch]
+        count = int(mask.sum())
+        assert mask[:count].all()
+        assert (
+            len(batch) * kept // size <= count <= prefix_rows(len(batch), size, kept) <= len(batch) * kept // size + 1
+        )
+    # The order within each kind is that of one shuffle of all.
+    order = torch.cat(epoch_batches(size, 8, seed=1, epoch=2, shuffle=True))
+    for kind in (selected, ~selected):
+        found = torch.cat([batch[kind[batch]] for batch in batches])
+        assert torch.equal(found, order[kind[order]])
+
+
+def test_selected_samples_are_shuffled_as_if_alone() -> None:
+    """Over many epochs every selected sample is as often in every batch and at every place of the prefix, and every
+    pair as often together, as independent shuffles have it (within four standard deviations)."""
+    size, batch_size, epochs = 24, 6, 4000
+    selected = torch.arange(size) % 2 == 0
+    kept = int(selected.sum())
+    places = torch.zeros(size, size)
+    together = torch.zeros(size, size)
+    for epoch in range(epochs):
+        batches = epoch_batches(size, batch_size, seed=5, epoch=epoch, shuffle=True, selected=selected)
+        order = torch.cat(batches)
+        places[order, torch.arange(size)] += 1
+        for batch in batches:
+            together[batch[:, None], batch] += 1
+    fits = (selected[:, None] == (torch.arange(size) % batch_size < batch_size // 2)).float()
+    chance = 1 / kept
+    spread = 4 * (epochs * chance * (1 - chance)) ** 0.5
+    assert (places - epochs * chance * fits).abs().max() <= spread
+    same, other = (kept // 4 - 1) / (kept - 1), (kept // 4) / kept
+    expected = torch.where(selected[:, None] == selected, same, other).fill_diagonal_(1.0)
+    spread = 4.5 * (epochs * expected * (1 - expected)).sqrt()
+    assert ((together - epochs * expected).abs() <= spread).all()
 
 
 def test_hold_out_is_a_partition() -> None:

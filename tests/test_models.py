@@ -22,7 +22,21 @@ def images_for(name: str) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["mlp", "small_cnn", "resnet8", "resnet8x4", "wrn_16_1", "vgg8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        "small_cnn",
+        "resnet8",
+        "resnet8x4",
+        "wrn_16_1",
+        "vgg8",
+        "ResNet18",
+        "MobileNetV2",
+        "ShuffleV1",
+        "ShuffleV2",
+    ],
+)
 def test_logits_are_the_head_of_the_features(name: str) -> None:
     model = models.create(name, num_classes=7).eval()
     images = images_for(name)
@@ -118,6 +132,12 @@ def test_unknown_names_raise_with_the_nearest(name: str, message: str) -> None:
         pytest.importorskip("torchvision")
     with pytest.raises(ValueError, match=message):
         models.create(name, num_classes=10)
+
+
+def test_names_in_any_case_and_as_papers_have_them() -> None:
+    assert isinstance(models.create("shufflenetv2", num_classes=3), type(models.create("ShuffleV2", num_classes=3)))
+    assert list(models.create("RESNET8").state_dict()) == list(models.create("resnet8").state_dict())
+    assert "MobileNetV2" in models.names() and "mobilenetv2" not in models.names()
 
 
 def test_wrong_class_counts_and_heads_are_named() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrds_fast
-from lrds_fast.data import Batch, Data, in_memory
+from lrds_fast.data import Batch, Data, in_memory, prefix_rows
 from lrds_fast.models import Classifier
 from lrds_fast.models.small import MLP, SmallCNN
 from lrds_fast.train import Recipe, train
@@ -207,7 +207,9 @@ def test_teacher_prefix_equals_mask_up_to_rounding_and_saves_the_teacher_rows(tm
         )
         shown[compose], weights[compose] = guide.rows, own.state_dict()
     epochs, probe = 3, 1
-    assert shown["prefix"] == epochs * int(selected.sum()) + probe
+    rows = sum(prefix_rows(len(batch.indices), len(selected), int(selected.sum())) for batch in data.train.epoch(0))
+    assert int(selected.sum()) <= rows <= int(selected.sum()) + len(data.train)
+    assert shown["prefix"] == epochs * rows + probe
     assert shown["mask"] == epochs * len(selected) + probe
     for a, b in zip(records["prefix"], records["mask"], strict=True):
         assert a["n_selected"] == b["n_selected"] == int(selected.sum())
@@ -233,13 +235,29 @@ def test_a_selection_of_nobody_is_training_on_labels_alone(tmp_path: Path) -> No
 
 def test_a_loader_that_does_not_sort_gets_a_mask() -> None:
     batch = Batch(torch.zeros(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64), torch.tensor([2, 0, 1, 3]))
-    rows, mask = who_listens(batch, torch.tensor([True, False, False, True]), "prefix")
-    assert rows == 4
+    shown, heard, mask = who_listens(batch, torch.tensor([True, False, False, True]), 2, "prefix")
+    assert (shown, heard) == (4, 4)
     assert mask is not None
     assert mask.tolist() == [False, True, False, True]
-    rows, mask = who_listens(batch, torch.tensor([True, False, True, False]), "prefix")
-    assert (rows, mask) == (2, None)
-    assert who_listens(batch, None, "prefix") == (4, None)
+    assert who_listens(batch, torch.tensor([True, False, True, False]), 2, "prefix") == (2, 2, None)
+    assert who_listens(batch, None, 0, "prefix") == (4, 4, None)
+
+
+def test_the_teacher_sees_as_many_rows_in_every_batch(tmp_path: Path) -> None:
+    """Whatever the share: batches of one size show it one number of rows, at most one more than are selected."""
+    data = blobs(200)
+    size, full = len(data.train.labels), 16
+    for share in (0.0, 0.1, 0.37, 0.5, 0.93, 1.0):
+        selected = selection_of(data, share)
+        kept = int(selected.sum())
+        shown = set()
+        for batch in data.train.epoch(1, selected):
+            seen = who_listens(batch, selected, kept, "prefix")
+            assert seen.mask is None
+            assert seen.heard == int(selected[batch.indices].sum()) <= seen.shown <= seen.heard + 1
+            if len(batch.indices) == full:
+                shown.add(seen.shown)
+        assert shown == {-(-full * kept // size)}
 
 
 def test_log_counts_and_means_are_those_of_the_data(tmp_path: Path) -> None:
@@ -249,7 +267,7 @@ def test_log_counts_and_means_are_those_of_the_data(tmp_path: Path) -> None:
     labels, last = data.train.labels, records[-1]
     said = predicted(outputs_of(guide, data), labels)
     assert last["rows"] == len(labels)
-    assert last["n_selected"] == last["teacher_rows"] == int(selected.sum())
+    assert last["n_selected"] == int(selected.sum()) <= last["teacher_rows"] <= last["n_selected"] + len(data.train)
     assert last["n_revised"] == int(((said != labels) & selected).sum()) > 0
     assert last["train_loss"] == pytest.approx(last["train_ce"] + last["train_kd"])
     logits = outputs_of(model, data, "test")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -45,6 +47,40 @@ def test_the_forms_in_which_weights_are_exchanged(tmp_path: Path, form: str) -> 
     assert not equal(target.state_dict(), state)
     checkpoint.load_weights(target, path, key="teacher.checkpoint")
     assert equal(target.state_dict(), state)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("name", ["MobileNetV2", "resnet8x4", "wrn_16_1", "vgg8"])
+def test_published_files_load_as_they_are(tmp_path: Path, name: str, legacy: bool) -> None:
+    """The state under "model", beside it options, NumPy accuracies and an optimizer: RepDistiller, mdistiller."""
+    source, target = models.create(name), models.create(name)
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.1, momentum=0.9)
+    path = tmp_path / "ckpt_epoch_240.pth"
+    content = {
+        "opt": argparse.Namespace(model=name, lr_decay_epochs=[150, 180, 210], trial="1"),
+        "epoch": 240,
+        "model": source.state_dict(),
+        "best_acc": np.float64(72.5),
+        "accuracy": torch.tensor(72.4),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    checkpoint.load_weights(target, path, key="teacher.checkpoint")
+    assert equal(target.state_dict(), source.state_dict())
+
+
+def test_scalars_of_numpy_1_are_read(tmp_path: Path) -> None:
+    """Their pickles name numpy.core.multiarray, which NumPy 2 has moved."""
+    source, target = models.create("mlp", num_classes=3), models.create("mlp", num_classes=3)
+    path = tmp_path / "old.pth"
+    torch.save({"model": source.state_dict(), "best_acc": np.float64(0.5)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    assert b"numpy._core.multiarray" in content or b"numpy.core.multiarray" in content
+    for new, old in ((b"numpy._core.multiarray", b"numpy.core.multiarray"),):
+        # Pickle protocol 2 ends module names with a newline: their length is not stored.
+        path.write_bytes(content.replace(new, old))
+    checkpoint.load_weights(target, path, key="teacher.checkpoint")
+    assert equal(target.state_dict(), source.state_dict())
 
 
 def test_own_checkpoints_load_as_teachers(trained: Path) -> None:

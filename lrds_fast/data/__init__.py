@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrds_fast.data import cifar as cifar_files
 from lrds_fast.data.folder import FolderLoader, open_folder
 from lrds_fast.data.loader import (
     Batch,
@@ -18,6 +19,7 @@ from lrds_fast.data.loader import (
     epoch_batches,
     generator,
     hold_out,
+    prefix_rows,
 )
 from lrds_fast.data.memory import MemoryLoader, digits, from_npz
 
@@ -37,6 +39,7 @@ __all__ = [
     "in_memory",
     "load",
     "mislabelled",
+    "prefix_rows",
 ]
 
 #: Share of the digits that are the test split; which ones is fixed for good.
@@ -59,15 +62,18 @@ def load(
     workers: int = 0,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
+    device: torch.device | str | None = None,
 ) -> Data:
     """The data set `name`, split and ready to train on.
 
-    name: "digits" (scikit-learn's, needs no root), "npz" (root is a file, see from_npz), or "folder" (root holds
-    train/ and val/, each with one folder per class; val/ is the test split). val_fraction of the training samples is
-    held out, by split_seed; train_limit > 0 keeps that many of the others. seed orders and augments. augment: see
-    MemoryLoader and FolderLoader ("none" or "crop-flip"). mean, std: per channel, for "npz". label_noise: share of the
-    training labels that are replaced by another class, by split_seed; held-out and test labels stay. In memory only,
-    for experiments with unreliable teachers.
+    name: "digits" (scikit-learn's, needs no root), "cifar100" or "cifar10" (root: see lrds_fast.data.cifar; downloaded
+    where it is not there), "npz" (root is a file, see from_npz), or "folder" (root holds train/ and val/, each with one
+    folder per class; val/ is the test split). val_fraction of the training samples is held out, by split_seed;
+    train_limit > 0 keeps that many of the others. seed orders and augments. augment: see MemoryLoader and FolderLoader
+    ("none" or "crop-flip").
+    For data in memory only: mean, std, per channel (CIFAR has the literature's by default); device, where the images
+    stay and are augmented; label_noise, the share of the training labels that are replaced by another class, by
+    split_seed, for experiments with unreliable teachers (held-out and test labels stay).
     """
     if batch_size < 1 or eval_batch_size < 1:
         raise ValueError(f"batch sizes must be at least 1; got {batch_size} and {eval_batch_size}")
@@ -76,6 +82,10 @@ def load(
         train, test = hold_out(len(images), DIGITS_TEST_FRACTION, seed=0)
         splits = images[train], targets[train], images[test], targets[test]
         num_classes = 10
+    elif name in ("cifar10", "cifar100"):
+        num_classes = int(name.removeprefix("cifar"))
+        splits = cifar_files.cifar(num_classes, root)
+        mean, std = mean or cifar_files.MEAN, std or cifar_files.STD
     elif name == "npz":
         splits = from_npz(Path(root))
         num_classes = 1 + int(max(splits[1].max(), splits[3].max()))
@@ -95,7 +105,7 @@ def load(
             workers=workers,
         )
     else:
-        raise ValueError(f"data.name must be 'digits', 'npz' or 'folder'; got {name!r}")
+        raise ValueError(f"data.name must be 'digits', 'cifar100', 'cifar10', 'npz' or 'folder'; got {name!r}")
     return in_memory(
         *splits,
         name=name,
@@ -110,6 +120,7 @@ def load(
         augment=augment,
         mean=mean or None,
         std=std or None,
+        device=device,
     )
 
 
@@ -131,6 +142,7 @@ def in_memory(
     augment: str = "none",
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    device: torch.device | str | None = None,
 ) -> Data:
     """Data from tensors; see MemoryLoader for images and targets, load for the rest."""
     kept, held_out = hold_out(len(train_images), val_fraction, seed=split_seed)
@@ -143,6 +155,7 @@ def in_memory(
             num_classes=num_classes,
             mean=mean,
             std=std,
+            device=device,
             **{"batch_size": eval_batch_size, **options},
         )
 

@@ -35,8 +35,9 @@ class Loader(Protocol):
     def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
         """The batches of one epoch: a function of the loader's seed and `epoch` alone, whatever ran before.
 
-        selected: (size,) bool. Where given, each batch brings its selected samples first, so that the teacher needs to
-        see that prefix only; a loader that cannot do so ignores it, and the trainer falls back to a mask.
+        selected: (size,) bool. Where given, each batch brings its share of the selected samples, first, so that the
+        teacher needs to see a prefix of constant length only (see epoch_batches); a loader that cannot do so ignores
+        it, and the trainer falls back to a mask.
         """
 
     def picture(self, index: int) -> Tensor:
@@ -83,17 +84,32 @@ def batch_count(size: int, batch_size: int) -> int:
 def epoch_batches(
     size: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool, selected: Tensor | None = None
 ) -> list[Tensor]:
-    """Index tensors of one epoch's batch_count batches. Within a batch selected samples come first.
+    """Index tensors of one epoch's batch_count batches; every sample is in one of them.
 
-    Which samples share a batch does not depend on `selected`.
+    With `selected`, (size,) bool, each batch has its share of the selected samples, first, and then of the others: of
+    B samples floor or ceil of B * (number selected) / size. Within the selected, and within the others, the order is
+    that of one shuffle of all.
     """
     order = torch.randperm(size, generator=generator("order", seed, epoch)) if shuffle else torch.arange(size)
-    batches = [order[i * batch_size : (i + 1) * batch_size] for i in range(batch_count(size, batch_size))]
-    if batches:
-        batches[-1] = order[(len(batches) - 1) * batch_size :]
+    ends = [(i + 1) * batch_size for i in range(batch_count(size, batch_size))]
+    if ends:
+        ends[-1] = size
+    starts = [0, *ends[:-1]]
     if selected is None:
-        return batches
-    return [torch.cat([batch[selected[batch]], batch[~selected[batch]]]) for batch in batches]
+        return [order[start:end] for start, end in zip(starts, ends, strict=True)]
+    chosen = selected[order]
+    first, second = order[chosen], order[~chosen]
+    count = len(first)
+    cuts = [end * count // size for end in [0, *ends]]
+    return [
+        torch.cat([first[a:b], second[start - a : end - b]])
+        for start, end, a, b in zip(starts, ends, cuts[:-1], cuts[1:], strict=True)
+    ]
+
+
+def prefix_rows(rows: int, size: int, count: int) -> int:
+    """The most selected samples that a batch of `rows` has where epoch_batches divides `count` of `size` samples."""
+    return min(rows, -(-rows * count // size)) if size else 0
 
 
 def hold_out(size: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ class MemoryLoader:
 
     images: (size, channels, height, width), uint8 (divided by 255) or floating in [0, 1]. targets: (size,) integers in
     [0, num_classes). augment: "none", "shift" (random shift by up to an eighth of the side), or "crop-flip" (the same
-    and a mirror image half of the time). mean, std: per channel, taken off after augmentation.
+    and a mirror image half of the time). mean, std: per channel, taken off after augmentation. device: where the images
+    stay and are augmented, and where batches come from; None leaves them where they are.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class MemoryLoader:
         augment: str = "none",
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if images.dim() != 4:
             raise ValueError(
@@ -54,20 +56,31 @@ class MemoryLoader:
             raise ValueError(f"augment must be 'none', 'shift' or 'crop-flip' for data in memory; got {augment!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        self.images = images
-        self.labels = targets.long()
+        self.images = images if device is None else images.to(device)
+        self.labels = targets.long().cpu()
+        self._targets = self.labels.to(self.images.device)
         self.num_classes = num_classes
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.augment = augment
-        self.mean = None if mean is None else torch.tensor(mean).view(-1, 1, 1)
-        self.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
+        channels = images.shape[1]
+        for key, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) not in (1, channels):
+                raise ValueError(f"{key} must have one value per channel, {channels}; got {len(values)}")
+        scale = 1.0 / 255.0 if images.dtype == torch.uint8 else 1.0
+        # (x * scale - mean) / std as one factor and one offset.
+        divisor = torch.tensor(std or (1.0,), dtype=torch.float64).view(-1, 1, 1)
+        offset = torch.tensor(mean or (0.0,), dtype=torch.float64).view(-1, 1, 1) / divisor
+        self._factor = (scale / divisor).float().to(self.images.device)
+        self._offset = offset.float().to(self.images.device)
 
     def __len__(self) -> int:
         return batch_count(len(self.images), self.batch_size)
 
     def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
+        device = self.images.device
+        draws = None if self.augment == "none" else self._draws(epoch)
         for index in epoch_batches(
             len(self.images),
             self.batch_size,
@@ -76,37 +89,42 @@ class MemoryLoader:
             shuffle=self.shuffle,
             selected=selected,
         ):
-            images = self._as_float(self.images[index])
-            if self.augment != "none":
-                images = self._augmented(images, index, epoch)
-            if self.mean is not None:
-                images = images - self.mean
-            if self.std is not None:
-                images = images / self.std
-            yield Batch(images, self.labels[index], index)
+            place = index.to(device, non_blocking=True)
+            images = self.images[place]
+            if draws is not None:
+                images = self._moved(images, *(column[place] for column in draws))
+            yield Batch(images.float().mul_(self._factor).sub_(self._offset), self._targets[place], index)
 
     def picture(self, index: int) -> Tensor:
-        pixels = self._as_float(self.images[index]) * 255.0
-        return pixels.clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0)
+        image = self.images[index].cpu()
+        pixels = image if image.dtype == torch.uint8 else (image.float() * 255.0).clamp(0, 255).round().to(torch.uint8)
+        return pixels.permute(1, 2, 0)
 
-    @staticmethod
-    def _as_float(images: Tensor) -> Tensor:
-        return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
-
-    def _augmented(self, images: Tensor, index: Tensor, epoch: int) -> Tensor:
-        """One draw per sample of the split and epoch, so that a sample's picture does not depend on its batch."""
+    def _draws(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and columns that each sample of the split begins at, and whether it is mirrored: one draw per sample and
+        epoch, so that a sample's picture does not depend on its batch."""
         draws = generator("augment", self.seed, epoch)
-        reach = max(1, self.images.shape[-1] // 8)
-        shifts = torch.randint(0, 2 * reach + 1, (len(self.images), 2), generator=draws)[index]
-        height, width = images.shape[-2:]
-        padded = F.pad(images, (reach, reach, reach, reach))
-        rows = shifts[:, 0, None] + torch.arange(height)
-        columns = shifts[:, 1, None] + torch.arange(width)
+        size, device = len(self.images), self.images.device
+        down, right = torch.randint(0, 2 * self._reach + 1, (size, 2), generator=draws).to(device).unbind(dim=1)
+        mirrored = torch.zeros(size, dtype=torch.bool)
         if self.augment == "crop-flip":
-            mirrored = torch.rand(len(self.images), generator=draws)[index] < 0.5
-            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-        batch = torch.arange(len(images))[:, None, None]
-        return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+            mirrored = torch.rand(size, generator=draws) < 0.5
+        return down, right, mirrored.to(device)
+
+    @property
+    def _reach(self) -> int:
+        return max(1, self.images.shape[-1] // 8)
+
+    def _moved(self, images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
+        """images (N, C, H, W) cut out of themselves with a zero border, from (down, right) on; one gather for all."""
+        batch, channels, height, width = images.shape
+        padded = F.pad(images, (self._reach,) * 4)
+        rows = down[:, None] + torch.arange(height, device=images.device)
+        columns = right[:, None] + torch.arange(width, device=images.device)
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        flat = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(batch, 1, height * width)
+        cut = padded.flatten(2).gather(2, flat.expand(batch, channels, height * width))
+        return cut.view(batch, channels, height, width)
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -8,7 +8,10 @@ from functools import partial
 
 from lrds_fast.models.classifier import Classifier
 from lrds_fast.models.external import External
+from lrds_fast.models.mobilenet_cifar import MobileNetV2
 from lrds_fast.models.resnet_cifar import CifarResNet
+from lrds_fast.models.resnet_imagenet_cifar import BasicBlock, Bottleneck, ImageNetResNet
+from lrds_fast.models.shufflenet_cifar import ShuffleNetV1, ShuffleNetV2
 from lrds_fast.models.small import MLP, SmallCNN
 from lrds_fast.models.vgg_cifar import DEPTHS, CifarVGG
 from lrds_fast.models.wrn_cifar import WideResNet
@@ -25,6 +28,17 @@ _BUILDERS: dict[str, Callable[..., Classifier]] = {
         for depth, widen in ((16, 1), (16, 2), (40, 1), (40, 2))
     },
     **{name: partial(CifarVGG, depths) for name, depths in DEPTHS.items()},
+    "ResNet18": partial(ImageNetResNet, BasicBlock, (2, 2, 2, 2)),
+    "ResNet50": partial(ImageNetResNet, Bottleneck, (3, 4, 6, 3)),
+    "MobileNetV2": MobileNetV2,
+    "ShuffleV1": ShuffleNetV1,
+    "ShuffleV2": ShuffleNetV2,
+}
+
+# Any case, and what papers call them.
+_OTHER_NAMES = {name.lower(): name for name in _BUILDERS} | {
+    "shufflenetv1": "ShuffleV1",
+    "shufflenetv2": "ShuffleV2",
 }
 
 
@@ -36,7 +50,7 @@ def names() -> list[str]:
 def create(name: str, *, num_classes: int = 100) -> Classifier | External:
     """A freshly initialised network.
 
-    name: one of names(), `torchvision:NAME` or `timm:NAME`. num_classes: number of logits, >= 1.
+    name: one of names() in any case, `torchvision:NAME` or `timm:NAME`. num_classes: number of logits, >= 1.
     Calling the network gives (N, num_classes) logits; .features(images) the (N, d) input of its last linear layer;
     .forward_with_features(images) both. Raises ValueError for an unknown name and ImportError where the library that
     a prefix names is missing.
@@ -46,6 +60,7 @@ def create(name: str, *, num_classes: int = 100) -> Classifier | External:
     library, colon, foreign = name.partition(":")
     if colon:
         return _external(library, foreign, num_classes)
+    name = _OTHER_NAMES.get(name.lower(), name)
     if name not in _BUILDERS:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "see lrds_fast.models.names(), or torchvision:NAME, timm:NAME"

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lrds_fast.train.files import atomic_write
 
 FORMAT = 1
+
+# What published checkpoints hold beside tensors: options as argparse leaves them, accuracies as NumPy scalars. None of
+# these runs anything when it is unpickled.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+    *(
+        (np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar")  # its name before and since NumPy 2
+        for module in ("numpy.core", "numpy._core")
+    ),
+]
 
 
 class Stateful(Protocol):
@@ -133,7 +147,8 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of tensors alone, or it is damaged: {reason}") from error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lrds_fast
-from lrds_fast.data import Batch, Data, derived_seed
+from lrds_fast.data import Batch, Data, derived_seed, prefix_rows
 from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.files import append_record, read_records, remove_leftovers, rewrite_records, write_text
@@ -39,8 +39,8 @@ CHECK_EVERY = 50
 
 class TrainResult(NamedTuple):
     """records: one per epoch, as in the log. teacher_pred: (N,) int64 on the CPU, the class the teacher last gave each
-    training sample, -1 where it was never asked; None without a teacher. selected: (N,) bool, who kept the teacher in
-    the last epoch; None is all."""
+    training sample, -1 where its answer never counted; None without a teacher. selected: (N,) bool, who kept the
+    teacher in the last epoch; None is all."""
 
     records: list[dict[str, Any]]
     teacher_pred: Tensor | None
@@ -139,13 +139,14 @@ def train(
                 progress=progress,
             )
         student.train()
+        kept = 0 if selected is None else int(selected.sum())
         totals = Totals(device)
         for step, batch in enumerate(data.train.epoch(epoch, selected), start=epoch * steps_per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.optimizer.lr * lr_factor(recipe.schedule, step / steps_per_epoch)
             images = batch.images.to(device, non_blocking=True, memory_format=memory_format)
             target = batch.targets.to(device, non_blocking=True)
-            teacher_rows, mask = who_listens(batch, selected, recipe.selection.compose)
+            shown, heard, mask = who_listens(batch, selected, kept, recipe.selection.compose)
 
             with autocast():
                 logits = student(images)
@@ -154,10 +155,10 @@ def train(
                 totals.add_cross_entropy(loss, len(target), step)
             else:
                 with torch.inference_mode(), autocast():
-                    teacher_logits = teacher(images[:teacher_rows]) if teacher_rows else logits.detach()[:0]
+                    taught = teacher(images[:shown]) if shown else logits.detach()[:0]
                 parts_of_loss = lrds_fast.kd_loss_parts(
                     logits,
-                    teacher_logits,
+                    taught[:heard],
                     target,
                     **hyperparameters,
                     selected=None if mask is None else mask.to(device, non_blocking=True),
@@ -165,10 +166,10 @@ def train(
                     grad_scale=scaler._scale if scaler.is_enabled() else None,
                 )
                 loss = parts_of_loss.loss
-                totals.add_parts(parts_of_loss, len(target), teacher_rows, step)
-                if teacher_pred is not None and teacher_rows:
-                    seen = batch.indices[:teacher_rows].to(device, non_blocking=True)
-                    teacher_pred[seen] = predicted(teacher_logits, target[:teacher_rows])
+                totals.add_parts(parts_of_loss, len(target), shown, step)
+                if teacher_pred is not None and heard:
+                    seen = batch.indices[:heard].to(device, non_blocking=True)
+                    teacher_pred[seen] = predicted(taught[:heard], target[:heard])
 
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(scaler.scale(loss))
@@ -207,16 +208,26 @@ def train(
     return TrainResult(records, None if teacher_pred is None else teacher_pred.cpu(), selected)
 
 
-def who_listens(batch: Batch, selected: Tensor | None, compose: str) -> tuple[int, Tensor | None]:
-    """(rows the teacher must see, mask for the loss or None where a prefix says it all)."""
+class Listeners(NamedTuple):
+    """shown: how many rows of a batch, from the first on, the teacher sees. heard: how many of these the loss gets.
+    mask: which of them count, None where all do."""
+
+    shown: int
+    heard: int
+    mask: Tensor | None
+
+
+def who_listens(batch: Batch, selected: Tensor | None, kept: int, compose: str) -> Listeners:
+    """kept: the number of selected samples. A batch that begins with its share of them shows the teacher as many rows
+    as the largest share has, so that every batch of a size asks the same of it; the loss leaves out one too many."""
     rows = len(batch.indices)
     if selected is None:
-        return rows, None
+        return Listeners(rows, rows, None)
     mask = selected[batch.indices]
     count = int(mask.sum())
     if compose == "prefix" and bool(mask[:count].all()):
-        return count, None
-    return rows, mask
+        return Listeners(max(count, prefix_rows(rows, len(selected), kept)), count, None)
+    return Listeners(rows, rows, mask)
 
 
 def predicted(logits: Tensor, target: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def load_data(recipe: Recipe) -> Data:
         workers=options.workers,
         mean=options.mean,
         std=options.std,
+        device=pick_device(recipe.run.device),
     )
 
 

@@ -1,0 +1,142 @@
+"""CIFAR-10 and CIFAR-100 from the official pickles, from WebP sheets, or from torchvision's download."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: What the CIFAR literature subtracts and divides by, per channel.
+MEAN = (0.5071, 0.4867, 0.4408)
+STD = (0.2675, 0.2565, 0.2761)
+
+_FOLDERS = {10: "cifar-10-batches-py", 100: "cifar-100-python"}
+_FILES = {
+    10: ([f"data_batch_{k}" for k in range(1, 6)], ["test_batch"], b"labels"),
+    100: (["train"], ["test"], b"fine_labels"),
+}
+_SIDE = 32
+#: Pictures along a sheet's side.
+_PER_SIDE = 50
+
+
+class Pictures(NamedTuple):
+    """images (size, 3, 32, 32) uint8, labels (size,) int64, of the training and the test split."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def cifar(classes: int, root: str = "") -> Pictures:
+    """CIFAR-10 or CIFAR-100, whichever form `root` holds.
+
+    root: a folder with the official Python version (cifar-100-python/, cifar-10-batches-py/, or that folder itself),
+    or, for CIFAR-100, with WebP sheets (labels.npz, train_00.webp, ...). "" is the folder cifar100/ or cifar10/ in
+    LRDS_DATA where it exists, else "data". What is not there is downloaded by torchvision. Pickles are read without
+    running code. Raises ValueError for damaged files, OSError where the download fails.
+    """
+    folder = Path(root) if root else _default(classes)
+    if classes == 100 and (folder / "labels.npz").is_file():
+        return _from_sheets(folder)
+    official = folder if (folder / _FILES[classes][0][0]).is_file() else folder / _FOLDERS[classes]
+    if not (official / _FILES[classes][0][0]).is_file():
+        _download(classes, folder)
+    return _from_pickles(classes, official)
+
+
+def _default(classes: int) -> Path:
+    shared = os.environ.get("LRDS_DATA")
+    named = Path(shared or "") / f"cifar{classes}"
+    return named if shared and named.is_dir() else Path("data")
+
+
+def _download(classes: int, folder: Path) -> None:
+    try:
+        from torchvision.datasets import CIFAR10, CIFAR100
+    except ImportError as error:
+        raise ImportError(
+            f"data.root: {folder} has no CIFAR-{classes}, and downloading it needs torchvision: pip install torchvision"
+            f" ({error})"
+        ) from error
+    try:
+        (CIFAR10 if classes == 10 else CIFAR100)(str(folder), download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(
+            f"data.root: {folder} has no CIFAR-{classes}, and it could not be downloaded ({reason}); put"
+            f" {_FOLDERS[classes]}/ there"
+        ) from error
+
+
+class _Plain(pickle.Unpickler):
+    """Reads arrays, bytes and plain containers; refuses everything else that a pickle could name."""
+
+    _ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _unpickled(path: Path, key: bytes) -> tuple[Tensor, Tensor]:
+    try:
+        content = _Plain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        images, labels = np.asarray(content[b"data"]), np.asarray(content[key])
+        if images.dtype != np.uint8 or images.shape != (len(labels), 3 * _SIDE * _SIDE):
+            raise ValueError(f"its pictures are {images.dtype} of shape {images.shape}")
+    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no file of the official CIFAR ({error}); get it again") from error
+    return torch.from_numpy(images.copy()).view(-1, 3, _SIDE, _SIDE), torch.from_numpy(labels.astype(np.int64))
+
+
+def _from_pickles(classes: int, folder: Path) -> Pictures:
+    train, test, key = _FILES[classes]
+    found = []
+    for files in (train, test):
+        parts = []
+        for name in files:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"data.root: {folder} lacks the file {name}; get CIFAR-{classes} again")
+            parts.append(_unpickled(folder / name, key))
+        found += [torch.cat(side) for side in zip(*parts, strict=True)]
+    return Pictures(*found)
+
+
+def _from_sheets(folder: Path) -> Pictures:
+    """Lossless WebP sheets of 50 x 50 pictures, in the labels' order."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f"CIFAR in WebP sheets needs Pillow: pip install pillow ({error})") from error
+    with np.load(folder / "labels.npz", allow_pickle=False) as archive:
+        labels = {split: torch.from_numpy(archive[split].astype(np.int64)) for split in ("train", "test")}
+    found = []
+    for split in ("train", "test"):
+        count = len(labels[split])
+        sheets = []
+        for number in range(-(-count // _PER_SIDE**2)):
+            path = folder / f"{split}_{number:02d}.webp"
+            try:
+                with Image.open(path) as opened:
+                    sheet = np.asarray(opened.convert("RGB"))
+                tiles = sheet.reshape(_PER_SIDE, _SIDE, _PER_SIDE, _SIDE, 3).transpose(0, 2, 4, 1, 3)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path} is missing, damaged or no sheet of 50 x 50 pictures ({error})") from error
+            sheets.append(torch.from_numpy(tiles.reshape(-1, 3, _SIDE, _SIDE).copy()))
+        found += [torch.cat(sheets)[:count], labels[split]]
+    return Pictures(*found)
