@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import struct
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from lrds_fast import data as data_sets
 from lrds_fast.data import MemoryLoader, epoch_batches, hold_out, mislabelled, prefix_rows
+from lrds_fast.data.sources import Folder
 
 
 def numbered(size: int, **options: object) -> MemoryLoader:
@@ -211,6 +216,29 @@ def test_bad_npz_files_are_named(tmp_path: Path) -> None:
         data_sets.load("npz", root=str(short))
 
 
+def _integer(value: int) -> bytes:
+    found = b""
+    while value > 127:
+        found, value = found + bytes([value & 127 | 128]), value >> 7
+    return found + bytes([value])
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _integer(number << 3 | 2) + _integer(len(content)) + content
+
+
+def example(content: bytes, label: int, *, packed: bool) -> bytes:
+    """A tf.train.Example, written by hand."""
+    integers = _field(1, _integer(label)) if packed else _integer(1 << 3) + _integer(label)
+    features = [
+        (b"image/class/label", _field(3, integers)),
+        (b"image/encoded", _field(1, _field(1, content))),
+        (b"image/format", _field(1, _field(1, b"jpeg"))),
+        (b"image/class/weight", _field(2, _field(1, struct.pack("<f", 0.5)))),
+    ]
+    return _field(1, b"".join(_field(1, _field(1, key) + _field(2, value)) for key, value in features))
+
+
 def make_folder(root: Path) -> None:
     """Two classes of flat colours, 10 x 12 pixels: three pictures each to train on, one to test."""
     image = pytest.importorskip("PIL.Image")
@@ -224,13 +252,20 @@ def make_folder(root: Path) -> None:
                 image.fromarray(pixels).save(folder / f"{i}.png")
 
 
-def test_folder_labels_pictures_and_repeatable_augmentation(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
+@pytest.mark.parametrize("reader", ["torchvision", "dali"])
+def test_folder_labels_pictures_and_repeatable_augmentation(tmp_path: Path, reader: str) -> None:
+    pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
     make_folder(tmp_path)
 
     def seen(workers: int, epoch: int) -> dict[int, Tensor]:
         loaded = data_sets.load(
-            "folder", root=str(tmp_path), batch_size=4, augment="crop-flip", image_size=8, workers=workers
+            "folder",
+            root=str(tmp_path),
+            batch_size=4,
+            augment="crop-flip",
+            image_size=8,
+            workers=workers,
+            reader=reader,
         )
         assert loaded.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
         return {
@@ -247,10 +282,11 @@ def test_folder_labels_pictures_and_repeatable_augmentation(tmp_path: Path) -> N
     assert any(not torch.equal(here[i], other[i]) for i in here)
 
 
-def test_reading_a_folder_leaves_the_global_generator_alone(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision")
+@pytest.mark.parametrize("reader", ["torchvision", "dali"])
+def test_reading_a_folder_leaves_the_global_generator_alone(tmp_path: Path, reader: str) -> None:
+    pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
     make_folder(tmp_path)
-    loaded = data_sets.load("folder", root=str(tmp_path), augment="crop-flip", image_size=8)
+    loaded = data_sets.load("folder", root=str(tmp_path), augment="crop-flip", image_size=8, reader=reader)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -274,9 +310,48 @@ def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     make_folder(tmp_path)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no picture")
-    loaded = data_sets.load("folder", root=str(tmp_path), image_size=8)
+    loaded = data_sets.load("folder", root=str(tmp_path), image_size=8, reader="torchvision")
     with pytest.raises(ValueError, match=r"cat/1.png is not a readable picture"):
         list(loaded.train.epoch(0))
+
+
+@pytest.mark.parametrize("reader", ["torchvision", "dali"])
+@pytest.mark.parametrize("name", ["webdataset", "tfrecord"])
+def test_archives_are_the_folder(tmp_path: Path, name: str, reader: str) -> None:
+    """The same pictures, labels, classes and held-out samples, whatever they lie in and whoever reads them."""
+    pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
+    make_folder(tmp_path / "folder")
+    archives = tmp_path / name
+    archives.mkdir()
+    (archives / "classes.txt").write_text("cat\ndog\n")
+    for split, ending in (("train", "train"), ("val", "validation")):
+        source = Folder(tmp_path / "folder" / split)
+        labels = source.labels.tolist()
+        if name == "webdataset":
+            with tarfile.open(archives / f"{ending}-0.tar", "w") as archive:
+                for i, label in enumerate(labels):
+                    for kind, content in ((".cls", str(label).encode()), (".png", source.read(i).tobytes())):
+                        info = tarfile.TarInfo(f"{i}{kind}")
+                        info.size = len(content)
+                        archive.addfile(info, io.BytesIO(content))
+        else:
+            with (archives / f"{ending}-00000-of-00001").open("wb") as file:
+                for i, label in enumerate(labels):
+                    content = example(source.read(i).tobytes(), label + 1, packed=True)
+                    file.write(struct.pack("<Q", len(content)) + b"crc1" + content + b"crc2")
+    options: dict[str, Any] = {"batch_size": 2, "val_fraction": 0.3, "image_size": 8, "reader": reader, "workers": 2}
+    a = data_sets.load("folder", root=str(tmp_path / "folder"), **options)
+    b = data_sets.load(name, root=str(archives), **options)
+    assert a.num_classes == b.num_classes == 2
+    for split in ("train", "score", "val", "test"):
+        for x, y in zip(getattr(a, split).epoch(0), getattr(b, split).epoch(0), strict=True):
+            assert torch.equal(x.images, y.images) and torch.equal(x.targets, y.targets)
+    assert torch.equal(a.train.picture(1), b.train.picture(1))
+    (archives / "classes.txt").write_text("cat\n")
+    with pytest.raises(ValueError, match="there are 1 class names, but a sample has the class number 1"):
+        data_sets.load(name, root=str(archives), **options)
+    with pytest.raises(FileNotFoundError, match="for the split 'train'"):
+        data_sets.load(name, root=str(tmp_path), **options)
 
 
 def test_real_photographs(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lrds_fast.data import cifar as cifar_files
-from lrds_fast.data.folder import FolderLoader, open_folder
+from lrds_fast.data.dali import DaliLoader, has_dali
+from lrds_fast.data.folder import FolderLoader
 from lrds_fast.data.loader import (
     Batch,
     Data,
@@ -22,13 +23,16 @@ from lrds_fast.data.loader import (
     prefix_rows,
 )
 from lrds_fast.data.memory import MemoryLoader, digits, from_npz
+from lrds_fast.data.sources import Source, open_split
 
 __all__ = [
     "Batch",
+    "DaliLoader",
     "Data",
     "FolderLoader",
     "Loader",
     "MemoryLoader",
+    "Source",
     "batch_count",
     "derived_seed",
     "digits",
@@ -39,8 +43,13 @@ __all__ = [
     "in_memory",
     "load",
     "mislabelled",
+    "open_split",
     "prefix_rows",
 ]
+
+#: Data sets of encoded pictures, and what reads them.
+ENCODED = ("folder", "webdataset", "tfrecord")
+READERS = ("auto", "dali", "torchvision")
 
 #: Share of the digits that are the test split; which ones is fixed for good.
 DIGITS_TEST_FRACTION = 1 / 3
@@ -60,6 +69,7 @@ def load(
     augment: str = "none",
     image_size: int = 224,
     workers: int = 0,
+    reader: str = "auto",
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     device: torch.device | str | None = None,
@@ -67,10 +77,13 @@ def load(
     """The data set `name`, split and ready to train on.
 
     name: "digits" (scikit-learn's, needs no root), "cifar100" or "cifar10" (root: see lrds_fast.data.cifar; downloaded
-    where it is not there), "npz" (root is a file, see from_npz), or "folder" (root holds train/ and val/, each with one
-    folder per class; val/ is the test split). val_fraction of the training samples is held out, by split_seed;
+    where it is not there), "npz" (root is a file, see from_npz), "folder" (root holds train/ and val/, each with one
+    folder per class; val/ is the test split), "webdataset" or "tfrecord" (archives of the two splits, see
+    lrds_fast.data.sources.open_split). val_fraction of the training samples is held out, by split_seed;
     train_limit > 0 keeps that many of the others. seed orders and augments. augment: see MemoryLoader and FolderLoader
     ("none" or "crop-flip").
+    For encoded pictures (folder, webdataset, tfrecord): reader "dali", "torchvision", or "auto", DALI where it is
+    installed; workers, the processes (torchvision) or threads (DALI) that decode; device, where DALI decodes.
     For data in memory only: mean, std, per channel (CIFAR has the literature's by default); device, where the images
     stay and are augmented; label_noise, the share of the training labels that are replaced by another class, by
     split_seed, for experiments with unreliable teachers (held-out and test labels stay).
@@ -89,10 +102,11 @@ def load(
     elif name == "npz":
         splits = from_npz(Path(root))
         num_classes = 1 + int(max(splits[1].max(), splits[3].max()))
-    elif name == "folder":
+    elif name in ENCODED:
         if label_noise:
-            raise ValueError(f"data.label_noise is for data in memory; got {label_noise} with data 'folder'")
-        return _folder(
+            raise ValueError(f"data.label_noise is for data in memory; got {label_noise} with data {name!r}")
+        return _encoded(
+            name,
             Path(root),
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
@@ -103,9 +117,14 @@ def load(
             augment=augment,
             image_size=image_size,
             workers=workers,
+            reader=reader,
+            device=device,
         )
     else:
-        raise ValueError(f"data.name must be 'digits', 'cifar100', 'cifar10', 'npz' or 'folder'; got {name!r}")
+        raise ValueError(
+            "data.name must be 'digits', 'cifar100', 'cifar10', 'npz', 'folder', 'webdataset' or 'tfrecord'; got"
+            f" {name!r}"
+        )
     return in_memory(
         *splits,
         name=name,
@@ -191,7 +210,8 @@ def _limited(rows: Tensor, limit: int, *, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator("limit", seed))[:limit]].sort().values
 
 
-def _folder(
+def _encoded(
+    name: str,
     root: Path,
     *,
     batch_size: int,
@@ -203,25 +223,34 @@ def _folder(
     augment: str,
     image_size: int,
     workers: int,
+    reader: str,
+    device: torch.device | str | None,
 ) -> Data:
     if augment not in ("none", "crop-flip"):
-        raise ValueError(f"augment must be 'none' or 'crop-flip' for data in folders; got {augment!r}")
-    train, test = open_folder(root / "train"), open_folder(root / "val")
+        raise ValueError(f"augment must be 'none' or 'crop-flip' for encoded pictures; got {augment!r}")
+    if reader not in READERS:
+        raise ValueError(f"data.reader must be one of {', '.join(READERS)}; got {reader!r}")
+    if reader == "auto":
+        reader = "dali" if has_dali() else "torchvision"
+    train, test = open_split(name, root, "train"), open_split(name, root, "val")
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(
             f"{root}: train/ has {len(train.classes)} classes, val/ {len(test.classes)};"
             f" in one only: {', '.join(odd[:5])}"
         )
-    kept, held_out = hold_out(len(train), val_fraction, seed=split_seed)
+    kept, held_out = hold_out(len(train.labels), val_fraction, seed=split_seed)
     kept = _limited(kept, train_limit, seed=split_seed)
 
-    def loader(folder: Any, rows: Tensor, **options: Any) -> FolderLoader:
-        defaults = {"batch_size": eval_batch_size, "image_size": image_size, "workers": workers}
-        return FolderLoader(folder, rows, **{**defaults, **options})
+    def loader(source: Source, rows: Tensor, **options: Any) -> Loader:
+        defaults: dict[str, Any] = {"batch_size": eval_batch_size, "image_size": image_size}
+        if reader == "dali":
+            defaults |= {"device": device or "cpu", "threads": workers or 1}
+            return DaliLoader(source, rows, **{**defaults, **options})
+        return FolderLoader(source, rows, **{**defaults, "workers": workers, **options})
 
     return Data(
-        name="folder",
+        name=name,
         train=loader(
             train,
             kept,
@@ -232,5 +261,5 @@ def _folder(
         ),
         score=loader(train, kept),
         val=loader(train, held_out) if len(held_out) else None,
-        test=loader(test, torch.arange(len(test))),
+        test=loader(test, torch.arange(len(test.labels))),
     )

@@ -1,9 +1,9 @@
-"""Photographs in folders, one per class, read and augmented by torchvision."""
+"""Encoded pictures, read by Pillow and augmented by torchvision: what DALI's are compared with, and the fallback."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,45 +11,41 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lrds_fast.data.loader import Batch, batch_count, derived_seed, epoch_batches
+from lrds_fast.data.sources import Source
 
 # The statistics of ImageNet's training set that every published network expects.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def open_folder(root: Path) -> Any:
-    """torchvision's ImageFolder over `root`; images arrive as PIL images."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root: there is no folder {root}; it must hold one folder per class")
-    try:
-        from torchvision.datasets import ImageFolder
-    except ImportError as error:
-        raise ImportError(f"data 'folder' needs torchvision: pip install torchvision ({error})") from error
-    try:
-        return ImageFolder(str(root))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"data.root: {root}: {str(error).splitlines()[0]}") from error
-
-
 class _Samples(Dataset[tuple[Tensor, int, int]]):
     """Items are asked for as (index, seed): the seed makes a sample's augmentation independent of the worker that
     draws it, of the order in the batch and of the number of workers."""
 
-    def __init__(self, folder: Any, rows: Tensor, transform: Callable[[Any], Tensor]) -> None:
-        self.folder = folder
+    def __init__(self, source: Source, rows: Tensor, transform: Callable[[Any], Tensor]) -> None:
+        self.source = source
         self.rows = rows
         self.transform = transform
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
         index, seed = item
-        path, target = self.folder.samples[int(self.rows[index])]
-        try:
-            image = self.folder.loader(path)
-        except OSError as error:
-            raise ValueError(f"{path} is not a readable picture ({error}); replace or remove it") from error
+        row = int(self.rows[index])
+        image, target = self.picture(index), int(self.source.labels[row])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image), target, index
+
+    def picture(self, index: int) -> Any:
+        """The PIL image; ValueError naming the file where there is none."""
+        from PIL import Image
+
+        row = int(self.rows[index])
+        try:
+            with Image.open(io.BytesIO(self.source.read(row).tobytes())) as opened:
+                return opened.convert("RGB")
+        except OSError as error:
+            where = self.source.name(row)
+            raise ValueError(f"{where} is not a readable picture ({error}); replace or remove it") from error
 
 
 class _Items:
@@ -67,7 +63,7 @@ class _Items:
 
 
 class FolderLoader:
-    """A Loader over some rows of an ImageFolder; see Loader for its methods.
+    """A Loader over some rows of a Source; see Loader for its methods.
 
     train=True: RandomResizedCrop(image_size) and a mirror image half of the time; else Resize(image_size / .875) and
     CenterCrop. workers: processes that decode; 0 decodes in this one.
@@ -75,7 +71,7 @@ class FolderLoader:
 
     def __init__(
         self,
-        folder: Any,
+        source: Source,
         rows: Tensor,
         *,
         batch_size: int,
@@ -85,10 +81,14 @@ class FolderLoader:
         train: bool = False,
         workers: int = 0,
     ) -> None:
-        from torchvision.transforms import v2
-
-        self.num_classes = len(folder.classes)
-        self.labels = torch.tensor(folder.targets, dtype=torch.int64)[rows]
+        try:
+            from torchvision.transforms import v2
+        except ImportError as error:
+            raise ImportError(
+                f"data.reader 'torchvision' needs torchvision: pip install torchvision ({error})"
+            ) from error
+        self.num_classes = len(source.classes)
+        self.labels = source.labels[rows]
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
@@ -99,7 +99,7 @@ class FolderLoader:
             else [v2.Resize(round(image_size / 0.875), antialias=True), v2.CenterCrop(image_size)]
         )
         finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        self._samples = _Samples(folder, rows, v2.Compose([*crop, *finish]))
+        self._samples = _Samples(source, rows, v2.Compose([*crop, *finish]))
 
     def __len__(self) -> int:
         return batch_count(len(self.labels), self.batch_size)
@@ -127,7 +127,6 @@ class FolderLoader:
     def picture(self, index: int) -> Tensor:
         from torchvision.transforms import v2
 
-        path, _ = self._samples.folder.samples[int(self._samples.rows[index])]
-        image = self._samples.folder.loader(path)
+        image = self._samples.picture(index)
         thumbnail = v2.Compose([v2.Resize(96, antialias=True), v2.CenterCrop(96), v2.PILToTensor()])
         return cast(Tensor, thumbnail(image)).permute(1, 2, 0)

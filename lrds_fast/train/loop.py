@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,6 +126,7 @@ def train(
         disable=not progress,
         leave=False,
     )
+    told = 0
     for epoch in range(first_epoch, recipe.schedule.epochs):
         started = time.perf_counter()
         if teacher is not None and rescoring.is_due(recipe.selection, epoch):
@@ -191,6 +193,10 @@ def train(
             **totals.means(),
         }
         record["lr"] = optimizer.param_groups[0]["lr"]
+        unreadable = getattr(data.train, "errors", [])
+        for _, where, reason in unreadable[told:]:
+            bar.write(f"lrds-fast: {where} was replaced by a grey picture: {reason}", file=sys.stderr)
+        told = record["unreadable"] = len(unreadable)
         judged = student if ema is None else ema.module
         for split, loader in (("val", data.val), ("test", data.test)):
             if loader is not None:

@@ -35,6 +35,7 @@ class DataOptions:
     augment: str = "none"
     image_size: int = 224
     workers: int = 0
+    reader: str = "auto"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -185,6 +186,7 @@ class Recipe:
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data.reader": ("auto", "dali", "torchvision"),
     "loss.revise": ("lr", "none"),
     "selection.compose": ("prefix", "mask"),
     "score.hessian": ("objective", "gt"),

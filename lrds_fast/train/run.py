@@ -45,6 +45,7 @@ def load_data(recipe: Recipe) -> Data:
         augment=options.augment,
         image_size=options.image_size,
         workers=options.workers,
+        reader=options.reader,
         mean=options.mean,
         std=options.std,
         device=pick_device(recipe.run.device),
