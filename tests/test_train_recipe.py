@@ -24,7 +24,7 @@ def test_recipes_of_the_library_load_and_name_networks_that_exist(name: str) -> 
     assert recipe.name == name
     assert recipe.description
     for model in (recipe.teacher.model, recipe.student.model):
-        if model and not model.startswith("torchvision:"):
+        if model and not model.startswith(("torchvision:", "timm:")):
             assert model in models.names()
     if recipe.teacher.model:
         # What the loss does with rows without teacher is written out, never left to a default.

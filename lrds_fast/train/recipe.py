@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrds_fast import divergences
+from lrds_fast.train import grid
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -232,7 +233,8 @@ def builtin_recipes() -> list[str]:
 
 
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file, or the one of that name that comes with the library, with `key=value` settings on top.
+    """The recipe in a TOML file, or the one of that name that comes with the library (lrds_fast.train.grid's too), with
+    `key=value` settings on top.
 
     A file may say `extends = "other"`: a name, or a path relative to the file; its own values win. Keys in settings are
     dotted ("loss.eta=0.5"); values are TOML, and a bare word is a string. Raises ValueError for unknown keys, values of
@@ -288,9 +290,9 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
             )
         text, folder = path.read_text(encoding="utf-8"), path.parent
     else:
-        text, folder = recipe_text(source), None
+        text, folder = "" if grid.is_name(source) else recipe_text(source), None
     try:
-        values: dict[str, Any] = tomllib.loads(text)
+        values: dict[str, Any] = grid.compose(source) if grid.is_name(source) else tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {source} is not valid TOML: {error}") from error
     parent = values.pop("extends", None)
