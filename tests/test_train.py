@@ -452,3 +452,89 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path: Path) -> None
     path = tmp_path / "log.jsonl"
     files_module.append_record(path, {"a": float("inf"), "b": [float("nan"), 1.5]})
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss.divergence": "dkd", "loss.divergence_options": {"beta": 2.0}, "loss.kd_warmup_epochs": 2},
+        {"loss.divergence": "mse_logits", "loss.revise": "none"},
+        {"loss.temperatures": [2.0, 4.0], "loss.standardize": True, "loss.revise": "mft"},
+        {"loss.divergence": "jsd", "loss.divergence_options": {"weight": 0.3}, "loss.revise": "swap"},
+    ],
+    ids=str,
+)
+def test_the_family_of_losses_in_a_recipe(tmp_path: Path, loss: dict[str, Any]) -> None:
+    """Two epochs of the loop are two epochs of plain SGD on kd_loss with those arguments."""
+    chosen = recipe(**{"schedule.epochs": 2, "schedule.name": "constant", "optimizer.weight_decay": 0.0} | loss)
+    data = blobs()
+    own, expected, guide = MLP(3, inputs=16), MLP(3, inputs=16), teacher()
+    expected.load_state_dict(own.state_dict())
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
+    divergence: Any = {
+        "dkd": lrds_fast.DKD(beta=2.0),
+        "jsd": lrds_fast.JSD(weight=0.3),
+    }.get(chosen.loss.divergence, chosen.loss.divergence)
+    for epoch in range(2):
+        for batch in data.train.epoch(epoch):
+            optimizer.zero_grad()
+            value = lrds_fast.kd_loss(
+                expected(batch.images),
+                guide(batch.images),
+                batch.targets,
+                temperature=chosen.loss.temperatures or 4.0,
+                kd_weight=0.9 * (0.5 if epoch == 0 and chosen.loss.kd_warmup_epochs else 1.0),
+                revise={"none": None}.get(chosen.loss.revise, chosen.loss.revise),
+                divergence=divergence,
+                standardize=chosen.loss.standardize,
+            )
+            torch.autograd.backward(value)
+            optimizer.step()
+    run(tmp_path, recipe=chosen, student=own, teacher=guide, data=data)
+    for name, value in own.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compose", ["prefix", "mask"])
+@pytest.mark.parametrize("method", ["dist", "mlkd", "revision"])
+def test_other_objectives_over_the_selected(tmp_path: Path, method: str, compose: str) -> None:
+    """One epoch of the loop, half of the samples selected, against the objective written out row by row."""
+    chosen = recipe(
+        **{"schedule.epochs": 1, "schedule.name": "constant", "loss.method": method, "selection.compose": compose}
+    )
+    data = blobs()
+    selected = selection_of(data)
+    own, expected, guide = MLP(3, inputs=16), MLP(3, inputs=16), teacher()
+    expected.load_state_dict(own.state_dict())
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for batch in data.train.epoch(0, selected):
+        z, v, y = expected(batch.images), guide(batch.images).detach(), batch.targets
+        heard = selected[batch.indices]
+        share = heard.double().mean().float()
+        rows = F.cross_entropy(z, y, reduction="none")
+        weighted = (rows * torch.where(heard, 0.1, 1.0)).mean()
+        if method == "dist":
+            revised = 4.0 * lrds_fast.reference.revise_labels(v, y, eta=0.8, temperature=4.0).log()
+            loss = weighted + 0.9 * share * lrds_fast.dist_loss(z[heard], revised[heard], temperature=4.0)
+        elif method == "mlkd":
+            loss = lrds_fast.mlkd_loss(z, v, y, temperature=4.0, selected=heard, ce_weight_unselected=1.0)
+        else:
+            loss = 0.9 * share * lrds_fast.revision_loss(z[heard], v[heard], y[heard]) + rows[~heard].sum() / len(z)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    records, _ = run(tmp_path, recipe=chosen, student=own, teacher=guide, data=data, selected=selected)
+    for name, value in own.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-3, atol=1e-5)
+    assert records[0]["n_selected"] == int(selected.sum())
+
+
+@pytest.mark.parametrize("method", ["dist", "mlkd", "revision"])
+def test_other_objectives_without_anyone_selected(tmp_path: Path, method: str) -> None:
+    data = blobs()
+    nobody = torch.zeros(len(data.train.labels), dtype=torch.bool)
+    chosen = recipe(**{"loss.method": method})
+    _, own = run(tmp_path, "nobody", recipe=chosen, teacher=teacher(), data=data, selected=nobody)
+    _, other = run(tmp_path, "alone", recipe=recipe(), data=data)
+    for name, value in own.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-3, atol=1e-5)

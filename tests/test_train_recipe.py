@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lrds_fast import models
+from lrds_fast.divergences import DKD, KL
 from lrds_fast.train.recipe import Recipe, all_keys, builtin_recipes, from_mapping, load_recipe
 
 
@@ -23,7 +24,7 @@ def test_recipes_of_the_library_load_and_name_networks_that_exist(name: str) -> 
     assert recipe.name == name
     assert recipe.description
     for model in (recipe.teacher.model, recipe.student.model):
-        if model and not model.startswith("torchvision:"):
+        if model and not model.startswith(("torchvision:", "timm:")):
             assert model in models.names()
     if recipe.teacher.model:
         # What the loss does with rows without teacher is written out, never left to a default.
@@ -135,3 +136,22 @@ def test_values_can_be_replaced_but_the_original_stays() -> None:
 
 def test_flat_has_every_key() -> None:
     assert sorted(Recipe().flat()) == sorted(all_keys())
+
+
+def test_divergences_and_their_options() -> None:
+    recipe = load_recipe("digits_kd", ["loss.divergence=dkd", "loss.divergence_options.beta=2"])
+    assert recipe.loss.chosen_divergence() == DKD(beta=2.0)
+    assert from_mapping(json.loads(recipe.to_json())) == recipe
+    assert load_recipe("digits_kd").loss.chosen_divergence() == KL()
+    for settings, message in (
+        (["loss.divergence=dkl"], "loss.divergence must be one of kl, rkl"),
+        (["loss.divergence_options.beta=2"], "loss.divergence_options.beta: 'kl' has no such option; it has none"),
+        (["loss.divergence=dkd", "loss.divergence_options.gamma=2"], "'dkd' has no such option; it has alpha, beta"),
+        (["loss.divergence=dkd", "loss.divergence_options.beta=-1"], "loss.divergence_options: DKD's beta must be"),
+        (["loss.divergence=dkd", "loss.divergence_options.beta=x"], "loss.divergence_options.beta must be float"),
+        (["loss.divergence_options=3"], "loss.divergence_options must be a table"),
+        (["loss.temperatures=[1, 0]"], "loss.temperatures must be above 0"),
+        (["loss.kd_warmup_epochs=-1"], "loss.kd_warmup_epochs must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_recipe("digits_kd", settings)

@@ -118,6 +118,22 @@ def _parser() -> argparse.ArgumentParser:
     after.add_argument("--overwrite", action="store_true", help="replace an older run in the same folder")
 
     sub = add(
+        "sweep",
+        _sweep,
+        "train a list of recipes, one after the other; what is finished is kept, what was cut short goes on",
+        "lrds-fast sweep cifar100/resnet56-resnet20/kd cifar100/resnet56-resnet20/kd+lr --seeds 0 1 2",
+    )
+    sub.add_argument(
+        "recipes", metavar="RECIPE", nargs="+", help="TOML files or names; @FILE is a file of them, a line each"
+    )
+    sub.add_argument(
+        "--seeds", type=int, nargs="+", help="each recipe once per seed, in OUT/seedN (default: as it says)"
+    )
+    sub.add_argument("--baseline", help="name of the recipe to take differences to")
+    sub.add_argument("--report", type=Path, help="also write an HTML report of all runs")
+    add_settings(sub)
+
+    sub = add(
         "score",
         _score,
         "score every training sample: should it keep its teacher?",
@@ -223,6 +239,24 @@ def _train(options: argparse.Namespace) -> int:
     return OK
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from lrds_fast.train.files import write_text
+    from lrds_fast.train.recipe import load_recipe
+    from lrds_fast.train.report import NOTES, html_report, tabulate, text_table
+    from lrds_fast.train.sweep import listed, sweep
+
+    recipes = [load_recipe(source, options.settings) for source in listed(options.recipes)]
+    runs, failures = sweep(recipes, seeds=options.seeds, progress=_progress(options), say=print)
+    if runs:
+        print(f"\n{text_table(tabulate(runs, baseline=options.baseline), baseline=options.baseline)}\n\n{NOTES}")
+    if runs and options.report:
+        write_text(options.report, html_report(runs, title="lrds-fast sweep", baseline=options.baseline))
+        print(f"\nreport: {options.report}")
+    for where, reason in failures:
+        print(f"lrds-fast: error: {where}: {reason}", file=sys.stderr)
+    return FAILED if failures else OK
+
+
 def _score(options: argparse.Namespace) -> int:
     import lrds_fast
     from lrds_fast.train import run
@@ -287,19 +321,24 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
+    from lrds_fast.train import grid
     from lrds_fast.train.recipe import builtin_recipes, load_recipe, recipe_text
 
     if options.action == "show":
+        resolved = options.resolved or grid.is_name(options.recipe)  # those have no file
         print(
-            load_recipe(options.recipe).to_json() if options.resolved else recipe_text(options.recipe),
+            load_recipe(options.recipe).to_json() if resolved else recipe_text(options.recipe),
             end="",
         )
-        print(end="\n" if options.resolved else "")
+        print(end="\n" if resolved else "")
         return OK
     names = builtin_recipes()
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {load_recipe(name).description}")
+    print("\ncifar100/MODEL: a network alone. cifar100/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds:")
+    print(f"  pairs    {', '.join(grid.PAIRS)}")
+    print(f"  methods  {', '.join(grid.METHODS)}")
     return OK
 
 

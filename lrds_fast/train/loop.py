@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import lrds_fast
 from lrds_fast.data import Batch, Data, derived_seed, prefix_rows
 from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.files import append_record, read_records, remove_leftovers, rewrite_records, write_text
+from lrds_fast.train.methods import objective
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import (
     autocast_factory,
     build_optimizer,
-    loss_arguments,
+    kd_factor,
     lr_factor,
     moving_average,
     pick_device,
@@ -86,7 +86,7 @@ def train(
 
     rescoring.check(recipe, data, teacher)
 
-    hyperparameters = loss_arguments(recipe.loss)
+    measure = objective(recipe.loss)
     autocast = autocast_factory(recipe.run.amp, device)
     optimizer = build_optimizer(recipe.optimizer, student)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.amp == "fp16")
@@ -141,6 +141,7 @@ def train(
                 progress=progress,
             )
         student.train()
+        kd_weight = recipe.loss.kd_weight * kd_factor(recipe.loss, epoch)
         kept = 0 if selected is None else int(selected.sum())
         totals = Totals(device)
         for step, batch in enumerate(data.train.epoch(epoch, selected), start=epoch * steps_per_epoch):
@@ -158,12 +159,12 @@ def train(
             else:
                 with torch.inference_mode(), autocast():
                     taught = teacher(images[:shown]) if shown else logits.detach()[:0]
-                parts_of_loss = lrds_fast.kd_loss_parts(
+                parts_of_loss = measure(
                     logits,
                     taught[:heard],
                     target,
-                    **hyperparameters,
                     selected=None if mask is None else mask.to(device, non_blocking=True),
+                    kd_weight=kd_weight,
                     # Known to the loss, the scale is folded in float32 before the gradient is rounded to half.
                     grad_scale=scaler._scale if scaler.is_enabled() else None,
                 )

@@ -14,6 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lrds_fast import divergences
+from lrds_fast.train import grid
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -58,15 +61,39 @@ class StudentOptions:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """kd_loss's arguments; without a teacher only label_smoothing counts. revise "none" is no revision."""
+    """kd_loss's arguments; without a teacher only label_smoothing counts. revise "none" is no revision. temperatures:
+    several at once, instead of temperature. divergence_options: the divergence's own parameters, such as alpha and beta
+    of "dkd"; what is not given is as published. kd_warmup_epochs: kd_weight grows over so many epochs.
+
+    method "kd" is kd_loss; "dist", "mlkd" and "revision" put lrds_fast.dist_loss, mlkd_loss or revision_loss in its
+    place (see lrds_fast.train.methods), and take no divergence."""
 
     temperature: float = 4.0
+    temperatures: tuple[float, ...] = ()
+    method: str = "kd"
+    divergence: str = "kl"
+    divergence_options: dict[str, float] = field(default_factory=dict)
+    standardize: bool = False
+    kd_warmup_epochs: int = 0
     ce_weight: float = 0.1
     kd_weight: float = 0.9
     ce_weight_unselected: float = 1.0
     revise: str = "lr"
     eta: float = 0.8
     label_smoothing: float = 0.0
+
+    def chosen_divergence(self) -> divergences.Divergence:
+        """The divergence with its options; ValueError for an option that it has not, or a value out of its range."""
+        default = divergences.resolve(self.divergence)
+        known = [item.name for item in dataclasses.fields(default) if isinstance(getattr(default, item.name), float)]
+        for name in self.divergence_options:
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"loss.divergence_options.{name}: {self.divergence!r} has no such option; {has}")
+        try:
+            return dataclasses.replace(default, **self.divergence_options)
+        except ValueError as error:
+            raise ValueError(f"loss.divergence_options: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -187,7 +214,9 @@ class Recipe:
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.reader": ("auto", "dali", "torchvision"),
-    "loss.revise": ("lr", "none"),
+    "loss.revise": ("lr", "mft", "swap", "none"),
+    "loss.method": ("kd", "dist", "mlkd", "revision"),
+    "loss.divergence": divergences.NAMES,
     "selection.compose": ("prefix", "mask"),
     "score.hessian": ("objective", "gt"),
     "score.curvature": ("identity", "kfac", "ekfac", "exact"),
@@ -204,7 +233,8 @@ def builtin_recipes() -> list[str]:
 
 
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file, or the one of that name that comes with the library, with `key=value` settings on top.
+    """The recipe in a TOML file, or the one of that name that comes with the library (lrds_fast.train.grid's too), with
+    `key=value` settings on top.
 
     A file may say `extends = "other"`: a name, or a path relative to the file; its own values win. Keys in settings are
     dotted ("loss.eta=0.5"); values are TOML, and a bare word is a string. Raises ValueError for unknown keys, values of
@@ -260,9 +290,9 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
             )
         text, folder = path.read_text(encoding="utf-8"), path.parent
     else:
-        text, folder = recipe_text(source), None
+        text, folder = "" if grid.is_name(source) else recipe_text(source), None
     try:
-        values: dict[str, Any] = tomllib.loads(text)
+        values: dict[str, Any] = grid.compose(source) if grid.is_name(source) else tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {source} is not valid TOML: {error}") from error
     parent = values.pop("extends", None)
@@ -325,6 +355,11 @@ def _typed(value: Any, hint: Any, key: str, where: str) -> Any:
     """`value` as the field's type: an integer may stand for a float, a list for a tuple, nothing else for another."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if typing.get_origin(hint) is dict:
+        inner = typing.get_args(hint)[1]
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: {key} must be a table; got {value!r}")
+        return {name: _typed(item, inner, f"{key}.{name}", where) for name, item in value.items()}
     if isinstance(hint, types.GenericAlias):
         inner = typing.get_args(hint)[0]
         if isinstance(value, (list, tuple)):
@@ -363,6 +398,7 @@ def _check_values(recipe: Recipe) -> None:
         "optimizer.weight_decay": recipe.optimizer.weight_decay,
         "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
         "run.clip_grad_norm": recipe.run.clip_grad_norm,
+        "loss.kd_warmup_epochs": recipe.loss.kd_warmup_epochs,
         "selection.after": recipe.selection.after,
         "selection.every": recipe.selection.every,
         "selection.margin": recipe.selection.margin,
@@ -378,6 +414,17 @@ def _check_values(recipe: Recipe) -> None:
     }.items():
         if not 0 <= number < 1:
             raise ValueError(f"{key} must be in [0, 1); got {number}")
+    recipe.loss.chosen_divergence()
+    if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
+        raise ValueError(f"loss.method {recipe.loss.method!r} takes no divergence and no standardize; use method 'kd'")
+    if recipe.loss.method in ("dist", "revision") and recipe.loss.temperatures:
+        raise ValueError(f"loss.method {recipe.loss.method!r} takes one temperature; got loss.temperatures")
+    if recipe.loss.method != "kd" and recipe.loss.revise not in ("lr", "none"):
+        raise ValueError(f"loss.method {recipe.loss.method!r} takes loss.revise 'lr' or 'none'")
+    if recipe.loss.method == "revision" and recipe.loss.revise != "lr":
+        raise ValueError("loss.method 'revision' is label revision: it takes loss.revise 'lr'")
+    if any(not 0 < t < float("inf") for t in recipe.loss.temperatures):
+        raise ValueError(f"loss.temperatures must be above 0 and finite; got {recipe.loss.temperatures}")
     if recipe.selection.every and not recipe.selection.after:
         raise ValueError("selection.every needs selection.after, the epochs before the first scoring, to be above 0")
     if not recipe.selection.ratio <= 1:

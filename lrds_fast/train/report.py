@@ -12,6 +12,7 @@ from typing import Any
 
 from lrds_fast.picture import histogram, line_chart
 from lrds_fast.selection import Selection
+from lrds_fast.train import grid
 from lrds_fast.train.files import read_records
 from lrds_fast.train.loop import LOG, RECIPE
 from lrds_fast.train.recipe import Recipe, from_mapping
@@ -39,7 +40,8 @@ class Row:
 
     Accuracies are shares in [0, 1], cross-entropies nats, on the test split after the last epoch. best_accuracy is
     over epochs, as the literature often has it. The differences are paired by seed, None for the baseline itself or
-    where the seeds differ. revised, deselected: training samples per run, in the last epoch.
+    where the seeds differ. revised, deselected: training samples per run, in the last epoch. published: the accuracy
+    that the literature has for this experiment, None where there is none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     cross_entropy_difference: Estimate | None
     revised: Estimate | None
     deselected: Estimate | None
+    published: float | None = None
 
 
 def read_run(folder: Path) -> Run:
@@ -91,6 +94,7 @@ def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
         return paired(_last(group, key), _last(base, key)) if comparable else None
 
     taught = all("n_selected" in run.last for run in group)
+    percent = grid.published(name)
     return Row(
         name=name,
         seeds=seeds,
@@ -101,6 +105,7 @@ def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
         cross_entropy_difference=difference("test_ce"),
         revised=estimate(_last(group, "n_revised")) if taught else None,
         deselected=estimate([run.last["rows"] - run.last["n_selected"] for run in group]) if taught else None,
+        published=None if percent is None else percent / 100,
     )
 
 
@@ -119,6 +124,7 @@ HEADER = (
     "CE - {base}",
     "revised",
     "deselected",
+    "published %",
 )
 
 
@@ -134,6 +140,7 @@ def cells(row: Row) -> tuple[str, ...]:
         _difference(row.cross_entropy_difference, 1, 4),
         "-" if row.revised is None else f"{row.revised.mean:.0f}",
         "-" if row.deselected is None else f"{row.deselected.mean:.0f}",
+        "-" if row.published is None else f"{100 * row.published:.2f}",
     )
 
 
@@ -153,8 +160,8 @@ def _difference(value: Estimate | None, scale: float, digits: int) -> str:
 
 def text_table(rows: Sequence[Row], *, baseline: str | None = None) -> str:
     """The table for a terminal."""
-    lines = [header(baseline), *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    lines = table_lines(rows, baseline)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rendered = [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -164,6 +171,12 @@ def text_table(rows: Sequence[Row], *, baseline: str | None = None) -> str:
     ]
     rendered.insert(1, "-" * len(rendered[0]))
     return "\n".join(line.rstrip() for line in rendered)
+
+
+def table_lines(rows: Sequence[Row], baseline: str | None) -> list[tuple[str, ...]]:
+    """The header and a line per row; the published accuracies only where there are any."""
+    lines = [header(baseline), *map(cells, rows)]
+    return lines if any(row.published is not None for row in rows) else [line[:-1] for line in lines]
 
 
 def header(baseline: str | None) -> tuple[str, ...]:
@@ -209,8 +222,9 @@ def html_report(
     """One self-contained page: the table, curves, score histograms, and pictures of revised and deselected samples."""
     rows = tabulate(runs, baseline=baseline)
     body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for text in introduction)]
-    titles = "".join(f"<th>{escape(text)}</th>" for text in header(baseline))
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>" for row in rows)
+    first, *others = table_lines(rows, baseline)
+    titles = "".join(f"<th>{escape(text)}</th>" for text in first)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in others)
     body.append(f"<h2>Results</h2><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>")
     body.append(f"<p class='note'>{escape(NOTES)}</p>")
     if conclusions:

@@ -70,14 +70,21 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def kd_factor(options: LossOptions, epoch: int) -> float:
+    """What kd_weight is multiplied with in `epoch`, counted from 0."""
+    return min((epoch + 1) / options.kd_warmup_epochs, 1.0) if options.kd_warmup_epochs else 1.0
+
+
 def loss_arguments(options: LossOptions) -> dict[str, Any]:
     """Keywords for lrds_fast.kd_loss, kd_loss_parts and KDLoss."""
     return {
-        "temperature": options.temperature,
+        "temperature": options.temperatures or options.temperature,
         "ce_weight": options.ce_weight,
         "kd_weight": options.kd_weight,
         "ce_weight_unselected": options.ce_weight_unselected,
         "revise": None if options.revise == "none" else options.revise,
         "eta": options.eta,
         "label_smoothing": options.label_smoothing,
+        "divergence": options.chosen_divergence(),
+        "standardize": options.standardize,
     }
