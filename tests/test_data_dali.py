@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
 import struct
 import tarfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +177,39 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(root: Path) -> None:
     wanted = list(loader(root, train=True, shuffle=True).epoch(1))
     for a, b in zip(found.epoch(1), wanted, strict=True):
         assert torch.equal(a.indices, b.indices) and torch.equal(a.images, b.images)
+
+
+def test_a_loader_goes_with_its_last_reference(root: Path) -> None:
+    """Not with the garbage collector, which in a forked process would end threads that are not there."""
+    gc.collect()
+    gc.disable()
+    try:
+        found = loader(root)
+        list(found.epoch(0))
+        iterator = found.epoch(1)
+        next(iterator)
+        pipeline = weakref.ref(found._pipeline)
+        assert pipeline() is not None
+        del found, iterator
+        assert pipeline() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_forked_processes_collect_garbage_in_peace(root: Path, alive: bool) -> None:
+    found: DaliLoader | None = loader(root)
+    assert found is not None
+    list(found.epoch(0))
+    if not alive:
+        found = None
+    child = os.fork()
+    if child == 0:
+        gc.collect()
+        os._exit(7)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+    assert found is None or len(found.labels) == COUNT
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import itertools
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -271,7 +272,16 @@ class DaliLoader:
         on_gpu = self.device.type == "cuda"
         if self._pipeline is None:
             build = _gpu_pipeline if on_gpu else _cpu_pipeline
-            self._pipeline = build(self._next, self.batch_size + 1, self.image_size, self.device, self.threads)
+            # By a weak reference: a cycle would leave the pipeline and its threads to the garbage collector, which may
+            # run in a forked process, where they do not exist.
+            this = weakref.ref(self)
+
+            def inputs() -> tuple[list[np.ndarray], ...]:
+                loader = this()
+                assert loader is not None
+                return loader._next()
+
+            self._pipeline = build(inputs, self.batch_size + 1, self.image_size, self.device, self.threads)
         (images,) = self._pipeline.run()
         if on_gpu:
             plugin: Any = importlib.import_module("nvidia.dali.plugin.pytorch")

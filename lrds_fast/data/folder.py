@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -62,6 +63,11 @@ class _Items:
             yield [(i, derived_seed("augment", self.seed, self.epoch, i)) for i in batch.tolist()]
 
 
+def _keep(_: int) -> None:
+    """In a new worker: what its parent has left is not its to collect, such as objects with threads of the parent's."""
+    gc.freeze()
+
+
 class FolderLoader:
     """A Loader over some rows of a Source; see Loader for its methods.
 
@@ -117,6 +123,7 @@ class FolderLoader:
             cast(Any, self._samples),
             batch_sampler=cast(Any, _Items(batches, self.seed, epoch)),
             num_workers=self.workers,
+            worker_init_fn=_keep,
             pin_memory=torch.cuda.is_available(),
             # Its draw of a seed for the workers must not move the global generator.
             generator=torch.Generator(),
