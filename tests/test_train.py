@@ -20,9 +20,9 @@ from lrds_fast.train import Recipe, train
 from lrds_fast.train import files as files_module
 from lrds_fast.train.evaluate import evaluate, outputs
 from lrds_fast.train.files import read_records
-from lrds_fast.train.loop import predicted, who_listens
 from lrds_fast.train.recipe import ScheduleOptions
 from lrds_fast.train.setup import lr_factor
+from lrds_fast.train.step import predicted, who_listens
 
 CPU = torch.device("cpu")
 
@@ -420,7 +420,8 @@ def test_a_crash_while_writing_a_checkpoint_leaves_the_previous_one(
     monkeypatch.setattr(torch, "save", save)
     state = torch.load(tmp_path / "crash" / "last.pt", weights_only=True)
     assert state["epoch"] == 1
-    assert sorted(path.name for path in (tmp_path / "crash").iterdir()) == ["last.pt", "log.jsonl", "recipe.json"]
+    names = sorted(path.name for path in (tmp_path / "crash").iterdir())
+    assert names == ["best.safetensors", "last.pt", "log.jsonl", "recipe.json"]
     resumed, _ = run(tmp_path, "crash", resume=True)
     assert resumed == whole
 

@@ -161,7 +161,7 @@ def test_resuming_another_run_is_refused(tmp_path: Path, trained: Path, change: 
 
 def test_weights_of_someone_else_are_not_a_run_to_resume(tmp_path: Path, trained: Path) -> None:
     torch.save(models.create("mlp", num_classes=10).state_dict(), trained)
-    with pytest.raises(ValueError, match=r"is not a checkpoint of lrds-fast train \(format 1\)"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint of lrds-fast train \(format 2\)"):
         fit(quick(tmp_path), resume=True, progress=False)
 
 

@@ -6,15 +6,16 @@ import argparse
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 
 # What published checkpoints hold beside tensors: options as argparse leaves them, accuracies as NumPy scalars. None of
 # these runs anything when it is unpickled.
@@ -39,27 +40,45 @@ class Stateful(Protocol):
         """The reverse of state_dict."""
 
 
+class Position(NamedTuple):
+    """Where a run stands: `epochs` are done, and `steps` of the one that follows. state: whatever else goes on."""
+
+    epochs: int
+    steps: int
+    state: dict[str, Any]
+
+
 def save(
     path: Path,
+    position: Position,
     *,
-    epoch: int,
     facts: Mapping[str, str],
     student: nn.Module,
     parts: Mapping[str, Stateful | None],
+    ranks: Ranks | None = None,
 ) -> None:
-    """A checkpoint of the state after `epoch` epochs.
+    """A checkpoint of the run at `position`, written by the first process.
 
     facts: strings that must be equal on resuming (model, data fingerprint, ...). parts: by name, whatever else has
-    state; None is left out. The random generators' states are added.
+    state; None is left out. The random generators' states of every process are added.
     """
+    ranks = ranks or Ranks()
+    generators = {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    everybody = ranks.gather(generators)
+    if not ranks.first:
+        return
     state: dict[str, Any] = {
         "format": FORMAT,
-        "epoch": epoch,
+        "epoch": position.epochs,
+        "steps": position.steps,
+        "state": position.state,
         "facts": dict(facts),
         "student": student.state_dict(),
         "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
-        "rng": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": everybody,
     }
     with atomic_write(path) as file:
         torch.save(state, file)
@@ -71,8 +90,9 @@ def resume(
     facts: Mapping[str, str],
     student: nn.Module,
     parts: Mapping[str, Stateful | None],
-) -> int:
-    """Loads what save() wrote and returns the number of epochs done; ValueError where a fact differs."""
+    ranks: Ranks | None = None,
+) -> Position:
+    """Loads what save() wrote and returns how far the run was; ValueError where a fact differs."""
     state = _read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
@@ -89,10 +109,22 @@ def resume(
     for name, part in parts.items():
         if part is not None:
             part.load_state_dict(state["parts"][name])
-    torch.set_rng_state(state["rng"])
-    if state["rng_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["rng_cuda"])
-    return int(state["epoch"])
+    rank = (ranks or Ranks()).rank
+    if rank < len(state["generators"]):  # more processes than before draw from their own seeds
+        generators = state["generators"][rank]
+        torch.set_rng_state(generators["cpu"])
+        if generators["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(generators["cuda"])
+    return Position(int(state["epoch"]), int(state["steps"]), state["state"])
+
+
+def save_weights(path: Path, model: nn.Module, facts: Mapping[str, str]) -> None:
+    """The weights alone, as .safetensors; facts: its metadata."""
+    from safetensors.torch import save
+
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with atomic_write(path) as file:
+        file.write(save(state, metadata=dict(facts)))
 
 
 def load_weights(model: nn.Module, path: Path, *, key: str) -> None:

@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 #: Exit codes: done; could not be done (training diverged, disk full, ...); the request itself is wrong; interrupted.
+#: Training that a signal stopped after its checkpoint ends with 128 + the signal's number, as shells have it.
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Mistakes are one line on stderr, with --debug also the traceback."""
+    from lrds_fast.train.stopping import Stopped
+
     parser = _parser()
     options = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = options.command
@@ -22,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = command(options)
         sys.stdout.flush()
         return code
+    except Stopped as stopped:
+        print(f"lrds-fast: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print(
             "lrds-fast: interrupted; lrds-fast train --resume goes on after the last checkpoint",
@@ -229,7 +235,11 @@ def _train(options: argparse.Namespace) -> int:
     from lrds_fast.train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)
-    result = run.fit(recipe, resume=options.resume, overwrite=options.overwrite, progress=_progress(options))
+    result = run.fit(
+        recipe, resume=options.resume, overwrite=options.overwrite, progress=_progress(options), say=_say(options)
+    )
+    if int(os.environ.get("RANK", "0")):
+        return OK
     last = result.records[-1]
     best = max(record["test_acc"] for record in result.records)
     print(
@@ -370,3 +380,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _progress(options: argparse.Namespace) -> bool:
     return not options.quiet and sys.stderr.isatty()
+
+
+def _say(options: argparse.Namespace) -> Callable[[str], object] | None:
+    """Where there is no terminal for a bar, a line tells of each epoch."""
+    if options.quiet or sys.stderr.isatty():
+        return None
+    return lambda line: print(line, file=sys.stderr, flush=True)

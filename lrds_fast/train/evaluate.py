@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrds_fast.data import Data, Loader
+from lrds_fast.influence.ranks import Ranks
 
 
 class FeatureModel(Protocol):
@@ -67,13 +68,20 @@ def evaluate(
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ranks: Ranks | None = None,
 ) -> tuple[float, float]:
-    """(accuracy in [0, 1], mean cross-entropy in nats) over every sample of a split; restores the training mode."""
+    """(accuracy in [0, 1], mean cross-entropy in nats) over every sample of a split; restores the training mode.
+
+    ranks: the processes that divide the split among them; all get the same numbers."""
+    ranks = ranks or Ranks()
+    own: dict[str, Any] = {} if ranks.count == 1 else {"share": (ranks.rank, ranks.count)}
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.inference_mode():
-        for batch in loader.epoch(0):
+        for batch in loader.epoch(0, **own):
+            if not len(batch.indices):  # fewer samples than processes
+                continue
             target = batch.targets.to(device, non_blocking=True)
             with autocast():
                 logits = model(batch.images.to(device, non_blocking=True, memory_format=memory_format))
@@ -81,7 +89,7 @@ def evaluate(
             sums[0] += (logits.argmax(dim=1) == target).sum()
             sums[1] += F.cross_entropy(logits, target, reduction="sum")
     model.train(was_training)
-    correct, total = sums.tolist()
+    correct, total = ranks.sum(sums).tolist()
     rows = max(len(loader.labels), 1)
     return correct / rows, total / rows
 

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrds_fast.data import Batch, Data, derived_seed, prefix_rows
+from lrds_fast.data import Data, derived_seed
+from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train import checkpoint, rescoring
+from lrds_fast.train.checkpoint import Position
 from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.files import append_record, read_records, remove_leftovers, rewrite_records, write_text
-from lrds_fast.train.methods import objective
+from lrds_fast.train.processes import any_process, joined, same_buffers
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import (
-    autocast_factory,
-    build_optimizer,
-    kd_factor,
-    lr_factor,
-    moving_average,
-    pick_device,
-)
-from lrds_fast.train.totals import Totals
+from lrds_fast.train.setup import autocast_factory
+from lrds_fast.train.step import Step
+from lrds_fast.train.stopping import Request, Stopped, stop_requests
+from lrds_fast.train.teaching import CachedAnswers
+from lrds_fast.train.trackers import Trackers
 
 CHECKPOINT = "last.pt"
+BEST = "best.safetensors"
 LOG = "log.jsonl"
 RECIPE = "recipe.json"
 
 #: Steps between looks at whether the loss is finite: a look waits for the device.
 CHECK_EVERY = 50
+#: Steps between agreements of several processes on whether to stop.
+AGREE_EVERY = 10
 
 
 class TrainResult(NamedTuple):
@@ -57,190 +58,262 @@ def train(
     out: Path,
     fingerprint: str = "",
     selected: Tensor | None = None,
+    cached: CachedAnswers | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    say: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Trains `student` in place and writes log.jsonl, last.pt and recipe.json to the folder `out`.
+    """Trains `student` in place; log.jsonl, last.pt, best.safetensors and recipe.json go to the folder `out`.
 
     selected: (N,) bool over data.train's samples, those that keep the teacher; None is all. With
     recipe.selection.after it counts until the first scoring; what is selected then goes to selections/.
-    fingerprint: of the data; resuming on other data is an error. resume: goes on after out/last.pt, with the same
-    numbers as if never stopped (bit for bit on the CPU); without such a file it starts. overwrite: an older run in
-    `out` may go. progress: a bar on stderr.
+    cached: answers of the teacher, which then is not run. fingerprint: of the data; resuming on other data is an error.
+    resume: goes on after out/last.pt, in the middle of an epoch too, with the same numbers as if never stopped (bit for
+    bit on the CPU); without such a file it starts. overwrite: an older run in `out` may go. progress: a bar on stderr.
+    say: is told of every epoch.
+
+    Under torchrun every process makes this call with the same arguments: each batch is divided among them, and the
+    gradients are those of the whole batch's mean. SIGTERM and Ctrl-C end the run after a checkpoint.
+
     Raises FileExistsError for an older run that may not go, FloatingPointError where the loss is not finite, ValueError
-    where class counts differ or scoring lacks what it needs.
+    where class counts differ or scoring lacks what it needs, and Stopped on a signal, once the checkpoint is written.
     """
-    device = pick_device(recipe.run.device)
-    memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
-    student.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
-    if teacher is not None:
-        teacher.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
-        teacher.eval().requires_grad_(False)
-    check_class_counts(data, student, teacher, device, memory_format)
-    if selected is not None and (selected.dtype != torch.bool or selected.shape != data.train.labels.shape):
+    with joined(recipe.run.device, recipe.run.timeout) as device, stop_requests() as request:
+        ranks = Ranks.current()
+        _check(recipe, data, teacher, selected, ranks)
+        memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
+        student.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+        if teacher is not None:
+            teacher.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+            teacher.eval().requires_grad_(False)
+        check_class_counts(data, student, teacher, device, memory_format)
+
+        torch.manual_seed(derived_seed("train", recipe.seed, *([ranks.rank] if ranks.rank else [])))
+        steps_per_epoch = len(data.train)
+        step = Step(
+            recipe,
+            student,
+            teacher,
+            device,
+            num_classes=data.num_classes,
+            num_samples=len(data.train.labels),
+            steps_per_epoch=steps_per_epoch,
+            ranks=ranks,
+            cached=cached,
+        )
+        folder = _Folder(out, recipe, identity(recipe, fingerprint, selected), step, ranks)
+        position = folder.open(resume=resume, overwrite=overwrite)
+        selected = folder.selected_at(position, selected)
+        trackers = Trackers(recipe, out, position.epochs * steps_per_epoch) if ranks.first else None
+        bar = tqdm(
+            total=recipe.schedule.epochs * steps_per_epoch,
+            initial=position.epochs * steps_per_epoch + position.steps,
+            desc=recipe.name,
+            disable=not progress or not ranks.first,
+            leave=False,
+        )
+        told = 0
+        autocast = autocast_factory(recipe.run.amp, device)
+        for epoch in range(position.epochs, recipe.schedule.epochs):
+            started = time.perf_counter()
+            begun = position.steps if epoch == position.epochs else 0
+            if teacher is not None and not begun and rescoring.is_due(recipe.selection, epoch):
+                selected = rescoring.rescore(
+                    recipe,
+                    data,
+                    student,
+                    teacher,
+                    path=rescoring.path_of(out, epoch),
+                    fingerprint=fingerprint,
+                    selected=selected,
+                    progress=progress,
+                )
+            student.train()
+            step.begin_epoch(epoch, selected)
+            if begun:
+                step.load_state_dict(position.state, within_epoch=True)
+
+            # ---- an epoch's steps ----
+            for done, batch in enumerate(data.train.epoch(epoch, selected, **_part_of(begun, ranks)), start=begun + 1):
+                number = epoch * steps_per_epoch + done - 1
+                step(batch, number)
+                bar.update()
+                look = done % CHECK_EVERY == 0
+                if look or device.type == "cpu":
+                    step.totals.check_finite(recipe)
+                within = done < steps_per_epoch
+                asked = ranks.count == 1 or done % AGREE_EVERY == 0
+                if within and asked and any_process(request.signal != 0, ranks):
+                    step.totals.check_finite(recipe)
+                    folder.save(Position(epoch, done, {}))
+                    bar.close()
+                    raise _stopped(request, epoch, done, out)
+                if within and recipe.run.save_every_steps and done % recipe.run.save_every_steps == 0:
+                    step.totals.check_finite(recipe)
+                    folder.save(Position(epoch, done, {}))
+            step.totals.check_finite(recipe)
+            step.end_epoch()
+
+            # ---- what it came to ----
+            record: dict[str, Any] = {
+                "epoch": epoch + 1,
+                "step": (epoch + 1) * steps_per_epoch,
+                **step.totals.means(ranks),
+                "lr": step.optimizer.param_groups[0]["lr"],
+            }
+            unreadable = getattr(data.train, "errors", [])
+            for _, where, reason in unreadable[told:]:
+                bar.write(f"lrds-fast: {where} was replaced by a grey picture: {reason}", file=sys.stderr)
+            told = len(unreadable)
+            record["unreadable"] = int(ranks.sum(torch.tensor(told)))
+            same_buffers((student, step.ema), ranks)
+            for split, loader in (("val", data.val), ("test", data.test)):
+                if loader is not None:
+                    record[f"{split}_acc"], record[f"{split}_ce"] = evaluate(
+                        step.judged, loader, device, memory_format, autocast, ranks
+                    )
+            record["seconds"] = round(time.perf_counter() - started, 4)
+            folder.add(record)
+            if trackers is not None:
+                trackers.log(record)
+            stop = any_process(request.signal != 0, ranks)
+            last = epoch + 1 == recipe.schedule.epochs
+            if last or stop or (epoch + 1) % recipe.run.save_every == 0:
+                folder.save(Position(epoch + 1, 0, {}))
+            bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_acc']:.2%}")
+            if say is not None and ranks.first:
+                say(_line(recipe, record))
+            if stop and not last:
+                bar.close()
+                raise _stopped(request, epoch + 1, 0, out)
+        bar.close()
+        if trackers is not None:
+            trackers.close()
+        if step.ema is not None:
+            student.load_state_dict(step.ema.module.state_dict())
+        taught = teacher is not None or cached is not None
+        return TrainResult(folder.records, step.predicted.cpu() if taught else None, selected)
+
+
+def _check(recipe: Recipe, data: Data, teacher: nn.Module | None, selected: Tensor | None, ranks: Ranks) -> None:
+    """Raises ValueError for what cannot be trained, before anything is written."""
+    size = len(data.train.labels)
+    if selected is not None and (selected.dtype != torch.bool or selected.shape != (size,)):
         raise ValueError(
-            f"selected must be bool of shape ({len(data.train.labels)},), one per training sample;"
+            f"selected must be bool of shape ({size},), one per training sample;"
             f" got {selected.dtype} of shape {tuple(selected.shape)}"
         )
-
+    parts = ranks.count * recipe.run.accumulate
+    if parts > 1 and min(recipe.data.batch_size, size) < 2 * parts:
+        raise ValueError(
+            f"data.batch_size is what all processes and accumulation steps share: {min(recipe.data.batch_size, size)}"
+            f" rows are fewer than 2 for each of {ranks.count} process(es) x {recipe.run.accumulate} step(s)"
+        )
     rescoring.check(recipe, data, teacher)
 
-    measure = objective(recipe.loss)
-    autocast = autocast_factory(recipe.run.amp, device)
-    optimizer = build_optimizer(recipe.optimizer, student)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.amp == "fp16")
-    ema = moving_average(student, recipe.run.ema_decay)
-    torch.manual_seed(derived_seed("train", recipe.seed))
 
-    facts = identity(recipe, fingerprint, selected)
-    parts: Mapping[str, checkpoint.Stateful | None] = {
-        "optimizer": optimizer,
-        "scaler": scaler,
-        "ema": ema,
-    }
-    first_epoch, records = 0, []
-    if resume and (out / CHECKPOINT).exists():
-        first_epoch = checkpoint.resume(out / CHECKPOINT, facts=facts, student=student, parts=parts)
-        records = [record for record in read_records(out / LOG) if record["epoch"] <= first_epoch]
-        rewrite_records(out / LOG, records)
-        made = rescoring.latest(out, recipe.selection, first_epoch)
-        selected = selected if made is None else made.mask
-    else:
-        if (out / CHECKPOINT).exists() and not overwrite:
-            raise FileExistsError(
-                f"{out} holds a run already; go on with it (--resume), replace it (--overwrite), or set another run.out"
-            )
-        (out / CHECKPOINT).unlink(missing_ok=True)
-        rescoring.forget(out)
-        rewrite_records(out / LOG, [])
-    remove_leftovers(out)
-    write_text(out / RECIPE, recipe.to_json())
+def _part_of(begun: int, ranks: Ranks) -> dict[str, Any]:
+    """What a loader is asked for beyond a whole epoch."""
+    part: dict[str, Any] = {}
+    if begun:
+        part["start"] = begun
+    if ranks.count > 1:
+        part["share"] = (ranks.rank, ranks.count)
+    return part
 
-    teacher_pred = None if teacher is None else torch.full(data.train.labels.shape, -1, device=device)
-    steps_per_epoch = len(data.train)
-    bar = tqdm(
-        total=recipe.schedule.epochs * steps_per_epoch,
-        initial=first_epoch * steps_per_epoch,
-        desc=recipe.name,
-        disable=not progress,
-        leave=False,
+
+def _stopped(request: Request, epochs: int, steps: int, out: Path) -> Stopped:
+    name = signal.Signals(request.signal).name if request.signal else "another process's signal"
+    where = f"{epochs} epochs" + (f" and {steps} steps" if steps else "")
+    return Stopped(request.signal, f"stopped by {name} after {where}; {out / CHECKPOINT} is saved: --resume goes on")
+
+
+def _line(recipe: Recipe, record: Mapping[str, Any]) -> str:
+    """An epoch for a terminal or a log file."""
+    left = (recipe.schedule.epochs - record["epoch"]) * record["seconds"]
+    kept = f", {record['n_selected']}/{record['rows']} with teacher" if "n_selected" in record else ""
+    return (
+        f"{recipe.name}: epoch {record['epoch']}/{recipe.schedule.epochs}, loss {record['train_loss']:.4f},"
+        f" test {record['test_acc']:.2%}{kept}, {record['seconds']:.1f} s, {_duration(left)} left"
     )
-    told = 0
-    for epoch in range(first_epoch, recipe.schedule.epochs):
-        started = time.perf_counter()
-        if teacher is not None and rescoring.is_due(recipe.selection, epoch):
-            selected = rescoring.rescore(
-                recipe,
-                data,
-                student,
-                teacher,
-                path=rescoring.path_of(out, epoch),
-                fingerprint=fingerprint,
-                selected=selected,
-                progress=progress,
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Folder:
+    """The files of a run. The first process writes; all of them read."""
+
+    def __init__(self, out: Path, recipe: Recipe, facts: Mapping[str, str], step: Step, ranks: Ranks) -> None:
+        self._out, self._recipe, self._facts, self._step, self._ranks = out, recipe, facts, step, ranks
+        self.records: list[dict[str, Any]] = []
+        self._best: float | None = None
+
+    def open(self, *, resume: bool, overwrite: bool) -> Position:
+        """Where to go on; an older run that is not resumed is deleted if it may be."""
+        path = self._out / CHECKPOINT
+        there = self._ranks.agree(path.exists())
+        position = Position(0, 0, {})
+        if there and resume:
+            position = checkpoint.resume(
+                path, facts=self._facts, student=self._step.student, parts=self._step.parts, ranks=self._ranks
             )
-        student.train()
-        kd_weight = recipe.loss.kd_weight * kd_factor(recipe.loss, epoch)
-        kept = 0 if selected is None else int(selected.sum())
-        totals = Totals(device)
-        for step, batch in enumerate(data.train.epoch(epoch, selected), start=epoch * steps_per_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.optimizer.lr * lr_factor(recipe.schedule, step / steps_per_epoch)
-            images = batch.images.to(device, non_blocking=True, memory_format=memory_format)
-            target = batch.targets.to(device, non_blocking=True)
-            shown, heard, mask = who_listens(batch, selected, kept, recipe.selection.compose)
+            self._best = position.state["best"]
+            self._step.load_state_dict(position.state, within_epoch=False)
+            self.records = [r for r in read_records(self._out / LOG) if r["epoch"] <= position.epochs]
+        elif there and not overwrite:
+            raise FileExistsError(
+                f"{self._out} holds a run already; go on with it (--resume), replace it (--overwrite), or set another"
+                " run.out"
+            )
+        self._ranks.wait()
+        if self._ranks.first:
+            if not there or not resume:
+                path.unlink(missing_ok=True)
+                (self._out / BEST).unlink(missing_ok=True)
+                rescoring.forget(self._out)
+            rewrite_records(self._out / LOG, self.records)
+            remove_leftovers(self._out)
+            write_text(self._out / RECIPE, self._recipe.to_json())
+        self._ranks.wait()
+        return position
 
-            with autocast():
-                logits = student(images)
-            if teacher is None:
-                loss = F.cross_entropy(logits.float(), target, label_smoothing=recipe.loss.label_smoothing)
-                totals.add_cross_entropy(loss, len(target), step)
-            else:
-                with torch.inference_mode(), autocast():
-                    taught = teacher(images[:shown]) if shown else logits.detach()[:0]
-                parts_of_loss = measure(
-                    logits,
-                    taught[:heard],
-                    target,
-                    selected=None if mask is None else mask.to(device, non_blocking=True),
-                    kd_weight=kd_weight,
-                    # Known to the loss, the scale is folded in float32 before the gradient is rounded to half.
-                    grad_scale=scaler._scale if scaler.is_enabled() else None,
-                )
-                loss = parts_of_loss.loss
-                totals.add_parts(parts_of_loss, len(target), shown, step)
-                if teacher_pred is not None and heard:
-                    seen = batch.indices[:heard].to(device, non_blocking=True)
-                    teacher_pred[seen] = predicted(taught[:heard], target[:heard])
+    def selected_at(self, position: Position, selected: Tensor | None) -> Tensor | None:
+        """Who has the teacher where the run goes on: what it chose itself, once it has."""
+        done = position.epochs + (position.steps > 0)
+        made = rescoring.latest(self._out, self._recipe.selection, done)
+        return selected if made is None else made.mask
 
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(scaler.scale(loss))
-            if recipe.run.clip_grad_norm > 0:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(student.parameters(), recipe.run.clip_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            if ema is not None:
-                ema.update_parameters(student)
-            bar.update()
-            if (step + 1) % CHECK_EVERY == 0 or device.type == "cpu":
-                totals.check_finite(recipe)
-        totals.check_finite(recipe)
+    def add(self, record: dict[str, Any]) -> None:
+        """One epoch's record; the best network so far is kept."""
+        self.records.append(record)
+        if not self._ranks.first:
+            return
+        append_record(self._out / LOG, record)
+        judge = "val_acc" if "val_acc" in record else "test_acc"
+        if self._best is None or record[judge] > self._best:
+            self._best = record[judge]
+            facts = {"epoch": str(record["epoch"]), "chosen by": judge, judge: repr(record[judge])}
+            facts |= {key: self._facts[key] for key in ("student.model", "data.name")}
+            checkpoint.save_weights(self._out / BEST, self._step.judged, facts)
 
-        record: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * steps_per_epoch,
-            **totals.means(),
-        }
-        record["lr"] = optimizer.param_groups[0]["lr"]
-        unreadable = getattr(data.train, "errors", [])
-        for _, where, reason in unreadable[told:]:
-            bar.write(f"lrds-fast: {where} was replaced by a grey picture: {reason}", file=sys.stderr)
-        told = record["unreadable"] = len(unreadable)
-        judged = student if ema is None else ema.module
-        for split, loader in (("val", data.val), ("test", data.test)):
-            if loader is not None:
-                accuracy, cross_entropy = evaluate(judged, loader, device, memory_format, autocast)
-                record[f"{split}_acc"], record[f"{split}_ce"] = accuracy, cross_entropy
-        record["seconds"] = round(time.perf_counter() - started, 4)
-        append_record(out / LOG, record)
-        records.append(record)
-        if (epoch + 1) % recipe.run.save_every == 0 or epoch + 1 == recipe.schedule.epochs:
-            checkpoint.save(out / CHECKPOINT, epoch=epoch + 1, facts=facts, student=student, parts=parts)
-        bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_acc']:.2%}")
-    bar.close()
-    if ema is not None:
-        student.load_state_dict(ema.module.state_dict())
-    return TrainResult(records, None if teacher_pred is None else teacher_pred.cpu(), selected)
-
-
-class Listeners(NamedTuple):
-    """shown: how many rows of a batch, from the first on, the teacher sees. heard: how many of these the loss gets.
-    mask: which of them count, None where all do."""
-
-    shown: int
-    heard: int
-    mask: Tensor | None
-
-
-def who_listens(batch: Batch, selected: Tensor | None, kept: int, compose: str) -> Listeners:
-    """kept: the number of selected samples. A batch that begins with its share of them shows the teacher as many rows
-    as the largest share has, so that every batch of a size asks the same of it; the loss leaves out one too many."""
-    rows = len(batch.indices)
-    if selected is None:
-        return Listeners(rows, rows, None)
-    mask = selected[batch.indices]
-    count = int(mask.sum())
-    if compose == "prefix" and bool(mask[:count].all()):
-        return Listeners(max(count, prefix_rows(rows, len(selected), kept)), count, None)
-    return Listeners(rows, rows, mask)
-
-
-def predicted(logits: Tensor, target: Tensor) -> Tensor:
-    """(N,) the class of the highest logit; the target where it takes part in a tie, as the loss has it."""
-    top, place = logits.max(dim=1)
-    return torch.where(logits.gather(1, target[:, None])[:, 0] >= top, target, place)
+    def save(self, position: Position) -> None:
+        """The checkpoint to go on from."""
+        step = self._step
+        state = {"best": self._best, **step.state_dict()}
+        checkpoint.save(
+            self._out / CHECKPOINT,
+            position._replace(state=state),
+            facts=self._facts,
+            student=step.student,
+            parts=step.parts,
+            ranks=self._ranks,
+        )
 
 
 def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[str, str]:
@@ -254,6 +327,10 @@ def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[
         "run.out",
         "run.device",
         "run.save_every",
+        "run.save_every_steps",
+        "run.timeout",
+        "run.tensorboard",
+        "run.wandb",
         "data.workers",
         "selection.path",
     )

@@ -15,8 +15,9 @@ from lrds_fast.train.recipe import LossOptions
 from lrds_fast.train.setup import loss_arguments
 
 Objective = Callable[..., KDLossParts]
-"""(student logits (N, C), teacher logits (K, C), target (N,), *, selected, kd_weight, grad_scale) -> parts. K = N with
-`selected` (N,) bool or None; K < N where the first K rows are the selected ones."""
+"""(student logits (N, C), teacher logits (K, C), target (N,), *, selected, kd_weight, grad_scale, num_valid) -> parts.
+K = N with `selected` (N,) bool or None; K < N where the first K rows are the selected ones. num_valid: what sums over
+the rows are divided by, where other processes or steps have rows of the same batch; None is N."""
 
 
 def objective(options: LossOptions) -> Objective:
@@ -29,17 +30,46 @@ def objective(options: LossOptions) -> Objective:
         mlkd      lrds_fast.mlkd_loss
         revision  kd_weight * s * revision_loss over these rows + (1 - s) * ce_weight_unselected * CE over the others
     """
-    return {"kd": _kd, "dist": _dist, "mlkd": _mlkd, "revision": _revision}[options.method](options)
+    if options.method == "kd":
+        return _kd(options)
+    return _shared({"dist": _dist, "mlkd": _mlkd, "revision": _revision}[options.method](options))
+
+
+def _shared(measure: Objective) -> Objective:
+    """An objective whose means are over the rows at hand, as one over num_valid. What relates the rows of a batch to
+    each other sees those of this process and part alone."""
+
+    def parts(z: Tensor, *others: Any, num_valid: Tensor | float | None = None, **options: Any) -> KDLossParts:
+        found = measure(z, *others, **options)
+        if num_valid is None:
+            return found
+        share = len(z) / num_valid
+        return found._replace(loss=found.loss * share, ce=found.ce * share, kd=found.kd * share)
+
+    return parts
 
 
 def _kd(options: LossOptions) -> Objective:
     arguments = loss_arguments(options)
 
     def parts(
-        z: Tensor, v: Tensor, y: Tensor, *, selected: Tensor | None, kd_weight: float, grad_scale: Any = None
+        z: Tensor,
+        v: Tensor,
+        y: Tensor,
+        *,
+        selected: Tensor | None,
+        kd_weight: float,
+        grad_scale: Any = None,
+        num_valid: Tensor | float | None = None,
     ) -> KDLossParts:
         return lrds_fast.kd_loss_parts(
-            z, v, y, **(arguments | {"kd_weight": kd_weight}), selected=selected, grad_scale=grad_scale
+            z,
+            v,
+            y,
+            **(arguments | {"kd_weight": kd_weight}),
+            selected=selected,
+            grad_scale=grad_scale,
+            num_valid=num_valid,
         )
 
     return parts

@@ -41,14 +41,19 @@ class DataOptions:
     reader: str = "auto"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """model "" trains without a teacher. checkpoint: a file of lrds-fast train, a state dict, or .safetensors."""
+    """model "" trains without a teacher. checkpoint: a file of lrds-fast train, a state dict, or .safetensors.
+    amp: its precision, "" as run.amp has it. own_stream: on a GPU it runs beside the student's forward pass."""
 
     model: str = ""
     checkpoint: str = ""
+    amp: str = ""
+    own_stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,10 @@ class ScheduleOptions:
 @dataclass(frozen=True)
 class RunOptions:
     """device "auto" is CUDA where there is one. amp "off", "bf16" or "fp16". ema_decay 0 is off. out "" is runs/NAME.
-    save_every: epochs between checkpoints; the last epoch always has one."""
+    save_every: epochs between checkpoints; the last epoch always has one. save_every_steps: also within an epoch, 0 is
+    off. compile: torch.compile's mode for student and teacher, or "off". accumulate: parts that a batch is computed in.
+    timeout: seconds that a process waits for the others. tensorboard: events are written where it is installed. wandb:
+    the project to log to, "" is off."""
 
     out: str = ""
     device: str = "auto"
@@ -165,7 +173,13 @@ class RunOptions:
     channels_last: bool = False
     ema_decay: float = 0.0
     clip_grad_norm: float = 0.0
+    accumulate: int = 1
+    compile: str = "off"
     save_every: int = 1
+    save_every_steps: int = 0
+    timeout: float = 600.0
+    tensorboard: bool = True
+    wandb: str = ""
 
 
 @dataclass(frozen=True)
@@ -223,6 +237,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "optimizer.name": ("sgd", "adamw"),
     "schedule.name": ("cosine", "step", "constant"),
     "run.amp": ("off", "bf16", "fp16"),
+    "run.compile": ("off", "default", "reduce-overhead", "max-autotune"),
+    "teacher.amp": ("", "off", "bf16", "fp16"),
 }
 
 
@@ -375,12 +391,15 @@ def _check_values(recipe: Recipe) -> None:
         table, _, name = key.partition(".")
         value = getattr(getattr(recipe, table), name)
         if value not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
+            named = ", ".join(choice or "empty" for choice in choices)
+            raise ValueError(f"{key} must be one of {named}; got {value!r}")
     positive = {
         "data.batch_size": recipe.data.batch_size,
         "data.eval_batch_size": recipe.data.eval_batch_size,
         "data.image_size": recipe.data.image_size,
         "run.save_every": recipe.run.save_every,
+        "run.accumulate": recipe.run.accumulate,
+        "run.timeout": recipe.run.timeout,
         "schedule.epochs": recipe.schedule.epochs,
         "optimizer.lr": recipe.optimizer.lr,
         "loss.temperature": recipe.loss.temperature,
@@ -391,6 +410,8 @@ def _check_values(recipe: Recipe) -> None:
     at_least_zero = {
         "data.workers": recipe.data.workers,
         "data.train_limit": recipe.data.train_limit,
+        "data.mixup": recipe.data.mixup,
+        "data.cutmix": recipe.data.cutmix,
         "loss.ce_weight": recipe.loss.ce_weight,
         "loss.kd_weight": recipe.loss.kd_weight,
         "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected,
@@ -398,6 +419,7 @@ def _check_values(recipe: Recipe) -> None:
         "optimizer.weight_decay": recipe.optimizer.weight_decay,
         "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
         "run.clip_grad_norm": recipe.run.clip_grad_norm,
+        "run.save_every_steps": recipe.run.save_every_steps,
         "loss.kd_warmup_epochs": recipe.loss.kd_warmup_epochs,
         "selection.after": recipe.selection.after,
         "selection.every": recipe.selection.every,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lrds_fast
 from lrds_fast import influence
 from lrds_fast.data import Batch, Data, Loader
+from lrds_fast.influence.ranks import Ranks
 from lrds_fast.selection import Selection, select, select_jointly
 from lrds_fast.train.recipe import Recipe, SelectionOptions
 from lrds_fast.train.setup import loss_arguments
@@ -105,9 +106,12 @@ def rescore(
         )
     else:
         selection = _ranked(options, scores, selected, fingerprint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    selection.save(path)
-    return selection.mask
+    ranks = Ranks.current()
+    if ranks.first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        selection.save(path)
+    ranks.wait()
+    return ranks.same(selection.mask)
 
 
 def _ranked(

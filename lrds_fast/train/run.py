@@ -14,12 +14,14 @@ import lrds_fast
 from lrds_fast import data as data_sets
 from lrds_fast import influence, models
 from lrds_fast.data import Data
+from lrds_fast.influence.ranks import Ranks
 from lrds_fast.picture import png
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.evaluate import outputs
 from lrds_fast.train.files import write_text
 from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
+from lrds_fast.train.processes import joined
 from lrds_fast.train.recipe import Recipe, from_mapping
 from lrds_fast.train.setup import loss_arguments, pick_device
 
@@ -29,8 +31,8 @@ GALLERY = "gallery.json"
 GALLERY_SIZE = 24
 
 
-def load_data(recipe: Recipe) -> Data:
-    """The recipe's data."""
+def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
+    """The recipe's data. parts: what a batch is divided into, over processes and accumulation steps."""
     options = recipe.data
     return data_sets.load(
         options.name,
@@ -49,6 +51,7 @@ def load_data(recipe: Recipe) -> Data:
         mean=options.mean,
         std=options.std,
         device=pick_device(recipe.run.device),
+        **({"least": 2 * parts} if parts > 1 else {}),
     )
 
 
@@ -97,28 +100,39 @@ def load_selection(recipe: Recipe, data: Data) -> Selection | None:
     return Selection.load(path, dataset=fingerprint(data))
 
 
-def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> TrainResult:
-    """Trains as the recipe says; files go to recipe.out (see lrds_fast.train.loop.train)."""
-    data = load_data(recipe)
-    selection = load_selection(recipe, data)
-    teacher = build_teacher(recipe, data)
-    result = train(
-        recipe,
-        data,
-        build_student(recipe, data),
-        teacher,
-        out=recipe.out,
-        fingerprint=fingerprint(data),
-        selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
-        resume=resume,
-        overwrite=overwrite,
-        progress=progress,
-    )
-    made = rescoring.latest(recipe.out, recipe.selection, recipe.schedule.epochs)
-    selection = selection if made is None else made
-    if result.teacher_pred is not None and bool((result.teacher_pred >= 0).any()):
-        write_gallery(recipe, data, result.teacher_pred, selection)
-    return result
+def fit(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    say: Callable[[str], object] | None = None,
+) -> TrainResult:
+    """Trains as the recipe says; files go to recipe.out (see lrds_fast.train.loop.train). Under torchrun every process
+    makes this call."""
+    with joined(recipe.run.device, recipe.run.timeout):
+        ranks = Ranks.current()
+        data = load_data(recipe, parts=ranks.count * recipe.run.accumulate)
+        selection = load_selection(recipe, data)
+        teacher = build_teacher(recipe, data)
+        result = train(
+            recipe,
+            data,
+            build_student(recipe, data),
+            teacher,
+            out=recipe.out,
+            fingerprint=fingerprint(data),
+            selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            say=say,
+        )
+        made = rescoring.latest(recipe.out, recipe.selection, recipe.schedule.epochs)
+        selection = selection if made is None else made
+        if ranks.first and result.teacher_pred is not None and bool((result.teacher_pred >= 0).any()):
+            write_gallery(recipe, data, result.teacher_pred, selection)
+        return result
 
 
 def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:

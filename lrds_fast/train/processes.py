@@ -1,0 +1,81 @@
+"""One training run on several devices: what torchrun has started, joined and left in order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lrds_fast.influence.ranks import Ranks
+from lrds_fast.train.setup import pick_device
+
+
+@contextmanager
+def joined(device: str, timeout: float) -> Iterator[torch.device]:
+    """The device of this process, one of torchrun's or alone. Inside, Ranks.current() says which one it is.
+
+    device: a recipe's run.device; among several processes each takes the CUDA device of its local rank. timeout:
+    seconds that a process waits for the others before it gives up: one that died does not hang the rest. A process
+    group that is there already is used and left as it is. Raises ValueError where there are fewer CUDA devices than
+    processes.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = pick_device(device)
+    if count > 1 and chosen.type == "cuda" and chosen.index is None:
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local} has no CUDA device: there are {torch.cuda.device_count()}; start as many processes"
+                " (torchrun --nproc-per-node), or set run.device=cpu"
+            )
+        chosen = torch.device("cuda", local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if count == 1 or not dist.is_available() or dist.is_initialized():
+        yield chosen
+        return
+    # Numbers on the host are agreed upon by gloo: nothing waits for the device.
+    backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def same_buffers(models: Iterable[nn.Module | None], ranks: Ranks) -> None:
+    """The first process's buffers (batch norm's running statistics) in every process."""
+    if ranks.count > 1:
+        for model in models:
+            for buffer in () if model is None else model.buffers():
+                ranks.same(buffer)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """The mean over the processes of gradients that DistributedDataParallel does not know of; one call for all."""
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if ranks.count == 1 or not found:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in found])
+    ranks.sum(flat).div_(ranks.count)
+    sizes = [gradient.numel() for gradient in found]
+    for gradient, part in zip(found, torch.split(flat, sizes), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def any_process(flag: bool, ranks: Ranks) -> bool:
+    """Whether it is so in any process; all of them ask at the same time."""
+    return flag if ranks.count == 1 else bool(ranks.sum(torch.tensor(int(flag))))
+
+
+def rows_of_all(rows: int, device: torch.device, ranks: Ranks) -> Tensor | float:
+    """The number of rows that all processes have of a batch; a 0-d tensor on the device where they are several, so that
+    nobody waits for it."""
+    if ranks.count == 1:
+        return float(rows)
+    return ranks.sum(torch.full((), float(rows), device=device))

@@ -1,0 +1,68 @@
+"""Where a run's numbers also go: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrds_fast.train.recipe import Recipe
+
+TENSORBOARD = "tensorboard"
+
+
+class Trackers:
+    """Gets every record of the log. An old run's events beyond `step` are void.
+
+    TensorBoard's files go to out/tensorboard where tensorboard is installed and run.tensorboard is not off; W&B needs
+    run.wandb, the project's name: ImportError where it is not installed.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, step: int) -> None:
+        self._writer: Any = None
+        self._wandb: Any = None
+        if recipe.run.tensorboard and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # By an untyped name: whether it is typed depends on whether tensorboard is installed.
+            writer: Any = SummaryWriter
+            self._writer = writer(str(out / TENSORBOARD), purge_step=step or None)
+        if recipe.run.wandb:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ImportError(
+                    f"run.wandb is {recipe.run.wandb!r}, which needs W&B: pip install wandb, or set run.wandb="
+                    f" ({error})"
+                ) from error
+            self._wandb = wandb.init(
+                project=recipe.run.wandb,
+                name=f"{recipe.name}-seed{recipe.seed}",
+                id=_identifier(out),
+                resume="allow",
+                dir=str(out),
+                config=recipe.flat(),
+            )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """One epoch's record, at its step."""
+        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
+        if self._writer is not None:
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, record["step"])
+            self._writer.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _identifier(out: Path) -> str:
+    """W&B's name of this folder's run, so that a resumed one goes on in the same."""
+    return "-".join(part for part in out.parts if part not in ("/", ".", ".."))[-100:]
