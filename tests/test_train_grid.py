@@ -26,21 +26,51 @@ def test_every_name_is_a_recipe(name: str) -> None:
     assert recipe.student.model in models.names()
     assert recipe.teacher.model in ("", *models.names())
     assert (recipe.data.name, recipe.data.batch_size, recipe.data.augment) == ("cifar100", 64, "crop-flip")
-    assert recipe.schedule.gamma == 0.1 and len(recipe.schedule.milestones) == 3
+    short = name.startswith("cifar100-short/")
+    assert (recipe.schedule.name, len(recipe.schedule.milestones)) == (("cosine", 0) if short else ("step", 3))
     switches = name.rpartition("/")[2].split("+")
     assert (recipe.loss.revise == "lr") == ("lr" in switches or "revision" in switches or not recipe.teacher.model)
-    assert (recipe.selection.after > 0) == ("ds" in switches) == (recipe.data.val_fraction > 0)
+    assert (recipe.selection.after > 0) == ("ds" in switches)
+    assert (recipe.data.val_fraction > 0) == ("ds" in switches or short)
 
 
 def test_the_grid_is_complete() -> None:
     names = grid.names()
     assert len(set(names)) == len(names)
-    assert len(grid.PAIRS) == 15
-    taught = [name for name in names if name.count("/") == 2]
-    assert len(taught) == 15 * (4 * 4 + 2)  # revision revises by itself
-    for pair in grid.PAIRS.values():
-        for model in (pair.teacher, pair.student):
-            assert f"cifar100/{model}" in names
+    assert len(grid.PAIRS) == 16
+    for prefix in grid.PROTOCOLS:
+        taught = [name for name in names if name.startswith(f"{prefix}/") and name.count("/") == 2]
+        assert len(taught) == 16 * (4 * 4 + 2)  # revision revises by itself
+        for pair in grid.PAIRS.values():
+            for model in (pair.teacher, pair.student):
+                assert f"{prefix}/{model}" in names
+
+
+def test_the_short_protocol_trains_every_run_on_the_same_samples() -> None:
+    pair = "cifar100-short/resnet20-resnet8"
+    runs = [load_recipe(name) for name in ("cifar100-short/resnet20", "cifar100-short/resnet8", f"{pair}/kd")]
+    runs += [load_recipe(f"{pair}/{method}") for method in ("kd+lr", "kd+ds", "kd+lr+ds")]
+    for recipe in runs:
+        assert recipe.data == runs[0].data and recipe.data.val_fraction == 0.02
+        assert (recipe.schedule, recipe.optimizer, recipe.run.amp) == (runs[0].schedule, runs[0].optimizer, "bf16")
+    schedule, optimizer = runs[0].schedule, runs[0].optimizer
+    assert (schedule.name, schedule.epochs, schedule.warmup_epochs) == ("cosine", 10, 1.0)
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.nesterov) == (0.1, 0.9, 5e-4, False)
+    assert [recipe.selection.after for recipe in runs] == [0, 0, 0, 0, 2, 2]
+    assert {recipe.teacher.checkpoint for recipe in runs[2:]} == {"runs/cifar100-short/resnet20/last.pt"}
+    assert {recipe.student.model for recipe in runs[1:]} == {"resnet8"}
+    assert load_recipe("cifar100-short/vgg13-MobileNetV2/kd").optimizer.lr == pytest.approx(0.02)
+    assert load_recipe(f"{pair}/mlkd").schedule.epochs == load_recipe(f"{pair}/dkd").schedule.epochs == 10
+    assert load_recipe(f"{pair}/dkd").loss.kd_warmup_epochs == 1
+    assert grid.published("cifar100-short/resnet20") is None
+    assert load_recipe("cifar100/resnet20-resnet8/kd").schedule.epochs == 240
+
+
+def test_a_name_follows_the_protocol_it_extends() -> None:
+    base = {"schedule": {"epochs": 120, "name": "step"}, "optimizer": {"lr": 0.5}}
+    recipe = grid.compose("cifar100/resnet32x4-ShuffleV2/dkd+ds", base)
+    assert recipe["optimizer"] == {"lr": pytest.approx(0.1)}
+    assert recipe["selection"]["after"] == recipe["loss"]["kd_warmup_epochs"] == 10
 
 
 def test_protocols_are_the_published_ones() -> None:
@@ -53,8 +83,8 @@ def test_protocols_are_the_published_ones() -> None:
         assert dkd.loss.chosen_divergence() == DKD(alpha=1.0, beta=beta)
         assert (dkd.loss.ce_weight, dkd.loss.kd_weight, dkd.loss.kd_warmup_epochs) == (1.0, 1.0, 20)
     for student in ("ShuffleV1", "ShuffleV2"):
-        assert load_recipe(f"cifar100/resnet32x4-{student}/kd").optimizer.lr == 0.01
-        assert load_recipe(f"cifar100/{student}").optimizer.lr == 0.01
+        assert load_recipe(f"cifar100/resnet32x4-{student}/kd").optimizer.lr == pytest.approx(0.01)
+        assert load_recipe(f"cifar100/{student}").optimizer.lr == pytest.approx(0.01)
     assert load_recipe("cifar100/vgg13-MobileNetV2/mlkd").optimizer.lr == pytest.approx(0.005)
     mlkd = load_recipe("cifar100/vgg13-vgg8/mlkd+lr+ds")
     assert (mlkd.schedule.epochs, mlkd.optimizer.lr, mlkd.selection.after) == (480, 0.025, 40)

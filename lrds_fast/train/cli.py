@@ -346,7 +346,8 @@ def _recipes(options: argparse.Namespace) -> int:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {load_recipe(name).description}")
-    print("\ncifar100/MODEL: a network alone. cifar100/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds:")
+    print("\ncifar100/MODEL: a network alone. cifar100/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds;")
+    print("cifar100-short/...: the same in ten epochs:")
     print(f"  pairs    {', '.join(grid.PAIRS)}")
     print(f"  methods  {', '.join(grid.METHODS)}")
     return OK

@@ -298,6 +298,9 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
     """The merged values of a recipe and of those it extends."""
     if source in seen:
         raise ValueError(f"recipes extend each other in a circle: {' -> '.join([*seen, source])}")
+    if grid.is_name(source):
+        protocol = _load_mapping(grid.parent(source), None, (*seen, source))
+        return _overlay(protocol, grid.compose(source, protocol))
     if source.endswith(".toml"):
         path = Path(source) if base is None else base / source
         if not path.is_file():
@@ -306,9 +309,9 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
             )
         text, folder = path.read_text(encoding="utf-8"), path.parent
     else:
-        text, folder = "" if grid.is_name(source) else recipe_text(source), None
+        text, folder = recipe_text(source), None
     try:
-        values: dict[str, Any] = grid.compose(source) if grid.is_name(source) else tomllib.loads(text)
+        values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {source} is not valid TOML: {error}") from error
     parent = values.pop("extends", None)
