@@ -42,7 +42,7 @@ class Teacher:
     ) -> None:
         if (model is None) == (cached is None):
             raise ValueError("a teacher is a network or cached answers, one of them")
-        self._run = run or model
+        self._run = model if run is None else run  # a compiled module has no truth value
         self._cached, self._device, self._autocast = cached, device, autocast
         self._without_graph: Callable[[], AbstractContextManager[Any]] = (
             torch.no_grad if keep_tensors else torch.inference_mode
