@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast import data as data_sets
-from lrds_fast.data import MemoryLoader, epoch_batches, hold_out, mislabelled, prefix_rows
+from lrds_fast.data import MemoryLoader, batch_count, epoch_batches, hold_out, mislabelled, prefix_rows
 from lrds_fast.data.sources import Folder
 
 
@@ -95,6 +95,94 @@ def test_selected_samples_are_shuffled_as_if_alone() -> None:
     expected = torch.where(selected[:, None] == selected, same, other).fill_diagonal_(1.0)
     spread = 4.5 * (epochs * expected * (1 - expected)).sqrt()
     assert ((together - epochs * expected).abs() <= spread).all()
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 18, 20, 24])  # batches of 8: remainders around `least`
+@pytest.mark.parametrize("least", [1, 2, 4, 9])  # 9: more than a batch, so that every remainder joins
+def test_a_short_last_batch_joins_the_one_before(size: int, least: int) -> None:
+    batches = epoch_batches(size, 8, seed=0, epoch=0, shuffle=True, least=least)
+    sizes = [len(batch) for batch in batches]
+    assert len(sizes) == batch_count(size, 8, least)
+    assert sum(sizes) == size
+    assert sizes[:-1] == [8] * (len(sizes) - 1)
+    assert sizes[-1] < 8 + least
+    assert len(sizes) == 1 or sizes[-1] >= min(least, 8)
+
+
+@pytest.mark.parametrize("selecting", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shares_are_rows_of_every_batch_and_together_the_whole(count: int, selecting: bool) -> None:
+    selected = torch.arange(50) % 3 == 0 if selecting else None
+    loader = numbered(50, shuffle=True, seed=2, augment="crop-flip")
+    whole = list(loader.epoch(1, selected))
+    shares = [list(loader.epoch(1, selected, share=(number, count))) for number in range(count)]
+    for k, batch in enumerate(whole):
+        for number, share in enumerate(shares):
+            for ours, all_of_it in zip(share[k], batch, strict=True):
+                assert torch.equal(ours, all_of_it[number::count])
+            if selected is not None:
+                mask = selected[share[k].indices]
+                assert mask[: int(mask.sum())].all()
+        lengths = [len(share[k].indices) for share in shares]
+        assert max(lengths) - min(lengths) <= 1
+    assert [len(share) for share in shares] == [len(loader)] * count
+
+
+@pytest.mark.parametrize("start", [0, 3, 13])
+def test_a_start_in_the_middle_is_the_tail_of_the_epoch(start: int) -> None:
+    loader = numbered(50, shuffle=True, augment="crop-flip")
+    whole, tail = list(loader.epoch(4)), list(loader.epoch(4, start=start))
+    assert len(whole) == 13
+    assert len(tail) == len(whole) - start
+    for a, b in zip(whole[start:], tail, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_starts_and_shares_out_of_range_are_named() -> None:
+    with pytest.raises(ValueError, match=r"start must be in \[0, 13\], the batches of an epoch; got 14"):
+        list(numbered(50).epoch(0, start=14))
+    with pytest.raises(ValueError, match=r"share must be \(number, count\) .* got \(2, 2\)"):
+        list(numbered(50).epoch(0, share=(2, 2)))
+    with pytest.raises(ValueError, match="batches of 4 cannot be divided among 5 processes"):
+        list(numbered(50).epoch(0, share=(0, 5)))
+    with pytest.raises(ValueError, match="views must be at least 0 .*got -1"):
+        numbered(50, views=-1)
+
+
+def test_views_repeat_pictures_but_not_the_order() -> None:
+    images = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    loader = MemoryLoader(
+        images, torch.zeros(30).long(), num_classes=1, batch_size=7, shuffle=True, augment="crop-flip", views=2
+    )
+
+    def seen(epoch: int) -> tuple[Tensor, Tensor]:
+        order = torch.cat([batch.indices for batch in loader.epoch(epoch)])
+        return order, torch.cat([batch.images for batch in loader.epoch(epoch)])[order.argsort()]
+
+    (first, a), (second, b), (third, c) = seen(0), seen(1), seen(2)
+    assert torch.equal(a, c)
+    assert not torch.equal(a, b)
+    assert not torch.equal(first, third)
+    assert not torch.equal(first, second)
+    assert torch.equal(loader.boxes(0, first), loader.boxes(2, first))
+    assert not torch.equal(loader.boxes(0, first), loader.boxes(1, first))
+
+
+@pytest.mark.parametrize("augment", ["none", "shift", "crop-flip"])
+def test_boxes_say_what_pictures_in_memory_became(augment: str) -> None:
+    images = torch.rand(30, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    loader = MemoryLoader(images, torch.zeros(30).long(), num_classes=1, batch_size=7, shuffle=True, augment=augment)
+    for batch in loader.epoch(3):
+        boxes = loader.boxes(3, batch.indices)
+        assert boxes.dtype == torch.int32
+        for after, index, (top, left, height, width, mirrored) in zip(
+            batch.images, batch.indices, boxes.tolist(), strict=True
+        ):
+            assert -2 <= top <= 2
+            assert -2 <= left <= 2
+            padded = torch.nn.functional.pad(images[index], (2, 2, 2, 2))
+            cut = padded[:, top + 2 : top + 2 + height, left + 2 : left + 2 + width]
+            assert torch.equal(after, cut.flip(-1) if mirrored else cut)
 
 
 def test_hold_out_is_a_partition() -> None:
@@ -280,6 +368,44 @@ def test_folder_labels_pictures_and_repeatable_augmentation(tmp_path: Path, read
     assert all(torch.equal(here[i], there[i]) for i in here), "augmentation must not depend on the worker"
     other = seen(0, 1)
     assert any(not torch.equal(here[i], other[i]) for i in here)
+
+
+@pytest.mark.parametrize("reader", ["torchvision", "dali"])
+def test_folders_start_in_the_middle_share_their_batches_and_repeat_views(tmp_path: Path, reader: str) -> None:
+    pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
+    make_folder(tmp_path)
+    loader = data_sets.load(
+        "folder",
+        root=str(tmp_path),
+        batch_size=2,
+        augment="crop-flip",
+        image_size=8,
+        reader=reader,
+        train_limit=5,
+        least=1,  # so that the last batch is one row, of which the second process has none
+        views=2,
+    ).train
+    whole = list(loader.epoch(0))
+    assert [len(batch.indices) for batch in whole] == [2, 2, 1]
+    for a, b in zip(whole[2:], loader.epoch(0, start=2), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for number in range(2):
+        for a, b in zip(whole, loader.epoch(0, share=(number, 2)), strict=True):
+            assert all(torch.equal(x[number::2], y) for x, y in zip(a, b, strict=True))
+    selected = torch.tensor([True, False, True, True, False])
+    together = [list(loader.epoch(1, selected, share=(number, 2))) for number in range(2)]
+    for a, first, second in zip(loader.epoch(1, selected), *together, strict=True):
+        assert torch.equal(first.indices, a.indices[::2])
+        assert torch.equal(second.indices, a.indices[1::2])
+    by_index = [
+        {int(i): x for batch in loader.epoch(epoch) for i, x in zip(batch.indices, batch.images, strict=True)}
+        for epoch in (0, 2, 1)
+    ]
+    assert all(torch.equal(by_index[0][i], by_index[1][i]) for i in range(5))
+    assert any(not torch.equal(by_index[0][i], by_index[2][i]) for i in range(5))
+    everyone = torch.arange(5)
+    assert torch.equal(loader.boxes(0, everyone), loader.boxes(2, everyone))
+    assert not torch.equal(loader.boxes(0, everyone), loader.boxes(1, everyone))
 
 
 @pytest.mark.parametrize("reader", ["torchvision", "dali"])

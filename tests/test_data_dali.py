@@ -23,7 +23,8 @@ from lrds_fast.data.sources import Folder, Tars, TFRecords
 pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
 Image = pytest.importorskip("PIL.Image")
 
-from lrds_fast.data.dali import DaliLoader, picture_size, random_box  # noqa: E402
+from lrds_fast.data.boxes import picture_size, random_box  # noqa: E402
+from lrds_fast.data.dali import DaliLoader  # noqa: E402
 
 COUNT = 26
 SIZE = 32
@@ -212,15 +213,56 @@ def test_forked_processes_collect_garbage_in_peace(root: Path, alive: bool) -> N
     assert found is None or len(found.labels) == COUNT
 
 
+@pytest.mark.parametrize("selecting", [False, True])
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_processes_share_an_epoch(root: Path, count: int) -> None:
-    whole = list(loader(root, shuffle=True).epoch(0))
-    parts = [loader(root, shuffle=True, shard=(number, count)) for number in range(count)]
-    shared = [list(part.epoch(0)) for part in parts]
-    assert [len(part) for part in parts] == [len(batches) for batches in shared]
-    for k, batch in enumerate(whole):
-        theirs = shared[k % count][k // count]
-        assert torch.equal(batch.indices, theirs.indices) and torch.equal(batch.images, theirs.images)
+def test_processes_share_every_batch(root: Path, count: int, selecting: bool) -> None:
+    """Batches of 8, 8, 8 and 2: of the last one some of 3 or 5 processes have nothing."""
+    selected = torch.arange(COUNT) % 3 == 0 if selecting else None
+    whole = list(loader(root, train=True, shuffle=True).epoch(0, selected))
+    for number in range(count):
+        share = list(loader(root, train=True, shuffle=True).epoch(0, selected, share=(number, count)))
+        assert len(share) == len(whole)
+        for batch, ours in zip(whole, share, strict=True):
+            assert all(torch.equal(a[number::count], b) for a, b in zip(batch, ours, strict=True))
+            if selected is not None:
+                mask = selected[ours.indices]
+                assert mask[: int(mask.sum())].all()
+
+
+def test_a_loader_takes_batches_of_every_size_in_turn(root: Path) -> None:
+    """Shares of a half need less room in the pipeline than the whole batches after them."""
+    found = loader(root, shuffle=True, least=8)
+    half = list(found.epoch(0, share=(0, 2)))
+    whole = list(found.epoch(0))
+    assert [len(batch.indices) for batch in whole] == [8, 8, 10]
+    assert all(torch.equal(a.images[::2], b.images) for a, b in zip(whole, half, strict=True))
+
+
+def test_boxes_are_those_that_are_cut_and_torchvisions(root: Path) -> None:
+    found = loader(root, train=True, views=3)
+    indices = torch.tensor([4, 0, 25, 9])
+    boxes = found.boxes(5, indices)
+    for index, box in zip(indices.tolist(), boxes.tolist(), strict=True):
+        prepared = found._prepare(index, 2).box
+        assert box == [*prepared[:4], int(prepared.mirrored)]
+    options: dict[str, object] = {"batch_size": 8, "image_size": SIZE, "seed": 3, "views": 3}
+    folder = FolderLoader(Folder(root), torch.arange(COUNT), train=True, **options)  # type: ignore[arg-type]
+    assert torch.equal(folder.boxes(5, indices), boxes)
+    whole = loader(root).boxes(0, indices).tolist()
+    sizes = [picture_size(Folder(root).read(i)) for i in indices.tolist()]
+    assert whole == [[0, 0, *size, 0] for size in sizes]
+
+
+def test_training_pictures_are_torchvisions(root: Path) -> None:
+    """Both readers cut the same boxes out, so that what was computed with one may be used with the other."""
+    rgb = torch.tensor([i not in (3, 8) for i in range(COUNT)])
+    ours = images_of(loader(root, train=True), 1)[rgb]
+    folder = FolderLoader(Folder(root), torch.arange(COUNT), train=True, batch_size=8, image_size=SIZE, seed=3)
+    theirs = images_of(folder, 1)[rgb]  # type: ignore[arg-type]
+    levels = (ours - theirs).abs() * torch.tensor(STD).view(3, 1, 1) * 255
+    # Enlarged crops differ by how decoders interpolate colour at the box's edge.
+    assert levels.mean() < 1.0
+    assert levels.amax(dim=(1, 2, 3)).median() <= 6.0
 
 
 def test_broken_pictures_are_named_and_counted_not_fatal(root: Path, tmp_path: Path) -> None:
@@ -331,10 +373,12 @@ def test_tfrecords_hold_what_the_folder_holds(root: Path, tmp_path: Path, packed
 
 
 def test_bad_arguments_are_named(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"shard must be .* got \(2, 2\)"):
-        loader(root, shard=(2, 2))
-    with pytest.raises(ValueError, match="threads, batch_size and image_size must be at least 1"):
+    with pytest.raises(ValueError, match=r"share must be .* got \(2, 2\)"):
+        list(loader(root).epoch(0, share=(2, 2)))
+    with pytest.raises(ValueError, match="threads and image_size must be at least 1"):
         loader(root, threads=0)
+    with pytest.raises(ValueError, match="batch_size and least must be at least 1; got 8 and 0"):
+        loader(root, least=0)
     (root.parent / "empty" / "a").mkdir(parents=True, exist_ok=True)
     with pytest.raises(FileNotFoundError, match="holds no pictures"):
         Folder(root.parent / "empty")

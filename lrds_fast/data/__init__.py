@@ -73,6 +73,8 @@ def load(
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     device: torch.device | str | None = None,
+    least: int = 2,
+    views: int = 0,
 ) -> Data:
     """The data set `name`, split and ready to train on.
 
@@ -81,7 +83,8 @@ def load(
     folder per class; val/ is the test split), "webdataset" or "tfrecord" (archives of the two splits, see
     lrds_fast.data.sources.open_split). val_fraction of the training samples is held out, by split_seed;
     train_limit > 0 keeps that many of the others. seed orders and augments. augment: see MemoryLoader and FolderLoader
-    ("none" or "crop-flip").
+    ("none" or "crop-flip"). least, views: of the training samples; a last batch of fewer than `least` joins the one
+    before it; with views > 0 the augmentation of epoch e is that of epoch e % views.
     For encoded pictures (folder, webdataset, tfrecord): reader "dali", "torchvision", or "auto", DALI where it is
     installed; workers, the processes (torchvision) or threads (DALI) that decode; device, where DALI decodes.
     For data in memory only: mean, std, per channel (CIFAR has the literature's by default); device, where the images
@@ -119,6 +122,8 @@ def load(
             workers=workers,
             reader=reader,
             device=device,
+            least=least,
+            views=views,
         )
     else:
         raise ValueError(
@@ -140,6 +145,8 @@ def load(
         mean=mean or None,
         std=std or None,
         device=device,
+        least=least,
+        views=views,
     )
 
 
@@ -162,6 +169,8 @@ def in_memory(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     device: torch.device | str | None = None,
+    least: int = 2,
+    views: int = 0,
 ) -> Data:
     """Data from tensors; see MemoryLoader for images and targets, load for the rest."""
     kept, held_out = hold_out(len(train_images), val_fraction, seed=split_seed)
@@ -183,7 +192,16 @@ def in_memory(
         targets = mislabelled(targets, label_noise, num_classes=num_classes, seed=split_seed)
     return Data(
         name=name,
-        train=loader(images, targets, batch_size=batch_size, seed=seed, shuffle=True, augment=augment),
+        train=loader(
+            images,
+            targets,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=True,
+            augment=augment,
+            least=least,
+            views=views,
+        ),
         score=loader(images, targets),
         val=loader(train_images[held_out], train_targets[held_out]) if len(held_out) else None,
         test=loader(test_images, test_targets),
@@ -225,6 +243,8 @@ def _encoded(
     workers: int,
     reader: str,
     device: torch.device | str | None,
+    least: int,
+    views: int,
 ) -> Data:
     if augment not in ("none", "crop-flip"):
         raise ValueError(f"augment must be 'none' or 'crop-flip' for encoded pictures; got {augment!r}")
@@ -258,6 +278,8 @@ def _encoded(
             seed=seed,
             shuffle=True,
             train=augment == "crop-flip",
+            least=least,
+            views=views,
         ),
         score=loader(train, kept),
         val=loader(train, held_out) if len(held_out) else None,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,96 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrds_fast.data.boxes import Box, centre_box, crop_seed, geometry, picture_size, random_box
 from lrds_fast.data.folder import MEAN, STD
-from lrds_fast.data.loader import Batch, batch_count, derived_seed, epoch_batches
+from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, view_of
 from lrds_fast.data.sources import Source
 
-#: Share of the area, and ratio of the sides, of what RandomResizedCrop cuts out (Szegedy et al. 2015).
-SCALE = (0.08, 1.0)
-RATIO = (3 / 4, 4 / 3)
 #: Batches that are decoded ahead.
 DEPTH = 2
-
-
-class Box(NamedTuple):
-    """What becomes of a picture: the pixels [top, top + height) x [left, left + width) are decoded and resized to
-    (resized_height, resized_width); of these the image_size squared from (down, right) on stay, mirrored or not."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    resized_height: int
-    resized_width: int
-    down: int
-    right: int
-    mirrored: bool
-
-
-def random_box(height: int, width: int, size: int, seed: int) -> Box:
-    """RandomResizedCrop(size) and RandomHorizontalFlip: ten tries of a random area and ratio, else the largest box
-    within the ratios."""
-    draws = np.random.Generator(np.random.PCG64(seed))
-    mirrored = bool(draws.random() < 0.5)
-    for _ in range(10):
-        area = height * width * draws.uniform(*SCALE)
-        ratio = math.exp(draws.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
-            return Box(top, left, h, w, size, size, 0, 0, mirrored)
-    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
-    return Box((height - h) // 2, (width - w) // 2, h, w, size, size, 0, 0, mirrored)
-
-
-def centre_box(height: int, width: int, size: int) -> Box:
-    """Resize(size / 0.875) of the shorter side and CenterCrop(size), as torchvision rounds them."""
-    shorter = round(size / 0.875)
-    if height <= width:
-        h, w = shorter, max(shorter, int(shorter * width / height))
-    else:
-        h, w = max(shorter, int(shorter * height / width)), shorter
-    return Box(0, 0, height, width, h, w, round((h - size) / 2), round((w - size) / 2), False)
-
-
-def picture_size(data: np.ndarray) -> tuple[int, int]:
-    """(height, width) from a file's header; ValueError where there is none."""
-    raw = data[:64].tobytes()
-    if raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) >= 24:
-        return int.from_bytes(raw[20:24], "big"), int.from_bytes(raw[16:20], "big")
-    if raw[:2] == b"\xff\xd8":
-        return _jpeg_size(memoryview(data))  # type: ignore[arg-type]
-    import io
-
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data.tobytes())) as opened:
-            return opened.height, opened.width
-    except OSError as error:
-        raise ValueError(str(error)) from error
-
-
-def _jpeg_size(data: memoryview) -> tuple[int, int]:
-    """The frame header's height and width: segments are skipped by their lengths."""
-    at = 2
-    while at + 9 < len(data):
-        if data[at] != 0xFF:
-            break
-        marker = data[at + 1]
-        if marker == 0xFF:  # filling
-            at += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            if height and width:
-                return height, width
-            break
-        if marker in (0x01, 0xD8) or 0xD0 <= marker <= 0xD7:
-            at += 2
-            continue
-        at += 2 + (data[at + 2] << 8 | data[at + 3])
-    raise ValueError("a JPEG without a frame header")
 
 
 class _Prepared(NamedTuple):
@@ -130,8 +46,8 @@ class DaliLoader:
     mirror image half of the time; else Resize(image_size / 0.875) and CenterCrop(image_size). Bilinear, with
     antialiasing; normalised by ImageNet's mean and standard deviation.
     device: "cpu" or a CUDA device, where pictures are decoded (JPEG) and where batches come from. threads: that decode
-    on the CPU. shard: (number, count), this process's of the batches of all processes: batches are cut from the
-    one order of the epoch, each to one process.
+    on the CPU. least: a last batch of fewer samples joins the one before it. views: 0 augments anew every epoch; n > 0
+    gives epoch e the augmentation of epoch e % n, in an order of its own.
     A picture that cannot be read or decoded is replaced by a grey one and counted: `errors` has (index, name, reason)
     for each, once. ImportError where DALI is missing.
     """
@@ -148,33 +64,34 @@ class DaliLoader:
         train: bool = False,
         device: torch.device | str = "cpu",
         threads: int = 1,
-        shard: tuple[int, int] = (0, 1),
+        least: int = 2,
+        views: int = 0,
     ) -> None:
-        if threads < 1 or batch_size < 1 or image_size < 1:
-            raise ValueError(
-                f"threads, batch_size and image_size must be at least 1; got {threads}, {batch_size} and {image_size}"
-            )
-        if not 0 <= shard[0] < shard[1]:
-            raise ValueError(f"shard must be (number, count) with 0 <= number < count; got {shard}")
+        if threads < 1 or image_size < 1:
+            raise ValueError(f"threads and image_size must be at least 1; got {threads} and {image_size}")
+        check_sizes(batch_size, least, views)
         self.num_classes = len(source.classes)
         self.labels = source.labels[rows]
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
-        self.shuffle, self.train, self.threads, self.shard = shuffle, train, threads, shard
+        self.shuffle, self.train, self.threads = shuffle, train, threads
+        self.least, self.views = least, views
         self.device = torch.device(device)
         self.errors: list[tuple[int, str, str]] = []
         self._source, self._rows = source, rows
         self._wrong: set[int] = set()
         self._pipeline: Any = None
+        self._room = 0
         self._feed = _Feed(iter(()))
         self._pool: ThreadPoolExecutor | None = None
         _dali()
 
     def __len__(self) -> int:
-        whole = batch_count(len(self.labels), self.batch_size)
-        return whole // self.shard[1] + (self.shard[0] < whole % self.shard[1])
+        return batch_count(len(self.labels), self.batch_size, self.least)
 
-    def epoch(self, epoch: int, selected: Tensor | None = None, start: int = 0) -> Iterator[Batch]:
-        """start: of the batches of this process, how many to leave out: a run that goes on in the middle."""
+    def epoch(
+        self, epoch: int, selected: Tensor | None = None, *, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
+        view = view_of(epoch, self.views)
         batches = epoch_batches(
             len(self.labels),
             self.batch_size,
@@ -182,7 +99,15 @@ class DaliLoader:
             epoch=epoch,
             shuffle=self.shuffle,
             selected=selected,
-        )[self.shard[0] :: self.shard[1]][start:]
+            least=self.least,
+            start=start,
+            share=share,
+        )
+        # Only the last batch may be so short that a process has no row of it; the pipeline takes no empty one.
+        nothing = batches.pop() if batches and not len(batches[-1]) else None
+        room = -(-(self.batch_size + self.least - 1) // share[1])
+        if room > self._room:
+            self._pipeline, self._room = None, room
         with ThreadPoolExecutor(self.threads) as pool:
             self._pool = pool
             waiting: deque[tuple[Tensor, list[Future[_Prepared]]]] = deque()
@@ -191,7 +116,7 @@ class DaliLoader:
             def ask() -> None:
                 index = next(following, None)
                 if index is not None:
-                    waiting.append((index, [pool.submit(self._prepare, i, epoch) for i in index.tolist()]))
+                    waiting.append((index, [pool.submit(self._prepare, i, view) for i in index.tolist()]))
 
             def arriving() -> Iterator[tuple[Tensor, list[_Prepared]]]:
                 for _ in range(DEPTH):
@@ -217,15 +142,24 @@ class DaliLoader:
                         continue
                     index, _ = self._feed.given.popleft()
                     yield Batch(images, self.labels[index].to(images.device), index)
+                if nothing is not None:
+                    images = torch.empty(0, 3, self.image_size, self.image_size, device=self.device)
+                    yield Batch(images, self.labels[nothing].to(images.device), nothing)
                 done = True
             finally:
                 for _, futures in waiting:
                     for future in futures:
                         future.cancel()
-                if done:
+                if done and self._pipeline is not None:
                     self._pipeline.reset()
                 else:  # left in the middle: what it has decoded ahead belongs to no other epoch
                     self._pipeline = None
+
+    def boxes(self, epoch: int, indices: Tensor) -> Tensor:
+        """See Loader.boxes; reads the files' headers. An evaluated picture's box is all of it; one that cannot be read
+        has zeros."""
+        seeds = [crop_seed(self.seed, view_of(epoch, self.views), i) for i in indices.tolist()]
+        return geometry(self._source, self._rows[indices], seeds if self.train else None, self.image_size)
 
     def picture(self, index: int) -> Tensor:
         import io
@@ -238,7 +172,7 @@ class DaliLoader:
             small.thumbnail((96, 96))
         return torch.from_numpy(np.array(small))
 
-    def _prepare(self, index: int, epoch: int) -> _Prepared:
+    def _prepare(self, index: int, view: int) -> _Prepared:
         """A sample's bytes and box; runs in a thread."""
         try:
             if index in self._wrong:
@@ -248,8 +182,8 @@ class DaliLoader:
         except (OSError, ValueError) as error:
             return self._grey(str(error) or type(error).__name__)
         if self.train:
-            seed = derived_seed("crop", self.seed, epoch, index)
-            return _Prepared(data, random_box(height, width, self.image_size, seed), None)
+            box = random_box(height, width, self.image_size, crop_seed(self.seed, view, index))
+            return _Prepared(data, box, None)
         return _Prepared(data, centre_box(height, width, self.image_size), None)
 
     def _grey(self, reason: str) -> _Prepared:
@@ -281,7 +215,7 @@ class DaliLoader:
                 assert loader is not None
                 return loader._next()
 
-            self._pipeline = build(inputs, self.batch_size + 1, self.image_size, self.device, self.threads)
+            self._pipeline = build(inputs, self._room, self.image_size, self.device, self.threads)
         (images,) = self._pipeline.run()
         if on_gpu:
             plugin: Any = importlib.import_module("nvidia.dali.plugin.pytorch")

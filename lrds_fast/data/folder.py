@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lrds_fast.data.loader import Batch, batch_count, derived_seed, epoch_batches
+from lrds_fast.data.boxes import crop_seed, geometry, random_box
+from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, view_of
 from lrds_fast.data.sources import Source
 
 # The statistics of ImageNet's training set that every published network expects.
@@ -21,17 +22,20 @@ STD = (0.229, 0.224, 0.225)
 
 class _Samples(Dataset[tuple[Tensor, int, int]]):
     """Items are asked for as (index, seed): the seed makes a sample's augmentation independent of the worker that
-    draws it, of the order in the batch and of the number of workers."""
+    draws it, of the order in the batch and of the number of workers. crop: the side of random boxes, 0 for none."""
 
-    def __init__(self, source: Source, rows: Tensor, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(self, source: Source, rows: Tensor, transform: Callable[[Any], Tensor], *, crop: int) -> None:
         self.source = source
         self.rows = rows
         self.transform = transform
+        self.crop = crop
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
         index, seed = item
         row = int(self.rows[index])
         image, target = self.picture(index), int(self.source.labels[row])
+        if self.crop:
+            image = _cut(image, self.crop, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image), target, index
@@ -49,18 +53,27 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(f"{where} is not a readable picture ({error}); replace or remove it") from error
 
 
+def _cut(image: Any, size: int, seed: int) -> Any:
+    """A PIL image of size x size: the box that the seed draws, as DALI cuts it out."""
+    from torchvision.transforms.v2 import functional
+
+    box = random_box(image.height, image.width, size, seed)
+    cut = functional.resized_crop(image, *box[:4], [size, size], antialias=True)
+    return functional.horizontal_flip(cut) if box.mirrored else cut
+
+
 class _Items:
     """The items of each batch, made when the batch is due."""
 
-    def __init__(self, batches: list[Tensor], seed: int, epoch: int) -> None:
-        self.batches, self.seed, self.epoch = batches, seed, epoch
+    def __init__(self, batches: list[Tensor], seed: int, view: int) -> None:
+        self.batches, self.seed, self.view = batches, seed, view
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in self.batches:
-            yield [(i, derived_seed("augment", self.seed, self.epoch, i)) for i in batch.tolist()]
+            yield [(i, crop_seed(self.seed, self.view, i)) for i in batch.tolist()]
 
 
 def _keep(_: int) -> None:
@@ -72,7 +85,9 @@ class FolderLoader:
     """A Loader over some rows of a Source; see Loader for its methods.
 
     train=True: RandomResizedCrop(image_size) and a mirror image half of the time; else Resize(image_size / .875) and
-    CenterCrop. workers: processes that decode; 0 decodes in this one.
+    CenterCrop. workers: processes that decode; 0 decodes in this one. least: a last batch of fewer samples joins the
+    one before it. views: 0 augments anew every epoch; n > 0 gives epoch e the augmentation of epoch e % n, in an order
+    of its own.
     """
 
     def __init__(
@@ -86,7 +101,10 @@ class FolderLoader:
         shuffle: bool = False,
         train: bool = False,
         workers: int = 0,
+        least: int = 2,
+        views: int = 0,
     ) -> None:
+        check_sizes(batch_size, least, views)
         try:
             from torchvision.transforms import v2
         except ImportError as error:
@@ -96,21 +114,24 @@ class FolderLoader:
         self.num_classes = len(source.classes)
         self.labels = source.labels[rows]
         self.batch_size = batch_size
+        self.image_size = image_size
+        self.train = train
+        self.least = least
+        self.views = views
         self.seed = seed
         self.shuffle = shuffle
         self.workers = workers
-        crop = (
-            [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
-            if train
-            else [v2.Resize(round(image_size / 0.875), antialias=True), v2.CenterCrop(image_size)]
-        )
+        centre = [v2.Resize(round(image_size / 0.875), antialias=True), v2.CenterCrop(image_size)]
         finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        self._samples = _Samples(source, rows, v2.Compose([*crop, *finish]))
+        transform = v2.Compose(finish if train else [*centre, *finish])
+        self._samples = _Samples(source, rows, transform, crop=image_size if train else 0)
 
     def __len__(self) -> int:
-        return batch_count(len(self.labels), self.batch_size)
+        return batch_count(len(self.labels), self.batch_size, self.least)
 
-    def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, selected: Tensor | None = None, *, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
         batches = epoch_batches(
             len(self.labels),
             self.batch_size,
@@ -118,10 +139,15 @@ class FolderLoader:
             epoch=epoch,
             shuffle=self.shuffle,
             selected=selected,
+            least=self.least,
+            start=start,
+            share=share,
         )
+        # Only the last batch may be so short that a process has no row of it, and nothing cannot be collated.
+        nothing = batches.pop() if batches and not len(batches[-1]) else None
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self._samples),
-            batch_sampler=cast(Any, _Items(batches, self.seed, epoch)),
+            batch_sampler=cast(Any, _Items(batches, self.seed, view_of(epoch, self.views))),
             num_workers=self.workers,
             worker_init_fn=_keep,
             pin_memory=torch.cuda.is_available(),
@@ -130,6 +156,14 @@ class FolderLoader:
         )
         for images, targets, index in loader:
             yield Batch(images, targets, index)
+        if nothing is not None:
+            yield Batch(torch.empty(0, 3, self.image_size, self.image_size), self.labels[nothing], nothing)
+
+    def boxes(self, epoch: int, indices: Tensor) -> Tensor:
+        """See Loader.boxes; DALI's boxes. Reads the files' headers; an evaluated picture's box is all of it."""
+        seeds = [crop_seed(self.seed, view_of(epoch, self.views), i) for i in indices.tolist()]
+        rows = self._samples.rows[indices]
+        return geometry(self._samples.source, rows, seeds if self.train else None, self.image_size)
 
     def picture(self, index: int) -> Tensor:
         from torchvision.transforms import v2

@@ -30,14 +30,28 @@ class Loader(Protocol):
     labels: Tensor
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """Batches per epoch, the same number on every process."""
 
-    def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, selected: Tensor | None = None, *, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
         """The batches of one epoch: a function of the loader's seed and `epoch` alone, whatever ran before.
 
         selected: (size,) bool. Where given, each batch brings its share of the selected samples, first, so that the
         teacher needs to see a prefix of constant length only (see epoch_batches); a loader that cannot do so ignores
         it, and the trainer falls back to a mask.
+        start: how many batches to leave out, for a run that goes on in the middle; the others are those of the whole
+        epoch, and what is left out is not decoded. share: (number, count) of this process: of every batch it gets
+        the rows number, number + count, ..., so that selected samples are first everywhere, counts differ by one row
+        at most, and all processes together have every sample once. A batch of fewer rows than processes leaves some
+        with none.
+        """
+
+    def boxes(self, epoch: int, indices: Tensor) -> Tensor:
+        """(N, 5) int32 on the CPU: where in their pictures samples are cut out in an epoch. top, left, height, width
+        in the picture's own pixels, and 1 where what is cut out is mirrored, else 0.
+
+        indices: (N,) int64. A box that begins in an added border has a negative top or left.
         """
 
     def picture(self, index: int) -> Tensor:
@@ -75,23 +89,60 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
-def batch_count(size: int, batch_size: int) -> int:
-    """Batches of an epoch. A last batch of one sample joins the one before it: one row has no batch statistics."""
+def view_of(epoch: int, views: int) -> int:
+    """The epoch whose augmentation `epoch` has: its own, or with views > 0 that of one of the first `views`."""
+    return epoch % views if views else epoch
+
+
+def check_sizes(batch_size: int, least: int, views: int) -> None:
+    """Raises ValueError for a loader's sizes that make no sense."""
+    if batch_size < 1 or least < 1:
+        raise ValueError(f"batch_size and least must be at least 1; got {batch_size} and {least}")
+    if views < 0:
+        raise ValueError(f"views must be at least 0 (0: a new augmentation every epoch); got {views}")
+
+
+def batch_count(size: int, batch_size: int, least: int = 2) -> int:
+    """Batches of an epoch. A last batch of fewer than `least` samples joins the one before it: one row has no batch
+    statistics, and every process and every part of an accumulated step wants some."""
     full, rest = divmod(size, batch_size)
-    return full + (rest > 1 or (rest == 1 and full == 0))
+    return full + (rest >= max(least, 1) or (rest > 0 and full == 0))
 
 
 def epoch_batches(
-    size: int, batch_size: int, *, seed: int, epoch: int, shuffle: bool, selected: Tensor | None = None
+    size: int,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+    selected: Tensor | None = None,
+    least: int = 2,
+    start: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Tensor]:
     """Index tensors of one epoch's batch_count batches; every sample is in one of them.
 
     With `selected`, (size,) bool, each batch has its share of the selected samples, first, and then of the others: of
     B samples floor or ceil of B * (number selected) / size. Within the selected, and within the others, the order is
-    that of one shuffle of all.
+    that of one shuffle of all. start, share: see Loader.epoch. Raises ValueError for these out of range.
     """
+    number, count = share
+    if not 0 <= number < count:
+        raise ValueError(f"share must be (number, count) with 0 <= number < count; got {share}")
+    if count > batch_size:
+        raise ValueError(f"share: batches of {batch_size} cannot be divided among {count} processes; raise batch_size")
+    batches = _whole_batches(size, batch_size, seed, epoch, shuffle, selected, least)
+    if not 0 <= start <= len(batches):
+        raise ValueError(f"start must be in [0, {len(batches)}], the batches of an epoch; got {start}")
+    return [batch[number::count] for batch in batches[start:]]
+
+
+def _whole_batches(
+    size: int, batch_size: int, seed: int, epoch: int, shuffle: bool, selected: Tensor | None, least: int
+) -> list[Tensor]:
     order = torch.randperm(size, generator=generator("order", seed, epoch)) if shuffle else torch.arange(size)
-    ends = [(i + 1) * batch_size for i in range(batch_count(size, batch_size))]
+    ends = [(i + 1) * batch_size for i in range(batch_count(size, batch_size, least))]
     if ends:
         ends[-1] = size
     starts = [0, *ends[:-1]]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrds_fast.data.loader import Batch, batch_count, epoch_batches, generator
+from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, generator, view_of
 
 
 class MemoryLoader:
@@ -21,6 +21,8 @@ class MemoryLoader:
     [0, num_classes). augment: "none", "shift" (random shift by up to an eighth of the side), or "crop-flip" (the same
     and a mirror image half of the time). mean, std: per channel, taken off after augmentation. device: where the images
     stay and are augmented, and where batches come from; None leaves them where they are.
+    least: a last batch of fewer samples joins the one before it. views: 0 augments anew every epoch; n > 0 gives epoch
+    e the augmentation of epoch e % n, in an order of its own.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class MemoryLoader:
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         device: torch.device | str | None = None,
+        least: int = 2,
+        views: int = 0,
     ) -> None:
         if images.dim() != 4:
             raise ValueError(
@@ -54,13 +58,14 @@ class MemoryLoader:
             )
         if augment not in ("none", "shift", "crop-flip"):
             raise ValueError(f"augment must be 'none', 'shift' or 'crop-flip' for data in memory; got {augment!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        check_sizes(batch_size, least, views)
         self.images = images if device is None else images.to(device)
         self.labels = targets.long().cpu()
         self._targets = self.labels.to(self.images.device)
         self.num_classes = num_classes
         self.batch_size = batch_size
+        self.least = least
+        self.views = views
         self.seed = seed
         self.shuffle = shuffle
         self.augment = augment
@@ -76,11 +81,13 @@ class MemoryLoader:
         self._offset = offset.float().to(self.images.device)
 
     def __len__(self) -> int:
-        return batch_count(len(self.images), self.batch_size)
+        return batch_count(len(self.images), self.batch_size, self.least)
 
-    def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, selected: Tensor | None = None, *, start: int = 0, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Batch]:
         device = self.images.device
-        draws = None if self.augment == "none" else self._draws(epoch)
+        draws = None if self.augment == "none" else self._draws(view_of(epoch, self.views))
         for index in epoch_batches(
             len(self.images),
             self.batch_size,
@@ -88,12 +95,25 @@ class MemoryLoader:
             epoch=epoch,
             shuffle=self.shuffle,
             selected=selected,
+            least=self.least,
+            start=start,
+            share=share,
         ):
             place = index.to(device, non_blocking=True)
             images = self.images[place]
             if draws is not None:
                 images = self._moved(images, *(column[place] for column in draws))
             yield Batch(images.float().mul_(self._factor).sub_(self._offset), self._targets[place], index)
+
+    def boxes(self, epoch: int, indices: Tensor) -> Tensor:
+        """See Loader.boxes. height and width are the picture's: top and left are the shift, down and to the right where
+        they are positive, up to an eighth of the side."""
+        found = torch.zeros(len(indices), 5, dtype=torch.int32)
+        found[:, 2], found[:, 3] = self.images.shape[2], self.images.shape[3]
+        if self.augment != "none":
+            down, right, mirrored = (column.cpu()[indices] for column in self._draws(view_of(epoch, self.views)))
+            found[:, 0], found[:, 1], found[:, 4] = down - self._reach, right - self._reach, mirrored
+        return found
 
     def picture(self, index: int) -> Tensor:
         image = self.images[index].cpu()
