@@ -51,7 +51,7 @@ def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
         mean=options.mean,
         std=options.std,
         device=pick_device(recipe.run.device),
-        **({"least": 2 * parts} if parts > 1 else {}),
+        least=2 * parts,
     )
 
 
