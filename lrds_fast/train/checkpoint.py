@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,12 +120,13 @@ def resume(
 
 
 def save_weights(path: Path, model: nn.Module, facts: Mapping[str, str]) -> None:
-    """The weights alone, as .safetensors; facts: its metadata."""
+    """The weights alone, as .safetensors; facts: its metadata, as JSON under the key lrds_fast."""
     from safetensors.torch import save
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_write(path) as file:
-        file.write(save(state, metadata=dict(facts)))
+        # One key: the format does not keep the order of several, and equal weights shall be equal files.
+        file.write(save(state, metadata={"lrds_fast": json.dumps(dict(facts))}))
 
 
 def load_weights(model: nn.Module, path: Path, *, key: str) -> None:

@@ -1,0 +1,321 @@
+"""Training in several processes and parts, and what happens when one of them is stopped, killed or silent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrds_fast.data import Batch, Data, in_memory
+from lrds_fast.models import Classifier
+from lrds_fast.models.small import MLP
+from lrds_fast.train import Recipe, train
+from lrds_fast.train.files import read_records
+
+#: 150 training samples in batches of 16: nine and a short one of 6.
+SAMPLES, STEPS = 150, 10
+
+
+class Noisy(Classifier):
+    """Draws from the global generator in training, and keeps batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(16, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.fc = nn.Linear(12, 3)
+
+    def features(self, images: Tensor) -> Tensor:
+        return F.dropout(F.relu(self.norm(self.hidden(images.flatten(1)))), 0.3, self.training)
+
+
+class Train:
+    """A training split to which something happens: `event` is called before the batch of (epoch, step)."""
+
+    def __init__(self, loader: Any, at: tuple[int, int], event: Any) -> None:
+        self._loader, self._at, self._event = loader, at, event
+        self.labels, self.num_classes = loader.labels, loader.num_classes
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, epoch: int, selected: Tensor | None = None, *, start: int = 0, **options: Any) -> Iterator[Batch]:
+        for step, batch in enumerate(self._loader.epoch(epoch, selected, start=start, **options), start=start):
+            if (epoch, step) == self._at:
+                self._event()
+            yield batch
+
+    def picture(self, index: int) -> Tensor:
+        return self._loader.picture(index)  # type: ignore[no-any-return]
+
+
+def blobs(parts: int = 1, at: tuple[int, int] | None = None, event: Any = None) -> Data:
+    """Pictures of 4 x 4 pixels around a mean per class. at, event: see Train."""
+    draws = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 3, (SAMPLES + 67,), generator=draws)
+    centres = torch.rand(3, 1, 4, 4, generator=draws)
+    images = (centres[targets] + 0.35 * torch.randn(SAMPLES + 67, 1, 4, 4, generator=draws)).clamp(0, 1)
+    splits = images[: SAMPLES + 30], targets[: SAMPLES + 30], images[SAMPLES + 30 :], targets[SAMPLES + 30 :]
+    data = in_memory(
+        *splits, num_classes=3, batch_size=16, val_fraction=1 / 6, augment="shift", eval_batch_size=9, least=2 * parts
+    )
+    if at is None:
+        return data
+    return Data(data.name, Train(data.train, at, event), data.score, data.val, data.test)
+
+
+def teacher() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+def selection() -> Tensor:
+    return torch.rand(SAMPLES, generator=torch.Generator().manual_seed(4)) < 0.6
+
+
+def trained(out: Path, *, data: Data | None = None, noisy: bool = False, resume: bool = False, **values: Any) -> Any:
+    """A run of three epochs and its network. noisy: one with dropout and batch statistics, else one without."""
+    torch.manual_seed(1)
+    student = Noisy() if noisy else MLP(3, inputs=16)
+    chosen = Recipe().with_values(
+        **{
+            "schedule.epochs": 3,
+            "optimizer.lr": 0.1,
+            "run.device": "cpu",
+            "data.batch_size": 16,
+            "run.timeout": 20.0,
+            "data.val_fraction": 1 / 6,
+        }
+        | values
+    )
+    selected = None if chosen.selection.after else selection()
+    result = train(
+        chosen,
+        data or blobs(),
+        student,
+        teacher(),
+        out=out,
+        selected=selected,
+        resume=resume,
+        progress=False,
+    )
+    return result, student
+
+
+def run(folder: Path, code: str, *, processes: int = 1, wait: bool = True, **environment: str) -> Any:
+    """Runs code in new processes that see this module as `cases`; under torchrun where there are several."""
+    script = folder / "script.py"
+    head = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport os, signal, time, torch\n"
+    script.write_text(
+        head + "import test_train_processes as cases\nfrom pathlib import Path\n"
+        f"torch.set_num_threads(1)\nfolder = Path({str(folder)!r})\nrank = int(os.environ.get('RANK', '0'))\n{code}"
+    )
+    command = [sys.executable, str(script)]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    begun = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if not wait:
+        return begun
+    out, err = begun.communicate(timeout=240)
+    return subprocess.CompletedProcess(command, begun.returncode, out, err)
+
+
+def numbers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Equal to 1e-6. Of a divided batch each part shows the teacher its largest share: one row too many at most."""
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        assert b["teacher_rows"] <= a["teacher_rows"] <= b["teacher_rows"] + 4 * STEPS
+        for key in a.keys() - {"teacher_rows"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-6, abs=1e-9), key
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"selection.compose": "mask", "run.clip_grad_norm": 0.5, "run.ema_decay": 0.9},
+        {"selection.after": 1, "run.accumulate": 2},
+        {"loss.divergence": "dkd", "optimizer.name": "adamw", "optimizer.lr": 0.01},
+    ],
+    ids=["selection", "mask, clipped, averaged", "rescored, in two parts", "dkd, adamw"],
+)
+def test_two_processes_are_one(tmp_path: Path, values: dict[str, Any]) -> None:
+    """The same batches, gradients of the same mean: weights and logs equal those of one process to 1e-6."""
+    parts = 2 * values.get("run.accumulate", 1)
+    code = f"""
+result, student = cases.trained(folder / "two", data=cases.blobs({parts}), **{values!r})
+torch.save([result.records, result.teacher_pred, student.state_dict()], folder / f"rank{{rank}}.pt")
+"""
+    done = run(tmp_path, code, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, student = trained(tmp_path / "one", data=blobs(parts), **values)
+    for rank in range(2):
+        records, pred, state = torch.load(tmp_path / f"rank{rank}.pt")
+        assert_close(numbers(records), numbers(whole.records))
+        assert torch.equal(pred, whole.teacher_pred)
+        for name, value in student.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-6)
+    assert_close(numbers(read_records(tmp_path / "two" / "log.jsonl")), numbers(whole.records))
+
+
+def test_a_batch_in_parts_is_the_batch(tmp_path: Path) -> None:
+    whole, student = trained(tmp_path / "whole")
+    for count in (2, 3):
+        divided, other = trained(tmp_path / f"in{count}", **{"run.accumulate": count})
+        assert_close(numbers(divided.records), numbers(whole.records))
+        for name, value in student.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_must_have_rows_for_every_part(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.batch_size .* 16 rows are fewer than 2 for each of 1 process.* 9 step"):
+        trained(tmp_path / "run", **{"run.accumulate": 9})
+    assert not (tmp_path / "run").exists()
+
+
+EXTRAS: list[dict[str, Any]] = [
+    {},
+    {"run.ema_decay": 0.9, "run.amp": "bf16", "optimizer.name": "adamw", "optimizer.lr": 0.02},
+    {"run.amp": "fp16", "run.accumulate": 2, "run.save_every_steps": 3},
+    {"selection.after": 1, "selection.every": 1, "run.save_every_steps": 2},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRAS, ids=["plain", "averaged, bf16, adamw", "fp16, in parts", "rescored"])
+@pytest.mark.parametrize("at", [(0, 1), (1, 0), (1, 7), (2, 9)], ids=str)
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path: Path, at: tuple[int, int], extra: Any) -> None:
+    """A signal arrives before the step `at`: that step is done, the checkpoint written, and nothing is lost."""
+    from lrds_fast.train.stopping import Stopped
+
+    parts = extra.get("run.accumulate", 1)
+    whole, expected = trained(tmp_path / "whole", noisy=True, data=blobs(parts), **extra)
+    stopping = blobs(parts, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    if at == (2, 9):  # the very last step: there is nothing to go on with
+        trained(tmp_path / "cut", noisy=True, data=stopping, **extra)
+    else:
+        with pytest.raises(Stopped, match=r"stopped by SIGTERM after \d epochs.*--resume goes on") as stopped:
+            trained(tmp_path / "cut", noisy=True, data=stopping, **extra)
+        assert stopped.value.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
+    done = at[0] * STEPS + at[1] + 1
+    assert state["epoch"] * STEPS + state["steps"] == done
+    torch.manual_seed(12345)  # whatever ran in between
+    resumed, found = trained(tmp_path / "cut", noisy=True, data=blobs(parts), resume=True, **extra)
+    assert numbers(resumed.records) == numbers(whole.records)
+    assert numbers(read_records(tmp_path / "cut" / "log.jsonl")) == numbers(whole.records)
+    assert torch.equal(resumed.teacher_pred, whole.teacher_pred)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+    best = (tmp_path / "whole" / "best.safetensors").read_bytes()
+    assert (tmp_path / "cut" / "best.safetensors").read_bytes() == best
+
+
+@pytest.mark.parametrize(
+    ("at", "every"), [((0, 0), 0), ((0, 5), 4), ((1, 3), 0), ((2, 6), 1)], ids=["first", "early", "middle", "late"]
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, at: tuple[int, int], every: int) -> None:
+    """kill -9 at a step: the last checkpoint is whole, and going on from it gives the uninterrupted run."""
+    values = {"run.save_every_steps": every, "run.ema_decay": 0.9}
+    code = f"""
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+cases.trained(folder / "cut", noisy=True, data=cases.blobs(1, {at!r}, die), **{values!r})
+"""
+    killed = run(tmp_path, code)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    checkpoint = tmp_path / "cut" / "last.pt"
+    if at == (0, 0):
+        assert not checkpoint.exists()
+    else:
+        state = torch.load(checkpoint, weights_only=True)
+        done = at[0] * STEPS + (at[1] // every * every if every else 0)
+        assert state["epoch"] * STEPS + state["steps"] == done
+    resumed, found = trained(tmp_path / "cut", noisy=True, resume=True, **values)
+    whole, expected = trained(tmp_path / "whole", noisy=True, **values)
+    assert numbers(resumed.records) == numbers(whole.records)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]), name
+
+
+def test_two_processes_stop_at_the_same_step_and_go_on(tmp_path: Path) -> None:
+    """torchrun passes SIGTERM on, to each process at its own time; they agree on a step and write one checkpoint."""
+    code = """
+data = cases.blobs(2, (0, 1), lambda: (folder / f"begun{rank}").touch())
+slow = data.train._loader.epoch
+def waiting(*args, **options):
+    for batch in slow(*args, **options):
+        time.sleep(0.05)
+        yield batch
+data.train._loader.epoch = waiting
+try:
+    cases.trained(folder / "two", data=data, **{"schedule.epochs": 40})
+except cases.Exception_ as stopped:
+    print(stopped)
+""".replace("cases.Exception_", "__import__('lrds_fast.train.stopping', fromlist=['x']).Stopped")
+    begun = run(tmp_path, code, processes=2, wait=False)
+    for _ in range(600):
+        if (tmp_path / "begun0").exists() and (tmp_path / "begun1").exists():
+            break
+        time.sleep(0.1)
+    begun.send_signal(signal.SIGTERM)
+    out, err = begun.communicate(timeout=60)
+    assert "is saved: --resume goes on" in out, err[-3000:]
+    state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+    done = state["epoch"] * STEPS + state["steps"]
+    assert 0 < done < 40 * STEPS and done % STEPS in range(STEPS)
+    resumed, _ = trained(tmp_path / "two", data=blobs(2), resume=True, **{"schedule.epochs": 40})
+    whole, _ = trained(tmp_path / "one", data=blobs(2), **{"schedule.epochs": 40})
+    assert resumed.records[-1]["train_loss"] == pytest.approx(whole.records[-1]["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [pytest.param("os._exit(7)", id="dies"), pytest.param("time.sleep(600)", id="hangs", marks=pytest.mark.slow)],
+)
+def test_a_lost_process_ends_the_others_in_time_and_no_checkpoint_is_lost(tmp_path: Path, event: str) -> None:
+    code = f"""
+def lose():
+    if rank == 1:
+        {event}
+cases.trained(folder / "two", data=cases.blobs(2, (1, 4), lose), **{{"run.timeout": 5.0}})
+"""
+    started = time.monotonic()
+    done = run(tmp_path, code, processes=2)
+    assert done.returncode != 0
+    # A silent process is given up after run.timeout; torchrun kills it half a minute after it asked it to end.
+    assert time.monotonic() - started < 120, "it hung"
+    state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+    assert (state["epoch"], state["steps"]) == (1, 0)
+    resumed, _ = trained(tmp_path / "two", data=blobs(2), resume=True)
+    whole, _ = trained(tmp_path / "one", data=blobs(2))
+    assert_close(numbers(resumed.records)[1:], numbers(whole.records)[1:])
