@@ -13,7 +13,7 @@ TENSORBOARD = "tensorboard"
 
 
 class Trackers:
-    """Gets every record of the log. An old run's events beyond `step` are void.
+    """Gets every record of the log. An older run's events after `step` are void.
 
     TensorBoard's files go to out/tensorboard where tensorboard is installed and run.tensorboard is not off; W&B needs
     run.wandb, the project's name: ImportError where it is not installed.
@@ -27,7 +27,7 @@ class Trackers:
 
             # By an untyped name: whether it is typed depends on whether tensorboard is installed.
             writer: Any = SummaryWriter
-            self._writer = writer(str(out / TENSORBOARD), purge_step=step or None)
+            self._writer = writer(str(out / TENSORBOARD), purge_step=step + 1)
         if recipe.run.wandb:
             try:
                 import wandb

@@ -1,0 +1,296 @@
+"""What a recipe can switch on in the loop: mixing, compilation, precisions, cached answers, best weights, trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from test_train_processes import STEPS, blobs, numbers, selection, teacher, trained
+from torch import Tensor, nn
+
+import lrds_fast
+from lrds_fast.models.small import MLP
+from lrds_fast.topk import TopKTeacher
+from lrds_fast.train import Recipe, train
+from lrds_fast.train.checkpoint import load_weights
+from lrds_fast.train.evaluate import evaluate
+from lrds_fast.train.files import read_records
+from lrds_fast.train.mix import Mix
+from lrds_fast.train.setup import autocast_factory
+from lrds_fast.train.step import first, predicted
+from lrds_fast.train.teaching import Teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_stays_within_those_with_a_teacher_and_those_without(mixup: float, cutmix: float) -> None:
+    """Pictures are of one grey, their class: what a picture has of each class is what its target says."""
+    target = torch.tensor([0, 1, 0, 1, 1, 2, 3, 3, 2])
+    images = F.one_hot(target, 4).float()[:, :, None, None].expand(9, 4, 16, 16).contiguous()
+    mix = Mix(mixup, cutmix, 4)
+    mixed, shares = mix(images, target, 5, "seed", 0)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(9))
+    torch.testing.assert_close(mixed.mean(dim=(2, 3)), shares)
+    assert not shares[:5, 2:].any() and not shares[5:, :2].any()
+    assert ((shares > 0).sum(dim=1) == 2).any(), "nothing was mixed"
+    again, _ = mix(images, target, 5, "seed", 0)
+    other, _ = mix(images, target, 5, "seed", 1)
+    assert torch.equal(again, mixed) and not torch.equal(other, mixed)
+    for border in (0, 9):  # one kind alone
+        assert mix(images, target, border, 0)[0].shape == images.shape
+    state = torch.get_rng_state()
+    mix(images, target, 5, 0)
+    assert torch.equal(torch.get_rng_state(), state), "the draws are its own"
+
+
+def test_mixed_training_is_sgd_on_mixed_pictures_and_targets(tmp_path: Path) -> None:
+    values = {"data.mixup": 0.4, "data.cutmix": 1.0, "schedule.epochs": 1, "schedule.name": "constant"}
+    data, guide, selected = blobs(), teacher(), selection()
+    torch.manual_seed(1)
+    expected = MLP(3, inputs=16)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    mix = Mix(0.4, 1.0, 3)
+    for number, batch in enumerate(data.train.epoch(0, selected)):
+        heard = int(selected[batch.indices].sum())
+        images, target = mix(batch.images, batch.targets, heard, 0, 0, number, 0, 0)
+        optimizer.zero_grad()
+        answers = guide(images)[:heard].detach()
+        loss = lrds_fast.reference.kd_loss(expected(images), answers, target, ce_weight_unselected=1.0)
+        torch.autograd.backward(loss)
+        optimizer.step()
+    result, student = trained(tmp_path / "run", data=data, **values)
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
+    # What a teacher says of a mixture is about no sample.
+    assert bool((result.teacher_pred == -1).all())
+    assert result.records[0]["n_selected"] == int(selected.sum())
+
+
+def test_mixing_without_a_prefix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.mixup and data.cutmix need selection.compose 'prefix'"):
+        trained(tmp_path / "run", **{"data.mixup": 0.4, "selection.compose": "mask"})
+
+
+def test_compiled_training_is_the_same(tmp_path: Path) -> None:
+    eager, student = trained(tmp_path / "eager", **{"schedule.epochs": 1})
+    compiled, other = trained(tmp_path / "compiled", **{"schedule.epochs": 1, "run.compile": "default"})
+    assert compiled.records[0]["train_loss"] == pytest.approx(eager.records[0]["train_loss"], rel=1e-5)
+    assert other.state_dict().keys() == student.state_dict().keys()
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+class Asked(nn.Module):
+    """A teacher that remembers the precision it was asked in, and whether a graph was kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = teacher()
+        self.said: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.said.append(self.net(images))
+        return self.said[-1]
+
+
+@pytest.mark.parametrize(("own", "run", "expected"), [("bf16", "off", torch.bfloat16), ("off", "bf16", torch.float32)])
+def test_the_teacher_has_a_precision_of_its_own(tmp_path: Path, own: str, run: str, expected: torch.dtype) -> None:
+    guide = Asked()
+    chosen = Recipe().with_values(
+        **{"teacher.amp": own, "run.amp": run, "run.device": "cpu", "schedule.epochs": 1, "optimizer.lr": 0.1}
+    )
+    train(chosen, blobs(), MLP(3, inputs=16), guide, out=tmp_path / "run", progress=False)
+    assert {said.dtype for said in guide.said[1:]} == {expected}  # the first is the look at its class count
+    assert all(said.is_inference() for said in guide.said)
+
+
+def test_a_teacher_whose_activations_a_loss_needs_gives_no_inference_tensors() -> None:
+    guide = Asked()
+    kept = Teacher(guide, CPU, autocast=autocast_factory("off", CPU), keep_tensors=True)
+    answers = kept.answered(kept.ask(torch.zeros(2, 1, 4, 4), torch.arange(2), 0))
+    assert isinstance(answers, Tensor) and not answers.is_inference() and not answers.requires_grad
+    with pytest.raises(ValueError, match="a network or cached answers, one of them"):
+        Teacher(None, CPU, autocast=autocast_factory("off", CPU))
+
+
+class Cached:
+    """What the teacher says of the pictures as they are; two views, of which the second is its opposite."""
+
+    views = 2
+
+    def __init__(self, top_k: int = 0) -> None:
+        with torch.no_grad():
+            self._logits = torch.cat([teacher()(batch.images) for batch in blobs().score.epoch(0)])
+        self._top_k = top_k
+        self.asked: list[tuple[int, int]] = []
+
+    def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor | TopKTeacher:
+        self.asked.append((view, len(indices)))
+        logits = self._logits[indices] if view == 0 else -self._logits[indices]
+        return TopKTeacher.from_logits(logits, self._top_k, temperature=4.0) if self._top_k else logits
+
+
+@pytest.mark.parametrize("top_k", [0, 3], ids=["full", "top 3 of 3"])
+def test_cached_answers_train_as_the_teacher_itself(tmp_path: Path, top_k: int) -> None:
+    data, cached = blobs(), Cached(top_k)
+    data.train.augment = "none"  # type: ignore[attr-defined]
+    found = {}
+    for name, given in (("online", {"teacher": teacher()}), ("cached", {"cached": cached})):
+        torch.manual_seed(1)
+        student = MLP(3, inputs=16)
+        chosen = Recipe().with_values(**{"run.device": "cpu", "schedule.epochs": 1, "optimizer.lr": 0.1})
+        result = train(
+            chosen,
+            data,
+            student,
+            out=tmp_path / name,
+            selected=selection(),
+            progress=False,
+            **given,  # type: ignore[arg-type]
+        )
+        found[name] = (result, student.state_dict())
+    online, asked = found["online"][0], found["cached"][0]
+    assert torch.equal(online.teacher_pred, asked.teacher_pred)
+    for name, value in found["online"][1].items():
+        torch.testing.assert_close(found["cached"][1][name], value, rtol=1e-5, atol=1e-6)
+    # Only rows that count are read.
+    assert sum(rows for _, rows in cached.asked) == int(selection().sum()) == asked.records[0]["teacher_rows"]
+    trained_twice = Recipe().with_values(**{"run.device": "cpu", "schedule.epochs": 3})
+    train(trained_twice, data, MLP(3, inputs=16), cached=cached, out=tmp_path / "views", progress=False)
+    assert [view for view, _ in cached.asked[-3 * STEPS :]] == [0] * STEPS + [1] * STEPS + [0] * STEPS
+
+
+def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (200, 7), generator=draws).float()  # ties
+    target = torch.randint(0, 7, (200,), generator=draws)
+    answers = TopKTeacher.from_logits(logits, 7, temperature=2.0)
+    agree = predicted(answers, target) == predicted(logits, target)
+    # Without the target in it a tie may be told either way.
+    tied = (logits == logits.amax(dim=1, keepdim=True)).sum(dim=1) > 1
+    assert bool((agree | tied).all())
+    assert torch.equal(predicted(answers, target) == target, predicted(logits, target) == target)
+    some = first(answers, 3)
+    assert isinstance(some, TopKTeacher) and some.temperature == 2.0
+    assert [len(column) for column in (some.values, some.indices, some.logsumexp)] == [3, 3, 3]
+
+
+def test_the_best_weights_are_kept_and_load_as_a_model(tmp_path: Path) -> None:
+    """Chosen by the held-out accuracy; the network that was judged, the moving average here."""
+    result, _ = trained(tmp_path / "run", **{"schedule.epochs": 6, "run.ema_decay": 0.5, "optimizer.lr": 0.5})
+    accuracies = [record["val_acc"] for record in result.records]
+    best = result.records[accuracies.index(max(accuracies))]
+    again = MLP(3, inputs=16)
+    load_weights(again, tmp_path / "run" / "best.safetensors", key="teacher.checkpoint")
+    assert evaluate(again, blobs().test, CPU) == (best["test_acc"], best["test_ce"])
+    with safe_open(tmp_path / "run" / "best.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["lrds_fast"])
+    assert facts["epoch"] == str(best["epoch"]) and facts["chosen by"] == "val_acc"
+
+
+def test_a_line_tells_of_every_epoch(tmp_path: Path) -> None:
+    lines: list[str] = []
+    chosen = Recipe().with_values(**{"name": "some", "run.device": "cpu", "schedule.epochs": 2})
+    train(chosen, blobs(), MLP(3, inputs=16), teacher(), out=tmp_path, progress=False, say=lines.append)
+    assert len(lines) == 2
+    pattern = r"some: epoch 1/2, loss \d\.\d{4}, test \d+\.\d\d%, 150/150 with teacher, \d+\.\d s, \d+ s left"
+    assert re.fullmatch(pattern, lines[0]), lines[0]
+
+
+def test_tensorboard_has_the_log_and_forgets_what_was_done_again(tmp_path: Path) -> None:
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "run"
+    trained(out, **{"schedule.epochs": 2, "run.save_every": 2})
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert state["epoch"] == 2
+    result, _ = trained(out, resume=True, **{"schedule.epochs": 2})
+    whole, _ = trained(tmp_path / "off", **{"schedule.epochs": 2, "run.tensorboard": False})
+    assert not (tmp_path / "off" / "tensorboard").exists()
+    events = event_file.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    for key in ("train_loss", "train_kd", "test_acc", "val_ce", "n_revised", "lr"):
+        scalars = events.Scalars(key)
+        assert [event.step for event in scalars] == [STEPS, 2 * STEPS]
+        expected = [record[key] for record in result.records]
+        assert [event.value for event in scalars] == pytest.approx(expected, rel=1e-6)
+    assert numbers(whole.records) == numbers(result.records)
+
+
+def test_wandb_gets_the_log_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[dict[str, Any], int]] = []
+    begun: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> Any:
+        begun.append(options)
+        return SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    result, _ = trained(tmp_path / "run", **{"run.wandb": "project"})
+    assert begun[0]["project"] == "project" and begun[0]["config"]["loss.eta"] == 0.8
+    assert [step for _, step in logged] == [STEPS, 2 * STEPS, 3 * STEPS]
+    assert [values["test_acc"] for values, _ in logged] == [record["test_acc"] for record in result.records]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="run.wandb is 'project', which needs W&B: pip install wandb"):
+        trained(tmp_path / "without", **{"run.wandb": "project"})
+
+
+def test_the_steps_are_regions_of_a_profile(tmp_path: Path) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trained(tmp_path / "run", **{"schedule.epochs": 1})
+    counts = {event.key: event.count for event in profile.key_averages()}
+    for region in ("teacher", "student", "loss", "backward", "optimizer"):
+        assert counts[region] == STEPS
+
+
+def command(*arguments: str, processes: int = 1) -> list[str]:
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *several, "-m", "lrds_fast", *arguments]
+
+
+def test_the_command_under_torchrun_is_the_command(tmp_path: Path) -> None:
+    """One line of result, one folder; the numbers of one process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, processes in (("two", 2), ("one", 1)):
+        arguments = ["train", "digits_teacher", "--quiet", "--set", "schedule.epochs=2", "--set", "run.device=cpu"]
+        # Batches of 50 leave 48 rows to the last one: as many for two processes as for one.
+        arguments += ["--set", "data.batch_size=50", "--set", f"run.out={tmp_path / name}"]
+        done = subprocess.run(
+            command(*arguments, processes=processes), capture_output=True, text=True, env=environment, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("digits_teacher: test accuracy") == 1
+    one, two = (numbers(read_records(tmp_path / name / "log.jsonl")) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
+        assert b["test_acc"] == pytest.approx(a["test_acc"], abs=0.005)
+
+
+def test_the_command_stops_on_sigterm_with_its_exit_code(tmp_path: Path) -> None:
+    arguments = ["train", "digits_teacher", "--set", "schedule.epochs=5000", "--set", "run.device=cpu"]
+    arguments += ["--set", f"run.out={tmp_path / 'run'}"]
+    begun = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "run" / "last.pt").exists():
+            break
+        time.sleep(0.1)
+    begun.send_signal(signal.SIGTERM)
+    _, err = begun.communicate(timeout=60)
+    assert begun.returncode == 128 + signal.SIGTERM
+    assert "digits_teacher: epoch 1/5000, loss" in err
+    last = err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"lrds-fast: stopped by SIGTERM after \d+ epochs( and \d+ steps)?; .*last.pt is saved: --resume goes on", last
+    )
