@@ -73,6 +73,38 @@ def test_the_command_writes_what_training_opens(capsys: pytest.CaptureFixture[st
     assert "the 3 largest of 10 classes" in capsys.readouterr().out
 
 
+def logged(chosen: Recipe) -> list[dict[str, Any]]:
+    records = run.fit(chosen, progress=False).records
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def test_training_from_the_cache_is_training_with_the_teacher() -> None:
+    """Bit for bit in float32 with a view an epoch; the teacher is asked about as many rows."""
+    values: dict[str, Any] = {"schedule.epochs": 3, "teacher.cache_views": 3, "teacher.cache_dtype": "float32"}
+    assert command(**{"teacher.cache_views": 3, "teacher.cache_dtype": "float32"}) == cli.OK
+    online = logged(recipe(**(values | {"teacher.cache": "", "run.out": "online"})))
+    assert logged(recipe(**(values | {"run.out": "cached"}))) == online
+    with pytest.raises(FileNotFoundError, match="there is no cache of soft labels in absent"):
+        run.fit(recipe(**(values | {"teacher.cache": "absent", "run.out": "not begun"})), progress=False)
+    assert not Path("not begun").exists()
+
+
+def test_training_on_a_selection_needs_its_soft_labels_alone() -> None:
+    labels = run.load_data(recipe()).train.labels
+    mask = torch.arange(len(labels)) % 3 != 1
+    kept = Selection(mask, {"hand": -mask.float()}, labels, None, {"by": "hand"}, dataset_fingerprint(labels, 10), 10)
+    kept.save("selection.parquet")
+    values: dict[str, Any] = {"schedule.epochs": 2, "selection.path": "selection.parquet"}
+    assert command("--selected", **{"selection.path": "selection.parquet"}) == cli.OK
+    online = logged(recipe(**(values | {"teacher.cache": "", "run.out": "online"})))
+    cached = logged(recipe(**(values | {"run.out": "cached"})))
+    for a, b in zip(online, cached, strict=True):
+        assert a["n_selected"] == b["n_selected"] == 60
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    with pytest.raises(ValueError, match="soft has no soft labels of sample 1 and 29 others that have the teacher"):
+        run.fit(recipe(**(values | {"selection.compose": "mask", "run.out": "mask"})), progress=False)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -81,7 +113,7 @@ def test_the_command_writes_what_training_opens(capsys: pytest.CaptureFixture[st
         ("data.train_limit", 89),
         ("data.split_seed", 1),
         ("data.mean", (0.5,)),
-        ("run.amp", "bf16"),
+        ("teacher.amp", "bf16"),
         ("teacher.cache_views", 3),
         ("teacher.cache_top_k", 2),
         ("teacher.cache_dtype", "float32"),
