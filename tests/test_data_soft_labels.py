@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrds_fast import TopKTeacher, kd_loss
@@ -470,34 +469,3 @@ def test_a_disk_that_fills_up_is_named_and_goes_on_when_there_is_room(tmp_path: 
         assert torch.equal(torch.as_tensor(found.batch(1, everyone)), torch.as_tensor(whole.batch(1, everyone)))
     finally:
         subprocess.run(["umount", "-l", small], check=True)
-
-
-def test_readers_share_boxes_of_photographs(tmp_path: Path) -> None:
-    """Written with one reader, used with the other."""
-    pytest.importorskip("nvidia.dali")
-    pytest.importorskip("torchvision")
-    image = pytest.importorskip("PIL.Image")
-    from lrds_fast import data
-
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(4):
-                pixels = np.random.default_rng(i).integers(0, 255, (30 + i, 40, 3), dtype=np.uint8)
-                image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
-
-    def photographs(reader: str) -> Any:
-        return data.load(
-            "folder", root=str(tmp_path), batch_size=3, augment="crop-flip", image_size=8, reader=reader, views=2
-        ).train
-
-    class Means(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return F.adaptive_avg_pool2d(images, 1)[:, :2, 0, 0]
-
-    write_soft_labels(tmp_path / "cache", Means(), photographs("dali"), views=2, progress=False)
-    found = SoftLabels.open(tmp_path / "cache", loader=photographs("torchvision"))
-    for batch in photographs("torchvision").epoch(3):
-        torch.testing.assert_close(
-            torch.as_tensor(found.batch(1, batch.indices)).float(), Means()(batch.images), rtol=0, atol=0.03
-        )
