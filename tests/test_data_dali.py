@@ -10,13 +10,15 @@ import struct
 import tarfile
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_data import example
-from torch import Tensor
+from torch import Tensor, nn
 
+from lrds_fast.data import SoftLabels, write_soft_labels
 from lrds_fast.data.folder import STD, FolderLoader
 from lrds_fast.data.sources import Folder, Tars, TFRecords
 
@@ -251,6 +253,29 @@ def test_boxes_are_those_that_are_cut_and_torchvisions(root: Path) -> None:
     whole = loader(root).boxes(0, indices).tolist()
     sizes = [picture_size(Folder(root).read(i)) for i in indices.tolist()]
     assert whole == [[0, 0, *size, 0] for size in sizes]
+
+
+def test_soft_labels_are_written_with_one_reader_and_used_with_the_other(root: Path, tmp_path: Path) -> None:
+    class Means(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean(dim=(2, 3))
+
+    options: dict[str, Any] = {
+        "batch_size": 8,
+        "image_size": SIZE,
+        "seed": 3,
+        "train": True,
+        "shuffle": True,
+        "views": 2,
+    }
+    everyone = torch.arange(COUNT)
+    write_soft_labels(tmp_path, Means(), DaliLoader(Folder(root), everyone, **options), views=2, progress=False)
+    theirs = FolderLoader(Folder(root), everyone, **options)
+    found = SoftLabels.open(tmp_path, loader=theirs)
+    for batch in theirs.epoch(3):
+        rgb = torch.tensor([i not in (3, 8) for i in batch.indices.tolist()])
+        written = torch.as_tensor(found.batch(1, batch.indices)).float()
+        assert (written - Means()(batch.images))[rgb].abs().max() < 0.03
 
 
 def test_training_pictures_are_torchvisions(root: Path) -> None:

@@ -23,6 +23,7 @@ from lrds_fast.data.loader import (
     prefix_rows,
 )
 from lrds_fast.data.memory import MemoryLoader, digits, from_npz
+from lrds_fast.data.soft_labels import SoftLabels, write_soft_labels
 from lrds_fast.data.sources import Source, open_split
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "FolderLoader",
     "Loader",
     "MemoryLoader",
+    "SoftLabels",
     "Source",
     "batch_count",
     "derived_seed",
@@ -45,6 +47,7 @@ __all__ = [
     "mislabelled",
     "open_split",
     "prefix_rows",
+    "write_soft_labels",
 ]
 
 #: Data sets of encoded pictures, and what reads them.

@@ -124,6 +124,22 @@ def _parser() -> argparse.ArgumentParser:
     after.add_argument("--overwrite", action="store_true", help="replace an older run in the same folder")
 
     sub = add(
+        "cache",
+        _cache,
+        "run a recipe's teacher once and keep its answers in teacher.cache, for training to read",
+        "lrds-fast cache digits_kd --set teacher.cache=runs/soft_labels --set teacher.cache_views=4",
+    )
+    add_recipe(sub)
+    sub.add_argument("--selected", action="store_true", help="only of the samples that selection.path keeps")
+    after = sub.add_mutually_exclusive_group()
+    after.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an earlier command was stopped, and write again what is damaged",
+    )
+    after.add_argument("--overwrite", action="store_true", help="replace what is in the folder")
+
+    sub = add(
         "sweep",
         _sweep,
         "train a list of recipes, one after the other; what is finished is kept, what was cut short goes on",
@@ -245,6 +261,28 @@ def _train(options: argparse.Namespace) -> int:
     print(
         f"{recipe.name}: test accuracy {last['test_acc']:.2%} after epoch {last['epoch']} (best epoch {best:.2%}),"
         f" test cross-entropy {last['test_ce']:.4f}; {recipe.out}"
+    )
+    return OK
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from lrds_fast.data.label_shards import size_text
+    from lrds_fast.train import run
+    from lrds_fast.train.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.settings)
+    labels = run.cache(
+        recipe,
+        only_selected=options.selected,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        progress=_progress(options),
+    )
+    count = sum(int(labels.cached(view).sum()) for view in range(labels.views))
+    kept = f"the {labels.top_k} largest" if labels.top_k else "all"
+    print(
+        f"{count} soft labels, {kept} of {labels.classes} classes, {labels.views} views:"
+        f" {size_text(labels.bytes)} in {labels.folder}"
     )
     return OK
 

@@ -48,12 +48,20 @@ class DataOptions:
 @dataclass(frozen=True)
 class TeacherOptions:
     """model "" trains without a teacher. checkpoint: a file of lrds-fast train, a state dict, or .safetensors.
-    amp: its precision, "" as run.amp has it. own_stream: on a GPU it runs beside the student's forward pass."""
+    amp: its precision, "" as run.amp has it. own_stream: on a GPU it runs beside the student's forward pass.
+
+    cache: a folder of the teacher's logits, which lrds-fast cache writes and training reads; "" runs the teacher.
+    cache_views: how many augmented views of each sample it holds; epoch e trains on view e modulo that. cache_top_k:
+    how many classes it keeps of each, the largest; 0 keeps all. cache_dtype: "float16" or "float32"."""
 
     model: str = ""
     checkpoint: str = ""
     amp: str = ""
     own_stream: bool = False
+    cache: str = ""
+    cache_views: int = 1
+    cache_top_k: int = 0
+    cache_dtype: str = "float16"
 
 
 @dataclass(frozen=True)
@@ -228,6 +236,7 @@ class Recipe:
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.reader": ("auto", "dali", "torchvision"),
+    "teacher.cache_dtype": ("float16", "float32"),
     "loss.revise": ("lr", "mft", "swap", "none"),
     "loss.method": ("kd", "dist", "mlkd", "revision"),
     "loss.divergence": divergences.NAMES,
@@ -403,6 +412,7 @@ def _check_values(recipe: Recipe) -> None:
         "run.save_every": recipe.run.save_every,
         "run.accumulate": recipe.run.accumulate,
         "run.timeout": recipe.run.timeout,
+        "teacher.cache_views": recipe.teacher.cache_views,
         "schedule.epochs": recipe.schedule.epochs,
         "optimizer.lr": recipe.optimizer.lr,
         "loss.temperature": recipe.loss.temperature,
@@ -412,6 +422,7 @@ def _check_values(recipe: Recipe) -> None:
             raise ValueError(f"{key} must be above 0 and finite; got {number}")
     at_least_zero = {
         "data.workers": recipe.data.workers,
+        "teacher.cache_top_k": recipe.teacher.cache_top_k,
         "data.train_limit": recipe.data.train_limit,
         "data.mixup": recipe.data.mixup,
         "data.cutmix": recipe.data.cutmix,
@@ -439,6 +450,7 @@ def _check_values(recipe: Recipe) -> None:
     }.items():
         if not 0 <= number < 1:
             raise ValueError(f"{key} must be in [0, 1); got {number}")
+    _check_cache(recipe.teacher, recipe.loss)
     recipe.loss.chosen_divergence()
     if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
         raise ValueError(f"loss.method {recipe.loss.method!r} takes no divergence and no standardize; use method 'kd'")
@@ -466,6 +478,22 @@ def _check_values(recipe: Recipe) -> None:
         raise ValueError("selection.per_class needs selection.ratio, the share of every class")
     if not 0 < recipe.loss.eta < 1:
         raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
+
+
+def _check_cache(teacher: TeacherOptions, loss: LossOptions) -> None:
+    if teacher.cache and not teacher.model:
+        raise ValueError(f"teacher.cache is {teacher.cache!r}, but teacher.model, whose logits it holds, is empty")
+    needs_all = {
+        f"loss.method={loss.method}": loss.method != "kd",
+        f"loss.divergence={loss.divergence}": loss.divergence == "mse_logits",
+        "loss.temperatures": bool(loss.temperatures),
+        "loss.standardize": loss.standardize,
+    }
+    for key, needed in needs_all.items():
+        if needed and teacher.cache and teacher.cache_top_k:
+            raise ValueError(
+                f"{key} needs the logits of all classes: set teacher.cache_top_k=0; got {teacher.cache_top_k}"
+            )
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import lrds_fast
 from lrds_fast import data as data_sets
 from lrds_fast import influence, models
-from lrds_fast.data import Data
+from lrds_fast.data import Data, SoftLabels
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.picture import png
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import checkpoint, rescoring
+from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
 from lrds_fast.train.evaluate import outputs
 from lrds_fast.train.files import write_text
 from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
@@ -52,6 +53,7 @@ def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
         std=options.std,
         device=pick_device(recipe.run.device),
         least=2 * parts,
+        views=recipe.teacher.cache_views if recipe.teacher.cache else 0,
     )
 
 
@@ -115,6 +117,13 @@ def fit(
         data = load_data(recipe, parts=ranks.count * recipe.run.accumulate)
         selection = load_selection(recipe, data)
         teacher = build_teacher(recipe, data)
+        mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
+        cached = None
+        if teacher is not None and recipe.teacher.cache:
+            # With a mask, and before samples are scored, the teacher is asked about every row.
+            alone = recipe.selection.compose == "prefix" and not recipe.selection.after
+            facts = teacher_facts(recipe, teacher)
+            cached = open_cache(recipe, data, facts, selected=mask if alone else None, verify=ranks.first)
         result = train(
             recipe,
             data,
@@ -122,7 +131,8 @@ def fit(
             teacher,
             out=recipe.out,
             fingerprint=fingerprint(data),
-            selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
+            selected=mask,
+            cached=cached,
             resume=resume,
             overwrite=overwrite,
             progress=progress,
@@ -170,6 +180,31 @@ def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
         selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
         bias=student.head.bias is not None,
         loss=lrds_fast.KDLoss(**loss_arguments(recipe.loss)),
+    )
+
+
+def cache(
+    recipe: Recipe, *, only_selected: bool = False, resume: bool = False, overwrite: bool = False, progress: bool = True
+) -> SoftLabels:
+    """Runs the recipe's teacher once and writes teacher.cache (see lrds_fast.train.cache.write_cache).
+
+    only_selected: only the soft labels of the samples that selection.path keeps.
+    """
+    if only_selected and not recipe.selection.path:
+        raise ValueError("selection.path is empty: --selected takes the samples that it keeps; leave --selected out")
+    data = load_data(recipe)
+    selection = load_selection(recipe, data) if only_selected else None
+    teacher = build_teacher(recipe, data)
+    if teacher is None:
+        raise ValueError("teacher.model is empty: there is no teacher to take soft labels from")
+    return write_cache(
+        recipe,
+        data,
+        teacher,
+        selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
     )
 
 

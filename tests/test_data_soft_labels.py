@@ -1,0 +1,471 @@
+"""Soft labels from the disk: the same as from the teacher, of its very pictures, and never another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrds_fast import TopKTeacher, kd_loss
+from lrds_fast.data import Batch, MemoryLoader, SoftLabels, label_shards, soft_labels, write_soft_labels
+
+COUNT, CLASSES = 70, 11
+FACTS = {"data's fingerprint": "abc", "teacher's weights": "def", "seed": 0, "data.mean": (0.5, 0.25)}
+
+
+def loader(**options: Any) -> MemoryLoader:
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(COUNT, 1, 8, 8, generator=draws)
+    targets = torch.randint(0, CLASSES, (COUNT,), generator=draws)
+    defaults = {"num_classes": CLASSES, "batch_size": 16, "shuffle": True, "augment": "crop-flip"}
+    return MemoryLoader(images, targets, **(defaults | options))
+
+
+def network(seed: int = 2, width: int = 12) -> nn.Module:
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, width), nn.Linear(width, CLASSES)
+    )
+    for _ in range(3):  # statistics that are not the identity
+        net(3 * torch.rand(20, 1, 8, 8))
+    return net
+
+
+def write(path: Path, *, views: int = 2, source: Any = None, **options: Any) -> SoftLabels:
+    """Shards of two batches: 5 batches a view are 3 shards."""
+    defaults = {"facts": FACTS, "shard_batches": 2, "progress": False}
+    return write_soft_labels(path, network(), source or loader(), views=views, **(defaults | options))
+
+
+def part(path: Path, view: int = 0, shard: int = 1) -> Path:
+    return path / label_shards.part_name(view, shard)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_sample_of_every_view_has_its_teachers_logits(tmp_path: Path, dtype: str) -> None:
+    found = write(tmp_path / "cache", dtype=dtype)
+    teacher = network().eval()
+    assert (found.views, found.samples, found.classes, found.top_k) == (2, COUNT, CLASSES, 0)
+    for view in range(2):
+        for batch in loader().epoch(view):
+            with torch.inference_mode():
+                wanted = teacher(batch.images).to(getattr(torch, dtype))
+            assert torch.equal(found.batch(view, batch.indices), wanted), "the same batches: the same bits"
+            assert torch.equal(found.boxes(view, batch.indices), loader().boxes(view, batch.indices))
+            # In another order they are the same samples'.
+            order = torch.randperm(len(batch.indices))
+            assert torch.equal(found.batch(view, batch.indices[order]), wanted[order])
+    empty = found.batch(1, torch.tensor([], dtype=torch.int64))
+    assert empty.shape == (0, CLASSES)
+
+
+def distil(taught: Callable[[int, Batch], Tensor | TopKTeacher], epochs: int, views: int) -> nn.Module:
+    """A few epochs of SGD on kd_loss."""
+    student = network(seed=5, width=6).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    for epoch in range(epochs):
+        for batch in loader(views=views).epoch(epoch):
+            loss = kd_loss(student(batch.images), taught(epoch, batch), batch.targets)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+    return student
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"dtype": "float32"}, 0.0),
+        ({"dtype": "float32", "top_k": CLASSES}, 1e-4),
+        ({"dtype": "float16"}, 2e-3),
+    ],
+)
+def test_distillation_from_the_cache_is_that_from_the_teacher(
+    tmp_path: Path, options: dict[str, Any], tolerance: float
+) -> None:
+    """A view an epoch, so that the teacher saw the very batches: all logits in float32 give the same bits."""
+    cache = write(tmp_path / "cache", views=3, **options)
+    teacher = network().eval()
+
+    def online(_: int, batch: Batch) -> Tensor:
+        with torch.inference_mode():
+            return teacher(batch.images)
+
+    wanted = distil(online, epochs=3, views=3)
+    found = distil(lambda epoch, batch: cache.batch(epoch % 3, batch.indices), epochs=3, views=3)
+    start = network(seed=5, width=6)
+    for (name, a), b, c in zip(
+        wanted.state_dict().items(), found.state_dict().values(), start.state_dict().values(), strict=True
+    ):
+        if tolerance == 0.0:
+            assert torch.equal(a, b), name
+        elif a.dtype.is_floating_point:
+            assert (a - b).abs().max() <= tolerance * max(1.0, float(a.abs().max())), name
+            assert not torch.equal(a, c), "training moves every parameter"
+
+
+def test_later_epochs_see_the_views_again(tmp_path: Path) -> None:
+    """Two views in four epochs: the order is new, so that batches, and the teacher's rounding with them, differ."""
+    cache = write(tmp_path / "cache", views=2, dtype="float32")
+    teacher = network().eval()
+    for epoch in range(2, 4):
+        for batch in loader(views=2).epoch(epoch):
+            with torch.inference_mode():
+                torch.testing.assert_close(
+                    cache.batch(epoch % 2, batch.indices), teacher(batch.images), rtol=1e-5, atol=1e-5
+                )
+
+
+def test_the_largest_logits_are_a_teacher_for_kd_loss(tmp_path: Path) -> None:
+    found = write(tmp_path / "cache", top_k=4, temperature=2.0, dtype="float32")
+    batch = next(loader().epoch(1))
+    with torch.inference_mode():
+        logits = network().eval()(batch.images)
+    kept = found.batch(1, batch.indices)
+    assert isinstance(kept, TopKTeacher)
+    wanted = TopKTeacher.from_logits(logits, 4, temperature=2.0)
+    assert torch.equal(kept.values, wanted.values)
+    assert torch.equal(kept.indices.long(), wanted.indices)
+    torch.testing.assert_close(kept.logsumexp, wanted.logsumexp)
+    student = torch.randn(16, CLASSES)
+    assert torch.equal(
+        kd_loss(student, kept, batch.targets, temperature=2.0), kd_loss(student, wanted, batch.targets, temperature=2.0)
+    )
+    with pytest.raises(ValueError, match=r"temperature must be 2.0"):
+        kd_loss(student, kept, batch.targets, temperature=4.0)
+
+
+def test_half_precision_top_k_of_all_classes_loses_nothing(tmp_path: Path) -> None:
+    """The logsumexp is that of the rounded logits: what is kept adds up to one, not to one but for a rounding."""
+    kept = write(tmp_path / "k", top_k=CLASSES, temperature=1.0)
+    whole = write(tmp_path / "whole")
+    indices = torch.arange(COUNT)
+    student = 3 * torch.randn(COUNT, CLASSES, generator=torch.Generator().manual_seed(1))
+    for divergence in ("kl", "rkl", "dkd", "jsd"):
+        a, b = (
+            kd_loss(student, x.batch(0, indices), loader().labels, temperature=1.0, divergence=divergence)
+            for x in (kept, whole)
+        )
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=0)
+
+
+# Of kd_loss at k of 100 classes, measured on repvgg_a2 -> resnet20 and resnet56 -> shufflenetv2_x0_5, T = 4, with label
+# revision; see docs/training.md. loss: relative; gradient: the difference's norm over the whole one's.
+MEASURED = {
+    ("repvgg_a2", "resnet20"): {10: (0.099, 0.059), 25: (0.043, 0.037), 50: (0.013, 0.020)},
+    ("resnet56", "shufflenetv2_x0_5"): {10: (0.033, 0.117), 25: (0.006, 0.062), 50: (0.0003, 0.027)},
+}
+
+
+@pytest.mark.parametrize(("teacher", "student"), MEASURED)
+def test_top_k_errors_on_real_logits_are_those_that_are_documented(teacher: str, student: str) -> None:
+    path = Path(os.environ.get("LRDS_DATA", "")) / "logits" / "cifar100_test.npz"
+    if not os.environ.get("LRDS_DATA") or not path.is_file():
+        pytest.skip("LRDS_DATA is not set, or has no logits/cifar100_test.npz")
+    with np.load(path) as archive:
+        z, v = (torch.from_numpy(archive[name]).float() for name in (student, teacher))
+        y = torch.from_numpy(archive["target"]).long()
+
+    def measured(given: Tensor | TopKTeacher) -> tuple[float, Tensor]:
+        logits = z.clone().requires_grad_()
+        loss = kd_loss(logits, given, y)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        return loss.item(), gradient
+
+    layout = label_shards.Layout(len(y), len(y), "", 100, 1, 0, "float16", 4.0, 1, 1)
+    indices, boxes = torch.arange(len(y)), torch.zeros(len(y), 5, dtype=torch.int32)
+    loss, gradient = measured(v)
+    for k, (loss_error, gradient_error) in (MEASURED[teacher, student] | {100: (1e-6, 1e-6)}).items():
+        kept = label_shards.Layout(**(vars(layout) | {"top_k": k}))
+        found, approximate = measured(kept.unpack(kept.pack(indices, boxes, v), "cpu"))
+        assert 0.9 * loss_error <= abs(found - loss) / loss <= 1.1 * loss_error or k == 100
+        assert float((approximate - gradient).norm() / gradient.norm()) <= 1.1 * gradient_error
+        assert abs(found - loss) / loss <= 1.1 * loss_error
+
+
+def test_selected_samples_alone_are_cached(tmp_path: Path) -> None:
+    rows = torch.arange(COUNT) % 3 == 0
+    found = write(tmp_path / "cache", rows=rows, dtype="float32")
+    assert torch.equal(found.cached(1), rows)
+    teacher = network().eval()
+    for batch in loader().epoch(1, rows):
+        heard = batch.indices[: int(rows[batch.indices].sum())]
+        with torch.inference_mode():
+            wanted = teacher(batch.images)[: len(heard)]
+        torch.testing.assert_close(found.batch(1, heard), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"has no soft labels of sample 7 in view 1: 24 of 70 samples are cached"):
+        found.batch(1, torch.tensor([3, 7, 8]))
+    whole = write(tmp_path / "whole", dtype="float32")
+    assert found.bytes < whole.bytes / 2
+
+
+def test_places_out_of_range_are_named(tmp_path: Path) -> None:
+    found = write(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"view must be in \[0, 2\), the cached views .*; got 2"):
+        found.batch(2, torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 70\), the samples .*; got 70"):
+        found.batch(0, torch.tensor([0, 70]))
+    with pytest.raises(ValueError, match=r"indices must be in \[0, 70\).*; got -1"):
+        found.batch(0, torch.tensor([-1]))
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [("teacher's weights", "other"), ("data's fingerprint", "other"), ("seed", 1), ("data.mean", (0.5,)), ("new", 1)],
+)
+def test_soft_labels_of_other_facts_are_refused_naming_them(tmp_path: Path, fact: str, value: object) -> None:
+    write(tmp_path / "cache")
+    SoftLabels.open(tmp_path / "cache", facts=FACTS)
+    with pytest.raises(ValueError, match="are not those that are wanted") as caught:
+        SoftLabels.open(tmp_path / "cache", facts=FACTS | {fact: value})
+    was = label_shards.plain(FACTS).get(fact, "not there")
+    now = label_shards.plain({fact: value})[fact]
+    assert f"its {fact} is {was!r}, wanted is {now!r};" in str(caught.value)
+    assert str(caught.value).count("wanted is") == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_every_fact_that_differs_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"its seed is 0, wanted is 4; its teacher's weights is 'def', wanted is 'x'"):
+        SoftLabels.open(tmp_path / "cache", facts=FACTS | {"seed": 4, "teacher's weights": "x"})
+
+
+@pytest.mark.parametrize("other", [{"seed": 9}, {"augment": "none"}])
+def test_another_augmentation_is_found_by_its_boxes(tmp_path: Path, other: dict[str, Any]) -> None:
+    write(tmp_path / "cache")
+    SoftLabels.open(tmp_path / "cache", loader=loader(views=2))
+    with pytest.raises(ValueError, match=r"the teacher saw sample \d+ in view 0 at .* the loader shows it at"):
+        SoftLabels.open(tmp_path / "cache", loader=loader(views=2, **other))
+
+
+def test_damage_is_found_and_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    write(path)
+    original = {file.name: file.read_bytes() for file in path.glob("view-*.npy")}
+    assert len(original) == 2 * (3 + 1)
+
+    def repaired() -> None:
+        write(path, resume=True)
+        assert {file.name: file.read_bytes() for file in path.glob("view-*.npy")} == original
+        SoftLabels.open(path)
+
+    content = bytearray(original[part(path).name])
+    content[-3] ^= 4
+    part(path).write_bytes(content)
+    SoftLabels.open(path, verify=False)
+    with pytest.raises(ValueError, match=r"view-0000-part-00001.npy is damaged.*--resume"):
+        SoftLabels.open(path)
+    repaired()
+
+    part(path, view=1, shard=0).write_bytes(original[part(path, 1, 0).name][:-9])
+    with pytest.raises(ValueError, match=r"view-0001-part-00000.npy is cut short or overwritten: \d+ bytes, not"):
+        SoftLabels.open(path, verify=False)
+    repaired()
+
+    (path / label_shards.rows_name(1)).unlink()
+    with pytest.raises(ValueError, match=r"view-0001-rows.npy is missing"):
+        SoftLabels.open(path, verify=False)
+    repaired()
+
+    (path / "meta.json").write_text((path / "meta.json").read_text()[:300])
+    with pytest.raises(ValueError, match=r"meta.json is damaged .*--overwrite"):
+        SoftLabels.open(path)
+    write(path, overwrite=True)
+    assert {file.name: file.read_bytes() for file in path.glob("view-*.npy")} == original
+    meta = json.loads((path / "meta.json").read_text()) | {"format": 99}
+    (path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"has format 99, this version reads 1"):
+        SoftLabels.open(path)
+
+
+class Counting:
+    """A loader that counts its batches, and stops before one."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self._loader, self.stop, self.count = loader(), stop, 0
+        self.num_classes, self.labels = self._loader.num_classes, self._loader.labels
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, epoch: int, selected: Tensor | None = None, **options: Any) -> Iterator[Batch]:
+        for batch in self._loader.epoch(epoch, selected, **options):
+            if self.count == self.stop:
+                raise KeyboardInterrupt
+            self.count += 1
+            yield batch
+
+    def boxes(self, epoch: int, indices: Tensor) -> Tensor:
+        return self._loader.boxes(epoch, indices)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+@pytest.mark.parametrize("stop", [0, 3, 4, 5, 9])  # before the first; in a shard; between shards; views; in the last
+def test_interrupted_writing_goes_on_to_the_same_files(tmp_path: Path, stop: int) -> None:
+    write(tmp_path / "whole")
+    path = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        write(path, source=Counting(stop))
+    with pytest.raises(ValueError, match=rf"are not complete, {stop // 5 * 3 + stop % 5 // 2} of 6 shards are there"):
+        SoftLabels.open(path)
+    rest = Counting()
+    write(path, source=rest, resume=True)
+    assert rest.count == 10 - (stop // 5 * 5 + stop % 5 // 2 * 2), "finished shards are not computed again"
+    assert contents(path) == contents(tmp_path / "whole")
+    again = Counting()
+    write(path, source=again, resume=True)
+    assert again.count == 0
+
+
+KILLED = """
+import os, sys, torch
+sys.path.insert(0, {tests!r})
+import test_data_soft_labels as here
+from lrds_fast.data import label_shards
+save, left = label_shards.save, [{files}]
+def dying(folder, name, array, rows):
+    if left[0] == 0:
+        (folder / f".{{name}}.1.partial").write_bytes(b"half")
+        os.kill(os.getpid(), 9)
+    left[0] -= 1
+    return save(folder, name, array, rows)
+label_shards.save = dying
+here.write(here.Path({path!r}))
+"""
+
+
+def test_a_killed_process_leaves_what_resuming_can_use(tmp_path: Path) -> None:
+    write(tmp_path / "whole")
+    path = tmp_path / "killed"
+    script = KILLED.format(tests=str(Path(__file__).parent), files=2, path=str(path))
+    assert subprocess.run([sys.executable, "-c", script], check=False, capture_output=True).returncode == -9
+    journal = path / label_shards.JOURNAL
+    assert len(label_shards.read_journal(path)) == 2
+    journal.write_text(journal.read_text()[:-20])  # its last line did not get to the disk whole
+    assert len(label_shards.read_journal(path)) == 1
+    write(path, resume=True)
+    assert contents(path) == contents(tmp_path / "whole")
+
+
+def test_going_on_with_other_facts_layout_or_order_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        write(path, source=Counting(3))
+    with pytest.raises(ValueError, match=r"its seed is 0, wanted is 1"):
+        write(path, resume=True, facts=FACTS | {"seed": 1})
+    with pytest.raises(ValueError, match=r"its views is 2, wanted is 3"):
+        write(path, resume=True, views=3)
+    with pytest.raises(ValueError, match=r"its kept is 70, wanted is 24; its rows is"):
+        write(path, resume=True, rows=torch.arange(COUNT) % 3 == 0)
+    with pytest.raises(ValueError, match=r"its batches is 5, wanted is 9"):
+        write(path, resume=True, source=loader(batch_size=8))
+    with pytest.raises(ValueError, match=r"view 0 of .* does not hold every sample once: .*--overwrite"):
+        write(path, resume=True, source=loader(seed=4))
+    with pytest.raises(FileExistsError, match=r"holds soft labels already.*--resume.*--overwrite"):
+        write(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no cache of soft labels in .*absent"):
+        SoftLabels.open(tmp_path / "absent")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty and holds no soft labels"):
+        write(tmp_path / "full", overwrite=True)
+    with pytest.raises(FileExistsError, match="is a file"):
+        write(tmp_path / "full" / "thesis.txt")
+
+
+def test_logits_that_cannot_be_kept_are_named(tmp_path: Path) -> None:
+    class Wild(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = torch.zeros(len(images), CLASSES)
+            logits[:, 2] = -torch.inf  # a class that cannot be: legal
+            logits[3, 4] = self.value
+            return logits
+
+    def wild(name: str, value: float, **options: Any) -> SoftLabels:
+        return write_soft_labels(tmp_path / name, Wild(value), loader(), views=1, progress=False, **options)
+
+    third = int(next(loader().epoch(0)).indices[3])
+    with pytest.raises(ValueError, match=rf"of sample {third} hold 70000: too much for float16; take dtype float32"):
+        wild("a", 7e4)
+    with pytest.raises(ValueError, match=rf"of sample {third} hold nan: it gives NaN"):
+        wild("b", float("nan"))
+    found = wild("c", 7e4, dtype="float32").batch(0, torch.tensor([third]))
+    assert isinstance(found, Tensor)
+    assert found[0, [2, 4]].tolist() == [-torch.inf, 7e4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": 0}, r"views and shard_batches must be at least 1; got 0 and 2"),
+        ({"top_k": 12}, r"top_k must be 0 \(all\) to 11, the number of classes; got 12"),
+        ({"dtype": "bfloat16"}, r"dtype must be one of float16, float32; got 'bfloat16'"),
+        ({"top_k": 3, "temperature": 0.0}, r"temperature must be above 0 and finite; got 0.0"),
+        ({"rows": torch.ones(3, dtype=torch.bool)}, r"rows must be bool of shape \(70,\), one per sample"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_without_room_is_an_error_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = soft_labels.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(soft_labels.shutil, "disk_usage", lambda _: usage._replace(free=2000))
+    with pytest.raises(
+        OSError, match=r"2 views of 70 samples, 11 classes, need 9.0 kB, 2.0 kB are free; .*cache_views"
+    ):
+        write(tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_disk_that_fills_up_is_named_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", small], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a small disk needs the right to mount one")
+    try:
+        (small / "another's").write_bytes(bytes(36 << 10))
+
+        class Filling(Counting):
+            """Another process writes to the disk meanwhile."""
+
+            def epoch(self, epoch: int, selected: Tensor | None = None, **options: Any) -> Iterator[Batch]:
+                for i, batch in enumerate(super().epoch(epoch, selected, **options)):
+                    if epoch == 0 and i == 4:
+                        (small / "more").write_bytes(bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_frsize))
+                    yield batch
+
+        with pytest.raises(OSError, match=r"the disk of .* is too small: .* need 9.0 kB \(\d.\d kB are written, --res"):
+            write(small / "cache", source=Filling())
+        assert not list((small / "cache").glob(".*.partial"))
+        (small / "more").unlink()
+        found = write(small / "cache", resume=True)
+        whole = write(tmp_path / "whole")
+        everyone = torch.arange(COUNT)
+        assert torch.equal(torch.as_tensor(found.batch(1, everyone)), torch.as_tensor(whole.batch(1, everyone)))
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)

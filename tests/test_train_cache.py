@@ -1,0 +1,204 @@
+"""A recipe's soft labels: written by lrds-fast cache, opened for training, refused where they are another recipe's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lrds_fast.data import SoftLabels
+from lrds_fast.models import create
+from lrds_fast.selection import Selection, dataset_fingerprint
+from lrds_fast.train import cli, run
+from lrds_fast.train.cache import open_cache, teacher_facts, weights_sha256
+from lrds_fast.train.recipe import Recipe
+
+SETTINGS = {
+    "run.device": "cpu",
+    "data.train_limit": 90,
+    "data.augment": "crop-flip",
+    "data.batch_size": 32,
+    "teacher.model": "mlp",
+    "teacher.checkpoint": "teacher.pt",
+    "teacher.cache": "soft",
+    "teacher.cache_views": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(3)
+    torch.save(create("mlp", num_classes=10).state_dict(), "teacher.pt")
+    Path("plain.toml").write_text('name = "plain"\n')
+
+
+def recipe(**values: Any) -> Recipe:
+    return Recipe().with_values(**(SETTINGS | values))
+
+
+def opened(chosen: Recipe, selected: torch.Tensor | None = None) -> SoftLabels:
+    data = run.load_data(chosen)
+    teacher = run.build_teacher(chosen, data)
+    assert teacher is not None
+    return open_cache(chosen, data, teacher_facts(chosen, teacher), selected=selected)
+
+
+def command(*extra: str, **values: Any) -> int:
+    settings = [part for key, value in (SETTINGS | values).items() for part in ("--set", f"{key}={value}")]
+    return cli.main(["cache", "plain.toml", "--quiet", *settings, *extra])
+
+
+def test_the_command_writes_what_training_opens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command() == cli.OK
+    assert capsys.readouterr().out == "180 soft labels, all of 10 classes, 2 views: 9.3 kB in soft\n"
+    chosen = recipe()
+    labels = opened(chosen)
+    data = run.load_data(chosen)
+    teacher = run.build_teacher(chosen, data)
+    assert teacher is not None
+    for epoch in range(3):
+        for batch in data.train.epoch(epoch):
+            with torch.inference_mode():
+                wanted = teacher.eval()(batch.images)
+            torch.testing.assert_close(labels.batch(epoch % 2, batch.indices), wanted.half(), rtol=2e-3, atol=1e-4)
+    assert command() == cli.MISUSED
+    error = capsys.readouterr().err
+    assert error.startswith("lrds-fast: error: soft holds soft labels already;")
+    assert error.count("\n") == 1
+    assert command("--resume") == cli.OK
+    assert command("--overwrite", **{"teacher.cache_top_k": 3}) == cli.OK
+    assert "the 3 largest of 10 classes" in capsys.readouterr().out
+
+
+def logged(chosen: Recipe) -> list[dict[str, Any]]:
+    records = run.fit(chosen, progress=False).records
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def test_training_from_the_cache_is_training_with_the_teacher() -> None:
+    """Bit for bit in float32 with a view an epoch; the teacher is asked about as many rows."""
+    values: dict[str, Any] = {"schedule.epochs": 3, "teacher.cache_views": 3, "teacher.cache_dtype": "float32"}
+    assert command(**{"teacher.cache_views": 3, "teacher.cache_dtype": "float32"}) == cli.OK
+    online = logged(recipe(**(values | {"teacher.cache": "", "run.out": "online"})))
+    assert logged(recipe(**(values | {"run.out": "cached"}))) == online
+    with pytest.raises(FileNotFoundError, match="there is no cache of soft labels in absent"):
+        run.fit(recipe(**(values | {"teacher.cache": "absent", "run.out": "not begun"})), progress=False)
+    assert not Path("not begun").exists()
+
+
+def test_training_on_a_selection_needs_its_soft_labels_alone() -> None:
+    labels = run.load_data(recipe()).train.labels
+    mask = torch.arange(len(labels)) % 3 != 1
+    kept = Selection(mask, {"hand": -mask.float()}, labels, None, {"by": "hand"}, dataset_fingerprint(labels, 10), 10)
+    kept.save("selection.parquet")
+    values: dict[str, Any] = {"schedule.epochs": 2, "selection.path": "selection.parquet"}
+    assert command("--selected", **{"selection.path": "selection.parquet"}) == cli.OK
+    online = logged(recipe(**(values | {"teacher.cache": "", "run.out": "online"})))
+    cached = logged(recipe(**(values | {"run.out": "cached"})))
+    for a, b in zip(online, cached, strict=True):
+        assert a["n_selected"] == b["n_selected"] == 60
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    with pytest.raises(ValueError, match="soft has no soft labels of sample 1 and 29 others that have the teacher"):
+        run.fit(recipe(**(values | {"selection.compose": "mask", "run.out": "mask"})), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("data.augment", "shift"),
+        ("data.train_limit", 89),
+        ("data.split_seed", 1),
+        ("data.mean", (0.5,)),
+        ("teacher.amp", "bf16"),
+        ("teacher.cache_views", 3),
+        ("teacher.cache_top_k", 2),
+        ("teacher.cache_dtype", "float32"),
+    ],
+)
+def test_soft_labels_of_another_recipe_are_refused_naming_the_key(key: str, value: object) -> None:
+    assert command() == cli.OK
+    with pytest.raises(ValueError, match=rf"are not those that are wanted: .*its {key} is [^;]*, wanted is [^;]*;"):
+        opened(recipe(**{key: value}))
+
+
+def test_what_no_picture_depends_on_is_free() -> None:
+    assert command() == cli.OK
+    opened(recipe(**{"data.batch_size": 16, "data.eval_batch_size": 8, "loss.temperature": 2.0, "optimizer.lr": 1.0}))
+
+
+def test_the_temperature_counts_where_the_largest_logits_are_kept() -> None:
+    assert command(**{"teacher.cache_top_k": 3}) == cli.OK
+    opened(recipe(**{"teacher.cache_top_k": 3}))
+    with pytest.raises(ValueError, match=r"its loss.temperature is 4.0, wanted is 2.0"):
+        opened(recipe(**{"teacher.cache_top_k": 3, "loss.temperature": 2.0}))
+
+
+def test_soft_labels_of_another_teacher_are_refused() -> None:
+    assert command() == cli.OK
+    other = create("mlp", num_classes=10)
+    torch.save({"model": other.state_dict()}, "teacher.pt")
+    with pytest.raises(ValueError, match=r"its teacher's weights is '[0-9a-f]{64}', wanted is '[0-9a-f]{64}'"):
+        opened(recipe())
+
+
+def test_weights_are_known_by_their_contents() -> None:
+    first, second = create("mlp", num_classes=10), create("mlp", num_classes=10)
+    assert weights_sha256(first) != weights_sha256(second)
+    second.load_state_dict(first.state_dict())
+    assert weights_sha256(first) == weights_sha256(second)
+    assert weights_sha256(first) != weights_sha256(second.half())
+    with torch.no_grad():
+        next(first.parameters()).view(-1)[5] += 1e-6
+    assert weights_sha256(first) != weights_sha256(second.float())
+
+
+def test_only_the_selected_samples_are_cached_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    data = run.load_data(recipe())
+    labels = data.train.labels
+    mask = torch.arange(len(labels)) % 3 != 1
+    fingerprint = dataset_fingerprint(labels, 10)
+    Selection(mask, {}, labels, None, {"by": "hand"}, fingerprint, 10).save("selection.parquet")
+    assert command("--selected") == cli.MISUSED
+    assert "selection.path is empty" in capsys.readouterr().err
+    assert command("--selected", **{"selection.path": "selection.parquet"}) == cli.OK
+    assert capsys.readouterr().out.startswith("120 soft labels")
+    found = opened(recipe(), selected=mask)
+    assert torch.equal(found.cached(0), mask)
+    with pytest.raises(ValueError, match=r"soft has no soft labels of sample 1 and 29 others that have the teacher"):
+        opened(recipe())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher.model": ""}, "teacher.cache is 'soft', but teacher.model, whose logits it holds, is empty"),
+        ({"teacher.cache_views": 0}, "teacher.cache_views must be above 0 and finite; got 0"),
+        ({"teacher.cache_top_k": -1}, "teacher.cache_top_k must be at least 0 and finite; got -1"),
+        ({"teacher.cache_dtype": "half"}, "teacher.cache_dtype must be one of float16, float32; got 'half'"),
+        ({"teacher.cache_top_k": 3, "loss.method": "dist"}, "loss.method=dist needs the logits of all classes"),
+        ({"teacher.cache_top_k": 3, "loss.temperatures": (1.0, 4.0)}, "loss.temperatures needs the logits of all"),
+        ({"teacher.cache_top_k": 3, "loss.standardize": True}, "loss.standardize needs the logits of all classes"),
+        (
+            {"teacher.cache_top_k": 3, "loss.divergence": "mse_logits"},
+            "loss.divergence=mse_logits needs the logits of all classes: set teacher.cache_top_k=0; got 3",
+        ),
+    ],
+)
+def test_recipes_that_cannot_be_meant_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe(**values)
+
+
+def test_the_command_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(**{"teacher.cache": '""'}) == cli.MISUSED
+    assert "teacher.cache is empty: name the folder to write" in capsys.readouterr().err
+    assert command(**{"teacher.cache": '""', "teacher.model": '""', "teacher.checkpoint": '""'}) == cli.MISUSED
+    assert "teacher.model is empty" in capsys.readouterr().err
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no cache of soft labels in soft; lrds-fast cache writes one"
+    ):
+        opened(recipe())
