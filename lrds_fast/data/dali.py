@@ -26,6 +26,7 @@ from torch import Tensor
 from lrds_fast.data.folder import MEAN, STD
 from lrds_fast.data.loader import Batch, batch_count, derived_seed, epoch_batches
 from lrds_fast.data.sources import Source
+from lrds_fast.data.strong import PLAIN, Strong
 
 #: Share of the area, and ratio of the sides, of what RandomResizedCrop cuts out (Szegedy et al. 2015).
 SCALE = (0.08, 1.0)
@@ -116,11 +117,13 @@ def _jpeg_size(data: memoryview) -> tuple[int, int]:
 
 
 class _Prepared(NamedTuple):
-    """A sample for the pipeline: its bytes and what becomes of it. error: what was wrong with it, or None."""
+    """A sample for the pipeline: its bytes and what becomes of it. error: what was wrong with it, or None. seed: of its
+    strong augmentation."""
 
     data: np.ndarray
     box: Box
     error: str | None
+    seed: int = 0
 
 
 class DaliLoader:
@@ -129,6 +132,7 @@ class DaliLoader:
     source: the pictures. rows: (size,) which of them are this split's. train=True: RandomResizedCrop(image_size) and a
     mirror image half of the time; else Resize(image_size / 0.875) and CenterCrop(image_size). Bilinear, with
     antialiasing; normalised by ImageNet's mean and standard deviation.
+    strong: what is done to the pictures beyond that, by torchvision: on the CPU in the threads, on a GPU after DALI.
     device: "cpu" or a CUDA device, where pictures are decoded (JPEG) and where batches come from. threads: that decode
     on the CPU. shard: (number, count), this process's of the batches of all processes: batches are cut from the
     one order of the epoch, each to one process.
@@ -146,6 +150,7 @@ class DaliLoader:
         seed: int = 0,
         shuffle: bool = False,
         train: bool = False,
+        strong: Strong = PLAIN,
         device: torch.device | str = "cpu",
         threads: int = 1,
         shard: tuple[int, int] = (0, 1),
@@ -160,7 +165,7 @@ class DaliLoader:
         self.labels = source.labels[rows]
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.shuffle, self.train, self.threads, self.shard = shuffle, train, threads, shard
-        self.device = torch.device(device)
+        self.device, self.strong = torch.device(device), strong
         self.errors: list[tuple[int, str, str]] = []
         self._source, self._rows = source, rows
         self._wrong: set[int] = set()
@@ -248,8 +253,9 @@ class DaliLoader:
         except (OSError, ValueError) as error:
             return self._grey(str(error) or type(error).__name__)
         if self.train:
-            seed = derived_seed("crop", self.seed, epoch, index)
-            return _Prepared(data, random_box(height, width, self.image_size, seed), None)
+            seed = derived_seed(f"crop{self.strong.view}", self.seed, epoch, index)
+            box = random_box(height, width, self.image_size, seed)
+            return _Prepared(data, box, None, self.strong.seed(self.seed, epoch, index))
         return _Prepared(data, centre_box(height, width, self.image_size), None)
 
     def _grey(self, reason: str) -> _Prepared:
@@ -281,24 +287,30 @@ class DaliLoader:
                 assert loader is not None
                 return loader._next()
 
-            self._pipeline = build(inputs, self.batch_size + 1, self.image_size, self.device, self.threads)
+            options = {"normalise": not self.strong.moves_pixels} if on_gpu else {}
+            self._pipeline = build(inputs, self.batch_size + 1, self.image_size, self.device, self.threads, **options)
         (images,) = self._pipeline.run()
+        _, prepared = self._feed.given[0]
+        seeds = [sample.seed for sample in prepared]
         if on_gpu:
             plugin: Any = importlib.import_module("nvidia.dali.plugin.pytorch")
             dense = images.as_tensor()
-            found = torch.empty(dense.shape(), dtype=torch.float32, device=self.device)
+            kind = torch.uint8 if self.strong.moves_pixels else torch.float32
+            found = torch.empty(dense.shape(), dtype=kind, device=self.device)
             plugin.feed_ndarray(dense, found, cuda_stream=torch.cuda.current_stream(self.device))
-            return found
-        _, prepared = self._feed.given[0]
+            if self.strong.moves_pixels:
+                found = _normalised(self.strong.augment(found, seeds))
+            return self.strong.erase(found, seeds)
         pixels = torch.empty(len(prepared), 3, self.image_size, self.image_size, dtype=torch.uint8)
 
         def resample(place: int) -> None:
             decoded = torch.from_numpy(images.at(place)).permute(2, 0, 1)[None]
-            pixels[place] = _resampled(decoded, prepared[place].box, self.image_size)[0]
+            cut = _resampled(decoded, prepared[place].box, self.image_size)
+            pixels[place] = self.strong.augment(cut, seeds[place : place + 1])[0]
 
         assert self._pool is not None
         list(self._pool.map(resample, range(len(prepared))))
-        return pixels.float().mul_(1.0 / _SPREAD).sub_(_CENTRE / _SPREAD)
+        return self.strong.erase(_normalised(pixels), seeds)
 
     def _next(self) -> tuple[list[np.ndarray], ...]:
         """The pipeline's inputs of a batch: data, start, shape, and on a GPU begin, end, mirror."""
@@ -395,6 +407,12 @@ def _resampled(decoded: Tensor, box: Box, size: int) -> Tensor:
     return cut.flip(3) if box.mirrored else cut
 
 
+def _normalised(pixels: Tensor) -> Tensor:
+    """float32 of (N, 3, H, W) uint8."""
+    centre, spread = _CENTRE.to(pixels.device), _SPREAD.to(pixels.device)
+    return pixels.float().mul_(1.0 / spread).sub_(centre / spread)
+
+
 _Inputs = Callable[[], tuple[list[np.ndarray], ...]]
 
 
@@ -428,8 +446,10 @@ def _cpu_pipeline(inputs: _Inputs, batch_size: int, _: int, device: torch.device
     return pipeline
 
 
-def _gpu_pipeline(inputs: _Inputs, batch_size: int, image_size: int, device: torch.device, threads: int) -> Any:
-    """decode -> resize -> normalise."""
+def _gpu_pipeline(
+    inputs: _Inputs, batch_size: int, image_size: int, device: torch.device, threads: int, *, normalise: bool = True
+) -> Any:
+    """decode -> resize -> normalise; without normalise, uint8."""
     dali = _dali()
     fn, types = dali.fn, dali.types
     pipeline = dali.Pipeline(
@@ -448,9 +468,9 @@ def _gpu_pipeline(inputs: _Inputs, batch_size: int, image_size: int, device: tor
         pictures = fn.crop_mirror_normalize(
             pictures,
             mirror=mirror,
-            mean=[255.0 * value for value in MEAN],
-            std=[255.0 * value for value in STD],
-            dtype=types.FLOAT,
+            mean=[255.0 * value for value in MEAN] if normalise else [0.0],
+            std=[255.0 * value for value in STD] if normalise else [1.0],
+            dtype=types.FLOAT if normalise else types.UINT8,
             output_layout="CHW",
         )
         pipeline.set_outputs(pictures)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lrds_fast.data.loader import Batch, batch_count, derived_seed, epoch_batches
 from lrds_fast.data.sources import Source
+from lrds_fast.data.strong import PLAIN, Strong
 
 # The statistics of ImageNet's training set that every published network expects.
 MEAN = (0.485, 0.456, 0.406)
@@ -23,10 +24,17 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
     """Items are asked for as (index, seed): the seed makes a sample's augmentation independent of the worker that
     draws it, of the order in the batch and of the number of workers."""
 
-    def __init__(self, source: Source, rows: Tensor, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        rows: Tensor,
+        cut: Callable[[Any], Tensor],
+        finish: Callable[[Tensor], Tensor],
+        strong: Strong,
+    ) -> None:
         self.source = source
         self.rows = rows
-        self.transform = transform
+        self.cut, self.finish, self.strong = cut, finish, strong
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
         index, seed = item
@@ -34,7 +42,9 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
         image, target = self.picture(index), int(self.source.labels[row])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.transform(image), target, index
+            pixels = self.cut(image)
+        finished = self.finish(self.strong.augment(pixels[None], [seed]))
+        return self.strong.erase(finished, [seed])[0], target, index
 
     def picture(self, index: int) -> Any:
         """The PIL image; ValueError naming the file where there is none."""
@@ -52,15 +62,15 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
 class _Items:
     """The items of each batch, made when the batch is due."""
 
-    def __init__(self, batches: list[Tensor], seed: int, epoch: int) -> None:
-        self.batches, self.seed, self.epoch = batches, seed, epoch
+    def __init__(self, batches: list[Tensor], seed: int, epoch: int, view: str) -> None:
+        self.batches, self.seed, self.epoch, self.view = batches, seed, epoch, view
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in self.batches:
-            yield [(i, derived_seed("augment", self.seed, self.epoch, i)) for i in batch.tolist()]
+            yield [(i, derived_seed(f"augment{self.view}", self.seed, self.epoch, i)) for i in batch.tolist()]
 
 
 def _keep(_: int) -> None:
@@ -72,7 +82,7 @@ class FolderLoader:
     """A Loader over some rows of a Source; see Loader for its methods.
 
     train=True: RandomResizedCrop(image_size) and a mirror image half of the time; else Resize(image_size / .875) and
-    CenterCrop. workers: processes that decode; 0 decodes in this one.
+    CenterCrop. strong: what is done to the pictures beyond that. workers: processes that decode; 0 decodes in this one.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class FolderLoader:
         seed: int = 0,
         shuffle: bool = False,
         train: bool = False,
+        strong: Strong = PLAIN,
         workers: int = 0,
     ) -> None:
         try:
@@ -104,8 +115,8 @@ class FolderLoader:
             if train
             else [v2.Resize(round(image_size / 0.875), antialias=True), v2.CenterCrop(image_size)]
         )
-        finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        self._samples = _Samples(source, rows, v2.Compose([*crop, *finish]))
+        finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+        self._samples = _Samples(source, rows, v2.Compose([*crop, v2.PILToTensor()]), finish, strong)
 
     def __len__(self) -> int:
         return batch_count(len(self.labels), self.batch_size)
@@ -121,7 +132,7 @@ class FolderLoader:
         )
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self._samples),
-            batch_sampler=cast(Any, _Items(batches, self.seed, epoch)),
+            batch_sampler=cast(Any, _Items(batches, self.seed, epoch, self._samples.strong.view)),
             num_workers=self.workers,
             worker_init_fn=_keep,
             pin_memory=torch.cuda.is_available(),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrds_fast import divergences
+from lrds_fast.data.strong import parse_rand_augment
 from lrds_fast.train import grid
 
 if sys.version_info >= (3, 11):
@@ -25,7 +26,11 @@ else:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What to train on; see lrds_fast.data.load."""
+    """What to train on; see lrds_fast.data.load.
+
+    rand_augment: "" or RandAugment as timm names it, "m9-n2-mstd0.5". erasing: the probability of random erasing.
+    mixup, cutmix: the alphas of what mixes two samples of a batch, 0 for none; mix_probability: how many batches are
+    mixed. second_view "strong": samples come in a second, strongly augmented view as well, for loss.method "mlkd"."""
 
     name: str = "digits"
     root: str = ""
@@ -41,6 +46,12 @@ class DataOptions:
     reader: str = "auto"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    rand_augment: str = ""
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    second_view: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,7 @@ class Recipe:
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.reader": ("auto", "dali", "torchvision"),
+    "data.second_view": ("", "strong"),
     "loss.revise": ("lr", "mft", "swap", "none"),
     "loss.method": ("kd", "dist", "mlkd", "revision"),
     "loss.divergence": divergences.NAMES,
@@ -378,7 +390,7 @@ def _check_values(recipe: Recipe) -> None:
         table, _, name = key.partition(".")
         value = getattr(getattr(recipe, table), name)
         if value not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(choices)}; got {value!r}")
+            raise ValueError(f"{key} must be one of {', '.join(c or repr(c) for c in choices)}; got {value!r}")
     positive = {
         "data.batch_size": recipe.data.batch_size,
         "data.eval_batch_size": recipe.data.eval_batch_size,
@@ -394,6 +406,8 @@ def _check_values(recipe: Recipe) -> None:
     at_least_zero = {
         "data.workers": recipe.data.workers,
         "data.train_limit": recipe.data.train_limit,
+        "data.mixup": recipe.data.mixup,
+        "data.cutmix": recipe.data.cutmix,
         "loss.ce_weight": recipe.loss.ce_weight,
         "loss.kd_weight": recipe.loss.kd_weight,
         "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected,
@@ -417,6 +431,18 @@ def _check_values(recipe: Recipe) -> None:
     }.items():
         if not 0 <= number < 1:
             raise ValueError(f"{key} must be in [0, 1); got {number}")
+    for key, number in {
+        "data.erasing": recipe.data.erasing,
+        "data.mix_probability": recipe.data.mix_probability,
+    }.items():
+        if not 0 <= number <= 1:
+            raise ValueError(f"{key} must be in [0, 1]; got {number}")
+    if recipe.data.rand_augment:
+        parse_rand_augment(recipe.data.rand_augment)
+    if recipe.data.second_view and recipe.loss.method != "mlkd":
+        raise ValueError(f"data.second_view is for loss.method 'mlkd'; got {recipe.loss.method!r}: set it to ''")
+    if recipe.data.second_view and (recipe.data.mixup or recipe.data.cutmix):
+        raise ValueError("data.second_view goes without data.mixup and data.cutmix: set one of them to none")
     recipe.loss.chosen_divergence()
     if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
         raise ValueError(f"loss.method {recipe.loss.method!r} takes no divergence and no standardize; use method 'kd'")

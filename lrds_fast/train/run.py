@@ -48,6 +48,9 @@ def load_data(recipe: Recipe) -> Data:
         reader=options.reader,
         mean=options.mean,
         std=options.std,
+        rand_augment=options.rand_augment,
+        erasing=options.erasing,
+        second_view=options.second_view,
         device=pick_device(recipe.run.device),
     )
 
