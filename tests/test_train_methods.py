@@ -79,7 +79,7 @@ def test_rows_without_a_teacher_have_the_cross_entropy_of_both_views() -> None:
     masked = measure(z, poisoned[0], y, selected=mask, kd_weight=0.9, strong=(z2, poisoned[1]))
     prefix = measure(z, v[:5], y, selected=None, kd_weight=0.9, strong=(z2, v2[:5]))
     torch.testing.assert_close(masked.loss, prefix.loss, rtol=1e-9, atol=1e-10)
-    weights = torch.where(mask, 0.3, 1.5).double()
+    weights = torch.full((12,), 1.5, dtype=DOUBLE).masked_fill(mask, 0.3)
     ce = sum((weights * F.cross_entropy(x, y, reduction="none")).mean() for x in (z, z2))
     kd = by_hand(z[:5], v[:5], z2[:5], v2[:5], y[:5], False)
     torch.testing.assert_close(prefix.loss, ce + 0.9 * 5 / 12 * kd, rtol=1e-9, atol=1e-10)

@@ -336,10 +336,11 @@ def _recipes(options: argparse.Namespace) -> int:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {load_recipe(name).description}")
-    print("\ncifar100/MODEL: a network alone. cifar100/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds;")
-    print("cifar100-short/...: the same in ten epochs:")
-    print(f"  pairs    {', '.join(grid.PAIRS)}")
-    print(f"  methods  {', '.join(grid.METHODS)}")
+    print("\nPROTOCOL/MODEL: a network alone. PROTOCOL/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds:")
+    for prefix, protocol in grid.PROTOCOLS.items():
+        print(f"\n{prefix}: as the recipe {protocol.base}")
+        print(f"  pairs    {', '.join(protocol.pairs)}")
+        print(f"  methods  {', '.join(protocol.methods)}")
     return OK
 
 

@@ -145,7 +145,7 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """name "sgd" (momentum, nesterov) or "adamw"."""
+    """name "sgd" (momentum, nesterov), "adamw", or timm's "rmsprop" (TensorFlow's, with momentum) and "lamb"."""
 
     name: str = "sgd"
     lr: float = 0.05
@@ -156,13 +156,15 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """name "cosine" (to 0), "step" (x gamma after each milestone, in epochs) or "constant"; linear warm-up first."""
+    """name "cosine" (to 0), "step" (x gamma after each milestone, in epochs), "exponential" (x gamma every
+    decay_epochs) or "constant"; linear warm-up first."""
 
     name: str = "cosine"
     epochs: int = 30
     warmup_epochs: float = 0.0
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
+    decay_epochs: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -232,8 +234,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "selection.compose": ("prefix", "mask"),
     "score.hessian": ("objective", "gt"),
     "score.curvature": ("identity", "kfac", "ekfac", "exact"),
-    "optimizer.name": ("sgd", "adamw"),
-    "schedule.name": ("cosine", "step", "constant"),
+    "optimizer.name": ("sgd", "adamw", "rmsprop", "lamb"),
+    "schedule.name": ("cosine", "step", "exponential", "constant"),
     "run.amp": ("off", "bf16", "fp16"),
 }
 
@@ -398,6 +400,7 @@ def _check_values(recipe: Recipe) -> None:
         "run.save_every": recipe.run.save_every,
         "schedule.epochs": recipe.schedule.epochs,
         "optimizer.lr": recipe.optimizer.lr,
+        "schedule.decay_epochs": recipe.schedule.decay_epochs,
         "loss.temperature": recipe.loss.temperature,
     }
     for key, number in positive.items():
