@@ -121,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         "sweep",
         _sweep,
         "train a list of recipes, one after the other; what is finished is kept, what was cut short goes on",
-        "lrds-fast sweep cifar100/resnet56-resnet20/kd cifar100/resnet56-resnet20/kd+lr --seeds 0 1 2",
+        "lrds-fast sweep cifar100/resnet56-resnet20/kd cifar100/resnet56-resnet20/kd+lr --seeds 0 1 2\n"
+        "  lrds-fast sweep cifar100/resnet56-resnet20/kd+lr+ds --ablation eta --list",
     )
     sub.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="TOML files or names; @FILE is a file of them, a line each"
@@ -129,6 +130,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--seeds", type=int, nargs="+", help="each recipe once per seed, in OUT/seedN (default: as it says)"
     )
+    sub.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="each recipe once per value, as NAME@KEY=VALUE; given several times, once per combination",
+    )
+    sub.add_argument("--ablation", metavar="NAME", help="a ready grid: eta, weights, ratio, score")
+    sub.add_argument("--list", action="store_true", help="name the runs and end")
     sub.add_argument("--baseline", help="name of the recipe to take differences to")
     sub.add_argument("--report", type=Path, help="also write an HTML report of all runs")
     add_settings(sub)
@@ -240,12 +250,20 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from lrds_fast.train.ablations import ablation, cells, parse_axis
     from lrds_fast.train.files import write_text
     from lrds_fast.train.recipe import load_recipe
     from lrds_fast.train.report import NOTES, html_report, tabulate, text_table
     from lrds_fast.train.sweep import listed, sweep
 
     recipes = [load_recipe(source, options.settings) for source in listed(options.recipes)]
+    if options.ablation:
+        recipes = [cell for recipe in recipes for cell in ablation(options.ablation, recipe)]
+    axes = [parse_axis(text) for text in options.grid]
+    recipes = [cell for recipe in recipes for cell in cells(recipe, axes)]
+    if options.list:
+        print("\n".join(recipe.name for recipe in recipes))
+        return OK
     runs, failures = sweep(recipes, seeds=options.seeds, progress=_progress(options), say=print)
     if runs:
         print(f"\n{text_table(tabulate(runs, baseline=options.baseline), baseline=options.baseline)}\n\n{NOTES}")
