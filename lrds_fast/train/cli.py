@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--list", action="store_true", help="name the runs and end")
     sub.add_argument("--baseline", help="name of the recipe to take differences to")
     sub.add_argument("--report", type=Path, help="also write an HTML report of all runs")
+    sub.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
     add_settings(sub)
 
     sub = add(
@@ -185,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     sub.add_argument("--baseline", help="name of the runs to take differences to")
     sub.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)")
+    sub.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
 
     sub = add(
         "recipes",
@@ -253,7 +255,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from lrds_fast.train.ablations import ablation, cells, parse_axis
     from lrds_fast.train.files import write_text
     from lrds_fast.train.recipe import load_recipe
-    from lrds_fast.train.report import NOTES, html_report, tabulate, text_table
+    from lrds_fast.train.report import html_report, markdown_report, printed
     from lrds_fast.train.sweep import listed, sweep
 
     recipes = [load_recipe(source, options.settings) for source in listed(options.recipes)]
@@ -266,10 +268,12 @@ def _sweep(options: argparse.Namespace) -> int:
         return OK
     runs, failures = sweep(recipes, seeds=options.seeds, progress=_progress(options), say=print)
     if runs:
-        print(f"\n{text_table(tabulate(runs, baseline=options.baseline), baseline=options.baseline)}\n\n{NOTES}")
+        print(f"\n{printed(runs, baseline=options.baseline)}")
     if runs and options.report:
         write_text(options.report, html_report(runs, title="lrds-fast sweep", baseline=options.baseline))
         print(f"\nreport: {options.report}")
+    if runs and options.markdown:
+        write_text(options.markdown, markdown_report(runs, title="lrds-fast sweep", baseline=options.baseline))
     for where, reason in failures:
         print(f"lrds-fast: error: {where}: {reason}", file=sys.stderr)
     return FAILED if failures else OK
@@ -324,15 +328,16 @@ def _select(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from lrds_fast.train.files import write_text
-    from lrds_fast.train.report import NOTES, html_report, read_run, tabulate, text_table, verdicts
+    from lrds_fast.train.report import html_report, markdown_report, printed, read_run, tabulate, verdicts
 
     runs = [read_run(folder) for folder in options.runs]
     rows = tabulate(runs, baseline=options.baseline)
     conclusions = verdicts(rows, options.baseline) if options.baseline else []
     page = html_report(runs, title="lrds-fast report", baseline=options.baseline, conclusions=conclusions)
     write_text(options.out, page)
-    print(text_table(rows, baseline=options.baseline), end="\n\n")
-    print(NOTES)
+    if options.markdown:
+        write_text(options.markdown, markdown_report(runs, title="lrds-fast report", baseline=options.baseline))
+    print(printed(runs, baseline=options.baseline))
     print("\n".join(conclusions), end="\n" if conclusions else "")
     print(f"\nreport: {options.out}")
     return OK
