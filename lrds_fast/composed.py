@@ -156,6 +156,33 @@ def mlkd_loss(
         selected=selected,
         ce_weight_unselected=ce_weight_unselected,
     )
+    by_batch, by_class = gram_terms(
+        student_logits,
+        teacher_logits,
+        target,
+        temperature=temperature,
+        revise=revise,
+        eta=eta,
+        selected=selected,
+        batch=batch_weight > 0,
+        classes=category_weight > 0,
+    )
+    return rows + kd_weight * (batch_weight * by_batch + category_weight * by_class)
+
+
+def gram_terms(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Sequence[float],
+    revise: str | None,
+    eta: float,
+    selected: Tensor | None = None,
+    batch: bool = True,
+    classes: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(sum_T B_T, sum_T C_T) of mlkd_loss, whose arguments these are; 0 for what batch or classes leaves out."""
     dtype = compute_dtype(student_logits, teacher_logits)
     z, v = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     count: Tensor | int = max(1, z.shape[0])
@@ -164,7 +191,7 @@ def mlkd_loss(
         w = selected.to(dtype)[:, None]
         v = torch.where(w > 0, v, 0.0)  # what was not selected may hold anything
         count = w.sum().clamp(min=1.0)
-    gram = torch.zeros((), dtype=dtype, device=z.device)
+    by_batch = by_class = torch.zeros((), dtype=dtype, device=z.device)
     for t in temperatures(temperature):
         q = F.softmax(z / t, dim=-1)
         if revise is None:
@@ -173,8 +200,8 @@ def mlkd_loss(
             p = revise_labels(v, target, eta=eta, temperature=t, policy=revise)
         if w is not None:
             q, p = torch.where(w > 0, w * q, 0.0), w * p
-        if batch_weight:
-            gram = gram + batch_weight * (q @ q.T - p @ p.T).square().sum() / count
-        if category_weight:
-            gram = gram + category_weight * (q.T @ q - p.T @ p).square().sum() / z.shape[1]
-    return rows + kd_weight * gram
+        if batch:
+            by_batch = by_batch + (q @ q.T - p @ p.T).square().sum() / count
+        if classes:
+            by_class = by_class + (q.T @ q - p.T @ p).square().sum() / z.shape[1]
+    return by_batch, by_class

@@ -39,7 +39,7 @@ PYTHON_MAY_IMPORT = {
     "models": {"models", *_CORE},
     "data": {"data", "selection", "influence", "nn", *_CORE},
     "recipes": {"recipes"},
-    "train": {"train", "picture", "data", "models", "selection", "influence", "nn", "recipes", *_CORE},
+    "train": {"train", "composed", "picture", "data", "models", "selection", "influence", "nn", "recipes", *_CORE},
     "__main__": {"train"},
 }
 

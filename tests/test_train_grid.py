@@ -10,38 +10,62 @@ import pytest
 import torch
 
 from lrds_fast import models
-from lrds_fast.divergences import DKD
+from lrds_fast.divergences import DKD, NKD
 from lrds_fast.train import cli, grid, load_recipe
+from lrds_fast.train import recipe as recipe_module
 from lrds_fast.train.recipe import from_mapping
 from lrds_fast.train.report import cells, header, read_run, table_lines, tabulate
+from lrds_fast.train.setup import build_optimizer, lr_factor
 from lrds_fast.train.sweep import listed, sweep
 
 SMALL = ["--set", "schedule.epochs=2", "--set", "data.train_limit=100", "--set", "run.device=cpu", "--quiet"]
 
 
-@pytest.mark.parametrize("name", grid.names())
-def test_every_name_is_a_recipe(name: str) -> None:
-    recipe = load_recipe(name)
-    assert recipe.name == name
-    assert recipe.student.model in models.names()
-    assert recipe.teacher.model in ("", *models.names())
-    assert (recipe.data.name, recipe.data.batch_size, recipe.data.augment) == ("cifar100", 64, "crop-flip")
-    short = name.startswith("cifar100-short/")
-    assert (recipe.schedule.name, len(recipe.schedule.milestones)) == (("cosine", 0) if short else ("step", 3))
-    switches = name.rpartition("/")[2].split("+")
-    assert (recipe.loss.revise == "lr") == ("lr" in switches or "revision" in switches or not recipe.teacher.model)
-    assert (recipe.selection.after > 0) == ("ds" in switches)
-    assert (recipe.data.val_fraction > 0) == ("ds" in switches or short)
+def test_every_name_is_a_recipe() -> None:
+    for name in grid.names():
+        recipe, parts = load_recipe(name), grid.parts_of(name)
+        assert parts is not None and recipe.name == name
+        protocol = grid.PROTOCOLS[parts.protocol]
+        base = load_recipe(protocol.base)
+        assert recipe.student.model == protocol.models.get(parts.student, parts.student)
+        assert recipe.teacher.model == protocol.models.get(parts.teacher, parts.teacher)
+        if parts.teacher:
+            assert (recipe.loss.revise == "lr") == ("lr" in parts.switches or parts.method == "revision")
+        assert (recipe.selection.after > 0) == ("ds" in parts.switches)
+        assert (recipe.data.val_fraction > 0) == ("ds" in parts.switches or base.data.val_fraction > 0)
+        assert (recipe.data.second_view == "strong") == (parts.method == "mlkd")
+        # All else is the protocol's.
+        assert recipe.data.batch_size == base.data.batch_size and recipe.data.rand_augment == base.data.rand_augment
+        assert recipe.schedule.name == base.schedule.name and recipe.run == base.run
+        if (parts.protocol, parts.method) != ("cifar100", "mlkd"):
+            assert recipe.schedule == base.schedule
+
+
+def test_every_network_exists() -> None:
+    for protocol in grid.PROTOCOLS.values():
+        for short in grid.models_of(protocol):
+            name = protocol.models.get(short, short)
+            library, colon, foreign = name.partition(":")
+            if not colon:
+                assert name in models.names()
+            elif library == "timm":
+                assert pytest.importorskip("timm", reason="pip install timm").is_model(foreign)
+            else:
+                torchvision = pytest.importorskip("torchvision", reason="pip install torchvision")
+                assert foreign in torchvision.models.list_models(module=torchvision.models)
 
 
 def test_the_grid_is_complete() -> None:
     names = grid.names()
     assert len(set(names)) == len(names)
-    assert len(grid.PAIRS) == 16
-    for prefix in grid.PROTOCOLS:
+    sizes = {"cifar100": (16, 5), "cifar100-short": (16, 5), "imagenet": (2, 7)}
+    sizes |= {"imagenet-modern": (6, 6), "imagenet-adamw": (6, 6)}
+    for prefix, (pairs, methods) in sizes.items():
+        protocol = grid.PROTOCOLS[prefix]
+        assert (len(protocol.pairs), len(protocol.methods)) == (pairs, methods)
         taught = [name for name in names if name.startswith(f"{prefix}/") and name.count("/") == 2]
-        assert len(taught) == 16 * (4 * 4 + 2)  # revision revises by itself
-        for pair in grid.PAIRS.values():
+        assert len(taught) == pairs * ((methods - 1) * 4 + 2)  # revision revises by itself
+        for pair in protocol.pairs.values():
             for model in (pair.teacher, pair.student):
                 assert f"{prefix}/{model}" in names
 
@@ -66,11 +90,81 @@ def test_the_short_protocol_trains_every_run_on_the_same_samples() -> None:
     assert load_recipe("cifar100/resnet20-resnet8/kd").schedule.epochs == 240
 
 
-def test_a_name_follows_the_protocol_it_extends() -> None:
+def test_a_name_follows_the_protocol_it_extends(monkeypatch: pytest.MonkeyPatch) -> None:
     base = {"schedule": {"epochs": 120, "name": "step"}, "optimizer": {"lr": 0.5}}
-    recipe = grid.compose("cifar100/resnet32x4-ShuffleV2/dkd+ds", base)
-    assert recipe["optimizer"] == {"lr": pytest.approx(0.1)}
-    assert recipe["selection"]["after"] == recipe["loss"]["kd_warmup_epochs"] == 10
+    composed = grid.compose("cifar100/resnet32x4-ShuffleV2/dkd+ds", base)
+    assert composed["optimizer"] == {"lr": pytest.approx(0.1)}
+    assert composed["selection"]["after"] == composed["loss"]["kd_warmup_epochs"] == 10
+
+    text = recipe_module.recipe_text
+
+    def changed(name: str) -> str:
+        if name == "imagenet":
+            return (
+                text(name)
+                .replace("weight_decay = 1e-4", "weight_decay = 3e-4")
+                .replace("image_size = 224", "image_size = 160")
+            )
+        return text(name)
+
+    variants = ("imagenet/resnet34-resnet18/nkd+lr+ds", "imagenet-modern/resnet18", "imagenet_resnet50_mobilenetv1")
+    before = [load_recipe(name) for name in variants]
+    monkeypatch.setattr(recipe_module, "recipe_text", changed)
+    after = [load_recipe(name) for name in variants]
+    assert [recipe.data.image_size for recipe in before] == [224] * 3
+    assert [recipe.data.image_size for recipe in after] == [160] * 3
+    # The modern protocol has a weight decay of its own.
+    assert [recipe.optimizer.weight_decay for recipe in after] == [3e-4, 1e-5, 3e-4]
+
+
+def test_recipes_of_users_extend_names(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "imagenet/resnet34-resnet18/kd+lr"\nname = "mine"\n[loss]\neta = 0.6\n')
+    mine, theirs = load_recipe(path), load_recipe("imagenet/resnet34-resnet18/kd+lr")
+    assert mine == theirs.with_values(name="mine", description=theirs.description, **{"loss.eta": 0.6})
+
+
+def test_imagenet_protocols_are_the_published_ones() -> None:
+    pair = "imagenet/resnet34-resnet18"
+    for method, weights in (("kd", (1.0, 0.5, 0.5)), ("kd-tuned", (1.0, 1.0, 3.0)), ("nkd", (1.0, 1.0, 1.0))):
+        loss = load_recipe(f"{pair}/{method}").loss
+        assert (loss.temperature, loss.ce_weight, loss.kd_weight) == weights
+    assert load_recipe(f"{pair}/nkd").loss.chosen_divergence() == NKD(gamma=1.5)
+    assert load_recipe(f"{pair}/dkd").loss.chosen_divergence() == DKD(alpha=1.0, beta=0.5)
+    assert load_recipe("imagenet/resnet50-mobilenetv1/dkd").loss.chosen_divergence() == DKD(alpha=1.0, beta=2.0)
+    assert load_recipe(f"{pair}/dkd").loss.kd_warmup_epochs == 1
+    dist = load_recipe(f"{pair}/dist+lr+ds")
+    assert (dist.loss.method, dist.loss.kd_weight, dist.optimizer.lr, dist.data.batch_size) == ("dist", 2.0, 0.2, 512)
+    assert (dist.selection.after, dist.data.val_fraction, dist.score.curvature) == (5, 0.01, "ekfac")
+    assert (dist.schedule.milestones, dist.optimizer.weight_decay, dist.run.channels_last) == ((30, 60, 90), 1e-4, True)
+    for old, new in (
+        ("imagenet_resnet34_resnet18", f"{pair}/kd+lr"),
+        ("imagenet_resnet50_mobilenetv1", "imagenet/resnet50-mobilenetv1/kd+lr"),
+    ):
+        one, other = load_recipe(old), load_recipe(new)
+        assert one == other.with_values(name=old, description=one.description)
+
+    modern = load_recipe("imagenet-modern/resnet50sb-resnet18/dist")
+    assert (modern.optimizer.name, modern.optimizer.lr, modern.data.batch_size) == ("rmsprop", 0.048, 768)
+    assert (modern.data.rand_augment, modern.data.erasing, modern.run.ema_decay) == ("m9-mstd0.5", 0.2, 0.9999)
+    assert lr_factor(modern.schedule, 2.5) < 1 and lr_factor(modern.schedule, 3.0) == pytest.approx(0.97)
+    assert lr_factor(modern.schedule, 24.0) == pytest.approx(0.97**10)
+    adamw = load_recipe("imagenet-adamw/resnet50sb-resnet18/kd")
+    assert (adamw.optimizer.name, adamw.optimizer.lr, adamw.data.batch_size) == ("adamw", 1e-3, 1024)
+    assert (adamw.data.mixup, adamw.data.cutmix, adamw.loss.label_smoothing) == (0.8, 1.0, 0.1)
+
+
+def test_optimizers_of_timm_step() -> None:
+    pytest.importorskip("timm", reason="pip install timm")
+    for name in ("rmsprop", "lamb"):
+        net = torch.nn.Linear(3, 2)
+        optimizer = build_optimizer(
+            load_recipe("digits_alone", [f"optimizer.name={name}", "optimizer.lr=0.1"]).optimizer, net
+        )
+        before = net.weight.detach().clone()
+        net(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(before, net.weight) and optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_protocols_are_the_published_ones() -> None:
@@ -114,6 +208,13 @@ def test_published_accuracies_stand_beside_ours(tmp_path: Path) -> None:
     assert grid.published("cifar100/resnet56-resnet20/kd+lr") is None
     assert grid.published("cifar100/resnet20") == 69.06
     assert grid.published("digits_kd") is None
+    assert grid.published("imagenet/resnet34-resnet18/kd-tuned") == 71.81
+    assert grid.published("imagenet-modern/resnet50sb-resnet18/dist") == 74.5
+    assert grid.published("imagenet-modern/resnet18") == 73.4
+    assert grid.published("imagenet-adamw/resnet18") is None
+    for name in grid.names():
+        percent = grid.published(name)
+        assert percent is None or 60 < percent < 87
     from lrds_fast.train import fit
 
     runs = []

@@ -25,6 +25,8 @@ from lrds_fast.data.loader import (
 from lrds_fast.data.memory import MemoryLoader, digits, from_npz
 from lrds_fast.data.soft_labels import SoftLabels, write_soft_labels
 from lrds_fast.data.sources import Source, open_split
+from lrds_fast.data.strong import PLAIN, Strong, TwoViews
+from lrds_fast.data.strong import second_view as described
 
 __all__ = [
     "Batch",
@@ -35,6 +37,8 @@ __all__ = [
     "MemoryLoader",
     "SoftLabels",
     "Source",
+    "Strong",
+    "TwoViews",
     "batch_count",
     "derived_seed",
     "digits",
@@ -75,6 +79,9 @@ def load(
     reader: str = "auto",
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
+    rand_augment: str = "",
+    erasing: float = 0.0,
+    second_view: str = "",
     device: torch.device | str | None = None,
     least: int = 2,
     views: int = 0,
@@ -87,7 +94,9 @@ def load(
     lrds_fast.data.sources.open_split). val_fraction of the training samples is held out, by split_seed;
     train_limit > 0 keeps that many of the others. seed orders and augments. augment: see MemoryLoader and FolderLoader
     ("none" or "crop-flip"). least, views: of the training samples; a last batch of fewer than `least` joins the one
-    before it; with views > 0 the augmentation of epoch e is that of epoch e % views.
+    before it; with views > 0 the augmentation of epoch e is that of epoch e % views. rand_augment, erasing: what the
+    training pictures go through after that; see lrds_fast.data.Strong. second_view "strong": the training batches bring
+    another view of their samples, in `strong`.
     For encoded pictures (folder, webdataset, tfrecord): reader "dali", "torchvision", or "auto", DALI where it is
     installed; workers, the processes (torchvision) or threads (DALI) that decode; device, where DALI decodes.
     For data in memory only: mean, std, per channel (CIFAR has the literature's by default); device, where the images
@@ -96,6 +105,7 @@ def load(
     """
     if batch_size < 1 or eval_batch_size < 1:
         raise ValueError(f"batch sizes must be at least 1; got {batch_size} and {eval_batch_size}")
+    strongly: dict[str, Any] = {"strong": Strong(rand_augment, erasing), "second": described(second_view)}
     if name == "digits":
         images, targets = digits()
         train, test = hold_out(len(images), DIGITS_TEST_FRACTION, seed=0)
@@ -127,6 +137,7 @@ def load(
             device=device,
             least=least,
             views=views,
+            **strongly,
         )
     else:
         raise ValueError(
@@ -150,6 +161,7 @@ def load(
         device=device,
         least=least,
         views=views,
+        **strongly,
     )
 
 
@@ -171,11 +183,14 @@ def in_memory(
     augment: str = "none",
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    strong: Strong = PLAIN,
+    second: Strong | None = None,
     device: torch.device | str | None = None,
     least: int = 2,
     views: int = 0,
 ) -> Data:
-    """Data from tensors; see MemoryLoader for images and targets, load for the rest."""
+    """Data from tensors; see MemoryLoader for images and targets, load for the rest. second: what the training samples'
+    second view goes through, None for none."""
     kept, held_out = hold_out(len(train_images), val_fraction, seed=split_seed)
     kept = _limited(kept, train_limit, seed=split_seed)
 
@@ -193,18 +208,24 @@ def in_memory(
     images, targets = train_images[kept], train_targets[kept].long()
     if label_noise:
         targets = mislabelled(targets, label_noise, num_classes=num_classes, seed=split_seed)
-    return Data(
-        name=name,
-        train=loader(
+
+    def training(images: Tensor, strong: Strong) -> MemoryLoader:
+        return loader(
             images,
             targets,
             batch_size=batch_size,
             seed=seed,
             shuffle=True,
             augment=augment,
+            strong=strong,
             least=least,
             views=views,
-        ),
+        )
+
+    first = training(images, strong)
+    return Data(
+        name=name,
+        train=first if second is None else TwoViews(first, training(first.images, second)),
         score=loader(images, targets),
         val=loader(train_images[held_out], train_targets[held_out]) if len(held_out) else None,
         test=loader(test_images, test_targets),
@@ -245,6 +266,8 @@ def _encoded(
     image_size: int,
     workers: int,
     reader: str,
+    strong: Strong,
+    second: Strong | None,
     device: torch.device | str | None,
     least: int,
     views: int,
@@ -272,9 +295,8 @@ def _encoded(
             return DaliLoader(source, rows, **{**defaults, **options})
         return FolderLoader(source, rows, **{**defaults, "workers": workers, **options})
 
-    return Data(
-        name=name,
-        train=loader(
+    def training(strong: Strong) -> Loader:
+        return loader(
             train,
             kept,
             batch_size=batch_size,
@@ -283,7 +305,14 @@ def _encoded(
             train=augment == "crop-flip",
             least=least,
             views=views,
-        ),
+            strong=strong,
+        )
+
+    if augment == "none" and (second is not None or strong != PLAIN):
+        raise ValueError("data.rand_augment, erasing and second_view go with augment 'crop-flip'; got augment 'none'")
+    return Data(
+        name=name,
+        train=training(strong) if second is None else TwoViews(training(strong), training(second)),
         score=loader(train, kept),
         val=loader(train, held_out) if len(held_out) else None,
         test=loader(test, torch.arange(len(test.labels))),

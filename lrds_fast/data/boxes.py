@@ -34,9 +34,9 @@ class Box(NamedTuple):
     mirrored: bool
 
 
-def crop_seed(seed: int, view: int, index: int) -> int:
-    """What a sample's box is drawn from."""
-    return derived_seed("crop", seed, view, index)
+def crop_seed(seed: int, view: int, index: int, stream: str = "") -> int:
+    """What a sample's box is drawn from. view: the epoch whose augmentation it is; stream: see Strong."""
+    return derived_seed(f"crop{stream}", seed, view, index)
 
 
 def random_box(height: int, width: int, size: int, seed: int) -> Box:

@@ -26,17 +26,20 @@ from lrds_fast.data.boxes import Box, centre_box, crop_seed, geometry, picture_s
 from lrds_fast.data.folder import MEAN, STD
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, view_of
 from lrds_fast.data.sources import Source
+from lrds_fast.data.strong import PLAIN, Strong
 
 #: Batches that are decoded ahead.
 DEPTH = 2
 
 
 class _Prepared(NamedTuple):
-    """A sample for the pipeline: its bytes and what becomes of it. error: what was wrong with it, or None."""
+    """A sample for the pipeline: its bytes and what becomes of it. error: what was wrong with it, or None. seed: of its
+    strong augmentation."""
 
     data: np.ndarray
     box: Box
     error: str | None
+    seed: int = 0
 
 
 class DaliLoader:
@@ -45,6 +48,7 @@ class DaliLoader:
     source: the pictures. rows: (size,) which of them are this split's. train=True: RandomResizedCrop(image_size) and a
     mirror image half of the time; else Resize(image_size / 0.875) and CenterCrop(image_size). Bilinear, with
     antialiasing; normalised by ImageNet's mean and standard deviation.
+    strong: what is done to the pictures beyond that, by torchvision: on the CPU in the threads, on a GPU after DALI.
     device: "cpu" or a CUDA device, where pictures are decoded (JPEG) and where batches come from. threads: that decode
     on the CPU. least: a last batch of fewer samples joins the one before it. views: 0 augments anew every epoch; n > 0
     gives epoch e the augmentation of epoch e % n, in an order of its own.
@@ -62,6 +66,7 @@ class DaliLoader:
         seed: int = 0,
         shuffle: bool = False,
         train: bool = False,
+        strong: Strong = PLAIN,
         device: torch.device | str = "cpu",
         threads: int = 1,
         least: int = 2,
@@ -75,7 +80,7 @@ class DaliLoader:
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.shuffle, self.train, self.threads = shuffle, train, threads
         self.least, self.views = least, views
-        self.device = torch.device(device)
+        self.device, self.strong = torch.device(device), strong
         self.errors: list[tuple[int, str, str]] = []
         self._source, self._rows = source, rows
         self._wrong: set[int] = set()
@@ -158,7 +163,8 @@ class DaliLoader:
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
         """See Loader.boxes; reads the files' headers. An evaluated picture's box is all of it; one that cannot be read
         has zeros."""
-        seeds = [crop_seed(self.seed, view_of(epoch, self.views), i) for i in indices.tolist()]
+        view = view_of(epoch, self.views)
+        seeds = [crop_seed(self.seed, view, i, self.strong.stream) for i in indices.tolist()]
         return geometry(self._source, self._rows[indices], seeds if self.train else None, self.image_size)
 
     def picture(self, index: int) -> Tensor:
@@ -182,8 +188,8 @@ class DaliLoader:
         except (OSError, ValueError) as error:
             return self._grey(str(error) or type(error).__name__)
         if self.train:
-            box = random_box(height, width, self.image_size, crop_seed(self.seed, view, index))
-            return _Prepared(data, box, None)
+            box = random_box(height, width, self.image_size, crop_seed(self.seed, view, index, self.strong.stream))
+            return _Prepared(data, box, None, self.strong.seed(self.seed, view, index))
         return _Prepared(data, centre_box(height, width, self.image_size), None)
 
     def _grey(self, reason: str) -> _Prepared:
@@ -215,24 +221,30 @@ class DaliLoader:
                 assert loader is not None
                 return loader._next()
 
-            self._pipeline = build(inputs, self._room, self.image_size, self.device, self.threads)
+            options = {"normalise": not self.strong.moves_pixels} if on_gpu else {}
+            self._pipeline = build(inputs, self._room, self.image_size, self.device, self.threads, **options)
         (images,) = self._pipeline.run()
+        _, prepared = self._feed.given[0]
+        seeds = [sample.seed for sample in prepared]
         if on_gpu:
             plugin: Any = importlib.import_module("nvidia.dali.plugin.pytorch")
             dense = images.as_tensor()
-            found = torch.empty(dense.shape(), dtype=torch.float32, device=self.device)
+            kind = torch.uint8 if self.strong.moves_pixels else torch.float32
+            found = torch.empty(dense.shape(), dtype=kind, device=self.device)
             plugin.feed_ndarray(dense, found, cuda_stream=torch.cuda.current_stream(self.device))
-            return found
-        _, prepared = self._feed.given[0]
+            if self.strong.moves_pixels:
+                found = _normalised(self.strong.augment(found, seeds))
+            return self.strong.erase(found, seeds)
         pixels = torch.empty(len(prepared), 3, self.image_size, self.image_size, dtype=torch.uint8)
 
         def resample(place: int) -> None:
             decoded = torch.from_numpy(images.at(place)).permute(2, 0, 1)[None]
-            pixels[place] = _resampled(decoded, prepared[place].box, self.image_size)[0]
+            cut = _resampled(decoded, prepared[place].box, self.image_size)
+            pixels[place] = self.strong.augment(cut, seeds[place : place + 1])[0]
 
         assert self._pool is not None
         list(self._pool.map(resample, range(len(prepared))))
-        return pixels.float().mul_(1.0 / _SPREAD).sub_(_CENTRE / _SPREAD)
+        return self.strong.erase(_normalised(pixels), seeds)
 
     def _next(self) -> tuple[list[np.ndarray], ...]:
         """The pipeline's inputs of a batch: data, start, shape, and on a GPU begin, end, mirror."""
@@ -329,6 +341,12 @@ def _resampled(decoded: Tensor, box: Box, size: int) -> Tensor:
     return cut.flip(3) if box.mirrored else cut
 
 
+def _normalised(pixels: Tensor) -> Tensor:
+    """float32 of (N, 3, H, W) uint8."""
+    centre, spread = _CENTRE.to(pixels.device), _SPREAD.to(pixels.device)
+    return pixels.float().mul_(1.0 / spread).sub_(centre / spread)
+
+
 _Inputs = Callable[[], tuple[list[np.ndarray], ...]]
 
 
@@ -362,8 +380,10 @@ def _cpu_pipeline(inputs: _Inputs, batch_size: int, _: int, device: torch.device
     return pipeline
 
 
-def _gpu_pipeline(inputs: _Inputs, batch_size: int, image_size: int, device: torch.device, threads: int) -> Any:
-    """decode -> resize -> normalise."""
+def _gpu_pipeline(
+    inputs: _Inputs, batch_size: int, image_size: int, device: torch.device, threads: int, *, normalise: bool = True
+) -> Any:
+    """decode -> resize -> normalise; without normalise, uint8."""
     dali = _dali()
     fn, types = dali.fn, dali.types
     pipeline = dali.Pipeline(
@@ -382,9 +402,9 @@ def _gpu_pipeline(inputs: _Inputs, batch_size: int, image_size: int, device: tor
         pictures = fn.crop_mirror_normalize(
             pictures,
             mirror=mirror,
-            mean=[255.0 * value for value in MEAN],
-            std=[255.0 * value for value in STD],
-            dtype=types.FLOAT,
+            mean=[255.0 * value for value in MEAN] if normalise else [0.0],
+            std=[255.0 * value for value in STD] if normalise else [1.0],
+            dtype=types.FLOAT if normalise else types.UINT8,
             output_layout="CHW",
         )
         pipeline.set_outputs(pictures)

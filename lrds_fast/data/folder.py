@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lrds_fast.data.boxes import crop_seed, geometry, random_box
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, view_of
 from lrds_fast.data.sources import Source
+from lrds_fast.data.strong import PLAIN, Strong
 
 # The statistics of ImageNet's training set that every published network expects.
 MEAN = (0.485, 0.456, 0.406)
@@ -21,24 +23,33 @@ STD = (0.229, 0.224, 0.225)
 
 
 class _Samples(Dataset[tuple[Tensor, int, int]]):
-    """Items are asked for as (index, seed): the seed makes a sample's augmentation independent of the worker that
-    draws it, of the order in the batch and of the number of workers. crop: the side of random boxes, 0 for none."""
+    """Items are asked for as (index, seed of the box, seed of the strong augmentation): a sample's augmentation does
+    not depend on the worker that draws it, the order in the batch or the number of workers. crop: the side of random
+    boxes, 0 for none."""
 
-    def __init__(self, source: Source, rows: Tensor, transform: Callable[[Any], Tensor], *, crop: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        rows: Tensor,
+        cut: Callable[[Any], Tensor],
+        finish: Callable[[Tensor], Tensor],
+        strong: Strong,
+        *,
+        crop: int,
+    ) -> None:
         self.source = source
         self.rows = rows
-        self.transform = transform
+        self.cut, self.finish, self.strong = cut, finish, strong
         self.crop = crop
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
-        index, seed = item
+    def __getitem__(self, item: tuple[int, int, int]) -> tuple[Tensor, int, int]:
+        index, seed, strong_seed = item
         row = int(self.rows[index])
         image, target = self.picture(index), int(self.source.labels[row])
         if self.crop:
             image = _cut(image, self.crop, seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.transform(image), target, index
+        finished = self.finish(self.strong.augment(self.cut(image)[None], [strong_seed]))
+        return self.strong.erase(finished, [strong_seed])[0], target, index
 
     def picture(self, index: int) -> Any:
         """The PIL image; ValueError naming the file where there is none."""
@@ -65,29 +76,37 @@ def _cut(image: Any, size: int, seed: int) -> Any:
 class _Items:
     """The items of each batch, made when the batch is due."""
 
-    def __init__(self, batches: list[Tensor], seed: int, view: int) -> None:
-        self.batches, self.seed, self.view = batches, seed, view
+    def __init__(self, batches: list[Tensor], seed: int, view: int, strong: Strong) -> None:
+        self.batches, self.seed, self.view, self.strong = batches, seed, view, strong
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for batch in self.batches:
-            yield [(i, crop_seed(self.seed, self.view, i)) for i in batch.tolist()]
+            yield [self._item(i) for i in batch.tolist()]
+
+    def _item(self, index: int) -> tuple[int, int, int]:
+        """See _Samples."""
+        crop = crop_seed(self.seed, self.view, index, self.strong.stream)
+        return index, crop, self.strong.seed(self.seed, self.view, index)
 
 
 def _keep(_: int) -> None:
-    """In a new worker: what its parent has left is not its to collect, such as objects with threads of the parent's."""
+    """In a new worker: what its parent has left is not its to collect, such as objects with threads of the parent's.
+    A signal to all processes is the parent's to answer: it saves a checkpoint first, and then ends its workers."""
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class FolderLoader:
     """A Loader over some rows of a Source; see Loader for its methods.
 
     train=True: RandomResizedCrop(image_size) and a mirror image half of the time; else Resize(image_size / .875) and
-    CenterCrop. workers: processes that decode; 0 decodes in this one. least: a last batch of fewer samples joins the
-    one before it. views: 0 augments anew every epoch; n > 0 gives epoch e the augmentation of epoch e % n, in an order
-    of its own.
+    CenterCrop. strong: what is done to the pictures beyond that. workers: processes that decode; 0 decodes in this one.
+    least: a last batch of fewer samples joins the one before it. views: 0 augments anew every epoch; n > 0 gives epoch
+    e the augmentation of epoch e % n, in an order of its own.
     """
 
     def __init__(
@@ -100,6 +119,7 @@ class FolderLoader:
         seed: int = 0,
         shuffle: bool = False,
         train: bool = False,
+        strong: Strong = PLAIN,
         workers: int = 0,
         least: int = 2,
         views: int = 0,
@@ -122,9 +142,9 @@ class FolderLoader:
         self.shuffle = shuffle
         self.workers = workers
         centre = [v2.Resize(round(image_size / 0.875), antialias=True), v2.CenterCrop(image_size)]
-        finish = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        transform = v2.Compose(finish if train else [*centre, *finish])
-        self._samples = _Samples(source, rows, transform, crop=image_size if train else 0)
+        cut = v2.Compose([v2.PILToTensor()] if train else [*centre, v2.PILToTensor()])
+        finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+        self._samples = _Samples(source, rows, cut, finish, strong, crop=image_size if train else 0)
 
     def __len__(self) -> int:
         return batch_count(len(self.labels), self.batch_size, self.least)
@@ -147,7 +167,7 @@ class FolderLoader:
         nothing = batches.pop() if batches and not len(batches[-1]) else None
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self._samples),
-            batch_sampler=cast(Any, _Items(batches, self.seed, view_of(epoch, self.views))),
+            batch_sampler=cast(Any, _Items(batches, self.seed, view_of(epoch, self.views), self._samples.strong)),
             num_workers=self.workers,
             worker_init_fn=_keep,
             pin_memory=torch.cuda.is_available(),
@@ -161,7 +181,8 @@ class FolderLoader:
 
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
         """See Loader.boxes; DALI's boxes. Reads the files' headers; an evaluated picture's box is all of it."""
-        seeds = [crop_seed(self.seed, view_of(epoch, self.views), i) for i in indices.tolist()]
+        view = view_of(epoch, self.views)
+        seeds = [crop_seed(self.seed, view, i, self._samples.strong.stream) for i in indices.tolist()]
         rows = self._samples.rows[indices]
         return geometry(self._samples.source, rows, seeds if self.train else None, self.image_size)
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 class Batch(NamedTuple):
     """images (N, channels, height, width), ready for the network but for the device; targets (N,) int64; indices (N,)
-    int64 on the CPU, each sample's place in its split."""
+    int64 on the CPU, each sample's place in its split. strong: like images, the same samples in another view, where one
+    was asked for (data.second_view), else None."""
 
     images: Tensor
     targets: Tensor
     indices: Tensor
+    strong: Tensor | None = None
 
 
 class Loader(Protocol):

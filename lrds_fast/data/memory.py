@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, generator, view_of
+from lrds_fast.data.strong import PLAIN, Strong
 
 
 class MemoryLoader:
@@ -19,8 +20,9 @@ class MemoryLoader:
 
     images: (size, channels, height, width), uint8 (divided by 255) or floating in [0, 1]. targets: (size,) integers in
     [0, num_classes). augment: "none", "shift" (random shift by up to an eighth of the side), or "crop-flip" (the same
-    and a mirror image half of the time). mean, std: per channel, taken off after augmentation. device: where the images
-    stay and are augmented, and where batches come from; None leaves them where they are.
+    and a mirror image half of the time). strong: what is done to the pictures beyond that. mean, std: per channel,
+    taken off after augmentation. device: where the images stay and are augmented, and where batches come from; None
+    leaves them where they are.
     least: a last batch of fewer samples joins the one before it. views: 0 augments anew every epoch; n > 0 gives epoch
     e the augmentation of epoch e % n, in an order of its own.
     """
@@ -35,6 +37,7 @@ class MemoryLoader:
         seed: int = 0,
         shuffle: bool = False,
         augment: str = "none",
+        strong: Strong = PLAIN,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         device: torch.device | str | None = None,
@@ -69,6 +72,7 @@ class MemoryLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.augment = augment
+        self.strong = strong
         channels = images.shape[1]
         for key, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) not in (1, channels):
@@ -103,7 +107,13 @@ class MemoryLoader:
             images = self.images[place]
             if draws is not None:
                 images = self._moved(images, *(column[place] for column in draws))
-            yield Batch(images.float().mul_(self._factor).sub_(self._offset), self._targets[place], index)
+            if self.strong == PLAIN:
+                images = images.float().mul_(self._factor).sub_(self._offset)
+            else:
+                seeds = [self.strong.seed(self.seed, view_of(epoch, self.views), i) for i in index.tolist()]
+                images = self.strong.augment(images, seeds).float().mul_(self._factor).sub_(self._offset)
+                images = self.strong.erase(images, seeds)
+            yield Batch(images, self._targets[place], index)
 
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
         """See Loader.boxes. height and width are the picture's: top and left are the shift, down and to the right where
@@ -123,7 +133,7 @@ class MemoryLoader:
     def _draws(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns that each sample of the split begins at, and whether it is mirrored: one draw per sample and
         epoch, so that a sample's picture does not depend on its batch."""
-        draws = generator("augment", self.seed, epoch)
+        draws = generator(f"augment{self.strong.stream}", self.seed, epoch)
         size, device = len(self.images), self.images.device
         down, right = torch.randint(0, 2 * self._reach + 1, (size, 2), generator=draws).to(device).unbind(dim=1)
         mirrored = torch.zeros(size, dtype=torch.bool)

@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
         "sweep",
         _sweep,
         "train a list of recipes, one after the other; what is finished is kept, what was cut short goes on",
-        "lrds-fast sweep cifar100/resnet56-resnet20/kd cifar100/resnet56-resnet20/kd+lr --seeds 0 1 2",
+        "lrds-fast sweep cifar100/resnet56-resnet20/kd cifar100/resnet56-resnet20/kd+lr --seeds 0 1 2\n"
+        "  lrds-fast sweep cifar100/resnet56-resnet20/kd+lr+ds --ablation eta --list",
     )
     sub.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="TOML files or names; @FILE is a file of them, a line each"
@@ -151,8 +152,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--seeds", type=int, nargs="+", help="each recipe once per seed, in OUT/seedN (default: as it says)"
     )
+    sub.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="each recipe once per value, as NAME@KEY=VALUE; given several times, once per combination",
+    )
+    sub.add_argument("--ablation", metavar="NAME", help="a ready grid: eta, weights, ratio, score")
+    sub.add_argument("--list", action="store_true", help="name the runs and end")
     sub.add_argument("--baseline", help="name of the recipe to take differences to")
     sub.add_argument("--report", type=Path, help="also write an HTML report of all runs")
+    sub.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
     add_settings(sub)
 
     sub = add(
@@ -197,6 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     sub.add_argument("--baseline", help="name of the runs to take differences to")
     sub.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)")
+    sub.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
 
     sub = add(
         "recipes",
@@ -288,18 +300,28 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from lrds_fast.train.ablations import ablation, cells, parse_axis
     from lrds_fast.train.files import write_text
     from lrds_fast.train.recipe import load_recipe
-    from lrds_fast.train.report import NOTES, html_report, tabulate, text_table
+    from lrds_fast.train.report import html_report, markdown_report, printed
     from lrds_fast.train.sweep import listed, sweep
 
     recipes = [load_recipe(source, options.settings) for source in listed(options.recipes)]
+    if options.ablation:
+        recipes = [cell for recipe in recipes for cell in ablation(options.ablation, recipe)]
+    axes = [parse_axis(text) for text in options.grid]
+    recipes = [cell for recipe in recipes for cell in cells(recipe, axes)]
+    if options.list:
+        print("\n".join(recipe.name for recipe in recipes))
+        return OK
     runs, failures = sweep(recipes, seeds=options.seeds, progress=_progress(options), say=print)
     if runs:
-        print(f"\n{text_table(tabulate(runs, baseline=options.baseline), baseline=options.baseline)}\n\n{NOTES}")
+        print(f"\n{printed(runs, baseline=options.baseline)}")
     if runs and options.report:
         write_text(options.report, html_report(runs, title="lrds-fast sweep", baseline=options.baseline))
         print(f"\nreport: {options.report}")
+    if runs and options.markdown:
+        write_text(options.markdown, markdown_report(runs, title="lrds-fast sweep", baseline=options.baseline))
     for where, reason in failures:
         print(f"lrds-fast: error: {where}: {reason}", file=sys.stderr)
     return FAILED if failures else OK
@@ -354,15 +376,16 @@ def _select(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from lrds_fast.train.files import write_text
-    from lrds_fast.train.report import NOTES, html_report, read_run, tabulate, text_table, verdicts
+    from lrds_fast.train.report import html_report, markdown_report, printed, read_run, tabulate, verdicts
 
     runs = [read_run(folder) for folder in options.runs]
     rows = tabulate(runs, baseline=options.baseline)
     conclusions = verdicts(rows, options.baseline) if options.baseline else []
     page = html_report(runs, title="lrds-fast report", baseline=options.baseline, conclusions=conclusions)
     write_text(options.out, page)
-    print(text_table(rows, baseline=options.baseline), end="\n\n")
-    print(NOTES)
+    if options.markdown:
+        write_text(options.markdown, markdown_report(runs, title="lrds-fast report", baseline=options.baseline))
+    print(printed(runs, baseline=options.baseline))
     print("\n".join(conclusions), end="\n" if conclusions else "")
     print(f"\nreport: {options.out}")
     return OK
@@ -384,10 +407,11 @@ def _recipes(options: argparse.Namespace) -> int:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {load_recipe(name).description}")
-    print("\ncifar100/MODEL: a network alone. cifar100/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds;")
-    print("cifar100-short/...: the same in ten epochs:")
-    print(f"  pairs    {', '.join(grid.PAIRS)}")
-    print(f"  methods  {', '.join(grid.METHODS)}")
+    print("\nPROTOCOL/MODEL: a network alone. PROTOCOL/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds:")
+    for prefix, protocol in grid.PROTOCOLS.items():
+        print(f"\n{prefix}: as the recipe {protocol.base}")
+        print(f"  pairs    {', '.join(protocol.pairs)}")
+        print(f"  methods  {', '.join(protocol.methods)}")
     return OK
 
 

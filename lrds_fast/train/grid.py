@@ -1,8 +1,8 @@
-"""The CIFAR-100 experiments of the literature by name, put together from parts: cifar100/TEACHER-STUDENT/METHOD+lr+ds.
+"""The literature's experiments by name, put together from parts: PROTOCOL/TEACHER-STUDENT/METHOD+lr+ds.
 
 A name stands for a recipe that extends a protocol by a pair of networks, a method, and what is switched on: nothing is
-written down twice, and what depends on the protocol's epochs or learning rate is computed from these. cifar100/MODEL
-trains a network alone, as teachers and baselines are. cifar100-short/... is the same in ten epochs.
+written down twice, and what depends on the protocol's epochs or learning rate is computed from these. PROTOCOL/MODEL
+trains a network alone, as teachers and baselines are. The protocols are PROTOCOLS.
 """
 
 from __future__ import annotations
@@ -12,87 +12,141 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-#: What names begin with, and the recipe that holds the protocol. "cifar100" is the literature's.
-PROTOCOLS = {"cifar100": "cifar100", "cifar100-short": "cifar100_short"}
+from lrds_fast.train import published as literature
+from lrds_fast.train.published import Pair
+
+Values = Mapping[str, Any]
 
 
-class Pair(NamedTuple):
-    """A teacher and a student, the test accuracies (%) that are published for KD and DKD, and DKD's beta."""
+class Protocol(NamedTuple):
+    """What names with one prefix have in common.
 
-    teacher: str
-    student: str
-    kd: float | None
-    dkd: float | None
-    beta: float = 8.0
+    base: the recipe that they extend. title: the data, for descriptions. pairs, methods: by name; a method's values go
+    on top of the base's. alone: published accuracies (%) of networks by themselves. compares: whether the published
+    accuracies are of this protocol. models: the full names of networks that are called by a short one.
+    selected: what "+ds" says beyond the epoch of the scoring, which is after_share of the epochs. small_steps: networks
+    that train with a fifth of the learning rate. overrides: by method, what the protocol has otherwise than `base`.
+    checkpoints: whether teachers are trained by the protocol too, and looked for where that leaves them.
+    """
 
-    @property
-    def name(self) -> str:
-        return f"{self.teacher}-{self.student}"
+    base: str
+    title: str
+    pairs: Mapping[str, Pair]
+    methods: Mapping[str, Values]
+    alone: Mapping[str, float]
+    compares: bool
+    selected: Values
+    after_share: float
+    models: Mapping[str, str] = {}
+    small_steps: tuple[str, ...] = ()
+    overrides: Mapping[str, Values] = {}
+    checkpoints: bool = True
 
 
-#: As the literature reports them: the best test epoch, mostly means of 3 to 5 runs. beta: Zhao et al. 2022.
-PAIRS = {
-    pair.name: pair
-    for pair in (
-        Pair("resnet32x4", "resnet8x4", 73.33, 76.32),
-        Pair("vgg13", "vgg8", 72.98, 74.68, 6.0),
-        Pair("wrn_40_2", "wrn_40_1", 73.54, 74.81, 6.0),
-        Pair("wrn_40_2", "wrn_16_2", 74.92, 76.24, 6.0),
-        Pair("resnet56", "resnet20", 70.66, 71.97, 2.0),
-        Pair("resnet110", "resnet32", 73.08, 74.11, 2.0),
-        Pair("resnet110", "resnet20", 70.67, 71.06, 2.0),
-        Pair("resnet32x4", "ShuffleV2", 74.45, 77.07),
-        Pair("resnet32x4", "wrn_16_2", 74.90, 75.70),
-        Pair("resnet32x4", "wrn_40_2", 77.70, 78.46),
-        Pair("wrn_40_2", "resnet8x4", 73.97, 75.56, 6.0),
-        Pair("wrn_40_2", "MobileNetV2", 68.36, 69.28, 6.0),
-        Pair("vgg13", "MobileNetV2", 67.37, 69.71, 6.0),
-        Pair("ResNet50", "MobileNetV2", 67.35, 70.35),
-        Pair("resnet32x4", "ShuffleV1", None, None),
-        Pair("resnet20", "resnet8", None, None, 2.0),
-    )
-}
-#: Published test accuracies (%) of the networks alone.
-ALONE = {
-    "resnet32x4": 79.42,
-    "resnet8x4": 72.50,
-    "vgg13": 74.64,
-    "vgg8": 70.36,
-    "wrn_40_2": 75.61,
-    "wrn_40_1": 71.98,
-    "wrn_16_2": 73.26,
-    "resnet56": 72.34,
-    "resnet20": 69.06,
-    "resnet110": 74.31,
-    "resnet32": 71.14,
-    "ShuffleV2": 71.82,
-    "MobileNetV2": 64.60,
-    "ResNet50": 79.34,
-}
-#: Networks that the literature trains with a fifth of the others' learning rate.
-_SMALL_STEPS = ("MobileNetV2", "ShuffleV1", "ShuffleV2")
-METHODS: Mapping[str, Mapping[str, Any]] = {
+_TAUGHT: Values = {"loss": {"ce_weight_unselected": 1.0}}
+_CIFAR_METHODS: Mapping[str, Values] = {
     "kd": {"loss": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9}},
-    "dkd": {
-        "loss": {
-            "divergence": "dkd",
-            "temperature": 4.0,
-            "ce_weight": 1.0,
-            "kd_weight": 1.0,
-        }
-    },
+    "dkd": {"loss": {"divergence": "dkd", "temperature": 4.0, "ce_weight": 1.0, "kd_weight": 1.0}},
     "mlkd": {
+        "data": {"second_view": "strong"},
         "loss": {"method": "mlkd", "temperatures": [2.0, 3.0, 4.0, 5.0, 6.0], "ce_weight": 0.1, "kd_weight": 0.9},
     },
     "dist": {"loss": {"method": "dist", "temperature": 4.0, "ce_weight": 1.0, "kd_weight": 2.0}},
     # What the paper's label revision has been re-implemented as in public: it revises by itself.
     "revision": {"loss": {"method": "revision", "kd_weight": 1.0, "revise": "lr"}},
 }
-#: MLKD's protocol where the others have the literature's: twice the epochs, half the learning rate.
-_MLKD: Mapping[str, Mapping[str, Any]] = {
-    "optimizer": {"lr": 0.025},
-    "schedule": {"epochs": 480, "milestones": [300, 360, 420]},
+_IMAGENET_METHODS: Mapping[str, Values] = {
+    "kd": {"loss": {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}},
+    # The baseline to beat.
+    "kd-tuned": {"loss": {"temperature": 1.0, "ce_weight": 1.0, "kd_weight": 3.0}},
+    "dkd": {"loss": {"divergence": "dkd", "temperature": 1.0, "ce_weight": 1.0, "kd_weight": 1.0}},
+    "nkd": {
+        "loss": {
+            "divergence": "nkd",
+            "divergence_options": {"gamma": 1.5},
+            "temperature": 1.0,
+            "ce_weight": 1.0,
+            "kd_weight": 1.0,
+        }
+    },
+    "dist": {"loss": {"method": "dist", "temperature": 1.0, "ce_weight": 1.0, "kd_weight": 2.0}},
+    "revision": _CIFAR_METHODS["revision"],
+    "mlkd": _CIFAR_METHODS["mlkd"],
 }
+#: Mixed pictures are not shown in two views.
+_MODERN_METHODS: Mapping[str, Values] = {
+    **{name: values for name, values in _IMAGENET_METHODS.items() if name != "mlkd"},
+    "kd": {"loss": {"temperature": 4.0, "ce_weight": 0.9, "kd_weight": 1.0}},
+}
+#: 1000 samples held out of CIFAR's training set.
+_CIFAR_SELECTED: Values = {"data": {"val_fraction": 0.02}, "selection": {"by": "kd_gain", "threshold": 0.0}}
+#: 12,812 samples of ImageNet's; scores in closed form over the last layer, of which 1.28 million take one pass.
+_IMAGENET_SELECTED: Values = {
+    "data": {"val_fraction": 0.01},
+    "selection": {"by": "kd_gain", "threshold": 0.0},
+    "score": {"scores": ["kd_gain", "teacher_correct"], "curvature": "ekfac"},
+}
+_IMAGENET_MODELS = {
+    "resnet18": "torchvision:resnet18",
+    "resnet34": "torchvision:resnet34",
+    "resnet50": "torchvision:resnet50",
+    "resnet50sb": "timm:resnet50",
+    "mobilenetv1": "timm:mobilenetv1_100",
+    "mobilenetv2": "torchvision:mobilenet_v2",
+    "efficientnet_b0": "timm:efficientnet_b0",
+}
+
+_CIFAR = Protocol(
+    base="cifar100",
+    title="CIFAR-100",
+    pairs=literature.CIFAR100,
+    methods=_CIFAR_METHODS,
+    alone=literature.CIFAR100_ALONE,
+    compares=True,
+    selected=_CIFAR_SELECTED,
+    after_share=1 / 12,
+    small_steps=("MobileNetV2", "ShuffleV1", "ShuffleV2"),
+    # Twice the epochs, half the learning rate.
+    overrides={
+        "mlkd": {"optimizer": {"lr": 0.025}, "schedule": {"epochs": 480, "milestones": [300, 360, 420]}},
+    },
+)
+_IMAGENET = Protocol(
+    base="imagenet",
+    title="ImageNet",
+    pairs=literature.IMAGENET,
+    methods=_IMAGENET_METHODS,
+    alone=literature.IMAGENET_ALONE,
+    compares=True,
+    selected=_IMAGENET_SELECTED,
+    after_share=1 / 20,
+    models=_IMAGENET_MODELS,
+    # The teachers' weights are torchvision's and timm's: teacher.checkpoint says where they are.
+    checkpoints=False,
+)
+_MODERN = _IMAGENET._replace(
+    base="imagenet_modern",
+    pairs=literature.IMAGENET_MODERN,
+    methods=_MODERN_METHODS,
+    alone=literature.IMAGENET_MODERN_ALONE,
+)
+PROTOCOLS: Mapping[str, Protocol] = {
+    "cifar100": _CIFAR,
+    "cifar100-short": _CIFAR._replace(base="cifar100_short", compares=False, overrides={}),
+    "imagenet": _IMAGENET,
+    "imagenet-modern": _MODERN,
+    "imagenet-adamw": _MODERN._replace(base="imagenet_adamw", compares=False),
+}
+
+
+class Parts(NamedTuple):
+    """A name of the grid taken apart. student: what is trained. teacher, method: "" for a network alone."""
+
+    protocol: str
+    teacher: str
+    student: str
+    method: str
+    switches: tuple[str, ...]
 
 
 def is_name(source: str) -> bool:
@@ -102,77 +156,95 @@ def is_name(source: str) -> bool:
 
 def parent(source: str) -> str:
     """The recipe that a name of this grid extends."""
-    return PROTOCOLS[source.partition("/")[0]]
+    return PROTOCOLS[source.partition("/")[0]].base
 
 
 def names() -> list[str]:
-    """Every name, networks alone first."""
-    alone = sorted({model for pair in PAIRS.values() for model in (pair.teacher, pair.student)})
-    switches = ("", "+lr", "+ds", "+lr+ds")
-    taught = [
-        f"{pair}/{method}{switch}"
-        for pair, method, switch in itertools.product(PAIRS, METHODS, switches)
-        if not (method == "revision" and "+lr" in switch)
-    ]
-    return [f"{prefix}/{rest}" for prefix in PROTOCOLS for rest in (*alone, *taught)]
+    """Every name; of each protocol networks alone first."""
+    found = []
+    for prefix, protocol in PROTOCOLS.items():
+        found += [f"{prefix}/{model}" for model in models_of(protocol)]
+        found += [
+            f"{prefix}/{pair}/{method}{switch}"
+            for pair, method, switch in itertools.product(
+                protocol.pairs, protocol.methods, ("", "+lr", "+ds", "+lr+ds")
+            )
+            if not (method == "revision" and "+lr" in switch)
+        ]
+    return found
 
 
-def compose(source: str, base: Mapping[str, Any]) -> dict[str, Any]:
+def models_of(protocol: Protocol) -> list[str]:
+    """The networks of its pairs."""
+    return sorted({model for pair in protocol.pairs.values() for model in (pair.teacher, pair.student)})
+
+
+def parts_of(name: str) -> Parts | None:
+    """A name taken apart; None where it is none of this grid's."""
+    prefix, _, rest = name.partition("/")
+    protocol = PROTOCOLS.get(prefix)
+    if protocol is None:
+        return None
+    pair, slash, what = rest.partition("/")
+    if not slash:
+        return Parts(prefix, "", pair, "", ()) if pair in models_of(protocol) else None
+    method, *switches = what.split("+")
+    known = pair in protocol.pairs and method in protocol.methods
+    allowed = ([], ["lr"], ["ds"], ["lr", "ds"]) if method != "revision" else ([], ["ds"])
+    if not known or switches not in allowed:
+        return None
+    return Parts(prefix, protocol.pairs[pair].teacher, protocol.pairs[pair].student, method, tuple(switches))
+
+
+def compose(source: str, base: Values) -> dict[str, Any]:
     """What the recipe of that name says beyond `base`, the values of the one it extends (parent), as a TOML file would
     hold it; ValueError with the nearest name for another."""
-    if source not in names():
+    parts = parts_of(source)
+    if parts is None:
         near = difflib.get_close_matches(source, names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "lrds-fast recipes lists the pairs and methods"
         raise ValueError(f"there is no recipe {source!r}; {hint}")
-    prefix, pair, *rest = source.split("/")
-    title = f"CIFAR-100 in {base['schedule']['epochs']} epochs"
-    if not rest:
-        return {
-            "name": source,
-            "description": f"{title}, {pair} alone",
-            "student": {"model": pair},
-            "optimizer": _optimizer(pair, base),
-        }
-    teacher, student, *_, beta = PAIRS[pair]
-    method, *switches = rest[0].split("+")
-    own = _MLKD if method == "mlkd" and prefix == "cifar100" else {}
-    base = {**base, **own}
-    epochs = base["schedule"]["epochs"]
-    loss = {
-        "revise": "lr" if "lr" in switches else "none",
-        "ce_weight_unselected": 1.0,
-        **METHODS[method]["loss"],
-    }
-    if method == "dkd":
-        loss |= {"divergence_options": {"beta": beta}, "kd_warmup_epochs": max(1, epochs // 12)}
+    protocol = PROTOCOLS[parts.protocol]
+    student, teacher = (protocol.models.get(model, model) for model in (parts.student, parts.teacher))
+    own = protocol.overrides.get(parts.method, {})
+    schedule, optimizer = ({**base[table], **own.get(table, {})} for table in ("schedule", "optimizer"))
+    title = f"{protocol.title} in {schedule['epochs']} epochs"
+    rate = optimizer["lr"] * (0.2 if parts.student in protocol.small_steps else 1.0)
     recipe: dict[str, Any] = {
         "name": source,
-        "description": f"{title}, {teacher} teaches {student}: {rest[0]}",
-        "teacher": {"model": teacher, "checkpoint": f"runs/{prefix}/{teacher}/last.pt"},
+        "description": f"{title}, {parts.student} alone",
         "student": {"model": student},
-        "loss": loss,
-        "optimizer": _optimizer(student, base),
-        "schedule": dict(own.get("schedule", {})),
+        "optimizer": {"lr": rate},
     }
-    if "ds" in switches:
-        # Scored once, after a twelfth of the epochs, on 1000 samples held out of the training set.
-        recipe["data"] = {"val_fraction": 0.02}
-        recipe["selection"] = {"by": "kd_gain", "threshold": 0.0, "after": max(2, epochs // 12)}
+    if not parts.teacher:
+        return recipe
+    recipe["description"] = f"{title}, {parts.teacher} teaches {parts.student}: {source.rpartition('/')[2]}"
+    recipe["teacher"] = {"model": teacher}
+    if protocol.checkpoints:
+        recipe["teacher"]["checkpoint"] = f"runs/{parts.protocol}/{parts.teacher}/last.pt"
+    recipe["schedule"] = dict(own.get("schedule", {}))
+    recipe["loss"] = {"revise": "lr" if "lr" in parts.switches else "none"}
+    layers = [_TAUGHT, protocol.methods[parts.method]]
+    if parts.method == "dkd":
+        beta = protocol.pairs[f"{parts.teacher}-{parts.student}"].beta
+        warm_up = max(1, schedule["epochs"] // 12) if protocol.base.startswith("cifar") else 1
+        layers.append({"loss": {"divergence_options": {"beta": beta}, "kd_warmup_epochs": warm_up}})
+    if "ds" in parts.switches:
+        # Scored once.
+        after = max(2, int(schedule["epochs"] * protocol.after_share + 1e-6))
+        layers += [protocol.selected, {"selection": {"after": after}}]
+    for layer in layers:
+        for table, values in layer.items():
+            recipe[table] = {**recipe.get(table, {}), **values}
     return recipe
-
-
-def _optimizer(model: str, base: Mapping[str, Any]) -> dict[str, float]:
-    return {"lr": base["optimizer"]["lr"] * (0.2 if model in _SMALL_STEPS else 1.0)}
 
 
 def published(name: str) -> float | None:
     """The published test accuracy (%) of a name's experiment, where there is one: without revision or selection."""
-    parts = name.split("/")
-    if parts[0] != "cifar100":
+    parts = parts_of(name)
+    if parts is None or parts.switches or not PROTOCOLS[parts.protocol].compares:
         return None
-    if len(parts) == 2:
-        return ALONE.get(parts[1])
-    if len(parts) == 3 and parts[1] in PAIRS and parts[2] in ("kd", "dkd"):
-        pair = PAIRS[parts[1]]
-        return pair.kd if parts[2] == "kd" else pair.dkd
-    return None
+    protocol = PROTOCOLS[parts.protocol]
+    if not parts.teacher:
+        return protocol.alone.get(parts.student)
+    return protocol.pairs[f"{parts.teacher}-{parts.student}"].accuracies.get(parts.method)

@@ -11,13 +11,15 @@ from torch import Tensor
 
 import lrds_fast
 from lrds_fast import KDLossParts
+from lrds_fast.composed import gram_terms
 from lrds_fast.train.recipe import LossOptions
 from lrds_fast.train.setup import loss_arguments
 
 Objective = Callable[..., KDLossParts]
 """(student logits (N, C), teacher logits (K, C), target (N,), *, selected, kd_weight, grad_scale, num_valid) -> parts.
 K = N with `selected` (N,) bool or None; K < N where the first K rows are the selected ones. num_valid: what sums over
-the rows are divided by, where other processes or steps have rows of the same batch; None is N."""
+the rows are divided by, where other processes or steps have rows of the same batch; None is N. That of "mlkd" takes
+`strong` as well: None, or (student logits, teacher logits) of the same rows in their second view."""
 
 
 def objective(options: LossOptions) -> Objective:
@@ -27,7 +29,7 @@ def objective(options: LossOptions) -> Objective:
     of kd_loss,
 
         dist      c + kd_weight * s * dist_loss(student, revised teacher), over these rows
-        mlkd      lrds_fast.mlkd_loss
+        mlkd      lrds_fast.mlkd_loss; over two views see mlkd_views
         revision  kd_weight * s * revision_loss over these rows + (1 - s) * ce_weight_unselected * CE over the others
     """
     if options.method == "kd":
@@ -119,9 +121,21 @@ def _dist(options: LossOptions) -> Objective:
 
 def _mlkd(options: LossOptions) -> Objective:
     def parts(
-        z: Tensor, v: Tensor, y: Tensor, *, selected: Tensor | None, kd_weight: float, grad_scale: Any = None
+        z: Tensor,
+        v: Tensor,
+        y: Tensor,
+        *,
+        selected: Tensor | None,
+        kd_weight: float,
+        grad_scale: Any = None,
+        strong: tuple[Tensor, Tensor] | None = None,
     ) -> KDLossParts:
         counted = _counted(z, v, y, selected, options)
+        if strong is not None:
+            kd = mlkd_views(z, v, y, strong, selected=selected, options=options)
+            second = _counted(*strong, y, selected, options)
+            loss = counted.loss + second.loss + kd_weight * kd
+            return counted._replace(loss=loss, ce=counted.ce + second.ce, kd=kd.detach())
         if len(v) < len(z):  # the others' rows do not count
             selected = torch.arange(len(z), device=z.device) < len(v)
             v = torch.cat([v, v.new_zeros(len(z) - len(v), v.shape[1])])
@@ -141,6 +155,55 @@ def _mlkd(options: LossOptions) -> Objective:
         return counted._replace(loss=loss, kd=kd)
 
     return parts
+
+
+def mlkd_views(
+    z: Tensor,
+    v: Tensor,
+    y: Tensor,
+    strong: tuple[Tensor, Tensor],
+    *,
+    selected: Tensor | None,
+    options: LossOptions,
+) -> Tensor:
+    """s sum_T [m K_T(z, v) + K_T(z', v') + m B_T(z, v) + c C_T(z, v)], with (z', v') = strong.
+
+    What MLKD has beside the cross-entropies of both views: K_T = T^2 KL(p || q), mean over rows, of the first view and
+    of the strong one; B_T and C_T as in lrds_fast.mlkd_loss, of the first view alone. All over the K rows that have a
+    teacher, s = K / N of the batch, and p revised where the recipe says so. m is the share of these rows whose teacher
+    is at most as confident as the median of them, c that of the classes whose mean probability is at most the median
+    of the classes, at T = 1 and before revision: about a half each. So the authors' program has them: its masks by
+    confidence multiply terms that are means already. In the paper they choose rows and classes. The program also gives
+    two of five temperatures of the strong view the first view's logits; here the strong view has all of them.
+
+    z, strong[0]: (N, C) student logits. v, strong[1]: (N, C), or (K, C) for the first K rows, teacher logits. y: (N,)
+    int64. selected: (N,) bool or None. Returns a 0-d tensor; 0 where no row has a teacher. ValueError where the views'
+    shapes differ. Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR 2023.
+    """
+    if strong[0].shape != z.shape or strong[1].shape != v.shape:
+        raise ValueError(
+            f"strong must have the logits' shapes {tuple(z.shape)} and {tuple(v.shape)};"
+            f" got {tuple(strong[0].shape)} and {tuple(strong[1].shape)}"
+        )
+    student, teacher, target = _taught(z, v, y, selected)
+    if not len(student):
+        return z.sum() * 0.0
+    target_of: dict[str, Any] = {
+        "temperature": options.temperatures or options.temperature,
+        "revise": None if options.revise == "none" else options.revise,
+        "eta": options.eta,
+    }
+    p = teacher.softmax(dim=1, dtype=torch.promote_types(teacher.dtype, torch.float32))
+    confidence, mass = p.amax(dim=1), p.mean(dim=0)
+    rows, classes = ((x <= x.quantile(0.5)).to(p.dtype).mean() for x in (confidence, mass))
+
+    def by_row(z: Tensor, v: Tensor) -> Tensor:
+        return lrds_fast.kd_loss(z, v, target, ce_weight=0.0, kd_weight=1.0, **target_of)
+
+    by_batch, by_class = gram_terms(student, teacher, target, **target_of)
+    second, second_teacher, _ = _taught(strong[0], strong[1], y, selected)
+    kd = rows * (by_row(student, teacher) + by_batch) + classes * by_class + by_row(second, second_teacher)
+    return len(student) / len(z) * kd
 
 
 def _revision(options: LossOptions) -> Objective:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lrds_fast import divergences
+from lrds_fast.data.strong import parse_rand_augment
 from lrds_fast.train import grid
 
 if sys.version_info >= (3, 11):
@@ -25,7 +26,11 @@ else:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What to train on; see lrds_fast.data.load."""
+    """What to train on; see lrds_fast.data.load.
+
+    rand_augment: "" or RandAugment as timm names it, "m9-n2-mstd0.5". erasing: the probability of random erasing.
+    mixup, cutmix: the alphas of what mixes two samples of a batch, 0 for none; mix_probability: how many batches are
+    mixed. second_view "strong": samples come in a second, strongly augmented view as well, for loss.method "mlkd"."""
 
     name: str = "digits"
     root: str = ""
@@ -41,8 +46,12 @@ class DataOptions:
     reader: str = "auto"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    rand_augment: str = ""
+    erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    mix_probability: float = 1.0
+    second_view: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """name "sgd" (momentum, nesterov) or "adamw"."""
+    """name "sgd" (momentum, nesterov), "adamw", or timm's "rmsprop" (TensorFlow's, with momentum) and "lamb"."""
 
     name: str = "sgd"
     lr: float = 0.05
@@ -158,13 +167,15 @@ class OptimizerOptions:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """name "cosine" (to 0), "step" (x gamma after each milestone, in epochs) or "constant"; linear warm-up first."""
+    """name "cosine" (to 0), "step" (x gamma after each milestone, in epochs), "exponential" (x gamma every
+    decay_epochs) or "constant"; linear warm-up first."""
 
     name: str = "cosine"
     epochs: int = 30
     warmup_epochs: float = 0.0
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
+    decay_epochs: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -237,14 +248,15 @@ class Recipe:
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.reader": ("auto", "dali", "torchvision"),
     "teacher.cache_dtype": ("float16", "float32"),
+    "data.second_view": ("", "strong"),
     "loss.revise": ("lr", "mft", "swap", "none"),
     "loss.method": ("kd", "dist", "mlkd", "revision"),
     "loss.divergence": divergences.NAMES,
     "selection.compose": ("prefix", "mask"),
     "score.hessian": ("objective", "gt"),
     "score.curvature": ("identity", "kfac", "ekfac", "exact"),
-    "optimizer.name": ("sgd", "adamw"),
-    "schedule.name": ("cosine", "step", "constant"),
+    "optimizer.name": ("sgd", "adamw", "rmsprop", "lamb"),
+    "schedule.name": ("cosine", "step", "exponential", "constant"),
     "run.amp": ("off", "bf16", "fp16"),
     "run.compile": ("off", "default", "reduce-overhead", "max-autotune"),
     "teacher.amp": ("", "off", "bf16", "fp16"),
@@ -403,7 +415,7 @@ def _check_values(recipe: Recipe) -> None:
         table, _, name = key.partition(".")
         value = getattr(getattr(recipe, table), name)
         if value not in choices:
-            named = ", ".join(choice or "empty" for choice in choices)
+            named = ", ".join(choice or repr(choice) for choice in choices)
             raise ValueError(f"{key} must be one of {named}; got {value!r}")
     positive = {
         "data.batch_size": recipe.data.batch_size,
@@ -415,6 +427,7 @@ def _check_values(recipe: Recipe) -> None:
         "teacher.cache_views": recipe.teacher.cache_views,
         "schedule.epochs": recipe.schedule.epochs,
         "optimizer.lr": recipe.optimizer.lr,
+        "schedule.decay_epochs": recipe.schedule.decay_epochs,
         "loss.temperature": recipe.loss.temperature,
     }
     for key, number in positive.items():
@@ -451,6 +464,18 @@ def _check_values(recipe: Recipe) -> None:
         if not 0 <= number < 1:
             raise ValueError(f"{key} must be in [0, 1); got {number}")
     _check_cache(recipe.teacher, recipe.loss)
+    for key, number in {
+        "data.erasing": recipe.data.erasing,
+        "data.mix_probability": recipe.data.mix_probability,
+    }.items():
+        if not 0 <= number <= 1:
+            raise ValueError(f"{key} must be in [0, 1]; got {number}")
+    if recipe.data.rand_augment:
+        parse_rand_augment(recipe.data.rand_augment)
+    if recipe.data.second_view and recipe.loss.method != "mlkd":
+        raise ValueError(f"data.second_view is for loss.method 'mlkd'; got {recipe.loss.method!r}: set it to ''")
+    if recipe.data.second_view and (recipe.data.mixup or recipe.data.cutmix):
+        raise ValueError("data.second_view goes without data.mixup and data.cutmix: set one of them to none")
     recipe.loss.chosen_divergence()
     if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
         raise ValueError(f"loss.method {recipe.loss.method!r} takes no divergence and no standardize; use method 'kd'")

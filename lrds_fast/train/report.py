@@ -12,7 +12,7 @@ from typing import Any
 
 from lrds_fast.picture import histogram, line_chart
 from lrds_fast.selection import Selection
-from lrds_fast.train import grid
+from lrds_fast.train import grid, paper
 from lrds_fast.train.files import read_records
 from lrds_fast.train.loop import LOG, RECIPE
 from lrds_fast.train.recipe import Recipe, from_mapping
@@ -173,6 +173,27 @@ def text_table(rows: Sequence[Row], *, baseline: str | None = None) -> str:
     return "\n".join(line.rstrip() for line in rendered)
 
 
+def printed(runs: Sequence[Run], *, baseline: str | None = None) -> str:
+    """The tables of the runs and what their columns mean, for a terminal."""
+    parts = [text_table(tabulate(runs, baseline=baseline), baseline=baseline), NOTES]
+    tables = paper.paper_tables(runs)
+    if tables:
+        parts += [*map(paper.text, tables), paper.NOTE]
+    return "\n\n".join(parts)
+
+
+def markdown_report(runs: Sequence[Run], *, title: str, baseline: str | None = None) -> str:
+    """The same tables as Markdown."""
+    first, *others = table_lines(tabulate(runs, baseline=baseline), baseline)
+    rule = ("---", *("---:" for _ in first[1:]))
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (first, rule, *others)]
+    parts = [f"# {title}", "\n".join(lines), NOTES]
+    tables = paper.paper_tables(runs)
+    if tables:
+        parts += [*(paper.markdown(table).rstrip() for table in tables), paper.NOTE]
+    return "\n\n".join(parts) + "\n"
+
+
 def table_lines(rows: Sequence[Row], baseline: str | None) -> list[tuple[str, ...]]:
     """The header and a line per row; the published accuracies only where there are any."""
     lines = [header(baseline), *map(cells, rows)]
@@ -225,7 +246,13 @@ def html_report(
     first, *others = table_lines(rows, baseline)
     titles = "".join(f"<th>{escape(text)}</th>" for text in first)
     lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in others)
-    body.append(f"<h2>Results</h2><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>")
+    tables = paper.paper_tables(runs)
+    if tables:
+        body += ["<h2>As the literature has it</h2>", *map(paper.html, tables)]
+        body.append(f"<p class='note'>{escape(paper.NOTE)}</p>")
+    body.append(
+        f"<h2>Results</h2><div class='wide'><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
+    )
     body.append(f"<p class='note'>{escape(NOTES)}</p>")
     if conclusions:
         items = "".join(f"<li>{escape(text)}</li>" for text in conclusions)
@@ -243,7 +270,7 @@ def html_report(
     body += _galleries(runs)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}{paper.STYLE}</style></head>'
         f"<body>{''.join(body)}</body></html>\n"
     )
 
@@ -324,7 +351,8 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h1{font-size:1.6rem}h2{margin-top:2rem;border-bottom:1px solid #ccc}h3{margin-bottom:0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .7rem;text-align:right}
-th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #222}
+td:not(:first-child){white-space:nowrap}th:first-child,td:first-child{text-align:left}
+thead th{border-bottom:2px solid #222}
 tbody tr:nth-child(even){background:#f4f4f4}
 .note{color:#555;font-size:.9rem}.charts{display:flex;flex-wrap:wrap;gap:1rem}
 .charts figure{margin:0;width:480px;max-width:100%}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,11 +24,31 @@ def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
     if schedule.name == "step":
         return schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
+    if schedule.name == "exponential":
+        return schedule.gamma ** math.floor(epoch / schedule.decay_epochs + 1e-9)
     return 1.0
 
 
 def build_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over all parameters."""
+    """The recipe's optimizer over all parameters; ImportError where it is timm's and that is missing."""
+    if options.name in ("rmsprop", "lamb"):
+        try:
+            optim: Any = importlib.import_module("timm.optim")
+        except ImportError as error:
+            raise ImportError(f"optimizer.name {options.name!r} needs timm: pip install timm ({error})") from error
+        chosen: torch.optim.Optimizer = (
+            optim.Lamb(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+            if options.name == "lamb"
+            else optim.RMSpropTF(
+                model.parameters(),
+                lr=options.lr,
+                alpha=0.9,
+                eps=1e-3,
+                momentum=options.momentum,
+                weight_decay=options.weight_decay,
+            )
+        )
+        return chosen
     if options.name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     return torch.optim.SGD(

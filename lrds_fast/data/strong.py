@@ -1,0 +1,323 @@
+"""Strong augmentation, drawn per sample: RandAugment, cutout, random erasing; and a second view of every sample.
+
+What becomes of a picture is a function of its seed alone, which holds the run's seed, the epoch and the sample's index:
+it depends neither on the batch nor on who augments, and no global generator is read or moved, so threads may share it.
+The pixels are worked on by torchvision's functions for tensors, on the CPU or the GPU; samples that drew the same
+operation with the same value are worked on together.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lrds_fast.data.loader import Batch, Loader, derived_seed
+
+#: Magnitudes are shares of this.
+FULL = 10.0
+#: What lies outside of a picture that was moved, and a cutout.
+GREY = 128
+OPERATIONS = (
+    "autocontrast",
+    "equalize",
+    "invert",
+    "rotate",
+    "posterize",
+    "solarize",
+    "solarize_add",
+    "color",
+    "contrast",
+    "brightness",
+    "sharpness",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
+_FORM = "parts such as m9, n2, mstd0.5, mmax10, inc1 and p0.5 joined by '-', for example 'm9-n2-mstd0.5'"
+
+
+class RandAugment(NamedTuple):
+    """`steps` operations of OPERATIONS, drawn with replacement, each carried out with `probability`.
+
+    magnitude: of 10. deviation: of a normal magnitude around it; infinite is uniform in [0, magnitude]. limit:
+    magnitudes stay in [0, limit]. increasing: the farther from the original the larger the magnitude, always.
+    Cubuk et al., "RandAugment", 2019, with the ranges of timm.
+    """
+
+    magnitude: float = FULL
+    steps: int = 2
+    deviation: float = 0.0
+    limit: float = FULL
+    increasing: bool = False
+    probability: float = 0.5
+
+    def plan(self, seed: int) -> list[tuple[str, float]]:
+        """(operation, value) of each step; ("", 0.0) is none."""
+        draws = np.random.Generator(np.random.PCG64(seed))
+        plan = []
+        for place in draws.integers(len(OPERATIONS), size=self.steps):
+            done, low, mirrored = draws.random(3)
+            if math.isinf(self.deviation):
+                level = self.magnitude * low
+            else:
+                level = self.magnitude + self.deviation * draws.standard_normal()
+            value = self._value(OPERATIONS[place], min(max(level, 0.0), self.limit) / FULL, mirrored < 0.5)
+            plan.append((OPERATIONS[place], value) if done < self.probability else ("", 0.0))
+        return plan
+
+    def _value(self, name: str, share: float, mirrored: bool) -> float:
+        """What an operation is done with at a share of the full magnitude: degrees, bits, thresholds, factors."""
+        sign = -1.0 if mirrored else 1.0
+        if name == "rotate":
+            return sign * 30.0 * share
+        if name == "posterize":
+            bits = int(4 * share)
+            return float(max(4 - bits, 0) if self.increasing else min(bits, 8))
+        if name == "solarize":
+            threshold = min(256, int(256 * share))
+            return float(256 - threshold if self.increasing else threshold)
+        if name == "solarize_add":
+            return float(min(128, int(110 * share)))
+        if name in ("color", "contrast", "brightness", "sharpness"):
+            return max(0.1, 1.0 + sign * 0.9 * share) if self.increasing else 0.1 + 1.8 * share
+        if name.startswith("shear"):
+            return sign * 0.3 * share
+        return sign * 0.45 * share if name.startswith("translate") else 0.0
+
+
+def parse_rand_augment(text: str) -> RandAugment:
+    """RandAugment of a name as timm has them: "m9-n2-mstd0.5"; a leading "rand-" may stand there.
+
+    m: magnitude, n: operations, mstd: deviation ("inf", or above 100: uniform up to m), mmax: limit, inc: 1 for
+    increasing, p: probability. ValueError for another form or a value out of range.
+    """
+    values: dict[str, float] = {}
+    for part in text.removeprefix("rand-").split("-"):
+        found = re.fullmatch(r"(mstd|mmax|inc|m|n|p)(inf|\d+(?:\.\d+)?)", part)
+        if found is None or found[1] in values:
+            raise ValueError(f"data.rand_augment must be {_FORM}; got {text!r}")
+        values[found[1]] = float(found[2])
+    deviation = values.get("mstd", 0.0)
+    limit = values.get("mmax", FULL)
+    made = RandAugment(
+        magnitude=values.get("m", FULL),
+        steps=int(min(values.get("n", 2.0), 99)),
+        deviation=math.inf if deviation > 100 else deviation,
+        limit=limit,
+        increasing=bool(values.get("inc", 0.0)),
+        probability=values.get("p", 0.5),
+    )
+    for key, low, high, given in (
+        ("m", 0.0, limit, made.magnitude),
+        ("n", 1.0, 16.0, values.get("n", 2.0)),
+        ("mmax", 1.0, 30.0, limit),
+        ("p", 0.0, 1.0, made.probability),
+    ):
+        if not low <= given <= high:
+            raise ValueError(f"data.rand_augment {text!r}: {key} must be in [{low:g}, {high:g}]; got {given:g}")
+    return made
+
+
+@dataclass(frozen=True)
+class Strong:
+    """What is done to a sample's picture beyond cropping and mirroring it; by default nothing.
+
+    rand_augment: see parse_rand_augment; "" is none. cutout: a grey square, half as wide as the picture, around a
+    uniform point, clipped at the border. erasing: the probability of replacing a box by normal noise after
+    normalisation. stream: part of the seeds, so that two views of one sample differ.
+    """
+
+    rand_augment: str = ""
+    erasing: float = 0.0
+    cutout: bool = False
+    stream: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.erasing <= 1:
+            raise ValueError(f"data.erasing must be in [0, 1]; got {self.erasing}")
+        if self.rand_augment:
+            parse_rand_augment(self.rand_augment)
+            _functions()
+
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether augment does anything."""
+        return bool(self.rand_augment) or self.cutout
+
+    def seed(self, seed: int, view: int, index: int) -> int:
+        """A sample's, for augment and erase. view: the epoch whose augmentation it is."""
+        return derived_seed(f"strong{self.stream}", seed, view, index)
+
+    def augment(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """RandAugment and cutout of (N, 1 or 3, H, W) pictures, uint8 or floating in [0, 1], one seed each.
+
+        Returns the same shape and dtype; `images` is not changed. Floating pictures go through 8 bits.
+        """
+        if not self.moves_pixels:
+            return images
+        whole = images.dtype == torch.uint8
+        pixels = images.clone() if whole else (images * 255.0).round().clamp(0, 255).to(torch.uint8)
+        if self.rand_augment:
+            how = parse_rand_augment(self.rand_augment)
+            plans = [how.plan(derived_seed("rand augment", seed)) for seed in seeds]
+            for step in zip(*plans, strict=True):
+                groups: dict[tuple[str, float], list[int]] = {}
+                for row, drawn in enumerate(step):
+                    groups.setdefault(drawn, []).append(row)
+                for (name, value), rows in groups.items():
+                    if name:
+                        pixels[rows] = apply(name, pixels[rows], value)
+        if self.cutout:
+            for picture, seed in zip(pixels, seeds, strict=True):
+                _cut_out(picture, seed)
+        return pixels if whole else pixels.to(images.dtype) / 255.0
+
+    def erase(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Erases boxes of normalised (N, C, H, W) pictures in place, and returns them.
+
+        Zhong et al., "Random Erasing Data Augmentation", 2020: 2% to a third of the area, sides of a ratio from 0.3 to
+        1 / 0.3; a value per pixel."""
+        if self.erasing:
+            for picture, seed in zip(images, seeds, strict=True):
+                _erase(picture, self.erasing, seed)
+        return images
+
+
+#: No strong augmentation.
+PLAIN = Strong()
+
+
+def second_view(name: str) -> Strong | None:
+    """What data.second_view says: None for "". "strong" is the literature's RandAugment(2, 10) and cutout; each
+    operation with probability 1/2 and a uniform magnitude, as in Sohn et al., "FixMatch", 2020."""
+    if name not in ("", "strong"):
+        raise ValueError(f"data.second_view must be '' or 'strong'; got {name!r}")
+    return Strong(rand_augment="m10-n2-mstdinf", cutout=True, stream=" second") if name else None
+
+
+def apply(name: str, images: Tensor, value: float) -> Tensor:
+    """One of OPERATIONS, done to (N, 1 or 3, H, W) uint8 pictures with `value`: degrees, bits to keep, a threshold,
+    what is added, a factor (1 keeps), the tangent of a shear, or a share of the side."""
+    f = _functions()
+    if name in ("autocontrast", "equalize", "invert"):
+        return _tensor(getattr(f, name)(images))
+    if name == "posterize":
+        return _tensor(f.posterize(images, int(value)))
+    if name == "solarize":
+        return images if value > 255 else _tensor(f.solarize(images, value))
+    if name == "solarize_add":
+        return torch.where(images < 128, images.int() + int(value), images.int()).to(torch.uint8)
+    if name == "color":
+        return _tensor(f.adjust_saturation(images, value))
+    if name in ("contrast", "brightness", "sharpness"):
+        return _tensor(getattr(f, f"adjust_{name}")(images, value))
+    fill = [float(GREY)] * images.shape[1]
+    bilinear = f.InterpolationMode.BILINEAR
+    if name == "rotate":
+        return _tensor(f.rotate(images, value, interpolation=bilinear, fill=fill))
+    height, width = images.shape[2:]
+    degrees = math.degrees(math.atan(value))
+    shear = {"shear_x": [degrees, 0.0], "shear_y": [0.0, degrees]}.get(name, [0.0, 0.0])
+    moved = {"translate_x": [round(value * width), 0], "translate_y": [0, round(value * height)]}.get(name, [0, 0])
+    # About the corner, as shears of Pillow's are.
+    centre = [0.0, 0.0] if name.startswith("shear") else None
+    return _tensor(
+        f.affine(
+            images,
+            angle=0.0,
+            translate=moved,
+            scale=1.0,
+            shear=shear,
+            center=centre,
+            interpolation=bilinear,
+            fill=fill,
+        )
+    )
+
+
+def _tensor(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"torchvision gave {type(value).__name__} for a tensor")
+    return value
+
+
+def _functions() -> Any:
+    try:
+        from torchvision.transforms.v2 import functional
+    except ImportError as error:
+        raise ImportError(f"data.rand_augment needs torchvision: pip install torchvision ({error})") from error
+    return functional
+
+
+def _cut_out(picture: Tensor, seed: int) -> None:
+    """Greys a square of (C, H, W)."""
+    height, width = picture.shape[1:]
+    draws = np.random.Generator(np.random.PCG64(derived_seed("cutout", seed)))
+    side = max(1, width // 2)
+    top, left = int(draws.integers(height)) - side // 2, int(draws.integers(width)) - side // 2
+    picture[:, max(top, 0) : top + side, max(left, 0) : left + side] = GREY
+
+
+def _erase(picture: Tensor, probability: float, seed: int) -> None:
+    """Fills a box of (C, H, W) with noise; ten tries of one that lies inside."""
+    channels, height, width = picture.shape
+    draws = np.random.Generator(np.random.PCG64(derived_seed("erase", seed)))
+    if draws.random() >= probability:
+        return
+    for _ in range(10):
+        area = draws.uniform(0.02, 1 / 3) * height * width
+        ratio = math.exp(draws.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < h < height and 0 < w < width:
+            top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
+            noise = torch.from_numpy(draws.standard_normal((channels, h, w), dtype=np.float32))
+            picture[:, top : top + h, left : left + w] = noise.to(picture.device, picture.dtype)
+            return
+
+
+class TwoViews:
+    """A Loader whose batches have the pictures of a second one in `strong`: the same samples, otherwise augmented.
+
+    first, second: loaders over the same samples with the same seed and batch size; everything but the second's
+    pictures is the first's.
+    """
+
+    def __init__(self, first: Loader, second: Loader) -> None:
+        if not torch.equal(first.labels, second.labels):
+            raise ValueError("the loaders of two views must be over the same samples; their labels differ")
+        self.first, self.second = first, second
+        self.num_classes, self.labels = first.num_classes, first.labels
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def epoch(self, epoch: int, selected: Tensor | None = None, **options: Any) -> Iterator[Batch]:
+        """Both loaders' batches; options go to both."""
+        batches = self.first.epoch(epoch, selected, **options), self.second.epoch(epoch, selected, **options)
+        for one, other in zip(*batches, strict=True):
+            if not torch.equal(one.indices, other.indices):
+                raise RuntimeError(
+                    f"two views of other samples in epoch {epoch}: the loaders' seeds or batch sizes differ"
+                )
+            yield one._replace(strong=other.images)
+
+    def boxes(self, epoch: int, indices: Tensor) -> Tensor:
+        """The first loader's; see Loader.boxes."""
+        return self.first.boxes(epoch, indices)
+
+    def picture(self, index: int) -> Tensor:
+        """The sample as it is."""
+        return self.first.picture(index)
+
+    @property
+    def errors(self) -> list[tuple[int, str, str]]:
+        """(index, name, reason) of the pictures that could not be read; both loaders meet the same."""
+        return list(getattr(self.first, "errors", []))

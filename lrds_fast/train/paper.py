@@ -1,0 +1,199 @@
+"""Runs of the grid's names as the literature prints them: methods by pairs, what is published beside ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple, Protocol
+
+from lrds_fast.train import grid
+from lrds_fast.train.ablations import MARK
+from lrds_fast.train.recipe import Recipe
+from lrds_fast.train.statistics import Estimate, estimate
+
+TEACHER = "teacher"
+ALONE = "student alone"
+#: Methods as papers write them.
+METHODS = {
+    "kd": "KD",
+    "kd-tuned": "KD (tuned)",
+    "dkd": "DKD",
+    "nkd": "NKD",
+    "mlkd": "MLKD",
+    "dist": "DIST",
+    "revision": "REVISION",
+}
+NOTE = (
+    "Test accuracy in %, mean ± standard error over the seeds (in parentheses). best: of the best epoch, chosen on the"
+    " test split, as most of the published numbers are; it flatters. last: after the last epoch. published: without"
+    " label revision or selection, as the literature reports it for this protocol; - where it reports none."
+)
+#: Pairs side by side in a terminal.
+_ACROSS = 2
+
+
+class AnyRun(Protocol):
+    """What is needed of a run; lrds_fast.train.report.Run is one."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its recipe."""
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Its log."""
+
+
+class Cell(NamedTuple):
+    """One method on one pair. best, last: shares in [0, 1] over the seeds, None where there are no runs. published:
+    in percent, None where there is none."""
+
+    best: Estimate | None
+    last: Estimate | None
+    published: float | None
+    seeds: int
+
+    def texts(self) -> tuple[str, str, str]:
+        """best, last and published as they are printed, in percent."""
+        count = f" ({self.seeds})" if self.seeds else ""
+        return (
+            "-" if self.best is None else _percent(self.best) + count,
+            "-" if self.last is None else _percent(self.last),
+            "-" if self.published is None else f"{self.published:.2f}",
+        )
+
+
+class PaperTable(NamedTuple):
+    """The runs of one protocol. columns: (teacher, student). rows: a label and a cell per column; the teachers first,
+    then the students alone, then the methods in the order of the grid."""
+
+    protocol: str
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def paper_tables(runs: Sequence[AnyRun]) -> list[PaperTable]:
+    """A table per protocol of which there are runs with a teacher; runs of other names are left out.
+
+    Cells of a grid of values (NAME@KEY=VALUE) are rows of their own. Runs of one name are averaged over their seeds.
+    """
+    groups: dict[str, list[AnyRun]] = {}
+    for run in runs:
+        groups.setdefault(run.recipe.name, []).append(run)
+    found: dict[str, list[tuple[grid.Parts, str]]] = {}
+    for name in groups:
+        base, _, cell = name.partition(MARK)
+        parts = grid.parts_of(base)
+        if parts is not None and parts.teacher:
+            found.setdefault(parts.protocol, []).append((parts, cell))
+    return [_table(protocol, taught, groups) for protocol, taught in found.items()]
+
+
+def _table(protocol: str, taught: Sequence[tuple[grid.Parts, str]], groups: dict[str, list[AnyRun]]) -> PaperTable:
+    known = grid.PROTOCOLS[protocol]
+    present = {(parts.teacher, parts.student) for parts, _ in taught}
+    columns = tuple((p.teacher, p.student) for p in known.pairs.values() if (p.teacher, p.student) in present)
+    methods = list(known.methods)
+    kinds = sorted(
+        {(methods.index(parts.method), len(parts.switches), parts.switches, cell) for parts, cell in taught},
+        key=lambda kind: (kind[0], kind[1], kind[2] != ("lr",), kind[3]),
+    )
+    rows = [
+        (TEACHER, tuple(_cell(f"{protocol}/{teacher}", groups) for teacher, _ in columns)),
+        (ALONE, tuple(_cell(f"{protocol}/{student}", groups) for _, student in columns)),
+    ]
+    for number, _, switches, cell in kinds:
+        what = "+".join((methods[number], *switches)) + (MARK + cell if cell else "")
+        names = [f"{protocol}/{teacher}-{student}/{what}" for teacher, student in columns]
+        rows.append((_label(methods[number], switches, cell), tuple(_cell(name, groups) for name in names)))
+    return PaperTable(protocol, columns, tuple(rows))
+
+
+def _label(method: str, switches: Sequence[str], cell: str) -> str:
+    label = "+".join((METHODS.get(method, method), *(switch.upper() for switch in switches)))
+    return f"{label}, {cell}" if cell else label
+
+
+def _cell(name: str, groups: dict[str, list[AnyRun]]) -> Cell:
+    runs = groups.get(name, [])
+    return Cell(
+        best=estimate([max(_accuracies(run)) for run in runs]) if runs else None,
+        last=estimate([_accuracies(run)[-1] for run in runs]) if runs else None,
+        published=grid.published(name),
+        seeds=len(runs),
+    )
+
+
+def _accuracies(run: AnyRun) -> list[float]:
+    return [record["test_acc"] for record in run.records]
+
+
+def _percent(value: Estimate) -> str:
+    text = f"{100 * value.mean:.2f}"
+    return text if math.isnan(value.error) else f"{text} ± {100 * value.error:.2f}"
+
+
+def text(table: PaperTable) -> str:
+    """For a terminal: two pairs side by side, the others below."""
+    blocks = []
+    for start in range(0, len(table.columns), _ACROSS):
+        columns = table.columns[start : start + _ACROSS]
+        lines = [["", *(part for _ in columns for part in ("best", "last", "published"))]]
+        for label, cells in table.rows:
+            shown = cells[start : start + _ACROSS]
+            lines.append([label, *(part for cell in shown for part in cell.texts())])
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        heads = []
+        for number, (teacher, student) in enumerate(columns):
+            title, own = f"{teacher} -> {student}", slice(1 + 3 * number, 4 + 3 * number)
+            missing = len(title) - (sum(widths[own]) + 4)
+            widths[own.start] += max(missing, 0)
+            heads.append(title.rjust(sum(widths[own]) + 4))
+        head = "  ".join(["".ljust(widths[0]), *heads])
+        body = [
+            "  ".join(
+                part.ljust(width) if i == 0 else part.rjust(width)
+                for i, (part, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        blocks.append("\n".join(line.rstrip() for line in [head, body[0], "-" * len(body[0]), *body[1:]]))
+    return f"{table.protocol}\n" + "\n\n".join(blocks)
+
+
+def markdown(table: PaperTable) -> str:
+    """A heading and a table; each pair is a column, its cells "best / last / published"."""
+    heads = [f"{teacher} → {student}" for teacher, student in table.columns]
+    lines = [["", *heads], ["---", *("---:" for _ in heads)]]
+    lines += [[label, *(" / ".join(cell.texts()) for cell in cells)] for label, cells in table.rows]
+    body = "\n".join("| " + " | ".join(part.replace("|", "\\|") for part in line) + " |" for line in lines)
+    return f"### {table.protocol}: best / last / published\n\n{body}\n"
+
+
+def html(table: PaperTable) -> str:
+    """A heading and a <table>: three columns per pair, our best and last and what is published."""
+    heads = "".join(
+        f'<th colspan="3" scope="colgroup">{escape(teacher)} → {escape(student)}</th>'
+        for teacher, student in table.columns
+    )
+    kinds = "".join(f'<th scope="col">{kind}</th>' for _ in table.columns for kind in ("best", "last", "published"))
+    rows = []
+    for label, cells in table.rows:
+        values = "".join(
+            f'<td class="pair">{best}</td><td>{last}</td><td class="published">{published}</td>'
+            for best, last, published in (map(escape, cell.texts()) for cell in cells)
+        )
+        rows.append(f'<tr><th scope="row">{escape(label)}</th>{values}</tr>')
+    return (
+        f"<h3>{escape(table.protocol)}</h3><div class='wide'><table class='paper'><thead>"
+        f"<tr><th></th>{heads}</tr><tr><th></th>{kinds}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+STYLE = """
+.wide{overflow-x:auto}.paper tbody tr:nth-child(odd){background:#fff}
+.paper th[scope=row]{text-align:left;font-weight:normal;white-space:nowrap;position:sticky;left:0;background:inherit}
+.paper td{white-space:nowrap}.paper th[scope=colgroup]{text-align:center}
+.paper .pair,.paper th[scope=colgroup]{border-left:1px solid #ccc}.paper .published{color:#666;font-style:italic}
+"""
