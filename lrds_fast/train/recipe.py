@@ -464,6 +464,13 @@ def _check_values(recipe: Recipe) -> None:
         if not 0 <= number < 1:
             raise ValueError(f"{key} must be in [0, 1); got {number}")
     _check_cache(recipe.teacher, recipe.loss)
+    for key, given in (
+        ("data.mixup", recipe.data.mixup),
+        ("data.cutmix", recipe.data.cutmix),
+        ("data.second_view", recipe.data.second_view),
+    ):
+        if recipe.teacher.cache and given:
+            raise ValueError(f"teacher.cache has the answers to single pictures: it goes without {key}; got {given!r}")
     for key, number in {
         "data.erasing": recipe.data.erasing,
         "data.mix_probability": recipe.data.mix_probability,

@@ -86,9 +86,9 @@ class Step:
                 own_stream=recipe.teacher.own_stream,
             )
         self._cached = cached is not None
-        self._mix = (
-            Mix(recipe.data.mixup, recipe.data.cutmix, num_classes) if recipe.data.mixup or recipe.data.cutmix else None
-        )
+        self._mix: Mix | None = None
+        if recipe.data.mixup or recipe.data.cutmix:
+            self._mix = Mix(recipe.data.mixup, recipe.data.cutmix, num_classes, probability=recipe.data.mix_probability)
         self._num_classes, self._num_samples = num_classes, num_samples
         self._asked = self._teacher is not None
         self.predicted = torch.full((num_samples,), -1, device=device)
@@ -165,7 +165,7 @@ class Step:
                 self.ema.update_parameters(self.student)
 
     def _forward_backward(self, batch: Batch, number: int, place: int, denominator: Tensor | float | None) -> None:
-        images = batch.images.to(self.device, non_blocking=True, memory_format=self._memory_format)
+        images = self._placed(batch.images)
         target = batch.targets.to(self.device, non_blocking=True)
         rows = len(target)
         listeners = Listeners(0, 0, None)
@@ -179,11 +179,15 @@ class Step:
             seed = (self.recipe.seed, self._epoch, number, place, self.ranks.rank)
             images, labels = self._mix(images, target, heard, *seed)
 
+        asked = heard if self._cached else shown
+        seen, second = images[:asked], batch.strong
+        if second is not None:  # both views at once, the first in front
+            second = self._placed(second)
+            images, seen = torch.cat([images, second]), torch.cat([seen, second[:asked]])
         answers: Tensor | TopKTeacher | None = None
-        if self._teacher is not None and shown:
+        if self._teacher is not None and asked:
             with record_function("teacher"):
-                asked = heard if self._cached else shown
-                answers = self._teacher.ask(images[:asked], batch.indices[:asked], self._epoch)
+                answers = self._teacher.ask(seen, batch.indices[:asked], self._epoch)
         with record_function("student"), self._autocast():
             logits = self._student(images)
         with record_function("loss"):
@@ -193,7 +197,13 @@ class Step:
                     loss = loss * (rows / denominator)
                 self.totals.add_cross_entropy(loss, rows, number, denominator=denominator or float(rows))
             else:
-                taught = logits.detach()[:0] if answers is None else first(self._teacher.answered(answers), heard)
+                taught = logits.detach()[:0] if answers is None else self._teacher.answered(answers)
+                more: dict[str, Any] = {}
+                if second is not None and isinstance(taught, Tensor):
+                    first_view = len(taught) // 2
+                    more["strong"] = logits[rows:], taught[first_view:][:heard]
+                    logits, taught = logits[:rows], taught[:first_view]
+                taught = first(taught, heard)
                 measured = self._measure(
                     logits,
                     taught,
@@ -203,21 +213,19 @@ class Step:
                     num_valid=denominator,
                     # Known to the loss, the scale is folded in float32 before the gradient is rounded to half.
                     grad_scale=self.scaler._scale if self.scaler.is_enabled() else None,
+                    **more,
                 )
                 loss = measured.loss
-                asked_rows = heard if self._cached else shown
-                self.totals.add(
-                    measured,
-                    rows,
-                    asked_rows,
-                    number,
-                    denominator=float(rows) if denominator is None else denominator,
-                )
+                share = float(rows) if denominator is None else denominator
+                self.totals.add(measured, rows, asked, number, denominator=share)
                 if heard and self._mix is None:
-                    seen = batch.indices[:heard].to(self.device, non_blocking=True)
-                    self._seen[seen] = predicted(taught, target[:heard])
+                    place_of = batch.indices[:heard].to(self.device, non_blocking=True)
+                    self._seen[place_of] = predicted(taught, target[:heard])
         with record_function("backward"):
             torch.autograd.backward(self.scaler.scale(loss))
+
+    def _placed(self, images: Tensor) -> Tensor:
+        return images.to(self.device, non_blocking=True, memory_format=self._memory_format)
 
 
 class Listeners(NamedTuple):
@@ -265,4 +273,8 @@ def _divided(batch: Batch, count: int) -> list[Batch]:
     """A batch in `count` parts of every count-th row, so that selected samples stay in front."""
     if count == 1:
         return [batch]
-    return [Batch(*(None if column is None else column[i::count] for column in batch)) for i in range(count)]
+    parts = []
+    for i in range(count):
+        strong = None if batch.strong is None else batch.strong[i::count]
+        parts.append(Batch(batch.images[i::count], batch.targets[i::count], batch.indices[i::count], strong))
+    return parts
