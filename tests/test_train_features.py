@@ -417,3 +417,36 @@ def test_without_torchdistill_one_line_says_how_to_get_it(monkeypatch: pytest.Mo
         features("at", student, teacher)
     assert "\n" not in str(raised.value)
     assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_cuda_agrees_with_the_cpu(method: str) -> None:
+    student, teacher = pair()
+    student.eval()
+    torch.backends.cudnn.allow_tf32 = False
+    loss = features(method, student, teacher).eval()
+    there = FeatureDistillation(
+        FeatureOptions(method=method, options=SMALL.get(method, {})),
+        student.cuda(),
+        teacher.cuda(),
+        batch()[0].cuda(),
+        SAMPLES,
+        LABELS,
+    ).eval()
+    there.load_state_dict(loss.state_dict())
+    if method == "crd":  # the generators differ: the same negatives for both
+        chosen = loss.criterion._others(torch.arange(SAMPLES))  # type: ignore[union-attr, operator]
+        loss.criterion._others = lambda where: chosen[where]
+        there.criterion._others = lambda where: chosen.cuda()[where]
+    images, target = batch()
+    mask = torch.arange(N) != 2
+    student(images.cuda())
+    with torch.no_grad():
+        teacher(images.cuda())
+    value = there(target.cuda(), INDICES, mask)
+    value.backward()
+    assert student.conv1.weight.grad.isfinite().all() and value.is_cuda
+    student.cpu()
+    teacher.cpu()
+    torch.testing.assert_close(value.cpu(), one_loss(loss, student, teacher, mask), rtol=1e-3, atol=1e-4)
