@@ -68,6 +68,10 @@ def test_places_can_be_named() -> None:
     own, given = maps(student, images), maps(teacher, images)
     same = features("at", student, teacher, student_layers=("layer2",))
     assert (same.student_layers, same.teacher_layers) == (["layer2"], ["layer3"]), "the deepest of the other's"
+    review = features("reviewkd", student, teacher, student_layers=("layer2", "layer3", "fc:input"))
+    assert review.teacher_layers == ["layer2", "layer3", "fc:input"]
+    hint = features("fitnet", student, teacher, student_layers=("layer2.0",))
+    assert (hint.student_layers, hint.teacher_layers) == (["layer2.0"], ["layer2"])
     value = one_loss(named, student, teacher)
     attention = [[F.normalize(x.pow(2).mean(dim=1).flatten(1)) for x in (side[0], side[2])] for side in (own, given)]
     torch.testing.assert_close(value, 1000 * sum(F.mse_loss(s, t) for s, t in zip(*attention, strict=True)))
@@ -88,6 +92,7 @@ def test_places_can_be_named() -> None:
         ("at", {"student_layers": ("layer1:output:relu",)}, r"must end in :input, :relu or neither"),
         ("at", {"student_layers": ("fc",)}, r"'at' takes maps \(N, C, H, W\); fc gives \(2, 4\)"),
         ("at", {"student_layers": ("layer1",) * 4}, r"teacher_layers: name 4 places, as many as of the other network"),
+        ("reviewkd", {"teacher_layers": ("layer1",) * 5}, r"student_layers: name 5 places, .* usual ones are layer1,"),
         ("rkd", {"student_layers": ("layer1.0.downsample",)}, "has no module"),
     ],
 )  # fmt: skip
@@ -104,6 +109,10 @@ def test_unknown_networks_say_what_can_be_named() -> None:
     student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, CLASSES))
     with pytest.raises(ValueError, match=r"usual places of Sequential for 'at' are not known; name them, out of 0, 1"):
         features("at", student, teacher)
+    with pytest.raises(
+        ValueError, match=r"teacher_layers: the usual places of Sequential for 'reviewkd' are not known"
+    ):
+        features("reviewkd", teacher, student)
     value = one_loss(features("at", student, teacher, student_layers=("1",)), student, teacher)
     assert value.item() > 0
     assert usual_stages(student) == []

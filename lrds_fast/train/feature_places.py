@@ -72,37 +72,41 @@ def choose(
     """The places of both, in pairs: those that are named, else the method's usual ones. Of networks with different
     numbers of stages, the deepest are paired. ValueError where the usual places are not known or do not pair."""
     places = METHODS[method].places
-    named = (list(student_layers), list(teacher_layers))
+    networks, named = (student, teacher), (list(student_layers), list(teacher_layers))
     if all(named):
         return named
-    both = (("student", student), ("teacher", teacher))
-    if places == "embedding":
-        usual = [[embedding(network)] for _, network in both]
-    else:
-        usual = [usual_stages(network) for _, network in both]
-        depth = min(len(stages) for stages, given in zip(usual, named, strict=True) if not given)
-        if any(named) and places in ("stages", "review"):
-            depth = min(depth, max(map(len, named)) - (places == "review"))
-        usual = [stages[max(len(stages) - depth, 0) :] for stages in usual]
-        if places == "hint":
-            usual = [stages[:2][-1:] for stages in usual]
-        elif places == "last":
-            usual = [stages[-1:] for stages in usual]
-        elif places == "review":
-            usual = [[*stages, embedding(network)] for stages, (_, network) in zip(usual, both, strict=True)]
-    chosen = []
-    for (role, network), given, stages in zip(both, named, usual, strict=True):
-        if not given and (not stages or "" in stages):
+    known = [
+        given or ([embedding(network)] if places == "embedding" else usual_stages(network))
+        for network, given in zip(networks, named, strict=True)
+    ]
+    for role, network, given, stages in zip(("student", "teacher"), networks, named, known, strict=True):
+        last = embedding(network) if places == "review" else "none"
+        if not given and not (stages and all(stages) and last):
             raise ValueError(
                 f"features.{role}_layers: the usual places of {type(network).__name__} for {method!r} are not known;"
                 f" name them, out of {_listing(network)}"
             )
-        chosen.append(given or stages)
+    # A single place that is named is the counterpart of one chosen among all stages of the other network; places that
+    # are named for ReviewKD end with the embedding.
+    depth = min(
+        len(stages) - (places == "review" and bool(given))
+        for stages, given in zip(known, named, strict=True)
+        if not (given and places in ("hint", "last"))
+    )
+    chosen = []
+    for network, given, stages in zip(networks, named, known, strict=True):
+        paired = stages[len(stages) - depth :]
+        usual = {
+            "hint": paired[:2][-1:],
+            "last": paired[-1:],
+            "review": [*paired, embedding(network)],
+        }
+        chosen.append(given or usual.get(places, paired))
     if len(chosen[0]) != len(chosen[1]):
-        role = "student" if named[1] else "teacher"
+        role, own, others = ("teacher", chosen[1], chosen[0]) if named[0] else ("student", chosen[0], chosen[1])
         raise ValueError(
-            f"features.{role}_layers: name {len(named[0] or named[1])} places, as many as of the other network;"
-            f" the usual ones are {', '.join(chosen[named[0] != []])}"
+            f"features.{role}_layers: name {len(others)} places, as many as of the other network; the usual ones are"
+            f" {', '.join(own)}"
         )
     return chosen[0], chosen[1]
 
