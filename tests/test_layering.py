@@ -39,6 +39,7 @@ PYTHON_MAY_IMPORT = {
     "models": {"models", *_CORE},
     "data": {"data", "selection", "influence", "nn", *_CORE},
     "recipes": {"recipes"},
+    "compat": {"compat", "selection", "nn"},
     "train": {"train", "composed", "picture", "data", "models", "selection", "influence", "nn", "recipes", *_CORE},
     "__main__": {"train"},
 }

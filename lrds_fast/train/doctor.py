@@ -30,6 +30,7 @@ OPTIONAL = (
     ("torchvision", "ImageFolder data and torchvision: models", "pip install torchvision"),
     ("timm", "timm: models", "pip install timm"),
     ("scikit-learn", "the demo's digits", "pip install scikit-learn"),
+    ("torchdistill", "distillation of features", "pip install 'lrds-fast[features]'"),
     ("nvidia-dali-cuda130", "twice as fast photographs, on the GPU too", "pip install nvidia-dali-cuda130"),
 )
 

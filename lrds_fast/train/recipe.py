@@ -16,7 +16,7 @@ from typing import Any
 
 from lrds_fast import divergences
 from lrds_fast.data.strong import parse_rand_augment
-from lrds_fast.train import grid
+from lrds_fast.train import feature_methods, grid
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,6 +119,22 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
+class FeatureOptions:
+    """A loss on features, added to that of [loss]; see lrds_fast.train.features. method "" is none. weight < 0: as
+    published. student_layers, teacher_layers: module names, pair by pair; () is the method's usual ones. options: the
+    method's own numbers; what is not given is as published."""
+
+    method: str = ""
+    weight: float = -1.0
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
+    options: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        feature_methods.check(self.method, self.weight, self.options, self.student_layers, self.teacher_layers)
+
+
+@dataclass(frozen=True)
 class SelectionOptions:
     """path: a file of lrds-fast select, "" for every sample. compose "prefix": batches bring selected samples first
     and the teacher sees these alone; "mask": it sees all, and the loss leaves the others out. The numbers are the same
@@ -212,6 +228,7 @@ class Recipe:
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     student: StudentOptions = field(default_factory=StudentOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    features: FeatureOptions = field(default_factory=FeatureOptions)
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     score: ScoreOptions = field(default_factory=ScoreOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)

@@ -1,0 +1,162 @@
+"""Feature distillation beside the logits' loss: torchdistill's losses over the rows that have a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lrds_fast.train.feature_losses import criterion
+from lrds_fast.train.feature_methods import METHODS, values
+from lrds_fast.train.feature_places import Tap, choose, unwrapped
+from lrds_fast.train.recipe import FeatureOptions
+
+
+class FeatureDistillation(nn.Module):
+    """weight * K / N * the method's loss over the K of a batch's N rows that have a teacher: a mean over the batch, as
+    kd_loss is for logits.
+
+    options: a recipe's [features], with a method. student, teacher: the networks, on the device that `images` is on;
+    DistributedDataParallel around the student is seen through. images: (B, channels, height, width), B >= 2, passed
+    through both once, in eval mode, to learn the shapes. num_samples: of the training set; labels: their (num_samples,)
+    int64 targets, from which "crd" draws negatives of other classes (None: any other sample).
+
+    What this module has of parameters (regressors, embeddings) is trained with the student and is no part of it; its
+    state dict (crd's memory bank too) goes to checkpoints. It draws from PyTorch's global generators. Features are
+    float32 here, whatever autocast made them.
+    Raises ImportError without torchdistill, ValueError for places that are not there, not known, or of a wrong shape.
+    """
+
+    def __init__(
+        self,
+        options: FeatureOptions,
+        student: nn.Module,
+        teacher: nn.Module,
+        images: Tensor,
+        num_samples: int,
+        labels: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not options.method:
+            raise ValueError(f"features.method must be one of {', '.join(METHODS)}; got ''")
+        if num_samples < 1 or (labels is not None and labels.shape != (num_samples,)):
+            shape = None if labels is None else tuple(labels.shape)
+            raise ValueError(f"labels must have shape (num_samples,), num_samples >= 1; got {shape} and {num_samples}")
+        self.method = options.method
+        self.weight = METHODS[options.method].weight if options.weight < 0 else options.weight
+        inner = unwrapped(student, "student"), unwrapped(teacher, "teacher")
+        self.student_layers, self.teacher_layers = choose(
+            options.method, *inner, options.student_layers, options.teacher_layers
+        )
+        shapes = [
+            _shapes(network, places, role, images, options.method)
+            for network, places, role in (
+                (inner[0], self.student_layers, "student"),
+                (inner[1], self.teacher_layers, "teacher"),
+            )
+        ]
+        numbers = values(options.method, options.options)
+        self.criterion = criterion(options.method, shapes[0], shapes[1], numbers, num_samples, labels)
+        self.criterion.to(images.device)
+        self._student = Tap(student, self.student_layers, "student")
+        self._teacher = Tap(teacher, self.teacher_layers, "teacher")
+
+    def forward(self, target: Tensor, indices: Tensor, rows: Tensor | int | None = None) -> Tensor:
+        """The 0-dim float32 loss of the last passes of student and teacher, whose features are then dropped.
+
+        target, indices: (N,) int64, the student's batch and its samples' places in the training set. rows: who has the
+        teacher. An int K: the first K rows, and the teacher ran on these at least (K = 0: it need not have run). A
+        bool (N,): the teacher ran on all N. None: as many first rows as the teacher ran on.
+        With K = 0, or 1 where the method compares rows with each other or takes batch statistics, the loss is 0 and so
+        are all gradients. Raises RuntimeError where a pass is missing or the teacher ran in inference mode.
+        """
+        student, teacher = self._student.take(), self._teacher.take()
+        if not student:
+            raise RuntimeError("features: the student did not run with gradients since the last loss; call it first")
+        if not len(student[0]) == len(target) == len(indices):
+            raise ValueError(
+                f"target and indices must have the student's {len(student[0])} rows; got {len(target)} and"
+                f" {len(indices)}"
+            )
+        if rows is None and not teacher:
+            raise RuntimeError("features: the teacher did not run since the last loss; call it, or pass rows=0")
+        places = _places(rows, len(target), len(teacher[0]) if teacher else 0)
+        count = places if isinstance(places, int) else len(places)
+        if count < METHODS[self.method].least:
+            return self._nothing(student)
+        if any(value.is_inference() for value in teacher):
+            raise RuntimeError(
+                "features: the teacher ran under torch.inference_mode, and what it gave cannot be saved for backward;"
+                " run it under torch.no_grad"
+            )
+
+        def cut(value: Tensor) -> Tensor:
+            return value[:places] if isinstance(places, int) else value[places.to(value.device)]
+
+        device = student[0].device
+        with torch.autocast(device.type, enabled=False):
+            loss: Tensor = self.criterion(
+                [cut(value).float() for value in student],
+                [cut(value.detach()).float() for value in teacher],
+                cut(indices).to(device),
+                cut(target).to(device),
+            )
+        return self.weight * count / len(target) * loss
+
+    def close(self) -> None:
+        """Removes the hooks from both networks."""
+        self._student.close()
+        self._teacher.close()
+
+    def extra_repr(self) -> str:
+        pairs = zip(self.student_layers, self.teacher_layers, strict=True)
+        return f"{self.method!r}, weight={self.weight:g}, " + ", ".join(f"{own} <- {given}" for own, given in pairs)
+
+    def _nothing(self, student: Sequence[Tensor]) -> Tensor:
+        """0 with a graph to everything that a loss would reach, inf and NaN included: sums of no elements."""
+        parts = [value.flatten()[:0].float().sum() for value in (*student, *self.parameters())]
+        return torch.stack(parts).sum()
+
+
+def _places(rows: Tensor | int | None, total: int, taught: int) -> Tensor | int:
+    """The rows with a teacher that ran on `taught` of `total`: how many first ones, or their numbers."""
+    if isinstance(rows, Tensor):
+        if rows.dtype != torch.bool or rows.shape != (total,) or taught != total:
+            raise ValueError(
+                f"rows must be bool of shape ({total},), with a teacher that ran on all of them; got {rows.dtype} of"
+                f" shape {tuple(rows.shape)} and a teacher that ran on {taught} rows"
+            )
+        return rows.nonzero()[:, 0]
+    count = taught if rows is None else rows
+    if not 0 <= count <= min(total, taught if count else total):
+        raise ValueError(f"rows must be 0 to {min(total, taught)}: the teacher ran on {taught} of {total}; got {count}")
+    return count
+
+
+def _shapes(network: nn.Module, places: Sequence[str], role: str, images: Tensor, method: str) -> list[torch.Size]:
+    """The shapes of one pass in eval mode, which leaves no trace; ValueError where the method cannot use them."""
+    tap = Tap(network, places, role)
+    training = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        with torch.enable_grad():  # what the student's hooks wait for
+            network(images[:2])
+        shapes = [value.shape for value in tap.take()]
+    finally:
+        tap.close()
+        for module, was in training.items():
+            module.training = was
+    if len(shapes) < len(places):
+        raise ValueError(f"features.{role}_layers: {', '.join(places)}: none of these runs in a pass; name others")
+    for place, shape in zip(places, shapes, strict=True):
+        if METHODS[method].places in ("hint", "stages", "last") and method != "sp" and len(shape) != 4:
+            raise ValueError(
+                f"features.{role}_layers: {method!r} takes maps (N, C, H, W); {place} gives {tuple(shape)}"
+            )
+        if method == "reviewkd" and (len(shape) not in (2, 4) or shape[2:3] != shape[3:4]):
+            raise ValueError(
+                f"features.{role}_layers: 'reviewkd' takes square maps (N, C, H, H) and vectors; {place} gives"
+                f" {tuple(shape)}"
+            )
+    return shapes
