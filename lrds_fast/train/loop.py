@@ -19,6 +19,7 @@ from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.checkpoint import Position
 from lrds_fast.train.evaluate import check_class_counts, evaluate
+from lrds_fast.train.features import FeatureDistillation
 from lrds_fast.train.files import append_record, read_records, remove_leftovers, rewrite_records, write_text
 from lrds_fast.train.processes import any_process, joined, same_buffers
 from lrds_fast.train.recipe import Recipe
@@ -89,6 +90,7 @@ def train(
             teacher.eval().requires_grad_(False)
         check_class_counts(data, student, teacher, device, memory_format)
 
+        features = _features(recipe, data, student, teacher, device)
         torch.manual_seed(derived_seed("train", recipe.seed, *([ranks.rank] if ranks.rank else [])))
         steps_per_epoch = len(data.train)
         step = Step(
@@ -101,6 +103,7 @@ def train(
             steps_per_epoch=steps_per_epoch,
             ranks=ranks,
             cached=cached,
+            features=features,
         )
         folder = _Folder(out, recipe, identity(recipe, fingerprint, selected), step, ranks)
         position = folder.open(resume=resume, overwrite=overwrite)
@@ -190,6 +193,8 @@ def train(
         bar.close()
         if trackers is not None:
             trackers.close()
+        if features is not None:
+            features.close()
         if step.ema is not None:
             student.load_state_dict(step.ema.module.state_dict())
         taught = teacher is not None or cached is not None
@@ -211,6 +216,20 @@ def _check(recipe: Recipe, data: Data, teacher: nn.Module | None, selected: Tens
             f" rows are fewer than 2 for each of {ranks.count} process(es) x {recipe.run.accumulate} step(s)"
         )
     rescoring.check(recipe, data, teacher)
+
+
+def _features(
+    recipe: Recipe, data: Data, student: nn.Module, teacher: nn.Module | None, device: torch.device
+) -> FeatureDistillation | None:
+    """The recipe's loss of inner features, with fresh adapters; None where it has none."""
+    if not recipe.features.method:
+        return None
+    if teacher is None:
+        raise ValueError("features.method needs teacher.model, the network whose features are taught")
+    torch.manual_seed(derived_seed("features", recipe.seed))
+    images = next(iter(data.test.epoch(0))).images[:2].to(device)
+    labels = data.train.labels
+    return FeatureDistillation(recipe.features, student, teacher, images, len(labels), labels)
 
 
 def _part_of(begun: int, ranks: Ranks) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from lrds_fast.data import Batch, prefix_rows
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.topk import TopKTeacher
 from lrds_fast.train.checkpoint import Stateful
+from lrds_fast.train.features import FeatureDistillation
 from lrds_fast.train.methods import objective
 from lrds_fast.train.mix import Mix
-from lrds_fast.train.processes import rows_of_all
+from lrds_fast.train.processes import average_gradients, rows_of_all
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import autocast_factory, build_optimizer, kd_factor, lr_factor, moving_average
 from lrds_fast.train.teaching import CachedAnswers, Teacher
@@ -32,7 +33,8 @@ class Step:
     recipe: decides precision, memory format, compilation, accumulation, optimizer, loss. student, teacher: on `device`;
     the teacher in eval mode and frozen, None where labels alone teach or `cached` answers. num_classes: C. num_samples:
     of the training split. steps_per_epoch: for the schedule. ranks: the processes that share every batch; gradients are
-    those of the mean over all rows of all of them.
+    those of the mean over all rows of all of them. features: a loss of inner features beside that of the logits; what
+    it learns itself is trained along.
 
     begin_epoch() comes first; then a call for each batch. Afterwards totals has the epoch's sums, predicted (N,) int64
     the class that the teacher last gave each sample, -1 where it has not been asked.
@@ -50,6 +52,7 @@ class Step:
         steps_per_epoch: int,
         ranks: Ranks | None = None,
         cached: CachedAnswers | None = None,
+        features: FeatureDistillation | None = None,
     ) -> None:
         options = recipe.run
         self.recipe, self.student, self.device = recipe, student, device
@@ -58,7 +61,10 @@ class Step:
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self._autocast = autocast_factory(options.amp, device)
         self._measure = objective(recipe.loss)
-        self.optimizer = build_optimizer(recipe.optimizer, student)
+        self.features = features
+        self.optimizer = build_optimizer(
+            recipe.optimizer, student if features is None else nn.ModuleList([student, features])
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
         self.ema = moving_average(student, options.ema_decay)
 
@@ -84,6 +90,7 @@ class Step:
                 run=None if teacher is None or cached is not None else compiled(teacher),
                 cached=cached,
                 own_stream=recipe.teacher.own_stream,
+                keep_tensors=features is not None,
             )
         self._cached = cached is not None
         self._mix: Mix | None = None
@@ -97,7 +104,7 @@ class Step:
     @property
     def parts(self) -> Mapping[str, Stateful | None]:
         """What has state besides the student, by the names that checkpoints use."""
-        return {"optimizer": self.optimizer, "scaler": self.scaler, "ema": self.ema}
+        return {"optimizer": self.optimizer, "scaler": self.scaler, "ema": self.ema, "features": self.features}
 
     @property
     def judged(self) -> nn.Module:
@@ -109,7 +116,8 @@ class Step:
         self._epoch = epoch
         self._selected = selected
         self._kept = 0 if selected is None else int(selected.sum())
-        self._kd_weight = self.recipe.loss.kd_weight * kd_factor(self.recipe.loss, epoch)
+        self._warm = kd_factor(self.recipe.loss, epoch)
+        self._kd_weight = self.recipe.loss.kd_weight * self._warm
         self.totals = Totals(self.device)
         self._seen = torch.full_like(self.predicted, -1)
 
@@ -156,6 +164,8 @@ class Step:
             with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
                 self._forward_backward(part, number, place, denominator)
         with record_function("optimizer"):
+            if self.features is not None:
+                average_gradients(self.features.parameters(), self.ranks)
             if self.recipe.run.clip_grad_norm > 0:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.run.clip_grad_norm)
@@ -204,20 +214,25 @@ class Step:
                     more["strong"] = logits[rows:], taught[first_view:][:heard]
                     logits, taught = logits[:rows], taught[:first_view]
                 taught = first(taught, heard)
+                selected = None if mask is None else mask.to(self.device, non_blocking=True)
                 measured = self._measure(
                     logits,
                     taught,
                     labels,
-                    selected=None if mask is None else mask.to(self.device, non_blocking=True),
+                    selected=selected,
                     kd_weight=self._kd_weight,
                     num_valid=denominator,
                     # Known to the loss, the scale is folded in float32 before the gradient is rounded to half.
                     grad_scale=self.scaler._scale if self.scaler.is_enabled() else None,
                     **more,
                 )
-                loss = measured.loss
-                share = float(rows) if denominator is None else denominator
-                self.totals.add(measured, rows, asked, number, denominator=share)
+                loss, share = measured.loss, float(rows) if denominator is None else denominator
+                inner: Tensor | None = None
+                if self.features is not None:
+                    inner = self.features(target, batch.indices, heard if selected is None else selected)
+                    inner = inner * (self._warm * rows / share)
+                    loss = loss + inner
+                self.totals.add(measured, rows, asked, number, denominator=share, features=inner)
                 if heard and self._mix is None:
                     place_of = batch.indices[:heard].to(self.device, non_blocking=True)
                     self._seen[place_of] = predicted(taught, target[:heard])
