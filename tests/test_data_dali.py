@@ -225,7 +225,7 @@ def test_processes_share_every_batch(root: Path, count: int, selecting: bool) ->
         share = list(loader(root, train=True, shuffle=True).epoch(0, selected, share=(number, count)))
         assert len(share) == len(whole)
         for batch, ours in zip(whole, share, strict=True):
-            assert all(torch.equal(a[number::count], b) for a, b in zip(batch, ours, strict=True))
+            assert all(torch.equal(a[number::count], b) for a, b in zip(batch[:3], ours[:3], strict=True))
             if selected is not None:
                 mask = selected[ours.indices]
                 assert mask[: int(mask.sum())].all()
