@@ -199,6 +199,20 @@ def test_encoded_pictures_do_not_depend_on_batch_or_workers(root: Path, reader: 
     assert not torch.equal(found(5, 1), found(5, 1, "m3-n2"))
 
 
+def test_readers_augment_alike(root: Path) -> None:
+    """Crops, operations and boxes are the same; what differs is a level or two of resampling before them."""
+    pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
+    options = {"root": str(root), "augment": "crop-flip", "image_size": 16, "batch_size": 12, "erasing": 0.5}
+    found = []
+    for reader in ("dali", "torchvision"):
+        data = load("folder", reader=reader, rand_augment="m9-n2-mstd0.5", second_view="strong", **options)
+        (batch,) = data.train.epoch(1)
+        found.append(torch.stack([batch.images, batch.strong])[:, batch.indices.argsort()])
+    difference = (found[0] - found[1]).abs().flatten(2).mean(dim=2)
+    assert difference.median() < 0.02 and (difference < 0.2).float().mean() > 0.8
+    assert (found[0] - found[1].roll(1, dims=1)).abs().mean() > 0.5, "other samples are far"
+
+
 def test_encoded_pictures_are_those_of_before_where_nothing_is_asked(root: Path) -> None:
     source = Folder(root / "train")
     plain = [FolderLoader(source, torch.arange(12), batch_size=4, image_size=16, train=True) for _ in range(2)]
@@ -234,6 +248,44 @@ def test_a_second_view_is_of_the_same_samples(root: Path, reader: str) -> None:
     assert count == len(data.train.labels)
     assert all(batch.strong is None for batch in data.test.epoch(0))
     assert torch.equal(data.train.picture(3), plain.train.picture(3))
+
+
+@pytest.mark.parametrize("reader", ["memory", "torchvision", "dali"])
+def test_views_repeat_and_epochs_start_in_the_middle_and_are_shared(root: Path, reader: str) -> None:
+    if reader == "dali":
+        pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
+    if reader == "memory":
+        images, targets = pictures(30), torch.arange(30) % 3
+        arguments = {"num_classes": 3, "batch_size": 7, "augment": "crop-flip", "views": 2, "strong": STRONG}
+        train = in_memory(images, targets, images[:6], targets[:6], second=second_view("strong"), **arguments).train
+    else:
+        train = load(
+            "folder",
+            root=str(root),
+            reader=reader,
+            augment="crop-flip",
+            image_size=16,
+            batch_size=5,
+            views=2,
+            rand_augment="m9-n2-mstd0.5",
+            erasing=0.5,
+            second_view="strong",
+        ).train
+
+    def by_index(epoch: int) -> list[Tensor]:
+        batches = list(train.epoch(epoch))
+        order = torch.cat([batch.indices for batch in batches]).argsort()
+        return [torch.cat([batch[place] for batch in batches])[order] for place in (0, 3)]
+
+    first, again, other = by_index(0), by_index(2), by_index(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    whole = list(train.epoch(3))
+    for a, b in zip(whole[1:], train.epoch(3, start=1), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for a, b in zip(whole, train.epoch(3, share=(1, 2)), strict=True):
+        assert all(torch.equal(x[1::2], y) for x, y in zip(a, b, strict=True))
+    assert torch.equal(train.boxes(0, torch.arange(4)), train.boxes(2, torch.arange(4)))
 
 
 def test_mistakes_are_named(root: Path) -> None:

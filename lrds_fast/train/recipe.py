@@ -498,6 +498,10 @@ def _check_values(recipe: Recipe) -> None:
         parse_rand_augment(recipe.data.rand_augment)
     if recipe.data.second_view and recipe.loss.method != "mlkd":
         raise ValueError(f"data.second_view is for loss.method 'mlkd'; got {recipe.loss.method!r}: set it to ''")
+    if recipe.data.second_view and recipe.teacher.cache:
+        raise ValueError(
+            "data.second_view needs the teacher itself: set teacher.cache to '', or data.second_view to ''"
+        )
     if recipe.data.second_view and (recipe.data.mixup or recipe.data.cutmix):
         raise ValueError("data.second_view goes without data.mixup and data.cutmix: set one of them to none")
     recipe.loss.chosen_divergence()

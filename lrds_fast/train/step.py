@@ -288,8 +288,12 @@ def _divided(batch: Batch, count: int) -> list[Batch]:
     """A batch in `count` parts of every count-th row, so that selected samples stay in front."""
     if count == 1:
         return [batch]
-    parts = []
-    for i in range(count):
-        strong = None if batch.strong is None else batch.strong[i::count]
-        parts.append(Batch(batch.images[i::count], batch.targets[i::count], batch.indices[i::count], strong))
-    return parts
+    return [
+        Batch(
+            batch.images[i::count],
+            batch.targets[i::count],
+            batch.indices[i::count],
+            None if batch.strong is None else batch.strong[i::count],
+        )
+        for i in range(count)
+    ]
