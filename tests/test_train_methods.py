@@ -111,7 +111,7 @@ def test_recipes_say_what_strong_data_they_want() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_recipe("cifar100/resnet56-resnet20/kd", [setting])
-    with pytest.raises(ValueError, match="data.second_view needs the teacher itself"):
+    with pytest.raises(ValueError, match="teacher.cache .* it goes without data.second_view"):
         load_recipe("cifar100/resnet56-resnet20/mlkd", ["teacher.cache=soft"])
     with pytest.raises(ValueError, match="data.second_view goes without data.mixup and data.cutmix"):
         load_recipe("cifar100/resnet56-resnet20/mlkd", ["data.second_view=strong", "data.cutmix=1"])

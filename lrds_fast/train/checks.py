@@ -1,0 +1,148 @@
+"""What values a recipe's keys take, alone and together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lrds_fast import divergences
+from lrds_fast.data.strong import parse_rand_augment
+
+if TYPE_CHECKING:
+    from lrds_fast.train.recipe import LossOptions, Recipe, TeacherOptions
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "data.reader": ("auto", "dali", "torchvision"),
+    "teacher.cache_dtype": ("float16", "float32"),
+    "data.second_view": ("", "strong"),
+    "loss.revise": ("lr", "mft", "swap", "none"),
+    "loss.method": ("kd", "dist", "mlkd", "revision"),
+    "loss.divergence": divergences.NAMES,
+    "selection.compose": ("prefix", "mask"),
+    "score.hessian": ("objective", "gt"),
+    "score.curvature": ("identity", "kfac", "ekfac", "exact"),
+    "optimizer.name": ("sgd", "adamw", "rmsprop", "lamb"),
+    "schedule.name": ("cosine", "step", "exponential", "constant"),
+    "run.amp": ("off", "bf16", "fp16"),
+    "run.compile": ("off", "default", "reduce-overhead", "max-autotune"),
+    "teacher.amp": ("", "off", "bf16", "fp16"),
+}
+
+
+def check_values(recipe: Recipe) -> None:
+    """Raises ValueError naming the key whose value is none of a recipe's, or does not go with another one."""
+    for key, choices in _CHOICES.items():
+        table, _, name = key.partition(".")
+        value = getattr(getattr(recipe, table), name)
+        if value not in choices:
+            named = ", ".join(choice or repr(choice) for choice in choices)
+            raise ValueError(f"{key} must be one of {named}; got {value!r}")
+    positive = {
+        "data.batch_size": recipe.data.batch_size,
+        "data.eval_batch_size": recipe.data.eval_batch_size,
+        "data.image_size": recipe.data.image_size,
+        "run.save_every": recipe.run.save_every,
+        "run.accumulate": recipe.run.accumulate,
+        "run.timeout": recipe.run.timeout,
+        "teacher.cache_views": recipe.teacher.cache_views,
+        "schedule.epochs": recipe.schedule.epochs,
+        "optimizer.lr": recipe.optimizer.lr,
+        "schedule.decay_epochs": recipe.schedule.decay_epochs,
+        "loss.temperature": recipe.loss.temperature,
+    }
+    for key, number in positive.items():
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{key} must be above 0 and finite; got {number}")
+    at_least_zero = {
+        "data.workers": recipe.data.workers,
+        "teacher.cache_top_k": recipe.teacher.cache_top_k,
+        "data.train_limit": recipe.data.train_limit,
+        "data.mixup": recipe.data.mixup,
+        "data.cutmix": recipe.data.cutmix,
+        "loss.ce_weight": recipe.loss.ce_weight,
+        "loss.kd_weight": recipe.loss.kd_weight,
+        "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected,
+        "optimizer.momentum": recipe.optimizer.momentum,
+        "optimizer.weight_decay": recipe.optimizer.weight_decay,
+        "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
+        "run.clip_grad_norm": recipe.run.clip_grad_norm,
+        "run.save_every_steps": recipe.run.save_every_steps,
+        "loss.kd_warmup_epochs": recipe.loss.kd_warmup_epochs,
+        "selection.after": recipe.selection.after,
+        "selection.every": recipe.selection.every,
+        "selection.margin": recipe.selection.margin,
+    }
+    for key, number in at_least_zero.items():
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{key} must be at least 0 and finite; got {number}")
+    for key, number in {
+        "data.val_fraction": recipe.data.val_fraction,
+        "data.label_noise": recipe.data.label_noise,
+        "loss.label_smoothing": recipe.loss.label_smoothing,
+        "run.ema_decay": recipe.run.ema_decay,
+    }.items():
+        if not 0 <= number < 1:
+            raise ValueError(f"{key} must be in [0, 1); got {number}")
+    _check_cache(recipe.teacher, recipe.loss)
+    for key, given in (
+        ("data.mixup", recipe.data.mixup),
+        ("data.cutmix", recipe.data.cutmix),
+        ("data.second_view", recipe.data.second_view),
+    ):
+        if recipe.teacher.cache and given:
+            raise ValueError(f"teacher.cache has the answers to single pictures: it goes without {key}; got {given!r}")
+    for key, number in {
+        "data.erasing": recipe.data.erasing,
+        "data.mix_probability": recipe.data.mix_probability,
+    }.items():
+        if not 0 <= number <= 1:
+            raise ValueError(f"{key} must be in [0, 1]; got {number}")
+    if recipe.data.rand_augment:
+        parse_rand_augment(recipe.data.rand_augment)
+    if recipe.data.second_view and recipe.loss.method != "mlkd":
+        raise ValueError(f"data.second_view is for loss.method 'mlkd'; got {recipe.loss.method!r}: set it to ''")
+    if recipe.data.second_view and (recipe.data.mixup or recipe.data.cutmix):
+        raise ValueError("data.second_view goes without data.mixup and data.cutmix: set one of them to none")
+    recipe.loss.chosen_divergence()
+    if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
+        raise ValueError(f"loss.method {recipe.loss.method!r} takes no divergence and no standardize; use method 'kd'")
+    if recipe.loss.method in ("dist", "revision") and recipe.loss.temperatures:
+        raise ValueError(f"loss.method {recipe.loss.method!r} takes one temperature; got loss.temperatures")
+    if recipe.loss.method != "kd" and recipe.loss.revise not in ("lr", "none"):
+        raise ValueError(f"loss.method {recipe.loss.method!r} takes loss.revise 'lr' or 'none'")
+    if recipe.loss.method == "revision" and recipe.loss.revise != "lr":
+        raise ValueError("loss.method 'revision' is label revision: it takes loss.revise 'lr'")
+    if any(not 0 < t < float("inf") for t in recipe.loss.temperatures):
+        raise ValueError(f"loss.temperatures must be above 0 and finite; got {recipe.loss.temperatures}")
+    if recipe.selection.every and not recipe.selection.after:
+        raise ValueError("selection.every needs selection.after, the epochs before the first scoring, to be above 0")
+    if not recipe.selection.ratio <= 1:
+        raise ValueError(
+            f"selection.ratio must be at most 1, or below 0 for the threshold; got {recipe.selection.ratio}"
+        )
+    if recipe.selection.by == "set_shift" and (recipe.selection.ratio < 0 or recipe.selection.margin):
+        raise ValueError(
+            "selection.by = 'set_shift' chooses a share of the samples together: set selection.ratio, no margin"
+        )
+    if recipe.selection.by == "set_shift" and recipe.score.curvature == "exact":
+        raise ValueError("selection.by = 'set_shift' takes score.curvature 'identity', 'kfac' or 'ekfac'; got 'exact'")
+    if recipe.selection.per_class and recipe.selection.after and recipe.selection.ratio < 0:
+        raise ValueError("selection.per_class needs selection.ratio, the share of every class")
+    if not 0 < recipe.loss.eta < 1:
+        raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
+
+
+def _check_cache(teacher: TeacherOptions, loss: LossOptions) -> None:
+    if teacher.cache and not teacher.model:
+        raise ValueError(f"teacher.cache is {teacher.cache!r}, but teacher.model, whose logits it holds, is empty")
+    needs_all = {
+        f"loss.method={loss.method}": loss.method != "kd",
+        f"loss.divergence={loss.divergence}": loss.divergence == "mse_logits",
+        "loss.temperatures": bool(loss.temperatures),
+        "loss.standardize": loss.standardize,
+    }
+    for key, needed in needs_all.items():
+        if needed and teacher.cache and teacher.cache_top_k:
+            raise ValueError(
+                f"{key} needs the logits of all classes: set teacher.cache_top_k=0; got {teacher.cache_top_k}"
+            )
