@@ -103,6 +103,13 @@ def check_values(recipe: Recipe) -> None:
         raise ValueError(f"data.second_view is for loss.method 'mlkd'; got {recipe.loss.method!r}: set it to ''")
     if recipe.data.second_view and (recipe.data.mixup or recipe.data.cutmix):
         raise ValueError("data.second_view goes without data.mixup and data.cutmix: set one of them to none")
+    if (recipe.data.mixup or recipe.data.cutmix) and recipe.loss.method in ("mlkd", "revision"):
+        raise ValueError(
+            f"loss.method {recipe.loss.method!r} takes class numbers: it goes without data.mixup and data.cutmix"
+        )
+    if (recipe.data.mixup or recipe.data.cutmix) and recipe.loss.revise in ("mft", "swap"):
+        raise ValueError(f"loss.revise {recipe.loss.revise!r} takes class numbers: with data.mixup or cutmix use 'lr'")
+    _check_features(recipe)
     recipe.loss.chosen_divergence()
     if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
         raise ValueError(f"loss.method {recipe.loss.method!r} takes no divergence and no standardize; use method 'kd'")
@@ -130,6 +137,19 @@ def check_values(recipe: Recipe) -> None:
         raise ValueError("selection.per_class needs selection.ratio, the share of every class")
     if not 0 < recipe.loss.eta < 1:
         raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
+
+
+def _check_features(recipe: Recipe) -> None:
+    """What reads the networks' inner features needs their plain passes, of one picture a sample."""
+    if not recipe.features.method:
+        return
+    for key, given, plain in (
+        ("run.compile", recipe.run.compile, "off"),
+        ("teacher.cache", recipe.teacher.cache, ""),
+        ("data.second_view", recipe.data.second_view, ""),
+    ):
+        if given != plain:
+            raise ValueError(f"features.method {recipe.features.method!r} needs {key}={plain!r}; got {given!r}")
 
 
 def _check_cache(teacher: TeacherOptions, loss: LossOptions) -> None:

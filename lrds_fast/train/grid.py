@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lrds_fast.train import feature_recipes
 from lrds_fast.train import published as literature
 from lrds_fast.train.published import Pair
 
@@ -43,6 +44,8 @@ class Protocol(NamedTuple):
     checkpoints: bool = True
 
 
+#: Features of the inner layers, alone ("crd") and beside KD ("kd-crd").
+_FEATURES: Mapping[str, Values] = feature_recipes.METHODS
 _TAUGHT: Values = {"loss": {"ce_weight_unselected": 1.0}}
 _CIFAR_METHODS: Mapping[str, Values] = {
     "kd": {"loss": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9}},
@@ -54,6 +57,7 @@ _CIFAR_METHODS: Mapping[str, Values] = {
     "dist": {"loss": {"method": "dist", "temperature": 4.0, "ce_weight": 1.0, "kd_weight": 2.0}},
     # What the paper's label revision has been re-implemented as in public: it revises by itself.
     "revision": {"loss": {"method": "revision", "kd_weight": 1.0, "revise": "lr"}},
+    **_FEATURES,
 }
 _IMAGENET_METHODS: Mapping[str, Values] = {
     "kd": {"loss": {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}},
@@ -135,7 +139,12 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "cifar100-short": _CIFAR._replace(base="cifar100_short", compares=False, overrides={}),
     "imagenet": _IMAGENET,
     "imagenet-modern": _MODERN,
-    "imagenet-adamw": _MODERN._replace(base="imagenet_adamw", compares=False),
+    # Its pictures are mixed, which the public re-implementation of label revision cannot take.
+    "imagenet-adamw": _MODERN._replace(
+        base="imagenet_adamw",
+        compares=False,
+        methods={name: values for name, values in _MODERN_METHODS.items() if name != "revision"},
+    ),
 }
 
 
@@ -169,9 +178,14 @@ def names() -> list[str]:
             for pair, method, switch in itertools.product(
                 protocol.pairs, protocol.methods, ("", "+lr", "+ds", "+lr+ds")
             )
-            if not (method == "revision" and "+lr" in switch)
+            if "+lr" not in switch or _can_revise(method)
         ]
     return found
+
+
+def _can_revise(method: str) -> bool:
+    """Whether "+lr" changes it: not what revises by itself, nor what has none of the teacher's labels."""
+    return method != "revision" and (method not in _FEATURES or _FEATURES[method]["loss"]["kd_weight"] > 0)
 
 
 def models_of(protocol: Protocol) -> list[str]:
@@ -190,7 +204,7 @@ def parts_of(name: str) -> Parts | None:
         return Parts(prefix, "", pair, "", ()) if pair in models_of(protocol) else None
     method, *switches = what.split("+")
     known = pair in protocol.pairs and method in protocol.methods
-    allowed = ([], ["lr"], ["ds"], ["lr", "ds"]) if method != "revision" else ([], ["ds"])
+    allowed = ([], ["lr"], ["ds"], ["lr", "ds"]) if _can_revise(method) else ([], ["ds"])
     if not known or switches not in allowed:
         return None
     return Parts(prefix, protocol.pairs[pair].teacher, protocol.pairs[pair].student, method, tuple(switches))
@@ -229,6 +243,10 @@ def compose(source: str, base: Values) -> dict[str, Any]:
         beta = protocol.pairs[f"{parts.teacher}-{parts.student}"].beta
         warm_up = max(1, schedule["epochs"] // 12) if protocol.base.startswith("cifar") else 1
         layers.append({"loss": {"divergence_options": {"beta": beta}, "kd_warmup_epochs": warm_up}})
+    if parts.method in _FEATURES:
+        layers.append({"features": {"weight": feature_recipes.weight(parts.method, parts.student)}})
+        if "kd_warmup_epochs" in _FEATURES[parts.method]["loss"]:
+            layers.append({"loss": {"kd_warmup_epochs": max(1, schedule["epochs"] // 12)}})
     if "ds" in parts.switches:
         # Scored once.
         after = max(2, int(schedule["epochs"] * protocol.after_share + 1e-6))
@@ -247,4 +265,8 @@ def published(name: str) -> float | None:
     protocol = PROTOCOLS[parts.protocol]
     if not parts.teacher:
         return protocol.alone.get(parts.student)
-    return protocol.pairs[f"{parts.teacher}-{parts.student}"].accuracies.get(parts.method)
+    pair = f"{parts.teacher}-{parts.student}"
+    found = protocol.pairs[pair].accuracies.get(parts.method)
+    if found is None and protocol.base == "cifar100":
+        found = feature_recipes.ACCURACIES.get(pair, {}).get(parts.method)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import sys
 import types
@@ -264,8 +265,14 @@ class Recipe:
 
 def builtin_recipes() -> list[str]:
     """Names of the recipes that come with the library."""
-    folder = resources.files("lrds_fast.recipes")
-    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(_builtin())
+
+
+@functools.cache
+def _builtin() -> dict[str, str]:
+    """Their texts by name."""
+    files = [entry for entry in resources.files("lrds_fast.recipes").iterdir() if entry.name.endswith(".toml")]
+    return {entry.name[:-5]: entry.read_text(encoding="utf-8") for entry in files}
 
 
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
@@ -311,7 +318,7 @@ def recipe_text(name: str) -> str:
         near = difflib.get_close_matches(name, builtin_recipes(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "lrds-fast recipes lists them"
         raise ValueError(f"there is no recipe {name!r}; {hint}")
-    return resources.files("lrds_fast.recipes").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return _builtin()[name]
 
 
 def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -348,8 +355,14 @@ def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     return recipe
 
 
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """A dataclass's types by field; working them out takes longer than the rest of a recipe."""
+    return typing.get_type_hints(cls)
+
+
 def _build(cls: Any, values: Mapping[str, Any], *, prefix: str, where: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         full = f"{prefix}{key}"
@@ -382,7 +395,7 @@ def _nearest(full: str, prefix: str, keys: list[str]) -> str:
 def all_keys() -> list[str]:
     """Every key of a recipe, dotted."""
     keys = []
-    for name, hint in typing.get_type_hints(Recipe).items():
+    for name, hint in _hints(Recipe).items():
         if dataclasses.is_dataclass(hint):
             keys += [f"{name}.{inner.name}" for inner in dataclasses.fields(hint)]
         else:
