@@ -1,0 +1,540 @@
+"""A distillation step from end to end, teacher included: images a second, where the time goes, and what loads pictures.
+
+    python benchmarks/bench_train.py                        this machine's CPU, one thread, at toy size
+    python benchmarks/bench_train.py --quick                a minute: the pair for 32 x 32, nothing compiled
+    python benchmarks/bench_train.py --device cuda --budget 220 --csv out.csv
+    python benchmarks/bench_train.py --markdown results/train_cpu.csv   a stored run as tables
+
+Arms (benchmarks/train_steps.py): "baseline", the step as mdistiller writes it (float32, NCHW, eager losses with label
+revision, teacher on every row); "tuned", the same in bfloat16 autocast, channels_last and torch.compile; "ours", the
+trainer's step with the same three and kd_loss; ours with a share of the samples selected, or from cached logits; ours
+with one thing switched off. Before anything is timed, one step of every arm of ours, in float32, NCHW and not
+compiled, must change the parameters as the baseline's does with the same rows masked (`checked`: relative distance of
+the two changes); `update_error` is the same for the arm as it is timed.
+
+A turn is an epoch of a few batches; arms take turns within each round, a row holds medians over rounds. The CPU's clock
+is CPU time, that of ended workers included, if there is one thread, wall time if there are several. CUDA: events, after
+the first batches of the turn. Shares come from a turn under torch.profiler, by wall time. Networks have random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import train_loaders as loaders
+from benchmarks import train_steps as steps
+from benchmarks.baselines import Objective
+from benchmarks.bench_kd_loss import Row, facts, quiet_stderr, write_csv
+from benchmarks.train_steps import Arm, Case, Contender
+from lrds_fast.data import Loader
+
+CIFAR = Objective()
+IMAGENET = Objective(temperature=1.0, ce_weight=0.5, kd_weight=0.5)
+CASES = [
+    Case("resnet32x4", "resnet8x4", 32, 100, CIFAR, 16, 512),
+    Case("torchvision:resnet34", "torchvision:resnet18", 224, 1000, IMAGENET, 8, 256),
+    Case("torchvision:resnet50", "timm:mobilenetv1_100", 224, 1000, IMAGENET, 8, 256),
+]
+OURS = Arm("ours", ours=True, amp="bf16", channels_last=True, compiled=True)
+SELECTED = dataclasses.replace(OURS, name="ours, 30% selected", selected=0.3)
+BASELINE = Arm("baseline")
+MAIN = [
+    BASELINE,
+    Arm("tuned", amp="bf16", channels_last=True, compiled=True),
+    OURS,
+    SELECTED,
+    dataclasses.replace(OURS, name="ours, cached teacher", cached=True),
+]
+ABLATIONS = [
+    dataclasses.replace(OURS, name="ours, 70% selected", selected=0.7),
+    dataclasses.replace(SELECTED, name="ours, 30% selected, mask", compose="mask"),
+    dataclasses.replace(OURS, name="ours, not compiled", compiled=False),
+    dataclasses.replace(OURS, name="ours, NCHW", channels_last=False),
+    dataclasses.replace(OURS, name="ours, float32", amp="off"),
+]
+#: Batches of a turn that are not timed on CUDA: pipelines and queues fill meanwhile.
+SKIPPED = 3
+#: What a step of ours may differ from the baseline's in float32, and in bfloat16.
+EQUAL, CLOSE = 1e-3, 0.5
+
+
+def cases_here() -> tuple[list[Case], list[str]]:
+    """(cases whose libraries are installed, reasons why the others are left out)."""
+    found, reasons = [], []
+    for case in CASES:
+        libraries = {name.partition(":")[0] for name in (case.teacher, case.student) if ":" in name}
+        lacking = loaders.missing(*sorted(libraries))
+        if lacking:
+            reasons.append(f"{case}: {lacking} is not installed")
+        else:
+            found.append(case)
+    return found, reasons
+
+
+def can_compile(device: torch.device) -> str:
+    """ "" where torch.compile works, else why not."""
+    if hasattr(torch._dynamo.config, "recompile_limit"):
+        # The cache belongs to a network's code, which all arms share: beyond the limit they would silently be eager.
+        torch._dynamo.config.recompile_limit = 256
+    try:
+        torch.compile(lambda x: (x + 1).relu())(torch.zeros(8, device=device))
+    except Exception as error:  # what a broken tool chain raises is anybody's guess
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+@dataclass
+class Clock:
+    """Seconds between start() and seconds(): CPU time with one thread, wall time with several, events on CUDA."""
+
+    device: torch.device
+    began: float = 0.0
+    event: object = None
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+        else:
+            self.began = self._now()
+
+    def seconds(self) -> float:
+        if self.device.type == "cuda":
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            end.synchronize()
+            return float(self.event.elapsed_time(end)) / 1e3  # type: ignore[attr-defined]
+        return self._now() - self.began
+
+    @staticmethod
+    def _now() -> float:
+        return loaders.cpu_seconds() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+@dataclass
+class Turn:
+    """What takes turns: an arm with a loader. seconds: of a step, one per round."""
+
+    contender: Contender
+    kind: str
+    loader: Loader
+    pictures: str
+    selected: Tensor | None
+    checked: float | None
+    update_error: float
+    seconds: list[float] = field(default_factory=list)
+    shares: dict[str, float] = field(default_factory=dict)
+
+    def batches(self, epoch: int) -> Iterator[None]:
+        """Carries out the steps of an epoch; yields before each."""
+        arriving = iter(self.loader.epoch(epoch, self.selected))
+        while True:
+            yield
+            with record_function("loader"):
+                batch = next(arriving, None)
+            if batch is None:
+                return
+            self.contender.step(batch)
+
+    def run(self, epoch: int) -> None:
+        for _ in self.batches(epoch):
+            pass
+
+    def timed(self, epoch: int, clock: Clock, skip: int) -> float:
+        """Seconds of a step."""
+        for number, _ in enumerate(self.batches(epoch)):
+            if number == skip:
+                clock.start()
+        return clock.seconds() / (len(self.loader) - skip)
+
+
+def keep(size: int, share: float) -> Tensor | None:
+    """(size,) bool with a share of True; None for all."""
+    if share == 1.0:
+        return None
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[order[: int(share * size + 0.5)]] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured. timed: steps of a turn. until: no arm is prepared after this moment (time.perf_counter)."""
+
+    device: torch.device
+    batch: int
+    timed: int
+    skip: int
+    rounds: int
+    workers: int
+    until: float
+
+    @property
+    def size(self) -> int:
+        """Samples of an epoch."""
+        return self.batch * (self.timed + self.skip)
+
+
+def prepare(case: Case, arms: list[Arm], plan: Plan, scratch: Path, say: Callable[[str], None]) -> list[Turn]:
+    """The turns of a case: every arm, checked, on prepared batches, and three of them on what else loads pictures."""
+    device = plan.device
+    shape = (3, case.size, case.size)
+    ready = {
+        share: loaders.prepared(
+            shape,
+            classes=case.classes,
+            batch=plan.batch,
+            batches=plan.timed + plan.skip,
+            device=device,
+            selected=keep(plan.size, share),
+        )
+        for share in {arm.selected for arm in arms}
+    }
+    pair = steps.make_pair(case, device, ready[1.0].batches[0].images)
+    cache = steps.cached_logits(pair.teacher, ready[1.0].batches, plan.size)
+
+    def contender(arm: Arm) -> Contender:
+        return steps.make_contender(
+            arm, case, pair, device, keep(plan.size, arm.selected), cache if arm.cached else None
+        )
+
+    wanted: dict[float, Tensor] = {}
+    turns: list[Turn] = []
+    for arm in arms:
+        if time.perf_counter() > plan.until and len(turns) > 2:
+            say(f"{case}: {arm.name} is left out, the budget is used up")
+            continue
+        loader = ready[arm.selected]
+        first = loader.batches[0]
+        if arm.selected not in wanted:
+            masked = dataclasses.replace(BASELINE, selected=arm.selected)
+            wanted[arm.selected] = steps.first_update(contender(masked), first)
+        checked = None
+        if arm.ours:
+            checked = steps.distance(steps.first_update(contender(arm.plain()), first), wanted[arm.selected])
+            require(checked <= EQUAL, f"{case}: a float32 step of {arm.name} is {checked:.1e} off the baseline's")
+        made = contender(arm)
+        error = steps.distance(steps.first_update(made, first), wanted[arm.selected])
+        require(error <= CLOSE, f"{case}: a step of {arm.name} is {error:.1e} off the baseline's")
+        turns.append(
+            Turn(made, "synthetic", loader, "noise on the device", keep(plan.size, arm.selected), checked, error)
+        )
+    return turns + with_loaders(case, turns, plan, scratch, say)
+
+
+def require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise AssertionError(otherwise)
+
+
+def with_loaders(case: Case, turns: list[Turn], plan: Plan, scratch: Path, say: Callable[[str], None]) -> list[Turn]:
+    """The baseline with the published loader; ours, with every row and with a selection, with the others."""
+    by_name = {turn.contender.arm.name: turn for turn in turns}
+    small = case.size == 32
+    kinds, reasons = loaders.cifar_kinds() if small else loaders.photograph_kinds()
+    for reason in reasons:
+        say(f"{case}: without {reason}")
+    if not kinds:
+        return []
+    best = kinds[-1]
+    wanted = [(BASELINE.name, "published"), (OURS.name, "torchvision"), (OURS.name, best), (SELECTED.name, best)]
+    pictures = loaders.cifar_pictures(plan.size) if small else None
+    found = None if small else loaders.photographs(scratch)
+    made: dict[str, Loader] = {}
+    more = []
+    for name, kind in dict.fromkeys(wanted):
+        if kind not in kinds or name not in by_name:
+            continue
+        if kind not in made and pictures is not None:
+            made[kind] = loaders.cifar_loader(
+                kind, pictures, batch_size=plan.batch, workers=plan.workers, device=plan.device
+            )
+        elif kind not in made and found is not None:
+            made[kind] = loaders.photograph_loader(
+                kind,
+                found,
+                count=plan.size,
+                batch_size=plan.batch,
+                train=True,
+                workers=plan.workers,
+                device=plan.device,
+                image_size=case.size,
+            )
+        words = pictures[2] if pictures is not None else found.words if found is not None else ""
+        more.append(dataclasses.replace(by_name[name], kind=kind, loader=made[kind], pictures=words, seconds=[]))
+    return more
+
+
+def measure(turns: list[Turn], plan: Plan) -> None:
+    """Fills in the turns' seconds and shares."""
+    clock = Clock(plan.device)
+    for turn in turns:
+        turn.run(0)
+    for number in range(plan.rounds):
+        for turn in turns:
+            turn.seconds.append(turn.timed(1 + number, clock, plan.skip))
+    for turn in turns:
+        with quiet_stderr():
+            turn.shares = steps.shares(steps.profiled(lambda turn=turn: turn.run(0), plan.device))  # type: ignore[misc]
+
+
+def rows_of(case: Case, turns: list[Turn], plan: Plan) -> list[Row]:
+    """vs_baseline: the baseline's time over the arm's, on the same kind of batches (prepared, or loaded). vs_tuned:
+    likewise, prepared ones only. ceiling: images/s over the same arm's on prepared batches."""
+    known = {(turn.contender.arm.name, turn.kind): turn.seconds for turn in turns}
+    rows = []
+    for turn in turns:
+        arm, seconds = turn.contender.arm, turn.seconds
+        own = turn.kind == "synthetic"
+        against = {
+            "vs_baseline": known.get((BASELINE.name, "synthetic" if own else "published")),
+            "vs_tuned": known.get(("tuned", "synthetic")) if own else None,
+            "ceiling": None if own else known.get((arm.name, "synthetic")),
+        }
+        row: Row = {
+            "part": "step",
+            "case": str(case),
+            "classes": case.classes,
+            "batch": plan.batch,
+            "arm": arm.name,
+            "settings": arm.settings,
+            "teacher": arm.teacher,
+            "loader": turn.kind,
+            "pictures": turn.pictures,
+            "steps": plan.timed,
+            "rounds": plan.rounds,
+            "images_s": plan.batch / statistics.median(seconds),
+            "median_ms": statistics.median(seconds) * 1e3,
+            "min_ms": min(seconds) * 1e3,
+            "max_ms": max(seconds) * 1e3,
+            "checked": "" if turn.checked is None else turn.checked,
+            "update_error": turn.update_error,
+        }
+        for name, theirs in against.items():
+            ratios = [] if theirs is None else [t / s for t, s in zip(theirs, seconds, strict=True)]
+            row[name] = statistics.median(ratios) if ratios else ""
+            if name == "vs_baseline":
+                row |= {"vs_low": min(ratios, default=""), "vs_high": max(ratios, default="")}
+        rows.append(row | {f"share_{name}": share for name, share in turn.shares.items()})
+    return rows
+
+
+def readers(plan: Plan, count: int, scratch: Path, say: Callable[[str], None]) -> list[Row]:
+    """Photographs a second and a CPU-second by what reads them, at 224 x 224, checked for equal pixels first."""
+    kinds, reasons = loaders.photograph_kinds()
+    for reason in reasons:
+        say(f"readers: without {reason}")
+    if "published" not in kinds:
+        return []
+    workers = max(1, plan.workers)
+    found = loaders.photographs(scratch)
+    off = {"eval": loaders.check_evaluated(found, min(count, 100), kinds, plan.device), "train": {}}
+    if "DALI" in kinds:
+        off["train"]["DALI"] = loaders.check_trained(found, min(count, 100), plan.device)
+    rows = []
+    for transform in ("train", "eval"):
+        made = {
+            name: loaders.photograph_loader(
+                name.partition(",")[0],
+                found,
+                count=count,
+                batch_size=50,
+                train=transform == "train",
+                workers=0 if name.endswith("no workers") else workers,
+                device=plan.device,
+            )
+            for name in ["published", "published, no workers", *kinds[1:]]
+        }
+        cpu: dict[str, list[float]] = {name: [] for name in made}
+        wall: dict[str, list[float]] = {name: [] for name in made}
+        for number in range(plan.rounds + 1):
+            for kind, loader in made.items():
+                began, cpu_began = time.perf_counter(), loaders.cpu_seconds()
+                for batch in loader.epoch(number):
+                    batch.images.to(plan.device, non_blocking=True)
+                if plan.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:  # the first epoch builds pipelines and fills the file cache
+                    wall[kind].append(time.perf_counter() - began)
+                    cpu[kind].append(loaders.cpu_seconds() - cpu_began)
+        for kind in made:
+            ratios = [a / b for a, b in zip(cpu["published"], cpu[kind], strict=True)]
+            walls = [a / b for a, b in zip(wall["published"], wall[kind], strict=True)]
+            rows.append(
+                {
+                    "part": "reader",
+                    "case": f"{transform}, 224 x 224",
+                    "loader": kind,
+                    "pictures": found.words,
+                    "samples": count,
+                    "workers": workers,
+                    "rounds": plan.rounds,
+                    "images_s": count / statistics.median(wall[kind]),
+                    "images_cpu_s": count / statistics.median(cpu[kind]),
+                    "vs_published": statistics.median(ratios),
+                    "vs_low": min(ratios),
+                    "vs_high": max(ratios),
+                    "vs_published_wall": statistics.median(walls),
+                    "levels_off": off[transform].get(kind, ""),
+                }
+            )
+    return rows
+
+
+def number(value: object, form: str, empty: str = "") -> str:
+    return empty if value in ("", None) else format(float(str(value)), form)
+
+
+def table(rows: list[Row]) -> str:
+    """A stored or fresh run as Markdown tables, one per case."""
+    lines: list[str] = []
+    found = [row for row in rows if row["part"] == "step"]
+    unit = "images / CPU-s" if str(rows[0]["threads"]) == "1" else "images/s"
+    for case in dict.fromkeys(row["case"] for row in found):
+        mine = [row for row in found if row["case"] == case]
+        header = ["arm", "settings", "teacher", "loader", unit, "vs baseline", "vs tuned", "of its ceiling"]
+        header += ["checked", "update error"]
+        lines += [f"## {case}, C = {mine[0]['classes']}, batch {mine[0]['batch']}", ""]
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        for row in mine:
+            spread = f" ({number(row['vs_low'], '.2f')} to {number(row['vs_high'], '.2f')})"
+            cells = [
+                row["arm"],
+                row["settings"],
+                row["teacher"],
+                row["loader"] if row["loader"] == "synthetic" else f"{row['loader']}: {row['pictures']}",
+                number(row["images_s"], ".4g"),
+                number(row["vs_baseline"], ".2f") + ("x" + spread if row["vs_baseline"] not in ("", None) else ""),
+                number(row["vs_tuned"], ".2f") + ("x" if row["vs_tuned"] not in ("", None) else ""),
+                number(row["ceiling"], ".0%"),
+                number(row["checked"], ".0e"),
+                number(row["update_error"], ".0e") if float(row["update_error"]) > 0 else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        names = [*steps.REGIONS, "other", "idle"]
+        lines += [
+            "",
+            "| share of the time: arm | loader | " + " | ".join(names) + " |",
+            "|" + "---|" * (2 + len(names)),
+        ]
+        for row in mine:
+            cells = [row["arm"], row["loader"], *(number(row[f"share_{name}"], ".1%") for name in names)]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    readers_rows = [row for row in rows if row["part"] == "reader"]
+    if readers_rows:
+        first = readers_rows[0]
+        header = ["transform", "reader", "images / CPU-s", "vs published, CPU time", "images/s", "levels of 255 off"]
+        lines += [f"## Readers: {first['samples']} {first['pictures']}, {first['workers']} worker(s) or thread(s)", ""]
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        for row in readers_rows:
+            spread = f"({number(row['vs_low'], '.2f')} to {number(row['vs_high'], '.2f')})"
+            cells = [row["case"], row["loader"], number(row["images_cpu_s"], ".4g")]
+            cells += [f"{number(row['vs_published'], '.2f')}x {spread}", number(row["images_s"], ".4g")]
+            lines.append("| " + " | ".join([*cells, number(row["levels_off"], ".4f")]) + " |")
+        lines.append("")
+    first = rows[0]
+    threads = f", {first['threads']} thread(s), {first['isa']}" if first["threads"] != "" else ""
+    lines.append(f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}; `{first['command']}`.")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--quick", action="store_true", help="the main arms; on the CPU one pair, nothing compiled")
+    parser.add_argument("--rounds", type=int, help="(default 5, quick 3)")
+    parser.add_argument("--workers", type=int, help="that load pictures in a step (default: CPU 0, CUDA 8 at most)")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further arm is prepared")
+    parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument("--markdown", type=Path, metavar="CSV", help="print a stored run as tables and end")
+    arguments = parser.parse_args()
+    if arguments.markdown is not None:
+        with arguments.markdown.open(newline="", encoding="utf-8") as file:
+            sys.stdout.write(table(list(csv.DictReader(file))) + "\n")
+        return 0
+    on_gpu = arguments.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    torch.set_num_threads(arguments.threads)
+    torch.backends.cudnn.benchmark = True  # as mdistiller has it, for every arm
+    device = torch.device(arguments.device)
+    began = time.perf_counter()
+    workers = arguments.workers if arguments.workers is not None else min(8, os.cpu_count() or 1) if on_gpu else 0
+
+    def say(text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    chosen, reasons = cases_here()
+    arms = MAIN if arguments.quick else MAIN + ABLATIONS
+    if arguments.quick and not on_gpu:
+        chosen = chosen[:1]
+    why = "a quick run on the CPU" if arguments.quick and not on_gpu else can_compile(device)
+    if why:
+        reasons.append(f"torch.compile: {why}")
+        arms = [dataclasses.replace(arm, compiled=False) for arm in arms if arm.name != "ours, not compiled"]
+    for reason in reasons:
+        say(f"left out: {reason}")
+    common = facts(arguments.device)
+    rows: list[Row] = []
+
+    def store(found: list[Row]) -> None:
+        rows.extend(row | common for row in found)
+        if arguments.csv is not None:  # a run that is cut short keeps what it has
+            write_csv(arguments.csv, rows)
+
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for place, case in enumerate(chosen):
+            batch = case.cuda_batch if on_gpu else case.cpu_batch // (2 if arguments.quick else 1)
+            plan = Plan(
+                device=device,
+                batch=batch,
+                timed=10 if on_gpu else 2,
+                skip=SKIPPED if on_gpu else 0,
+                rounds=arguments.rounds or (3 if arguments.quick else 5),
+                workers=workers,
+                until=began + arguments.budget * (place + 1) / (len(chosen) + 0.5),
+            )
+            torch._dynamo.reset()
+            turns = prepare(case, arms, plan, scratch, say)
+            measure(turns, plan)
+            found = rows_of(case, turns, plan)
+            store(found)
+            for row in found:
+                say(
+                    f"{case}, batch {batch}: {row['arm']}, {row['loader']}: {row['images_s']:.4g} images/s,"
+                    f" {number(row['vs_baseline'], '.2f', '-')} x baseline, loss {row['share_loss']:.2%}"
+                )
+            del turns
+        count = 2000 if on_gpu else 64 if arguments.quick else 200
+        found = readers(plan, count, scratch, say)
+        store(found)
+        for row in found:
+            say(f"{row['case']}, {row['loader']}: {row['images_cpu_s']:.4g} images a CPU-second")
+    sys.stdout.write("\n" + table(rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
