@@ -14,7 +14,7 @@ the two changes); `update_error` is the same for the arm as it is timed.
 
 A turn is an epoch of a few batches; arms take turns within each round, a row holds medians over rounds. The CPU's clock
 is CPU time, that of ended workers included, if there is one thread, wall time if there are several. CUDA: events, after
-the first batches of the turn. Shares come from a turn under torch.profiler, by wall time. Networks have random weights.
+the first batches of the turn. Shares are medians of three turns under torch.profiler, by wall time. Weights are random.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ from torch.profiler import record_function
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import train_loaders as loaders
+from benchmarks import train_readers
 from benchmarks import train_steps as steps
 from benchmarks.baselines import Objective
 from benchmarks.bench_kd_loss import Row, facts, quiet_stderr, write_csv
+from benchmarks.train_readers import shown
 from benchmarks.train_steps import Arm, Case, Contender
 from lrds_fast.data import Loader
 
@@ -68,8 +70,10 @@ ABLATIONS = [
     dataclasses.replace(OURS, name="ours, NCHW", channels_last=False),
     dataclasses.replace(OURS, name="ours, float32", amp="off"),
 ]
-#: Batches of a turn that are not timed on CUDA: pipelines and queues fill meanwhile.
-SKIPPED = 3
+#: Batches that are different from each other.
+DISTINCT = 2
+#: Turns under the profiler: on a shared machine one of them may meet a neighbour.
+PROFILED = 3
 #: What a step of ours may differ from the baseline's in float32, and in bfloat16.
 EQUAL, CLOSE = 1e-3, 0.5
 
@@ -139,6 +143,7 @@ class Turn:
     selected: Tensor | None
     checked: float | None
     update_error: float
+    length: Length
     seconds: list[float] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
 
@@ -157,12 +162,12 @@ class Turn:
         for _ in self.batches(epoch):
             pass
 
-    def timed(self, epoch: int, clock: Clock, skip: int) -> float:
+    def timed(self, epoch: int, clock: Clock) -> float:
         """Seconds of a step."""
         for number, _ in enumerate(self.batches(epoch)):
-            if number == skip:
+            if number == self.length.skipped:
                 clock.start()
-        return clock.seconds() / (len(self.loader) - skip)
+        return clock.seconds() / self.length.timed
 
 
 def keep(size: int, share: float) -> Tensor | None:
@@ -176,21 +181,34 @@ def keep(size: int, share: float) -> Tensor | None:
 
 
 @dataclass(frozen=True)
+class Length:
+    """Batches of a turn: the first ones are not timed on CUDA, where queues and workers' stocks fill meanwhile."""
+
+    timed: int
+    skipped: int = 0
+
+    @property
+    def batches(self) -> int:
+        return self.timed + self.skipped
+
+
+@dataclass(frozen=True)
 class Plan:
-    """How much is measured. timed: steps of a turn. until: no arm is prepared after this moment (time.perf_counter)."""
+    """How much is measured: batches of a turn on prepared batches, and of one that loads pictures. until: moments
+    (time.perf_counter) after which no further arm is prepared, and no further round begun."""
 
     device: torch.device
     batch: int
-    timed: int
-    skip: int
     rounds: int
     workers: int
-    until: float
+    prepared: Length
+    loaded: Length
+    until: tuple[float, float]
 
     @property
     def size(self) -> int:
         """Samples of an epoch."""
-        return self.batch * (self.timed + self.skip)
+        return self.batch * self.loaded.batches
 
 
 def prepare(case: Case, arms: list[Arm], plan: Plan, scratch: Path, say: Callable[[str], None]) -> list[Turn]:
@@ -201,8 +219,10 @@ def prepare(case: Case, arms: list[Arm], plan: Plan, scratch: Path, say: Callabl
         share: loaders.prepared(
             shape,
             classes=case.classes,
+            size=plan.size,
             batch=plan.batch,
-            batches=plan.timed + plan.skip,
+            distinct=DISTINCT,
+            batches=plan.prepared.batches,
             device=device,
             selected=keep(plan.size, share),
         )
@@ -219,24 +239,25 @@ def prepare(case: Case, arms: list[Arm], plan: Plan, scratch: Path, say: Callabl
     wanted: dict[float, Tensor] = {}
     turns: list[Turn] = []
     for arm in arms:
-        if time.perf_counter() > plan.until and len(turns) > 2:
+        if time.perf_counter() > plan.until[0] and len(turns) > 2:
             say(f"{case}: {arm.name} is left out, the budget is used up")
             continue
         loader = ready[arm.selected]
         first = loader.batches[0]
         if arm.selected not in wanted:
             masked = dataclasses.replace(BASELINE, selected=arm.selected)
-            wanted[arm.selected] = steps.first_update(contender(masked), first)
+            with steps.exact_convolutions():
+                wanted[arm.selected] = steps.first_update(contender(masked), first)
         checked = None
         if arm.ours:
-            checked = steps.distance(steps.first_update(contender(arm.plain()), first), wanted[arm.selected])
+            with steps.exact_convolutions():
+                checked = steps.distance(steps.first_update(contender(arm.plain()), first), wanted[arm.selected])
             require(checked <= EQUAL, f"{case}: a float32 step of {arm.name} is {checked:.1e} off the baseline's")
         made = contender(arm)
         error = steps.distance(steps.first_update(made, first), wanted[arm.selected])
         require(error <= CLOSE, f"{case}: a step of {arm.name} is {error:.1e} off the baseline's")
-        turns.append(
-            Turn(made, "synthetic", loader, "noise on the device", keep(plan.size, arm.selected), checked, error)
-        )
+        selected = keep(plan.size, arm.selected)
+        turns.append(Turn(made, "synthetic", loader, "noise on the device", selected, checked, error, plan.prepared))
     return turns + with_loaders(case, turns, plan, scratch, say)
 
 
@@ -279,7 +300,9 @@ def with_loaders(case: Case, turns: list[Turn], plan: Plan, scratch: Path, say: 
                 image_size=case.size,
             )
         words = pictures[2] if pictures is not None else found.words if found is not None else ""
-        more.append(dataclasses.replace(by_name[name], kind=kind, loader=made[kind], pictures=words, seconds=[]))
+        more.append(
+            dataclasses.replace(by_name[name], kind=kind, loader=made[kind], pictures=words, length=plan.loaded)
+        )
     return more
 
 
@@ -287,13 +310,17 @@ def measure(turns: list[Turn], plan: Plan) -> None:
     """Fills in the turns' seconds and shares."""
     clock = Clock(plan.device)
     for turn in turns:
+        turn.seconds, turn.shares = [], {}
         turn.run(0)
     for number in range(plan.rounds):
+        if number and time.perf_counter() > plan.until[1]:
+            break
         for turn in turns:
-            turn.seconds.append(turn.timed(1 + number, clock, plan.skip))
+            turn.seconds.append(turn.timed(1 + number, clock))
     for turn in turns:
         with quiet_stderr():
-            turn.shares = steps.shares(steps.profiled(lambda turn=turn: turn.run(0), plan.device))  # type: ignore[misc]
+            found = [steps.shares(steps.profiled(lambda t=turn: t.run(0), plan.device)) for _ in range(PROFILED)]
+        turn.shares = {name: statistics.median(each[name] for each in found) for name in found[0]}
 
 
 def rows_of(case: Case, turns: list[Turn], plan: Plan) -> list[Row]:
@@ -319,8 +346,8 @@ def rows_of(case: Case, turns: list[Turn], plan: Plan) -> list[Row]:
             "teacher": arm.teacher,
             "loader": turn.kind,
             "pictures": turn.pictures,
-            "steps": plan.timed,
-            "rounds": plan.rounds,
+            "steps": turn.length.timed,
+            "rounds": len(seconds),
             "images_s": plan.batch / statistics.median(seconds),
             "median_ms": statistics.median(seconds) * 1e3,
             "min_ms": min(seconds) * 1e3,
@@ -337,72 +364,6 @@ def rows_of(case: Case, turns: list[Turn], plan: Plan) -> list[Row]:
     return rows
 
 
-def readers(plan: Plan, count: int, scratch: Path, say: Callable[[str], None]) -> list[Row]:
-    """Photographs a second and a CPU-second by what reads them, at 224 x 224, checked for equal pixels first."""
-    kinds, reasons = loaders.photograph_kinds()
-    for reason in reasons:
-        say(f"readers: without {reason}")
-    if "published" not in kinds:
-        return []
-    workers = max(1, plan.workers)
-    found = loaders.photographs(scratch)
-    off = {"eval": loaders.check_evaluated(found, min(count, 100), kinds, plan.device), "train": {}}
-    if "DALI" in kinds:
-        off["train"]["DALI"] = loaders.check_trained(found, min(count, 100), plan.device)
-    rows = []
-    for transform in ("train", "eval"):
-        made = {
-            name: loaders.photograph_loader(
-                name.partition(",")[0],
-                found,
-                count=count,
-                batch_size=50,
-                train=transform == "train",
-                workers=0 if name.endswith("no workers") else workers,
-                device=plan.device,
-            )
-            for name in ["published", "published, no workers", *kinds[1:]]
-        }
-        cpu: dict[str, list[float]] = {name: [] for name in made}
-        wall: dict[str, list[float]] = {name: [] for name in made}
-        for number in range(plan.rounds + 1):
-            for kind, loader in made.items():
-                began, cpu_began = time.perf_counter(), loaders.cpu_seconds()
-                for batch in loader.epoch(number):
-                    batch.images.to(plan.device, non_blocking=True)
-                if plan.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if number:  # the first epoch builds pipelines and fills the file cache
-                    wall[kind].append(time.perf_counter() - began)
-                    cpu[kind].append(loaders.cpu_seconds() - cpu_began)
-        for kind in made:
-            ratios = [a / b for a, b in zip(cpu["published"], cpu[kind], strict=True)]
-            walls = [a / b for a, b in zip(wall["published"], wall[kind], strict=True)]
-            rows.append(
-                {
-                    "part": "reader",
-                    "case": f"{transform}, 224 x 224",
-                    "loader": kind,
-                    "pictures": found.words,
-                    "samples": count,
-                    "workers": workers,
-                    "rounds": plan.rounds,
-                    "images_s": count / statistics.median(wall[kind]),
-                    "images_cpu_s": count / statistics.median(cpu[kind]),
-                    "vs_published": statistics.median(ratios),
-                    "vs_low": min(ratios),
-                    "vs_high": max(ratios),
-                    "vs_published_wall": statistics.median(walls),
-                    "levels_off": off[transform].get(kind, ""),
-                }
-            )
-    return rows
-
-
-def number(value: object, form: str, empty: str = "") -> str:
-    return empty if value in ("", None) else format(float(str(value)), form)
-
-
 def table(rows: list[Row]) -> str:
     """A stored or fresh run as Markdown tables, one per case."""
     lines: list[str] = []
@@ -415,18 +376,18 @@ def table(rows: list[Row]) -> str:
         lines += [f"## {case}, C = {mine[0]['classes']}, batch {mine[0]['batch']}", ""]
         lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
         for row in mine:
-            spread = f" ({number(row['vs_low'], '.2f')} to {number(row['vs_high'], '.2f')})"
+            spread = f" ({shown(row['vs_low'], '.2f')} to {shown(row['vs_high'], '.2f')})"
             cells = [
                 row["arm"],
                 row["settings"],
                 row["teacher"],
                 row["loader"] if row["loader"] == "synthetic" else f"{row['loader']}: {row['pictures']}",
-                number(row["images_s"], ".4g"),
-                number(row["vs_baseline"], ".2f") + ("x" + spread if row["vs_baseline"] not in ("", None) else ""),
-                number(row["vs_tuned"], ".2f") + ("x" if row["vs_tuned"] not in ("", None) else ""),
-                number(row["ceiling"], ".0%"),
-                number(row["checked"], ".0e"),
-                number(row["update_error"], ".0e") if float(row["update_error"]) > 0 else "",
+                shown(row["images_s"], ".4g"),
+                shown(row["vs_baseline"], ".2f") + ("x" + spread if row["vs_baseline"] not in ("", None) else ""),
+                shown(row["vs_tuned"], ".2f") + ("x" if row["vs_tuned"] not in ("", None) else ""),
+                shown(row["ceiling"], ".0%"),
+                shown(row["checked"], ".0e"),
+                shown(row["update_error"], ".0e") if float(row["update_error"]) > 0 else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
         names = [*steps.REGIONS, "other", "idle"]
@@ -436,21 +397,10 @@ def table(rows: list[Row]) -> str:
             "|" + "---|" * (2 + len(names)),
         ]
         for row in mine:
-            cells = [row["arm"], row["loader"], *(number(row[f"share_{name}"], ".1%") for name in names)]
+            cells = [row["arm"], row["loader"], *(shown(row[f"share_{name}"], ".1%") for name in names)]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    readers_rows = [row for row in rows if row["part"] == "reader"]
-    if readers_rows:
-        first = readers_rows[0]
-        header = ["transform", "reader", "images / CPU-s", "vs published, CPU time", "images/s", "levels of 255 off"]
-        lines += [f"## Readers: {first['samples']} {first['pictures']}, {first['workers']} worker(s) or thread(s)", ""]
-        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        for row in readers_rows:
-            spread = f"({number(row['vs_low'], '.2f')} to {number(row['vs_high'], '.2f')})"
-            cells = [row["case"], row["loader"], number(row["images_cpu_s"], ".4g")]
-            cells += [f"{number(row['vs_published'], '.2f')}x {spread}", number(row["images_s"], ".4g")]
-            lines.append("| " + " | ".join([*cells, number(row["levels_off"], ".4f")]) + " |")
-        lines.append("")
+    lines += train_readers.table([row for row in rows if row["part"] == "reader"])
     first = rows[0]
     threads = f", {first['threads']} thread(s), {first['isa']}" if first["threads"] != "" else ""
     lines.append(f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}; `{first['command']}`.")
@@ -464,7 +414,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the main arms; on the CPU one pair, nothing compiled")
     parser.add_argument("--rounds", type=int, help="(default 5, quick 3)")
     parser.add_argument("--workers", type=int, help="that load pictures in a step (default: CPU 0, CUDA 8 at most)")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further arm is prepared")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds; arms that do not fit are left out")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, metavar="CSV", help="print a stored run as tables and end")
     arguments = parser.parse_args()
@@ -485,6 +435,7 @@ def main() -> int:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
 
+    rounds = arguments.rounds or (3 if arguments.quick else 5)
     chosen, reasons = cases_here()
     arms = MAIN if arguments.quick else MAIN + ABLATIONS
     if arguments.quick and not on_gpu:
@@ -507,14 +458,15 @@ def main() -> int:
         scratch = Path(folder)
         for place, case in enumerate(chosen):
             batch = case.cuda_batch if on_gpu else case.cpu_batch // (2 if arguments.quick else 1)
+            share = arguments.budget / (len(chosen) + 0.5)  # the readers have the half
             plan = Plan(
                 device=device,
                 batch=batch,
-                timed=10 if on_gpu else 2,
-                skip=SKIPPED if on_gpu else 0,
-                rounds=arguments.rounds or (3 if arguments.quick else 5),
+                rounds=rounds,
                 workers=workers,
-                until=began + arguments.budget * (place + 1) / (len(chosen) + 0.5),
+                prepared=Length(10, 2) if on_gpu else Length(2),
+                loaded=Length(16, 8) if on_gpu else Length(2),
+                until=(began + share * (place + 0.5), began + share * (place + 0.8)),
             )
             torch._dynamo.reset()
             turns = prepare(case, arms, plan, scratch, say)
@@ -524,11 +476,13 @@ def main() -> int:
             for row in found:
                 say(
                     f"{case}, batch {batch}: {row['arm']}, {row['loader']}: {row['images_s']:.4g} images/s,"
-                    f" {number(row['vs_baseline'], '.2f', '-')} x baseline, loss {row['share_loss']:.2%}"
+                    f" {shown(row['vs_baseline'], '.2f', '-')} x baseline, loss {row['share_loss']:.2%}"
                 )
             del turns
         count = 2000 if on_gpu else 64 if arguments.quick else 200
-        found = readers(plan, count, scratch, say)
+        found = train_readers.rows_of(
+            scratch, device=device, count=count, workers=max(1, workers), rounds=rounds, say=say
+        )
         store(found)
         for row in found:
             say(f"{row['case']}, {row['loader']}: {row['images_cpu_s']:.4g} images a CPU-second")

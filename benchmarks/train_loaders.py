@@ -7,21 +7,21 @@ repeated to fill an epoch, else JPEGs made on the spot; CIFAR-100 is that of $LR
 from __future__ import annotations
 
 import importlib.util
-import io
+import itertools
 import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lrds_fast.data import Batch, DaliLoader, FolderLoader, Loader, MemoryLoader
+from lrds_fast.data import Batch, DaliLoader, FolderLoader, Loader, MemoryLoader, epoch_batches
 from lrds_fast.data.cifar import MEAN as CIFAR_MEAN
 from lrds_fast.data.cifar import STD as CIFAR_STD
 from lrds_fast.data.cifar import cifar
@@ -42,17 +42,16 @@ def cpu_seconds() -> float:
 
 
 class Prepared:
-    """A Loader over batches that were made before and lie on the device."""
+    """A Loader over batches that were made before and lie on the device, `count` of them an epoch, over and over."""
 
-    def __init__(self, batches: Sequence[Batch], num_classes: int) -> None:
-        self.batches, self.num_classes = list(batches), num_classes
-        self.labels = torch.cat([batch.targets for batch in batches]).cpu()
+    def __init__(self, batches: Sequence[Batch], labels: Tensor, *, num_classes: int, count: int) -> None:
+        self.batches, self.labels, self.num_classes, self.count = list(batches), labels, num_classes, count
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self.count
 
     def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
-        yield from self.batches
+        yield from itertools.islice(itertools.cycle(self.batches), self.count)
 
     def picture(self, index: int) -> Tensor:
         raise ValueError("prepared batches have no pictures")
@@ -62,18 +61,24 @@ def prepared(
     shape: tuple[int, int, int],
     *,
     classes: int,
+    size: int,
     batch: int,
+    distinct: int,
     batches: int,
     device: torch.device,
     selected: Tensor | None = None,
 ) -> Prepared:
-    """Normal noise of `shape` (channels, height, width), the same for every `selected` but for its order."""
-    size = batch * batches
-    draws = torch.Generator().manual_seed(1)
-    images = torch.randn(size, *shape, generator=draws).to(device)
-    targets = torch.randint(classes, (size,), generator=draws)
-    whole = MemoryLoader(images, targets, num_classes=classes, batch_size=batch, shuffle=True)
-    return Prepared(list(whole.epoch(0, selected)), classes)
+    """Noise of `shape` (channels, height, width): the first `distinct` batches of an epoch of `size` samples, of which
+    the `selected` come first; `batches` of them make an epoch."""
+    draws = torch.Generator(device).manual_seed(1)
+    noise = torch.randn(distinct * batch, *shape, generator=draws, device=device)
+    labels = torch.randint(classes, (size,), generator=torch.Generator().manual_seed(1))
+    orders = epoch_batches(size, batch, seed=0, epoch=0, shuffle=True, selected=selected)
+    made = [
+        Batch(noise[i * batch : i * batch + len(order)], labels[order].to(device), order)
+        for i, order in enumerate(orders[:distinct])
+    ]
+    return Prepared(made, labels, num_classes=classes, count=batches)
 
 
 class _Indexed(Dataset[tuple[Tensor, int, int]]):
@@ -289,65 +294,3 @@ def cifar_kinds() -> tuple[list[str], list[str]]:
     if lacking:
         return ["in memory"], [f"the published CIFAR loader: {lacking} is not installed"]
     return ["published", "in memory"], []
-
-
-def levels(images: Tensor) -> Tensor:
-    """Normalised photographs as levels of 255."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (images.cpu() * std + mean) * 255
-
-
-def in_index_order(loader: Loader) -> Tensor:
-    """Every picture of epoch 0, by sample index, on the CPU."""
-    batches = list(loader.epoch(0))
-    order = torch.cat([batch.indices for batch in batches]).argsort()
-    return torch.cat([batch.images.cpu() for batch in batches])[order]
-
-
-def check_evaluated(found: Photographs, count: int, kinds: Sequence[str], device: torch.device) -> dict[str, float]:
-    """Every kind's evaluated pictures against the published loader's: the mean difference in levels of 255.
-
-    AssertionError beyond 0.05 on average, or where the worst pixel of the median picture is more than 2 off, the
-    tolerance of tests/test_data_dali.py. A GPU decodes JPEG by other rules: 1 on average there.
-    """
-    made = {
-        kind: in_index_order(
-            photograph_loader(kind, found, count=count, batch_size=25, train=False, workers=0, device=device)
-        )
-        for kind in kinds
-    }
-    wanted = levels(made["published"])
-    errors = {}
-    for kind, images in made.items():
-        off = (levels(images) - wanted).abs()
-        errors[kind] = float(off.mean())
-        on_gpu = kind == "DALI" and device.type == "cuda"
-        close = errors[kind] <= 1.0 if on_gpu else errors[kind] <= 0.05 and off.amax(dim=(1, 2, 3)).median() <= 2.0
-        if not close:
-            raise AssertionError(f"{kind}: evaluated pictures are {errors[kind]:.2f} levels of 255 off on average")
-    return errors
-
-
-def check_trained(found: Photographs, count: int, device: torch.device) -> float:
-    """DALI's augmented pictures against Pillow's cut of the same boxes, resized by torchvision: the mean difference in
-    levels of 255. AssertionError beyond 1 on average, or 6 for the worst pixel of the median picture (on the CPU)."""
-    from PIL import Image
-    from torchvision.transforms.v2 import functional
-
-    loader = cast(
-        DaliLoader,
-        photograph_loader("DALI", found, count=count, batch_size=25, train=True, workers=1, device=device),
-    )
-    got, source = levels(in_index_order(loader)), Folder(found.root)
-    errors = []
-    for i in range(count):
-        box = loader._prepare(i, 0).box
-        opened = Image.open(io.BytesIO(source.read(int(loader._rows[i])).tobytes())).convert("RGB")
-        cut = functional.resized_crop(opened, box.top, box.left, box.height, box.width, [224, 224], antialias=True)
-        cut = functional.horizontal_flip(cut) if box.mirrored else cut
-        errors.append((got[i] - functional.pil_to_tensor(cut).float()).abs())
-    off = torch.stack(errors)
-    mean, worst = float(off.mean()), float(off.amax(dim=(1, 2, 3)).median())
-    if mean > (1.0 if device.type == "cpu" else 2.0) or (device.type == "cpu" and worst > 6.0):
-        raise AssertionError(f"DALI: augmented pictures are {mean:.2f} levels off on average, {worst:.0f} at worst")
-    return mean

@@ -7,10 +7,11 @@ Both take a Batch and carry out one optimizer step; both name their parts by rec
 from __future__ import annotations
 
 import bisect
+import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,18 @@ def our_step(
 def parameters_of(module: nn.Module) -> Tensor:
     """All parameters in one float64 vector on the CPU."""
     return torch.cat([p.detach().double().flatten().cpu() for p in module.parameters()])
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """cuDNN without TF32 and with the same algorithms each time: a float32 step is then float32."""
+    backend: Any = torch.backends.cudnn
+    before = backend.allow_tf32, backend.benchmark, backend.deterministic
+    backend.allow_tf32, backend.benchmark, backend.deterministic = False, False, True
+    try:
+        yield
+    finally:
+        backend.allow_tf32, backend.benchmark, backend.deterministic = before
 
 
 def first_update(contender: Contender, batch: Batch) -> Tensor:
