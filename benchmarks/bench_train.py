@@ -457,6 +457,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         for place, case in enumerate(chosen):
+            if time.perf_counter() - began > 0.6 * arguments.budget:
+                say(f"left out: {case}: the budget is used up")
+                continue
             batch = case.cuda_batch if on_gpu else case.cpu_batch // (2 if arguments.quick else 1)
             share = arguments.budget / (len(chosen) + 0.5)  # the readers have the half
             plan = Plan(
