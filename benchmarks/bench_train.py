@@ -233,7 +233,7 @@ def prepare(case: Case, arms: list[Arm], plan: Plan, scratch: Path, say: Callabl
 
     def contender(arm: Arm) -> Contender:
         return steps.make_contender(
-            arm, case, pair, device, keep(plan.size, arm.selected), cache if arm.cached else None
+            arm, case, pair, device, plan.size, keep(plan.size, arm.selected), cache if arm.cached else None
         )
 
     wanted: dict[float, Tensor] = {}

@@ -1,6 +1,6 @@
 """The loaders that benchmarks/bench_train.py compares: prepared batches, the published ones of torchvision, and ours.
 
-Every one of them is a lrds_fast.data.Loader. Photographs are those of $LRDS_DATA/imagenet_jpegs where they are,
+Each is a lrds_fast.data.Loader as far as a step needs it. Photographs are those of $LRDS_DATA/imagenet_jpegs if there,
 repeated to fill an epoch, else JPEGs made on the spot; CIFAR-100 is that of $LRDS_DATA/cifar100, else noise.
 """
 

@@ -31,8 +31,6 @@ from lrds_fast.train.totals import Totals
 
 REGIONS = ("loader", "teacher", "student", "loss", "backward", "optimizer")
 TURN = "turn"
-#: Samples of an epoch, at most, so that what the trainer keeps for each of them has a place.
-MOST_SAMPLES = 1 << 16
 LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
 
 
@@ -138,16 +136,17 @@ class Contender:
 
 
 def make_contender(
-    arm: Arm, case: Case, pair: Pair, device: torch.device, selected: Tensor | None, cache: Tensor | None
+    arm: Arm, case: Case, pair: Pair, device: torch.device, size: int, selected: Tensor | None, cache: Tensor | None
 ) -> Contender:
-    """selected: (size,) bool on the CPU, None is all. cache: see cached_logits; needed where arm.cached."""
+    """size: samples of an epoch. selected: (size,) bool on the CPU, None is all. cache: see cached_logits; needed
+    where arm.cached."""
     teacher, student = copy.deepcopy(pair.teacher), copy.deepcopy(pair.student)
     memory_format = torch.channels_last if arm.channels_last else torch.contiguous_format
     for network in (teacher, student):
         network.to(memory_format=memory_format)  # type: ignore[call-overload]
     called: list[Any] = [torch.compile(m) if arm.compiled else m for m in (teacher, student)]
     make = our_step if arm.ours else published_step
-    return Contender(arm, student, make(arm, case, called[0], called[1], device, selected, cache))
+    return Contender(arm, student, make(arm, case, called[0], called[1], device, size, selected, cache))
 
 
 def published_step(
@@ -156,6 +155,7 @@ def published_step(
     teacher: nn.Module,
     student: nn.Module,
     device: torch.device,
+    size: int,
     selected: Tensor | None,
     _: Tensor | None,
 ) -> Step:
@@ -214,6 +214,7 @@ def our_step(
     teacher: nn.Module,
     student: nn.Module,
     device: torch.device,
+    size: int,
     selected: Tensor | None,
     cache: Tensor | None,
 ) -> Step:
@@ -225,7 +226,7 @@ def our_step(
     autocast = autocast_factory(arm.amp, device)
     kept = 0 if selected is None else int(selected.sum())
     totals = Totals(device)
-    teacher_pred = torch.full((MOST_SAMPLES,), -1, device=device)
+    teacher_pred = torch.full((size,), -1, device=device)
     done = 0
 
     def step(batch: Batch) -> None:

@@ -47,7 +47,7 @@ def updates(arms: list[Arm], share: float) -> list[torch.Tensor]:
     cache = train_steps.cached_logits(pair.teacher, ready.batches, plan().size)
     found = []
     for arm in [dataclasses.replace(bench_train.BASELINE, selected=share), *arms]:
-        made = train_steps.make_contender(arm, CASE, pair, CPU, keep, cache if arm.cached else None)
+        made = train_steps.make_contender(arm, CASE, pair, CPU, plan().size, keep, cache if arm.cached else None)
         found.append(train_steps.first_update(made, ready.batches[0]))
     return found
 
@@ -289,7 +289,7 @@ def test_step_regions_are_those_that_are_counted() -> None:
     pair = train_steps.Pair(slow.eval(), slow)
     ready = train_loaders.prepared((3, 64, 64), classes=7, size=40, batch=10, distinct=2, batches=2, device=CPU)
     for arm in (bench_train.BASELINE, OURS):
-        made = train_steps.make_contender(arm, CASE, pair, CPU, None, None)
+        made = train_steps.make_contender(arm, CASE, pair, CPU, 40, None, None)
         turn = bench_train.Turn(made, "synthetic", ready, "", None, None, 0.0, bench_train.Length(2))
         found = train_steps.shares(train_steps.profiled(lambda turn=turn: turn.run(0), CPU))  # type: ignore[misc]
         assert sum(found.values()) == pytest.approx(1.0)
