@@ -91,6 +91,16 @@ def cases_here() -> tuple[list[Case], list[str]]:
     return found, reasons
 
 
+def arms_of(case: Case, device: torch.device, *, quick: bool, compile: bool) -> list[Arm]:
+    """On the CPU photographs are for the main arms alone, and nothing is compiled for them: it would take minutes an arm
+    and spares a few percent."""
+    toy = device.type == "cpu" and case.size > 32
+    arms = MAIN if quick or toy else MAIN + ABLATIONS
+    if compile and not toy:
+        return arms
+    return [dataclasses.replace(arm, compiled=False) for arm in arms if arm.name != "ours, not compiled"]
+
+
 def can_compile(device: torch.device) -> str:
     """ "" where torch.compile works, else why not."""
     if hasattr(torch._dynamo.config, "recompile_limit"):
@@ -437,13 +447,11 @@ def main() -> int:
 
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     chosen, reasons = cases_here()
-    arms = MAIN if arguments.quick else MAIN + ABLATIONS
     if arguments.quick and not on_gpu:
         chosen = chosen[:1]
     why = "a quick run on the CPU" if arguments.quick and not on_gpu else can_compile(device)
     if why:
         reasons.append(f"torch.compile: {why}")
-        arms = [dataclasses.replace(arm, compiled=False) for arm in arms if arm.name != "ours, not compiled"]
     for reason in reasons:
         say(f"left out: {reason}")
     common = facts(arguments.device)
@@ -461,17 +469,19 @@ def main() -> int:
                 say(f"left out: {case}: the budget is used up")
                 continue
             batch = case.cuda_batch if on_gpu else case.cpu_batch // (2 if arguments.quick else 1)
+            steady = Length(2) if case.size == 32 else Length(1)
             share = arguments.budget / (len(chosen) + 0.5)  # the readers have the half
             plan = Plan(
                 device=device,
                 batch=batch,
                 rounds=rounds,
                 workers=workers,
-                prepared=Length(10, 2) if on_gpu else Length(2),
-                loaded=Length(16, 8) if on_gpu else Length(2),
+                prepared=Length(10, 2) if on_gpu else steady,
+                loaded=Length(16, 8) if on_gpu else steady,
                 until=(began + share * (place + 0.5), began + share * (place + 0.8)),
             )
             torch._dynamo.reset()
+            arms = arms_of(case, device, quick=arguments.quick, compile=not why)
             turns = prepare(case, arms, plan, scratch, say)
             measure(turns, plan)
             found = rows_of(case, turns, plan)
