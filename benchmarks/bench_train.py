@@ -92,8 +92,8 @@ def cases_here() -> tuple[list[Case], list[str]]:
 
 
 def arms_of(case: Case, device: torch.device, *, quick: bool, compile: bool) -> list[Arm]:
-    """On the CPU photographs are for the main arms alone, and nothing is compiled for them: it would take minutes an arm
-    and spares a few percent."""
+    """On the CPU photographs are for the main arms alone, and nothing is compiled for them: it would take minutes an
+    arm and spare a few percent."""
     toy = device.type == "cpu" and case.size > 32
     arms = MAIN if quick or toy else MAIN + ABLATIONS
     if compile and not toy:
@@ -111,35 +111,6 @@ def can_compile(device: torch.device) -> str:
     except Exception as error:  # what a broken tool chain raises is anybody's guess
         return str(error).strip().splitlines()[0]
     return ""
-
-
-@dataclass
-class Clock:
-    """Seconds between start() and seconds(): CPU time with one thread, wall time with several, events on CUDA."""
-
-    device: torch.device
-    began: float = 0.0
-    event: object = None
-
-    def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.event = torch.cuda.Event(enable_timing=True)
-            self.event.record()
-        else:
-            self.began = self._now()
-
-    def seconds(self) -> float:
-        if self.device.type == "cuda":
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            end.synchronize()
-            return float(self.event.elapsed_time(end)) / 1e3  # type: ignore[attr-defined]
-        return self._now() - self.began
-
-    @staticmethod
-    def _now() -> float:
-        return loaders.cpu_seconds() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 @dataclass
@@ -172,7 +143,7 @@ class Turn:
         for _ in self.batches(epoch):
             pass
 
-    def timed(self, epoch: int, clock: Clock) -> float:
+    def timed(self, epoch: int, clock: steps.Clock) -> float:
         """Seconds of a step."""
         for number, _ in enumerate(self.batches(epoch)):
             if number == self.length.skipped:
@@ -239,7 +210,8 @@ def prepare(case: Case, arms: list[Arm], plan: Plan, scratch: Path, say: Callabl
         for share in {arm.selected for arm in arms}
     }
     pair = steps.make_pair(case, device, ready[1.0].batches[0].images)
-    cache = steps.cached_logits(pair.teacher, ready[1.0].batches, plan.size)
+    with steps.exact_convolutions():
+        cache = steps.cached_logits(pair.teacher, ready[1.0].batches, plan.size)
 
     def contender(arm: Arm) -> Contender:
         return steps.make_contender(
@@ -318,7 +290,7 @@ def with_loaders(case: Case, turns: list[Turn], plan: Plan, scratch: Path, say: 
 
 def measure(turns: list[Turn], plan: Plan) -> None:
     """Fills in the turns' seconds and shares."""
-    clock = Clock(plan.device)
+    clock = steps.Clock(plan.device)
     for turn in turns:
         turn.seconds, turn.shares = [], {}
         turn.run(0)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +31,6 @@ from lrds_fast.data.sources import Folder
 def missing(*modules: str) -> str:
     """Names of the modules that are not installed, joined; "" where all are."""
     return ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process, its threads, and the child processes that have ended."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class Prepared:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import train_loaders as loaders
 from benchmarks.train_loaders import Photographs, photograph_loader
+from benchmarks.train_steps import cpu_seconds
 from lrds_fast.data import DaliLoader, Loader
 from lrds_fast.data.folder import MEAN, STD
 from lrds_fast.data.sources import Folder
@@ -38,7 +39,7 @@ def check_evaluated(found: Photographs, count: int, kinds: Sequence[str], device
     """Every kind's evaluated pictures against the published loader's: the mean difference in levels of 255.
 
     AssertionError beyond 0.05 on average, or where the worst pixel of the median picture is more than 2 off, the
-    tolerance of tests/test_data_dali.py. A GPU decodes JPEG by other rules: 1 on average there.
+    tolerance of tests/test_data_dali.py. A GPU decodes JPEG by other rules: 2 on average there.
     """
     made = {
         kind: in_index_order(
@@ -52,7 +53,7 @@ def check_evaluated(found: Photographs, count: int, kinds: Sequence[str], device
         off = (levels(images) - wanted).abs()
         errors[kind] = float(off.mean())
         on_gpu = kind == "DALI" and device.type == "cuda"
-        close = errors[kind] <= 1.0 if on_gpu else errors[kind] <= 0.05 and off.amax(dim=(1, 2, 3)).median() <= 2.0
+        close = errors[kind] <= 2.0 if on_gpu else errors[kind] <= 0.05 and off.amax(dim=(1, 2, 3)).median() <= 2.0
         if not close:
             raise AssertionError(f"{kind}: evaluated pictures are {errors[kind]:.2f} levels of 255 off on average")
     return errors
@@ -114,14 +115,14 @@ def rows_of(
         wall: dict[str, list[float]] = {name: [] for name in made}
         for number in range(rounds + 1):
             for kind, loader in made.items():
-                began, cpu_began = time.perf_counter(), loaders.cpu_seconds()
+                began, cpu_began = time.perf_counter(), cpu_seconds()
                 for batch in loader.epoch(number):
                     batch.images.to(device, non_blocking=True)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 if number:  # the first epoch builds pipelines and fills the file cache
                     wall[kind].append(time.perf_counter() - began)
-                    cpu[kind].append(loaders.cpu_seconds() - cpu_began)
+                    cpu[kind].append(cpu_seconds() - cpu_began)
         for kind in made:
             ratios = [a / b for a, b in zip(cpu["published"], cpu[kind], strict=True)]
             walls = [a / b for a, b in zip(wall["published"], wall[kind], strict=True)]

@@ -10,7 +10,9 @@ import bisect
 import contextlib
 import copy
 import json
+import resource
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -270,6 +272,41 @@ def parameters_of(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten().cpu() for p in module.parameters()])
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process, its threads, and the child processes that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+@dataclass
+class Clock:
+    """Seconds between start() and seconds(): CPU time with one thread, wall time with several, events on CUDA."""
+
+    device: torch.device
+    began: float = 0.0
+    event: object = None
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+        else:
+            self.began = self._now()
+
+    def seconds(self) -> float:
+        if self.device.type == "cuda":
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            end.synchronize()
+            return float(self.event.elapsed_time(end)) / 1e3  # type: ignore[attr-defined]
+        return self._now() - self.began
+
+    @staticmethod
+    def _now() -> float:
+        return cpu_seconds() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 @contextlib.contextmanager
 def exact_convolutions() -> Iterator[None]:
     """cuDNN without TF32 and with the same algorithms each time: a float32 step is then float32."""
@@ -297,7 +334,7 @@ def distance(update: Tensor, reference: Tensor) -> float:
 def profiled(run: Callable[[], None], device: torch.device) -> list[dict[str, Any]]:
     """The events of torch.profiler's trace of `run`, which lies in a region TURN until the device has ended."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile, record_function(TURN):
+    with torch.profiler.profile(activities=activities) as profile, record_function(TURN):
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -128,6 +128,18 @@ def test_the_budget_leaves_arms_out_and_says_so(tmp_path: Path, monkeypatch: pyt
     assert all(len(turn.seconds) == 1 for turn in turns)
 
 
+def test_on_the_cpu_only_the_small_pair_is_taken_apart() -> None:
+    small, large = bench_train.CASES[0], bench_train.CASES[1]
+    whole = bench_train.arms_of(small, CPU, quick=False, compile=True)
+    assert whole == bench_train.MAIN + bench_train.ABLATIONS and any(arm.compiled for arm in whole)
+    assert not any(arm.compiled for arm in bench_train.arms_of(small, CPU, quick=True, compile=False))
+    photographs = bench_train.arms_of(large, CPU, quick=False, compile=True)
+    assert [arm.name for arm in photographs] == [arm.name for arm in bench_train.MAIN]
+    assert not any(arm.compiled for arm in photographs)
+    names = [arm.name for arm in bench_train.arms_of(large, torch.device("cuda"), quick=False, compile=False)]
+    assert "ours, NCHW" in names and "ours, not compiled" not in names, "it would be ours once more"
+
+
 def launch(correlation: int, ts: float) -> dict[str, Any]:
     return {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": ts, "dur": 1, "args": {"correlation": correlation}}
 
@@ -172,7 +184,7 @@ def test_without_kernels_regions_count_by_their_time() -> None:
 
 def test_the_clock_counts_processes_that_ended() -> None:
     torch.set_num_threads(1)
-    clock = bench_train.Clock(CPU)
+    clock = train_steps.Clock(CPU)
     clock.start()
     child = os.fork()
     if child == 0:
