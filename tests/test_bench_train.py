@@ -238,6 +238,7 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     assert train_readers.rows_of(Path(), device=CPU, count=4, workers=1, rounds=1, say=said.append) == []
     assert said == [
+        "readers: without the published CIFAR loader: torchvision is not installed",
         "readers: without torchvision's loaders: torchvision is not installed",
         "readers: without DALI's loader: nvidia.dali is not installed",
     ]
@@ -282,6 +283,29 @@ def test_the_pixel_check_sees_another_picture(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(train_readers, "in_index_order", shifted)
     with pytest.raises(AssertionError, match="torchvision: evaluated pictures are"):
         train_readers.check_evaluated(found, 8, ["published", "torchvision"], CPU)
+
+
+def test_readers_take_turns_and_every_row_has_its_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchvision", "nvidia.dali", "PIL"):
+        pytest.importorskip(name)
+    monkeypatch.delenv("LRDS_DATA", raising=False)
+    torch.set_num_threads(1)
+    monkeypatch.setattr(
+        train_loaders, "made_photographs", lambda folder, make=train_loaders.made_photographs: make(folder, 8)
+    )
+    rows = train_readers.rows_of(tmp_path, device=CPU, count=8, workers=1, rounds=2, say=print)
+    by_case = {(row["case"], row["loader"]): row for row in rows}
+    assert [case for case, loader in by_case if loader == "published"] == [
+        "train, 32 x 32",
+        "train, 224 x 224",
+        "eval, 224 x 224",
+    ]
+    for row in rows:
+        assert row["vs_low"] <= row["vs_published"] <= row["vs_high"] and row["images_cpu_s"] > 0
+    assert by_case["train, 32 x 32", "in memory"]["vs_published"] > 2
+    assert by_case["eval, 224 x 224", "DALI"]["levels_off"] <= 0.05
+    text = "\n".join(train_readers.table([row | {"threads": 1} for row in rows]))
+    assert text.count("|\n") == len(rows) + 2 and "160 noise of CIFAR's shape, train, 32 x 32" in text
 
 
 def test_the_published_cifar_loader_gives_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
