@@ -6,11 +6,12 @@
     python benchmarks/bench_train.py --markdown results/train_cpu.csv   a stored run as tables
 
 Arms (benchmarks/train_steps.py): "baseline", the step as mdistiller writes it (float32, NCHW, eager losses with label
-revision, teacher on every row); "tuned", the same in bfloat16 autocast, channels_last and torch.compile; "ours", the
-trainer's step with the same three and kd_loss; ours with a share of the samples selected, or from cached logits; ours
-with one thing switched off. Before anything is timed, one step of every arm of ours, in float32, NCHW and not
-compiled, must change the parameters as the baseline's does with the same rows masked (`checked`: relative distance of
-the two changes); `update_error` is the same for the arm as it is timed.
+revision, teacher on every row, meters read after every step); "tuned", the same in bfloat16 autocast, channels_last and
+torch.compile, with meters that wait for nobody; "ours", the trainer's step with the same three and kd_loss; ours with a
+share of the samples selected, or from cached logits; ours with one thing switched off. Before anything is timed, one
+step of every arm of ours, in float32, NCHW and not compiled, must change the parameters as the baseline's does with the
+same rows masked (`checked`: relative distance of the two changes); `update_error` is the same for the arm as it is
+timed.
 
 A turn is an epoch of a few batches; arms take turns within each round, a row holds medians over rounds. The CPU's clock
 is CPU time, that of ended workers included, if there is one thread, wall time if there are several. CUDA: events, after
@@ -55,7 +56,7 @@ CASES = [
 ]
 OURS = Arm("ours", ours=True, amp="bf16", channels_last=True, compiled=True)
 SELECTED = dataclasses.replace(OURS, name="ours, 30% selected", selected=0.3)
-BASELINE = Arm("baseline")
+BASELINE = Arm("baseline", waits=True)
 MAIN = [
     BASELINE,
     Arm("tuned", amp="bf16", channels_last=True, compiled=True),

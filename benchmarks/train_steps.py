@@ -39,7 +39,8 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
 @dataclass(frozen=True)
 class Arm:
     """A way to carry out the step. ours: the trainer's code, else the published one. selected < 1: the share of the
-    samples that keep the teacher; compose "prefix" shows it these alone. cached: its logits were computed before."""
+    samples that keep the teacher; compose "prefix" shows it these alone. cached: its logits were computed before.
+    waits: the published step reads its meters after every step, which waits for the device."""
 
     name: str
     ours: bool = False
@@ -49,6 +50,7 @@ class Arm:
     selected: float = 1.0
     compose: str = "prefix"
     cached: bool = False
+    waits: bool = False
 
     @property
     def settings(self) -> str:
@@ -166,7 +168,8 @@ def published_step(
     optimizer = torch.optim.SGD(student.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     memory_format = torch.channels_last if arm.channels_last else torch.contiguous_format
     autocast = autocast_factory(arm.amp, device)
-    meters = {"losses": 0.0, "top1": 0.0, "top5": 0.0}
+    kept = torch.device("cpu") if arm.waits else device
+    meters = dict.fromkeys(("losses", "top1", "top5"), torch.zeros((), device=kept))
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
@@ -185,9 +188,9 @@ def published_step(
             optimizer.step()
         with torch.no_grad():
             hits = logits.topk(5, dim=1).indices.eq(target[:, None])
-            meters["top1"] += 100.0 * hits[:, 0].float().mean().item()
-            meters["top5"] += 100.0 * hits.any(dim=1).float().mean().item()
-            meters["losses"] += float(loss.detach().cpu())
+            seen = {"losses": loss.detach(), "top1": hits[:, 0].float().mean(), "top5": hits.any(dim=1).float().mean()}
+            for name, value in seen.items():
+                meters[name] = meters[name] + value.to(kept)
 
     return step
 
