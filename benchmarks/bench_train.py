@@ -11,7 +11,7 @@ torch.compile, with meters that wait for nobody; "ours", the trainer's step with
 share of the samples selected, or from cached logits; ours with one thing switched off. Before anything is timed, one
 step of every arm of ours, in float32, NCHW and not compiled, must change the parameters as the baseline's does with the
 same rows masked (`checked`: relative distance of the two changes); `update_error` is the same for the arm as it is
-timed.
+timed, and says how much bfloat16 matters to a network that has not learned anything yet.
 
 A turn is an epoch of a few batches; arms take turns within each round, a row holds medians over rounds. The CPU's clock
 is CPU time, that of ended workers included, if there is one thread, wall time if there are several. CUDA: events, after
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import math
 import os
 import statistics
 import sys
@@ -75,8 +76,8 @@ ABLATIONS = [
 DISTINCT = 2
 #: Turns under the profiler: on a shared machine one of them may meet a neighbour.
 PROFILED = 3
-#: What a step of ours may differ from the baseline's in float32, and in bfloat16.
-EQUAL, CLOSE = 1e-3, 0.5
+#: What a float32 step of ours may differ from the baseline's.
+EQUAL = 1e-3
 
 
 def cases_here() -> tuple[list[Case], list[str]]:
@@ -238,7 +239,7 @@ def prepare(case: Case, arms: list[Arm], plan: Plan, scratch: Path, say: Callabl
             require(checked <= EQUAL, f"{case}: a float32 step of {arm.name} is {checked:.1e} off the baseline's")
         made = contender(arm)
         error = steps.distance(steps.first_update(made, first), wanted[arm.selected])
-        require(error <= CLOSE, f"{case}: a step of {arm.name} is {error:.1e} off the baseline's")
+        require(math.isfinite(error), f"{case}: a step of {arm.name} leaves parameters that are not finite")
         selected = keep(plan.size, arm.selected)
         turns.append(Turn(made, "synthetic", loader, "noise on the device", selected, checked, error, plan.prepared))
     return turns + with_loaders(case, turns, plan, scratch, say)
@@ -384,9 +385,9 @@ def table(rows: list[Row]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     lines += train_readers.table([row for row in rows if row["part"] == "reader"])
-    first = rows[0]
-    threads = f", {first['threads']} thread(s), {first['isa']}" if first["threads"] != "" else ""
-    lines.append(f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}; `{first['command']}`.")
+    for row in {row["command"]: row for row in rows}.values():
+        threads = f", {row['threads']} thread(s), {row['isa']}" if row["threads"] != "" else ""
+        lines.append(f"{row['device']}{threads}; torch {row['torch']}; commit {row['commit']}; `{row['command']}`.")
     return "\n".join(lines)
 
 
@@ -395,6 +396,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--quick", action="store_true", help="the main arms; on the CPU one pair, nothing compiled")
+    parser.add_argument("--case", default="", help="only the pairs whose names have this in them; 'readers': no pair")
     parser.add_argument("--rounds", type=int, help="(default 5, quick 3)")
     parser.add_argument("--workers", type=int, help="that load pictures in a step (default: CPU 0, CUDA 8 at most)")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds; arms that do not fit are left out")
@@ -420,6 +422,7 @@ def main() -> int:
 
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     chosen, reasons = cases_here()
+    chosen = [case for case in chosen if arguments.case in str(case)]
     if arguments.quick and not on_gpu:
         chosen = chosen[:1]
     why = "a quick run on the CPU" if arguments.quick and not on_gpu else can_compile(device)
