@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -20,7 +21,14 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import bench_bandwidth, bench_influence, bench_influence_scale, bench_lds, bench_linear_kd_loss
+from benchmarks import (
+    bench_bandwidth,
+    bench_influence,
+    bench_influence_scale,
+    bench_lds,
+    bench_linear_kd_loss,
+    bench_train,
+)
 from benchmarks.bench_kd_loss import Row, is_headline, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +36,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "docs" / "benchmarks"
 # Distinct in print and to most colour-blind readers (Okabe and Ito).
 COLOURS = {"eager": "#d55e00", "lean": "#e69f00", "compile": "#009e73", "compile-autotune": "#56b4e9"}
+PARTS = {"teacher": "#d55e00", "student": "#56b4e9", "backward": "#0072b2", "optimizer": "#009e73", "loss": "#000000"}
+PARTS |= {"loader": "#f0e442", "other": "#999999", "idle": "#dddddd"}
 COLOURS |= {"liger": "#cc79a7", "triton": "#666666", "ours": "#0072b2"}
 
 
@@ -65,13 +75,42 @@ def plot_kd_loss(rows: list[Row], path: Path) -> None:
     roof.set_ylabel("% of triad\n(read, read, write)")
     roof.tick_params(axis="x", rotation=60)
     figure.suptitle(f"forward + backward, float32, T = 4: {rows[0]['device']}", fontsize="medium")
-    figure.tight_layout()
+    save(figure, path)
+
+
+def save(figure: Any, path: Path, *, tight: bool = True) -> None:
+    """Writes an SVG: the same numbers are the same file, without a date or random ids."""
+    if tight:
+        figure.tight_layout()
     temporary = path.with_name(path.name + ".tmp")
-    # Without a date or random ids, the same numbers are the same file.
     matplotlib.rcParams["svg.hashsalt"] = "lrds-fast"
     figure.savefig(temporary, format="svg", metadata={"Date": None})
     plt.close(figure)
     os.replace(temporary, path)
+
+
+def plot_train(rows: list[Row], path: Path) -> None:
+    """A panel per case: milliseconds an image by arm, a bar in the parts where the time goes."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    counts = [sum(row["case"] == case for row in rows) for case in cases]
+    height = 0.26 * sum(counts) + 1.1 * len(cases)
+    figure, axes = plt.subplots(len(cases), 1, figsize=(9, height), height_ratios=counts, squeeze=False)
+    for axis, case in zip(axes[:, 0], cases, strict=True):
+        mine = [row for row in rows if row["case"] == case][::-1]
+        labels = [row["arm"] + ("" if row["loader"] == "synthetic" else f", {row['loader']}") for row in mine]
+        whole = [float(row["median_ms"]) / int(row["batch"]) for row in mine]
+        left = [0.0] * len(mine)
+        for name in PARTS:
+            widths = [ms * float(row[f"share_{name}"]) for ms, row in zip(whole, mine, strict=True)]
+            axis.barh(range(len(mine)), widths, left=left, color=PARTS[name], label=name, height=0.75)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axis.set_yticks(range(len(mine)), labels, fontsize="small")
+        axis.set_xlabel("ms an image")
+        axis.set_title(f"{case}, batch {mine[0]['batch']}", fontsize="medium")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, ncols=len(names), fontsize="small", loc="lower center")
+    figure.tight_layout(rect=(0.0, 0.3 / height, 1.0, 1.0))
+    save(figure, path, tight=False)
 
 
 def page_kd_loss(path: Path, out: Path) -> Path:
@@ -173,6 +212,30 @@ def page_influence_scale(path: Path, out: Path) -> Path:
     return page
 
 
+def page_train(path: Path, out: Path) -> Path:
+    rows = read(path)
+    steps = [row for row in rows if row["part"] == "step"]
+    page = out / f"{path.stem}.md"
+    picture = ""
+    if steps:
+        plot = out / f"{path.stem}.svg"
+        plot_train(steps, plot)
+        picture = f"![milliseconds an image by arm, in parts]({plot.name})\n\n"
+    page.write_text(
+        f"# A distillation step, teacher included: {rows[0]['device']}\n\n"
+        "baseline: the step as mdistiller writes it, with label revision (float32, NCHW, eager losses, teacher on\n"
+        "every row, torchvision's loaders). tuned: the same in bfloat16, channels_last and torch.compile. ours: the\n"
+        "trainer's. checked: how far one step of ours in float32 moves the parameters from where the baseline's, with\n"
+        "the same rows masked, takes them, over the length of its step; update error: the same, as the arm is timed.\n"
+        "vs baseline: the median over rounds of the baseline's time over the arm's, with its range; prepared batches\n"
+        "against prepared, loaded against the published loader. of its ceiling: images/s over the same arm's on\n"
+        "prepared batches. Shares are torch.profiler's. Weights are random: the numbers are of speed alone.\n\n"
+        f"{picture}{bench_train.table(rows)}\n",
+        encoding="utf-8",
+    )
+    return page
+
+
 def page_plain(path: Path, out: Path) -> Path:
     """Any other run, as it is stored."""
     rows = read(path)
@@ -201,6 +264,8 @@ def render(path: Path, out: Path) -> Path:
         return page_lds(path, out)
     if path.stem.startswith("influence_scale"):
         return page_influence_scale(path, out)
+    if path.stem.startswith("train"):
+        return page_train(path, out)
     if path.stem.startswith("influence"):
         return page_influence(path, out)
     return page_plain(path, out)

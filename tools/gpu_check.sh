@@ -56,5 +56,8 @@ fi
 for suite in kd_loss linear_kd_loss bandwidth; do
   step "benchmarks: $suite" "$python" "benchmarks/bench_$suite.py" --device cuda --csv "$out/${suite}_cuda.csv"
 done
+# From end to end: what torchvision, timm and DALI are needed for is left out where they are missing, with a line.
+step "benchmarks: train" timeout 240 "$python" benchmarks/bench_train.py --device cuda --quick --budget 180 \
+  --csv "$out/train_cuda.csv"
 echo "gpu-check: $failed step(s) failed; results in $out"
 exit "$failed"
