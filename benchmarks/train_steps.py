@@ -25,11 +25,9 @@ from torch.profiler import ProfilerActivity, record_function
 from benchmarks import baselines
 from lrds_fast import models
 from lrds_fast.data import Batch
-from lrds_fast.train.loop import predicted, who_listens
-from lrds_fast.train.methods import objective
 from lrds_fast.train.recipe import Recipe, from_mapping
-from lrds_fast.train.setup import autocast_factory, build_optimizer
-from lrds_fast.train.totals import Totals
+from lrds_fast.train.setup import autocast_factory
+from lrds_fast.train.step import Step as TrainerStep
 
 REGIONS = ("loader", "teacher", "student", "loss", "backward", "optimizer")
 TURN = "turn"
@@ -148,7 +146,8 @@ def make_contender(
     memory_format = torch.channels_last if arm.channels_last else torch.contiguous_format
     for network in (teacher, student):
         network.to(memory_format=memory_format)  # type: ignore[call-overload]
-    called: list[Any] = [torch.compile(m) if arm.compiled else m for m in (teacher, student)]
+    # The trainer compiles by itself, as the recipe says.
+    called: list[Any] = [torch.compile(m) if arm.compiled and not arm.ours else m for m in (teacher, student)]
     make = our_step if arm.ours else published_step
     return Contender(arm, student, make(arm, case, called[0], called[1], device, size, selected, cache))
 
@@ -208,9 +207,26 @@ def recipe_of(arm: Arm, case: Case) -> Recipe:
         },
         "selection": {"compose": arm.compose},
         "optimizer": {"name": "sgd", "lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY},
-        "run": {"amp": arm.amp, "channels_last": arm.channels_last},
+        "schedule": {"name": "constant"},
+        "run": {
+            "amp": arm.amp,
+            "channels_last": arm.channels_last,
+            "compile": "default" if arm.compiled else "off",
+        },
     }
     return from_mapping(words, where="bench_train")
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """Logits (size, C) by sample index, on the device: what lrds_fast.train.teaching.CachedAnswers are."""
+
+    logits: Tensor
+    views: int = 1
+
+    def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor:
+        """The logits of these samples."""
+        return self.logits[indices.to(device, non_blocking=True)]
 
 
 def our_step(
@@ -223,48 +239,26 @@ def our_step(
     selected: Tensor | None,
     cache: Tensor | None,
 ) -> Step:
-    """The body of the trainer's loop, what it keeps for the log included."""
+    """The trainer's step, what it keeps for the log and its look for losses that are not finite included."""
     recipe = recipe_of(arm, case)
-    measure = objective(recipe.loss)
-    optimizer = build_optimizer(recipe.optimizer, student)
-    memory_format = torch.channels_last if arm.channels_last else torch.contiguous_format
-    autocast = autocast_factory(arm.amp, device)
-    kept = 0 if selected is None else int(selected.sum())
-    totals = Totals(device)
-    teacher_pred = torch.full((size,), -1, device=device)
+    carry_out = TrainerStep(
+        recipe,
+        student,
+        teacher,
+        device,
+        num_classes=case.classes,
+        num_samples=size,
+        steps_per_epoch=1,
+        cached=None if cache is None else Precomputed(cache),
+    )
+    carry_out.begin_epoch(0, selected)
     done = 0
 
     def step(batch: Batch) -> None:
         nonlocal done
-        images = batch.images.to(device, non_blocking=True, memory_format=memory_format)
-        target = batch.targets.to(device, non_blocking=True)
-        shown, heard, mask = who_listens(batch, selected, kept, arm.compose)
-        with record_function("student"), autocast():
-            logits = student(images)
-        with record_function("teacher"):
-            if cache is None:
-                with torch.inference_mode(), autocast():
-                    taught = teacher(images[:shown])
-            else:
-                taught = cache[batch.indices[:shown].to(device, non_blocking=True)]
-        with record_function("loss"):
-            parts = measure(
-                logits,
-                taught[:heard],
-                target,
-                selected=None if mask is None else mask.to(device, non_blocking=True),
-                kd_weight=recipe.loss.kd_weight,
-            )
-        totals.add_parts(parts, len(target), shown, done)
-        seen = batch.indices[:heard].to(device, non_blocking=True)
-        teacher_pred[seen] = predicted(taught[:heard], target[:heard])
-        optimizer.zero_grad(set_to_none=True)
-        with record_function("backward"):
-            torch.autograd.backward(parts.loss)
-        with record_function("optimizer"):
-            optimizer.step()
+        carry_out(batch, done)
         if device.type == "cpu":
-            totals.check_finite(recipe)
+            carry_out.totals.check_finite(recipe)
         done += 1
 
     return step
