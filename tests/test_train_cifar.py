@@ -92,16 +92,17 @@ def test_resnet8x4_learns_by_every_variant(
     before, after = result.records
     assert after["step"] == STEPS
     assert after["train_loss"] < before["train_loss"]
-    assert after["test_ce"] < before["test_ce"] < 4.7
+    assert after["test_ce"] < before["test_ce"]
     assert after["test_acc"] > 0.02, "no better than a guess"
     if not variant:
         return
     rows = len(data.train.labels)
     assert before["n_selected"] == rows
     wrong = after["n_revised"] / max(after["n_selected"], 1)
-    if "lr" in variant:
+    if variant == "kd+lr":
         # The teacher's own mistakes, on pictures that were cropped otherwise than when it was judged.
         assert abs(1.0 - of_teacher.records[-1]["test_acc"] - wrong) < 0.3
+    if "lr" in variant:
         assert after["n_revised"] > 0
     else:
         assert after["n_revised"] == 0

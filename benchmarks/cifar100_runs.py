@@ -1,0 +1,150 @@
+"""The CIFAR-100 runs that are kept: from folders to results/cifar100.csv, from that to their page and README.md.
+
+    python benchmarks/cifar100_runs.py collect RUN... --command "lrds-fast sweep ..."
+    python benchmarks/cifar100_runs.py page
+
+A row of the CSV is an epoch of a run, as its log has it: the table can be made again, and so can any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.bench_kd_loss import cpu_name
+from lrds_fast.train import paper
+from lrds_fast.train.files import write_text
+from lrds_fast.train.recipe import Recipe
+from lrds_fast.train.report import Run, markdown_report, read_run
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "benchmarks" / "results" / "cifar100.csv"
+PAGE = ROOT / "docs" / "benchmarks" / "cifar100.md"
+BEGIN, END = "<!-- cifar100:begin -->", "<!-- cifar100:end -->"
+#: Facts of a run, and what its log has of an epoch; what a run has not is empty.
+FACTS = ("name", "seed", "epochs", "device", "torch", "commit", "command")
+LOGGED = (
+    "epoch",
+    "step",
+    "lr",
+    "seconds",
+    "rows",
+    "train_loss",
+    "train_ce",
+    "train_kd",
+    "n_selected",
+    "n_revised",
+    "teacher_rows",
+    "val_acc",
+    "val_ce",
+    "test_acc",
+    "test_ce",
+)
+
+
+def rows_of(runs: list[Run], commit: str, command: str) -> list[dict[str, Any]]:
+    """A row per epoch. ValueError for a run that has not all of its epochs."""
+    rows = []
+    for run in runs:
+        epochs = run.recipe.schedule.epochs
+        if run.last["epoch"] != epochs:
+            raise ValueError(f"{run.folder} has {run.last['epoch']} of {epochs} epochs; finish it first")
+        facts = {
+            "name": run.recipe.name,
+            "seed": run.recipe.seed,
+            "epochs": epochs,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+            "torch": torch.__version__,
+            "commit": commit,
+            "command": command,
+        }
+        rows += [facts | {key: record.get(key, "") for key in LOGGED} for record in run.records]
+    return rows
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """The rows with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*FACTS, *LOGGED], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def runs_of(text: str) -> list[Run]:
+    """The runs of a stored CSV, in its order."""
+    found: dict[tuple[str, int], Run] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        name, seed = row["name"], int(row["seed"])
+        recipe = Recipe(name=name, seed=seed).with_values(**{"schedule.epochs": int(row["epochs"])})
+        run = found.setdefault((name, seed), Run(Path(name), recipe, []))
+        run.records.append({key: float(row[key]) for key in LOGGED if row[key] != ""})
+    return list(found.values())
+
+
+def origin(text: str) -> str:
+    """Where the runs of a stored CSV come from."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    lengths = {(row["epochs"], "student" if row["name"].count("/") == 2 else "alone") for row in rows}
+    taught = " or ".join(sorted(epochs for epochs, kind in lengths if kind == "student"))
+    commands = "; ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
+    first = rows[0]
+    place = f"{first['device']}, torch {first['torch']}, commit {first['commit']}"
+    return f"Students had {taught} epochs. {place}; {commands}."
+
+
+def page(text: str) -> str:
+    """All tables of a stored CSV; differences are to plain KD."""
+    runs = runs_of(text)
+    baseline = next((run.recipe.name for run in runs if run.recipe.name.endswith("/kd")), None)
+    body = markdown_report(runs, title="CIFAR-100, distilled", baseline=baseline)
+    return f"{body}\n{origin(text)} Every epoch: [cifar100.csv](../../benchmarks/results/cifar100.csv).\n"
+
+
+def readme_with(readme: str, text: str) -> str:
+    """README.md with the table as papers print it between its marks."""
+    tables = "\n".join(paper.markdown(table) for table in paper.paper_tables(runs_of(text)))
+    block = f"{BEGIN}\n{tables}\n{origin(text)}\n{END}"
+    replaced, count = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, readme, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md must have {BEGIN} and {END} once")
+    return replaced
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    collect = actions.add_parser("collect", help="run folders into results/cifar100.csv")
+    collect.add_argument("runs", type=Path, nargs="+")
+    collect.add_argument("--command", required=True, help="what the runs were made with")
+    collect.add_argument("--commit", help="what they were made by (default: this checkout's)")
+    actions.add_parser("page", help="the page and README.md's section, from results/cifar100.csv")
+    options = parser.parse_args()
+    if options.action == "collect":
+        commit = (
+            options.commit
+            or subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        )
+        write_text(STORED, as_csv(rows_of([read_run(folder) for folder in options.runs], commit, options.command)))
+        print(STORED)
+    text = STORED.read_text(encoding="utf-8")
+    write_text(PAGE, page(text))
+    readme = ROOT / "README.md"
+    write_text(readme, readme_with(readme.read_text(encoding="utf-8"), text))
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
