@@ -294,3 +294,27 @@ def test_the_command_stops_on_sigterm_with_its_exit_code(tmp_path: Path) -> None
     assert re.fullmatch(
         r"lrds-fast: stopped by SIGTERM after \d+ epochs( and \d+ steps)?; .*last.pt is saved: --resume goes on", last
     )
+
+
+GPU_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"teacher.own_stream": True, "run.channels_last": True},
+    {"run.amp": "bf16", "run.compile": "reduce-overhead"},
+    {"run.amp": "fp16", "run.accumulate": 2, "run.ema_decay": 0.9},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", GPU_OPTIONS, ids=["plain", "own stream", "bf16, CUDA graphs", "fp16, in parts"])
+def test_training_on_a_gpu_is_training_on_the_cpu(tmp_path: Path, options: dict[str, Any]) -> None:
+    values = {"optimizer.lr": 0.02, "schedule.epochs": 2}
+    parts = options.get("run.accumulate", 1)
+    cpu, expected = trained(tmp_path / "cpu", data=blobs(parts), **values)
+    gpu, student = trained(tmp_path / "gpu", data=blobs(parts), **values, **options, **{"run.device": "cuda"})
+    tolerance = 1e-4 if options.get("run.amp", "off") == "off" else 2e-2
+    for a, b in zip(gpu.records, cpu.records, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=tolerance)
+        assert a["n_selected"] == b["n_selected"] and a["rows"] == b["rows"]
+    if "run.ema_decay" not in options:
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(student.state_dict()[name].cpu(), value, rtol=0.05, atol=10 * tolerance)
