@@ -423,3 +423,35 @@ def test_real_photographs() -> None:
         assert float(levels.mean()) < 0.02
         assert float(levels.amax(dim=(1, 2, 3)).median()) <= 2.0
     assert ours.errors == []
+
+
+def test_who_asks_in_inference_mode_gets_the_same_pictures(root: Path) -> None:
+    """As evaluation does; threads could not write to such tensors, and everything would look unreadable."""
+    found = loader(root)
+    expected = images_of(found)
+    with torch.inference_mode():
+        batches = list(found.epoch(0))
+    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
+    assert not any(batch.images.is_inference() for batch in batches)
+    assert found.errors == []
+
+
+def test_a_failure_that_is_no_pictures_fault_is_raised(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = loader(root)
+    tries = []
+    fault = DaliLoader._fault
+
+    def counted(self: DaliLoader, sample: Any) -> str | None:
+        tries.append(sample)
+        monkeypatch.undo()
+        return fault(self, sample)
+
+    def failing(self: DaliLoader) -> Any:
+        next(self._feed)
+        raise RuntimeError("out of memory\nstack trace")
+
+    monkeypatch.setattr(DaliLoader, "_decode", failing)
+    monkeypatch.setattr(DaliLoader, "_fault", counted)
+    with pytest.raises(RuntimeError, match="DALI fails on pictures that it decodes one by one: out of memory$"):
+        list(found.epoch(0))
+    assert len(tries) == 1 and found.errors == []

@@ -138,13 +138,16 @@ class DaliLoader:
             try:
                 while True:
                     try:
-                        images = self._run()
+                        decoded = self._decode()
                     except StopIteration:
                         break
-                    except RuntimeError:
+                    except RuntimeError as error:
                         # A broken pipeline takes the batches behind this one along: they are run again.
-                        self._repair()
+                        self._repair(error)
                         continue
+                    # Whoever asks may be in inference mode, whose tensors the threads could not write to.
+                    with torch.inference_mode(False):
+                        images = self._finish(decoded)
                     index, _ = self._feed.given.popleft()
                     yield Batch(images, self.labels[index].to(images.device), index)
                 if nothing is not None:
@@ -207,8 +210,9 @@ class DaliLoader:
             self._wrong.add(index)
             self.errors.append((index, self._source.name(int(self._rows[index])), reason))
 
-    def _run(self) -> Tensor:
-        """The next batch; StopIteration after the last one."""
+    def _decode(self) -> Any:
+        """DALI's list of the next batch's pictures; StopIteration after the last one, RuntimeError where one of those
+        that were given cannot be decoded."""
         on_gpu = self.device.type == "cuda"
         if self._pipeline is None:
             build = _gpu_pipeline if on_gpu else _cpu_pipeline
@@ -224,9 +228,13 @@ class DaliLoader:
             options = {"normalise": not self.strong.moves_pixels} if on_gpu else {}
             self._pipeline = build(inputs, self._room, self.image_size, self.device, self.threads, **options)
         (images,) = self._pipeline.run()
+        return images
+
+    def _finish(self, images: Any) -> Tensor:
+        """The batch at the head of the feed, ready for the network, from what was decoded."""
         _, prepared = self._feed.given[0]
         seeds = [sample.seed for sample in prepared]
-        if on_gpu:
+        if self.device.type == "cuda":
             plugin: Any = importlib.import_module("nvidia.dali.plugin.pytorch")
             dense = images.as_tensor()
             kind = torch.uint8 if self.strong.moves_pixels else torch.float32
@@ -270,27 +278,31 @@ class DaliLoader:
             [np.array(box.mirrored, dtype=np.int32) for box in boxes],
         )
 
-    def _repair(self) -> None:
-        """Finds out which of the batches that the pipeline was given it cannot decode, sample by sample, makes those
-        samples grey and has the batches run again."""
+    def _repair(self, error: RuntimeError) -> None:
+        """Finds out which of the samples that the pipeline was given it cannot decode, one by one, makes those grey and
+        has their batches run again. RuntimeError where it is none of them: trying again would not end."""
         feed = self._feed
-        repaired = []
+        repaired, found = [], 0
         for index, prepared in feed.given:
             sound = list(prepared)
             for place, (i, sample) in enumerate(zip(index.tolist(), prepared, strict=True)):
                 reason = sample.error or self._fault(sample)
                 if reason is not None:
+                    found += sample.error is None
                     self._note_one(i, reason)
                     sound[place] = self._grey(reason)
             repaired.append((index, sound))
         self._feed = _Feed(itertools.chain(repaired, feed._batches))
         self._pipeline = None
+        if not found:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise RuntimeError(f"DALI fails on pictures that it decodes one by one: {reason}") from error
 
     def _fault(self, sample: _Prepared) -> str | None:
         """Why DALI cannot decode a sample; None if it can."""
         outer, self._feed, self._pipeline = self._feed, _Feed(iter([(torch.zeros(1), [sample])])), None
         try:
-            self._run()
+            self._decode()
         except RuntimeError:
             return "damaged, cut short, or of a kind that DALI does not decode"
         finally:
