@@ -19,8 +19,8 @@ from lrds_fast.train import TrainResult, train
 from lrds_fast.train.checkpoint import load_weights
 from lrds_fast.train.recipe import load_recipe
 
-#: Two epochs of 100 steps of 32 pictures.
-TRAIN, BATCH, STEPS = 3200, 32, 200
+#: Two epochs of 75 steps of 32 pictures.
+TRAIN, BATCH, STEPS = 2400, 32, 150
 TEST = 1000
 VARIANTS = ("", "kd", "kd+lr", "kd+ds", "kd+lr+ds")
 
@@ -91,7 +91,8 @@ def test_resnet8x4_learns_by_every_variant(
     result = fitted(tmp_path, name, data, teacher if variant else None, **values)
     before, after = result.records
     assert after["step"] == STEPS
-    assert after["train_loss"] < before["train_loss"]
+    if "ds" not in variant:  # else the second epoch's loss is another
+        assert after["train_loss"] < before["train_loss"]
     assert after["test_ce"] < before["test_ce"]
     assert after["test_acc"] > 0.02, "no better than a guess"
     if not variant:

@@ -31,6 +31,7 @@ OPTIONAL = (
     ("timm", "timm: models", "pip install timm"),
     ("scikit-learn", "the demo's digits", "pip install scikit-learn"),
     ("torchdistill", "distillation of features", "pip install 'lrds-fast[features]'"),
+    ("tensorboard", "the log as TensorBoard's events", "pip install tensorboard"),
     ("nvidia-dali-cuda130", "twice as fast photographs, on the GPU too", "pip install nvidia-dali-cuda130"),
 )
 

@@ -1,0 +1,44 @@
+"""The stored CIFAR-100 runs: README.md and the page say what the CSV says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_train_report import write_run
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import cifar100_runs  # noqa: E402
+from lrds_fast.train.report import read_run  # noqa: E402
+
+
+def test_readme_and_page_are_of_the_stored_runs() -> None:
+    text = cifar100_runs.STORED.read_text(encoding="utf-8")
+    assert cifar100_runs.PAGE.read_text(encoding="utf-8") == cifar100_runs.page(text)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert cifar100_runs.readme_with(readme, text) == readme
+    runs = cifar100_runs.runs_of(text)
+    students = {run.recipe.name.rpartition("/")[2] for run in runs if run.recipe.name.count("/") == 2}
+    assert students == {"kd", "kd+lr", "kd+ds", "kd+lr+ds"}
+    for name in {run.recipe.name for run in runs if run.recipe.name != "cifar100-short/resnet20"}:
+        assert len({run.recipe.seed for run in runs if run.recipe.name == name}) >= 3
+    for run in runs:
+        assert [record["epoch"] for record in run.records] == [*range(1, run.recipe.schedule.epochs + 1)]
+
+
+def test_runs_survive_the_csv(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", "cifar100-short/resnet20-resnet8/kd", 3, [0.25, 0.5]))
+    unfinished = run.recipe.with_values(**{"schedule.epochs": 3})
+    with pytest.raises(ValueError, match="has 2 of 3 epochs; finish it first"):
+        cifar100_runs.rows_of([type(run)(run.folder, unfinished, run.records)], "abc", "command")
+    finished = run.recipe.with_values(**{"schedule.epochs": 2})
+    rows = cifar100_runs.rows_of([type(run)(run.folder, finished, run.records)], "abc", "a command")
+    (again,) = cifar100_runs.runs_of(cifar100_runs.as_csv(rows))
+    assert (again.recipe.name, again.recipe.seed) == (run.recipe.name, 3)
+    for found, record in zip(again.records, run.records, strict=True):
+        assert found == {key: record[key] for key in cifar100_runs.LOGGED if key in record}
+    with pytest.raises(ValueError, match="must have <!-- cifar100:begin -->"):
+        cifar100_runs.readme_with("no marks", cifar100_runs.as_csv(rows))
