@@ -176,3 +176,12 @@ def test_files_without_a_state_dict_are_named(tmp_path: Path) -> None:
     damaged.write_bytes(b"\x08\0\0\0\0\0\0\0{")
     with pytest.raises(ValueError, match=r"damaged.safetensors is damaged"):
         checkpoint.load_weights(nn.Linear(1, 1), damaged, key="student.checkpoint")
+
+
+def test_tied_weights_are_saved(tmp_path: Path) -> None:
+    tied = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    checkpoint.save_weights(tmp_path / "best.safetensors", tied, {"epoch": "1"})
+    again = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    checkpoint.load_weights(again, tmp_path / "best.safetensors", key="teacher.checkpoint")
+    assert torch.equal(again[1].weight, tied[0].weight)

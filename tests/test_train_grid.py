@@ -303,6 +303,10 @@ def test_feature_methods_are_published_ones_with_their_weights() -> None:
         ({"teacher.cache": "runs/soft"}, r"features.method 'crd' needs teacher.cache=''; got 'runs/soft'"),
         ({"data.mixup": 0.2, "loss.method": "revision"}, "'revision' takes class numbers: it goes without data.mixup"),
         ({"data.cutmix": 1.0, "loss.revise": "swap"}, "loss.revise 'swap' takes class numbers"),
+        (
+            {"run.compile": "reduce-overhead", "run.accumulate": 2},
+            "set run.accumulate to 1, or run.compile to 'default'",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said(values: dict[str, object], message: str) -> None:

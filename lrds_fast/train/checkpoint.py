@@ -123,7 +123,8 @@ def save_weights(path: Path, model: nn.Module, facts: Mapping[str, str]) -> None
     """The weights alone, as .safetensors; facts: its metadata, as JSON under the key lrds_fast."""
     from safetensors.torch import save
 
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    # Clones: the format has no room for tensors that share memory, as tied weights do.
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     with atomic_write(path) as file:
         # One key: the format does not keep the order of several, and equal weights shall be equal files.
         file.write(save(state, metadata={"lrds_fast": json.dumps(dict(facts))}))

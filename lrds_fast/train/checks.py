@@ -109,6 +109,11 @@ def check_values(recipe: Recipe) -> None:
         )
     if (recipe.data.mixup or recipe.data.cutmix) and recipe.loss.revise in ("mft", "swap"):
         raise ValueError(f"loss.revise {recipe.loss.revise!r} takes class numbers: with data.mixup or cutmix use 'lr'")
+    if recipe.run.compile not in ("off", "default") and recipe.run.accumulate > 1:
+        raise ValueError(
+            f"run.compile {recipe.run.compile!r} uses CUDA graphs, which keep no gradient of a batch's earlier parts:"
+            f" set run.accumulate to 1, or run.compile to 'default'; got {recipe.run.accumulate}"
+        )
     _check_features(recipe)
     recipe.loss.chosen_divergence()
     if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
