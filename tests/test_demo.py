@@ -20,9 +20,9 @@ from lrds_fast.selection import Selection
 from lrds_fast.train import demo as run_demo
 from lrds_fast.train import run
 from lrds_fast.train.demo import ARMS, DemoResult
-from lrds_fast.train.loop import predicted
 from lrds_fast.train.recipe import from_mapping
 from lrds_fast.train.report import header, text_table
+from lrds_fast.train.step import predicted
 
 SEEDS = 2
 FOLDERS = {"teacher": "teacher"} | {arm.name: arm.folder for arm in ARMS}
