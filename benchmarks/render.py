@@ -28,6 +28,7 @@ from benchmarks import (
     bench_lds,
     bench_linear_kd_loss,
     bench_train,
+    cifar100_runs,
 )
 from benchmarks.bench_kd_loss import Row, is_headline, table
 
@@ -212,6 +213,12 @@ def page_influence_scale(path: Path, out: Path) -> Path:
     return page
 
 
+def page_cifar100(path: Path, out: Path) -> Path:
+    page = out / f"{path.stem}.md"
+    page.write_text(cifar100_runs.page(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return page
+
+
 def page_train(path: Path, out: Path) -> Path:
     rows = read(path)
     steps = [row for row in rows if row["part"] == "step"]
@@ -265,6 +272,8 @@ def render(path: Path, out: Path) -> Path:
         return page_lds(path, out)
     if path.stem.startswith("influence_scale"):
         return page_influence_scale(path, out)
+    if path.stem.startswith("cifar100"):
+        return page_cifar100(path, out)
     if path.stem.startswith("train"):
         return page_train(path, out)
     if path.stem.startswith("influence"):
