@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ ARMS = [
     dataclasses.replace(OURS, name="cached", cached=True),
     dataclasses.replace(OURS, name="channels_last", channels_last=True),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """CPU time is what is compared; other tests get their threads back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def plan() -> bench_train.Plan:
@@ -183,7 +193,6 @@ def test_without_kernels_regions_count_by_their_time() -> None:
 
 
 def test_the_clock_counts_processes_that_ended() -> None:
-    torch.set_num_threads(1)
     clock = train_steps.Clock(CPU)
     clock.start()
     child = os.fork()
@@ -289,7 +298,6 @@ def test_readers_take_turns_and_every_row_has_its_ratio(tmp_path: Path, monkeypa
     for name in ("torchvision", "nvidia.dali", "PIL"):
         pytest.importorskip(name)
     monkeypatch.delenv("LRDS_DATA", raising=False)
-    torch.set_num_threads(1)
     monkeypatch.setattr(
         train_loaders, "made_photographs", lambda folder, make=train_loaders.made_photographs: make(folder, 8)
     )

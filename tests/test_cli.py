@@ -229,7 +229,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     """SIGKILL at whatever the process is doing, then --resume: every number but the time is that of an unbroken run."""
     settings = ["--set", "schedule.epochs=200", "--set", "run.device=cpu", "--set", "data.train_limit=200", "--quiet"]
     succeeds("train", "digits_alone", *settings, "--set", "run.out=whole")
+    # As many threads as here: sums are in another order with another number.
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, "-m", "lrds_fast", "train", "digits_alone", *settings, "--set", "run.out=killed"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path)
     log = Path("killed/log.jsonl")

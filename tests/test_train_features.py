@@ -268,7 +268,8 @@ def test_a_checkpoint_gives_the_same_next_loss(method: str, tmp_path: Path) -> N
 
     step(student, loss, optimizer)
     path = tmp_path / "last.pt"
-    checkpoint.save(path, epoch=1, facts={}, student=student, parts={"optimizer": optimizer, "features": loss})
+    parts = {"optimizer": optimizer, "features": loss}
+    checkpoint.save(path, checkpoint.Position(1, 0, {}), facts={}, student=student, parts=parts)
     expected = [step(student, loss, optimizer) for _ in range(2)]
     assert not any("criterion" in key for key in torch.load(path, weights_only=True)["student"])
 

@@ -24,6 +24,19 @@ METHODS = {
     "dist": "DIST",
     "revision": "REVISION",
 }
+_FEATURES = {
+    "fitnet": "FitNet",
+    "at": "AT",
+    "sp": "SP",
+    "vid": "VID",
+    "ickd": "ICKD",
+    "rkd": "RKD",
+    "pkt": "PKT",
+    "cc": "CC",
+    "crd": "CRD",
+    "reviewkd": "ReviewKD",
+}
+METHODS |= _FEATURES | {f"kd-{name}": f"KD+{label}" for name, label in _FEATURES.items()}
 NOTE = (
     "Test accuracy in %, mean ± standard error over the seeds (in parentheses). best: of the best epoch, chosen on the"
     " test split, as most of the published numbers are; it flatters. last: after the last epoch. published: without"
