@@ -177,6 +177,7 @@ def test_a_full_disk_is_told_in_one_line(
     assert "No space left on device" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_and_not_the_checkpoint(root: Path) -> None:
     """As the system does where memory runs out."""
     from test_train_options import command
@@ -192,10 +193,14 @@ def test_a_worker_that_is_killed_ends_the_run_and_not_the_checkpoint(root: Path)
         time.sleep(0.1)
     deadline = time.monotonic() + 60
     while begun.poll() is None and time.monotonic() < deadline:
+        hit = False
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             for child in Path(f"/proc/{begun.pid}/task/{begun.pid}/children").read_text().split():
                 os.kill(int(child), signal.SIGKILL)
-        time.sleep(0.05)
+                hit = True
+                break
+        # One that was ending anyway is no loss; a second loss while the first is being told would be another case.
+        time.sleep(5.0 if hit else 0.02)
     _, err = begun.communicate(timeout=60)
     assert begun.returncode == cli.FAILED, err[-2000:]
     last = err.strip().splitlines()[-1]
