@@ -221,6 +221,23 @@ __device__ inline Vector<T, kWidth> narrow_vector(const A (&x)[kWidth]) {
   return out;
 }
 
+// Stores a vector with one instruction. nvcc splits the plain assignment of 16 bytes into stores of
+// the elements wherever it knows them one by one (docs/kernels.md).
+template <class T, int kWidth>
+__device__ inline void store_vector(T* to, const Vector<T, kWidth>& x) {
+#if !defined(LRDS_SIMT)
+  if constexpr (sizeof(x) == sizeof(uint4)) {
+    uint4 words;
+    memcpy(&words, &x, sizeof words);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Vector<T, kWidth>*>(to) = x;
+}
+
 // The larger of `least` and the elements; NaNs are passed over. 16-bit types compare two at a time,
 // unconverted.
 template <class A, class T, int kWidth>

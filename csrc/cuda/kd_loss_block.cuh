@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       const auto put = [&](int i, const A(&g)[kWidth]) {
         const int n = i * threads + thread;
         if (n >= layout.vectors) return;
-        *reinterpret_cast<ZVec*>(gradient + layout.head + n * kWidth) = narrow_vector<S>(g);
+        store_vector(gradient + layout.head + n * kWidth, narrow_vector<S>(g));
       };
       if (!reads_z) {
         // Zeros, or NaN for a bad row.

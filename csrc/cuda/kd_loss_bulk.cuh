@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     S* const gradient = static_cast<S*>(sweep.gradient) + index * classes;
     const auto put = [&](int n, const A(&g)[kWidth]) {
       const int k = layout.head + (slice_begin + n) * kWidth;
-      *reinterpret_cast<Vec*>(gradient + k) = narrow_vector<S>(g);
+      store_vector(gradient + k, narrow_vector<S>(g));
     };
     if (!reads_z) {
       // Zeros, or NaN for a bad row.

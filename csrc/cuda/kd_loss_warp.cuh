@@ -166,7 +166,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
             for (int j = 0; j < kWidth; ++j) {
               g[j] = gradient_of(z[i * kWidth + j], v[i * kWidth + j]);
             }
-            *reinterpret_cast<Vec*>(gradient_row + layout.head + n * kWidth) = narrow_vector<S>(g);
+            store_vector(gradient_row + layout.head + n * kWidth, narrow_vector<S>(g));
           }
         }
         if (has_edge) gradient_row[layout.edge(lane)] = narrow<S>(gradient_of(z_edge, v_edge));

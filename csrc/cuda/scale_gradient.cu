@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kScaleThreads)
     A x[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) x[j] = widen<A>(raw.element[j]) * factor;
-    *reinterpret_cast<Vec*>(out + head + n * kWidth) = narrow_vector<S>(x);
+    store_vector(out + head + n * kWidth, narrow_vector<S>(x));
   }
   if (thread < edges) one(thread < head ? thread : vectors * kWidth + thread);
 }
