@@ -124,9 +124,9 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     A z_y = A(0), v_y = A(0);
     __pipeline_wait_prior(0);
     if (reads_z) {
-      with_power(sweep, [&](auto power) {
-        constexpr bool kPower = decltype(power)::value;
-        if (has_edge) begin_with<kPower>(sweep, reads_v, z_edge, v_edge, stats);
+      with_squarings(sweep, [&](auto squarings) {
+        constexpr int kSquarings = decltype(squarings)::value;
+        if (has_edge) begin_with<kSquarings>(sweep, reads_v, z_edge, v_edge, stats);
         for (int i = 0; i < slots; i += kChunk) {
           ZVec z[kChunk];
           VVec v[kChunk];
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
           for (int c = 0; c < kChunk; ++c) fetch(i + c, z[c], v[c]);
           const int left = layout.vectors - (i * threads + thread);
           const int inside = left <= 0 ? 0 : min(kChunk, (left + threads - 1) / threads);
-          add_vectors<kPower>(sweep, reads_v, z, v, inside, stats);
+          add_vectors<kSquarings>(sweep, reads_v, z, v, inside, stats);
         }
       });
 
@@ -178,10 +178,10 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
         for (int i = 0; i < resident; ++i) stage_next(i);
       } else {
         const A shift_z = anchor(stats.row.max_z), shift_v = anchor(stats.row.max_v);
-        with_power(sweep, [&](auto power) {
-          constexpr bool kPower = decltype(power)::value;
+        with_squarings(sweep, [&](auto squarings) {
+          constexpr int kSquarings = decltype(squarings)::value;
           const auto gradient_of = [&](A z_k, A v_k) {
-            return online_gradient<kPower>(sweep, result, reads_v, z_k, v_k, shift_z, shift_v);
+            return online_gradient<kSquarings>(sweep, result, reads_v, z_k, v_k, shift_z, shift_v);
           };
           const auto finish = [&](int i, const ZVec& z, const VVec& v) {
             A g[kWidth];

@@ -169,15 +169,15 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     OnlineStats<A> stats = empty_online_stats<A>();
     const RingPlace row_place = place;
     if (reads_z) {
-      with_power(sweep, [&](auto power) {
-        constexpr bool kPower = decltype(power)::value;
-        if (has_edge) begin_with<kPower>(sweep, reads_v, z_edge, v_edge, stats);
+      with_squarings(sweep, [&](auto squarings) {
+        constexpr int kSquarings = decltype(squarings)::value;
+        if (has_edge) begin_with<kSquarings>(sweep, reads_v, z_edge, v_edge, stats);
         for (int done = 0; done < slice_vectors; done += kBulkThreads) {
           barrier_wait(shared.full + place.tile, place.parity);
           if (done + thread < slice_vectors) {
             Vec z[1], v[1];
             fetch(place.tile, z[0], v[0]);
-            add_vectors<kPower>(sweep, reads_v, z, v, 1, stats);
+            add_vectors<kSquarings>(sweep, reads_v, z, v, 1, stats);
           }
           if (sweep.gradient == nullptr) release(place.tile);
           place.advance(tiles);
@@ -224,10 +224,10 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
       continue;
     }
     const A shift_z = anchor(stats.row.max_z), shift_v = anchor(stats.row.max_v);
-    with_power(sweep, [&](auto power) {
-      constexpr bool kPower = decltype(power)::value;
+    with_squarings(sweep, [&](auto squarings) {
+      constexpr int kSquarings = decltype(squarings)::value;
       const auto gradient_of = [&](A z_k, A v_k) {
-        return online_gradient<kPower>(sweep, result, reads_v, z_k, v_k, shift_z, shift_v);
+        return online_gradient<kSquarings>(sweep, result, reads_v, z_k, v_k, shift_z, shift_v);
       };
       RingPlace again = row_place;
       for (int done = 0; done < slice_vectors; done += kBulkThreads) {

@@ -18,12 +18,12 @@ __device__ inline OnlineStats<A> empty_online_stats() {
   return OnlineStats<A>{empty_row_stats<A>(), A(0)};
 }
 
-template <bool kPower, class A>
+template <int kSquarings, class A>
 __device__ inline void add_element(const Sweep<A>& sweep, bool reads_v, A z_k, A v_k,
                                    RowStats<A>& stats) {
   const A dz = z_k - anchor(stats.max_z), dv = v_k - anchor(stats.max_v);
   const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
-  stats.sum_z += exp_from<kPower>(dz, exp_zt, sweep);
+  stats.sum_z += exp_from<kSquarings>(dz, exp_zt, sweep);
   stats.sum_zt += exp_zt;
   if (reads_v) {
     const A exp_vt = exp_scaled(dv, sweep.exp_t_scale);
@@ -33,7 +33,7 @@ __device__ inline void add_element(const Sweep<A>& sweep, bool reads_v, A z_k, A
 }
 
 // The first element, of a thread that has seen none.
-template <bool kPower, class A>
+template <int kSquarings, class A>
 __device__ inline void begin_with(const Sweep<A>& sweep, bool reads_v, A z_k, A v_k,
                                   OnlineStats<A>& stats) {
   const A infinity = std::numeric_limits<A>::infinity();
@@ -42,11 +42,11 @@ __device__ inline void begin_with(const Sweep<A>& sweep, bool reads_v, A z_k, A 
   stats.row.max_v = v_k > -infinity ? v_k : -infinity;
   stats.count = A(1);
   stats.row.sum_shift = z_k - anchor(stats.row.max_z);
-  add_element<kPower>(sweep, reads_v, z_k, v_k, stats.row);
+  add_element<kSquarings>(sweep, reads_v, z_k, v_k, stats.row);
 }
 
 // kChunk vectors, of which the first `inside` lie in the row; the others are -inf.
-template <bool kPower, class A, class ZVec, class VVec, int kChunk>
+template <int kSquarings, class A, class ZVec, class VVec, int kChunk>
 __device__ inline void add_vectors(const Sweep<A>& sweep, bool reads_v, const ZVec (&z)[kChunk],
                                    const VVec (&v)[kChunk], int inside, OnlineStats<A>& stats) {
   constexpr int kWidth = sizeof(ZVec) / sizeof(z[0].element[0]);
@@ -75,7 +75,7 @@ __device__ inline void add_vectors(const Sweep<A>& sweep, bool reads_v, const ZV
   for (int c = 0; c < kChunk; ++c) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      add_element<kPower>(sweep, reads_v, widen<A>(z[c].element[j]), widen<A>(v[c].element[j]),
+      add_element<kSquarings>(sweep, reads_v, widen<A>(z[c].element[j]), widen<A>(v[c].element[j]),
                           stats.row);
     }
   }
@@ -106,13 +106,13 @@ __device__ inline void warp_merge(const Sweep<A>& sweep, OnlineStats<A>& stats) 
 }
 
 // dL/dz_k without the target's constant.
-template <bool kPower, class A>
+template <int kSquarings, class A>
 __device__ inline A online_gradient(const Sweep<A>& sweep, const RowResult<A>& result, bool reads_v,
                                     A z_k, A v_k, A shift_z, A shift_v) {
   const A dz = z_k - shift_z;
   const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
   const A exp_vt = reads_v ? exp_scaled(v_k - shift_v, sweep.exp_t_scale) : A(0);
-  return gradient_from(result, exp_from<kPower>(dz, exp_zt, sweep), exp_zt, exp_vt);
+  return gradient_from(result, exp_from<kSquarings>(dz, exp_zt, sweep), exp_zt, exp_vt);
 }
 
 }  // namespace lrds::cuda

@@ -8,6 +8,9 @@
 
 namespace lrds::cuda {
 
+// Temperatures 1, 2 and 4 take exp(x) from exp(x / T); each has its own copy of the loops.
+constexpr int kMaxSquarings = 2;
+
 // KdLossArgs as the kernels take it: hyperparameters rounded to A once, on the host.
 template <class A>
 struct Sweep {
@@ -48,7 +51,7 @@ Sweep<A> make_sweep(const KdLossArgs& args, ValidRows valid_rows) {
   constexpr double kUnit = std::is_same_v<A, float> ? kLog2E : 1.0;
   int squarings = -1;
   if (std::is_same_v<A, float>) {
-    for (int s = 0; s <= 3; ++s) {
+    for (int s = 0; s <= kMaxSquarings; ++s) {
       if (args.temperature == static_cast<double>(1 << s)) squarings = s;
     }
   }
@@ -268,28 +271,28 @@ __device__ inline void write_row(const Sweep<A>& sweep, const Row<A>& row,
 }
 
 // exp(x) where exp(x / T) is at hand.
-template <bool kPower, class A>
+template <int kSquarings, class A>
 __device__ inline A exp_from(A x, A exp_t, const Sweep<A>& sweep) {
-  if constexpr (kPower) {
-    if (sweep.squarings >= 1) exp_t *= exp_t;
-    if (sweep.squarings >= 2) exp_t *= exp_t;
-    if (sweep.squarings >= 3) exp_t *= exp_t;
+  if constexpr (kSquarings >= 0) {
+#pragma unroll
+    for (int i = 0; i < kSquarings; ++i) exp_t *= exp_t;
     return exp_t;
   } else {
     return exp_scaled(x, sweep.exp_scale);
   }
 }
 
-// Calls body with std::true_type if exp(x) is a power of exp(x / T). Only float has that shortcut.
+// Calls body with std::integral_constant<int, sweep.squarings>, so that no element branches on it.
+// Only float has that shortcut.
 template <class A, class Body>
-__device__ inline void with_power(const Sweep<A>& sweep, Body body) {
+__device__ inline void with_squarings(const Sweep<A>& sweep, Body body) {
   if constexpr (std::is_same_v<A, float>) {
-    if (sweep.squarings >= 0) {
-      body(std::true_type());
-      return;
-    }
+    static_assert(kMaxSquarings == 2, "one case each");
+    if (sweep.squarings == 2) return body(std::integral_constant<int, 2>());
+    if (sweep.squarings == 1) return body(std::integral_constant<int, 1>());
+    if (sweep.squarings == 0) return body(std::integral_constant<int, 0>());
   }
-  body(std::false_type());
+  body(std::integral_constant<int, -1>());
 }
 
 // dL/dz_k without the target's constant, from the shifted logits' exponentials.

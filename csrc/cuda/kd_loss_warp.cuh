@@ -120,17 +120,17 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
 
   // z and v become exp((z - max z) / T) and exp((v - max v) / T); exp_one keeps exp(z - max z)
   // where it is no power.
-  with_power(sweep, [&](auto power) {
-    constexpr bool kPower = decltype(power)::value;
+  with_squarings(sweep, [&](auto squarings) {
+    constexpr int kSquarings = decltype(squarings)::value;
     const auto absorb = [&](A& z_k, A& v_k) {
       const A dz = z_k - shift_z, dv = v_k - shift_v;
       const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
       const A exp_vt = exp_scaled(dv, sweep.exp_t_scale);
-      stats.sum_z += exp_from<kPower>(dz, exp_zt, sweep);
+      stats.sum_z += exp_from<kSquarings>(dz, exp_zt, sweep);
       stats.sum_zt += exp_zt;
       stats.sum_vt += exp_vt;
       if (exp_vt > A(0)) stats.dot += exp_vt * (dv - dz);
-      z_k = kPower ? exp_zt : dz;
+      z_k = kSquarings >= 0 ? exp_zt : dz;
       v_k = exp_vt;
     };
 #pragma unroll
@@ -150,11 +150,11 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
   if (index < sweep.rows) {
     if (lane == 0) write_row(sweep, row, result, index);
     if (gradient_row != nullptr) {
-      with_power(sweep, [&](auto power) {
-        constexpr bool kPower = decltype(power)::value;
+      with_squarings(sweep, [&](auto squarings) {
+        constexpr int kSquarings = decltype(squarings)::value;
         const auto gradient_of = [&](A z_k, A v_k) {
-          const A exp_zt = kPower ? z_k : exp_scaled(z_k, sweep.exp_t_scale);
-          return gradient_from(result, exp_from<kPower>(z_k, exp_zt, sweep), exp_zt, v_k);
+          const A exp_zt = kSquarings >= 0 ? z_k : exp_scaled(z_k, sweep.exp_t_scale);
+          return gradient_from(result, exp_from<kSquarings>(z_k, exp_zt, sweep), exp_zt, v_k);
         };
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
