@@ -297,7 +297,7 @@ struct KdLossArgs {
   const std::int64_t* teacher_indices;  // (teacher_rows, kept_classes) contiguous
   const void* teacher_logsumexp;        // A[teacher_rows]
 
-  double* workspace;  // CUDA, unless is_plain(): 2 doubles on the device
+  double* workspace;  // CUDA: kd_loss_workspace_doubles(args) doubles on the device; null for none
 
   // What the scores of data selection need of a row's two logit gradients, instead of a loss. Both
   // are of terms with weight 1: g = d CE / dz, h = d KD / dz.

@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/kd_loss.h"
@@ -15,10 +16,12 @@ namespace lrds::cuda {
 // Rows are checked on the device: a target outside [0, classes) that is not ignore_index, or a
 // selection weight outside [0, 1], makes that row's loss and gradient NaN. args.counts null (only
 // the gradient is wanted) leaves ce, kd, flags, loss, loss_ce and loss_kd untouched; args.gradient
-// null writes only the loss. rows = 0 writes a loss and counts of 0. Launches: the row kernel;
-// finalize if the loss is wanted; one memset of 8 bytes if many rows are averaged over a count that
-// is not given.
+// null writes only the loss. rows = 0 writes a loss and counts of 0. args.workspace must hold
+// kd_loss_workspace_doubles(args) doubles. Launches: the row kernel; finalize if the loss is
+// wanted; one memset of 16 bytes if blocks share the counting of the rows or the adding of their
+// terms, which takes more than 4096 or 8192 rows.
 cudaError_t kd_loss(const KdLossArgs& args, cudaStream_t stream);
+std::size_t kd_loss_workspace_doubles(const KdLossArgs& args);
 
 // out[i] = gradient[i] * (grad_output / grad_scale), the factor read on the device; done at once
 // when out is gradient and the factor is 1. The product is formed in double for float64, else in

@@ -442,8 +442,9 @@ void run_cuda(const Call& call) {
   const c10::cuda::CUDAGuard guard(call.student.device());
   KdLossArgs args = call.args;
   Tensor workspace;
-  if (!is_plain(args)) {
-    workspace = at::empty({2}, call.student.options().dtype(at::kDouble));
+  if (const std::size_t doubles = cuda::kd_loss_workspace_doubles(args); doubles > 0) {
+    workspace =
+        at::empty({static_cast<std::int64_t>(doubles)}, call.student.options().dtype(at::kDouble));
     args.workspace = workspace.mutable_data_ptr<double>();
   }
   C10_CUDA_CHECK(cuda::kd_loss(args, c10::cuda::getCurrentCUDAStream().stream()));

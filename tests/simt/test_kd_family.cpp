@@ -331,7 +331,7 @@ void run(const Case& c) {
   args.num_valid = c.given ? num_valid.data() : nullptr;
   args.weight_sum = c.given ? weight_sum.data() : nullptr;
   args.grad_scale = c.given ? grad_scale.data() : nullptr;
-  std::vector<double> workspace(2);
+  std::vector<double> workspace(2);  // no case has rows for several finalize blocks
   args.workspace = workspace.data();
   std::vector<std::vector<unsigned char>> first;
   for (const simt::Order order : {simt::Order::kForward, simt::Order::kShuffled}) {

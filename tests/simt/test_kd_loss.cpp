@@ -427,6 +427,8 @@ void run(const Case& c, std::uint32_t seed) {
       args.counts = out.counts.data();
     }
     simt::set_order(order, seed);
+    std::vector<double> workspace(lrds::cuda::kd_loss_workspace_doubles(args), std::nan(""));
+    args.workspace = workspace.empty() ? nullptr : workspace.data();
     simt::take_launches();
     const cudaError_t error = lrds::cuda::kd_loss(args, nullptr);
     if (error != cudaSuccess) report(c, "cudaError_t", -1, -1, error, cudaSuccess);
@@ -730,6 +732,18 @@ std::vector<Case> kd_loss_cases() {
     if (classes < 1024) variants(DType::kFloat64, 0);
     if (classes > 1024) variants(DType::kBFloat16, 1);
     if (classes == 200) variants(DType::kFloat16, 0);
+  }
+  group = "finalize";
+  // One block up to 8192 rows, then several, at most 32.
+  for (const std::int64_t rows : {8192, 8193, 20000, 270000}) {
+    for (const Reduction reduction : {Reduction::kMean, Reduction::kSum, Reduction::kNone}) {
+      if (rows > 20000 && reduction != Reduction::kSum) continue;
+      Case c = make(DType::kFloat32, DType::kFloat32, 1, rows);
+      c.device = 2;
+      c.reduction = reduction;
+      c.with_gradient = reduction == Reduction::kMean;
+      add(c);
+    }
   }
   group = "flat";
   // Tiles: several for a block, the last one cut, bases between 16-byte boundaries, teachers of the

@@ -92,6 +92,7 @@ inline unsigned atomicOr(unsigned* address, unsigned value) {
   return old;
 }
 inline void __nanosleep(unsigned) {}
+inline void __threadfence() {}
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
 
