@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +69,10 @@ def compile_for(nvcc: str, source: Path, arch: str, target: Path) -> str:
     return done.stderr
 
 
+def object_path(folder: Path, stem: str, arch: str) -> Path:
+    return folder / f"{stem}_{arch}.o"
+
+
 def compile_all(nvcc: str, folder: Path) -> dict[tuple[str, str], str]:
     """Reports by file and architecture."""
     rows = [source for source in KERNELS if source.stem.startswith(("kd_loss_", "kd_family_"))]
@@ -76,10 +81,20 @@ def compile_all(nvcc: str, folder: Path) -> dict[tuple[str, str], str]:
     pairs |= {(source, arch) for source in KERNELS if source not in rows for arch in ARCHS}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         running = {
-            (source.stem, arch): pool.submit(compile_for, nvcc, source, arch, folder / f"{source.stem}_{arch}.o")
+            (source.stem, arch): pool.submit(compile_for, nvcc, source, arch, object_path(folder, source.stem, arch))
             for source, arch in sorted(pairs)
         }
         return {pair: future.result() for pair, future in running.items()}
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Names as in the source, without namespaces."""
+    command = ["c++filt"]
+    text = subprocess.run(command, input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [
+        re.sub(r"\(anonymous namespace\)::|lrds::cuda::|lrds::", "", name.removeprefix("void "))
+        for name in text.splitlines()
+    ]
 
 
 def parse(report: str) -> list[Row]:
@@ -92,17 +107,16 @@ def parse(report: str) -> list[Row]:
     )
     if not found:
         raise ValueError("ptxas reported no kernel")
-    names = "\n".join(name for name, *_ in found)
-    demangled = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
     return [
         {
-            # The parameters are the template's; the name tells kernels apart without them.
-            "kernel": re.sub(r"\(anonymous namespace\)::|lrds::cuda::|lrds::", "", name.removeprefix("void ")),
+            "kernel": name,
             "registers": registers,
             "stack_bytes": stack,
             "spill_bytes": str(int(stores) + int(loads)),
         }
-        for name, (_, stack, stores, loads, registers) in zip(demangled, found, strict=True)
+        for name, (_, stack, stores, loads, registers) in zip(
+            demangle([name for name, *_ in found]), found, strict=True
+        )
     ]
 
 
@@ -118,6 +132,13 @@ def table(reports: dict[tuple[str, str], str], version: str) -> list[Row]:
 def read_table() -> list[Row]:
     with TABLE.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: list[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def differences(found: list[Row], expected: list[Row]) -> list[str]:
@@ -152,10 +173,7 @@ def main() -> int:
         changed = differences(rows, read_table())
         sys.stdout.write("\n".join([*changed, f"{len(rows)} kernels, {len(changed)} differences"]) + "\n")
         return 1 if changed else 0
-    with TABLE.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(TABLE, COLUMNS, rows)
     sys.stdout.write(f"{TABLE.relative_to(ROOT)}: {len(rows)} kernels\n")
     return 0
 
