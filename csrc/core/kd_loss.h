@@ -193,18 +193,29 @@ LRDS_HOST_DEVICE inline bool teacher_is_wrong(A v_y, A max_v) {
 // What a row's end takes of its maxima and of the logits at the target, relative to what the
 // exponentials of the row's sums are relative to.
 //   z_shift, v_shift   z_y and v_y
-//   max_v_term         exp(max v / T)
-//   wrong              teacher_is_wrong
+//   v_term, max_v_term their exponentials over T: of v_y (if wrong) and of max v
+//   wrong              is the row to be revised?
 template <typename A>
 struct RowTarget {
   A z_shift;
   A v_shift;
+  A v_term;
   A max_v_term;
   bool wrong;
 };
 
-// The sums of stats must be complete for the terms whose weight is not 0 (v_shift, max_v_term and
-// wrong are unused if weights.kd is 0). gradient_scale multiplies the gradient coefficients alone.
+// Relative to the maxima themselves.
+template <typename A>
+LRDS_HOST_DEVICE inline RowTarget<A> row_target(const RowStats<A>& stats, A z_y, A v_y,
+                                                const RowParams<A>& params) {
+  const A v_shift = v_y - stats.max_v;
+  const bool wrong = params.revise != Revise::kNone && teacher_is_wrong(v_y, stats.max_v);
+  return RowTarget<A>{z_y - stats.max_z, v_shift,
+                      wrong ? row_exp(v_shift * params.inv_temperature) : A(0), A(1), wrong};
+}
+
+// The sums of stats must be complete for the terms whose weight is not 0 (of target all but z_shift
+// is unused if weights.kd is 0). gradient_scale multiplies the gradient coefficients alone.
 template <typename A>
 LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats,
                                                 const RowTarget<A>& target,
@@ -231,10 +242,10 @@ LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats,
     const A log_sum_v = sum_log(stats.sum_vt);
     A beta = A(1);
     A kl = row_divide(stats.dot * inv_t, stats.sum_vt) - log_sum_v + log_sum_z;
-    if (params.revise != Revise::kNone && target.wrong) {
+    if (target.wrong) {
       const A log_p_y = target.v_shift * inv_t - log_sum_v;
       const A log_q_y = target.z_shift * inv_t - log_sum_z;
-      const A p_y = row_divide(row_exp(target.v_shift * inv_t), stats.sum_vt);
+      const A p_y = row_divide(target.v_term, stats.sum_vt);
       const A p_max = row_divide(target.max_v_term, stats.sum_vt);
       beta = params.eta / (A(1) + p_max - p_y);
       const A revised_y = beta * p_y + (A(1) - beta);
@@ -263,10 +274,8 @@ template <typename A>
 LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats, A z_y, A v_y,
                                                 const RowParams<A>& params, RowWeights<A> weights,
                                                 A classes, A gradient_scale) {
-  return finish_row(
-      stats,
-      RowTarget<A>{z_y - stats.max_z, v_y - stats.max_v, A(1), teacher_is_wrong(v_y, stats.max_v)},
-      params, weights, classes, gradient_scale);
+  return finish_row(stats, row_target(stats, z_y, v_y, params), params, weights, classes,
+                    gradient_scale);
 }
 
 // 1 / denominator of a reduction, 0 when nothing is left to average.

@@ -246,7 +246,7 @@ __device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& ro
                                          RowWeights<A> weights, const RowStats<A>& stats,
                                          const RowTarget<A>& target, A scale, std::int64_t index) {
   if (sweep.grad_output != nullptr && index < sweep.rows) {
-    scale *= sweep.grad_output[index * sweep.grad_output_stride];
+    scale *= sweep.grad_output[sweep.grad_output_stride != 0 ? index : 0];
   }
   RowResult<A> result =
       finish_row(stats, target, sweep.params, weights, static_cast<A>(sweep.classes), scale);
@@ -260,10 +260,8 @@ template <class A>
 __device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& row,
                                          const RowStats<A>& stats, A z_y, A v_y, A scale,
                                          std::int64_t index) {
-  return close_row(
-      sweep, row, row.weights(sweep), stats,
-      RowTarget<A>{z_y - stats.max_z, v_y - stats.max_v, A(1), teacher_is_wrong(v_y, stats.max_v)},
-      scale, index);
+  return close_row(sweep, row, row.weights(sweep), stats, row_target(stats, z_y, v_y, sweep.params),
+                   scale, index);
 }
 
 template <class A>

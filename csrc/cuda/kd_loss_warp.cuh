@@ -120,36 +120,29 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     v_in[i] = VVec{};
   }
   const int begin = layout.head + lane * kWidth;
-  if (reads_z) {
+  const auto load = [&](bool reads, const S* from, auto& x, S& edge, A& at_y) {
+    const int vectors = reads ? layout.vectors : 0;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (inside(i)) {
-        z_in[i] = *reinterpret_cast<const ZVec*>(z_row + begin + i * lanes * kWidth);
+      if (i * lanes + lane < vectors) {
+        x[i] = *reinterpret_cast<const ZVec*>(from + begin + i * lanes * kWidth);
       }
     }
-    if (has_edge) z_edge_in = z_row[layout.edge(lane)];
-    z_y = widen<A>(z_row[row.y]);
-  }
-  if (reads_v) {
-    if constexpr (kSameTeacher) {
+    if (has_edge && reads) edge = from[layout.edge(lane)];
+    if (reads) at_y = widen<A>(from[row.y]);
+  };
+  load(reads_z, z_row, z_in, z_edge_in, z_y);
+  if constexpr (kSameTeacher) {
+    load(reads_v, v_row, v_in, v_edge_in, v_y);
+  } else if (reads_v) {
+    with_element_type<A>(sweep.teacher_type, [&](auto typed) {
+      const auto* const v_typed = static_cast<const decltype(typed)*>(v_any);
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        if (inside(i)) {
-          v_in[i] = *reinterpret_cast<const VVec*>(v_row + begin + i * lanes * kWidth);
-        }
+        if (inside(i)) v_in[i].element[0] = widen<A>(v_typed[lane + i * lanes]);
       }
-      if (has_edge) v_edge_in = v_row[layout.edge(lane)];
-      v_y = widen<A>(v_row[row.y]);
-    } else {
-      with_element_type<A>(sweep.teacher_type, [&](auto typed) {
-        const auto* const v_typed = static_cast<const decltype(typed)*>(v_any);
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          if (inside(i)) v_in[i].element[0] = widen<A>(v_typed[lane + i * lanes]);
-        }
-        v_y = widen<A>(v_typed[row.y]);
-      });
-    }
+      v_y = widen<A>(v_typed[row.y]);
+    });
   }
 
   RowStats<A> stats = empty_row_stats<A>();
@@ -160,7 +153,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     stats.max_v = fmaxf(stats.max_v, widen<A>(v_edge_in));
   }
   group_maxima<S, kSameTeacher>(stats.max_z, stats.max_v, lanes);
-  const bool wrong = teacher_is_wrong(v_y, stats.max_v);
+  const bool wrong = sweep.params.revise != Revise::kNone && teacher_is_wrong(v_y, stats.max_v);
   A shift_z = anchor(stats.max_z), shift_v = anchor(stats.max_v);
 
   A z[kVectors][kWidth], v[kVectors][kWidth];
@@ -223,7 +216,8 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
   }
 
   const A e_z_y = fmaf(z_y, scale, -base_z), e_v_y = fmaf(v_y, scale, -base_v);
-  const RowTarget<A> target{e_z_y * unit, e_v_y * unit,
+  const A exp_vt_y = exp2_approximate(e_v_y);
+  const RowTarget<A> target{e_z_y * unit, e_v_y * unit, exp_vt_y,
                             exp2_approximate(fmaf(shift_v, scale, -base_v)), wrong};
   const RowResult<A> result = close_row(sweep, row, weights, stats, target, scale_of(), index);
   if (index >= sweep.rows) return;
@@ -249,7 +243,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
   if (reads_z && layout.owner(row.y, lanes) == lane) {
     gradient_row[row.y] =
         narrow<S>(gradient_from(result, exp2_approximate(e_z_y * sweep.params.temperature),
-                                exp2_approximate(e_z_y), exp2_approximate(e_v_y)) +
+                                exp2_approximate(e_z_y), exp_vt_y) +
                   result.at_target);
   }
 }

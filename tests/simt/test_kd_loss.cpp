@@ -312,7 +312,10 @@ void run(const Case& c, std::uint32_t seed) {
       v[i][other] = 200.0;
       z[i][(y + 2) % classes] = 200.0;
     }
-    if (kind == 20) z[i][other] = v[i][y] = 1e30;
+    if (kind == 20) {
+      const bool half = c.student == DType::kFloat16 || c.teacher == DType::kFloat16;
+      z[i][other] = v[i][y] = half ? 6e4 : 1e30;
+    }
     if (kind == 21) {  // far from 0, all of them
       for (std::size_t k = 0; k < classes; ++k) {
         z[i][k] += 4e4;
