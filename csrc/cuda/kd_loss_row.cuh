@@ -244,8 +244,9 @@ __device__ inline Row<A> open_row(const Sweep<A>& sweep, std::int64_t row) {
 template <class A>
 __device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& row,
                                          RowWeights<A> weights, const RowStats<A>& stats,
-                                         const RowTarget<A>& target, A scale, std::int64_t index) {
-  if (sweep.grad_output != nullptr && index < sweep.rows) {
+                                         const RowTarget<A>& target, A scale, std::int64_t index,
+                                         bool exists) {
+  if (sweep.grad_output != nullptr && exists) {
     scale *= sweep.grad_output[sweep.grad_output_stride != 0 ? index : 0];
   }
   RowResult<A> result =
@@ -261,7 +262,7 @@ __device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& ro
                                          const RowStats<A>& stats, A z_y, A v_y, A scale,
                                          std::int64_t index) {
   return close_row(sweep, row, row.weights(sweep), stats, row_target(stats, z_y, v_y, sweep.params),
-                   scale, index);
+                   scale, index, index < sweep.rows);
 }
 
 template <class A>

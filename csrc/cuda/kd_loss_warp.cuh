@@ -84,7 +84,8 @@ __device__ inline float power(float exponent, float root, const Sweep<float>& sw
 
 // Sweeps one row: the caller's lanes hold it in registers, z_row and v_row are where it is read,
 // gradient_row where it is written (null: nowhere), which may be z_row itself. All lanes of a warp
-// call it together. scale_of() is asked for the gradient's scale once the statistics are there.
+// call it together; exists: the row is one of the call's. scale_of() is asked for the gradient's
+// scale once the statistics are there.
 //
 // kSameTeacher: the teacher has the student's type, else any type through load_element, at v_any.
 // kWidth: elements per access; 1 has no alignment to care for. A lane holds kVectors * kWidth
@@ -92,7 +93,7 @@ __device__ inline float power(float exponent, float root, const Sweep<float>& sw
 // (kWidth - 1), or rows of whole vectors.
 template <class S, bool kSameTeacher, int kWidth, int kVectors, class ScaleOf>
 __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& row,
-                                 std::int64_t index, const S* z_row, const S* v_row,
+                                 std::int64_t index, bool exists, const S* z_row, const S* v_row,
                                  const void* v_any, S* gradient_row, int lanes, ScaleOf scale_of) {
   using A = float;
   using Held = std::conditional_t<kSameTeacher, S, A>;  // a teacher element in registers
@@ -120,7 +121,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     v_in[i] = VVec{};
   }
   const int begin = layout.head + lane * kWidth;
-  const auto load = [&](bool reads, const S* from, auto& x, S& edge, A& at_y) {
+  const auto load = [&](bool reads, const S* from, auto& x, A& at_y) {
     const int vectors = reads ? layout.vectors : 0;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -128,12 +129,11 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
         x[i] = *reinterpret_cast<const ZVec*>(from + begin + i * lanes * kWidth);
       }
     }
-    if (has_edge && reads) edge = from[layout.edge(lane)];
     if (reads) at_y = widen<A>(from[row.y]);
   };
-  load(reads_z, z_row, z_in, z_edge_in, z_y);
+  load(reads_z, z_row, z_in, z_y);
   if constexpr (kSameTeacher) {
-    load(reads_v, v_row, v_in, v_edge_in, v_y);
+    load(reads_v, v_row, v_in, v_y);
   } else if (reads_v) {
     with_element_type<A>(sweep.teacher_type, [&](auto typed) {
       const auto* const v_typed = static_cast<const decltype(typed)*>(v_any);
@@ -143,6 +143,13 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
       }
       v_y = widen<A>(v_typed[row.y]);
     });
+  }
+  if constexpr (kWidth > 1) {
+    if (has_edge) {
+      const int k = layout.edge(lane);
+      if (reads_z) z_edge_in = z_row[k];
+      if (reads_v) v_edge_in = v_row[k];
+    }
   }
 
   RowStats<A> stats = empty_row_stats<A>();
@@ -172,6 +179,8 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     }
     if (has_edge) body(z_edge, v_edge);
   };
+  // Exponents: (x - max) / T in units of log 2, so that max need not be subtracted first where it
+  // is near.
   const A scale = sweep.exp_t_scale;
   const A reach = fmaxf(scale, A(1));
   if (!(fmaxf(fabsf(shift_z), fabsf(shift_v)) * reach < kNear)) {
@@ -183,7 +192,6 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     v_y -= shift_v;
     shift_z = shift_v = A(0);
   }
-  // Exponents: (x - max) / T in units of log 2.
   const A base_z = shift_z * scale, base_v = shift_v * scale;
   const A unit = kLn2 * sweep.params.temperature;
   if (sweep.params.label_smoothing != A(0)) {
@@ -219,8 +227,9 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
   const A exp_vt_y = exp2_approximate(e_v_y);
   const RowTarget<A> target{e_z_y * unit, e_v_y * unit, exp_vt_y,
                             exp2_approximate(fmaf(shift_v, scale, -base_v)), wrong};
-  const RowResult<A> result = close_row(sweep, row, weights, stats, target, scale_of(), index);
-  if (index >= sweep.rows) return;
+  const RowResult<A> result =
+      close_row(sweep, row, weights, stats, target, scale_of(), index, exists);
+  if (!exists) return;
   if (lane == 0) write_row(sweep, row, result, index);
   if (gradient_row == nullptr) return;
   with_squarings(sweep, [&](auto squarings) {
@@ -256,12 +265,12 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocksPerMultiprocessor)
   const int lanes = kLanes > 0 ? kLanes : run_time_lanes;
   const std::int64_t thread = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x / lanes;
-  // The first row of the warp decides whether it goes on: its lanes stay together for the shuffles.
-  std::int64_t warp_row = thread / kWarpSize * kWarpSize / lanes;
   std::int64_t index = thread / lanes;
+  // The first row of the warp decides whether it goes on: its lanes stay together for the shuffles.
+  const int in_warp = static_cast<int>(threadIdx.x) % kWarpSize / lanes;
   Row<float> row = open_row(sweep, index);
   // The first row comes while the targets are counted.
-  const int lane = static_cast<int>(thread % lanes);
+  const int lane = threadIdx.x & (lanes - 1);
   if (index < sweep.rows) {
     prefetch_row(static_cast<const S*>(sweep.student) + index * sweep.student_stride,
                  sweep.classes * static_cast<int>(sizeof(S)), lane, lanes);
@@ -274,7 +283,7 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocksPerMultiprocessor)
   ValidRowCount<float> valid_rows;
   valid_rows.start(sweep, count_scratch);
   GradientScale<float> scale(sweep);
-  for (; warp_row < sweep.rows; warp_row += step, index += step) {
+  for (; index - in_warp < sweep.rows; index += step) {
     const S* const z_row = static_cast<const S*>(sweep.student) + index * sweep.student_stride;
     const std::int64_t v_at = row.reads_teacher(sweep) ? index * sweep.teacher_stride : 0;
     const S* const v_row = static_cast<const S*>(sweep.teacher) + (kSameTeacher ? v_at : 0);
@@ -284,9 +293,9 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocksPerMultiprocessor)
                                 ? nullptr
                                 : static_cast<S*>(sweep.gradient) + index * sweep.classes;
     const Row<float> next = open_row(sweep, index + step);
-    sweep_row<S, kSameTeacher, kWidth, kVectors>(sweep, row, index, z_row, v_row, v_any,
-                                                 gradient_row, lanes,
-                                                 [&] { return scale.get(sweep, valid_rows); });
+    sweep_row<S, kSameTeacher, kWidth, kVectors>(
+        sweep, row, index, kLanes == kWarpSize || index < sweep.rows, z_row, v_row, v_any,
+        gradient_row, lanes, [&] { return scale.get(sweep, valid_rows); });
     row = next;
   }
 }
@@ -360,7 +369,8 @@ __global__ void __launch_bounds__(kWarpThreads, kFlatBlocksPerMultiprocessor)
     S* const z_tile = stage_of(turn, false) + begin;
     S* const z_row = z_tile + local * classes;
     const S* const v_row = stage_of(turn, true) + begin + local * classes;
-    sweep_row<S, true, 1, kShortElements>(sweep, row, first + local, z_row, v_row, nullptr,
+    sweep_row<S, true, 1, kShortElements>(sweep, row, first + local, first + local < sweep.rows,
+                                          z_row, v_row, nullptr,
                                           sweep.gradient == nullptr ? nullptr : z_row, lanes,
                                           [&] { return scale.get(sweep, valid_rows); });
     row = next;
