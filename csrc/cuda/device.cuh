@@ -25,6 +25,7 @@ using Barrier = unsigned long long;
 // has in another way.
 #if defined(LRDS_SIMT)
 __device__ inline float exp2_approximate(float x) { return exp2f(x); }
+__device__ inline void prefetch_l2(const void*) {}
 __device__ inline unsigned char* dynamic_shared() { return simt::dynamic_shared(); }
 __device__ inline void barrier_init(Barrier* barrier, unsigned arrivals) {
   simt::mbarrier_init(barrier, arrivals);
@@ -59,6 +60,9 @@ __device__ inline float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+__device__ inline void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 }
 __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char bytes[];
@@ -189,6 +193,57 @@ __device__ inline T narrow(A x) {
   } else {
     return static_cast<T>(x);
   }
+}
+
+// Asks for a row's bytes, each 32 of them by one of `lanes` lanes, and waits for nothing.
+__device__ inline void prefetch_row(const void* row, int bytes, int lane, int lanes) {
+  for (int at = 32 * lane; at < bytes; at += 32 * lanes) {
+    prefetch_l2(static_cast<const char*>(row) + at);
+  }
+}
+
+// Two elements of a 16-bit type in a word.
+template <class T>
+__device__ inline void widen_pair(unsigned word, float& first, float& second) {
+#if !defined(LRDS_SIMT)
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    first = __uint_as_float(word << 16);
+    second = __uint_as_float(word & 0xffff0000u);
+    return;
+  }
+#endif
+  T pair[2];
+  memcpy(pair, &word, sizeof word);
+  first = widen<float>(pair[0]);
+  second = widen<float>(pair[1]);
+}
+template <class T>
+__device__ inline unsigned pack_pair(float first, float second) {
+  const T pair[2] = {narrow<T>(first), narrow<T>(second)};
+  unsigned word;
+  memcpy(&word, pair, sizeof word);
+  return word;
+}
+// The larger of each; NaNs are passed over.
+template <class T>
+__device__ inline unsigned pair_max(unsigned a, unsigned b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  unsigned larger;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  }
+  return larger;
+#else
+  T x[2], y[2];
+  memcpy(x, &a, sizeof a);
+  memcpy(y, &b, sizeof b);
+  x[0] = __hmax(x[0], y[0]);
+  x[1] = __hmax(x[1], y[1]);
+  memcpy(&a, x, sizeof a);
+  return a;
+#endif
 }
 
 // kWidth elements that one instruction moves.

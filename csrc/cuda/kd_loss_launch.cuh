@@ -58,15 +58,18 @@ cudaError_t launch_rows(const KdLossArgs& args, const Plan& plan, ValidRows vali
     };
     switch (plan.path) {
       case Path::kWarpShort:
-        return warp(kd_loss_warp<S, true, 1, kShortElements>);
+        return warp(kd_loss_warp<S, true, 1, kShortElements, 0>);
       case Path::kWarpShortVector:
-        return warp(kd_loss_warp<S, true, kWidth, kShortElements / kWidth>);
+        return warp(kd_loss_warp<S, true, kWidth, kShortElements / kWidth, 0>);
       case Path::kFlat:
         return warp(kd_loss_flat<S>);
       case Path::kWarpVector:
-        return warp(kd_loss_warp<S, true, kWidth, kLongElements / kWidth>);
+        if (plan.lanes == 16) {
+          return warp(kd_loss_warp<S, true, kWidth, kLongElements / kWidth, 16>);
+        }
+        return warp(kd_loss_warp<S, true, kWidth, kLongElements / kWidth, 32>);
       case Path::kWarpElement:
-        return warp(kd_loss_warp<S, false, 1, kElementElements>);
+        return warp(kd_loss_warp<S, false, 1, kElementElements, 0>);
       case Path::kBulk:
         return launch_bulk<S>(args, plan, valid_rows, device, stream);
       case Path::kBlockVector:

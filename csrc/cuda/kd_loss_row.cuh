@@ -243,18 +243,26 @@ __device__ inline Row<A> open_row(const Sweep<A>& sweep, std::int64_t row) {
 // finish_row, or zeros for a row that reads nothing, or NaN for a bad one.
 template <class A>
 __device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& row,
-                                         const RowStats<A>& stats, A z_y, A v_y, A scale,
-                                         std::int64_t index) {
-  if (sweep.grad_output != nullptr && index < sweep.rows) {
-    scale *= sweep.grad_output[index * sweep.grad_output_stride];
+                                         RowWeights<A> weights, const RowStats<A>& stats,
+                                         const RowTarget<A>& target, A scale, std::int64_t index,
+                                         bool exists) {
+  if (sweep.grad_output != nullptr && exists) {
+    scale *= sweep.grad_output[sweep.grad_output_stride != 0 ? index : 0];
   }
-  RowResult<A> result = finish_row(stats, z_y, v_y, sweep.params, row.weights(sweep),
-                                   static_cast<A>(sweep.classes), scale);
+  RowResult<A> result =
+      finish_row(stats, target, sweep.params, weights, static_cast<A>(sweep.classes), scale);
   if (row.y == Row<A>::kBad) {
     const A nan = std::numeric_limits<A>::quiet_NaN();
     result = RowResult<A>{nan, nan, nan, nan, nan, nan, nan, false};
   }
   return result;
+}
+template <class A>
+__device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& row,
+                                         const RowStats<A>& stats, A z_y, A v_y, A scale,
+                                         std::int64_t index) {
+  return close_row(sweep, row, row.weights(sweep), stats, row_target(stats, z_y, v_y, sweep.params),
+                   scale, index, index < sweep.rows);
 }
 
 template <class A>
@@ -282,24 +290,32 @@ __device__ inline A exp_from(A x, A exp_t, const Sweep<A>& sweep) {
   }
 }
 
-// Calls body with std::integral_constant<int, sweep.squarings>, so that no element branches on it.
-// Only float has that shortcut.
+// Calls body with std::integral_constant<int, squarings>, so that no element branches on it.
+template <class Body>
+__device__ inline void with_squarings(int squarings, Body body) {
+  static_assert(kMaxSquarings == 2, "one case each");
+  if (squarings == 2) return body(std::integral_constant<int, 2>());
+  if (squarings == 1) return body(std::integral_constant<int, 1>());
+  if (squarings == 0) return body(std::integral_constant<int, 0>());
+  body(std::integral_constant<int, -1>());
+}
+
+// Those of the call. Only float has that shortcut.
 template <class A, class Body>
 __device__ inline void with_squarings(const Sweep<A>& sweep, Body body) {
   if constexpr (std::is_same_v<A, float>) {
-    static_assert(kMaxSquarings == 2, "one case each");
-    if (sweep.squarings == 2) return body(std::integral_constant<int, 2>());
-    if (sweep.squarings == 1) return body(std::integral_constant<int, 1>());
-    if (sweep.squarings == 0) return body(std::integral_constant<int, 0>());
+    with_squarings(sweep.squarings, body);
+  } else {
+    body(std::integral_constant<int, -1>());
   }
-  body(std::integral_constant<int, -1>());
 }
 
 // dL/dz_k without the target's constant, from the shifted logits' exponentials.
 template <class A>
 __device__ inline A gradient_from(const RowResult<A>& result, A exp_z, A exp_zt, A exp_vt) {
-  return result.coefficient_z * exp_z + result.coefficient_zt * exp_zt -
-         result.coefficient_vt * exp_vt - result.smoothing;
+  // Three multiply-adds.
+  return result.coefficient_z * exp_z +
+         (result.coefficient_zt * exp_zt + (-result.coefficient_vt * exp_vt - result.smoothing));
 }
 
 // The target's element, whole. z_y and v_y relative to the anchors.

@@ -8,9 +8,84 @@
 
 namespace lrds::cuda {
 
+// Logits relative to a maximum come as x * scale - max * scale from one multiply-add where the
+// maximum is no further from 0: every exponential of the row then carries the rounding of max *
+// scale as one factor near 1.
+constexpr float kNear = 65536;
+
+// A vector in words of 32 bits where its elements have 16: apart they cost two instructions each.
+template <class S, int kWidth>
+constexpr bool kPacks = sizeof(S) == 2 && kWidth % 2 == 0;
+template <class S, int kWidth>
+using Words =
+    std::conditional_t<kPacks<S, kWidth>, Vector<unsigned, (kWidth + 1) / 2>, Vector<S, kWidth>>;
+
+template <class S, int kWidth>
+__device__ inline void widen_vector(const Words<S, kWidth>& x, float (&out)[kWidth]) {
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    if constexpr (!kPacks<S, kWidth>) {
+      out[j] = widen<float>(x.element[j]);
+    } else if (j % 2 == 0) {
+      widen_pair<S>(x.element[j / 2], out[j], out[j + 1]);
+    }
+  }
+}
+
+// The largest element of those of a lane's vectors that are inside the row; NaNs are passed over.
+template <class S, int kWidth, int kVectors, class Inside>
+__device__ inline float lane_max(const Words<S, kWidth> (&x)[kVectors], Inside inside) {
+  float top = -std::numeric_limits<float>::infinity();
+  if constexpr (kPacks<S, kWidth>) {
+    float second = top;
+    unsigned tops = pack_pair<S>(top, top);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!inside(i)) continue;
+#pragma unroll
+      for (int j = 0; j < kWidth / 2; ++j) tops = pair_max<S>(tops, x[i].element[j]);
+    }
+    widen_pair<S>(tops, top, second);
+    return fmaxf(top, second);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!inside(i)) continue;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) top = fmaxf(top, widen<float>(x[i].element[j]));
+    }
+    return top;
+  }
+}
+
+// Both maxima over a group of lanes. Where both have a type of 16 bits, one shuffle moves them.
+template <class S, bool kSameTeacher>
+__device__ inline void group_maxima(float& max_z, float& max_v, int lanes) {
+  if constexpr (sizeof(S) == 2 && kSameTeacher) {
+    unsigned tops = pack_pair<S>(max_z, max_v);
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      tops = pair_max<S>(tops, __shfl_xor_sync(kWholeWarp, tops, offset));
+    }
+    widen_pair<S>(tops, max_z, max_v);
+  } else {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      max_z = fmaxf(max_z, __shfl_xor_sync(kWholeWarp, max_z, offset));
+      max_v = fmaxf(max_v, __shfl_xor_sync(kWholeWarp, max_v, offset));
+    }
+  }
+}
+
+// exp(z - max z) from the exponent of the T-th root and from the root.
+template <int kSquarings>
+__device__ inline float power(float exponent, float root, const Sweep<float>& sweep) {
+  if constexpr (kSquarings >= 0) return exp_from<kSquarings>(exponent, root, sweep);
+  return exp2_approximate(exponent * sweep.params.temperature);
+}
+
 // Sweeps one row: the caller's lanes hold it in registers, z_row and v_row are where it is read,
 // gradient_row where it is written (null: nowhere), which may be z_row itself. All lanes of a warp
-// call it together. scale_of() is asked for the gradient's scale once the statistics are there.
+// call it together; exists: the row is one of the call's. scale_of() is asked for the gradient's
+// scale once the statistics are there.
 //
 // kSameTeacher: the teacher has the student's type, else any type through load_element, at v_any.
 // kWidth: elements per access; 1 has no alignment to care for. A lane holds kVectors * kWidth
@@ -18,184 +93,197 @@ namespace lrds::cuda {
 // (kWidth - 1), or rows of whole vectors.
 template <class S, bool kSameTeacher, int kWidth, int kVectors, class ScaleOf>
 __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& row,
-                                 std::int64_t index, const S* z_row, const S* v_row,
+                                 std::int64_t index, bool exists, const S* z_row, const S* v_row,
                                  const void* v_any, S* gradient_row, int lanes, ScaleOf scale_of) {
   using A = float;
-  using Vec = Vector<S, kWidth>;
+  using Held = std::conditional_t<kSameTeacher, S, A>;  // a teacher element in registers
+  using ZVec = Words<S, kWidth>;
+  using VVec = Words<Held, kWidth>;
   static_assert(kWidth == 1 || kSameTeacher, "vectors of two types are not aligned alike");
-  constexpr int kElements = kVectors * kWidth;
-  const A infinity = std::numeric_limits<A>::infinity();
-  const int classes = sweep.classes;
+  constexpr A kLn2 = 0.693147181f;
   const int lane = threadIdx.x & (lanes - 1);
-  const int slots = min(kVectors, (classes / kWidth + lanes - 1) / lanes);
-  const bool reads_z = row.reads_student(sweep);
-  const bool reads_v = row.reads_teacher(sweep);
-  const Layout<S, kWidth> layout(z_row, classes);
-
-  // Unread logits count as 0, whose exponentials then meet coefficients of 0; slots past the row
-  // count as -inf.
-  A z[kElements], v[kElements];
-  A z_edge = -infinity, v_edge = -infinity;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    if (i >= slots) break;
-    const int n = i * lanes + lane;
-    const bool inside = n < layout.vectors;
-    const A fill_z = inside && !reads_z ? A(0) : -infinity;
-    const A fill_v = inside && !reads_v ? A(0) : -infinity;
-    const int k = layout.head + n * kWidth;
-    if (inside && reads_z) {
-      const Vec raw = *reinterpret_cast<const Vec*>(z_row + k);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) z[i * kWidth + j] = widen<A>(raw.element[j]);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) z[i * kWidth + j] = fill_z;
-    }
-    if (kSameTeacher && inside && reads_v) {
-      const Vec raw = *reinterpret_cast<const Vec*>(v_row + k);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) v[i * kWidth + j] = widen<A>(raw.element[j]);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) v[i * kWidth + j] = fill_v;
-    }
-  }
-  if constexpr (!kSameTeacher) {
-    if (reads_v) {
-      with_element_type<A>(sweep.teacher_type, [&](auto typed) {
-        const auto* const v_typed = static_cast<const decltype(typed)*>(v_any);
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          if (i >= slots) break;
-          const int k = i * lanes + lane;
-          if (k < classes) v[i] = widen<A>(v_typed[k]);
-        }
-      });
-    }
-  }
+  const RowWeights<A> weights = row.weights(sweep);
+  const bool reads_v = weights.kd != A(0);
+  const bool reads_z = reads_v || weights.ce != A(0);
+  const Layout<S, kWidth> layout(z_row, sweep.classes);
+  const auto inside = [&](int i) { return i * lanes + lane < layout.vectors; };
   const bool has_edge = kWidth > 1 && lane < layout.edges;
-  if constexpr (kWidth > 1) {
-    if (has_edge) {
-      z_edge = reads_z ? widen<A>(z_row[layout.edge(lane)]) : A(0);
-      v_edge = reads_v ? widen<A>(v_row[layout.edge(lane)]) : A(0);
-    }
-  }
-  const bool has_y = row.y >= 0;
-  A z_y = reads_z && has_y ? widen<A>(z_row[row.y]) : A(0);
-  A v_y = A(0);
-  if (reads_v && has_y) {
-    if constexpr (kSameTeacher) {
-      v_y = widen<A>(v_row[row.y]);
-    } else {
-      v_y = load_element<A>(v_any, sweep.teacher_type, row.y);
-    }
-  }
-  RowStats<A> stats = empty_row_stats<A>();
-  stats.max_z = fmaxf(z_edge, -infinity);  // a NaN must not become the maximum
-  stats.max_v = fmaxf(v_edge, -infinity);
+
+  // Unread logits count as 0, whose exponentials then meet coefficients of 0.
+  ZVec z_in[kVectors];
+  VVec v_in[kVectors];
+  S z_edge_in = narrow<S>(A(0));
+  Held v_edge_in = narrow<Held>(A(0));
+  A z_y = A(0), v_y = A(0);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (i >= slots) break;
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      stats.max_z = fmaxf(stats.max_z, z[i * kWidth + j]);
-      stats.max_v = fmaxf(stats.max_v, v[i * kWidth + j]);
-    }
+    z_in[i] = ZVec{};
+    v_in[i] = VVec{};
   }
-  stats.max_z = group_max(stats.max_z, lanes);
-  stats.max_v = group_max(stats.max_v, lanes);
-  const A shift_z = anchor(stats.max_z), shift_v = anchor(stats.max_v);
-
-  if (sweep.params.label_smoothing != A(0)) {
+  const int begin = layout.head + lane * kWidth;
+  const auto load = [&](bool reads, const S* from, auto& x, A& at_y) {
+    const int vectors = reads ? layout.vectors : 0;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (i >= slots || i * lanes + lane >= layout.vectors) break;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) stats.sum_shift += z[i * kWidth + j] - shift_z;
+      if (i * lanes + lane < vectors) {
+        x[i] = *reinterpret_cast<const ZVec*>(from + begin + i * lanes * kWidth);
+      }
     }
-    if (has_edge) stats.sum_shift += z_edge - shift_z;
-    stats.sum_shift = group_sum(stats.sum_shift, lanes);
+    if (reads) at_y = widen<A>(from[row.y]);
+  };
+  load(reads_z, z_row, z_in, z_y);
+  if constexpr (kSameTeacher) {
+    load(reads_v, v_row, v_in, v_y);
+  } else if (reads_v) {
+    with_element_type<A>(sweep.teacher_type, [&](auto typed) {
+      const auto* const v_typed = static_cast<const decltype(typed)*>(v_any);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (inside(i)) v_in[i].element[0] = widen<A>(v_typed[lane + i * lanes]);
+      }
+      v_y = widen<A>(v_typed[row.y]);
+    });
+  }
+  if constexpr (kWidth > 1) {
+    if (has_edge) {
+      const int k = layout.edge(lane);
+      if (reads_z) z_edge_in = z_row[k];
+      if (reads_v) v_edge_in = v_row[k];
+    }
   }
 
-  // z and v become exp((z - max z) / T) and exp((v - max v) / T); exp_one keeps exp(z - max z)
-  // where it is no power.
+  RowStats<A> stats = empty_row_stats<A>();
+  stats.max_z = lane_max<S, kWidth>(z_in, inside);
+  stats.max_v = lane_max<Held, kWidth>(v_in, inside);
+  if (has_edge) {
+    stats.max_z = fmaxf(stats.max_z, widen<A>(z_edge_in));
+    stats.max_v = fmaxf(stats.max_v, widen<A>(v_edge_in));
+  }
+  group_maxima<S, kSameTeacher>(stats.max_z, stats.max_v, lanes);
+  const bool wrong = sweep.params.revise != Revise::kNone && teacher_is_wrong(v_y, stats.max_v);
+  A shift_z = anchor(stats.max_z), shift_v = anchor(stats.max_v);
+
+  A z[kVectors][kWidth], v[kVectors][kWidth];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    widen_vector<S>(z_in[i], z[i]);
+    widen_vector<Held>(v_in[i], v[i]);
+  }
+  A z_edge = widen<A>(z_edge_in), v_edge = widen<A>(v_edge_in);
+  const auto each = [&](auto body) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!inside(i)) break;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) body(z[i][j], v[i][j]);
+    }
+    if (has_edge) body(z_edge, v_edge);
+  };
+  // Exponents: (x - max) / T in units of log 2, so that max need not be subtracted first where it
+  // is near.
+  const A scale = sweep.exp_t_scale;
+  const A reach = fmaxf(scale, A(1));
+  if (!(fmaxf(fabsf(shift_z), fabsf(shift_v)) * reach < kNear)) {
+    each([&](A& z_k, A& v_k) {
+      z_k -= shift_z;
+      v_k -= shift_v;
+    });
+    z_y -= shift_z;
+    v_y -= shift_v;
+    shift_z = shift_v = A(0);
+  }
+  const A base_z = shift_z * scale, base_v = shift_v * scale;
+  const A unit = kLn2 * sweep.params.temperature;
+  if (sweep.params.label_smoothing != A(0)) {
+    each([&](A z_k, A) { stats.sum_shift += fmaf(z_k, scale, -base_z); });
+    stats.sum_shift = group_sum(stats.sum_shift, lanes) * unit;
+  }
+
+  // z and v become exp((z - max z) / T) and exp((v - max v) / T). Where exp(z - max z) is no power
+  // of that, z becomes the exponent.
   with_squarings(sweep, [&](auto squarings) {
     constexpr int kSquarings = decltype(squarings)::value;
-    const auto absorb = [&](A& z_k, A& v_k) {
-      const A dz = z_k - shift_z, dv = v_k - shift_v;
-      const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
-      const A exp_vt = exp_scaled(dv, sweep.exp_t_scale);
-      stats.sum_z += exp_from<kSquarings>(dz, exp_zt, sweep);
+    each([&](A& z_k, A& v_k) {
+      const A e_z = fmaf(z_k, scale, -base_z), e_v = fmaf(v_k, scale, -base_v);
+      const A exp_zt = exp2_approximate(e_z);
+      const A exp_vt = exp2_approximate(e_v);
+      stats.sum_z += power<kSquarings>(e_z, exp_zt, sweep);
       stats.sum_zt += exp_zt;
       stats.sum_vt += exp_vt;
-      if (exp_vt > A(0)) stats.dot += exp_vt * (dv - dz);
-      z_k = kSquarings >= 0 ? exp_zt : dz;
+      if (exp_vt > A(0)) stats.dot += exp_vt * (e_v - e_z);
+      z_k = kSquarings >= 0 ? exp_zt : e_z;
       v_k = exp_vt;
+    });
+  });
+  stats.dot *= unit;
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    stats.sum_z += __shfl_xor_sync(kWholeWarp, stats.sum_z, offset);
+    stats.sum_zt += __shfl_xor_sync(kWholeWarp, stats.sum_zt, offset);
+    stats.sum_vt += __shfl_xor_sync(kWholeWarp, stats.sum_vt, offset);
+    stats.dot += __shfl_xor_sync(kWholeWarp, stats.dot, offset);
+  }
+
+  const A e_z_y = fmaf(z_y, scale, -base_z), e_v_y = fmaf(v_y, scale, -base_v);
+  const A exp_vt_y = exp2_approximate(e_v_y);
+  const RowTarget<A> target{e_z_y * unit, e_v_y * unit, exp_vt_y,
+                            exp2_approximate(fmaf(shift_v, scale, -base_v)), wrong};
+  const RowResult<A> result =
+      close_row(sweep, row, weights, stats, target, scale_of(), index, exists);
+  if (!exists) return;
+  if (lane == 0) write_row(sweep, row, result, index);
+  if (gradient_row == nullptr) return;
+  with_squarings(sweep, [&](auto squarings) {
+    constexpr int kSquarings = decltype(squarings)::value;
+    const auto gradient_of = [&](A z_k, A v_k) {
+      const A exp_zt = kSquarings >= 0 ? z_k : exp2_approximate(z_k);
+      return gradient_from(result, power<kSquarings>(z_k, exp_zt, sweep), exp_zt, v_k);
     };
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (i >= slots) break;
+      if (!inside(i)) break;
+      A g[kWidth];
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) absorb(z[i * kWidth + j], v[i * kWidth + j]);
+      for (int j = 0; j < kWidth; ++j) g[j] = gradient_of(z[i][j], v[i][j]);
+      store_vector(gradient_row + begin + i * lanes * kWidth, narrow_vector<S>(g));
     }
-    if constexpr (kWidth > 1) absorb(z_edge, v_edge);
+    if (has_edge) gradient_row[layout.edge(lane)] = narrow<S>(gradient_of(z_edge, v_edge));
   });
-  stats.sum_z = group_sum(stats.sum_z, lanes);
-  stats.sum_zt = group_sum(stats.sum_zt, lanes);
-  stats.sum_vt = group_sum(stats.sum_vt, lanes);
-  stats.dot = group_sum(stats.dot, lanes);
-
-  const RowResult<A> result = close_row(sweep, row, stats, z_y, v_y, scale_of(), index);
-  if (index < sweep.rows) {
-    if (lane == 0) write_row(sweep, row, result, index);
-    if (gradient_row != nullptr) {
-      with_squarings(sweep, [&](auto squarings) {
-        constexpr int kSquarings = decltype(squarings)::value;
-        const auto gradient_of = [&](A z_k, A v_k) {
-          const A exp_zt = kSquarings >= 0 ? z_k : exp_scaled(z_k, sweep.exp_t_scale);
-          return gradient_from(result, exp_from<kSquarings>(z_k, exp_zt, sweep), exp_zt, v_k);
-        };
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          if (i >= slots) break;
-          const int n = i * lanes + lane;
-          if (n < layout.vectors) {
-            A g[kWidth];
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-              g[j] = gradient_of(z[i * kWidth + j], v[i * kWidth + j]);
-            }
-            store_vector(gradient_row + layout.head + n * kWidth, narrow_vector<S>(g));
-          }
-        }
-        if (has_edge) gradient_row[layout.edge(lane)] = narrow<S>(gradient_of(z_edge, v_edge));
-      });
-      // The lane that stored this element stores it again, so the order is the program's.
-      if (has_y && layout.owner(row.y, lanes) == lane) {
-        gradient_row[row.y] =
-            narrow<S>(gradient_at_target(sweep, result, z_y - shift_z, v_y - shift_v));
-      }
-    }
+  // The lane that stored this element stores it again, so the order is the program's.
+  if (reads_z && layout.owner(row.y, lanes) == lane) {
+    gradient_row[row.y] =
+        narrow<S>(gradient_from(result, exp2_approximate(e_z_y * sweep.params.temperature),
+                                exp2_approximate(e_z_y), exp_vt_y) +
+                  result.at_target);
   }
 }
 
-// Rows anywhere.
-template <class S, bool kSameTeacher, int kWidth, int kVectors>
+// Rows anywhere. kLanes: of a row; 0: as many as run_time_lanes says.
+template <class S, bool kSameTeacher, int kWidth, int kVectors, int kLanes>
 __global__ void __launch_bounds__(kWarpThreads, kWarpBlocksPerMultiprocessor)
-    kd_loss_warp(const Sweep<float> sweep, const int lanes) {
+    kd_loss_warp(const Sweep<float> sweep, const int run_time_lanes) {
   __shared__ CountScratch count_scratch;
-  ValidRowCount<float> valid_rows;
-  valid_rows.start(sweep, count_scratch);
-
+  const int lanes = kLanes > 0 ? kLanes : run_time_lanes;
   const std::int64_t thread = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x / lanes;
-  // The first row of the warp decides whether it goes on: its lanes stay together for the shuffles.
-  std::int64_t warp_row = thread / kWarpSize * kWarpSize / lanes;
   std::int64_t index = thread / lanes;
+  // The first row of the warp decides whether it goes on: its lanes stay together for the shuffles.
+  const int in_warp = static_cast<int>(threadIdx.x) % kWarpSize / lanes;
   Row<float> row = open_row(sweep, index);
+  // The first row comes while the targets are counted.
+  const int lane = threadIdx.x & (lanes - 1);
+  if (index < sweep.rows) {
+    prefetch_row(static_cast<const S*>(sweep.student) + index * sweep.student_stride,
+                 sweep.classes * static_cast<int>(sizeof(S)), lane, lanes);
+  }
+  if (index < sweep.teacher_rows) {
+    const int size = element_size(sweep.teacher_type);
+    prefetch_row(static_cast<const char*>(sweep.teacher) + index * sweep.teacher_stride * size,
+                 sweep.classes * size, lane, lanes);
+  }
+  ValidRowCount<float> valid_rows;
+  valid_rows.start(sweep, count_scratch);
   GradientScale<float> scale(sweep);
-  for (; warp_row < sweep.rows; warp_row += step, index += step) {
+  for (; index - in_warp < sweep.rows; index += step) {
     const S* const z_row = static_cast<const S*>(sweep.student) + index * sweep.student_stride;
     const std::int64_t v_at = row.reads_teacher(sweep) ? index * sweep.teacher_stride : 0;
     const S* const v_row = static_cast<const S*>(sweep.teacher) + (kSameTeacher ? v_at : 0);
@@ -205,9 +293,9 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocksPerMultiprocessor)
                                 ? nullptr
                                 : static_cast<S*>(sweep.gradient) + index * sweep.classes;
     const Row<float> next = open_row(sweep, index + step);
-    sweep_row<S, kSameTeacher, kWidth, kVectors>(sweep, row, index, z_row, v_row, v_any,
-                                                 gradient_row, lanes,
-                                                 [&] { return scale.get(sweep, valid_rows); });
+    sweep_row<S, kSameTeacher, kWidth, kVectors>(
+        sweep, row, index, kLanes == kWarpSize || index < sweep.rows, z_row, v_row, v_any,
+        gradient_row, lanes, [&] { return scale.get(sweep, valid_rows); });
     row = next;
   }
 }
@@ -222,9 +310,6 @@ __global__ void __launch_bounds__(kWarpThreads, kFlatBlocksPerMultiprocessor)
   constexpr int kWidth = 16 / sizeof(S);
   using Vec = Vector<S, kWidth>;
   __shared__ CountScratch count_scratch;
-  ValidRowCount<float> valid_rows;
-  valid_rows.start(sweep, count_scratch);
-
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int classes = sweep.classes;
   const std::int64_t tile_rows = threads / lanes;
@@ -268,8 +353,11 @@ __global__ void __launch_bounds__(kWarpThreads, kFlatBlocksPerMultiprocessor)
 
   const std::int64_t step = gridDim.x * tile_rows;
   std::int64_t first = blockIdx.x * tile_rows;
+  // The first tile comes while the targets are counted.
   stage(first, 0);
   Row<float> row = open_row(sweep, first + local);
+  ValidRowCount<float> valid_rows;
+  valid_rows.start(sweep, count_scratch);
   GradientScale<float> scale(sweep);
   for (int turn = 0; first < sweep.rows; first += step, turn ^= 1) {
     __pipeline_wait_prior(0);
@@ -281,7 +369,8 @@ __global__ void __launch_bounds__(kWarpThreads, kFlatBlocksPerMultiprocessor)
     S* const z_tile = stage_of(turn, false) + begin;
     S* const z_row = z_tile + local * classes;
     const S* const v_row = stage_of(turn, true) + begin + local * classes;
-    sweep_row<S, true, 1, kShortElements>(sweep, row, first + local, z_row, v_row, nullptr,
+    sweep_row<S, true, 1, kShortElements>(sweep, row, first + local, first + local < sweep.rows,
+                                          z_row, v_row, nullptr,
                                           sweep.gradient == nullptr ? nullptr : z_row, lanes,
                                           [&] { return scale.get(sweep, valid_rows); });
     row = next;

@@ -36,7 +36,7 @@ using lrds::SelectedType;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 // Kinds of rows; one of them is ordinary.
-constexpr int kKinds = 20;
+constexpr int kKinds = 22;
 
 const char* name_of(DType type) {
   constexpr const char* kNames[] = {"f64", "f32", "bf16", "f16"};
@@ -311,6 +311,16 @@ void run(const Case& c, std::uint32_t seed) {
     if (kind == 19) {  // the teacher is certain of another class, the student of yet another
       v[i][other] = 200.0;
       z[i][(y + 2) % classes] = 200.0;
+    }
+    if (kind == 20) {
+      const bool half = c.student == DType::kFloat16 || c.teacher == DType::kFloat16;
+      z[i][other] = v[i][y] = half ? 6e4 : 1e30;
+    }
+    if (kind == 21) {  // far from 0, all of them
+      for (std::size_t k = 0; k < classes; ++k) {
+        z[i][k] += 4e4;
+        v[i][k] -= 6e4;
+      }
     }
     bad[i] = kind == 3 || !(w[i] >= 0.0 && w[i] <= 1.0);
     if (target[i] == c.ignore_index) bad[i] = false;
