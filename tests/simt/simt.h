@@ -46,6 +46,10 @@ void mbarrier_wait(void* barrier, unsigned parity, std::source_location where);
 // nobody else can go on with Order::kBackward.
 void bulk_copy(void* to, const void* from, std::size_t bytes, void* barrier);
 
+// st.async: stores 16 bytes where block `rank` of the cluster has what `here` is in this one, and
+// counts them on that block's `barrier`; each when bulk_copy copies.
+void async_store(void* here, unsigned rank, const void* value, std::size_t bytes, void* barrier);
+
 // Clusters. map_shared: where block `rank` of the cluster has what `here` is in this one.
 unsigned cluster_rank();
 void cluster_barrier(std::source_location where);
@@ -97,6 +101,7 @@ struct Launches {
   int kernels;
   int memsets;
   int questions;
+  unsigned largest_grid;
 };
 Launches take_launches();
 void count_memset();
