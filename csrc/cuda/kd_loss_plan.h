@@ -267,15 +267,11 @@ inline bool plan_bulk(const KdLossArgs& args, const DeviceFacts& device, Plan& p
   const auto needed = [&](int cluster) {
     return ceil_div(ceil_div(vectors, cluster), kBulkThreads);
   };
-  // The fewest blocks that leave half a row's room for the next row.
+  // The fewest blocks that leave half a row's room for the next row. Not more of them where rows
+  // are few: the order of a row's sums must not depend on its neighbours.
   plan.cluster = 1;
   while (plan.cluster < kMaxCluster && 3 * needed(plan.cluster) > 2 * plan.tiles) plan.cluster *= 2;
   if (needed(plan.cluster) > plan.tiles) return false;
-  // Few rows: more blocks for each.
-  while (plan.cluster < kMaxCluster && needed(plan.cluster) > 1 &&
-         args.rows * plan.cluster * 2 <= device.multiprocessors) {
-    plan.cluster *= 2;
-  }
   const std::int64_t clusters = std::max(1, device.multiprocessors / plan.cluster);
   plan.grid = static_cast<unsigned>(plan.cluster * std::min(args.rows, clusters));
   plan.shared_bytes = static_cast<std::size_t>(plan.tiles * kBulkTileBytes + kBulkFixedBytes);
