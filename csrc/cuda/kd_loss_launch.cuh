@@ -1,6 +1,8 @@
 // From a plan to a kernel, for one student type.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/kd_loss_block.cuh"
 #include "cuda/kd_loss_bulk.cuh"
 #include "cuda/kd_loss_launch.h"
