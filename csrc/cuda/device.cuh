@@ -44,14 +44,12 @@ __device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, Bar
 __device__ inline unsigned cluster_rank() { return simt::cluster_rank(); }
 __device__ inline void cluster_sync() { simt::cluster_barrier(std::source_location::current()); }
 template <class T>
-__device__ inline void store_in_block(T* here, unsigned rank, const T& value) {
-  *static_cast<T*>(simt::map_shared(here, rank)) = value;
-}
-__device__ inline void barrier_arrive_in_block(Barrier* here, unsigned rank) {
-  simt::mbarrier_arrive(static_cast<Barrier*>(simt::map_shared(here, rank)), 0);
-}
-__device__ inline void barrier_wait_for_cluster(Barrier* barrier, unsigned parity) {
-  simt::mbarrier_wait(barrier, parity, std::source_location::current());
+__device__ inline void send_to_block(T* here, unsigned rank, const T& value, Barrier* barrier) {
+  static_assert(sizeof(T) % 16 == 0 && alignof(T) >= 16);
+  for (unsigned i = 0; i < sizeof(T); i += 16) {
+    simt::async_store(reinterpret_cast<char*>(here) + i, rank,
+                      reinterpret_cast<const char*>(&value) + i, 16, barrier);
+  }
 }
 #define LRDS_HAS_CLUSTERS 1
 #else
@@ -120,10 +118,10 @@ __device__ inline unsigned cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// By every thread of the cluster's blocks.
+// By every thread of the cluster's blocks. Orders nothing but barrier_init_fence before it.
 __device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 // The address, in the cluster's block `rank`, of what `here` is in this one.
 __device__ inline unsigned address_in_block(const void* here, unsigned rank) {
@@ -133,33 +131,22 @@ __device__ inline unsigned address_in_block(const void* here, unsigned rank) {
                : "r"(shared_address(here)), "r"(rank));
   return address;
 }
+// Stores `value` where the cluster's block `rank` has what `here` is in this one, at some time
+// before the phase of that block's `barrier` ends, which must announce the bytes. Who waits for the
+// phase sees them: no fence.
 template <class T>
-__device__ inline void store_in_block(T* here, unsigned rank, const T& value) {
+__device__ inline void send_to_block(T* here, unsigned rank, const T& value, Barrier* barrier) {
   static_assert(sizeof(T) % 16 == 0 && alignof(T) >= 16);
-  const uint4* const parts = reinterpret_cast<const uint4*>(&value);
   const unsigned address = address_in_block(here, rank);
+  const unsigned counted = address_in_block(barrier, rank);
+  uint4 parts[sizeof(T) / 16];
+  memcpy(parts, &value, sizeof(T));
 #pragma unroll
   for (unsigned i = 0; i < sizeof(T) / 16; ++i) {
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address + 16 * i),
-                 "r"(parts[i].x), "r"(parts[i].y), "r"(parts[i].z), "r"(parts[i].w)
-                 : "memory");
-  }
-}
-// Shows this thread's stores to those who wait for the cluster.
-__device__ inline void barrier_arrive_in_block(Barrier* here, unsigned rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                   address_in_block(here, rank))
-               : "memory");
-}
-__device__ inline void barrier_wait_for_cluster(Barrier* barrier, unsigned parity) {
-  unsigned ended = 0;
-  while (ended == 0) {
     asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(ended)
-        : "r"(shared_address(barrier)), "r"(parity)
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+        "[%5];" ::"r"(address + 16 * i),
+        "r"(parts[i].x), "r"(parts[i].y), "r"(parts[i].z), "r"(parts[i].w), "r"(counted)
         : "memory");
   }
 }
@@ -252,6 +239,55 @@ struct alignas(sizeof(T) * kWidth) Vector {
   T element[kWidth];
 };
 
+// *(first ? x : y), chosen by words: nvcc would choose element by element.
+template <class T, int kWidth>
+__device__ inline Vector<T, kWidth> load_either(bool first, const Vector<T, kWidth>* x,
+                                                const Vector<T, kWidth>* y) {
+  if constexpr (sizeof(*x) == sizeof(uint4)) {
+    const uint4 words =
+        first ? *reinterpret_cast<const uint4*>(x) : *reinterpret_cast<const uint4*>(y);
+    Vector<T, kWidth> out;
+    memcpy(&out, &words, sizeof out);
+    return out;
+  } else {
+    return first ? *x : *y;
+  }
+}
+
+// Every element widened. nvcc takes two instructions for the upper half of a word unless it is told
+// how.
+template <class A, class T, int kWidth>
+__device__ inline void widen_vector(const Vector<T, kWidth>& x, A (&out)[kWidth]) {
+#if defined(LRDS_SIMT)
+  constexpr bool kByWords = false;
+#else
+  constexpr bool kByWords =
+      std::is_same_v<T, __nv_bfloat16> && std::is_same_v<A, float> && kWidth % 2 == 0;
+#endif
+  if constexpr (kByWords) {
+    unsigned words[kWidth / 2];
+    memcpy(words, &x, sizeof words);
+#pragma unroll
+    for (int j = 0; j < kWidth / 2; ++j) {
+      const unsigned lower = words[j] << 16, upper = words[j] & 0xffff0000u;
+      memcpy(out + 2 * j, &lower, sizeof lower);
+      memcpy(out + 2 * j + 1, &upper, sizeof upper);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) out[j] = widen<A>(x.element[j]);
+  }
+}
+
+// x, of which nvcc knows nothing: what is computed from it shares no value with what was computed
+// before.
+__device__ inline int forget(int x) {
+#if !defined(LRDS_SIMT)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 template <class T, int kWidth, class A>
 __device__ inline Vector<T, kWidth> narrow_vector(const A (&x)[kWidth]) {
   Vector<T, kWidth> out;
@@ -293,6 +329,10 @@ __device__ inline void store_vector(T* to, const Vector<T, kWidth>& x) {
   *reinterpret_cast<Vector<T, kWidth>*>(to) = x;
 }
 
+// The larger; of a NaN and a number, the number.
+__device__ inline float larger(float x, float y) { return fmaxf(x, y); }
+__device__ inline double larger(double x, double y) { return fmax(x, y); }
+
 // The larger of `least` and the elements; NaNs are passed over. 16-bit types compare two at a time,
 // unconverted.
 template <class A, class T, int kWidth>
@@ -303,15 +343,10 @@ __device__ inline A vector_max(const Vector<T, kWidth>& x, A least) {
     Pair top(x.element[0], x.element[1]);
 #pragma unroll
     for (int j = 2; j < kWidth; j += 2) top = __hmax2(top, Pair(x.element[j], x.element[j + 1]));
-    const A first = widen<A>(top.x), second = widen<A>(top.y);
-    least = first > least ? first : least;
-    return second > least ? second : least;
+    return larger(widen<A>(top.y), larger(widen<A>(top.x), least));
   } else {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      const A element = widen<A>(x.element[j]);
-      least = element > least ? element : least;
-    }
+    for (int j = 0; j < kWidth; ++j) least = larger(widen<A>(x.element[j]), least);
     return least;
   }
 }

@@ -23,11 +23,12 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
   using ZVec = Vector<S, kWidth>;
   using VVec = Vector<Kept, kWidth>;
   // Vectors that a thread has in flight, and between two looks at the running maximum.
-  constexpr int kChunk = std::is_same_v<A, double> ? 2 : kWidth == 1 ? 4 : 8 / kWidth;
+  constexpr int kChunk = std::is_same_v<A, double> ? 1 : kWidth == 1 ? 2 : 8 / kWidth;
+  // Element by element it is the loads that take the time.
+  constexpr bool kSquares = kWidth > 1;
   constexpr int kMaxWarps = block_threads(std::is_same_v<A, double>) / kWarpSize;
   static_assert(kWidth == 1 || kSameTeacher, "vectors of two types are not aligned alike");
 
-  const A infinity = std::numeric_limits<A>::infinity();
   const int threads = static_cast<int>(blockDim.x);
   const int thread = static_cast<int>(threadIdx.x);
   const int classes = sweep.classes;
@@ -36,9 +37,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
   // Two sets in turn: a warp may be one row ahead of the slowest reader, never two.
   __shared__ OnlineStats<A> packets[2][kMaxWarps];
 
-  ValidRowCount<A> valid_rows;
   __shared__ CountScratch count_scratch;
-  valid_rows.start(sweep, count_scratch);
 
   const auto student_row = [&](std::int64_t index) {
     return static_cast<const S*>(sweep.student) + index * sweep.student_stride;
@@ -87,6 +86,9 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     for (int i = 0; i < resident; ++i) stage(row, z_row, v_row, layout, i);
     __pipeline_commit();
   }
+  // While the first row is on its way.
+  ValidRowCount<A> valid_rows;
+  valid_rows.start(sweep, count_scratch);
 
   int turn = 0;
   for (std::int64_t index = blockIdx.x; index < sweep.rows; index += gridDim.x) {
@@ -95,58 +97,64 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     const S* const z_row = student_row(index);
     const char* const v_row = teacher_row(reads_v ? index : 0);
     const Layout<S, kWidth> layout(z_row, classes);
-    const int slots = (layout.vectors + threads - 1) / threads;
+    // This thread's share of the vectors.
+    const int slots = max(0, layout.vectors - thread + threads - 1) / threads;
 
     const Row<A> next = open_row(sweep, index + gridDim.x);
     const bool has_edge = kWidth > 1 && thread < layout.edges && reads_z;
-    A z_edge = -infinity, v_edge = -infinity;
+    A z_edge = A(0), v_edge = A(0);
     if (has_edge) {
       z_edge = widen<A>(z_row[layout.edge(thread)]);
       if (reads_v) v_edge = load_one_v(v_row, layout.edge(thread));
     }
-    // This thread's vector i, from where it is; -inf past the end. Unread teachers count as 0, as
-    // in the gradient.
-    const auto fetch = [&](int i, ZVec& z, VVec& v) {
+    // This thread's vector i, from where it is. A teacher that is not read is 0.
+    const auto fetch = [&](auto case_of, int i, ZVec& z, VVec& v) {
       const int n = i * threads + thread;
-      const bool inside = n < layout.vectors;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        z.element[j] = narrow<S>(-infinity);
-        v.element[j] = narrow<Kept>(inside ? A(0) : -infinity);
-      }
-      if (!inside) return;
       const int k = layout.head + n * kWidth;
-      z = i < resident ? z_slots[n] : *reinterpret_cast<const ZVec*>(z_row + k);
-      if (reads_v) v = i < resident ? v_slots[n] : load_v(v_row, k);
+      const bool kept = i < resident;
+      z = load_either(kept, z_slots + n, reinterpret_cast<const ZVec*>(z_row + k));
+      v = VVec{};
+      if (decltype(case_of)::value == kHuge ? reads_v : kHasTeacher<decltype(case_of)::value>) {
+        if constexpr (kSameTeacher) {
+          v = load_either(kept, v_slots + n,
+                          reinterpret_cast<const VVec*>(reinterpret_cast<const S*>(v_row) + k));
+        } else {
+          v = kept ? v_slots[n] : load_v(v_row, k);
+        }
+      }
     };
 
     OnlineStats<A> stats = empty_online_stats<A>();
     A z_y = A(0), v_y = A(0);
     __pipeline_wait_prior(0);
     if (reads_z) {
-      with_squarings(sweep, [&](auto squarings) {
-        constexpr int kSquarings = decltype(squarings)::value;
-        if (has_edge) begin_with<kSquarings>(sweep, reads_v, z_edge, v_edge, stats);
-        for (int i = 0; i < slots; i += kChunk) {
-          ZVec z[kChunk];
-          VVec v[kChunk];
-#pragma unroll
-          for (int c = 0; c < kChunk; ++c) fetch(i + c, z[c], v[c]);
-          const int left = layout.vectors - (i * threads + thread);
-          const int inside = left <= 0 ? 0 : min(kChunk, (left + threads - 1) / threads);
-          add_vectors<kSquarings>(sweep, reads_v, z, v, inside, stats);
+      with_case<kSquares>(sweep, reads_v, [&](auto case_of) {
+        constexpr int kCase = decltype(case_of)::value;
+        ThreadStats<A> own = empty_thread_stats<A>();
+        if (has_edge) {
+          using Edge = Vector<A, 1>;
+          const auto fetch_edge = [&](int, Edge& z, Edge& v) { z = {{z_edge}}, v = {{v_edge}}; };
+          add_vectors<kCase, 1, Edge, Edge>(sweep, 1, fetch_edge, own);
         }
+#pragma unroll 1
+        for (int i = 0; i < slots; i += kChunk) {
+          const auto fetch_next = [&](int c, ZVec& z, VVec& v) {
+            fetch(case_of, min(i + c, slots - 1), z, v);
+          };
+          add_vectors<kCase, kChunk, ZVec, VVec>(sweep, min(kChunk, slots - i), fetch_next, own);
+        }
+        stats = warp_stats<kCase>(sweep, own);
       });
+      add_lanes(sweep, stats);
 
       // Asked for here, on time behind the merge.
       z_y = widen<A>(z_row[row.y]);
       if (reads_v) v_y = load_one_v(v_row, row.y);
-      warp_merge(sweep, stats);
       const int lane = thread % kWarpSize, warps = threads / kWarpSize;
       if (lane == 0) packets[turn][thread / kWarpSize] = stats;
       __syncthreads();
       stats = lane < warps ? packets[turn][lane] : empty_online_stats<A>();
-      warp_merge(sweep, stats);
+      merge_lanes(sweep, stats);
       turn ^= 1;
     }
 
@@ -163,58 +171,59 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       for (int i = 0; i < resident; ++i) stage_next(i);
     } else {
       S* const gradient = static_cast<S*>(sweep.gradient) + index * classes;
-      const auto put = [&](int i, const A(&g)[kWidth]) {
-        const int n = i * threads + thread;
-        if (n >= layout.vectors) return;
-        store_vector(gradient + layout.head + n * kWidth, narrow_vector<S>(g));
+      ZVec* const out = reinterpret_cast<ZVec*>(gradient + layout.head) + thread;
+      const auto put = [&](int i, const ZVec& g) {
+        store_vector(reinterpret_cast<S*>(out + i * threads), g);
       };
       if (!reads_z) {
         // Zeros, or NaN for a bad row.
-        A g[kWidth];
+        ZVec g;
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) g[j] = A(0) - result.smoothing;
+        for (int j = 0; j < kWidth; ++j) g.element[j] = narrow<S>(A(0) - result.smoothing);
         for (int i = 0; i < slots; ++i) put(i, g);
-        if (kWidth > 1 && thread < layout.edges) gradient[layout.edge(thread)] = narrow<S>(g[0]);
+        if (kWidth > 1 && thread < layout.edges) gradient[layout.edge(thread)] = g.element[0];
         for (int i = 0; i < resident; ++i) stage_next(i);
       } else {
-        const A shift_z = anchor(stats.row.max_z), shift_v = anchor(stats.row.max_v);
-        with_squarings(sweep, [&](auto squarings) {
-          constexpr int kSquarings = decltype(squarings)::value;
-          const auto gradient_of = [&](A z_k, A v_k) {
-            return online_gradient<kSquarings>(sweep, result, reads_v, z_k, v_k, shift_z, shift_v);
-          };
+        with_gradient_case<kSquares>(sweep, reads_v, stats.row, [&](auto case_of) {
+          constexpr int kCase = decltype(case_of)::value;
+          const ElementGradient<A> of = element_gradient<kCase>(sweep, stats.row, result);
           const auto finish = [&](int i, const ZVec& z, const VVec& v) {
-            A g[kWidth];
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-              g[j] = gradient_of(widen<A>(z.element[j]), widen<A>(v.element[j]));
-            }
-            put(i, g);
+            put(i, gradient_of_vector<kCase>(sweep, of, z, v));
           };
           int i = slots;
+#pragma unroll 1
           while (i > resident) {
             // Down to `resident` and no further: below it lie the slots that the next loop refills.
-            i = i - kChunk > resident ? i - kChunk : resident;
+            const int end = i;
+            i = max(i - kChunk, resident);
             ZVec z[kChunk];
             VVec v[kChunk];
 #pragma unroll
-            for (int c = 0; c < kChunk; ++c) fetch(i + c, z[c], v[c]);
+            for (int c = 0; c < kChunk; ++c) fetch(case_of, min(i + c, end - 1), z[c], v[c]);
 #pragma unroll
-            for (int c = 0; c < kChunk; ++c) finish(i + c, z[c], v[c]);
+            for (int c = 0; c < kChunk; ++c) {
+              if (i + c < end) finish(i + c, z[c], v[c]);
+            }
           }
+#pragma unroll 1
           for (i = 0; i < resident; ++i) {
-            ZVec z;
-            VVec v;
-            fetch(i, z, v);
-            finish(i, z, v);
+            if (i < slots) {
+              ZVec z;
+              VVec v;
+              fetch(case_of, i, z, v);
+              finish(i, z, v);
+            }
             stage_next(i);
           }
-          if (has_edge) gradient[layout.edge(thread)] = narrow<S>(gradient_of(z_edge, v_edge));
+          if (has_edge) {
+            gradient[layout.edge(thread)] =
+                narrow<S>(gradient_at<kCase>(sweep, of, z_edge, v_edge));
+          }
         });
         // The thread that stored this element stores it again, so the order is the program's.
         if (layout.owner(row.y, threads) == thread) {
-          gradient[row.y] =
-              narrow<S>(gradient_at_target(sweep, result, z_y - shift_z, v_y - shift_v));
+          gradient[row.y] = narrow<S>(gradient_at_target(
+              sweep, result, z_y - anchor(stats.row.max_z), v_y - anchor(stats.row.max_v)));
         }
       }
     }

@@ -8,31 +8,38 @@
 
 namespace lrds::cuda {
 
-// How the kernel's shared memory is laid out: the ring, what the warps tell each other, barriers.
+// How the kernel's shared memory is laid out: the ring, what warps and blocks tell each other,
+// barriers. Packets have two sets in turn.
 template <class S>
 struct BulkShared {
   using A = float;
-  using Packets = OnlineStats<A>[kMaxCluster * kBulkThreads / kWarpSize];
+  static constexpr int kWarps = kBulkThreads / kWarpSize;
+  using WarpPackets = OnlineStats<A>[kWarps];
+  using BlockPackets = OnlineStats<A>[kMaxCluster];
 
   Vector<S, 16 / sizeof(S)>* ring;
-  // Two sets in turn: a block may be one row ahead of the slowest reader, never two.
-  Packets* packets;
-  Barrier* full;    // per tile: the copies have arrived
-  Barrier* empty;   // per tile: every warp has read it for the last time
-  Barrier* merged;  // per set of packets: every warp of the cluster has sent its own
+  WarpPackets* warp_packets;    // [2]
+  BlockPackets* block_packets;  // [2]
+  Barrier* full;                // per tile: the copies have arrived
+  Barrier* empty;               // per tile: every warp has read it for the last time
+  Barrier* warps_sent;          // [2]: every warp has written its packet
+  Barrier* blocks_sent;         // [2]: the packets of the cluster's blocks have arrived
+  Barrier* counted;             // every warp has counted its targets
   CountScratch* count_scratch;
 
   __device__ BulkShared(unsigned char* bytes, int tiles) {
     ring = reinterpret_cast<Vector<S, 16 / sizeof(S)>*>(bytes);
     bytes += tiles * kBulkTileBytes;
-    packets = reinterpret_cast<Packets*>(bytes);
-    bytes += 2 * sizeof(Packets);
-    full = reinterpret_cast<Barrier*>(bytes);
+    warp_packets = reinterpret_cast<WarpPackets*>(bytes);
+    block_packets = reinterpret_cast<BlockPackets*>(warp_packets + 2);
+    full = reinterpret_cast<Barrier*>(block_packets + 2);
     empty = full + kMaxBulkTiles;
-    merged = empty + kMaxBulkTiles;
-    count_scratch = reinterpret_cast<CountScratch*>(merged + 2);
-    static_assert(2 * sizeof(Packets) + (2 * kMaxBulkTiles + 2) * sizeof(Barrier) +
-                      sizeof(CountScratch) <=
+    warps_sent = empty + kMaxBulkTiles;
+    blocks_sent = warps_sent + 2;
+    counted = blocks_sent + 2;
+    count_scratch = reinterpret_cast<CountScratch*>(counted + 1);
+    static_assert(2 * (sizeof(WarpPackets) + sizeof(BlockPackets)) +
+                      (2 * kMaxBulkTiles + 5) * sizeof(Barrier) + sizeof(CountScratch) <=
                   kBulkFixedBytes);
   }
 };
@@ -61,7 +68,6 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
   constexpr int kWidth = 16 / sizeof(S);
   constexpr int kWarps = kBulkThreads / kWarpSize;
   using Vec = Vector<S, kWidth>;
-  const A infinity = std::numeric_limits<A>::infinity();
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int rank = static_cast<int>(cluster_rank());
@@ -74,12 +80,12 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
       barrier_init(shared.empty + t, kWarps);
     }
     for (int turn = 0; turn < 2; ++turn) {
-      barrier_init(shared.merged + turn, static_cast<unsigned>(cluster * kWarps));
+      barrier_init(shared.warps_sent + turn, kWarps);
+      barrier_init(shared.blocks_sent + turn, 1);
     }
+    barrier_init(shared.counted, kWarps);
     barrier_init_fence();
   }
-  ValidRowCount<A> valid_rows;
-  valid_rows.start(sweep, *shared.count_scratch);
   cluster_sync();
 
   const std::int64_t begin = blockIdx.x / cluster, step = gridDim.x / cluster;
@@ -127,8 +133,64 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     return;
   }
 
+  // While the first tiles are on their way. The warp that orders them does not count.
+  ValidRowCount<A> valid_rows;
+  valid_rows.start(sweep, *shared.count_scratch, kBulkThreads, [&] {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared.counted);
+    barrier_wait(shared.counted, 0);
+  });
+
+  // What a row's statistics are in the whole cluster, from those of a warp. Packets pass without a
+  // fence: between the warps of a block through a barrier of the block, between blocks as stores
+  // that a barrier counts in bytes, announced by the receiver's first warp.
+  //
+  // Two sets in turn are enough. Whoever has a row's statistics knows that every warp of every
+  // block has sent its packet of that row, hence has read those of the row before; so what a block
+  // or a warp sends next, of the other set, overwrites nothing that is still to be read. And its
+  // bytes cannot be taken for those of a phase before: of a set they count for the row two before,
+  // which all blocks had finished when they sent the row between. No block leaves before it has its
+  // last row's packets, and nothing is sent to it after them.
+  RingPlace set;
+  const auto merge_cluster = [&](OnlineStats<A> stats) {
+    OnlineStats<A>* const of_warps = shared.warp_packets[set.tile];
+    OnlineStats<A>* const of_blocks = shared.block_packets[set.tile];
+    const auto merge_warps = [&] {
+      barrier_wait(shared.warps_sent + set.tile, set.parity);
+      const int from = lane % 16;
+      stats = from < kWarps ? of_warps[from] : empty_online_stats<A>();
+      merge_lanes<16>(sweep, stats);
+    };
+    static_assert(kWarps <= 16 && kMaxCluster == 8);
+    __syncwarp();
+    if (lane == 0) {
+      of_warps[warp] = stats;
+      barrier_arrive(shared.warps_sent + set.tile);
+    }
+    if (cluster == 1) {
+      merge_warps();
+    } else {
+      if (warp == 0) {
+        merge_warps();
+        if (lane == 0) {
+          barrier_arrive_announcing(shared.blocks_sent + set.tile,
+                                    static_cast<unsigned>(cluster * sizeof stats));
+        }
+        if (lane < cluster) {
+          send_to_block(of_blocks + rank, static_cast<unsigned>(lane), stats,
+                        shared.blocks_sent + set.tile);
+        }
+      }
+      barrier_wait(shared.blocks_sent + set.tile, set.parity);
+      const int from = lane % kMaxCluster;
+      stats = from < cluster ? of_blocks[from] : empty_online_stats<A>();
+      merge_lanes<kMaxCluster>(sweep, stats);
+    }
+    set.advance(2);
+    return stats;
+  };
+
   RingPlace place;
-  RingPlace set;  // of packets and their barrier
   GradientScale<A> scale(sweep);
   Row<A> row = open_row(sweep, begin);
   for (std::int64_t index = begin; index < sweep.rows; index += step) {
@@ -142,7 +204,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     const Row<A> next = open_row(sweep, index + step);
     // The elements outside the vectors are the first block's.
     const bool has_edge = rank == 0 && thread < layout.edges && reads_z;
-    A z_edge = -infinity, v_edge = -infinity, z_y = A(0), v_y = A(0);
+    A z_edge = A(0), v_edge = A(0), z_y = A(0), v_y = A(0);
     if (has_edge) {
       z_edge = widen<A>(z_row[layout.edge(thread)]);
       if (reads_v) v_edge = widen<A>(v_row[layout.edge(thread)]);
@@ -151,14 +213,12 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
       z_y = widen<A>(z_row[row.y]);
       if (reads_v) v_y = widen<A>(v_row[row.y]);
     }
-    // A teacher that is not read counts as 0, as in the gradient.
-    const auto fetch = [&](int tile, Vec& z, Vec& v) {
+    // This thread's vectors of a tile. A teacher that is not read is 0.
+    const auto fetch = [&](auto case_of, int tile, Vec& z, Vec& v) {
       z = student_tile(tile)[thread];
-      if (reads_v) {
+      v = Vec{};
+      if (decltype(case_of)::value == kHuge ? reads_v : kHasTeacher<decltype(case_of)::value>) {
         v = teacher_tile(tile)[thread];
-      } else {
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) v.element[j] = narrow<S>(A(0));
       }
     };
     const auto release = [&](int tile) {
@@ -169,37 +229,29 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     OnlineStats<A> stats = empty_online_stats<A>();
     const RingPlace row_place = place;
     if (reads_z) {
-      with_squarings(sweep, [&](auto squarings) {
-        constexpr int kSquarings = decltype(squarings)::value;
-        if (has_edge) begin_with<kSquarings>(sweep, reads_v, z_edge, v_edge, stats);
+      with_case<true>(sweep, reads_v, [&](auto case_of) {
+        constexpr int kCase = decltype(case_of)::value;
+        ThreadStats<A> own = empty_thread_stats<A>();
+        if (has_edge) {
+          using Edge = Vector<A, 1>;
+          const auto fetch_edge = [&](int, Edge& z, Edge& v) { z = {{z_edge}}, v = {{v_edge}}; };
+          add_vectors<kCase, 1, Edge, Edge>(sweep, 1, fetch_edge, own);
+        }
         for (int done = 0; done < slice_vectors; done += kBulkThreads) {
           barrier_wait(shared.full + place.tile, place.parity);
           if (done + thread < slice_vectors) {
-            Vec z[1], v[1];
-            fetch(place.tile, z[0], v[0]);
-            add_vectors<kSquarings>(sweep, reads_v, z, v, 1, stats);
+            const auto fetch_next = [&](int c, Vec& z, Vec& v) {
+              fetch(case_of, place.tile + c, z, v);
+            };
+            add_vectors<kCase, 1, Vec, Vec>(sweep, 1, fetch_next, own);
           }
           if (sweep.gradient == nullptr) release(place.tile);
           place.advance(tiles);
         }
+        stats = warp_stats<kCase>(sweep, own);
       });
-      warp_merge(sweep, stats);
-      // Two barriers in turn and __syncwarp: whoever has seen this warp's packet of a row knows
-      // that all blocks have those of the row before, so no arrival is taken for an earlier one.
-      OnlineStats<A>* const packets = shared.packets[set.tile];
-      __syncwarp();
-      if (lane < cluster) {
-        const auto to = static_cast<unsigned>(lane);
-        store_in_block(packets + rank * kWarps + warp, to, stats);
-        barrier_arrive_in_block(shared.merged + set.tile, to);
-      }
-      barrier_wait_for_cluster(shared.merged + set.tile, set.parity);
-      set.advance(2);
-      stats = lane < cluster * kWarps ? packets[lane] : empty_online_stats<A>();
-      for (int p = lane + kWarpSize; p < cluster * kWarps; p += kWarpSize) {
-        merge(sweep, packets[p], stats);
-      }
-      warp_merge(sweep, stats);
+      add_lanes(sweep, stats);
+      stats = merge_cluster(stats);
     }
 
     const RowResult<A> result =
@@ -210,42 +262,34 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     if (sweep.gradient == nullptr) continue;
 
     S* const gradient = static_cast<S*>(sweep.gradient) + index * classes;
-    const auto put = [&](int n, const A(&g)[kWidth]) {
-      const int k = layout.head + (slice_begin + n) * kWidth;
-      store_vector(gradient + k, narrow_vector<S>(g));
+    Vec* const out = reinterpret_cast<Vec*>(gradient + layout.head) + slice_begin;
+    const auto put = [&](int n, const Vec& g) {
+      if (n < slice_vectors) store_vector(reinterpret_cast<S*>(out + n), g);
     };
     if (!reads_z) {
       // Zeros, or NaN for a bad row.
-      A g[kWidth];
+      Vec g;
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) g[j] = A(0) - result.smoothing;
+      for (int j = 0; j < kWidth; ++j) g.element[j] = narrow<S>(A(0) - result.smoothing);
       for (int n = thread; n < slice_vectors; n += kBulkThreads) put(n, g);
-      if (rank == 0 && thread < layout.edges) gradient[layout.edge(thread)] = narrow<S>(g[0]);
+      if (rank == 0 && thread < layout.edges) gradient[layout.edge(thread)] = g.element[0];
       continue;
     }
-    const A shift_z = anchor(stats.row.max_z), shift_v = anchor(stats.row.max_v);
-    with_squarings(sweep, [&](auto squarings) {
-      constexpr int kSquarings = decltype(squarings)::value;
-      const auto gradient_of = [&](A z_k, A v_k) {
-        return online_gradient<kSquarings>(sweep, result, reads_v, z_k, v_k, shift_z, shift_v);
-      };
+    with_gradient_case<true>(sweep, reads_v, stats.row, [&](auto case_of) {
+      constexpr int kCase = decltype(case_of)::value;
+      const ElementGradient<A> of = element_gradient<kCase>(sweep, stats.row, result);
       RingPlace again = row_place;
       for (int done = 0; done < slice_vectors; done += kBulkThreads) {
-        const int n = done + thread;
+        // Past the slice it is rubbish, which nobody stores.
         Vec z, v;
-        if (n < slice_vectors) fetch(again.tile, z, v);
+        fetch(case_of, again.tile, z, v);
         release(again.tile);
-        if (n < slice_vectors) {
-          A g[kWidth];
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) {
-            g[j] = gradient_of(widen<A>(z.element[j]), widen<A>(v.element[j]));
-          }
-          put(n, g);
-        }
+        put(done + thread, gradient_of_vector<kCase>(sweep, of, z, v));
         again.advance(tiles);
       }
-      if (has_edge) gradient[layout.edge(thread)] = narrow<S>(gradient_of(z_edge, v_edge));
+      if (has_edge) {
+        gradient[layout.edge(thread)] = narrow<S>(gradient_at<kCase>(sweep, of, z_edge, v_edge));
+      }
     });
     // The thread that stored this element stores it again, so the order is the program's.
     const int vector = y < layout.head ? -1 : (y - layout.head) / kWidth;
@@ -253,7 +297,8 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     const int n = vector - slice_begin;
     if (is_edge ? has_edge && layout.edge(thread) == y
                 : n >= 0 && n < slice_vectors && n % kBulkThreads == thread) {
-      gradient[y] = narrow<S>(gradient_at_target(sweep, result, z_y - shift_z, v_y - shift_v));
+      gradient[y] = narrow<S>(gradient_at_target(sweep, result, z_y - anchor(stats.row.max_z),
+                                                 v_y - anchor(stats.row.max_v)));
     }
   }
 #endif

@@ -1,6 +1,8 @@
 // From a plan to a kernel, for one student type.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/kd_loss_block.cuh"
 #include "cuda/kd_loss_bulk.cuh"
 #include "cuda/kd_loss_launch.h"
@@ -35,11 +37,16 @@ template <class S>
 cudaError_t launch_bulk(const KdLossArgs& args, const Plan& plan, ValidRows valid_rows, int device,
                         cudaStream_t stream) {
   constexpr auto kernel = kd_loss_bulk<S>;
-  const cudaError_t error = allow_shared<kernel>(device, 0);
+  const auto cluster = static_cast<unsigned>(plan.cluster);
+  cudaError_t error = allow_shared<kernel>(device, 0);
   if (error != cudaSuccess) return error;
-  return launch_clusters(kernel, plan.grid, plan.threads, static_cast<unsigned>(plan.cluster),
-                         plan.shared_bytes, stream, make_sweep<float>(args, valid_rows), plan.tiles,
-                         plan.cluster);
+  // Rows are dealt out beforehand: a cluster that has to wait for another to end doubles the time.
+  std::int64_t most = 0;
+  error = resident_blocks(device, kernel, plan.threads, cluster, plan.shared_bytes, &most);
+  if (error != cudaSuccess) return error;
+  const auto grid = static_cast<unsigned>(std::min<std::int64_t>(plan.grid, most));
+  return launch_clusters(kernel, grid, plan.threads, cluster, plan.shared_bytes, stream,
+                         make_sweep<float>(args, valid_rows), plan.tiles, plan.cluster);
 }
 
 template <class S>

@@ -1,12 +1,237 @@
-// Statistics of a row whose maxima are not known beforehand: exponentials relative to the maxima so
-// far, of a thread, then of a warp, then of all who share the row.
+// Statistics of a row whose maxima are not known beforehand: of a thread relative to references
+// that follow its maxima, then relative to the maxima of a warp, then of all who share the row. And
+// the gradient of an element, by the same arithmetic.
 #pragma once
 
 #include "cuda/kd_loss_row.cuh"
 
 namespace lrds::cuda {
 
-// Statistics, and the classes behind them.
+// --- Cases, of which each has its own copy of the loops ---
+
+// 0 and more: exp(z) is exp(z / T) squared so many times.
+constexpr int kAnyTemperature = -1;
+constexpr int kNoTeacher = -2;  // the row's kd weight is 0: exp(z) is all there is
+constexpr int kHuge = -3;       // of the gradient: logits that have no scaled reference
+
+template <int kCase>
+constexpr bool kHasTeacher = kCase != kNoTeacher;
+
+// Calls body with std::integral_constant<int, the case>. Without kSquares every temperature is any.
+template <bool kSquares, class A, class Body>
+__device__ inline void with_case(const Sweep<A>& sweep, bool reads_v, Body body) {
+  if (!reads_v) return body(std::integral_constant<int, kNoTeacher>());
+  if constexpr (kSquares) {
+    with_squarings(sweep, body);
+  } else {
+    body(std::integral_constant<int, kAnyTemperature>());
+  }
+}
+
+// --- Exponentials relative to a reference ---
+
+// exp2 of float, exp of double: what exp_scale and exp_t_scale are for.
+__device__ inline float exp_unit(float x) { return exp2_approximate(x); }
+__device__ inline double exp_unit(double x) { return exp(x); }
+template <class A>
+__device__ inline A logit_of_unit(const Sweep<A>& sweep) {  // 1 / exp_t_scale
+  return std::is_same_v<A, float> ? sweep.params.temperature * A(0.69314718055994531)
+                                  : sweep.params.temperature;
+}
+
+__device__ inline float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }
+__device__ inline double multiply_add(double x, double y, double z) { return fma(x, y, z); }
+
+template <int kSquarings, class A>
+__device__ inline A squared(A x) {
+#pragma unroll
+  for (int i = 0; i < kSquarings; ++i) x *= x;
+  return x;
+}
+
+// exp_unit(argument(x)) is exp(x * scale) relative to exp(scaled), where `scaled` is logit * scale,
+// rounded: one instruction forms an argument, and its own rounding is all that it loses. Past
+// kMostScaled the rounding of `scaled` would be felt: it is NaN there, as are the arguments that
+// multiply_add forms of it; whoever sums them sees that, and asks argument(), which is relative to
+// exp(logit * scale) then.
+constexpr float kMostScaled = 1048576.0f;
+
+template <class A>
+__device__ inline A argument(A x, A scale, A logit, A scaled) {
+  return scaled == scaled ? multiply_add(x, scale, -scaled) : (x - logit) * scale;
+}
+
+// References of a row's, or a part's, student and teacher.
+template <class A>
+struct References {
+  A logit_z, logit_v;  // 0 where there is no maximum
+  A scaled_z, scaled_zt, scaled_vt;
+};
+
+// Are these maxima's references NaN?
+template <class A>
+__device__ inline bool is_huge(const Sweep<A>& sweep, A logit) {
+  const A scale = sweep.exp_scale > sweep.exp_t_scale ? sweep.exp_scale : sweep.exp_t_scale;
+  return !(fabs(logit) * scale < A(kMostScaled));
+}
+
+template <class A>
+__device__ inline References<A> references_at(const Sweep<A>& sweep, A max_z, A max_v) {
+  const A nan = std::numeric_limits<A>::quiet_NaN();
+  const A z = anchor(max_z), v = anchor(max_v);
+  const bool huge_z = is_huge(sweep, z), huge_v = is_huge(sweep, v);
+  return References<A>{z, v, huge_z ? nan : z * sweep.exp_scale,
+                       huge_z ? nan : z * sweep.exp_t_scale, huge_v ? nan : v * sweep.exp_t_scale};
+}
+
+// --- A thread ---
+
+// How far maxima may rise above the references before the sums are rebased, in powers of e of the
+// larger exponential. An exponential of e^5 is a rounding of its argument, 2^-22, less exact than
+// one of 1.
+constexpr float kSlack = 5.0f;
+
+template <class A>
+struct ThreadStats {
+  A max_z, max_v;      // of what was added
+  A limit_z, limit_v;  // of the maxima, for these references; -inf: there is no maximum
+  References<A> at;
+  A sum_z, sum_zt, sum_vt;
+  A dot;        // of exp_vt times (its argument - exp_zt's)
+  A sum_shift;  // of z - logit_z; it and count for label smoothing alone
+  A count;
+};
+
+template <class A>
+__device__ inline ThreadStats<A> empty_thread_stats() {
+  ThreadStats<A> stats{};
+  stats.max_z = stats.max_v = stats.limit_z = stats.limit_v = negative_infinity<A>();
+  return stats;
+}
+
+// The sums relative to other references, whose logits are not smaller; NaNs for `scaled` mean the
+// logits exactly.
+template <int kCase, class A>
+__device__ inline void rebase_thread(const Sweep<A>& sweep, const References<A>& to,
+                                     ThreadStats<A>& stats) {
+  const References<A>& at = stats.at;
+  const auto down = [](A scale, A logit, A scaled, A to_logit, A to_scaled) {
+    if (to_scaled != to_scaled) return -argument(to_logit, scale, logit, scaled);
+    return scaled == scaled ? scaled - to_scaled : multiply_add(logit, scale, -to_scaled);
+  };
+  const A down_zt = down(sweep.exp_t_scale, at.logit_z, at.scaled_zt, to.logit_z, to.scaled_zt);
+  if (stats.limit_z != negative_infinity<A>()) {
+    const A factor_zt = exp_unit(down_zt);
+    if constexpr (kCase >= 0) {
+      stats.sum_z *= squared<kCase>(factor_zt);
+    } else {
+      stats.sum_z *=
+          exp_unit(down(sweep.exp_scale, at.logit_z, at.scaled_z, to.logit_z, to.scaled_z));
+    }
+    stats.sum_zt *= factor_zt;
+  }
+  if (kHasTeacher<kCase> && stats.limit_v != negative_infinity<A>()) {
+    const A down_vt = down(sweep.exp_t_scale, at.logit_v, at.scaled_vt, to.logit_v, to.scaled_vt);
+    const A factor = exp_unit(down_vt);
+    // What underflows leaves the sum before its (possibly infinite) cofactor can make it NaN.
+    stats.dot = factor == A(0) ? A(0) : factor * (stats.dot + stats.sum_vt * (down_vt - down_zt));
+    stats.sum_vt *= factor;
+  }
+  stats.sum_shift += stats.count * (at.logit_z - to.logit_z);
+  stats.at = to;
+}
+
+// Adds the first `inside` of kChunk vectors that fetch(c, z, v) fetches. The others are of the row,
+// too: nothing above its maximum.
+template <int kCase, int kChunk, class ZVec, class VVec, class A, class Fetch>
+__device__ inline void add_vectors(const Sweep<A>& sweep, int inside, Fetch fetch,
+                                   ThreadStats<A>& stats) {
+  constexpr int kWidth = sizeof(ZVec) / sizeof(ZVec::element[0]);
+  ZVec z_vectors[kChunk];
+  VVec v_vectors[kChunk];
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) fetch(c, z_vectors[c], v_vectors[c]);
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) {
+    stats.max_z = vector_max(z_vectors[c], stats.max_z);
+    if constexpr (kHasTeacher<kCase>) stats.max_v = vector_max(v_vectors[c], stats.max_v);
+  }
+  if (stats.max_z > stats.limit_z || stats.max_v > stats.limit_v) {
+    const References<A> to = references_at(sweep, stats.max_z, stats.max_v);
+    const A none = negative_infinity<A>();
+    if (stats.limit_z == none && stats.limit_v == none) {
+      stats.at = to;
+    } else {
+      rebase_thread<kCase>(sweep, to, stats);
+    }
+    const A t = sweep.params.temperature;
+    stats.limit_z = stats.max_z + A(kSlack) * (t < A(1) ? t : A(1));
+    stats.limit_v = stats.max_v + A(kSlack) * t;
+  }
+  const References<A>& at = stats.at;
+  A z[kWidth], v[kWidth];
+  A sum_z = A(0), sum_zt = A(0), sum_vt = A(0), dot = A(0);
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) {
+    widen_vector(z_vectors[c], z);
+    widen_vector(v_vectors[c], v);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      if constexpr (kCase < 0) {
+        sum_z += exp_unit(multiply_add(z[j], sweep.exp_scale, -at.scaled_z));
+      }
+      if constexpr (kHasTeacher<kCase>) {
+        const A x_zt = multiply_add(z[j], sweep.exp_t_scale, -at.scaled_zt);
+        const A x_vt = multiply_add(v[j], sweep.exp_t_scale, -at.scaled_vt);
+        const A exp_zt = exp_unit(x_zt), exp_vt = exp_unit(x_vt);
+        if constexpr (kCase >= 0) sum_z += squared<kCase>(exp_zt);
+        sum_zt += exp_zt;
+        sum_vt += exp_vt;
+        dot = multiply_add(exp_vt, x_vt - x_zt, dot);
+      }
+    }
+  }
+  const bool smooth = sweep.params.label_smoothing != A(0);
+  if (inside == kChunk && !smooth &&
+      fabs(kHasTeacher<kCase> ? dot : sum_z) < std::numeric_limits<A>::infinity()) {
+    stats.sum_z += sum_z;
+    stats.sum_zt += sum_zt;
+    stats.sum_vt += sum_vt;
+    stats.dot += dot;
+    return;
+  }
+  // The end of a row, infinities, NaNs, references that are huge; and label smoothing. What this
+  // needs is fetched again, and takes no registers until then.
+#pragma unroll 1
+  for (int c = 0; c < inside; ++c) {
+    fetch(forget(c), z_vectors[0], v_vectors[0]);
+    widen_vector(z_vectors[0], z);
+    widen_vector(v_vectors[0], v);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      if (smooth) stats.sum_shift += z[j] - at.logit_z;
+      if constexpr (kCase < 0) {
+        stats.sum_z += exp_unit(argument(z[j], sweep.exp_scale, at.logit_z, at.scaled_z));
+      }
+      if constexpr (kHasTeacher<kCase>) {
+        const A x_zt = argument(z[j], sweep.exp_t_scale, at.logit_z, at.scaled_zt);
+        const A x_vt = argument(v[j], sweep.exp_t_scale, at.logit_v, at.scaled_vt);
+        const A exp_zt = exp_unit(x_zt), exp_vt = exp_unit(x_vt);
+        if constexpr (kCase >= 0) stats.sum_z += squared<kCase>(exp_zt);
+        stats.sum_zt += exp_zt;
+        stats.sum_vt += exp_vt;
+        // 0 times infinity counts as 0.
+        if (exp_vt > A(0)) stats.dot += exp_vt * (x_vt - x_zt);
+      }
+    }
+    if (smooth) stats.count += A(kWidth);
+  }
+}
+
+// --- Parts of a row ---
+
+// Statistics relative to their maxima, and the classes behind them, which only label smoothing
+// counts.
 template <class A>
 struct alignas(sizeof(A) * 4) OnlineStats {
   RowStats<A> row;
@@ -18,101 +243,116 @@ __device__ inline OnlineStats<A> empty_online_stats() {
   return OnlineStats<A>{empty_row_stats<A>(), A(0)};
 }
 
-template <int kSquarings, class A>
-__device__ inline void add_element(const Sweep<A>& sweep, bool reads_v, A z_k, A v_k,
-                                   RowStats<A>& stats) {
-  const A dz = z_k - anchor(stats.max_z), dv = v_k - anchor(stats.max_v);
-  const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
-  stats.sum_z += exp_from<kSquarings>(dz, exp_zt, sweep);
-  stats.sum_zt += exp_zt;
-  if (reads_v) {
-    const A exp_vt = exp_scaled(dv, sweep.exp_t_scale);
-    stats.sum_vt += exp_vt;
-    if (exp_vt > A(0)) stats.dot += exp_vt * (dv - dz);
-  }
-}
-
-// The first element, of a thread that has seen none.
-template <int kSquarings, class A>
-__device__ inline void begin_with(const Sweep<A>& sweep, bool reads_v, A z_k, A v_k,
-                                  OnlineStats<A>& stats) {
-  const A infinity = std::numeric_limits<A>::infinity();
-  // A NaN must not become the maximum.
-  stats.row.max_z = z_k > -infinity ? z_k : -infinity;
-  stats.row.max_v = v_k > -infinity ? v_k : -infinity;
-  stats.count = A(1);
-  stats.row.sum_shift = z_k - anchor(stats.row.max_z);
-  add_element<kSquarings>(sweep, reads_v, z_k, v_k, stats.row);
-}
-
-// kChunk vectors, of which the first `inside` lie in the row; the others are -inf.
-template <int kSquarings, class A, class ZVec, class VVec, int kChunk>
-__device__ inline void add_vectors(const Sweep<A>& sweep, bool reads_v, const ZVec (&z)[kChunk],
-                                   const VVec (&v)[kChunk], int inside, OnlineStats<A>& stats) {
-  constexpr int kWidth = sizeof(ZVec) / sizeof(z[0].element[0]);
-  A max_z = stats.row.max_z, max_v = stats.row.max_v;
-#pragma unroll
-  for (int c = 0; c < kChunk; ++c) {
-    max_z = vector_max(z[c], max_z);
-    max_v = vector_max(v[c], max_v);
-  }
-  if (max_z > stats.row.max_z || max_v > stats.row.max_v) {
-    rebase_row_stats(stats.row, max_z, max_v, stats.count, sweep.params.inv_temperature);
-  }
+// kLanes (a power of two) lanes' statistics, relative to common maxima already, added up; every
+// lane of the group gets the sum.
+template <int kLanes = kWarpSize, class A>
+__device__ inline void add_lanes(const Sweep<A>& sweep, OnlineStats<A>& stats) {
+  stats.row.sum_z = group_sum(stats.row.sum_z, kLanes);
+  stats.row.sum_zt = group_sum(stats.row.sum_zt, kLanes);
+  stats.row.sum_vt = group_sum(stats.row.sum_vt, kLanes);
+  stats.row.dot = group_sum(stats.row.dot, kLanes);
   if (sweep.params.label_smoothing != A(0)) {
-    const A shift_z = anchor(stats.row.max_z);
-#pragma unroll
-    for (int c = 0; c < kChunk; ++c) {
-      if (c >= inside) break;
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        stats.row.sum_shift += widen<A>(z[c].element[j]) - shift_z;
-      }
-    }
-  }
-  stats.count += static_cast<A>(inside * kWidth);
-#pragma unroll
-  for (int c = 0; c < kChunk; ++c) {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      add_element<kSquarings>(sweep, reads_v, widen<A>(z[c].element[j]), widen<A>(v[c].element[j]),
-                          stats.row);
-    }
+    stats.row.sum_shift = group_sum(stats.row.sum_shift, kLanes);
+    stats.count = group_sum(stats.count, kLanes);
   }
 }
 
-template <class A>
-__device__ inline void merge(const Sweep<A>& sweep, OnlineStats<A> part, OnlineStats<A>& stats) {
-  const A max_z = part.row.max_z > stats.row.max_z ? part.row.max_z : stats.row.max_z;
-  const A max_v = part.row.max_v > stats.row.max_v ? part.row.max_v : stats.row.max_v;
-  rebase_row_stats(stats.row, max_z, max_v, stats.count, sweep.params.inv_temperature);
-  rebase_row_stats(part.row, max_z, max_v, part.count, sweep.params.inv_temperature);
-  add_row_stats(stats.row, part.row);
-  stats.count += part.count;
+// Of the warp's threads; all of them get the result.
+template <int kCase, class A>
+__device__ inline OnlineStats<A> warp_stats(const Sweep<A>& sweep, ThreadStats<A> thread) {
+  const A nan = std::numeric_limits<A>::quiet_NaN();
+  const A max_z = group_max(thread.max_z, kWarpSize);
+  A max_v = negative_infinity<A>();
+  if constexpr (kHasTeacher<kCase>) max_v = group_max(thread.max_v, kWarpSize);
+  rebase_thread<kCase>(sweep, References<A>{anchor(max_z), anchor(max_v), nan, nan, nan}, thread);
+  const A dot = thread.dot * logit_of_unit(sweep);
+  return OnlineStats<A>{
+      {max_z, thread.sum_z, thread.sum_zt, thread.sum_shift, max_v, thread.sum_vt, dot},
+      thread.count};
 }
 
-// Of the warp's lanes; all of them get the result.
-template <class A>
-__device__ inline void warp_merge(const Sweep<A>& sweep, OnlineStats<A>& stats) {
-  const A max_z = group_max(stats.row.max_z, kWarpSize);
-  const A max_v = group_max(stats.row.max_v, kWarpSize);
+// Parts that the warp's lanes hold, kLanes (a power of two) of them; every lane gets the whole.
+template <int kLanes = kWarpSize, class A>
+__device__ inline void merge_lanes(const Sweep<A>& sweep, OnlineStats<A>& stats) {
+  const A max_z = group_max(stats.row.max_z, kLanes);
+  const A max_v = group_max(stats.row.max_v, kLanes);
   rebase_row_stats(stats.row, max_z, max_v, stats.count, sweep.params.inv_temperature);
-  stats.row.sum_z = group_sum(stats.row.sum_z, kWarpSize);
-  stats.row.sum_zt = group_sum(stats.row.sum_zt, kWarpSize);
-  stats.row.sum_shift = group_sum(stats.row.sum_shift, kWarpSize);
-  stats.row.sum_vt = group_sum(stats.row.sum_vt, kWarpSize);
-  stats.row.dot = group_sum(stats.row.dot, kWarpSize);
-  stats.count = group_sum(stats.count, kWarpSize);
+  add_lanes<kLanes>(sweep, stats);
 }
 
-// dL/dz_k without the target's constant.
-template <int kSquarings, class A>
-__device__ inline A online_gradient(const Sweep<A>& sweep, const RowResult<A>& result, bool reads_v,
-                                    A z_k, A v_k, A shift_z, A shift_v) {
-  const A dz = z_k - shift_z;
-  const A exp_zt = exp_scaled(dz, sweep.exp_t_scale);
-  const A exp_vt = reads_v ? exp_scaled(v_k - shift_v, sweep.exp_t_scale) : A(0);
-  return gradient_from(result, exp_from<kSquarings>(dz, exp_zt, sweep), exp_zt, exp_vt);
+// --- The gradient ---
+
+// dL/dz_k = coefficient_z * exp_unit(z_k * exp_scale - scaled_z) + ... - smoothing, without the
+// target's constant.
+template <class A>
+struct ElementGradient {
+  References<A> at;
+  A z, zt, vt, smoothing;
+};
+
+// with_case, or kHuge.
+template <bool kSquares, class A, class Body>
+__device__ inline void with_gradient_case(const Sweep<A>& sweep, bool reads_v,
+                                          const RowStats<A>& stats, Body body) {
+  if (is_huge(sweep, anchor(stats.max_z)) || is_huge(sweep, anchor(stats.max_v))) {
+    return body(std::integral_constant<int, kHuge>());
+  }
+  with_case<kSquares>(sweep, reads_v, body);
+}
+
+template <int kCase, class A>
+__device__ inline ElementGradient<A> element_gradient(const Sweep<A>& sweep,
+                                                      const RowStats<A>& stats,
+                                                      const RowResult<A>& result) {
+  ElementGradient<A> out{references_at(sweep, stats.max_z, stats.max_v), result.coefficient_z,
+                         result.coefficient_zt, result.coefficient_vt, result.smoothing};
+  if constexpr (kCase != kHuge) {
+    // The coefficients are of exponentials relative to the maxima.
+    const References<A>& at = out.at;
+    const A up_zt = exp_unit(-multiply_add(at.logit_z, sweep.exp_t_scale, -at.scaled_zt));
+    out.zt *= up_zt;
+    if constexpr (kCase >= 0) {
+      out.z *= squared<kCase>(up_zt);
+    } else {
+      out.z *= exp_unit(-multiply_add(at.logit_z, sweep.exp_scale, -at.scaled_z));
+    }
+    out.vt *= exp_unit(-multiply_add(at.logit_v, sweep.exp_t_scale, -at.scaled_vt));
+  }
+  return out;
+}
+
+template <int kCase, class A>
+__device__ inline A gradient_at(const Sweep<A>& sweep, const ElementGradient<A>& of, A z_k, A v_k) {
+  const References<A>& at = of.at;
+  if constexpr (kCase == kHuge) {
+    const A z = z_k - at.logit_z, v = v_k - at.logit_v;
+    return of.z * exp_unit(z * sweep.exp_scale) + of.zt * exp_unit(z * sweep.exp_t_scale) -
+           of.vt * exp_unit(v * sweep.exp_t_scale) - of.smoothing;
+  } else {
+    A exp_z = A(0), gradient = -of.smoothing;
+    if constexpr (kCase < 0) exp_z = exp_unit(multiply_add(z_k, sweep.exp_scale, -at.scaled_z));
+    if constexpr (kHasTeacher<kCase>) {
+      const A exp_zt = exp_unit(multiply_add(z_k, sweep.exp_t_scale, -at.scaled_zt));
+      const A exp_vt = exp_unit(multiply_add(v_k, sweep.exp_t_scale, -at.scaled_vt));
+      if constexpr (kCase >= 0) exp_z = squared<kCase>(exp_zt);
+      gradient = multiply_add(of.zt, exp_zt, gradient);
+      gradient = multiply_add(-of.vt, exp_vt, gradient);
+    }
+    return multiply_add(of.z, exp_z, gradient);
+  }
+}
+
+template <int kCase, class A, class S, class V, int kWidth>
+__device__ inline Vector<S, kWidth> gradient_of_vector(const Sweep<A>& sweep,
+                                                       const ElementGradient<A>& of,
+                                                       const Vector<S, kWidth>& z_vector,
+                                                       const Vector<V, kWidth>& v_vector) {
+  A z[kWidth], v[kWidth], gradient[kWidth];
+  widen_vector(z_vector, z);
+  widen_vector(v_vector, v);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) gradient[j] = gradient_at<kCase>(sweep, of, z[j], v[j]);
+  return narrow_vector<S>(gradient);
 }
 
 }  // namespace lrds::cuda

@@ -49,8 +49,8 @@ constexpr int kFlatStageElements = kWarpThreads * kShortElements + 16 / static_c
 
 // Threads of the blocks that sweep a row together: at most so many a block, and so many a
 // multiprocessor.
-constexpr int block_threads(bool wide) { return wide ? 256 : 768; }
-constexpr int block_threads_per_multiprocessor(bool wide) { return wide ? 512 : 768; }
+constexpr int block_threads(bool wide) { return wide ? 256 : 640; }
+constexpr int block_threads_per_multiprocessor(bool wide) { return wide ? 512 : 640; }
 
 // The block kernel's own shared memory, rounded up.
 constexpr int kBlockStaticBytes = 2560;
@@ -61,7 +61,7 @@ constexpr int kBulkThreads = 480;
 constexpr int kMaxCluster = 8;
 constexpr int kBulkTileBytes = 2 * 16 * kBulkThreads;
 constexpr int kMaxBulkTiles = 16;
-constexpr int kBulkFixedBytes = 9216;
+constexpr int kBulkFixedBytes = 2048;
 
 struct Plan {
   Path path;
@@ -107,13 +107,13 @@ constexpr Rule kRules[] = {
     {Path::kWarpVector,      0, kAlike,       1024,  1024, kNone, kWarpThreads},
     {Path::kWarpElement,     0, kAnything,     512,   512, kNone, kWarpThreads},
     {Path::kBlockVector,     0, kAlike,       4096,  4096, kNone, 128},
-    {Path::kBlockVector,     0, kAlike,       8192,  8192, kNone, 256},
-    {Path::kBlockVector,     0, kAlike,      kNone, 16384, kNone, 384},
+    {Path::kBlockVector,     0, kAlike,       8192,  8192, kNone, 192},
+    {Path::kBlockVector,     0, kAlike,      kNone, 16384, kNone, 320},
     {Path::kBulk,           90, kAlike,       kAll,  kAll, kNone, kBulkThreads + 32},
-    {Path::kBlockVector,     0, kAlike,       kAll,  kAll, kNone, 384},
+    {Path::kBlockVector,     0, kAlike,       kAll,  kAll, kNone, 320},
     {Path::kBlockElement,    0, kAnything,    4096,  4096, kNone, 128},
-    {Path::kBlockElement,    0, kAnything,    8192,  8192, kNone, 256},
-    {Path::kBlockElement,    0, kAnything,    kAll,  kAll, kNone, 384},
+    {Path::kBlockElement,    0, kAnything,    8192,  8192, kNone, 192},
+    {Path::kBlockElement,    0, kAnything,    kAll,  kAll, kNone, 320},
     {Path::kBlockElement,    0, kAnything,   kNone, kNone,  1024, 64},
     {Path::kBlockElement,    0, kAnything,   kNone, kNone,  4096, 128},
     {Path::kBlockElement,    0, kAnything,   kNone, kNone,  kAll, 256},
@@ -248,7 +248,7 @@ inline void plan_blocks(const KdLossArgs& args, const DeviceFacts& device, Plan&
   };
   std::int64_t blocks = fit(plan.threads);
   // Two blocks of a multiprocessor, or one of all its threads.
-  if (plan.threads == 384 && blocks < 2) blocks = fit(block_threads(false));
+  if (plan.threads == 320 && blocks < 2) blocks = fit(block_threads(false));
   blocks = device.multiprocessors * std::max<std::int64_t>(1, blocks);
   if (reread > 0) {
     // What waits to be read again should still be in L2 then; half the multiprocessors work in any
@@ -267,15 +267,11 @@ inline bool plan_bulk(const KdLossArgs& args, const DeviceFacts& device, Plan& p
   const auto needed = [&](int cluster) {
     return ceil_div(ceil_div(vectors, cluster), kBulkThreads);
   };
-  // The fewest blocks that leave half a row's room for the next row.
+  // The fewest blocks that leave half a row's room for the next row. Not more of them where rows
+  // are few: the order of a row's sums must not depend on its neighbours.
   plan.cluster = 1;
   while (plan.cluster < kMaxCluster && 3 * needed(plan.cluster) > 2 * plan.tiles) plan.cluster *= 2;
   if (needed(plan.cluster) > plan.tiles) return false;
-  // Few rows: more blocks for each.
-  while (plan.cluster < kMaxCluster && needed(plan.cluster) > 1 &&
-         args.rows * plan.cluster * 2 <= device.multiprocessors) {
-    plan.cluster *= 2;
-  }
   const std::int64_t clusters = std::max(1, device.multiprocessors / plan.cluster);
   plan.grid = static_cast<unsigned>(plan.cluster * std::min(args.rows, clusters));
   plan.shared_bytes = static_cast<std::size_t>(plan.tiles * kBulkTileBytes + kBulkFixedBytes);

@@ -101,27 +101,28 @@ struct CountScratch {
   unsigned long long partial[kMaxThreads / kWarpSize];
 };
 
-// Valid rows in [begin, end), added up over the threads of the block; all of them have the sum. The
-// block must call it as one, and once.
-template <class A>
+// Valid rows in [begin, end), added up over the first `threads` threads of the block; all of them
+// have the sum. They must call it as one, and once; meet() shows all of them what each has stored.
+template <class A, class Meet>
 __device__ unsigned long long block_count_valid(const Sweep<A>& sweep, std::int64_t begin,
-                                                std::int64_t end, CountScratch& scratch) {
+                                                std::int64_t end, CountScratch& scratch,
+                                                unsigned threads, Meet meet) {
   unsigned long long* const partial = scratch.partial;
   unsigned long long count = 0;
 #pragma unroll 4
-  for (std::int64_t row = begin + threadIdx.x; row < end; row += blockDim.x) {
+  for (std::int64_t row = begin + threadIdx.x; row < end; row += threads) {
     count += target_of(sweep, row) != sweep.ignore_index;
   }
   count = group_sum(count, kWarpSize);
   if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize] = count;
-  __syncthreads();
+  meet();
   count = 0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) count += partial[warp];
+  for (unsigned warp = 0; warp < threads / kWarpSize; ++warp) count += partial[warp];
   return count;
 }
 
-// The denominator's row count, for the gradient. start() before the first row, by the whole block;
-// get() by whole warps.
+// The denominator's row count, for the gradient. start() before the first row, by the whole block
+// or by its first `threads` threads, which meet() as in block_count_valid; get() by whole warps.
 //
 // kShared: every block counts its share of the targets and adds (1 << 32 | its count) to one zeroed
 // word; whoever needs the sum waits until all blocks have added theirs, which has long happened
@@ -130,16 +131,22 @@ __device__ unsigned long long block_count_valid(const Sweep<A>& sweep, std::int6
 // is the same either way.
 template <class A>
 struct ValidRowCount {
-  unsigned long long own;
+  A own;
 
   __device__ void start(const Sweep<A>& sweep, CountScratch& scratch) {
-    own = 0;
-    if (sweep.valid_rows == ValidRows::kOwn) own = block_count_valid(sweep, 0, sweep.rows, scratch);
+    start(sweep, scratch, blockDim.x, [] { __syncthreads(); });
+  }
+  template <class Meet>
+  __device__ void start(const Sweep<A>& sweep, CountScratch& scratch, unsigned threads, Meet meet) {
+    own = A(0);
+    if (sweep.valid_rows == ValidRows::kOwn) {
+      own = static_cast<A>(block_count_valid(sweep, 0, sweep.rows, scratch, threads, meet));
+    }
     if (sweep.valid_rows == ValidRows::kShared) {
       const std::int64_t share = (sweep.rows + gridDim.x - 1) / gridDim.x;
       const std::int64_t begin = share * blockIdx.x;
       const std::int64_t end = begin + share < sweep.rows ? begin + share : sweep.rows;
-      const unsigned long long count = block_count_valid(sweep, begin, end, scratch);
+      const unsigned long long count = block_count_valid(sweep, begin, end, scratch, threads, meet);
       if (threadIdx.x == 0) atomicAdd(sweep.shared_count, (1ull << 32) | count);
     }
   }
@@ -147,7 +154,7 @@ struct ValidRowCount {
   __device__ A get(const Sweep<A>& sweep) const {
     if (sweep.valid_rows == ValidRows::kUnused) return A(0);
     if (sweep.valid_rows == ValidRows::kGiven) return *sweep.num_valid;
-    if (sweep.valid_rows == ValidRows::kOwn) return static_cast<A>(own);
+    if (sweep.valid_rows == ValidRows::kOwn) return own;
     unsigned long long seen = 0;
     if (threadIdx.x % kWarpSize == 0) {
       const volatile unsigned long long* const word = sweep.shared_count;

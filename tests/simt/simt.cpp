@@ -43,6 +43,8 @@ struct Copy {
 struct BulkCopy {
   Copy copy;
   void* barrier;
+  unsigned block;           // of the cluster, whose memory it is
+  unsigned char value[16];  // of a store: `from` is null
 };
 
 struct Fiber {
@@ -238,7 +240,11 @@ bool phase_ended(const void* barrier, unsigned parity) {
 void finish_bulk_copy(std::size_t i) {
   const BulkCopy bulk = machine.bulk_copies[i];
   machine.bulk_copies.erase(machine.bulk_copies.begin() + static_cast<std::ptrdiff_t>(i));
-  std::memcpy(bulk.copy.to, bulk.copy.from, bulk.copy.bytes);
+  if (machine.blocks[bulk.block].done == machine.threads) {
+    fail("shared memory of a block that has exited");
+  }
+  std::memcpy(bulk.copy.to, bulk.copy.from != nullptr ? bulk.copy.from : bulk.value,
+              bulk.copy.bytes);
   Phase phase = load_phase(bulk.barrier);
   phase.bytes -= bulk.copy.bytes;
   store_phase(bulk.barrier, phase);
@@ -399,7 +405,7 @@ void bulk_copy(void* to, const void* from, std::size_t bytes, void* barrier) {
       reinterpret_cast<std::uintptr_t>(from) % 16 != 0) {
     fail("a bulk copy of a size or alignment that CUDA does not have");
   }
-  machine.bulk_copies.push_back({{to, from, bytes}, barrier});
+  machine.bulk_copies.push_back({{to, from, bytes}, barrier, machine.running->block, {}});
   if (machine.order == Order::kForward) finish_bulk_copy(machine.bulk_copies.size() - 1);
 }
 
@@ -489,12 +495,21 @@ void async_wait(std::size_t unfinished) {
   }
 }
 
+void async_store(void* here, unsigned rank, const void* value, std::size_t bytes, void* barrier) {
+  if (bytes != 16 || reinterpret_cast<std::uintptr_t>(here) % 16 != 0) {
+    fail("an asynchronous store of a size or alignment that CUDA does not have");
+  }
+  BulkCopy store{{map_shared(here, rank), nullptr, bytes}, map_shared(barrier, rank), rank, {}};
+  std::memcpy(store.value, value, bytes);
+  machine.bulk_copies.push_back(store);
+  if (machine.order == Order::kForward) finish_bulk_copy(machine.bulk_copies.size() - 1);
+}
+
 const Device& device(int index) {
-  static const Device devices[kDevices] = {{90, 132, 232448, 233472, 50 << 20},
-                                           {80, 1, 4096 + 2560, 8192, 1 << 20},
-                                           {86, 2, 101376, 16384, 6 << 20},
-                                           {90, 8, 58368, 65536, 50 << 20},
-                                           {90, 1, 232448, 233472, 50 << 20}};
+  static const Device devices[kDevices] = {
+      {90, 132, 232448, 233472, 50 << 20, 18}, {80, 1, 4096 + 2560, 8192, 1 << 20, 1},
+      {86, 2, 101376, 16384, 6 << 20, 2},      {90, 8, 58368, 65536, 50 << 20, 8},
+      {90, 1, 232448, 233472, 50 << 20, 1},    {90, 10, 232448, 233472, 50 << 20, 5}};
   return devices[index];
 }
 void set_device(int index) { machine.device = index; }
@@ -511,6 +526,21 @@ Launches take_launches() {
 }
 void count_memset() { ++machine.launches.memsets; }
 
+int resident_blocks(unsigned block, std::size_t shared_bytes) {
+  ++machine.launches.questions;
+  const auto shared = static_cast<std::size_t>(device(machine.device).shared_per_multiprocessor);
+  return std::min(static_cast<int>(2048 / block), static_cast<int>(shared / (shared_bytes + 1024)));
+}
+int resident_clusters(unsigned block, unsigned cluster, std::size_t shared_bytes) {
+  const Device& here = device(machine.device);
+  const int each = resident_blocks(block, shared_bytes);
+  int clusters = 0;
+  for (int left = here.multiprocessors; left > 0; left -= here.group) {
+    clusters += std::min(left, here.group) * each / static_cast<int>(cluster);
+  }
+  return clusters;
+}
+
 bool allow_shared(const void* kernel, int bytes) {
   if (bytes < 0 || bytes > device(machine.device).shared_per_block) return false;
   machine.allowed_shared[{machine.device, kernel}] = bytes;
@@ -526,6 +556,7 @@ bool launch(const void* kernel, unsigned grid, unsigned block, unsigned cluster,
   const int most = allowed == machine.allowed_shared.end() ? kSharedWithoutAsking : allowed->second;
   if (shared_bytes > static_cast<std::size_t>(most)) return false;
   ++machine.launches.kernels;
+  machine.launches.largest_grid = std::max(machine.launches.largest_grid, grid);
   gridDim = {grid, 1, 1};
   blockDim = {block, 1, 1};
   machine.body = &body;

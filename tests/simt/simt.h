@@ -46,6 +46,10 @@ void mbarrier_wait(void* barrier, unsigned parity, std::source_location where);
 // nobody else can go on with Order::kBackward.
 void bulk_copy(void* to, const void* from, std::size_t bytes, void* barrier);
 
+// st.async: stores 16 bytes where block `rank` of the cluster has what `here` is in this one, and
+// counts them on that block's `barrier`; each when bulk_copy copies.
+void async_store(void* here, unsigned rank, const void* value, std::size_t bytes, void* barrier);
+
 // Clusters. map_shared: where block `rank` of the cluster has what `here` is in this one.
 unsigned cluster_rank();
 void cluster_barrier(std::source_location where);
@@ -72,13 +76,16 @@ struct Device {
   int shared_per_block;
   int shared_per_multiprocessor;
   int l2_bytes;
+  int group;  // multiprocessors that a cluster may spread over (GPC); the last group may be smaller
 };
 // Device 0 is an H200, which gives every row here a block of its own. 1 has one multiprocessor and
 // 4 KiB of shared memory: rows stream, all through one block. 2 has two multiprocessors with room
 // for one block each. 3 and 4 have clusters: 3 has 8 multiprocessors and little shared memory, so
-// that rows are shared by several blocks; 4 is one multiprocessor of an H200.
+// that rows are shared by several blocks; 4 is one multiprocessor of an H200. 5 is a small H200
+// whose groups of multiprocessors no cluster of 4 fills: 10 multiprocessors hold 2 clusters of 4
+// and none of 8.
 const Device& device(int index);
-constexpr int kDevices = 5;
+constexpr int kDevices = 6;
 void set_device(int index);
 int current_device();
 
@@ -89,13 +96,19 @@ int current_device();
 enum class Order { kForward, kBackward, kShuffled };
 void set_order(Order order, std::uint32_t seed = 0);
 
-// Kernel launches and memsets since the last call.
+// Kernel launches, memsets and questions about what the device holds, since the last call.
 struct Launches {
   int kernels;
   int memsets;
+  int questions;
+  unsigned largest_grid;
 };
 Launches take_launches();
 void count_memset();
+// Blocks of a kernel that a multiprocessor holds, clusters that the device does: by shared memory
+// and threads, as if registers were no matter.
+int resident_blocks(unsigned block, std::size_t shared_bytes);
+int resident_clusters(unsigned block, unsigned cluster, std::size_t shared_bytes);
 
 // Returns false if the configuration is one that CUDA would refuse. cluster: blocks that run at
 // once.

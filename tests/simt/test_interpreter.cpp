@@ -1,6 +1,7 @@
 // The interpreter on trial: a kernel that must run, and kernels with one fault each that it must
 // not let pass.
 //   simt_interpreter FAULT
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -207,6 +208,82 @@ __global__ void cluster_rounds(const int* in, int blocks, int* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = right;
 }
 
+// Packets of 16 bytes from every block to every block, counted in bytes, without another barrier
+// between rounds: two sets in turn.
+struct Packets {
+  alignas(16) int of_block[2][8][4];
+  std::uint64_t arrived[2];
+};
+Packets& packets() { return *reinterpret_cast<Packets*>(simt::dynamic_shared()); }
+void send(unsigned to, unsigned set, int value, int rank) {
+  const int packet[4] = {value, value + 1, value + 2, value + 3};
+  simt::async_store(packets().of_block[set][rank], to, packet, 16, &packets().arrived[set]);
+}
+
+__global__ void async_rounds(int blocks, int* out) {
+  const int rank = static_cast<int>(simt::cluster_rank());
+  if (threadIdx.x == 0) {
+    for (std::uint64_t& barrier : packets().arrived) simt::mbarrier_init(&barrier, 1);
+  }
+  simt::cluster_barrier(Where::current());
+  int right = 0;
+  for (unsigned round = 0; round < 5; ++round) {
+    const unsigned set = round % 2;
+    if (threadIdx.x == 0) {
+      simt::mbarrier_arrive(&packets().arrived[set], static_cast<unsigned>(16 * blocks));
+      for (int to = 0; to < blocks; ++to) {
+        send(static_cast<unsigned>(to), set, static_cast<int>(round) * 100 + rank * 10, rank);
+      }
+    }
+    wait_for(packets().arrived[set], round / 2 % 2);
+    for (int from = 0; from < blocks; ++from) {
+      for (int i = 0; i < 4; ++i) {
+        right += packets().of_block[set][from][i] == static_cast<int>(round) * 100 + from * 10 + i;
+      }
+    }
+    // All of the block have read before its thread 0 sends again.
+    __syncthreads();
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = right;
+}
+
+// Block 0 sends two packets to block 1, the first to a set of choice; block 1 announces so many
+// bytes of set 0 and reads it before or after it waits for them.
+void two_packets(int* out, unsigned set_of_first, unsigned announced, bool reads_early) {
+  if (threadIdx.x == 0) {
+    for (std::uint64_t& barrier : packets().arrived) simt::mbarrier_init(&barrier, 1);
+  }
+  simt::cluster_barrier(Where::current());
+  if (threadIdx.x != 0) return;
+  if (simt::cluster_rank() == 0) {
+    send(1, set_of_first, 5, 0);
+    send(1, 0, 7, 1);
+    return;
+  }
+  simt::mbarrier_arrive(&packets().arrived[0], announced);
+  if (!reads_early) wait_for(packets().arrived[0], 0);
+  out[0] = packets().of_block[0][1][0];
+  if (reads_early) wait_for(packets().arrived[0], 0);
+}
+__global__ void async_store_read_early(int* out) { two_packets(out, 0, 32, true); }
+__global__ void async_store_announces_too_little(int* out) { two_packets(out, 0, 16, false); }
+__global__ void async_store_nobody_waits_for(int* out) { two_packets(out, 1, 16, false); }
+
+// Both packets of one barrier, although the block has not come to the second's phase.
+__global__ void async_store_of_a_later_phase(int*) {
+  if (threadIdx.x == 0) simt::mbarrier_init(&packets().arrived[0], 1);
+  simt::cluster_barrier(Where::current());
+  if (threadIdx.x != 0) return;
+  for (unsigned round = 0; round < 2; ++round) {
+    if (simt::cluster_rank() == 0) {
+      send(1, 0, static_cast<int>(round), 0);
+    } else {
+      simt::mbarrier_arrive(&packets().arrived[0], 16);
+      wait_for(packets().arrived[0], round);
+    }
+  }
+}
+
 __global__ void arrives_before_it_is_initialised(int*) {
   ClusterMemory& memory = cluster_memory();
   if (threadIdx.x == 0) {
@@ -288,6 +365,17 @@ int run_clusters() {
     }
     for (const int right : out) {
       if (right != 2 + 2 * static_cast<int>(cluster)) return 18;
+    }
+  }
+  for (const unsigned cluster : {1u, 2u, 8u}) {
+    std::vector<int> out(16 * 64, 0);
+    int* const data = out.data();
+    if (!simt::launch(reinterpret_cast<const void*>(async_rounds), 16, 64, cluster, sizeof(Packets),
+                      [=] { async_rounds(static_cast<int>(cluster), data); })) {
+      return 22;
+    }
+    for (const int right : out) {
+      if (right != 5 * 4 * static_cast<int>(cluster)) return 23;
     }
   }
   // What CUDA refuses: a grid that clusters do not divide, clusters that are not portable.
@@ -442,6 +530,10 @@ int main(int argc, char** argv) {
                  {"cluster_early", arrives_before_it_is_initialised},
                  {"cluster_late", sends_to_a_block_that_left},
                  {"cluster_half", half_of_the_cluster_meets},
+                 {"cluster_async_early", async_store_read_early},
+                 {"cluster_async_short", async_store_announces_too_little},
+                 {"cluster_async_left", async_store_nobody_waits_for},
+                 {"cluster_async_ahead", async_store_of_a_later_phase},
                  {"async_bulk_early", bulk_copy_read_early},
                  {"async_bulk_short", bulk_copy_announces_too_little},
                  {"async_bulk_left", bulk_copy_nobody_waits_for},
@@ -455,15 +547,19 @@ int main(int argc, char** argv) {
       return 16;
     }
     // The second order delays asynchronous copies until they are waited for.
-    if (fault.starts_with("async")) simt::set_order(simt::Order::kBackward);
+    const bool delays = fault.find("async") != std::string::npos;
+    if (delays) simt::set_order(simt::Order::kBackward);
+    // Here it is the store that comes early.
+    if (fault == "cluster_async_ahead") simt::set_order(simt::Order::kForward);
     const unsigned cluster = fault.starts_with("cluster") ? 2 : 1;
     const bool has_barriers = cluster == 2 || fault.starts_with("async_bulk") || fault == "phase";
-    const std::size_t bytes = has_barriers ? sizeof(ClusterMemory) : 64 * sizeof(int);
+    const std::size_t bytes =
+        has_barriers ? std::max(sizeof(ClusterMemory), sizeof(Packets)) : 64 * sizeof(int);
     std::vector<int> out(64, 0);
     int* const data = out.data();
     simt::launch(reinterpret_cast<const void*>(kernel), cluster, 64, cluster, bytes,
                  [=, k = kernel] { k(data); });
-    if (fault.starts_with("async") && out[0] == -1) {
+    if (delays && out[0] == -1) {
       std::fprintf(stderr, "read %d before the copy was waited for\n", out[0]);
       return 7;
     }

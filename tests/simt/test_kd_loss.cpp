@@ -171,6 +171,10 @@ struct Case {
   bool with_loss = true;
   bool hard = true;  // rows of every kind: ignored, unselected, out of range, -inf, outliers
   bool mostly_ignored = false;
+  double shift = 0.0;  // of all logits
+  double spread = 1.0;
+  double slope = 0.0;   // added from class to class
+  bool masked = false;  // a third of the classes, not the target, is as low as float32 goes
   int device = 0;
 
   std::string text() const {
@@ -179,7 +183,7 @@ struct Case {
         line, sizeof line,
         "%s: %s/%s C=%lld N=%lld K=%lld offsets %lld,%lld,%lld padding %lld,%lld %s selected %d "
         "reduction %d T=%g weights %g,%g,%g smoothing %g eta %g ignore %lld%s num_valid %g "
-        "grad_scale %g grad_output %d%s%s%s device %d",
+        "grad_scale %g grad_output %d%s%s%s shift %g spread %g slope %g%s device %d",
         group, name_of(student), name_of(teacher), static_cast<long long>(classes),
         static_cast<long long>(rows), static_cast<long long>(teacher_rows),
         static_cast<long long>(offset), static_cast<long long>(teacher_offset),
@@ -189,7 +193,7 @@ struct Case {
         ce_weight_unselected, kd_weight, label_smoothing, eta, static_cast<long long>(ignore_index),
         revise ? " revised" : "", num_valid, grad_scale, static_cast<int>(grad_output),
         with_gradient ? "" : " no gradient", with_loss ? "" : " no loss", hard ? " hard" : "",
-        device);
+        shift, spread, slope, masked ? " masked" : "", device);
     return line;
   }
 };
@@ -278,14 +282,18 @@ void run(const Case& c, std::uint32_t seed) {
       w[i] = kind % 3 == 1 ? 0.0 : 1.0;
       if (c.selected != SelectedType::kBool && kind % 3 == 2) w[i] = 0.25;
     }
+    const auto y = static_cast<std::size_t>(target[i]);
     const double scale = kind == 4 ? 300.0 : 1.0;
     z[i].resize(classes);
     v[i].resize(classes);
     for (std::size_t k = 0; k < classes; ++k) {
       z[i][k] = scale * normal(random);
       v[i][k] = scale * normal(random);
+      for (double* const logit : {&z[i][k], &v[i][k]}) {
+        *logit = c.shift + c.spread * *logit + c.slope * static_cast<double>(k);
+        if (c.masked && k % 3 == 1 && k != y) *logit = -3.0e38;
+      }
     }
-    const auto y = static_cast<std::size_t>(target[i]);
     const std::size_t other = (y + 1) % classes;
     if (kind == 2 || (c.mostly_ignored && i % 256 != 7)) target[i] = c.ignore_index;
     if (kind == 3) target[i] = i % 2 == 0 ? c.classes : -7;
@@ -447,6 +455,9 @@ void run(const Case& c, std::uint32_t seed) {
     if (launches.kernels != kernels)
       report(c, "kernel launches", -1, -1, launches.kernels, kernels);
     if (launches.memsets > 1) report(c, "memsets", -1, -1, launches.memsets, 1);
+    if (poison == 0x5a && launches.questions > 0) {
+      report(c, "questions that were asked before", -1, -1, launches.questions, 0);
+    }
     if (!out.gradient.holds(poison, c.with_gradient ? g_offset : g_offset + n * classes)) {
       report(c, "a write outside the gradient", -1, -1, 1, 0);
     }
@@ -620,7 +631,7 @@ std::vector<Case> kd_loss_cases() {
     }
   }
   // Clusters: a ring shorter and longer than a row's slice, rows of every kind in turn through it,
-  // one block a row and eight, every alignment.
+  // one, two, four and eight blocks a row, every alignment.
   group = "clusters";
   for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     const std::int64_t classes = type == DType::kFloat32 ? 8201 : 16403;
@@ -631,11 +642,15 @@ std::vector<Case> kd_loss_cases() {
     c.device = 4;
     c.rows = 9;
     add(c);
-    c.device = 0;  // few rows for many multiprocessors: eight blocks each
+    c.device = 0;
     c.rows = 2;
     c.offset = c.teacher_offset = c.gradient_offset = 3;
     add(c);
     c.device = 3;
+    c.classes = 2 * classes;  // eight
+    c.rows = 7;
+    add(c);
+    c.classes = classes;
     c.rows = 5;
     c.temperature = 2.5;
     c.label_smoothing = 0.1;
@@ -649,11 +664,49 @@ std::vector<Case> kd_loss_cases() {
     c.rows = 23;
     c.mostly_ignored = true;
     add(c);
+    // Two blocks a row, and more rows than the device holds clusters.
+    Case two = make(type, type, type == DType::kFloat32 ? 21841 : 43682, 7);
+    two.device = 5;
+    two.selected = SelectedType::kBool;
+    add(two);
     // Past the shared memory of eight blocks: two passes.
     Case longer = make(type, type, 48 * classes / 8, 1);
     longer.device = 3;
     longer.hard = false;
     add(longer);
+  }
+  // Maxima far from 0, and far above what a thread has seen before.
+  group = "maxima";
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
+    const std::int64_t bulk = type == DType::kFloat32 ? 8201 : 16403;
+    for (const std::int64_t classes : {std::int64_t{1027}, bulk}) {
+      for (const double t : {0.25, 1.0, 4.0, 30.0}) {
+        if (classes == bulk && (type == DType::kFloat64 || t == 0.25 || t == 1.0)) continue;
+        Case c = make(type, type, classes, 2);
+        c.device = classes == bulk ? 3 : 2;
+        c.hard = false;
+        c.temperature = t;
+        c.slope = 0.05;
+        add(c);
+        c.slope = -0.05;
+        c.label_smoothing = t == 4.0 ? 0.1 : 0.0;
+        add(c);
+        c.label_smoothing = 0.0;
+        c.slope = 0.0;
+        c.masked = true;
+        add(c);
+        c.masked = false;
+        c.shift = type == DType::kBFloat16 ? 1e7 : 1e9;  // where numbers are 64 apart, or more
+        c.spread = type == DType::kBFloat16 ? 2e5 : 200.0;
+        add(c);
+        c.shift = -c.shift;
+        c.teacher_rows = 1;
+        add(c);
+        c.shift = 0.0;
+        c.spread = 1e30;
+        add(c);
+      }
+    }
   }
   // Rows further apart than 32 bits count.
   group = "far";
@@ -831,8 +884,9 @@ std::size_t plan_cases() {
       {h200, DType::kFloat32, DType::kFloat32, 16384, 21841, Path::kBulk, 2, 132},
       {h200, DType::kBFloat16, DType::kBFloat16, 8192, 128256, Path::kBulk, 4, 132},
       {h200, DType::kBFloat16, DType::kBFloat16, 20, 128256, Path::kBulk, 4, 80},
-      {h200, DType::kBFloat16, DType::kBFloat16, 16, 128256, Path::kBulk, 8, 128},
-      {h200, DType::kFloat32, DType::kFloat32, 1, 21841, Path::kBulk, 8, 8},
+      {h200, DType::kFloat32, DType::kFloat32, 40, 60000, Path::kBulk, 4, 132},
+      {h200, DType::kFloat32, DType::kFloat32, 1, 60000, Path::kBulk, 4, 4},
+      {h200, DType::kFloat32, DType::kFloat32, 1, 21841, Path::kBulk, 2, 2},
       {h200, DType::kBFloat16, DType::kBFloat16, 4096, 256000, Path::kBulk, 8, 128},
       {h200, DType::kFloat32, DType::kFloat32, 4096, 256000, Path::kBlockVector, 0, 66},
       {h200, DType::kFloat32, DType::kBFloat16, 4096, 128256, Path::kBlockElement, 0, 66},
@@ -860,6 +914,150 @@ std::size_t plan_cases() {
     }
     if (plan.cluster != e.cluster) report(c, "cluster", -1, -1, plan.cluster, e.cluster);
     if (plan.grid != e.grid) report(c, "grid", -1, -1, plan.grid, e.grid);
+    ++ran;
+  }
+  return ran;
+}
+
+// What a row's sums are added in the order of does not depend on how many rows there are: the path
+// and, where blocks sweep rows, their size and the cluster's.
+std::size_t order_cases() {
+  using lrds::cuda::DeviceFacts;
+  using lrds::cuda::Path;
+  using lrds::cuda::Plan;
+  alignas(16) static float memory[8];
+  std::size_t ran = 0;
+  for (const DeviceFacts& device : {DeviceFacts{90, 132, 232448, 233472, 50 << 20},
+                                    DeviceFacts{90, 78, 232448, 233472, 50 << 20},
+                                    DeviceFacts{80, 108, 166912, 167936, 40 << 20},
+                                    DeviceFacts{120, 170, 101376, 102400, 96 << 20}}) {
+    for (const DType type : kTypes) {
+      for (const std::int64_t classes :
+           {1,     10,    33,    104,   200,   1000,  1024,  1025,   4096,   4097,   8193,  10000,
+            16384, 16385, 21841, 32000, 50257, 60000, 65536, 128256, 152064, 256000, 300000}) {
+        KdLossArgs args{};
+        args.classes = args.student_stride = args.teacher_stride = classes;
+        args.student = args.teacher = args.gradient = memory;
+        args.student_type = args.teacher_type = type;
+        args.accumulate = type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+        args.rows = args.teacher_rows = 1;
+        const Plan alone = lrds::cuda::plan_rows(args, device);
+        const bool by_blocks = alone.path == Path::kBulk || alone.path == Path::kBlockVector ||
+                               alone.path == Path::kBlockElement;
+        for (const std::int64_t rows :
+             {2, 3, 8, 16, 17, 33, 40, 66, 132, 133, 1000, 16752, 65536}) {
+          args.rows = args.teacher_rows = rows;
+          const Plan plan = lrds::cuda::plan_rows(args, device);
+          Case c;
+          c.group = "order";
+          c.student = c.teacher = type;
+          c.rows = rows;
+          c.classes = classes;
+          const auto same = [&](const char* what, int got, int expected) {
+            if (got != expected) report(c, what, -1, -1, got, expected);
+          };
+          same("path", static_cast<int>(plan.path), static_cast<int>(alone.path));
+          same("lanes", plan.lanes, alone.lanes);
+          same("tiles", plan.tiles, alone.tiles);
+          same("cluster", plan.cluster, alone.cluster);
+          if (by_blocks) {
+            same("threads", static_cast<int>(plan.threads), static_cast<int>(alone.threads));
+          }
+          ++ran;
+        }
+      }
+    }
+  }
+  return ran;
+}
+
+// A row alone has the bits that it has among others, of which most are ignored and cheap.
+void run_bits(DType type, std::int64_t classes, int device, std::int64_t most_blocks) {
+  simt::set_device(device);
+  constexpr std::size_t kRows = 40;
+  constexpr std::int64_t kIgnored = -100;
+  const std::size_t read[] = {0, 7, 39};
+  const auto width = static_cast<std::size_t>(classes);
+  std::mt19937 random(11);
+  std::normal_distribution<double> normal(0.0, 3.0);
+  const DType a = type == DType::kFloat64 ? type : DType::kFloat32;
+  Buffer student(type, kRows * width), teacher(type, kRows * width);
+  std::vector<std::int64_t> target(kRows, kIgnored);
+  for (const std::size_t row : read) {
+    target[row] = static_cast<std::int64_t>(row) % classes;
+    for (std::size_t k = 0; k < width; ++k) {
+      student.set(row * width + k, normal(random));
+      teacher.set(row * width + k, normal(random));
+    }
+  }
+  Case c;
+  c.group = "bits";
+  c.student = c.teacher = type;
+  c.rows = kRows;
+  c.classes = classes;
+  c.device = device;
+  const auto call = [&](std::size_t first, std::size_t rows, Buffer& loss, Buffer& gradient) {
+    // As aligned as the first row of all.
+    Buffer z(type, rows * width), v(type, rows * width), ce(a, rows), kd(a, rows);
+    std::memcpy(z.at(0), student.at(first * width), z.bytes());
+    std::memcpy(v.at(0), teacher.at(first * width), v.bytes());
+    std::vector<std::uint8_t> flags(rows);
+    std::int64_t counts[3];
+    KdLossArgs args{};
+    args.rows = args.teacher_rows = static_cast<std::int64_t>(rows);
+    args.classes = args.student_stride = args.teacher_stride = classes;
+    args.student = z.at(0);
+    args.teacher = v.at(0);
+    args.student_type = args.teacher_type = type;
+    args.target = target.data() + first;
+    args.target_is_int64 = true;
+    args.ignore_index = kIgnored;
+    args.temperature = 4.0;
+    args.ce_weight = 0.1;
+    args.ce_weight_unselected = 1.0;
+    args.kd_weight = 0.9;
+    args.eta = 0.8;
+    args.revise = Revise::kLabelRevision;
+    args.reduction = Reduction::kNone;
+    args.accumulate = a;
+    args.gradient = gradient.at(0);
+    args.ce = ce.at(0);
+    args.kd = kd.at(0);
+    args.flags = flags.data();
+    args.loss = loss.at(0);
+    args.counts = counts;
+    simt::set_order(simt::Order::kForward);
+    simt::take_launches();
+    const cudaError_t error = lrds::cuda::kd_loss(args, nullptr);
+    if (error != cudaSuccess) report(c, "cudaError_t", -1, -1, error, cudaSuccess);
+    const std::int64_t blocks = simt::take_launches().largest_grid;
+    if (blocks > most_blocks) report(c, "blocks", -1, -1, blocks, most_blocks);
+  };
+  Buffer loss(a, kRows), gradient(type, kRows * width);
+  call(0, kRows, loss, gradient);
+  for (const std::size_t row : read) {
+    Buffer loss_alone(a, 1), gradient_alone(type, width);
+    call(row, 1, loss_alone, gradient_alone);
+    const auto at = static_cast<std::int64_t>(row);
+    if (std::memcmp(loss.at(row), loss_alone.at(0), loss_alone.bytes()) != 0) {
+      report(c, "bits of the loss alone", at, -1, loss_alone.get(0), loss.get(row));
+    }
+    if (std::memcmp(gradient.at(row * width), gradient_alone.at(0), gradient_alone.bytes()) != 0) {
+      report(c, "bits of the gradient alone", at, -1, 0, 1);
+    }
+  }
+}
+
+std::size_t bits_cases() {
+  std::size_t ran = 0;
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    // Every row as aligned as its copy.
+    for (const std::int64_t classes : {104, 1000, 4096, 60000, 128256}) {
+      run_bits(type, classes, 0, 132 * 8);
+      ++ran;
+    }
+    // Clusters of 4: a device of two groups of 5 multiprocessors holds 2 of them.
+    run_bits(type, type == DType::kFloat32 ? 60000 : 128256, 5, 8);
     ++ran;
   }
   return ran;
@@ -959,6 +1157,8 @@ int main(int argc, char** argv) {
     ran["scale_gradient"] = scale_gradient_cases();
   }
   if (part == 0 && (only.empty() || only == "plan")) ran["plan"] = plan_cases();
+  if (part == 0 && (only.empty() || only == "order")) ran["order"] = order_cases();
+  if (part == parts - 1 && (only.empty() || only == "bits")) ran["bits"] = bits_cases();
   std::size_t all = 0;
   for (const auto& [group, count] : ran) {
     std::printf("%s: %zu cases\n", group.c_str(), count);

@@ -96,6 +96,10 @@ inline void __threadfence() {}
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
@@ -128,6 +132,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       simt::launch(reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
                    cluster, config->dynamicSmemBytes, [&] { std::apply(kernel, parameters); });
   return started ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*,
+                                                                 int block,
+                                                                 std::size_t shared_bytes) {
+  *blocks = simt::resident_blocks(static_cast<unsigned>(block), shared_bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                                  const cudaLaunchConfig_t* config) {
+  *clusters = simt::resident_clusters(config->blockDim.x, config->attrs[0].val.clusterDim.x,
+                                      config->dynamicSmemBytes);
+  return cudaSuccess;
 }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
