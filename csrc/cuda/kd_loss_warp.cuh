@@ -21,7 +21,7 @@ using Words =
     std::conditional_t<kPacks<S, kWidth>, Vector<unsigned, (kWidth + 1) / 2>, Vector<S, kWidth>>;
 
 template <class S, int kWidth>
-__device__ inline void widen_vector(const Words<S, kWidth>& x, float (&out)[kWidth]) {
+__device__ inline void widen_words(const Words<S, kWidth>& x, float (&out)[kWidth]) {
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) {
     if constexpr (!kPacks<S, kWidth>) {
@@ -166,8 +166,8 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
   A z[kVectors][kWidth], v[kVectors][kWidth];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    widen_vector<S>(z_in[i], z[i]);
-    widen_vector<Held>(v_in[i], v[i]);
+    widen_words<S>(z_in[i], z[i]);
+    widen_words<Held>(v_in[i], v[i]);
   }
   A z_edge = widen<A>(z_edge_in), v_edge = widen<A>(v_edge_in);
   const auto each = [&](auto body) {
