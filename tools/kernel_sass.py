@@ -227,7 +227,7 @@ def describe(code: list[Instruction]) -> Row:
         "copies": " ".join(copies),
         "local": str(count(code, "LDL", "STL")),
         "fences": str(fences),
-        "cctl": str(count(code, "CCTL")),
+        "cctl": str(sum(instruction.operation.startswith("CCTL.IV") for instruction in code)),
         "loops": " ".join(text for header, text in heavy.items() if not (heavy.keys() - {header}) & loops[header]),
     }
 
