@@ -471,9 +471,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few small shapes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contenders", help=f"of {','.join(KNOWN)}; ours is always one (default: all that are here)")
-    parser.add_argument(
-        "--shapes", help="only cases with one of these in their names, in this order, as 65536x1000,rkl"
-    )
+    parser.add_argument("--shapes", help="only cases with one of these in their names, in this order: 65536x1000,rkl")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; cases that do not fit are left out")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, metavar="CSV", help="print a stored run as a table and end")
@@ -513,9 +511,8 @@ def main() -> int:
         begin = time.perf_counter()
         # The longest case so far stands for the next one.
         if begin - began + longest > arguments.budget:
-            sys.stdout.write(
-                f"left out, the budget of {arguments.budget:g} s is used up: {len(chosen) - place} cases\n"
-            )
+            left = len(chosen) - place
+            sys.stdout.write(f"the budget of {arguments.budget:g} s is used up: {left} cases left out\n")
             break
         torch._dynamo.reset()
         # The baselines of 1e8 elements take tens of seconds each: three turns of them tell enough.
