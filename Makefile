@@ -2,7 +2,8 @@
 # make test      linters, the C++ and CUDA kernels without a GPU, Python tests, a build against a CPU-only torch
 # make test-full everything: also the slow tests
 # make bench     the benchmarks of this machine, into benchmarks/results/ and docs/benchmarks/
-# make gpu-check on a machine with a GPU, without network, with the Python it finds: build, tests, sanitizer, benchmarks
+# make gpu-check on a machine with a GPU, without network, with the Python it finds: build, tests, sanitizer, benchmarks;
+#                STEPS="build smoke" for a part of it (tools/gpu_check.sh)
 # make format    rewrite the sources in the project's style
 #
 # PYTHON=...           the interpreter that .venv is made with (>= 3.10)
@@ -45,6 +46,7 @@ lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck tools/*.sh .ci/run
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$')
 
 cpu-torch: $(BUILT)
@@ -61,7 +63,7 @@ bench: $(BUILT)
 	$(BIN)/lrds-fast bench --out benchmarks/results --pages docs/benchmarks
 
 gpu-check:
-	@tools/gpu_check.sh
+	@tools/gpu_check.sh $(STEPS)
 
 format: $(BUILT)
 	$(BIN)/ruff check --fix .

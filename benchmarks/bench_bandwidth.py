@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import math
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +112,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads beside one (default: all)")
     parser.add_argument("--quick", action="store_true", help="smaller shapes")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; after them no case begins")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, metavar="CSV", help="print a stored run as a table and end")
     arguments = parser.parse_args()
@@ -120,6 +123,7 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here")
     rows: list[Row] = []
+    began = time.perf_counter()
     for memory in ("returned", "kept"):
         if arguments.device == "cuda" and memory == "returned":
             continue  # PyTorch's CUDA allocator keeps
@@ -129,15 +133,19 @@ def main() -> int:
             torch.set_num_threads(threads)
             for n, c in QUICK if arguments.quick else SHAPES:
                 for dtype in TYPES:
+                    if time.perf_counter() - began > arguments.budget:
+                        sys.stdout.write(f"left out, the budget is used up: {n} x {c}\n")
+                        continue
                     row = run_case(Case(n, c, dtype), arguments.device, arguments.rounds)
                     rows.append({"memory": memory} | row | facts(arguments.device))
                     sys.stdout.write(
                         f"{threads} thread(s), {memory}, {n} x {c} {row['dtype']}: {row['percent_of_triad']:.0f}%\n"
                     )
                     sys.stdout.flush()
-        if arguments.csv is not None:
-            write_csv(arguments.csv, rows)
-    sys.stdout.write("\n" + table(rows) + "\n")
+                    if arguments.csv is not None:  # a run that is cut short keeps what it has
+                        write_csv(arguments.csv, rows)
+    if rows:
+        sys.stdout.write("\n" + table(rows) + "\n")
     return 0
 
 

@@ -23,8 +23,10 @@ import ctypes
 import gc
 import importlib.metadata
 import importlib.util
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,6 +334,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds; cases that do not fit are left out")
     parser.add_argument("--csv", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, metavar="CSV", help="print a stored run as a table and end")
     arguments = parser.parse_args()
@@ -346,8 +349,14 @@ def main() -> int:
     liger = importlib.util.find_spec("liger_kernel") is not None
     common["liger"] = importlib.metadata.version("liger-kernel") if liger else ""
     rows: list[Row] = []
+    began, longest = time.perf_counter(), 0.0
     for case in QUICK if arguments.quick else {"cpu": CPU, "cuda": CUDA}[arguments.device]:
+        begin = time.perf_counter()
+        if begin - began + longest > arguments.budget:  # the longest case so far stands for the next one
+            sys.stdout.write(f"left out, the budget is used up: {case} and what follows\n")
+            break
         found = run_case(case, arguments.device, arguments.rounds)
+        longest = max(longest, time.perf_counter() - begin)
         rows += [row | common for row in found]
         for row in found:
             peak = row["peak_mib"] if row["peak_mib"] == "" else f"{row['peak_mib']:.0f} MiB"
@@ -355,7 +364,8 @@ def main() -> int:
         sys.stdout.flush()
         if arguments.csv is not None:  # a run that is cut short keeps what it has
             write_csv(arguments.csv, rows)
-    sys.stdout.write("\n" + table(rows) + "\n")
+    if rows:
+        sys.stdout.write("\n" + table(rows) + "\n")
     return 0
 
 

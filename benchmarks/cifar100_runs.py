@@ -12,7 +12,6 @@ import argparse
 import csv
 import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.bench_kd_loss import commit as checkout_commit
 from benchmarks.bench_kd_loss import cpu_name
 from lrds_fast.train import paper
 from lrds_fast.train.files import write_text
@@ -131,13 +131,8 @@ def main() -> None:
     actions.add_parser("page", help="the page and README.md's section, from results/cifar100.csv")
     options = parser.parse_args()
     if options.action == "collect":
-        commit = (
-            options.commit
-            or subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        )
-        write_text(STORED, as_csv(rows_of([read_run(folder) for folder in options.runs], commit, options.command)))
+        made_by = options.commit or checkout_commit()
+        write_text(STORED, as_csv(rows_of([read_run(folder) for folder in options.runs], made_by, options.command)))
         print(STORED)
     text = STORED.read_text(encoding="utf-8")
     write_text(PAGE, page(text))

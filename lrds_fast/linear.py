@@ -152,8 +152,10 @@ def _product_into(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
     """out (n, d) = gradient (n, C) @ weight (C, d), rounded once, to out's dtype where the backend can."""
     if out.dtype == gradient.dtype:
         torch.mm(gradient, weight, out=out)
-    elif gradient.is_cuda:
+    elif gradient.is_cuda and out.dtype == torch.float32:
         torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
+    elif gradient.is_cuda:  # CUDA's product leaves in its own type or in float32, which holds either 16-bit type
+        out.copy_(torch.mm(gradient, weight, out_dtype=torch.float32))
     else:
         out.copy_(torch.mm(gradient, weight))
 

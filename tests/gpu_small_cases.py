@@ -1,6 +1,7 @@
 """Every kernel path on small inputs: what compute-sanitizer runs (tools/gpu_check.sh). Non-zero exit if wrong.
 
-python tests/gpu_small_cases.py cpu    holds the cases themselves to the CPU's kernels
+python tests/gpu_small_cases.py cpu        holds the cases themselves to the CPU's kernels
+python tests/gpu_small_cases.py --paths    one case per path and type: minutes less under a sanitizer
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import kd_cases
+import path_cases
 from test_kd_loss_family import assert_family
 from tolerances import assert_matches_reference
 
@@ -20,7 +22,13 @@ from lrds_fast import kd_loss_parts
 from lrds_fast.divergences import NAMES
 from lrds_fast.functional import kd_moments
 
-device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+devices = [argument for argument in sys.argv[1:] if argument != "--paths"]
+device = devices[0] if devices else "cuda"
+if "--paths" in sys.argv:
+    for case in path_cases.CASES.values():
+        path_cases.check(case, device)
+    sys.stdout.write(f"{len(path_cases.CASES)} cases\n")
+    sys.exit()
 ran = 0
 for classes in (1, 10, 64, 100, 200, 1000, 1001, 4097, 40000, 300000):
     for student_dtype, teacher_dtype in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lrds_fast import kd_loss, reference
+from lrds_fast import kd_loss, linear, reference
 from lrds_fast.divergences import NAMES
 from lrds_fast.linear import default_chunk_rows, linear_kd_loss
 
@@ -328,6 +329,44 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert_close(gradient, wanted.double(), ACCURACY[dtype], "gradient")
     with torch.autocast("cpu", dtype):  # a float32 head on a bfloat16 network, as nn.Linear takes it
         assert torch.equal(ours(p, (leaves[0].to(dtype), *leaves[1:]), chunk_rows=7), loss)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_ask_cuda_for_types_that_it_has(
+    dtype: torch.dtype, out: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's matrix product leaves in its inputs' type or in float32 and refuses others: float16 autocast over a
+    bfloat16 network asks for one of those."""
+    mm, addmm = torch.mm, torch.addmm
+
+    def allowed(inputs: Tensor, out_dtype: torch.dtype | None) -> None:
+        if out_dtype not in (None, inputs.dtype, torch.float32):
+            raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
+
+    def cuda_mm(a: Tensor, b: Tensor, *, out_dtype: Any = None, out: Tensor | None = None) -> Tensor:
+        allowed(a, out_dtype)
+        product = mm(a.as_subclass(Tensor).float(), b.float()).to(out_dtype or a.dtype)
+        return product if out is None else out.copy_(product)
+
+    def cuda_addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any = None, out: Tensor) -> Tensor:
+        allowed(a, out_dtype)
+        return out.copy_(addmm(total, a.as_subclass(Tensor).float(), b.float()))
+
+    class OnCuda(Tensor):
+        is_cuda = True  # type: ignore[assignment]
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+    monkeypatch.setattr(torch, "mm", cuda_mm)
+    monkeypatch.setattr(torch, "addmm", cuda_addmm)
+    generator = torch.Generator().manual_seed(0)
+    gradient, weight, hidden = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 7), (7, 3), (5, 3)))
+    found = torch.full((5, 3), math.nan, dtype=out)
+    linear._product_into(found, gradient.as_subclass(OnCuda), weight)
+    torch.testing.assert_close(found, (gradient.double() @ weight.double()).to(out), rtol=2**-7, atol=1e-2)
+    total = torch.ones(7, 3)
+    linear._add_transposed_product(total, gradient.as_subclass(OnCuda), hidden)
+    torch.testing.assert_close(total, (1 + gradient.double().t() @ hidden.double()).float(), rtol=1e-5, atol=1e-5)
 
 
 # --- Autograd
