@@ -46,7 +46,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def make_cases() -> dict[str, PathCase]:
     cases = {}
-    # The bulk kernel gives a row more blocks when there are few rows: 150 of them leave one or two each.
+    # Enough rows for every block of the bulk kernel to take a second one.
     for path, rows, classes, layout in (
         ("short", 7, 10, "wide rows"),
         ("short vector", 7, 64, "back to back"),

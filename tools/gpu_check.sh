@@ -100,7 +100,7 @@ PY
   cat "$out/facts.txt"
   local program
   program=$(mktemp -d)
-  if within 60 nvcc -std=c++17 "-arch=sm_${arch//[.a]/}" -o "$program/gpu_facts" tools/gpu_facts.cu &&
+  if within 60 nvcc -std=c++17 "-arch=sm_${arch//[.a]/}" -Icsrc -o "$program/gpu_facts" tools/gpu_facts.cu &&
     within 20 "$program/gpu_facts" >"$out/gpu_facts.json"; then
     cat "$out/gpu_facts.json"
   else

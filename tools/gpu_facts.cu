@@ -1,20 +1,18 @@
 // gpu_facts: what planning needs of a GPU and no data sheet gives, as JSON. Clusters of the bulk
 // kernel's size that the device holds at once.
 //
-//   nvcc -std=c++17 -arch=sm_90 -o gpu_facts tools/gpu_facts.cu && ./gpu_facts
+//   nvcc -std=c++17 -arch=sm_90 -Icsrc -o gpu_facts tools/gpu_facts.cu && ./gpu_facts
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
+#include "cuda/kd_loss_plan.h"
+
 namespace {
 
-// Of csrc/cuda/kd_loss_plan.h: the bulk kernel's threads, and its ring of tiles as far as a block's
-// memory goes.
-constexpr int kThreads = 480 + 32;
-constexpr int kTileBytes = 2 * 16 * 480;
-constexpr int kFixedBytes = 9216;
-constexpr int kMaxTiles = 16;
+constexpr int kThreads = lrds::cuda::kBulkThreads + 32;
 
 __global__ void __launch_bounds__(kThreads, 1) probe(int* sink) {
   extern __shared__ int room[];
@@ -36,9 +34,9 @@ int main() {
   check(cudaDriverGetVersion(&driver), "driver version");
   check(cudaRuntimeGetVersion(&runtime), "runtime version");
   const int most = static_cast<int>(device.sharedMemPerBlockOptin);
-  int tiles = (most - kFixedBytes) / kTileBytes;
-  if (tiles > kMaxTiles) tiles = kMaxTiles;
-  const int shared = tiles * kTileBytes + kFixedBytes;
+  const int tiles = std::min(lrds::cuda::kMaxBulkTiles,
+                             (most - lrds::cuda::kBulkFixedBytes) / lrds::cuda::kBulkTileBytes);
+  const int shared = tiles * lrds::cuda::kBulkTileBytes + lrds::cuda::kBulkFixedBytes;
   std::printf(
       "{\"device\": \"%s\", \"capability\": \"%d.%d\", \"multiprocessors\": %d, \"l2_bytes\": %d, "
       "\"shared_per_block\": %d, \"shared_per_multiprocessor\": %zu, \"driver_cuda\": %d, "
