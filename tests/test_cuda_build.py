@@ -82,7 +82,8 @@ def test_registers_are_the_tables(nvcc: str, reports: Reports) -> None:
 
 
 def test_gradients_leave_as_vectors(machine_code: list[Row]) -> None:
-    rows = [row for row in machine_code if any(part in row["kernel"] for part in VECTOR_KERNELS)]
+    # Before sm_90 the bulk kernel is empty.
+    rows = [row for row in machine_code if any(part in row["kernel"] for part in VECTOR_KERNELS) and row["stg"]]
     assert len(rows) >= 20
     narrowed = [f"{named(row)}: {row['stg']}" for row in rows if "128x" not in row["stg"]]
     assert narrowed == []
