@@ -119,6 +119,11 @@ def _chunk_loss_and_gradient(z: Tensor, v: Tensor, chunk: slice, rows: _Rows, wi
     return loss
 
 
+def _multiplies_into_float32(tensor: Tensor) -> bool:
+    """Does the backend multiply 16-bit matrices into float32? CUDA does, and into no other type but their own."""
+    return tensor.is_cuda
+
+
 def _add_transposed_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total (C, d) += gradient.T (C, n) @ hidden (n, d), accumulated in total's dtype.
 
@@ -128,7 +133,7 @@ def _add_transposed_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> 
     """
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), hidden)
-    elif gradient.is_cuda:
+    elif _multiplies_into_float32(gradient):
         torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
     else:
         wide = hidden.to(total.dtype) if gradient.dtype == torch.float16 else None
@@ -149,13 +154,17 @@ def _add_column_sums(total: Tensor, gradient: Tensor) -> None:
 
 
 def _product_into(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
-    """out (n, d) = gradient (n, C) @ weight (C, d), rounded once, to out's dtype where the backend can."""
+    """out (n, d) = gradient (n, C) @ weight (C, d), rounded once, to out's dtype where the backend can.
+
+    The dtypes differ under autocast: hidden has float32, or the other 16-bit type.
+    """
     if out.dtype == gradient.dtype:
         torch.mm(gradient, weight, out=out)
-    elif gradient.is_cuda and out.dtype == torch.float32:
-        torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
-    elif gradient.is_cuda:  # CUDA's product leaves in its own type or in float32, which holds either 16-bit type
-        out.copy_(torch.mm(gradient, weight, out_dtype=torch.float32))
+    elif _multiplies_into_float32(gradient):
+        if out.dtype == torch.float32:
+            torch.mm(gradient, weight, out_dtype=torch.float32, out=out)
+        else:
+            out.copy_(torch.mm(gradient, weight, out_dtype=torch.float32))
     else:
         out.copy_(torch.mm(gradient, weight))
 
@@ -478,7 +487,7 @@ def linear_kd_loss(
         the device only): sort them to the end and pass a teacher prefix to save that product.
     reduction: "mean", "sum" or "elementmean". "none" is refused: gradients are made in the forward pass, before each
         row's own grad_output is known.
-    grad_scale: as kd_loss. It is not needed against underflow: float16 logit gradients are kept undivided until
+    grad_scale: as kd_loss. It is not needed against underflow: float16 gradients are kept undivided until
         backward, which multiplies by grad_output / N in float32.
     chunk_rows: rows per chunk; None: as many as keep both logits chunks within 64 MiB on the CPU and 256 MiB on CUDA,
         at least 64. A row's loss does not depend on it, the order in which rows are added does.
@@ -534,8 +543,9 @@ def linear_kd_loss(
     if weights is None and class_weight is not None:
         weights = _weight_sum(class_weight.detach(), target, ignore_index)
     scale = _scalar("grad_scale", grad_scale, student_hidden)
-    if scale is None and student_dtype == torch.float16 and reduction != "sum":
-        # Undoes the division by the count, which a float16 gradient would not survive; backward divides in float32.
+    if scale is None and torch.float16 in (student_dtype, student_hidden.dtype) and reduction != "sum":
+        # Undoes the division by the count, which a float16 gradient, of the logits or of hidden, would not survive;
+        # backward divides in float32.
         divisor = count * classes if reduction == "elementmean" else count
         scale = torch.where(divisor > 0, divisor, 1).to(torch.float32)
     rows = _Rows(

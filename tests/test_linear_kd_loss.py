@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -331,42 +330,66 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert torch.equal(ours(p, (leaves[0].to(dtype), *leaves[1:]), chunk_rows=7), loss)
 
 
-@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_products_ask_cuda_for_types_that_it_has(
-    dtype: torch.dtype, out: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """CUDA's matrix product leaves in its inputs' type or in float32 and refuses others: float16 autocast over a
-    bfloat16 network asks for one of those."""
-    mm, addmm = torch.mm, torch.addmm
+def _refusing(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.mm or torch.addmm with CUDA's rule for out_dtype: the matrices' own type, or float32 from 16 bits."""
 
-    def allowed(inputs: Tensor, out_dtype: torch.dtype | None) -> None:
-        if out_dtype not in (None, inputs.dtype, torch.float32):
+    def multiply(*tensors: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        if out_dtype is None:
+            return product(*tensors) if out is None else product(*tensors, out=out)
+        first = tensors[-2].dtype
+        if first != tensors[-1].dtype:
+            raise RuntimeError(f"expected matrices of one dtype; got {first} and {tensors[-1].dtype}")
+        if out_dtype != first and not (out_dtype == torch.float32 and first in (torch.float16, torch.bfloat16)):
             raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
+        if out is not None and out.dtype != out_dtype:
+            raise RuntimeError(f"out must be {out_dtype}; got {out.dtype}")
+        with torch.autocast("cpu", enabled=False):
+            result = product(*(tensor.to(out_dtype) for tensor in tensors))
+        return result if out is None else out.copy_(result)
 
-    def cuda_mm(a: Tensor, b: Tensor, *, out_dtype: Any = None, out: Tensor | None = None) -> Tensor:
-        allowed(a, out_dtype)
-        product = mm(a.as_subclass(Tensor).float(), b.float()).to(out_dtype or a.dtype)
-        return product if out is None else out.copy_(product)
+    return multiply
 
-    def cuda_addmm(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any = None, out: Tensor) -> Tensor:
-        allowed(a, out_dtype)
-        return out.copy_(addmm(total, a.as_subclass(Tensor).float(), b.float()))
 
-    class OnCuda(Tensor):
-        is_cuda = True  # type: ignore[assignment]
-        __torch_function__ = torch._C._disabled_torch_function_impl
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-    monkeypatch.setattr(torch, "mm", cuda_mm)
-    monkeypatch.setattr(torch, "addmm", cuda_addmm)
-    generator = torch.Generator().manual_seed(0)
-    gradient, weight, hidden = (torch.randn(shape, generator=generator).to(dtype) for shape in ((5, 7), (7, 3), (5, 3)))
-    found = torch.full((5, 3), math.nan, dtype=out)
-    linear._product_into(found, gradient.as_subclass(OnCuda), weight)
-    torch.testing.assert_close(found, (gradient.double() @ weight.double()).to(out), rtol=2**-7, atol=1e-2)
-    total = torch.ones(7, 3)
-    linear._add_transposed_product(total, gradient.as_subclass(OnCuda), hidden)
-    torch.testing.assert_close(total, (1 + gradient.double().t() @ hidden.double()).float(), rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize("weight", FLOATS, ids=str)
+@pytest.mark.parametrize("hidden", FLOATS, ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "as on CUDA"])
+def test_autocast_over_any_dtypes(
+    cuda: bool, autocast: torch.dtype, hidden: torch.dtype, weight: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's dtypes are the student's swapped. Values against float64 logits of the same rounded inputs."""
+    if cuda:
+        monkeypatch.setattr(torch, "mm", _refusing(torch.mm))
+        monkeypatch.setattr(torch, "addmm", _refusing(torch.addmm))
+        monkeypatch.setattr(linear, "_multiplies_into_float32", lambda tensor: tensor.dtype != torch.float64)
+    p = problem()
+    dtypes = (hidden, weight, weight, weight, hidden, hidden)
+    p = Problem(*(tensor.to(dtype) for tensor, dtype in zip(p[:6], dtypes, strict=True)), p.target)
+    leaves = p.student()
+    with torch.autocast("cpu", autocast):
+        loss = ours(p, leaves, chunk_rows=7)
+    gradients = torch.autograd.grad(loss, leaves)
+    wanted_loss, wanted = expected(p)
+    accuracy = max(ACCURACY[dtype] for dtype in (autocast, hidden, weight))
+    assert_close(loss.detach(), wanted_loss, accuracy, "loss")
+    for leaf, gradient, exact in zip(leaves, gradients, wanted, strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert_close(gradient, exact, accuracy, "gradient")
+
+
+def test_float16_hidden_under_bfloat16_autocast_does_not_underflow() -> None:
+    """The gradient of hidden is kept in float16, whatever the logits' dtype: it is divided in backward."""
+    p = problem(dtype=torch.float16)
+    leaves = p.student()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(p, leaves, num_valid=2**22, chunk_rows=7)
+    gradients = torch.autograd.grad(loss, leaves, torch.tensor(2.0**20))
+    _, wanted = expected(p, num_valid=2**22)
+    for gradient, exact in zip(gradients, wanted, strict=True):
+        assert_close(gradient, exact * 2**20, ACCURACY[torch.bfloat16], "gradient")
 
 
 # --- Autograd
