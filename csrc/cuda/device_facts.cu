@@ -1,5 +1,7 @@
 // What a device is.
 #include <algorithm>
+#include <map>
+#include <tuple>
 
 #include "cuda/launch.h"
 
@@ -41,6 +43,34 @@ cudaError_t device_facts(int device, DeviceFacts* facts) {
   const cudaError_t error = once(device, [](int d) { return ask(d, &known[d]); });
   if (error == cudaSuccess) *facts = known[device];
   return error;
+}
+
+cudaError_t resident_blocks(int device, const void* kernel, unsigned block, unsigned cluster,
+                            std::size_t shared_bytes, std::int64_t* blocks) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, unsigned, unsigned, std::size_t>, std::int64_t>
+      known;
+  const std::lock_guard lock(mutex);
+  const std::tuple key(device, kernel, block, cluster, shared_bytes);
+  if (const auto found = known.find(key); found != known.end()) {
+    *blocks = found->second;
+    return cudaSuccess;
+  }
+  int count = 0;
+  DeviceFacts facts{};
+  cudaError_t error = device_facts(device, &facts);
+  if (error != cudaSuccess) return error;
+  if (cluster > 0) {
+    const LaunchConfig launch(cluster, block, cluster, shared_bytes, nullptr);
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
+  } else {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, static_cast<int>(block),
+                                                          shared_bytes);
+  }
+  if (error != cudaSuccess) return error;
+  const std::int64_t each = cluster > 0 ? cluster : facts.multiprocessors;
+  *blocks = known[key] = std::max(1, count) * each;
+  return cudaSuccess;
 }
 
 }  // namespace lrds::cuda

@@ -5,30 +5,42 @@
 
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 
 namespace lrds::cuda {
 
-// cluster: blocks that run at once and see each other's shared memory; 0 launches without one.
+// A configuration and the attribute that it points to.
+struct LaunchConfig {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+
+  // cluster: blocks that run at once and see each other's shared memory; 0: none.
+  LaunchConfig(unsigned grid, unsigned block, unsigned cluster, std::size_t shared_bytes,
+               cudaStream_t stream) {
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(block);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    if (cluster > 0) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = cluster;
+      attribute.val.clusterDim.y = 1;
+      attribute.val.clusterDim.z = 1;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+};
+
 template <class... Parameters>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), unsigned grid, unsigned block,
                             unsigned cluster, std::size_t shared_bytes, cudaStream_t stream,
                             const Parameters&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(block);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  if (cluster > 0) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster;
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  const LaunchConfig launch(grid, block, cluster, shared_bytes, stream);
+  const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, arguments...);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
@@ -55,6 +67,20 @@ struct DeviceFacts {
 
 // Asked once per device.
 cudaError_t device_facts(int device, DeviceFacts* facts);
+
+// Blocks of this size that the device, which must be the current one, holds at once: as registers
+// and shared memory allow, and with cluster > 0 whole clusters as they fit its groups of
+// multiprocessors. At least one block or cluster. Asked once per combination of the arguments,
+// after the kernel has been allowed its shared memory.
+cudaError_t resident_blocks(int device, const void* kernel, unsigned block, unsigned cluster,
+                            std::size_t shared_bytes, std::int64_t* blocks);
+
+template <class... Parameters>
+cudaError_t resident_blocks(int device, void (*kernel)(Parameters...), unsigned block,
+                            unsigned cluster, std::size_t shared_bytes, std::int64_t* blocks) {
+  return resident_blocks(device, reinterpret_cast<const void*>(kernel), block, cluster,
+                         shared_bytes, blocks);
+}
 
 // Runs `ask(device)` once per device and call site, whatever thread comes first; its error is
 // remembered.

@@ -490,11 +490,10 @@ void async_wait(std::size_t unfinished) {
 }
 
 const Device& device(int index) {
-  static const Device devices[kDevices] = {{90, 132, 232448, 233472, 50 << 20},
-                                           {80, 1, 4096 + 2560, 8192, 1 << 20},
-                                           {86, 2, 101376, 16384, 6 << 20},
-                                           {90, 8, 58368, 65536, 50 << 20},
-                                           {90, 1, 232448, 233472, 50 << 20}};
+  static const Device devices[kDevices] = {
+      {90, 132, 232448, 233472, 50 << 20, 18}, {80, 1, 4096 + 2560, 8192, 1 << 20, 1},
+      {86, 2, 101376, 16384, 6 << 20, 2},      {90, 8, 58368, 65536, 50 << 20, 8},
+      {90, 1, 232448, 233472, 50 << 20, 1},    {90, 10, 232448, 233472, 50 << 20, 5}};
   return devices[index];
 }
 void set_device(int index) { machine.device = index; }
@@ -510,6 +509,21 @@ Launches take_launches() {
   return taken;
 }
 void count_memset() { ++machine.launches.memsets; }
+
+int resident_blocks(unsigned block, std::size_t shared_bytes) {
+  ++machine.launches.questions;
+  const auto shared = static_cast<std::size_t>(device(machine.device).shared_per_multiprocessor);
+  return std::min(static_cast<int>(2048 / block), static_cast<int>(shared / (shared_bytes + 1024)));
+}
+int resident_clusters(unsigned block, unsigned cluster, std::size_t shared_bytes) {
+  const Device& here = device(machine.device);
+  const int each = resident_blocks(block, shared_bytes);
+  int clusters = 0;
+  for (int left = here.multiprocessors; left > 0; left -= here.group) {
+    clusters += std::min(left, here.group) * each / static_cast<int>(cluster);
+  }
+  return clusters;
+}
 
 bool allow_shared(const void* kernel, int bytes) {
   if (bytes < 0 || bytes > device(machine.device).shared_per_block) return false;

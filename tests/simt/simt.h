@@ -72,13 +72,16 @@ struct Device {
   int shared_per_block;
   int shared_per_multiprocessor;
   int l2_bytes;
+  int group;  // multiprocessors that a cluster may spread over (GPC); the last group may be smaller
 };
 // Device 0 is an H200, which gives every row here a block of its own. 1 has one multiprocessor and
 // 4 KiB of shared memory: rows stream, all through one block. 2 has two multiprocessors with room
 // for one block each. 3 and 4 have clusters: 3 has 8 multiprocessors and little shared memory, so
-// that rows are shared by several blocks; 4 is one multiprocessor of an H200.
+// that rows are shared by several blocks; 4 is one multiprocessor of an H200. 5 is a small H200
+// whose groups of multiprocessors no cluster of 4 fills: 10 multiprocessors hold 2 clusters of 4
+// and none of 8.
 const Device& device(int index);
-constexpr int kDevices = 5;
+constexpr int kDevices = 6;
 void set_device(int index);
 int current_device();
 
@@ -89,13 +92,18 @@ int current_device();
 enum class Order { kForward, kBackward, kShuffled };
 void set_order(Order order, std::uint32_t seed = 0);
 
-// Kernel launches and memsets since the last call.
+// Kernel launches, memsets and questions about what the device holds, since the last call.
 struct Launches {
   int kernels;
   int memsets;
+  int questions;
 };
 Launches take_launches();
 void count_memset();
+// Blocks of a kernel that a multiprocessor holds, clusters that the device does: by shared memory
+// and threads, as if registers were no matter.
+int resident_blocks(unsigned block, std::size_t shared_bytes);
+int resident_clusters(unsigned block, unsigned cluster, std::size_t shared_bytes);
 
 // Returns false if the configuration is one that CUDA would refuse. cluster: blocks that run at
 // once.

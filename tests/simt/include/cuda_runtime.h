@@ -129,6 +129,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return started ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*,
+                                                                 int block,
+                                                                 std::size_t shared_bytes) {
+  *blocks = simt::resident_blocks(static_cast<unsigned>(block), shared_bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                                  const cudaLaunchConfig_t* config) {
+  *clusters = simt::resident_clusters(config->blockDim.x, config->attrs[0].val.clusterDim.x,
+                                      config->dynamicSmemBytes);
+  return cudaSuccess;
+}
+
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 template <class Kernel>
