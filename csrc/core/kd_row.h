@@ -3,7 +3,8 @@
 // SIMD loop over scratch memory, a warp, a block.
 //
 // Executor:
-//   M            the math: scalar type A, element type X (A or a vector of A), exp, log, where_*
+//   M            the math: scalar type A, element type X (A or a vector of A), exp(x, scale) =
+//                e^(x * scale), log, where_*
 //   z(k), v(k)   logits of the classes at position k; -inf at the target and past the row's end
 //   t(k), w(k)   soft target's probabilities, class weights
 //   others(k, x) x, but 0 at the target and past the row's end
@@ -49,6 +50,13 @@ LRDS_HOST_DEVICE inline DistillParams<A> distill_params(const KdLossArgs& args) 
   out.gradient = args.gradient != nullptr || args.moments != nullptr;
   for (int i = 0; i < 3; ++i) out.parameters[i] = static_cast<A>(args.divergence_parameters[i]);
   return out;
+}
+
+// One temperature, class targets, no class weights, no label smoothing, no standardisation.
+template <typename A>
+LRDS_HOST_DEVICE inline bool is_simple(const DistillParams<A>& params) {
+  return params.temperatures == 1 && !params.soft && !params.weighted && !params.standardize &&
+         params.label_smoothing == A(0);
 }
 
 // What a row brings along. A term of weight 0 is neither read nor added.
@@ -99,7 +107,7 @@ struct SoftTeacher {
 
 template <class M, class X, class A>
 LRDS_DEVICE inline X soft_teacher_logit(const SoftTeacher<A>& soft, X v, X t) {
-  const X p = M::exp((v - soft.shift) * soft.inv_temperature - soft.total);
+  const X p = M::exp((v - soft.shift) * soft.inv_temperature - soft.total, A(1));
   const X mixed = soft.beta * p + (A(1) - soft.beta) * t;
   const X logit = soft.temperature * (M::log(mixed) + soft.offset) + soft.shift;
   // With beta = 0 nothing of the teacher is left.
@@ -125,7 +133,10 @@ LRDS_HOST_DEVICE inline RowTask<A> only_term(RowTask<A> task, bool kd) {
   return task;
 }
 
-template <class D, class Executor>
+// kSimple: the caller has seen is_simple(params), and what that excludes is not compiled. Of the
+// executor that needs neither t, w nor others, but any(x): rows whose reductions are one
+// instruction must agree on what they reduce.
+template <class D, class Executor, bool kSimple = false>
 class RowProgram {
  public:
   using M = typename Executor::M;
@@ -146,8 +157,16 @@ class RowProgram {
       has_kd = false;
       out.kd = out.at_target = (row_.z_y - row_.z_y) + (row_.v_y - row_.v_y);
     }
-    if (has_ce) cross_entropy(out);
-    if (has_kd) distill(out);
+    if (collective(has_ce)) {
+      RowTerms<A> with_ce = out;
+      cross_entropy(with_ce);
+      if (has_ce) out = with_ce;
+    }
+    if (collective(has_kd)) {
+      RowTerms<A> with_kd = out;
+      distill(with_kd);
+      if (has_kd) out = with_kd;
+    }
     if (params_.gradient) {
       exec_.each([&](auto k) {
         X g = X{};
@@ -160,6 +179,19 @@ class RowProgram {
   }
 
  private:
+  // Does any row that reduces together with this one need it?
+  LRDS_DEVICE_MEMBER bool collective(bool needed) const {
+    if constexpr (kSimple) {
+      return exec_.any(needed);
+    } else {
+      return needed;
+    }
+  }
+  LRDS_DEVICE_MEMBER int temperatures() const { return kSimple ? 1 : params_.temperatures; }
+  LRDS_DEVICE_MEMBER bool soft() const { return !kSimple && params_.soft; }
+  LRDS_DEVICE_MEMBER bool standardize() const { return !kSimple && params_.standardize; }
+  LRDS_DEVICE_MEMBER A label_smoothing() const { return kSimple ? A(0) : params_.label_smoothing; }
+
   // The maximum of the others; the target's logit where they are all -inf (or none), which leaves
   // the row's total at 0.
   LRDS_DEVICE_MEMBER static A anchor_of(A max, A at_target) {
@@ -171,30 +203,35 @@ class RowProgram {
   // c_k of another class.
   template <class K>
   LRDS_DEVICE_MEMBER X target_weight(K k) const {
-    X c = X{} + params_.label_smoothing / params_.classes;
-    if (params_.soft) c += (A(1) - params_.label_smoothing) * exec_.t(k);
-    if (params_.weighted) c *= exec_.w(k);
-    return exec_.others(k, c);
+    if constexpr (kSimple) {
+      return X{};
+    } else {
+      X c = X{} + params_.label_smoothing / params_.classes;
+      if (params_.soft) c += (A(1) - params_.label_smoothing) * exec_.t(k);
+      if (params_.weighted) c *= exec_.w(k);
+      return exec_.others(k, c);
+    }
   }
 
-  LRDS_DEVICE_MEMBER bool spread() const { return params_.soft || params_.label_smoothing != A(0); }
+  LRDS_DEVICE_MEMBER bool spread() const { return soft() || label_smoothing() != A(0); }
 
   LRDS_DEVICE_MEMBER void cross_entropy(RowTerms<A>& out) {
     const A shift = shift_z_ = anchor_of(max_z_, row_.z_y);
     const bool dense = spread();
+    constexpr int kSums = kSimple ? 1 : 3;
     A sums[3];
-    exec_.template sum<3>(
+    exec_.template sum<kSums>(
         [&](auto k, X* into) {
           const X dz = exec_.z(k) - shift;
-          into[0] += M::exp(dz);
-          if (dense) {
+          into[0] += M::exp(dz, A(1));
+          if (!kSimple && dense) {
             const X c = target_weight(k);
             into[1] += c;
             into[2] += M::where_positive(c, c * dz);
           }
         },
         sums);
-    const A smoothing = params_.label_smoothing;
+    const A smoothing = label_smoothing();
     const A c_y = row_.w_y * ((A(1) - smoothing) * row_.t_y + smoothing / params_.classes);
     const A c_sum = dense ? sums[1] + c_y : c_y;
     const Split<A> q = split(sums[0], row_.z_y - shift);
@@ -210,7 +247,7 @@ class RowProgram {
 
   template <class K>
   LRDS_DEVICE_MEMBER X cross_entropy_gradient(K k) const {
-    X g = ce_coefficient_ * M::exp(exec_.z(k) - shift_z_);
+    X g = ce_coefficient_ * M::exp(exec_.z(k) - shift_z_, A(1));
     if (spread()) g -= ce_scale_ * target_weight(k);
     return g;
   }
@@ -219,35 +256,51 @@ class RowProgram {
 
   template <class F>
   LRDS_DEVICE_MEMBER Affine<A> affine_of(F logit, A at_target) const {
-    if (!params_.standardize) return Affine<A>{A(0), A(1), A(0)};
-    A sum[1];
-    exec_.template sum<1>([&](auto k, X* into) { into[0] += exec_.others(k, logit(k)); }, sum);
-    const A mean = (sum[0] + at_target) / params_.classes;
-    exec_.template sum<1>(
-        [&](auto k, X* into) {
-          const X d = exec_.others(k, logit(k) - mean);
-          into[0] += d * d;
-        },
-        sum);
-    const A d_y = at_target - mean;
-    const A deviation =
-        params_.classes > A(1) ? row_sqrt((sum[0] + d_y * d_y) / (params_.classes - A(1))) : A(0);
-    return Affine<A>{mean, A(1) / (deviation + static_cast<A>(kStandardizeEpsilon)), deviation};
+    if constexpr (kSimple) {
+      return Affine<A>{A(0), A(1), A(0)};
+    } else {
+      if (!params_.standardize) return Affine<A>{A(0), A(1), A(0)};
+      A sum[1];
+      exec_.template sum<1>([&](auto k, X* into) { into[0] += exec_.others(k, logit(k)); }, sum);
+      const A mean = (sum[0] + at_target) / params_.classes;
+      exec_.template sum<1>(
+          [&](auto k, X* into) {
+            const X d = exec_.others(k, logit(k) - mean);
+            into[0] += d * d;
+          },
+          sum);
+      const A d_y = at_target - mean;
+      const A deviation =
+          params_.classes > A(1) ? row_sqrt((sum[0] + d_y * d_y) / (params_.classes - A(1))) : A(0);
+      return Affine<A>{mean, A(1) / (deviation + static_cast<A>(kStandardizeEpsilon)), deviation};
+    }
   }
 
   template <class K>
   LRDS_DEVICE_MEMBER X student(K k) const {
-    return (exec_.z(k) - affine_z_.shift) * affine_z_.scale;
+    if constexpr (kSimple) {
+      return exec_.z(k);
+    } else {
+      return (exec_.z(k) - affine_z_.shift) * affine_z_.scale;
+    }
   }
   template <class K>
   LRDS_DEVICE_MEMBER X raw_teacher(K k) const {
-    return (exec_.v(k) - affine_v_.shift) * affine_v_.scale;
+    if constexpr (kSimple) {
+      return exec_.v(k);
+    } else {
+      return (exec_.v(k) - affine_v_.shift) * affine_v_.scale;
+    }
   }
   template <class K>
   LRDS_DEVICE_MEMBER X teacher(K k, const SoftTeacher<A>& soft) const {
     const X v = raw_teacher(k);
-    if (!soft.on) return v;
-    return soft_teacher_logit<M>(soft, v, exec_.others(k, exec_.t(k)));
+    if constexpr (kSimple) {
+      return v;
+    } else {
+      if (!soft.on) return v;
+      return soft_teacher_logit<M>(soft, v, exec_.others(k, exec_.t(k)));
+    }
   }
 
   // Position k as the divergence sees it.
@@ -257,7 +310,7 @@ class RowProgram {
     e.z = student(k);
     e.v = teacher(k, at.soft);
     if constexpr (D::kSecondTemperature != SecondTemperature::kNone) {
-      e.second_z = M::exp((e.z - anchor_z_) * at.inv_second);
+      e.second_z = M::exp(e.z - anchor_z_, at.inv_second);
     } else {
       e.second_z = X{};
     }
@@ -268,8 +321,8 @@ class RowProgram {
     }
     e.dz = e.z - at.shift_z;
     e.dv = e.v - at.shift_v;
-    e.ez = M::exp(e.dz * at.inv_temperature);
-    e.ev = M::exp(e.dv * at.inv_temperature);
+    e.ez = M::exp(e.dz, at.inv_temperature);
+    e.ev = M::exp(e.dv, at.inv_temperature);
     return e;
   }
 
@@ -283,7 +336,7 @@ class RowProgram {
     anchor_z_ = anchor_of(max_z, z_y_);
     anchor_v_ = anchor_of(max_v_, v_y_);
     A loss = A(0), at_target = A(0);
-    for (int i = 0; i < params_.temperatures; ++i) {
+    for (int i = 0; i < temperatures(); ++i) {
       const bool revised = at_temperature(params_.temperature[i], at_[i]);
       loss += at_[i].terms.loss;
       at_target += at_[i].terms.at_target;
@@ -291,25 +344,30 @@ class RowProgram {
     }
     out.kd = row_.kd_weight * loss;
     kd_scale_ = row_.kd_weight * row_.kd_scale;
-    if (params_.gradient && params_.standardize) {
-      A sums[2];
-      exec_.template sum<2>(
-          [&](auto k, X* into) {
-            const X g = exec_.others(k, direct_gradient(k));
-            into[0] += g;
-            into[1] += g * exec_.others(k, exec_.z(k) - affine_z_.shift);
-          },
-          sums);
-      const A d_y = row_.z_y - affine_z_.shift;
-      gradient_mean_ = (sums[0] + at_target) / params_.classes;
-      const A along = sums[1] + at_target * d_y;
-      const A spread = (params_.classes - A(1)) * affine_z_.deviation;
-      gradient_slope_ = spread > A(0)    ? along * affine_z_.scale / spread
-                        : spread == A(0) ? A(0)
-                                         : spread;
-      at_target = (at_target - gradient_mean_ - d_y * gradient_slope_) * affine_z_.scale;
+    if constexpr (!kSimple) {
+      if (params_.gradient && params_.standardize) at_target = standardized_gradient(at_target);
     }
     out.at_target += kd_scale_ * at_target;
+  }
+
+  // The gradient through the standardisation; returns the target's.
+  LRDS_DEVICE_MEMBER A standardized_gradient(A at_target) {
+    A sums[2];
+    exec_.template sum<2>(
+        [&](auto k, X* into) {
+          const X g = exec_.others(k, direct_gradient(k));
+          into[0] += g;
+          into[1] += g * exec_.others(k, exec_.z(k) - affine_z_.shift);
+        },
+        sums);
+    const A d_y = row_.z_y - affine_z_.shift;
+    gradient_mean_ = (sums[0] + at_target) / params_.classes;
+    const A along = sums[1] + at_target * d_y;
+    const A spread = (params_.classes - A(1)) * affine_z_.deviation;
+    gradient_slope_ = spread > A(0)    ? along * affine_z_.scale / spread
+                      : spread == A(0) ? A(0)
+                                       : spread;
+    return (at_target - gradient_mean_ - d_y * gradient_slope_) * affine_z_.scale;
   }
 
   // Statistics and terms at one temperature; true if the teacher was revised.
@@ -336,8 +394,8 @@ class RowProgram {
       A sums[2];
       exec_.template sum<2>(
           [&](auto k, X* into) {
-            into[0] += M::exp((student(k) - anchor_z_) * at.inv_second);
-            into[1] += M::exp((raw_teacher(k) - anchor_v_) * at.inv_second);
+            into[0] += M::exp(student(k) - anchor_z_, at.inv_second);
+            into[1] += M::exp(raw_teacher(k) - anchor_v_, at.inv_second);
           },
           sums);
       s.second_sum_z = sums[0];
@@ -356,9 +414,11 @@ class RowProgram {
       at.shift_z = anchor(exec_.max([&](auto k) { return below(k, student(k)); }));
       at.shift_v = anchor(exec_.max([&](auto k) { return below(k, raw_teacher(k)); }));
     }
-    if (D::kRevised && params_.soft && wrong && params_.revise != Revise::kNone) {
-      revised = true;
-      revise_soft(at, s);
+    if constexpr (D::kRevised && !kSimple) {
+      if (params_.soft && wrong && params_.revise != Revise::kNone) {
+        revised = true;
+        revise_soft(at, s);
+      }
     }
 
     s.shift_z = at.shift_z;
@@ -382,8 +442,8 @@ class RowProgram {
       if (revised) {
         s.revision = unrevised(s.teacher);
       } else {
-        s.revision = revise(s.teacher, wrong, params_.soft ? Revise::kNone : params_.revise,
-                            params_.eta, row_.t_y, row_.t_margin);
+        s.revision = revise(s.teacher, wrong, soft() ? Revise::kNone : params_.revise, params_.eta,
+                            row_.t_y, row_.t_margin);
         revised = s.revision.revised;
       }
     }
@@ -405,9 +465,7 @@ class RowProgram {
   LRDS_DEVICE_MEMBER void revise_soft(AtTemperature<A>& at, DistillStats<A>& s) {
     A sum[1];
     exec_.template sum<1>(
-        [&](auto k, X* into) {
-          into[0] += M::exp((raw_teacher(k) - anchor_v_) * s.inv_temperature);
-        },
+        [&](auto k, X* into) { into[0] += M::exp(raw_teacher(k) - anchor_v_, s.inv_temperature); },
         sum);
     const Split<A> p = split(sum[0], (v_y_ - anchor_v_) * s.inv_temperature);
     const Revision<A> r =
@@ -423,7 +481,7 @@ class RowProgram {
   template <class K>
   LRDS_DEVICE_MEMBER X direct_gradient(K k) const {
     X g = X{};
-    for (int i = 0; i < params_.temperatures; ++i) {
+    for (int i = 0; i < temperatures(); ++i) {
       g += D::template gradient<M>(at_[i].terms, element(k, at_[i]));
     }
     return g;
@@ -432,7 +490,7 @@ class RowProgram {
   template <class K>
   LRDS_DEVICE_MEMBER X distill_gradient(K k) const {
     X g = direct_gradient(k);
-    if (params_.standardize) {
+    if (standardize()) {
       const X d = exec_.z(k) - affine_z_.shift;
       g = (g - gradient_mean_ - d * gradient_slope_) * affine_z_.scale;
     }
@@ -451,7 +509,7 @@ class RowProgram {
   A anchor_z_, anchor_v_;
   A kd_scale_;
   A gradient_mean_, gradient_slope_;
-  AtTemperature<A> at_[kMaxTemperatures];
+  AtTemperature<A> at_[kSimple ? 1 : kMaxTemperatures];
 };
 
 }  // namespace lrds

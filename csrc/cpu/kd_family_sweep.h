@@ -25,7 +25,7 @@ template <class Simd>
 struct RowMath {
   using A = typename Simd::A;
   using X = typename Simd::V;
-  static X exp(X x) { return Simd::exp(x); }
+  static X exp(X x, A scale) { return Simd::exp(x * scale); }
   static X log(X x) { return Simd::log(x); }
   static X where_positive(X condition, X x) { return condition > X{} ? x : X{}; }
   static X where_positive(X condition, X x, X otherwise) { return condition > X{} ? x : otherwise; }

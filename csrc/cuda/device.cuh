@@ -302,8 +302,8 @@ __device__ inline Vector<T, kWidth> narrow_vector(const A (&x)[kWidth]) {
   return out;
 }
 
-// Stores a vector with one instruction. nvcc splits the plain assignment of 16 bytes into stores of
-// the elements wherever it knows them one by one (docs/kernels.md).
+// Stores a vector with one instruction. nvcc splits the plain assignment of 16 or 8 bytes into
+// stores of the elements wherever it knows them one by one (docs/kernels.md).
 template <class T, int kWidth>
 __device__ inline void store_vector(T* to, const Vector<T, kWidth>& x) {
 #if !defined(LRDS_SIMT)
@@ -312,6 +312,13 @@ __device__ inline void store_vector(T* to, const Vector<T, kWidth>& x) {
     memcpy(&words, &x, sizeof words);
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                  "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+    return;
+  } else if constexpr (sizeof(x) == sizeof(uint2)) {
+    uint2 words;
+    memcpy(&words, &x, sizeof words);
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y)
                  : "memory");
     return;
   }

@@ -27,12 +27,9 @@ template <class Accumulate>
 struct LaneMath {
   using A = Accumulate;
   using X = Accumulate;
-  __device__ static A exp(A x) {
-    if constexpr (std::is_same_v<A, float>) {
-      return exp_scaled(x, 1.44269504f);
-    } else {
-      return ::exp(x);
-    }
+  // log2(e) joins the scale, which is the same for a whole row.
+  __device__ static A exp(A x, A scale) {
+    return exp_scaled(x, std::is_same_v<A, float> ? scale * static_cast<A>(1.44269504) : scale);
   }
   __device__ static A log(A x) { return row_log(x); }
   __device__ static A where_positive(A condition, A x) { return condition > A(0) ? x : A(0); }
@@ -435,23 +432,13 @@ cudaError_t launch_family_rows(const KdLossArgs& args, int device, cudaStream_t 
   // About eight classes a thread, so that short rows do not idle in reductions.
   int threads = kWarpSize;
   while (threads < kFamilyThreads<A> && threads * 8 < args.classes) threads *= 2;
-  const std::int64_t by_shared = facts.shared_per_multiprocessor /
-                                 (shared_bytes + kFamilyStaticBytes + kSharedPerBlockReserved);
-  const std::int64_t by_threads = std::min<std::int64_t>(32, 1024 / threads);
-  const std::int64_t blocks =
-      facts.multiprocessors * std::max<std::int64_t>(1, std::min(by_shared, by_threads));
+  std::int64_t blocks = 0;
+  error = resident_blocks(device, kernel, static_cast<unsigned>(threads), 0,
+                          static_cast<std::size_t>(shared_bytes), &blocks);
+  if (error != cudaSuccess) return error;
   return launch(kernel, static_cast<unsigned>(std::min(args.rows, blocks)),
                 static_cast<unsigned>(threads), static_cast<std::size_t>(shared_bytes), stream,
                 args, distill_params<A>(args), resident);
-}
-
-template <class A>
-cudaError_t launch_family(const KdLossArgs& args, int device, cudaStream_t stream) {
-  cudaError_t error = cudaErrorInvalidValue;
-  visit_divergence(args.divergence, [&](auto divergence) {
-    error = launch_family_rows<decltype(divergence), A>(args, device, stream);
-  });
-  return error;
 }
 
 }  // namespace lrds::cuda

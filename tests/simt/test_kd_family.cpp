@@ -507,6 +507,21 @@ std::vector<Case> cases() {
       }
       all.push_back(c);
     }
+    // The simple calls: 1 to 32 lanes a row, then a block; rows of whole quads and not; rows in
+    // turn (device 2 has room for two blocks).
+    for (int option = 0; option < 6; ++option, ++turn) {
+      constexpr std::size_t kSizes[] = {10, 64, 1000, 1001, 1500, 1030};
+      Case c;
+      c.divergence = divergence;
+      c.classes = kSizes[option];
+      c.device = option >= 4 ? 2 : 0;
+      c.student = c.teacher = types[turn % 3];
+      c.revise = divergence == 0 || option == 2 ? Revise::kMft : Revise::kLabelRevision;
+      c.in_place = option == 3;
+      c.teacher_rows = option == 1 ? 5 : -1;
+      c.reduction = static_cast<Reduction>(turn % 4);
+      all.push_back(c);
+    }
     // Rows that do not fit in shared memory: device 1 has 4 KiB.
     for (int option = 0; option < 4; ++option, ++turn) {
       Case c;
