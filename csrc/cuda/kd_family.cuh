@@ -1,4 +1,5 @@
-// A block sweeps a row under any divergence: core/kd_row.h with a block as its executor. The row is
+// A block sweeps a row under any divergence and option: core/kd_row.h with a block as its executor
+// (kd_family_simple.cuh has the faster one of most calls). The row is
 // read once, widened into shared memory, and stays there for the passes over it; where two rows do
 // not fit, every pass reads it again, from L2 if it is lucky.
 #pragma once

@@ -1,5 +1,4 @@
-// The launcher of every loss that is not is_plain(): the row template of core/kd_row.h, a block per
-// row.
+// The launcher of every loss that is not is_plain(), by the row template of core/kd_row.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
