@@ -8,7 +8,7 @@
 
 namespace lrds::cuda {
 
-// How the kernel's shared memory is laid out: the ring, what warps and blocks tell each other,
+// How the kernel's shared memory is laid out: the ring, what warps and blocks exchange,
 // barriers. Packets have two sets in turn.
 template <class S>
 struct BulkShared {
