@@ -20,7 +20,6 @@ from tolerances import assert_matches_reference
 
 from lrds_fast import kd_loss_parts
 from lrds_fast.divergences import NAMES
-from lrds_fast.functional import kd_moments
 
 devices = [argument for argument in sys.argv[1:] if argument != "--paths"]
 device = devices[0] if devices else "cuda"
@@ -53,14 +52,7 @@ for divergence in kd_cases.FAMILY:
             ran += 1
 for divergence in NAMES:
     for classes in (10, 1001, 40000):
-        student, teacher, target = (x.to(device) for x in kd_cases.family_rows(5, classes))
-        target = target.clamp(min=0)
-        on_host = [tensor.cpu().double() for tensor in (student, teacher)]
-        expected = kd_moments(*on_host, target.cpu(), direction=on_host[1], divergence=divergence)
-        found = kd_moments(student, teacher, target, direction=teacher, divergence=divergence)
-        for name, wanted in expected._asdict().items():
-            got = getattr(found, name).cpu().to(wanted)
-            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(1 + wanted.abs().max()), msg=name)
+        path_cases.check(path_cases.PathCase("moments", 5, classes, divergence=divergence), device)
         ran += 1
 # Several rows through each block's ring, and through each cluster's.
 for rows, classes in ((300, 21841), (100, 128256)):

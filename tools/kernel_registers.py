@@ -129,9 +129,13 @@ def table(reports: dict[tuple[str, str], str], version: str) -> list[Row]:
     return sorted(rows, key=lambda row: (row["file"], int(row["arch"]), row["kernel"]))
 
 
-def read_table() -> list[Row]:
-    with TABLE.open(newline="", encoding="utf-8") as file:
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_table() -> list[Row]:
+    return read_rows(TABLE)
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: list[Row]) -> None:

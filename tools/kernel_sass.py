@@ -23,7 +23,6 @@ the number of instructions per element of the first kind. A kernel that unrolls 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 import shutil
@@ -243,8 +242,7 @@ def table(cuobjdump: str, folder: Path, pairs: list[tuple[str, str]], version: s
 
 
 def read_table() -> list[Row]:
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return kernel_registers.read_rows(TABLE)
 
 
 def differences(found: list[Row], expected: list[Row]) -> list[str]:

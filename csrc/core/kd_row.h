@@ -133,9 +133,9 @@ LRDS_HOST_DEVICE inline RowTask<A> only_term(RowTask<A> task, bool kd) {
   return task;
 }
 
-// kSimple: the caller has seen is_simple(params), and what that excludes is not compiled. Of the
-// executor that needs neither t, w nor others, but any(x): rows whose reductions are one
-// instruction must agree on what they reduce.
+// kSimple: is_simple(params) holds, and what it excludes is not compiled. The executor then needs
+// neither t, w nor others, but any(x): does x hold for any row of the warp? Rows of one warp share
+// the shuffles of their reductions, so they must take the same branches around them.
 template <class D, class Executor, bool kSimple = false>
 class RowProgram {
  public:

@@ -153,12 +153,16 @@ __device__ inline void send_to_block(T* here, unsigned rank, const T& value, Bar
 #endif
 #endif
 
-// exp(x * scale / log2(e)) for x <= 0. Rounding x * scale costs |x| * 2^-24 of the result, at most
-// 2^-25 of the row's largest term, which is exactly 1.
-__device__ inline float exp_scaled(float x, float log2e_scale) {
-  return exp2_approximate(x * log2e_scale);
+// exp2 of float, exp of double: a scale of float arguments includes log2(e).
+__device__ inline float exp_unit(float x) { return exp2_approximate(x); }
+__device__ inline double exp_unit(double x) { return exp(x); }
+
+// For x <= 0. Rounding x * scale costs |x| * 2^-24 of the result, at most 2^-25 of the row's
+// largest term, which is exactly 1.
+template <class A>
+__device__ inline A exp_scaled(A x, A scale) {
+  return exp_unit(x * scale);
 }
-__device__ inline double exp_scaled(double x, double scale) { return exp(x * scale); }
 
 template <class A, class T>
 __device__ inline A widen(T x) {
@@ -269,8 +273,8 @@ __device__ inline void widen_vector(const Vector<T, kWidth>& x, A (&out)[kWidth]
   }
 }
 
-// x, of which nvcc knows nothing: what is computed from it shares no value with what was computed
-// before.
+// Hides the value of x from nvcc, which would otherwise keep results computed from it in registers
+// for a later use.
 __device__ inline int forget(int x) {
 #if !defined(LRDS_SIMT)
   asm volatile("" : "+r"(x));

@@ -13,6 +13,7 @@
 #include "core/kd_row.h"
 #include "cuda/device.cuh"
 #include "cuda/kd_family.cuh"
+#include "cuda/kd_loss_row.cuh"
 #include "cuda/launch.h"
 
 namespace lrds::cuda {
@@ -244,7 +245,6 @@ class SimpleRow {
     }
   }
 
- private:
   template <int N, class Op>
   __device__ void reduce(A* x, Op op) {
 #pragma unroll 1
@@ -269,21 +269,12 @@ class SimpleRow {
   }
 };
 
-// A row's target and selection weight.
-struct SimpleTarget {
-  int y;  // kIgnored, kBad or the class
-  float w;
-
-  static constexpr int kIgnored = -1;
-  static constexpr int kBad = -2;
-};
-
-__device__ inline SimpleTarget open_simple_row(const KdLossArgs& args, std::int64_t row) {
+__device__ inline Row<float> open_simple_row(const KdLossArgs& args, std::int64_t row) {
   const FamilyRow<float> open = open_family_row<float>(args, row);
-  return SimpleTarget{open.bad     ? SimpleTarget::kBad
-                      : open.valid ? static_cast<int>(open.y)
-                                   : SimpleTarget::kIgnored,
-                      open.w};
+  return Row<float>{open.bad     ? Row<float>::kBad
+                    : open.valid ? static_cast<int>(open.y)
+                                 : Row<float>::kIgnored,
+                    open.w};
 }
 
 template <class D>
@@ -324,12 +315,12 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
   const int past =
       plan.threads < kWarpSize ? static_cast<int>(threadIdx.x) % kWarpSize / plan.threads : 0;
   // The next row's target arrives while this row is swept.
-  SimpleTarget next{SimpleTarget::kIgnored, A(0)};
+  Row<float> next{Row<float>::kIgnored, A(0)};
   if (index < args.rows) next = open_simple_row(args, index);
   for (; index - past < args.rows; index += step) {
-    const SimpleTarget open = next;
+    const Row<float> open = next;
     const bool inside = index < args.rows;
-    next.y = SimpleTarget::kIgnored;
+    next.y = Row<float>::kIgnored;
     if (index + step < args.rows) next = open_simple_row(args, index + step);
     const RowWeights<A> weights =
         open.y >= 0 ? row_weights(plan.weights, open.w) : RowWeights<A>{A(0), A(0)};
@@ -388,13 +379,13 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
     if (!plan.logits_aligned || !exec.direct) exec.sync();
     if (!inside) continue;
     if (!swept) {
-      const A value = open.y == SimpleTarget::kBad ? std::numeric_limits<A>::quiet_NaN() : A(0);
+      const A value = open.y == Row<float>::kBad ? std::numeric_limits<A>::quiet_NaN() : A(0);
       terms = RowTerms<A>{value, value, value, false};
       if (args.gradient != nullptr) exec.write_elements(classes, [&](int) { return value; });
     }
     if (args.counts == nullptr || exec.thread != 0) continue;
     unsigned flags = 0;
-    if (open.y != SimpleTarget::kIgnored) flags |= kRowValid | (open.w > A(0) ? kRowSelected : 0);
+    if (open.y != Row<float>::kIgnored) flags |= kRowValid | (open.w > A(0) ? kRowSelected : 0);
     if (terms.revised) flags |= kRowRevised;
     static_cast<A*>(args.ce)[index] = terms.ce;
     static_cast<A*>(args.kd)[index] = terms.kd;

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
   using VVec = Vector<Kept, kWidth>;
   // Vectors that a thread has in flight, and between two looks at the running maximum.
   constexpr int kChunk = std::is_same_v<A, double> ? 1 : kWidth == 1 ? 2 : 8 / kWidth;
-  // Element by element it is the loads that take the time.
+  // Element by element, loads dominate: a copy of the loops for each temperature would not pay.
   constexpr bool kSquares = kWidth > 1;
   constexpr int kMaxWarps = block_threads(std::is_same_v<A, double>) / kWarpSize;
   static_assert(kWidth == 1 || kSameTeacher, "vectors of two types are not aligned alike");
@@ -131,11 +131,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       with_case<kSquares>(sweep, reads_v, [&](auto case_of) {
         constexpr int kCase = decltype(case_of)::value;
         ThreadStats<A> own = empty_thread_stats<A>();
-        if (has_edge) {
-          using Edge = Vector<A, 1>;
-          const auto fetch_edge = [&](int, Edge& z, Edge& v) { z = {{z_edge}}, v = {{v_edge}}; };
-          add_vectors<kCase, 1, Edge, Edge>(sweep, 1, fetch_edge, own);
-        }
+        if (has_edge) add_edge<kCase>(sweep, z_edge, v_edge, own);
 #pragma unroll 1
         for (int i = 0; i < slots; i += kChunk) {
           const auto fetch_next = [&](int c, ZVec& z, VVec& v) {
@@ -147,7 +143,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       });
       add_lanes(sweep, stats);
 
-      // Asked for here, on time behind the merge.
+      // Loaded here, so that the merge hides the latency.
       z_y = widen<A>(z_row[row.y]);
       if (reads_v) v_y = load_one_v(v_row, row.y);
       const int lane = thread % kWarpSize, warps = threads / kWarpSize;

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
   // fence: between the warps of a block through a barrier of the block, between blocks as stores
   // that a barrier counts in bytes, announced by the receiver's first warp.
   //
-  // Two sets in turn are enough. Whoever has a row's statistics knows that every warp of every
+  // Two sets in turn are enough. A warp that has a row's statistics knows that every warp of every
   // block has sent its packet of that row, hence has read those of the row before; so what a block
   // or a warp sends next, of the other set, overwrites nothing that is still to be read. And its
   // bytes cannot be taken for those of a phase before: of a set they count for the row two before,
@@ -232,11 +232,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
       with_case<true>(sweep, reads_v, [&](auto case_of) {
         constexpr int kCase = decltype(case_of)::value;
         ThreadStats<A> own = empty_thread_stats<A>();
-        if (has_edge) {
-          using Edge = Vector<A, 1>;
-          const auto fetch_edge = [&](int, Edge& z, Edge& v) { z = {{z_edge}}, v = {{v_edge}}; };
-          add_vectors<kCase, 1, Edge, Edge>(sweep, 1, fetch_edge, own);
-        }
+        if (has_edge) add_edge<kCase>(sweep, z_edge, v_edge, own);
         for (int done = 0; done < slice_vectors; done += kBulkThreads) {
           barrier_wait(shared.full + place.tile, place.parity);
           if (done + thread < slice_vectors) {
@@ -280,7 +276,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
       const ElementGradient<A> of = element_gradient<kCase>(sweep, stats.row, result);
       RingPlace again = row_place;
       for (int done = 0; done < slice_vectors; done += kBulkThreads) {
-        // Past the slice it is rubbish, which nobody stores.
+        // Past the slice a tile holds other data, of which put() stores nothing.
         Vec z, v;
         fetch(case_of, again.tile, z, v);
         release(again.tile);

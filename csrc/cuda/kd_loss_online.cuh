@@ -30,9 +30,6 @@ __device__ inline void with_case(const Sweep<A>& sweep, bool reads_v, Body body)
 
 // --- Exponentials relative to a reference ---
 
-// exp2 of float, exp of double: what exp_scale and exp_t_scale are for.
-__device__ inline float exp_unit(float x) { return exp2_approximate(x); }
-__device__ inline double exp_unit(double x) { return exp(x); }
 template <class A>
 __device__ inline A logit_of_unit(const Sweep<A>& sweep) {  // 1 / exp_t_scale
   return std::is_same_v<A, float> ? sweep.params.temperature * A(0.69314718055994531)
@@ -42,18 +39,11 @@ __device__ inline A logit_of_unit(const Sweep<A>& sweep) {  // 1 / exp_t_scale
 __device__ inline float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }
 __device__ inline double multiply_add(double x, double y, double z) { return fma(x, y, z); }
 
-template <int kSquarings, class A>
-__device__ inline A squared(A x) {
-#pragma unroll
-  for (int i = 0; i < kSquarings; ++i) x *= x;
-  return x;
-}
-
-// exp_unit(argument(x)) is exp(x * scale) relative to exp(scaled), where `scaled` is logit * scale,
-// rounded: one instruction forms an argument, and its own rounding is all that it loses. Past
-// kMostScaled the rounding of `scaled` would be felt: it is NaN there, as are the arguments that
-// multiply_add forms of it; whoever sums them sees that, and asks argument(), which is relative to
-// exp(logit * scale) then.
+// exp_unit(argument(x)) is exp(x * scale) relative to exp(scaled), where `scaled` is the rounded
+// logit * scale: one multiply-add forms the argument, and only its own rounding is lost. From
+// kMostScaled on, the rounding of `scaled` would change results. `scaled` is NaN there, and so are
+// the sums of arguments that multiply_add forms. A NaN sum sends add_vectors to argument(), which
+// is then relative to exp(logit * scale).
 constexpr float kMostScaled = 1048576.0f;
 
 template <class A>
@@ -141,8 +131,8 @@ __device__ inline void rebase_thread(const Sweep<A>& sweep, const References<A>&
   stats.at = to;
 }
 
-// Adds the first `inside` of kChunk vectors that fetch(c, z, v) fetches. The others are of the row,
-// too: nothing above its maximum.
+// Adds the first `inside` of kChunk vectors that fetch(c, z, v) fetches. The others must repeat
+// elements of the row, so that they do not raise its maximum.
 template <int kCase, int kChunk, class ZVec, class VVec, class A, class Fetch>
 __device__ inline void add_vectors(const Sweep<A>& sweep, int inside, Fetch fetch,
                                    ThreadStats<A>& stats) {
@@ -200,8 +190,8 @@ __device__ inline void add_vectors(const Sweep<A>& sweep, int inside, Fetch fetc
     stats.dot += dot;
     return;
   }
-  // The end of a row, infinities, NaNs, references that are huge; and label smoothing. What this
-  // needs is fetched again, and takes no registers until then.
+  // The end of a row, infinities, NaNs, huge references and label smoothing. The vectors are
+  // fetched again, so that the fast path keeps no registers for them.
 #pragma unroll 1
   for (int c = 0; c < inside; ++c) {
     fetch(forget(c), z_vectors[0], v_vectors[0]);
@@ -226,6 +216,14 @@ __device__ inline void add_vectors(const Sweep<A>& sweep, int inside, Fetch fetc
     }
     if (smooth) stats.count += A(kWidth);
   }
+}
+
+// Adds the thread's element from outside the vectors.
+template <int kCase, class A>
+__device__ inline void add_edge(const Sweep<A>& sweep, A z_edge, A v_edge, ThreadStats<A>& stats) {
+  using Edge = Vector<A, 1>;
+  const auto fetch = [&](int, Edge& z, Edge& v) { z = {{z_edge}}, v = {{v_edge}}; };
+  add_vectors<kCase, 1, Edge, Edge>(sweep, 1, fetch, stats);
 }
 
 // --- Parts of a row ---

@@ -285,16 +285,12 @@ __device__ inline void write_row(const Sweep<A>& sweep, const Row<A>& row,
   if (sweep.loss != nullptr) sweep.loss[index] = result.ce + result.kd;
 }
 
-// exp(x) where exp(x / T) is at hand.
+// x to the power of 2^kSquarings: exp(x) from exp(x / T) at T = 2^kSquarings.
 template <int kSquarings, class A>
-__device__ inline A exp_from(A x, A exp_t, const Sweep<A>& sweep) {
-  if constexpr (kSquarings >= 0) {
+__device__ inline A squared(A x) {
 #pragma unroll
-    for (int i = 0; i < kSquarings; ++i) exp_t *= exp_t;
-    return exp_t;
-  } else {
-    return exp_scaled(x, sweep.exp_scale);
-  }
+  for (int i = 0; i < kSquarings; ++i) x *= x;
+  return x;
 }
 
 // Calls body with std::integral_constant<int, squarings>, so that no element branches on it.

@@ -78,7 +78,7 @@ __device__ inline void group_maxima(float& max_z, float& max_v, int lanes) {
 // exp(z - max z) from the exponent of the T-th root and from the root.
 template <int kSquarings>
 __device__ inline float power(float exponent, float root, const Sweep<float>& sweep) {
-  if constexpr (kSquarings >= 0) return exp_from<kSquarings>(exponent, root, sweep);
+  if constexpr (kSquarings >= 0) return squared<kSquarings>(root);
   return exp2_approximate(exponent * sweep.params.temperature);
 }
 
