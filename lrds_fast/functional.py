@@ -159,14 +159,12 @@ def check_class_dimension(name: str, shape: Sequence[int], target: Tensor) -> No
 
 
 def class_dimension_hint(name: str, shape: Sequence[int], target: Sequence[int]) -> str:
-    """For an error: what to do where of logits and target one has its classes in dimension 1."""
-    if len(shape) < 3:
+    """For an error: what to do where logits or target have the shape that they have with classes in dimension 1."""
+    inner = tuple(shape[2:])
+    likely = ((shape[0], *inner), (shape[0], *inner, shape[1]), (shape[0], shape[-1], *shape[1:-1]))
+    if len(shape) < 3 or tuple(target) not in likely:
         return ""
-    if tuple(target) in ((shape[0], *shape[2:]), (shape[0], *shape[2:], shape[1])):
-        return f"; classes come last here, as in {name}.movedim(1, -1)"
-    if tuple(target) == (shape[0], shape[-1], *shape[1:-1]):
-        return "; classes come last here, as in target.movedim(1, -1)"
-    return ""
+    return f"; classes come last here, in logits and soft targets: {name}.movedim(1, -1) makes (N, C, ...) so"
 
 
 def _check_target(target: object, logits: Tensor, revise: str | None, name: str = "student_logits") -> None:
@@ -489,10 +487,10 @@ def kd_loss(
 
             count = (target != -100).sum()
             torch.distributed.all_reduce(count)
-            loss = kd_loss(z, v, target, num_valid=count / torch.distributed.get_world_size())
+            loss = kd_loss(student_logits, teacher_logits, target, num_valid=count / torch.distributed.get_world_size())
 
-        The undivided count makes the gradient too small by that number. With accumulation, which adds gradients, count
-        the rows of all micro-batches of the step; without DDP nothing is divided. weight_sum alike.
+        With the undivided count the gradient is that number too small. Accumulation adds gradients: count the rows of
+        all micro-batches of the step (without DDP, undivided). weight_sum alike.
     grad_scale: a number or 0-d tensor: the factor the coming grad_output will carry (GradScaler._scale). It never
         changes the result; it is folded in before a 16-bit gradient is rounded.
 
