@@ -252,7 +252,7 @@ def _check_tensors(
         _check_topk(teacher_logits, classes, hyperparameters.temperature)
         teacher = teacher_logits.values
         _check_logits("TopKTeacher.values", teacher)
-        teacher_shape = torch.Size((*teacher.shape[:-1], classes))
+        teacher_shape: tuple[int, ...] = (*teacher.shape[:-1], classes)
     else:
         teacher = teacher_logits
         _check_logits("teacher_logits", teacher)
