@@ -746,7 +746,7 @@ def kd_moments(
     _check_matrices(student_logits, teacher_logits)
     _check_tensors(student_logits, teacher_logits, target, None, None, checked)
     if target.is_floating_point():
-        raise ValueError(f"target must hold int64 or int32 class indices; got {target.dtype}")
+        raise ValueError(f"target must hold class indices; got {target.dtype} probabilities")
     if checked.policy == "swap":
         raise ValueError("revise must be 'lr', 'mft' or None here; got 'swap'")
     moments, top = _ops.kd_moments(

@@ -396,8 +396,8 @@ def test_parts_add_up_to_the_loss_that_kd_loss_returns() -> None:
 @pytest.mark.parametrize("name", ["kd_loss", "kd_loss_parts", "revise_labels"])
 def test_signature_is_the_references(name: str) -> None:
     ours = inspect.signature(getattr(lrds_fast, name)).parameters
-    # *args is there to give a positional temperature its hint.
-    ours = {k: v for k, v in ours.items() if v.kind != inspect.Parameter.VAR_POSITIONAL}
+    # *args and **unknown are there to give a positional temperature and other programs' keywords their hints.
+    ours = {k: v for k, v in ours.items() if v.kind not in (v.VAR_POSITIONAL, v.VAR_KEYWORD)}
     theirs = inspect.signature(getattr(reference, name)).parameters
     assert list(ours) == list(theirs)
     for key in ours:
@@ -419,6 +419,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "revise": "lr",
         "eta": 0.8,
         "selected": None,
+        "teacher_rows": None,
         "divergence": "kl",
         "standardize": False,
         "label_smoothing": 0.0,
