@@ -298,7 +298,7 @@ def test_a_plain_loop_with_revision_selection_and_features() -> None:
             logits = student(pictures[indices])
             with torch.no_grad():
                 taught = teacher(pictures[indices[:count]])
-            value = lrds_fast.kd_loss(logits, taught, target, revise="lr") + loss(target, indices, count)
+            value = lrds_fast.kd_loss(logits, taught, target, teacher_rows=count) + loss(target, indices, count)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
