@@ -10,7 +10,7 @@ import sys
 import warnings
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,17 @@ def read(path: Path, *, named: str, otherwise: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        # An open file: by a path, torch.load goes by its suffix.
+        with path.open("rb") as file, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that are refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip raises RuntimeError, EOFError, OSError or KeyError, by where it was cut
         raise ValueError(f"{named} is {_kind(path, head, error, otherwise)}") from error
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
-    """A tensor of the file: the dict it lies in, its name from the file's root, and what of it the file says."""
+    """A tensor of the file. container: the dict that it lies in. name: from the file's root, the container included."""
 
     container: str
     name: str
@@ -123,11 +124,10 @@ class _Entry:
 
 @dataclass
 class _Weights:
-    """What a file has under one prefix. tensors: by the model's names. surplus: names that the model has not."""
+    """What a file has of the model under one prefix. entries: by the model's names. surplus: what else is there."""
 
     prefix: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    containers: set[str] = field(default_factory=set)
+    entries: dict[str, _Entry] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
     average: bool = False
@@ -139,34 +139,35 @@ class _Weights:
 
     def equals(self, other: _Weights) -> bool:
         """Whether both are the same numbers, as those of a network that the file has under two names."""
-        return self.tensors.keys() == other.tensors.keys() and all(
-            value.dtype == other.tensors[name].dtype and torch.equal(value, other.tensors[name])
-            for name, value in self.tensors.items()
-        )
+        if self.entries.keys() != other.entries.keys():
+            return False
+        pairs = [(entry.tensor, other.entries[name].tensor) for name, entry in self.entries.items()]
+        return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in pairs)
 
     def unlike(self, own: Mapping[str, Tensor]) -> list[str]:
         """Names of the tensors that have another shape than the model's."""
-        return [name for name, value in self.tensors.items() if value.shape != own[name].shape]
+        return [name for name, entry in self.entries.items() if entry.tensor.shape != own[name].shape]
 
     def fill(self, model: nn.Module) -> None:
         """load_state_dict, by the names that the model itself has."""
         names = {_plain(name): name for name in model.state_dict()}
-        # Without a version of its layout, which makes batch norms do without counters as PyTorch's own did.
-        model.load_state_dict({names[name]: value for name, value in self.tensors.items()})
+        # A plain dict has no layout version; PyTorch's batch norms then accept a state without their counters.
+        model.load_state_dict({names[name]: entry.tensor for name, entry in self.entries.items()})
 
 
 def _fitting(model: nn.Module, content: Any, where: str) -> list[_Weights]:
     """All sets of weights in `content` that fit the model; ValueError where there are none."""
     own = {_plain(name): value for name, value in model.state_dict().items()}
-    entries = [_Entry(container, _plain(name), value) for container, name, value in _tensors(content)]
+    entries = list(_tensors(content))
     if not entries:
         raise ValueError(f"{where} holds no state dict of tensors; it holds {_outline(content)}")
     found = _by_prefix(entries, own)
     complete = [weights for weights in found if not weights.missing]
-    candidates = complete or [max(found, key=lambda weights: len(weights.tensors))]
+    claimed = {entry for weights in complete for entry in weights.entries.values()}
+    candidates = complete or [max(found, key=lambda weights: len(weights.entries))]
     for weights in candidates:
-        _judge(weights, entries, own)
-    named = [weights for weights in candidates if not weights.missing and not weights.surplus]
+        _judge(weights, entries, claimed.union(weights.entries.values()))
+    named = [weights for weights in complete if not weights.surplus]
     fitting = [weights for weights in named if not weights.unlike(own)]
     if fitting:
         return fitting
@@ -181,8 +182,8 @@ def _fitting(model: nn.Module, content: Any, where: str) -> list[_Weights]:
     )
 
 
-def _tensors(content: Any) -> Iterator[tuple[str, str, Tensor]]:
-    """(container, name from the root, tensor) of every tensor in dicts and lists; what is there twice comes once."""
+def _tensors(content: Any) -> Iterator[_Entry]:
+    """Every tensor in dicts and lists; a dict that is there twice comes once."""
     seen: set[int] = set()
     waiting = deque([("", content)])
     while waiting:
@@ -192,12 +193,12 @@ def _tensors(content: Any) -> Iterator[tuple[str, str, Tensor]]:
         seen.add(id(value))
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             if isinstance(item, Tensor):
-                yield container, f"{container}{key}", item
+                yield _Entry(container, _plain(f"{container}{key}"), item)
             else:
-                waiting.append((f"{container}{key}.", item))
+                waiting.append((_plain(f"{container}{key}."), item))
 
 
-def _by_prefix(entries: Iterable[_Entry], own: Mapping[str, Tensor]) -> list[_Weights]:
+def _by_prefix(entries: list[_Entry], own: Mapping[str, Tensor]) -> list[_Weights]:
     """By every prefix that names in the file have before one of the model's names."""
     found: dict[str, _Weights] = {}
     for entry in entries:
@@ -206,31 +207,31 @@ def _by_prefix(entries: Iterable[_Entry], own: Mapping[str, Tensor]) -> list[_We
             name = entry.name[start:]
             if name in own:
                 prefix = entry.name[:start]
-                weights = found.setdefault(prefix, _Weights(prefix))
-                weights.tensors.setdefault(name, entry.tensor)
-                weights.containers.add(entry.container)
+                found.setdefault(prefix, _Weights(prefix)).entries.setdefault(name, entry)
             start = entry.name.find(".", start) + 1 or -1
     if not found:  # no name in common: the differences are told of the largest dict
         containers = [entry.container for entry in entries]
         largest = max(containers, key=containers.count)
-        found[largest] = _Weights(largest, containers={largest})
+        found[largest] = _Weights(largest)
     for weights in found.values():
-        # As torch loads files older than these counters, which only a momentum of None reads.
-        weights.missing = [name for name in own if name not in weights.tensors and name.rpartition(".")[2] != _COUNTER]
+        # PyTorch loads files without these counters too; only batch norms with a momentum of None read them.
+        weights.missing = [name for name in own if name not in weights.entries and name.rpartition(".")[2] != _COUNTER]
     return list(found.values())
 
 
-def _judge(weights: _Weights, entries: Iterable[_Entry], own: Mapping[str, Tensor]) -> None:
-    """Fills in what else is beside the weights, and whether they are an average."""
+def _judge(weights: _Weights, entries: list[_Entry], claimed: set[_Entry]) -> None:
+    """Fills in whether the weights are an average, and what else their dicts have under their prefix.
+
+    claimed: the entries of this set of weights, and of others that the model could be filled from.
+    """
     prefix = weights.prefix
     averaged = prefix.removesuffix("module.") + "n_averaged"  # torch.optim.swa_utils.AveragedModel's
     weights.average = _AVERAGE.search(prefix) is not None or any(entry.name == averaged for entry in entries)
+    containers = {entry.container for entry in weights.entries.values()} or {prefix}
     weights.surplus = [
         entry.name[len(prefix) :]
         for entry in entries
-        if entry.container in weights.containers
-        and entry.name.startswith(prefix)
-        and weights.tensors.get(entry.name[len(prefix) :]) is not entry.tensor
+        if entry.container in containers and entry.name.startswith(prefix) and entry not in claimed
     ]
 
 
@@ -241,12 +242,15 @@ def _plain(name: str) -> str:
 def _shapes(weights: _Weights, own: Mapping[str, Tensor]) -> str:
     """The first tensor of another shape, and the likely reason."""
     names = weights.unlike(own)
-    shapes = [(tuple(weights.tensors[name].shape), tuple(own[name].shape)) for name in names]
+    shapes = [(tuple(weights.entries[name].tensor.shape), tuple(own[name].shape)) for name in names]
     theirs, ours = shapes[0]
     said = f"{names[0]} has shape {theirs}, the model's has {ours}"
     said += f", and {len(names) - 1} more differ" if len(names) > 1 else ""
     if theirs and ours and all((a[:1], b[:1], a[1:]) == (theirs[:1], ours[:1], b[1:]) for a, b in shapes):
-        return f"{said}; the class counts differ: it was trained on {theirs[0]} classes, the model here has {ours[0]}"
+        return (
+            f"{said}; the class counts differ: it was trained on {theirs[0]} classes, and the model here has {ours[0]};"
+            " take weights for the same classes"
+        )
     return f"{said}; the widths or the input sizes differ: name the model it was saved from"
 
 
