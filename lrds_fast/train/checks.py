@@ -26,6 +26,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "run.amp": ("off", "bf16", "fp16"),
     "run.compile": ("off", "default", "reduce-overhead", "max-autotune"),
     "teacher.amp": ("", "off", "bf16", "fp16"),
+    "teacher.weights": ("average", "raw"),
+    "student.weights": ("average", "raw"),
 }
 
 

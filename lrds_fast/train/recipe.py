@@ -57,7 +57,8 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """model "" trains without a teacher. checkpoint: a file of lrds-fast train, a state dict, or .safetensors.
+    """model "" trains without a teacher. checkpoint: any file of torch.save or safetensors that holds its weights.
+    weights "average" or "raw": which of them where the file has both; a file with one kind needs no such choice.
     amp: its precision, "" as run.amp has it. own_stream: on a GPU it runs beside the student's forward pass.
 
     cache: a folder of the teacher's logits, which lrds-fast cache writes and training reads; "" runs the teacher.
@@ -66,6 +67,7 @@ class TeacherOptions:
 
     model: str = ""
     checkpoint: str = ""
+    weights: str = "average"
     amp: str = ""
     own_stream: bool = False
     cache: str = ""
@@ -76,10 +78,12 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """checkpoint: weights to start from, "" for fresh ones."""
+    """checkpoint: weights to start from, "" for fresh ones. weights "average" or "raw": which of them where that file,
+    or score.base, has both."""
 
     model: str = "mlp"
     checkpoint: str = ""
+    weights: str = "average"
 
 
 @dataclass(frozen=True)
