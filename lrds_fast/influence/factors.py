@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrds_fast.files import replacing
-from lrds_fast.influence.curvature import _eigh, _pseudo_inverse
+from lrds_fast.influence.curvature import _eigh, _pseudo_inverse, check_curvature
 from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
 from lrds_fast.influence.ranks import Ranks
 
@@ -339,17 +339,22 @@ def fit_placed(
         Every sweep draws labels of its own: eigenvalues measured on the draws that the basis was fitted to would be
         too large in it.
         """
+        extent = extents[number]
         for start, x in batches():
             generator = torch.Generator().manual_seed(_seed(seed, number, start))
             with torch.no_grad():
                 logits = model(x)
-            drawn = fisher_gradients(logits, terms(logits, start), labels, generator)
-            for draw, delta in enumerate(drawn):
+            weighted = terms(logits, start)
+            extent[1] += torch.stack([weight.double().sum() for weight, _ in weighted]).sum()
+            for draw, delta in enumerate(fisher_gradients(logits, weighted, labels, generator)):
+                extent[0] += delta.double().square().sum()
                 yield len(x) if draw == 0 else 0, sample_gradients(model, x, lambda _, d=delta: d, names)[1]  # type: ignore[misc]
 
     sums = {kind: _zeros(model, names, kind) for kind in ("a", "g", "diagonal", "corrected")}
     device = next(model.parameters()).device
     count = torch.zeros(1, dtype=torch.int64, device=device)
+    # Of each sweep's draws, in the logits: what check_curvature looks at.
+    extents = torch.zeros(2, 2, dtype=torch.float64, device=device)
     positions = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in sums["a"]}
     for samples, found in sweep(0):
         count += samples
@@ -386,6 +391,12 @@ def fit_placed(
                     sums["corrected"][name] += blocks[name].rotate(part).square_().sum(dim=0)
         for name, corrected in sums["corrected"].items():
             blocks[name] = Block(ranks.sum(corrected) / total, blocks[name].qg, blocks[name].qa)
+    ranks.sum(extents)
+    dtype = next(model.parameters()).dtype
+    for extent in extents[: {"identity": 0, "kfac": 1, "ekfac": 2}[curvature]]:
+        advice = "" if labels == "all" else ", or labels='all', which misses no rare label as draws do"
+        where = f"layer {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        check_curvature(curvature, where, extent, damping=damping, dtype=dtype, advice=advice)
     if curvature == "identity":
         by_layer = dict.fromkeys(names, damping or 0.0)
     elif damping is None:
@@ -393,7 +404,8 @@ def fit_placed(
     else:
         by_layer = dict.fromkeys(names, float(damping))
     for name, block in blocks.items():
-        if curvature != "identity" and float(block.eigenvalues.max()) + by_layer[name] <= 0:
+        # Squares below the smallest normal number have lost their digits, or are 0.
+        if not damping and float(block.eigenvalues.max()) < torch.finfo(dtype).tiny:
             raise ValueError(
                 f"layer {name!r}: the curvature is zero (every gradient of it is), so nothing can be scored by its"
                 " inverse: leave the layer out, or pass a damping > 0"

@@ -117,7 +117,7 @@ def score_head(
     layer = LastLayer(Rows(h, z, head.bias, shards.ranks), v, y, dtype, loss, hessian=hessian, selected=local)
     kinds = {score.kind for score in names}
     if not kinds.isdisjoint(CURVED):
-        layer.fit(curvature, damping=damping, damping_scale=damping_scale)
+        layer.fit(curvature, damping=damping, damping_scale=damping_scale, where=f"layer {name!r}")
     if held_out is not None and not kinds.isdisjoint(DIRECTED):
         layer.aim(_held_out_gradient(Head(student, None, name), held_out, shards))
 

@@ -30,6 +30,7 @@ from lrds_fast.influence.inputs import (
     check_like,
     check_logits,
     check_samples,
+    check_scores,
     check_selected,
 )
 from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names, uniform_scores
@@ -116,6 +117,7 @@ def last_layer_scores(
     for part in layer.parts(names):
         found, teacher_pred[part] = layer.scores(part, names)
         for key, values in found.items():
+            check_scores(key, values, part.start)
             result[key][part] = values
     for name in names:
         if name.kind == "random":
@@ -158,13 +160,21 @@ class LastLayer:
         self._direction = torch.empty(0, dtype=dtype, device=rows.features.device)
         self.damping: float | None = None
 
-    def fit(self, curvature: str, *, damping: float | None, damping_scale: float) -> None:
-        """Fits H to the rows of all processes."""
+    def fit(
+        self, curvature: str, *, damping: float | None, damping_scale: float, where: str = "the last layer"
+    ) -> None:
+        """Fits H to the rows of all processes. Raises ValueError for one that has vanished; where: the layer in it."""
         terms = _hessian_terms(self.rows, self._y, self._hessian, self._selected, self._loss)
         if not terms and curvature != "identity":
             _report_zero_hessian(damping)
         self._curvature = fit_curvature(
-            curvature, self.rows, terms, damping=damping, damping_scale=damping_scale, dtype=self._dtype
+            curvature,
+            self.rows,
+            terms,
+            damping=damping,
+            damping_scale=damping_scale,
+            dtype=self._dtype,
+            where=where,
         )
         self.damping = self._curvature.damping
 
