@@ -318,29 +318,29 @@ def check_curvature(
 ) -> None:
     """ValueError where H has vanished and no absolute damping stands in for it: the rule of every fitted curvature.
 
-    extent: (2,), sums over the rows of what their predictions p give to trace(H), w (1 - |p|^2) |h|^2, and of its bound
-    w |h|^2. Their quotient, in [0, 1), says how far from one-hot the predictions are, whatever the scale of features and
-    weights. Below dtype's eps they are one-hot in it: H is the rounding of the logits, and scores, which are its
-    inverse, are as large as one likes. Damping relative to H vanishes with it. where: the layer, for the message;
-    advice: one more way out.
+    extent: (2,), sums over the rows of what their predictions p give to trace(H), w (1 - |p|^2) |h|^2, and of its
+    bound w |h|^2. Their quotient, in [0, 1), says how far from one-hot the predictions are, whatever the scale of
+    features and weights. Below dtype's eps they are one-hot in it: H is made of rounding, and scores, which are made
+    of its inverse, are of any size. Damping relative to H vanishes with it. where: the layer, for the message; advice:
+    one more way out.
     """
     trace, bound = extent.tolist()
     if damping:
         return
     if not bound > 0:
         raise ValueError(
-            f"curvature {curvature!r} of {where} is zero: the layer's inputs are all 0, or loss gives every row weight 0"
-            " (pass hessian='gt', or selected= for the rows that had a teacher); damping= > 0 scores with damping * I"
+            f"curvature {curvature!r} of {where} is zero: its inputs are all 0, or loss gives every row weight 0 (pass"
+            " hessian='gt', or selected= for the rows that had a teacher); damping= > 0 scores with damping * I"
         )
     share, eps = trace / bound, torch.finfo(dtype).eps
     if share >= eps:
         return
     raise ValueError(
         f"curvature {curvature!r} of {where} is zero up to rounding: its trace is {share:.1e} of its bound, and"
-        f" {str(dtype).removeprefix('torch.')} resolves {eps:.1e}. The student's predictions are one-hot, as where it has"
-        " memorised its training set; a damping relative to such a curvature means nothing: pass damping=, absolute and"
-        " > 0 (for example the weight decay), or a student that is not saturated (an earlier checkpoint)"
-        f"{advice}; or curvature='identity'"
+        f" {str(dtype).removeprefix('torch.')} resolves {eps:.1e}. The student's predictions are one-hot, as where it"
+        " has memorised its training set, and damping relative to such a curvature means nothing: pass damping=,"
+        " absolute and > 0 (for example the weight decay), a student that is not saturated (an earlier checkpoint)"
+        f"{advice}, or curvature='identity'"
     )
 
 
