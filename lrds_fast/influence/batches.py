@@ -30,17 +30,17 @@ class Batch(NamedTuple):
 
 
 class _Chosen:
-    """A batch sampler's batches of the given numbers."""
+    """A batch sampler's batches of the given numbers; the first `samples` of each, where that is given."""
 
-    def __init__(self, batches: Iterable[list[int]], numbers: list[int]) -> None:
-        self._batches, self._numbers = batches, numbers
+    def __init__(self, batches: Iterable[list[int]], numbers: list[int], samples: int | None = None) -> None:
+        self._batches, self._numbers, self._samples = batches, numbers, samples
 
     def __iter__(self) -> Iterator[list[int]]:
         wanted = iter(self._numbers)
         following = next(wanted, None)
         for number, batch in enumerate(self._batches):
             if number == following:
-                yield batch
+                yield batch[: self._samples]
                 following = next(wanted, None)
 
     def __len__(self) -> int:
@@ -93,9 +93,10 @@ class Batches:
         self._sizes: list[int] | None = None
         loader = self._data
         if isinstance(loader, Sequence):
-            self._sizes = []
+            self._sizes, start = [], 0
             for raw in loader:
-                self._sizes.append(len(self._read(raw, sum(self._sizes))[0]))
+                self._sizes.append(len(self._read(raw, start)[0]))
+                start += self._sizes[-1]
         if not isinstance(loader, DataLoader):
             return
         if isinstance(loader.sampler, RandomSampler):
@@ -180,11 +181,9 @@ class Batches:
                 raw = loader[number]
             else:
                 assert isinstance(loader, DataLoader)
-                assert loader.batch_sampler is not None
-                indices = next(iter(_Chosen(loader.batch_sampler, [number])))
-                if loader.collate_fn is default_collate:  # others may treat a part of a batch in another way
-                    indices = indices[:_READ_TWICE]
-                raw = loader.collate_fn([loader.dataset[index] for index in indices])
+                # Another collate_fn may treat a part of a batch in another way, for example pad it less.
+                samples = _READ_TWICE if loader.collate_fn is default_collate else None
+                raw = next(iter(_reader(loader, [number], min(1, loader.num_workers), samples)))
         return None if raw is None else self._read(raw, start)
 
     def _check_steady(self, ahead: tuple[Tensor, Tensor], batch: Batch) -> None:
@@ -213,20 +212,25 @@ class Batches:
             loader = [loader[number] for number in numbers]
         elif len(numbers) < len(self._sizes):
             assert isinstance(loader, DataLoader)
-            assert loader.batch_sampler is not None
-            loader = DataLoader(
-                loader.dataset,
-                batch_sampler=_Chosen(loader.batch_sampler, numbers),
-                num_workers=loader.num_workers,
-                collate_fn=loader.collate_fn,
-                pin_memory=loader.pin_memory,
-                timeout=loader.timeout,
-                worker_init_fn=loader.worker_init_fn,
-                multiprocessing_context=loader.multiprocessing_context,
-                prefetch_factor=loader.prefetch_factor,
-            )
+            loader = _reader(loader, numbers, loader.num_workers)
         for number, raw in zip(numbers, loader, strict=True):
             yield Batch(number, starts[number], *self._read(raw, starts[number]))
+
+
+def _reader(loader: DataLoader[Any], numbers: list[int], workers: int, samples: int | None = None) -> DataLoader[Any]:
+    """The loader over some of its batches, or over their first samples."""
+    assert loader.batch_sampler is not None
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_Chosen(loader.batch_sampler, numbers, samples),
+        num_workers=workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
