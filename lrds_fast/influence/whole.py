@@ -80,7 +80,8 @@ def score(
     scores: the names of last_layer_scores; kd_gain_ns with layers="last" only. curvature: "identity", "kfac", "ekfac",
     a block per layer; "exact" with layers="last" only. labels: how H sees the model's own labels: a number of draws per
     sample (seed 0), or "all" (exact, C backward passes a batch); the last layer has them all, in closed form.
-    damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue.
+    damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue, which is an error
+    where the curvature is zero up to rounding (a student that has memorised its training set).
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
     factors: Factors.fit or .load of this student's layers, instead of fitting them here; layers, curvature, damping,
     damping_scale, hessian and labels are then theirs.
@@ -94,7 +95,7 @@ def score(
     all of them see.
 
     Returns Scores on the CPU, float32 (float64 for a float64 student). Raises ValueError or TypeError naming what is
-    wrong: an argument, a layer, or the sample whose gradient is not finite.
+    wrong: an argument, a layer, or the sample whose gradient or score is not finite.
     """
     names = parse_score_names(scores)
     kinds = {name.kind for name in names}
