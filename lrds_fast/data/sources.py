@@ -371,7 +371,7 @@ def open_split(kind: str, root: Path, split: str, *, first_label: int = -1) -> S
     listed = root / "classes.txt"
     classes = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else None
     classes = [name for name in classes if name] if classes else None
-    first_label = (kind == "tfrecord") if first_label < 0 else first_label
+    first_label = int(kind == "tfrecord") if first_label < 0 else first_label
     archive = Tars if kind == "webdataset" else TFRecords
     source = archive(found, classes, first_label=first_label)
     if not len(source.labels):
