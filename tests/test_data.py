@@ -361,9 +361,8 @@ def test_npz_of_every_integer_and_byte_order(tmp_path: Path) -> None:
         data_sets.load("npz", root=save_npz(tmp_path / "a.npz", train_images=np.zeros((4, 6, 5), np.uint16)))
     with pytest.raises(ValueError, match="there are 4 train_images, but 3 train_labels"):
         data_sets.load("npz", root=save_npz(tmp_path / "a.npz", train_labels=np.zeros(3, int)))
-    assert (
-        MemoryLoader(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=torch.uint64), num_classes=2).num_classes == 2
-    )
+    loader = MemoryLoader(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=torch.uint64), num_classes=2)
+    assert loader.labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("number", [2**64 - 1, 102084071, -1, MOST_CLASSES])
@@ -443,7 +442,7 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -
         ({"1.jpg": b"photo", "1.cls": b"3", "1.json": b'{"width": 8}'}, "1", 3, b"photo"),
         ({"1.jpg": b"photo", "1.json": b'{"cls": "3"}', "info.json": b"{}", "README": b""}, "1", 3, b"photo"),
         ({"._1.jpg": b"mac", "1.jpg": b"photo", "._1.cls": b"9", "1.cls": b"3"}, "1", 3, b"photo"),
-        ({"__MACOSX/a/1.jpg": b"mac", "a.b/1.jpg": b"photo", "a.b/1.cls": b"3", "a.b/._1.jpg": b"m"}, "a.b/1", 3, b"photo"),
+        ({"__MACOSX/1.jpg": b"", "a.b/1.jpg": b"photo", "a.b/1.cls": b"3", "a.b/._1.jpg": b""}, "a.b/1", 3, b"photo"),
         ({"./1.webp": b"photo", "__meta__.json": b"{", "./1.cls": b" 3\n"}, "./1", 3, b"photo"),
     ],
 )  # fmt: skip
@@ -462,7 +461,7 @@ def test_members_are_grouped_as_webdataset_does(
     [
         ([("a.001.jpg", b""), ("a.001.cls", b"0"), ("a.002.jpg", b""), ("a.002.cls", b"1")],
          r"a.tar:a has no picture .*but \.001\.jpg, \.001\.cls, \.002\.jpg, \.002\.cls; a key ends at the first dot"),
-        ([("1.jpg", b""), ("1.cls", b"0"), ("1.jpg", b"")], r"a.tar:1.jpg is in the sample '1', which has \.jpg, \.cls"),
+        ([("1.jpg", b""), ("1.cls", b"0"), ("1.jpg", b"")], r"a.tar:1.jpg is in the sample '1', which has \.jpg"),
         ([("1.jpg", b""), ("1.cls", b"0"), ("2.jpg", b""), ("2.cls", b"0"), ("1.CLS", b"1")], "a.tar:1.CLS is in the"),
         ([("1.jpg", b""), ("1.txt", b""), ("1.txt", b""), ("1.cls", b"0")], "a.tar:1.txt is in the sample"),
         ([("1.jpg", b""), ("1.png", b""), ("1.cls", b"0")], "a.tar:1.png is in the sample .*has one picture"),
@@ -732,7 +731,7 @@ def test_pnm_of_any_range_is_the_same_in_both_readers(tmp_path: Path, reader: st
     loader = data_sets.load("folder", root=str(tmp_path), image_size=8, reader=reader).score
     (batch,) = loader.epoch(0)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (folder.MEAN, folder.STD))
-    levels = (batch.images[:2] * std + mean) * 255
+    levels = (batch.images[[0, 2]] * std + mean) * 255
     assert (levels - 127.5).abs().max() < 0.6
 
 
