@@ -374,10 +374,12 @@ def _decoded(inputs: _Inputs, names: int, device: torch.device) -> Any:
     data, start, shape, *more = fn.external_source(
         source=inputs, num_outputs=names, batch=True, ndim=[1, 1, 1, 1, 1, 0][:names], dtype=kinds[:names]
     )
+    # The decoder may crash the process over a header that it cannot parse: this fails first, with an exception.
+    parsed = fn.peek_image_shape(data, dtype=types.INT32)
     pictures = fn.decoders.image_slice(
         data,
         start=start,
-        shape=shape,
+        shape=shape + 0 * parsed[:2],
         axes=[0, 1],
         device="mixed" if device.type == "cuda" else "cpu",
         output_type=types.RGB,
