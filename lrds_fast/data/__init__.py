@@ -110,7 +110,10 @@ def load(
     if batch_size < 1 or eval_batch_size < 1:
         raise ValueError(f"batch sizes must be at least 1; got {batch_size} and {eval_batch_size}")
     if name in ("npz", *ENCODED) and not root:
-        raise ValueError(f"data.root is empty: set it to the {'file' if name == 'npz' else 'folder'} of data {name!r}")
+        raise ValueError(
+            f"data.root is empty: set it to the {'file' if name == 'npz' else 'folder'} of data {name!r}, e.g."
+            " --set data.root=PATH"
+        )
     if first_label < -1 or (first_label >= 0 and name not in NUMBERED):
         raise ValueError(
             f"data.first_label must be at least 0, or -1 for what is usual, and is for data {', '.join(NUMBERED)};"
