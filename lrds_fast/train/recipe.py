@@ -31,7 +31,9 @@ class DataOptions:
 
     rand_augment: "" or RandAugment as timm names it, "m9-n2-mstd0.5". erasing: the probability of random erasing.
     mixup, cutmix: the alphas of what mixes two samples of a batch, 0 for none; mix_probability: how many batches are
-    mixed. second_view "strong": samples come in a second, strongly augmented view as well, for loss.method "mlkd"."""
+    mixed. second_view "strong": samples come in a second, strongly augmented view as well, for loss.method "mlkd".
+    first_label: the number of the first class in the files of "npz", "webdataset" and "tfrecord"; -1 is 1 in "tfrecord"
+    and 0 in the others."""
 
     name: str = "digits"
     root: str = ""
@@ -53,6 +55,7 @@ class DataOptions:
     cutmix: float = 0.0
     mix_probability: float = 1.0
     second_view: str = ""
+    first_label: int = -1
 
 
 @dataclass(frozen=True)

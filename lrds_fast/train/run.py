@@ -55,6 +55,7 @@ def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
         rand_augment=options.rand_augment,
         erasing=options.erasing,
         second_view=options.second_view,
+        first_label=options.first_label,
         device=pick_device(recipe.run.device),
         least=2 * parts,
         views=recipe.teacher.cache_views if recipe.teacher.cache else 0,
