@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -86,6 +87,13 @@ def cuda_home_to_use() -> Path | None:
     return None
 
 
+def nvcc_version(home: Path) -> str:
+    """The release of the compiler itself, such as "13.0.88": it need not be the CUDA version of torch."""
+    output = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", output)
+    return found.group(1) if found else "unknown"
+
+
 def cudart_folder(home: Path) -> list[str]:
     """Where the linker finds libcudart.so. The wheels ship it only under its versioned name, so it gets a link here."""
     for folder in (home / "lib64", home / "lib", home / "targets" / "x86_64-linux" / "lib"):
@@ -127,7 +135,7 @@ def extension() -> cpp_extension.CppExtension:
     os.environ["CUDA_HOME"] = str(home)
     macros += [
         ("LRDS_WITH_CUDA", None),
-        ("LRDS_CUDA_VERSION", f'"{torch.version.cuda}"'),
+        ("LRDS_CUDA_VERSION", f'"{nvcc_version(home)}"'),
         ("LRDS_CUDA_ARCHS", f'"{archs}"'),
     ]
     compile_args["nvcc"] = [
