@@ -6,6 +6,8 @@ they mean to every PyTorch extension. Everything else about the package is in py
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shutil
@@ -156,8 +158,24 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
+def write_record(extension: Path) -> None:
+    """The facts of a built extension beside it, where lrds_fast/_build.py reads them without loading it."""
+    spec = importlib.util.spec_from_file_location("lrds_fast._C", extension)
+    built = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(built)
+    facts = {key: value for key, value in built.build_info().items() if key != "cpu_isa"}  # that is this machine's
+    extension.with_name("_build.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+class BuildExt(cpp_extension.BuildExtension.with_options(use_ninja=True)):
+    def run(self) -> None:
+        super().run()
+        for built in self.extensions:
+            write_record(Path(self.get_ext_fullpath(built.name)))
+
+
 setup(
     # tools/build.sh has compiled in place already when it registers the checkout.
     ext_modules=[] if os.environ.get("LRDS_FAST_SKIP_BUILD") == "1" else [extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": BuildExt},
 )

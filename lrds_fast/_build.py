@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import re
 import shlex
 import sys
+import urllib.parse
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-#: What setup.py writes beside the extension: its build_info(), and `source`, the folder it was built from.
+#: What setup.py writes beside the extension: its build_info().
 RECORD = "_build.json"
 _HERE = Path(__file__).resolve().parent
 
@@ -66,9 +68,20 @@ def how_to_rebuild() -> str:
     """The command that builds the extension for the torch that is there."""
     if _is_source(_HERE.parent):
         return f"pip install --no-build-isolation -e {shlex.quote(str(_HERE.parent))}"
-    source = str((record() or {}).get("source", ""))
-    folder = shlex.quote(source) if source and _is_source(Path(source)) else "/path/to/the/source/of/lrds-fast"
+    source = _installed_from()
+    folder = "/path/to/the/source/of/lrds-fast" if source is None else shlex.quote(str(source))
     return f"pip install --no-build-isolation --no-deps --force-reinstall {folder}"
+
+
+def _installed_from() -> Path | None:
+    """The source folder that pip installed lrds-fast from, where it is still there."""
+    try:
+        origin = json.loads(importlib.metadata.distribution("lrds-fast").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+    url = urllib.parse.urlsplit(str(origin.get("url", "")))
+    folder = Path(urllib.parse.unquote(url.path))
+    return folder if url.scheme == "file" and _is_source(folder) else None
 
 
 def _not_built() -> str:
