@@ -145,9 +145,7 @@ def _cuda_device(torch: dict[str, str | None] | None) -> Finding:
         return Finding("cuda device", False, "torch is a CPU build; training runs on the CPU")
     names = _devices()
     if not names:
-        return Finding(
-            "cuda device", False, "the driver names none; check it with nvidia-smi; training runs on the CPU"
-        )
+        return Finding("cuda device", False, "the driver names none (nvidia-smi); training runs on the CPU")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     limit = "" if visible is None else f"; CUDA_VISIBLE_DEVICES={visible}"
     return Finding("cuda device", True, ", ".join(names) + limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -80,10 +81,17 @@ def tabulate(runs: Sequence[Run], *, baseline: str | None = None) -> list[Row]:
         groups.setdefault(run.recipe.name, []).append(run)
     for group in groups.values():
         group.sort(key=lambda run: run.recipe.seed)
-    if baseline is not None and baseline not in groups:
-        raise ValueError(f"there is no run named {baseline!r} to compare with; these are: {', '.join(groups)}")
+    check_baseline(baseline, list(groups))
     base = groups[baseline] if baseline is not None else []
     return [_row(name, group, [] if name == baseline else base) for name, group in groups.items()]
+
+
+def check_baseline(baseline: str | None, names: Sequence[str]) -> None:
+    """ValueError where there is no run of that name to compare with; None compares with none."""
+    if baseline is not None and baseline not in names:
+        near = difflib.get_close_matches(baseline, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"there is no run named {baseline!r} to compare with; {hint}these are: {', '.join(names)}")
 
 
 def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
