@@ -17,8 +17,14 @@ import sysconfig
 from glob import glob
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(f"setup.py: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
+
 import torch
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
@@ -174,8 +180,31 @@ class BuildExt(cpp_extension.BuildExtension.with_options(use_ninja=True)):
             write_record(Path(self.get_ext_fullpath(built.name)))
 
 
+class BdistWheel(bdist_wheel):
+    """A wheel's binary fits one minor release of torch, and its metadata say which; an editable install is rebuilt."""
+
+    archived = False
+
+    def run(self) -> None:
+        self.archived = True
+        super().run()
+
+    def write_wheelfile(self, wheelfile_base: str, *args: str) -> None:
+        super().write_wheelfile(wheelfile_base, *args)
+        if self.archived:
+            metadata = Path(wheelfile_base, "METADATA")
+            release = ".".join(torch.__version__.split(".")[:2])
+            pinned = re.sub(
+                r"^Requires-Dist: torch>=.*$",
+                f"Requires-Dist: torch=={release}.*",
+                metadata.read_text(encoding="utf-8"),
+                flags=re.MULTILINE,
+            )
+            metadata.write_text(pinned, encoding="utf-8")
+
+
 setup(
     # tools/build.sh has compiled in place already when it registers the checkout.
     ext_modules=[] if os.environ.get("LRDS_FAST_SKIP_BUILD") == "1" else [extension()],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )
