@@ -436,7 +436,7 @@ def _report(options: argparse.Namespace) -> int:
 
     runs = [read_run(folder) for folder in options.runs]
     rows = tabulate(runs, baseline=options.baseline)
-    conclusions = verdicts(rows, options.baseline) if options.baseline else []
+    conclusions = verdicts([(rows, options.baseline)]) if options.baseline else []
     page = html_report(runs, title="lrds-fast report", baseline=options.baseline, conclusions=conclusions)
     write_text(options.out, page)
     if options.markdown:
