@@ -304,10 +304,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from lrds_fast.train import run
     from lrds_fast.train.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.settings)
+    recipe = load_recipe(options.recipe, options.settings)  # mistakes in it need not wait for PyTorch
+
+    from lrds_fast.train import run
+
     result = run.fit(
         recipe, resume=options.resume, overwrite=options.overwrite, progress=_progress(options), say=_say(options)
     )
@@ -323,11 +325,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _cache(options: argparse.Namespace) -> int:
-    from lrds_fast.data.label_shards import size_text
-    from lrds_fast.train import run
     from lrds_fast.train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)
+
+    from lrds_fast.data.label_shards import size_text
+    from lrds_fast.train import run
+
     labels = run.cache(
         recipe,
         only_selected=options.selected,
@@ -384,11 +388,13 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    import lrds_fast
-    from lrds_fast.train import run
     from lrds_fast.train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)
+
+    import lrds_fast
+    from lrds_fast.train import run
+
     scores = run.score(recipe, progress=_progress(options))
     path = options.out or recipe.out / "scores.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,7 +121,8 @@ def sweep(
             say(f"{before}finished already, in {recipe.out}")
         else:
             try:
-                run.fit(recipe, resume=True, progress=progress, say=say_epoch)
+                prefixed = _prefixed(say_epoch, f"[{number}/{len(runs)}] seed {recipe.seed}, ")
+                run.fit(recipe, resume=True, progress=progress, say=prefixed)
             except (ValueError, TypeError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
                 failures.append((where, " ".join(str(error).split())))
                 say(f"{before}failed: {failures[-1][1]}")
@@ -129,6 +130,10 @@ def sweep(
             say(f"{before}test accuracy {read_run(recipe.out).last['test_acc']:.2%}, in {recipe.out}")
         finished.append(read_run(recipe.out))
     return finished, failures
+
+
+def _prefixed(say: Callable[[str], object] | None, prefix: str) -> Callable[[str], object] | None:
+    return None if say is None else lambda line: say(prefix + line)
 
 
 def _is_finished(recipe: Recipe) -> bool:
