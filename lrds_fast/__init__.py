@@ -4,6 +4,9 @@ kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD
 teacher. linear_kd_loss: from hidden states and classifiers. revision_loss, dist_loss, mlkd_loss: losses over a batch.
 revise_labels: the revised teacher. influence: scores of samples.
 select, Selection: which samples keep their teacher. models: networks by name. reference: everything in plain PyTorch.
+
+Names are loaded when they are first used. torch.ops.lrds_fast is there from then on, or by importing
+lrds_fast.functional.
 """
 
 from __future__ import annotations
