@@ -193,7 +193,7 @@ def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[s
     place = (
         f"{seeds} seed{'s' * (seeds > 1)}, {seconds:.0f} s; torch {torch.__version__}, whose kernels here are"
         f" {torch.backends.cpu.get_cpu_capability()}. On another kind of CPU sums are rounded otherwise, and a teacher"
-        " that learns from wrong labels comes out another one: differences have moved by up to a point of accuracy. What"
-        " is said of them below is said of these runs."
+        " that learns from wrong labels comes out another one: differences have moved by a point of accuracy. What is"
+        " said of them below is said of these runs."
     )
     return [data, teacher, method, place]
