@@ -88,4 +88,4 @@ format: venv
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$')
 
 clean:
-	rm -rf build dist *.egg-info lrds_fast/*.so $(VENV)/built-*
+	rm -rf build dist *.egg-info lrds_fast/*.so lrds_fast/_build.json $(VENV)/built-*

@@ -7,16 +7,25 @@ mean to every PyTorch extension; ccache is used where it is installed. Everythin
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(f"setup.py: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
+
 import torch
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
@@ -121,6 +130,13 @@ def use_ccache() -> None:
         os.environ["PYTORCH_NVCC"] = f"{ccache} {os.environ['CUDA_HOME']}/bin/nvcc"
 
 
+def nvcc_version(home: Path) -> str:
+    """The release of the compiler itself, such as "13.0.88": it need not be the CUDA version of torch."""
+    output = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", output)
+    return found.group(1) if found else "unknown"
+
+
 def cudart_folder(home: Path) -> list[str]:
     """Where the linker finds libcudart.so. The wheels ship it only under its versioned name, so it gets a link here."""
     for folder in (home / "lib64", home / "lib", home / "targets" / "x86_64-linux" / "lib"):
@@ -165,7 +181,7 @@ def extension() -> cpp_extension.CppExtension:
     use_ccache()
     macros += [
         ("LRDS_WITH_CUDA", None),
-        ("LRDS_CUDA_VERSION", f'"{torch.version.cuda}"'),
+        ("LRDS_CUDA_VERSION", f'"{nvcc_version(home)}"'),
         ("LRDS_CUDA_ARCHS", f'"{archs}"'),
     ]
     compile_args["nvcc"] = [
@@ -186,8 +202,47 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
+def write_record(extension: Path) -> None:
+    """The facts of a built extension beside it, where lrds_fast/_build.py reads them without loading it."""
+    spec = importlib.util.spec_from_file_location("lrds_fast._C", extension)
+    built = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(built)
+    facts = {key: value for key, value in built.build_info().items() if key != "cpu_isa"}  # that is this machine's
+    extension.with_name("_build.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+class BuildExt(cpp_extension.BuildExtension.with_options(use_ninja=True)):
+    def run(self) -> None:
+        super().run()
+        for built in self.extensions:
+            write_record(Path(self.get_ext_fullpath(built.name)))
+
+
+class BdistWheel(bdist_wheel):
+    """A wheel's binary fits one minor release of torch, and its metadata say which; an editable install is rebuilt."""
+
+    archived = False
+
+    def run(self) -> None:
+        self.archived = True
+        super().run()
+
+    def write_wheelfile(self, wheelfile_base: str, *args: str) -> None:
+        super().write_wheelfile(wheelfile_base, *args)
+        if self.archived:
+            metadata = Path(wheelfile_base, "METADATA")
+            release = ".".join(torch.__version__.split(".")[:2])
+            pinned = re.sub(
+                r"^Requires-Dist: torch>=.*$",
+                f"Requires-Dist: torch=={release}.*",
+                metadata.read_text(encoding="utf-8"),
+                flags=re.MULTILINE,
+            )
+            metadata.write_text(pinned, encoding="utf-8")
+
+
 setup(
     # tools/build.sh has compiled in place already when it registers the checkout.
     ext_modules=[] if os.environ.get("LRDS_FAST_SKIP_BUILD") == "1" else [extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )

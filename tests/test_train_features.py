@@ -414,7 +414,7 @@ def test_compiled_networks_are_refused() -> None:
 def test_without_torchdistill_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair()
     monkeypatch.setitem(sys.modules, "torchdistill.losses", None)
-    with pytest.raises(ImportError, match=r"needs torchdistill: pip install 'lrds-fast\[features\]'") as raised:
+    with pytest.raises(ImportError, match=r"needs torchdistill: pip install torchdistill") as raised:
         features("at", student, teacher)
     assert "\n" not in str(raised.value)
     assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())

@@ -33,7 +33,7 @@ try:
     from torchdistill.losses.registry import register_mid_level_loss
 except ImportError as error:
     raise ImportError(
-        f"lrds_fast.compat.torchdistill needs torchdistill: pip install 'lrds-fast[features]' ({error})"
+        f"lrds_fast.compat.torchdistill needs torchdistill: pip install torchdistill ({error})"
     ) from error
 
 

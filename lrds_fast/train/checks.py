@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lrds_fast import divergences
-from lrds_fast.data.strong import parse_rand_augment
+from lrds_fast.rand_augment import parse_rand_augment
 
 if TYPE_CHECKING:
     from lrds_fast.train.recipe import LossOptions, Recipe, TeacherOptions

@@ -253,7 +253,7 @@ class Recipe:
 
     def with_values(self, **values: Any) -> Recipe:
         """A copy with some values replaced, by dotted name: with_values(seed=1, **{"loss.eta": 0.5})."""
-        return from_mapping(_overlay(dataclasses.asdict(self), _nested(values)), where="with_values")
+        return from_mapping(_overlay(dataclasses.asdict(self), _nested(values)), where=self.name)
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key."""
@@ -341,7 +341,7 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
             raise FileNotFoundError(
                 f"there is no recipe file {path}; lrds-fast recipes lists those that come with the library"
             )
-        text, folder = path.read_text(encoding="utf-8"), path.parent
+        text, folder = read_text(path, "recipe"), path.parent
     else:
         text, folder = recipe_text(source), None
     try:
@@ -354,6 +354,19 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
     if not isinstance(parent, str):
         raise ValueError(f"recipe {source}: extends must be a name or a path; got {parent!r}")
     return _overlay(_load_mapping(parent, folder, (*seen, source)), values)
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file in UTF-8, with or without a byte-order mark, with any ends of lines; ValueError names the byte
+    that is none. what: what to call the file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{what} {path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}, in line"
+            f" {line}; save it as UTF-8"
+        ) from error
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
