@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 kernel_registers = importlib.import_module("kernel_registers")
 kernel_sass = importlib.import_module("kernel_sass")
 
+pytestmark = pytest.mark.nvcc
+
 Row = dict[str, str]
 Reports = dict[tuple[str, str], str]
 # Kernels whose gradient leaves as vectors of 16 bytes: what their names contain.

@@ -32,13 +32,21 @@ def compile_to(output: Path, source: Path, *flags: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+# Every class of the sweeps in two files, a minute each: the rest includes the same headers.
+SLOW = ("kd_loss_baseline", "kd_family_double")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else ()) for path in SOURCES],
+)
 def test_compiles_for_arm(source: Path, tmp_path: Path) -> None:
     compile_to(tmp_path / "object.o", source, "-c", "-Werror")
     header = (tmp_path / "object.o").read_bytes()[:20]
     assert header[:4] == b"\x7fELF" and struct.unpack_from("<H", header, 18)[0] == AARCH64
 
 
+@pytest.mark.slow
 def test_the_sweep_is_vector_code(tmp_path: Path) -> None:
     """Four float lanes of NEON multiply and add; a sweep that fell back to scalars would have next to none."""
     compile_to(tmp_path / "sweep.s", ROOT / "csrc" / "cpu" / "kd_loss_baseline.cpp", "-S")

@@ -81,7 +81,14 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, nn.Module, T
     return data, teacher, result
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=["alone", *VARIANTS[1:]])
+# The variant that is all of the others at once is in `make test`; each alone is slow.
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, id=variant or "alone", marks=() if variant == "kd+lr+ds" else pytest.mark.slow)
+        for variant in VARIANTS
+    ],
+)
 def test_resnet8x4_learns_by_every_variant(
     tmp_path: Path, taught: tuple[Data, nn.Module, TrainResult], variant: str
 ) -> None:
