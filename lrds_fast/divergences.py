@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -168,6 +169,13 @@ class JSD(Divergence):
 _BY_NAME = {d.name: d for d in (KL(), RKL(), DKD(), RLD(), NKD(), MSE("logits"), MSE("probs"), JSD())}
 NAMES = tuple(_BY_NAME)
 """Every name that kd_loss(divergence=...) takes."""
+
+
+def from_code(code: int, parameters: Sequence[float]) -> Divergence:
+    """The divergence with this code and these numbers: the inverse of its code and parameters."""
+    default = next(divergence for divergence in _BY_NAME.values() if divergence.code == code)
+    numbers = [field.name for field in dataclasses.fields(default) if field.type != "str"]
+    return dataclasses.replace(default, **dict(zip(numbers, parameters, strict=False)))
 
 
 def resolve(divergence: str | Divergence) -> Divergence:

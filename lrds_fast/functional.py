@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast import _ops, reference
-from lrds_fast.divergences import REVISE, Divergence, resolve
+from lrds_fast.divergences import REVISE, Divergence, from_code, resolve
 from lrds_fast.reference import KDLossParts, default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
 
@@ -303,6 +303,65 @@ def _transforms_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def _named(codes: dict[Any, int], code: int) -> Any:
+    return next(name for name, other in codes.items() if other == code)
+
+
+def _composite(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    selected: Tensor | None,
+    class_weight: Tensor | None,
+    teacher_indices: Tensor | None,
+    teacher_logsumexp: Tensor | None,
+    num_valid: Tensor | None,
+    weight_sum: Tensor | None,
+    grad_scale: Tensor | None,
+    temperature: list[float],
+    ce_weight: float,
+    kd_weight: float,
+    ce_weight_unselected: float,
+    eta: float,
+    label_smoothing: float,
+    revise: int,
+    reduction: int,
+    ignore_index: int,
+    divergence: int,
+    divergence_parameters: list[float],
+    standardize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator kd_loss as PyTorch ops: for torch.func, forward-mode derivatives and those beyond the first."""
+    cached = teacher_indices is not None and teacher_logsumexp is not None
+    parts = reference.kd_loss_parts(
+        student,
+        TopKTeacher(teacher, teacher_indices, teacher_logsumexp, temperature[0]) if cached else teacher,
+        target,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        ce_weight_unselected=ce_weight_unselected,
+        revise=_named(REVISE, revise),
+        eta=eta,
+        selected=selected,
+        divergence=from_code(divergence, divergence_parameters),
+        standardize=standardize,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        reduction=_named(_REDUCTION, reduction),
+        num_valid=num_valid,
+        weight_sum=weight_sum,
+        grad_scale=grad_scale,
+    )
+    return parts.loss, parts.ce, parts.kd, torch.stack(parts[3:])
+
+
+# csrc/torch/kd_loss.cpp calls it by this name.
+_LIBRARY = torch.library.Library("lrds_fast", "IMPL")
+_LIBRARY.impl("kd_loss_composite", _composite, "CompositeImplicitAutograd")
+
+
 def _call(
     student_logits: Tensor,
     teacher_logits: Tensor | TopKTeacher,
@@ -339,31 +398,10 @@ def _call(
         reduction=reduction,
     )
     _check_tensors(student_logits, teacher_logits, target, selected, class_weight, checked, revise)
-    if _transforms_active():
-        # torch.func cannot look into a C++ autograd function; the same loss in PyTorch ops it can.
-        parts = reference.kd_loss_parts(
-            student_logits,
-            teacher_logits,
-            target,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            ce_weight_unselected=checked.ce_weight_unselected,
-            revise=revise,
-            eta=eta,
-            selected=selected,
-            divergence=divergence,
-            standardize=standardize,
-            label_smoothing=label_smoothing,
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            num_valid=num_valid,
-            weight_sum=weight_sum,
-        )
-        return parts.loss, parts.ce, parts.kd, torch.stack(parts[3:])
     cached = isinstance(teacher_logits, TopKTeacher)
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.kd_loss(
+    # torch.func cannot look into a C++ autograd function.
+    operator = _composite if _transforms_active() else _ops.kd_loss
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = operator(
         student_logits,
         teacher_logits.values if cached else teacher_logits,
         target,
