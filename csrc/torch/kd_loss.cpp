@@ -731,73 +731,79 @@ Tensor saveable(const Tensor& tensor) {
 class Kept : public torch::CustomClassHolder {
  public:
   // copies: tensors without a version counter are copied, so that no change of them can be missed.
-  Kept(const Problem& problem, bool copies) : options_(problem.options) {
-    auto keep = [&, place = tensors_.begin()](const Tensor& tensor) mutable {
-      if (tensor.defined() && tensor.is_inference()) {
-        unversioned_ = !copies;
-        *place = {copies ? tensor.clone() : saveable(tensor), /*is_output=*/false};
-      } else if (tensor.defined()) {
-        *place = {tensor, /*is_output=*/false};
-      }
-      ++place;
+  Kept(Problem&& problem, bool copies) : options_(std::move(problem.options)) {
+    tensors_.reserve(3);  // more are rare
+    const auto keep = [&](const Tensor& tensor) {
+      const bool uncounted = tensor.is_inference();
+      unversioned_ |= uncounted && !copies;
+      tensors_.emplace_back(!uncounted ? tensor : copies ? tensor.clone() : saveable(tensor),
+                            /*is_output=*/false);
     };
     keep(problem.student);
     keep(problem.teacher);
     keep(problem.target);
-    for (const OptionalTensor* const tensor :
-         {&problem.selected, &problem.class_weight, &problem.teacher_indices,
-          &problem.teacher_logsumexp, &problem.num_valid, &problem.weight_sum}) {
-      keep(tensor->has_value() ? **tensor : Tensor());
+    const OptionalTensor* const given[] = {&problem.selected, &problem.class_weight,
+                                           &problem.teacher_indices, &problem.teacher_logsumexp,
+                                           &problem.num_valid, &problem.weight_sum};
+    for (std::size_t i = 0; i < kOptional; ++i) {
+      given_[i] = given[i]->has_value();
+      if (given_[i]) keep(**given[i]);
     }
   }
 
   Problem unpack() const {
-    std::array<Tensor, kTensors> t;
-    std::transform(tensors_.begin(), tensors_.end(), t.begin(),
-                   [](const torch::autograd::SavedVariable& saved) { return saved.unpack(); });
-    return Problem(t[0], t[1], t[2], optional(t[3]), optional(t[4]), optional(t[5]), optional(t[6]),
-                   optional(t[7]), optional(t[8]), std::nullopt, options_);
+    auto saved = tensors_.begin();
+    const Tensor student = saved++->unpack(), teacher = saved++->unpack(),
+                 target = saved++->unpack();
+    std::array<OptionalTensor, kOptional> t;
+    for (std::size_t i = 0; i < kOptional; ++i) {
+      if (given_[i]) t[i] = saved++->unpack();
+    }
+    return Problem(student, teacher, target, t[0], t[1], t[2], t[3], t[4], t[5], std::nullopt,
+                   options_);
   }
 
-  void release() { tensors_ = {}; }
+  void release() { tensors_.clear(); }
 
   // Is there a tensor whose changes nobody counts?
   bool unversioned() const { return unversioned_; }
 
  private:
-  static constexpr std::size_t kTensors = 9;
-  std::array<torch::autograd::SavedVariable, kTensors> tensors_;
+  static constexpr std::size_t kOptional = 6;
+  std::vector<torch::autograd::SavedVariable> tensors_;  // those that there are, in Problem's order
+  std::array<bool, kOptional> given_;
   KdLossOptions options_;
   bool unversioned_ = false;
 };
 
 class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
  public:
-  // The student is an argument of its own: it is the one input that gets a gradient.
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
-                                                const Tensor& student, const Problem& problem) {
+  // The student is an argument of its own: it is the one input that gets a gradient. The loss is
+  // the one output that has one, so the others leave through `outputs`.
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
+                        Problem& problem, Loss& outputs) {
     // A gradient per row cannot carry grad_output yet; a float16 gradient of a mean would underflow
     // without its scale.
     const bool recompute =
         problem.options.reduction == static_cast<std::int64_t>(Reduction::kNone) ||
         (student.scalar_type() == at::kHalf && !problem.grad_scale.has_value());
-    const auto [loss, ce, kd, counts, gradient] = [&] {
+    auto [loss, ce, kd, counts, gradient] = [&] {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       return call_forward(problem, !recompute);
     }();
-    ctx->saved_data["problem"] =
-        c10::IValue::make_capsule(c10::make_intrusive<Kept>(problem, /*copies=*/recompute));
     if (!recompute) {
       ctx->save_for_backward({gradient, saveable(problem.grad_scale.value_or(Tensor()))});
     }
-    ctx->mark_non_differentiable({ce, kd, counts});
+    ctx->saved_data["problem"] = c10::IValue::make_capsule(
+        c10::make_intrusive<Kept>(std::move(problem), /*copies=*/recompute));
     ctx->set_materialize_grads(false);
-    return {loss, ce, kd, counts};
+    outputs = {Tensor(), ce, kd, counts};
+    return loss;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    torch::autograd::variable_list inputs(2);
+    torch::autograd::variable_list inputs(3);
     if (!grads[0].defined()) return inputs;
     const bool keep_graph = torch::autograd::get_current_graph_task_keep_graph();
     const torch::autograd::variable_list saved = ctx->get_saved_variables();
@@ -918,9 +924,10 @@ struct KdLossOp {
           &problem.weight_sum, &problem.grad_scale}) {
       if (tensor->has_value()) detach(**tensor);
     }
+    Loss outputs;
     const Tensor student = problem.student;
-    auto outputs = KdLossFunction::apply(student, problem);
-    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+    std::get<0>(outputs) = KdLossFunction::apply(student, problem, outputs);
+    return outputs;
   }
 };
 
