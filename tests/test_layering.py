@@ -21,10 +21,11 @@ CPP_MAY_INCLUDE = {
 TORCH_HEADERS = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h")
 
 # Layer of the package -> the layers it may import, itself included.
-_CORE = {"functional", "_ops", "_C", "reference", "divergences", "topk", "_version", "files"}
+_CORE = {"functional", "_numbers", "_ops", "_C", "reference", "divergences", "topk", "_version", "files"}
 PYTHON_MAY_IMPORT = {
-    "divergences": {"divergences"},
-    "topk": {"topk"},
+    "_numbers": {"_numbers"},
+    "divergences": {"divergences", "_numbers"},
+    "topk": {"topk", "_numbers"},
     "reference": {"reference", "divergences", "topk"},
     "_version": {"_version"},
     "files": {"files"},

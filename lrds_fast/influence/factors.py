@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lrds_fast._numbers import integer
 from lrds_fast.files import replacing
 from lrds_fast.influence.curvature import _eigh, _pseudo_inverse
 from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
@@ -329,8 +330,9 @@ def fit_placed(
     """
     if curvature not in CURVATURES:
         raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}; got {curvature!r}")
-    if labels != "all" and not (isinstance(labels, int) and labels >= 1):
-        raise ValueError(f"labels must be 'all' or a number of draws >= 1; got {labels!r}")
+    what = "'all' or a number of draws >= 1"
+    if labels != "all" and (isinstance(labels, str) or (labels := integer("labels", labels, what)) < 1):
+        raise ValueError(f"labels must be {what}; got {labels!r}")
     names = layer_names(model, layers)
 
     def sweep(number: int) -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
