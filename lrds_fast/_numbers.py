@@ -23,7 +23,7 @@ def number(name: str, value: Any, what: str = "a number") -> float:
     """
     if type(value) is float:  # the common case costs one comparison
         return value
-    found = value if isinstance(value, (int, float)) else _python(name, value)
+    found = value if type(value) is int else _python(name, value)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise TypeError(f"{name} must be {what}; got {value!r}")
     return found
@@ -31,7 +31,7 @@ def number(name: str, value: Any, what: str = "a number") -> float:
 
 def integer(name: str, value: Any, what: str = "an int") -> int:
     """`value` as a Python int, from what number() takes but no float, not even a whole one."""
-    found = value if isinstance(value, int) else _python(name, value)
+    found = value if type(value) is int else _python(name, value)
     if isinstance(found, bool) or not isinstance(found, int):
         raise TypeError(f"{name} must be {what}; got {value!r}")
     return found

@@ -233,6 +233,30 @@ def test_second_derivatives_are_the_gradients_differences(divergence: str) -> No
             torch.testing.assert_close((rows.reshape(-1, 5, 4) * weights).sum(0), first)
 
 
+@pytest.mark.parametrize("divergence", divergences.NAMES)
+def test_second_derivatives_where_the_student_is_the_teacher(divergence: str) -> None:
+    """Most are 0 there, their curvature is not; excluded classes have none."""
+    _, teacher, target = kd_cases.rows(5, 4, torch.float64)
+    direction = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64).view(5, 4).cos()
+
+    def loss(z: Tensor) -> Tensor:
+        return kd_loss(z, teacher, target, divergence=divergence, revise=None, ce_weight=0.0)
+
+    second = torch.autograd.functional.hvp(loss, teacher.clone(), direction)[1]
+    one = torch.ones((), dtype=torch.float64)
+    ahead, behind = (gradient(loss, teacher + step * direction, one) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(second, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
+    assert divergence == "nkd" or second.any()
+
+    excluded = torch.full((5, 1), -torch.inf, dtype=torch.float64)
+    teacher = torch.cat([teacher, excluded], dim=-1)
+    wider = torch.cat([direction, torch.ones_like(excluded)], dim=-1)
+    scale = 5 / 4 if divergence.startswith("mse") else 1.0  # the mean over classes
+    with_excluded = torch.autograd.functional.hvp(loss, teacher.clone(), wider)[1]
+    torch.testing.assert_close(scale * with_excluded[:, :4], second)
+    assert not with_excluded[:, 4].any()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradgradcheck(reduction: str) -> None:
     student, teacher, target = kd_cases.rows(3, 4, torch.float64)
