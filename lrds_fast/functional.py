@@ -504,7 +504,11 @@ def kd_loss(
     grad_scale: a number or 0-d tensor: the factor the coming grad_output will carry (GradScaler._scale). It never
         changes the result; it is folded in before a 16-bit gradient is rounded.
 
+    Numbers are Python's or NumPy's, or tensors of shape () on the CPU that require no gradient.
     -inf logits (excluded classes) are legal but for standardize and one-sided mse_logits.
+    Derivatives are student_logits' alone. Those beyond the first (create_graph=True), forward-mode ones and those of
+    torch.func are made from lrds_fast.reference's PyTorch ops, at their cost. For them the inputs stay alive until
+    backward; one that changes in place before a second derivative is an error, before a first one harmless or an error.
     Returns a float32 tensor (float64 if any logits are); the gradient has student_logits' dtype. Deterministic: the
     same bits for any thread count. Nothing synchronises on CUDA. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693; the

@@ -555,8 +555,9 @@ def linear_kd_loss(
 
     Returns a 0-d float32 tensor (float64 if any logits are). Gradients have their inputs' dtypes; those of the weight
     and the bias are accumulated over chunks in float32 (float64 for float64). Nothing synchronises on CUDA; on the
-    CPU a target out of range raises ValueError, on CUDA it makes the loss NaN. No second derivative. Compiles with
-    fullgraph=True, for any N in one graph. Raises ValueError or TypeError naming the argument.
+    CPU a target out of range raises ValueError, on CUDA it makes the loss NaN. Derivatives beyond the first
+    (create_graph=True), forward-mode ones and those of torch.func are made from PyTorch ops, of all the logits at once.
+    Compiles with fullgraph=True, for any N in one graph. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693.
     """
     checked = check_hyperparameters(

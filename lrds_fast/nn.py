@@ -13,7 +13,7 @@ from lrds_fast.topk import TopKTeacher
 
 
 class KDLoss(nn.Module):
-    """kd_loss as a module. Keywords as lrds_fast.kd_loss; they become attributes of the same names.
+    """kd_loss as a module. Keywords as lrds_fast.kd_loss; they become attributes of the same names, numbers Python's.
 
     Hyperparameters are checked here, once more on every call (they may be assigned to), and raise ValueError or
     TypeError. The module has no parameters; class_weight is a buffer.
