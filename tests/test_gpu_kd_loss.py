@@ -107,7 +107,7 @@ def test_derivatives_beyond_the_first(reduction: str) -> None:
     results = []
     for loss in (ours, theirs):
         (first,) = torch.autograd.grad(loss.sum(), student, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), student)
+        (second,) = torch.autograd.grad(first.square().sum(), student, retain_graph=True)
         results.append((second, *torch.autograd.grad(loss, student, several, is_grads_batched=True)))
     torch.testing.assert_close(*results)
 
