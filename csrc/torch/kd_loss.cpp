@@ -702,8 +702,9 @@ Tensor call_backward(const Tensor& grad_output, const Problem& problem) {
 }
 
 Tensor call_logit_gradient(const Problem& problem) {
-  return problem.unpack(
-      [](const auto&... parameters) { return WithParameters<LogitGradientOp>::call(parameters...); });
+  return problem.unpack([](const auto&... parameters) {
+    return WithParameters<LogitGradientOp>::call(parameters...);
+  });
 }
 
 // The loss as PyTorch ops (lrds_fast/functional.py), which PyTorch differentiates to any order.
@@ -718,10 +719,11 @@ OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// A tensor made under inference_mode (a teacher's output) has no version counter and cannot be saved
-// for backward; another view of its storage, whose changes go unseen, can.
-Tensor saveable(const Tensor& tensor) {
-  if (!tensor.defined() || !tensor.is_inference()) return tensor;
+// A tensor made under inference_mode (a teacher's output) has no version counter and cannot be
+// saved for backward. A copy of it can, and another view of its storage, whose changes go unseen.
+bool uncounted(const Tensor& tensor) { return tensor.defined() && tensor.is_inference(); }
+
+Tensor view_of_storage(const Tensor& tensor) {
   return at::empty({0}, tensor.options())
       .set_(tensor.storage(), tensor.storage_offset(), tensor.sizes(), tensor.strides());
 }
@@ -733,18 +735,19 @@ class Kept : public torch::CustomClassHolder {
   // copies: tensors without a version counter are copied, so that no change of them can be missed.
   Kept(Problem&& problem, bool copies) : options_(std::move(problem.options)) {
     tensors_.reserve(3);  // more are rare
-    const auto keep = [&](const Tensor& tensor) {
-      const bool uncounted = tensor.is_inference();
-      unversioned_ |= uncounted && !copies;
-      tensors_.emplace_back(!uncounted ? tensor : copies ? tensor.clone() : saveable(tensor),
-                            /*is_output=*/false);
+    const auto keep = [&](Tensor tensor) {
+      if (uncounted(tensor)) {
+        unversioned_ |= !copies;
+        tensor = copies ? tensor.clone() : view_of_storage(tensor);
+      }
+      tensors_.emplace_back(tensor, /*is_output=*/false);
     };
     keep(problem.student);
     keep(problem.teacher);
     keep(problem.target);
-    const OptionalTensor* const given[] = {&problem.selected, &problem.class_weight,
+    const OptionalTensor* const given[] = {&problem.selected,        &problem.class_weight,
                                            &problem.teacher_indices, &problem.teacher_logsumexp,
-                                           &problem.num_valid, &problem.weight_sum};
+                                           &problem.num_valid,       &problem.weight_sum};
     for (std::size_t i = 0; i < kOptional; ++i) {
       given_[i] = given[i]->has_value();
       if (given_[i]) keep(**given[i]);
@@ -792,7 +795,8 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
       return call_forward(problem, !recompute);
     }();
     if (!recompute) {
-      ctx->save_for_backward({gradient, saveable(problem.grad_scale.value_or(Tensor()))});
+      const Tensor scale = problem.grad_scale.value_or(Tensor());
+      ctx->save_for_backward({gradient, uncounted(scale) ? scale.clone() : scale});
     }
     ctx->saved_data["problem"] = c10::IValue::make_capsule(
         c10::make_intrusive<Kept>(std::move(problem), /*copies=*/recompute));
@@ -822,7 +826,8 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
   }
 
  private:
-  // `saved` holds the gradient and its grad_scale, or nothing where the gradient is made in backward.
+  // `saved` holds the gradient and its grad_scale, or nothing where the gradient is made in
+  // backward.
   using Saved = torch::autograd::variable_list;
 
   // A batch of gradients (is_grads_batched), or one with a tangent: no kernel sees through them.
@@ -842,11 +847,12 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       Problem again = problem;
       again.grad_scale = optional(saved[1]);
-      TORCH_CHECK(at::allclose(std::get<4>(call_forward(again, true)), saved[0], 0.0, 0.0,
-                               /*equal_nan=*/true),
-                  "kd_loss: teacher_logits, or another input made under torch.inference_mode(), was "
-                  "changed in place before a derivative beyond the first was computed from it; pass "
-                  "a clone() of it");
+      TORCH_CHECK(
+          at::allclose(std::get<4>(call_forward(again, true)), saved[0], 0.0, 0.0,
+                       /*equal_nan=*/true),
+          "kd_loss: teacher_logits, or another input made under torch.inference_mode(), was "
+          "changed in place before a derivative beyond the first was computed from it; pass "
+          "a clone() of it");
     }
     // A view: hooks of the student itself run in the outer pass, once.
     problem.student = problem.student.view_as(problem.student);
@@ -863,7 +869,9 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
       return unit.mul(grad_output.unsqueeze(-1)).to(problem.student.scalar_type());
     }
     const Tensor factor = saved[1].defined() ? grad_output.div(saved[1]) : grad_output;
-    return saved[0].to(grad_output.scalar_type()).mul(factor.unsqueeze(-1))
+    return saved[0]
+        .to(grad_output.scalar_type())
+        .mul(factor.unsqueeze(-1))
         .to(saved[0].scalar_type());
   }
 
