@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,6 +97,14 @@ def _scale_gradient(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | 
 @torch.library.register_fake("lrds_fast::scale_gradient_")
 def _scale_gradient_(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> None:
     return None
+
+
+_LIBRARY = torch.library.Library("lrds_fast", "IMPL")
+
+
+def implement_composite(function: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+    """Makes `function`, kd_loss in PyTorch ops, what csrc/torch/kd_loss.cpp calls where it cannot differentiate."""
+    _LIBRARY.impl("kd_loss_composite", function, "CompositeImplicitAutograd")
 
 
 kd_loss = torch.ops.lrds_fast.kd_loss.default

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrds_fast._numbers import integer
+
 _WEIGHTS = "ce_weight weighs the cross-entropy, kd_weight the divergence; other programs' {} may be either"
 _TEMPERATURE = "did you mean 'temperature'?"
 _DIVERGENCE = "a divergence has parameters of its own: divergence=lrds_fast.DKD(alpha=1.0, beta=2.0)"
@@ -52,8 +54,8 @@ def check_teacher_rows(
             f"teacher_{of} must have a row for each row of student_{of} {tuple(student)}; got {tuple(teacher)}: "
             f"is one of them shifted by a token and the other not, or of another batch (a short last one)?{way_out}"
         )
-    if isinstance(teacher_rows, bool) or not isinstance(teacher_rows, (int, torch.SymInt)):
-        raise TypeError(f"teacher_rows must be an int or None; got {teacher_rows!r}")
+    if not isinstance(teacher_rows, torch.SymInt):
+        teacher_rows = integer("teacher_rows", teacher_rows, "an int or None")
     if given != teacher_rows:
         raise ValueError(
             f"teacher_rows must be the number of rows in teacher_{of}, {given} in shape {tuple(teacher)}; "

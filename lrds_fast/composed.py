@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrds_fast._numbers import number
 from lrds_fast.divergences import resolve_revise
 from lrds_fast.functional import check_pair, kd_loss, revise_labels, temperatures
 from lrds_fast.reference import compute_dtype
@@ -19,11 +20,11 @@ _EPSILON = 1e-8
 """Added to the product of norms in a correlation: that of a constant row is 0."""
 
 
-def _weight(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not math.isfinite(value) or value < 0:
+def _weight(name: str, value: float) -> float:
+    found = number(name, value)
+    if not math.isfinite(found) or found < 0:
         raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
+    return found
 
 
 def revision_loss(
@@ -45,8 +46,7 @@ def revision_loss(
     synchronises, and in DDP each process averages over its own rows. Raises ValueError or TypeError naming the
     argument. Source: Sun et al., "Knowledge Distillation with Refined Logits", 2024, on Lan et al., arXiv 2404.03693.
     """
-    _weight("lambda1", lambda1)
-    _weight("lambda2", lambda2)
+    lambda1, lambda2 = _weight("lambda1", lambda1), _weight("lambda2", lambda2)
     check_pair(student_logits, teacher_logits, target)
     top = teacher_logits.amax(dim=-1)
     right = teacher_logits.gather(-1, target.long()[:, None])[:, 0] >= top
@@ -103,8 +103,7 @@ def dist_loss(
     Returns a 0-d float32 tensor (float64 for float64 logits). Raises ValueError or TypeError naming the argument.
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
     """
-    _weight("beta", beta)
-    _weight("gamma", gamma)
+    beta, gamma = _weight("beta", beta), _weight("gamma", gamma)
     (t,) = temperatures([temperature])
     check_pair(student_logits, teacher_logits, None)
     dtype = compute_dtype(student_logits, teacher_logits)
@@ -142,8 +141,9 @@ def mlkd_loss(
     Raises ValueError or TypeError naming the argument. Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR
     2023, without its masks by confidence.
     """
-    _weight("batch_weight", batch_weight)
-    _weight("category_weight", category_weight)
+    batch_weight = _weight("batch_weight", batch_weight)
+    category_weight = _weight("category_weight", category_weight)
+    kd_weight = number("kd_weight", kd_weight)
     check_pair(student_logits, teacher_logits, target)
     rows = kd_loss(
         student_logits,

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from lrds_fast._numbers import number
 
 REVISE: dict[str | None, int] = {None: 0, "lr": 1, "mft": 2, "swap": 3}
 """Revision policies and their codes (csrc/core/kd_loss.h: Revise)."""
@@ -18,13 +21,12 @@ MAX_PARAMETERS = 3
 
 
 def _check(owner: Divergence, name: str, *, above: float, below: float = math.inf, inclusive: bool = False) -> None:
-    value = getattr(owner, name)
     what = f"{type(owner).__name__}'s {name}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{what} must be a number; got {value!r}")
+    value = number(what, getattr(owner, name))
     if not (above < value < below or (inclusive and value == above)):
         bounds = f"{'>=' if inclusive else '>'} {above:g}" if below == math.inf else f"inside ({above:g}, {below:g})"
         raise ValueError(f"{what} must be finite and {bounds}; got {value!r}")
+    object.__setattr__(owner, name, value)  # frozen; a tensor's value, not the tensor, is compared and hashed
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,14 @@ def resolve_revise(revise: str | None) -> str | None:
     if revise == "none":
         return None
     raise ValueError(f"revise must be one of {', '.join(map(repr, REVISE))}; got {revise!r}")
+
+
+def from_code(code: int, parameters: Sequence[float]) -> Divergence:
+    """The divergence with this code and these numbers: the inverse of its code and parameters."""
+    default: Divergence = next(divergence for divergence in _BY_NAME.values() if divergence.code == code)
+    names = [field.name for field in dataclasses.fields(default) if field.type != "str"]
+    numbers: dict[str, Any] = dict(zip(names, parameters, strict=False))
+    return dataclasses.replace(default, **numbers)
 
 
 def resolve(divergence: str | Divergence) -> Divergence:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lrds_fast import _ops, reference
+from lrds_fast._numbers import integer, number
 from lrds_fast.arguments import check_teacher_rows, check_tensor, unknown_keyword
-from lrds_fast.divergences import REVISE, Divergence, resolve, resolve_revise
+from lrds_fast.divergences import REVISE, Divergence, from_code, resolve, resolve_revise
 from lrds_fast.reference import KDLossParts, default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
 
@@ -39,20 +40,24 @@ class Hyperparameters(NamedTuple):
     """kd_loss's keywords, checked, defaults filled in, names replaced by the operators' codes but for policy."""
 
     temperature: list[float]
+    ce_weight: float
+    kd_weight: float
     ce_weight_unselected: float
     policy: str | None
+    eta: float
+    label_smoothing: float
     revise: int
     reduction: int
+    ignore_index: int
     divergence: Divergence
     divergence_parameters: list[float]
 
 
-def _check_number(name: str, value: object) -> None:
-    # The common case costs one comparison.
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not -math.inf < value < math.inf:  # math.isfinite does not trace with symbolic floats
+def _finite(name: str, value: object) -> float:
+    found = number(name, value)
+    if not -math.inf < found < math.inf:  # math.isfinite does not trace with symbolic floats
         raise ValueError(f"{name} must be finite; got {value!r}")
+    return found
 
 
 def temperatures(temperature: float | Sequence[float]) -> list[float]:
@@ -63,11 +68,10 @@ def temperatures(temperature: float | Sequence[float]) -> list[float]:
             raise ValueError(f"temperature must be a number or 1 to {MAX_TEMPERATURES} numbers; got {temperature!r}")
     else:
         several = [temperature]
-    for value in several:
-        _check_number("temperature", value)
-        if value <= 0:
-            raise ValueError(f"temperature must be > 0; got {temperature!r}")
-    return several
+    found = [_finite("temperature", value) for value in several]
+    if min(found) <= 0:
+        raise ValueError(f"temperature must be > 0; got {temperature!r}")
+    return found
 
 
 def check_hyperparameters(
@@ -89,39 +93,50 @@ def check_hyperparameters(
     Raises TypeError for a value that is not a number, ValueError for one out of range. Each message names the
     argument, what it must be and what arrived.
     """
+    ce_weight, kd_weight = _finite("ce_weight", ce_weight), _finite("kd_weight", kd_weight)
+    eta, label_smoothing = _finite("eta", eta), _finite("label_smoothing", label_smoothing)
+    if ce_weight_unselected is None:
+        ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
+    else:
+        ce_weight_unselected = _finite("ce_weight_unselected", ce_weight_unselected)
     for name, value in (
         ("ce_weight", ce_weight),
         ("kd_weight", kd_weight),
-        ("eta", eta),
         ("label_smoothing", label_smoothing),
-        ("ce_weight_unselected", 0.0 if ce_weight_unselected is None else ce_weight_unselected),
+        ("ce_weight_unselected", ce_weight_unselected),
     ):
-        _check_number(name, value)
-        if value < 0 and name != "eta":
+        if value < 0:
             raise ValueError(f"{name} must be >= 0; got {value!r}")
     if not 0 < eta < 1:
         raise ValueError(f"eta must be inside (0, 1), the paper's default is 0.8; got {eta!r}")
     if not label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int; got {ignore_index!r}")
+    ignore_index = integer("ignore_index", ignore_index)
     if not isinstance(standardize, bool):
         raise TypeError(f"standardize must be a bool; got {standardize!r}")
-    if ce_weight_unselected is None:
-        ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
     resolved, policy = resolve(divergence), resolve_revise(revise)
     return Hyperparameters(
         temperatures(temperature),
+        ce_weight,
+        kd_weight,
         ce_weight_unselected,
         policy,
+        eta,
+        label_smoothing,
         REVISE[policy],
         _choice("reduction", reduction, _REDUCTION),
+        ignore_index,
         resolved,
         resolved.parameters,
     )
 
 
-_checked_before = functools.lru_cache(maxsize=64, typed=True)(check_hyperparameters)
+@functools.lru_cache(maxsize=64, typed=True)
+def _checked_before(*, temperature: Any, **keywords: Any) -> Hyperparameters:
+    several = temperature if isinstance(temperature, tuple) else (temperature,)
+    if any(isinstance(value, Tensor) for value in (*several, *keywords.values())):
+        raise TypeError("a tensor's hash does not tell its value")
+    return check_hyperparameters(temperature=temperature, **keywords)
 
 
 def _check_once(**keywords: Any) -> Hyperparameters:
@@ -130,7 +145,7 @@ def _check_once(**keywords: Any) -> Hyperparameters:
         try:
             return _checked_before(**keywords)
         except TypeError:
-            pass  # a mistake, which is told below; or a list of temperatures, which has no hash
+            pass  # a mistake, which is told below; or what has no hash: a list of temperatures, a tensor
     return check_hyperparameters(**keywords)
 
 
@@ -218,9 +233,10 @@ def _check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) ->
             f"TopKTeacher.logsumexp must be floating of shape {tuple(values.shape[:-1])}; got {logsumexp.dtype} of "
             f"shape {tuple(logsumexp.shape)}"
         )
-    if temperature != [teacher.temperature]:
+    taken_at = teacher.one_temperature()
+    if temperature != [taken_at]:
         raise ValueError(
-            f"temperature must be {teacher.temperature!r}, at which the TopKTeacher's logsumexp was taken; "
+            f"temperature must be {taken_at!r}, at which the TopKTeacher's logsumexp was taken; "
             f"got {temperature[0] if len(temperature) == 1 else tuple(temperature)!r}"
         )
 
@@ -317,8 +333,7 @@ def _scalar(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | N
         if value.device != like.device:
             raise ValueError(f"{name} must be on {like.device} like student_logits; got {value.device}")
         return value.detach()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor of one element; got {value!r}")
+    value = number(name, value, "a number or a tensor of one element")
     if not math.isfinite(value) or value < 0 or (value == 0 and name == "grad_scale"):
         raise ValueError(f"{name} must be finite and {'> 0' if name == 'grad_scale' else '>= 0'}; got {value!r}")
     # torch.full fills on the device: a copy from the host would wait for it.
@@ -330,8 +345,69 @@ def _scalar(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | N
     )
 
 
-def _transforms_active() -> bool:
+def transforms_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _named(codes: dict[Any, int], code: int) -> Any:
+    return next(name for name, other in codes.items() if other == code)
+
+
+def composite(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    selected: Tensor | None,
+    class_weight: Tensor | None,
+    teacher_indices: Tensor | None,
+    teacher_logsumexp: Tensor | None,
+    num_valid: Tensor | None,
+    weight_sum: Tensor | None,
+    grad_scale: Tensor | None,
+    temperature: list[float],
+    ce_weight: float,
+    kd_weight: float,
+    ce_weight_unselected: float,
+    eta: float,
+    label_smoothing: float,
+    revise: int,
+    reduction: int,
+    ignore_index: int,
+    divergence: int,
+    divergence_parameters: list[float],
+    standardize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator kd_loss as PyTorch ops: for torch.func, forward-mode derivatives and those beyond the first."""
+    given: Tensor | TopKTeacher = teacher
+    if teacher_indices is not None and teacher_logsumexp is not None:
+        given = TopKTeacher(teacher, teacher_indices, teacher_logsumexp, temperature[0])
+    parts = reference.kd_loss_parts(
+        student,
+        given,
+        target,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        ce_weight_unselected=ce_weight_unselected,
+        revise=_named(REVISE, revise),
+        eta=eta,
+        selected=selected,
+        # A short teacher is a prefix here: whether it was meant to be one, the caller has checked.
+        teacher_rows=None if selected is not None else math.prod(teacher.shape[:-1]),
+        divergence=from_code(divergence, divergence_parameters),
+        standardize=standardize,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        ignore_index=ignore_index,
+        reduction=_named(_REDUCTION, reduction),
+        num_valid=num_valid,
+        weight_sum=weight_sum,
+        grad_scale=grad_scale,
+    )
+    return parts.loss, parts.ce, parts.kd, torch.stack(parts[3:])
+
+
+_ops.implement_composite(composite)
 
 
 def _call(
@@ -371,51 +447,31 @@ def _call(
         reduction=reduction,
     )
     _check_tensors(student_logits, teacher_logits, target, selected, class_weight, checked, teacher_rows)
-    if _transforms_active():
-        # torch.func cannot look into a C++ autograd function; the same loss in PyTorch ops it can.
-        parts = reference.kd_loss_parts(
-            student_logits,
-            teacher_logits,
-            target,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            ce_weight_unselected=checked.ce_weight_unselected,
-            revise=checked.policy,
-            eta=eta,
-            selected=selected,
-            teacher_rows=teacher_rows,
-            divergence=divergence,
-            standardize=standardize,
-            label_smoothing=label_smoothing,
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            num_valid=num_valid,
-            weight_sum=weight_sum,
-        )
-        return parts.loss, parts.ce, parts.kd, torch.stack(parts[3:])
-    cached = isinstance(teacher_logits, TopKTeacher)
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.kd_loss(
+    indices = logsumexp = None
+    if isinstance(teacher_logits, TopKTeacher):
+        teacher_logits, indices, logsumexp, _ = teacher_logits
+    # torch.func cannot look into a C++ autograd function.
+    operator = composite if transforms_active() else _ops.kd_loss
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = operator(
         student_logits,
-        teacher_logits.values if cached else teacher_logits,
+        teacher_logits,
         target,
         selected,
         class_weight,
-        teacher_logits.indices if cached else None,
-        teacher_logits.logsumexp if cached else None,
+        indices,
+        logsumexp,
         _scalar("num_valid", num_valid, student_logits),
         _scalar("weight_sum", weight_sum, student_logits),
         _scalar("grad_scale", grad_scale, student_logits),
         checked.temperature,
-        ce_weight,
-        kd_weight,
+        checked.ce_weight,
+        checked.kd_weight,
         checked.ce_weight_unselected,
-        eta,
-        label_smoothing,
+        checked.eta,
+        checked.label_smoothing,
         checked.revise,
         checked.reduction,
-        ignore_index,
+        checked.ignore_index,
         checked.divergence.code,
         checked.divergence_parameters,
         standardize,
@@ -494,7 +550,11 @@ def kd_loss(
     grad_scale: a number or 0-d tensor: the factor the coming grad_output will carry (GradScaler._scale). It never
         changes the result; it is folded in before a 16-bit gradient is rounded.
 
+    Numbers are Python's or NumPy's, or tensors of shape () on the CPU that require no gradient.
     -inf logits (excluded classes) are legal but for standardize and one-sided mse_logits.
+    Derivatives are student_logits' alone. Those beyond the first (create_graph=True), forward-mode ones and those of
+    torch.func are made from lrds_fast.reference's PyTorch ops, at their cost. For them the inputs stay alive until
+    backward; one that changes in place before a second derivative is an error, before a first one harmless or an error.
     Returns a float32 tensor (float64 if any logits are); the gradient has student_logits' dtype. Deterministic: the
     same bits for any thread count. Nothing synchronises on CUDA. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693; the
@@ -605,8 +665,8 @@ def revise_labels(
     Raises ValueError for eta outside (0, 1), temperature <= 0, mismatched shapes or, on the CPU, a target outside
     [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
     """
-    check_hyperparameters(
-        temperature=temperature,
+    checked = check_hyperparameters(
+        temperature=[temperature],
         ce_weight=1.0,
         kd_weight=1.0,
         ce_weight_unselected=1.0,
@@ -622,12 +682,13 @@ def revise_labels(
     _check_target(target, teacher_logits, policy, "teacher_logits")
     classes = teacher_logits.shape[-1]
     indices = not target.dtype.is_floating_point
-    if indices and target.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms_active():
+    if indices and target.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active():
         outside = ((target < 0) | (target >= classes)).flatten()
         if outside.any():
             row = int(outside.nonzero()[0])
             raise ValueError(f"target[{row}] is {int(target.flatten()[row])}, outside [0, {classes})")
-    return reference.revise_labels(teacher_logits, target, eta=eta, temperature=temperature, policy=policy)
+    (temperature,) = checked.temperature
+    return reference.revise_labels(teacher_logits, target, eta=checked.eta, temperature=temperature, policy=policy)
 
 
 def kd_logit_gradient(
@@ -652,6 +713,7 @@ def kd_logit_gradient(
     logits are not read. The rest as in kd_loss. Returns (N, C) float32 (float64 if any logits are), without gradient.
     The arithmetic is kd_loss's own kernel.
     """
+    ce_weight, kd_weight = number("ce_weight", ce_weight), number("kd_weight", kd_weight)
     checked = check_hyperparameters(
         temperature=temperature,
         ce_weight=abs(ce_weight),
@@ -678,8 +740,8 @@ def kd_logit_gradient(
         ce_weight,
         kd_weight,
         ce_weight,
-        eta,
-        label_smoothing,
+        checked.eta,
+        checked.label_smoothing,
         checked.revise,
         checked.reduction,
         -100,
@@ -758,7 +820,7 @@ def kd_moments(
         1.0,
         1.0,
         1.0,
-        eta,
+        checked.eta,
         0.0,
         checked.revise,
         checked.reduction,

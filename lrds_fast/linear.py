@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lrds_fast import _ops
+from lrds_fast._numbers import integer
 from lrds_fast.arguments import check_teacher_rows, check_tensor, unknown_keyword
 from lrds_fast.divergences import Divergence
 from lrds_fast.functional import (
@@ -19,6 +22,8 @@ from lrds_fast.functional import (
     check_class_dimension,
     check_hyperparameters,
     class_dimension_hint,
+    composite,
+    transforms_active,
 )
 
 __all__ = ["default_chunk_rows", "linear_kd_loss"]
@@ -28,6 +33,7 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 _LEAST_ROWS = 64
+_unpack_dual: Any = forward_ad.unpack_dual
 # A block of a 16-bit weight gradient that the CPU adds while it is still in cache (measured in docs/linear.md).
 _BLOCK_ELEMENTS = 1 << 19
 
@@ -304,49 +310,105 @@ def _graph_is_kept() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
+def _composed(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) -> Tensor:
+    """The loss in PyTorch ops, which can differentiate it in every way, from all the logits at once."""
+    z = F.linear(
+        hidden.masked_fill(_unread(rows), 0.0).to(rows.student_dtype),
+        weight.to(rows.student_dtype),
+        None if bias is None else bias.to(rows.student_dtype),
+    )
+    v = F.linear(
+        rows.teacher_hidden.to(rows.teacher_dtype),
+        rows.teacher_weight.to(rows.teacher_dtype),
+        None if rows.teacher_bias is None else rows.teacher_bias.to(rows.teacher_dtype),
+    )
+    rest: Any = (None, None, rows.num_valid, rows.weight_sum, None, *rows.options)
+    return composite(z, v, rows.target, rows.selected, rows.class_weight, *rest)[0]
+
+
+def _versions(rows: _Rows) -> list[int | None]:
+    """How often each tensor has been changed in place; None for those made under inference_mode, which do not count."""
+    return [None if tensor.is_inference() else tensor._version for tensor in rows if isinstance(tensor, Tensor)]
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    if tensor is None or torch.compiler.is_compiling():
+        return False
+    return _unpack_dual(tensor).tangent is not None
+
+
+def _sees_through(grad_output: Tensor) -> bool:
+    """Can a kernel read grad_output? Not a batch of them (is_grads_batched), nor one with a tangent."""
+    keys = str(torch._C._dispatch_keys(grad_output))  # torch names no key for is_grads_batched's tensors
+    return "Batched" not in keys and "FuncTorch" not in keys and not _has_tangent(grad_output)
+
+
 class _LinearKDLoss(torch.autograd.Function):
     """Forward makes the loss and the gradients; backward scales them by grad_output / grad_scale."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, wanted: _Wanted) -> Tensor:
         loss, *gradients = _forward(hidden, weight, bias, rows, wanted)
-        ctx.save_for_backward(*gradients, rows.grad_scale)
+        ctx.save_for_backward(*gradients, rows.grad_scale, hidden, weight, bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        if not torch.compiler.is_compiling():
+            # Not saved variables: those are checked for changes in place even where nothing is computed from them.
+            ctx.rows, ctx.versions, ctx.wanted = rows, _versions(rows), wanted
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, grad_scale = ctx.saved_tensors
+        *gradients, grad_scale, hidden, weight, bias = ctx.saved_tensors
         tracing = torch.compiler.is_compiling()
-        create_graph = torch.is_grad_enabled() and not tracing
+        if torch.is_grad_enabled() and not tracing:
+            return (*_differentiable_gradients(ctx, gradients, (hidden, weight, bias), grad_output), None, None)
         in_place = not tracing and not _graph_is_kept()
+        if in_place:
+            ctx.rows = None
+        sees_through = tracing or _sees_through(grad_output)
         results: list[Tensor | None] = []
         for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
             if gradient is None:
                 results.append(None)
                 continue
             with torch.no_grad():
-                if in_place:  # nobody will ask for the saved one again
+                if not sees_through:
+                    factor = grad_output if grad_scale is None else grad_output / grad_scale
+                    gradient = gradient.to(grad_output.dtype) * factor
+                elif in_place:  # nobody will ask for the saved one again
                     torch.ops.lrds_fast.scale_gradient_.default(gradient, grad_output, grad_scale)
                 else:
                     gradient = torch.ops.lrds_fast.scale_gradient.default(gradient, grad_output, grad_scale)
-                gradient = gradient.to(dtype)
-            results.append(_NoSecondDerivative.apply(gradient.requires_grad_()) if create_graph else gradient)
+                results.append(gradient.to(dtype))
         return (*results, None, None)
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """The identity whose derivative is an error. (once_differentiable is silent when grad_output is a constant.)"""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        raise RuntimeError(
-            "linear_kd_loss has no second derivative; use lrds_fast.reference.kd_loss of the logits where one is needed"
+def _differentiable_gradients(
+    ctx: Any, gradients: Sequence[Tensor | None], given: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor
+) -> list[Tensor | None]:
+    """The wanted gradients as PyTorch ops of `given` and grad_output, for the derivatives beyond the first."""
+    unchanged = ctx.versions == _versions(ctx.rows)
+    if None in ctx.versions and unchanged:
+        # Whether the forward pass saw the same is told by the gradients that it made.
+        with torch.no_grad():
+            again = _loss_and_gradients(*given, ctx.rows, ctx.wanted)[1:]
+        unchanged = all(
+            before is None or (now is not None and torch.allclose(now, before, 0.0, 0.0, equal_nan=True))
+            for now, before in zip(again, gradients, strict=True)
         )
+    if not unchanged:
+        raise RuntimeError(
+            "linear_kd_loss: teacher_hidden, or another input without gradient, was changed in place before a "
+            "derivative beyond the first was computed from it; pass a clone() of it"
+        )
+    # Views: hooks of the inputs themselves run in the outer pass, once.
+    hidden, weight, bias = given
+    hidden, weight, bias = hidden.view_as(hidden), weight.view_as(weight), None if bias is None else bias.view_as(bias)
+    loss = _composed(hidden, weight, bias, ctx.rows)
+    pairs = zip((hidden, weight, bias), ctx.wanted, strict=True)
+    asked = [tensor for tensor, wanted in pairs if wanted and tensor is not None]
+    found = iter(torch.autograd.grad(loss, asked, grad_output, create_graph=True))
+    return [next(found) if wanted else None for wanted in ctx.wanted]
 
 
 # --- Arguments
@@ -500,8 +562,9 @@ def linear_kd_loss(
 
     Returns a 0-d float32 tensor (float64 if any logits are). Gradients have their inputs' dtypes; those of the weight
     and the bias are accumulated over chunks in float32 (float64 for float64). Nothing synchronises on CUDA; on the
-    CPU a target out of range raises ValueError, on CUDA it makes the loss NaN. No second derivative. Compiles with
-    fullgraph=True, for any N in one graph. Raises ValueError or TypeError naming the argument.
+    CPU a target out of range raises ValueError, on CUDA it makes the loss NaN. Derivatives beyond the first
+    (create_graph=True), forward-mode ones and those of torch.func are made from PyTorch ops, of all the logits at once.
+    Compiles with fullgraph=True, for any N in one graph. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693.
     """
     if unknown:
@@ -525,8 +588,7 @@ def linear_kd_loss(
             "in the forward pass, which does not know each row's grad_output yet"
         )
     if chunk_rows is not None:
-        if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-            raise TypeError(f"chunk_rows must be an int or None; got {chunk_rows!r}")
+        chunk_rows = integer("chunk_rows", chunk_rows, "an int or None")
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows must be >= 1; got {chunk_rows!r}")
     student_dtype = _check_head("student", student_hidden, student_weight, student_bias, like=None)
@@ -545,10 +607,10 @@ def linear_kd_loss(
     selected = None if selected is None else selected.detach().reshape(-1)
     count = _scalar("num_valid", num_valid, student_hidden)
     if count is None:
-        count = (target != ignore_index).sum()
+        count = (target != checked.ignore_index).sum()
     weights = _scalar("weight_sum", weight_sum, student_hidden)
     if weights is None and class_weight is not None:
-        weights = _weight_sum(class_weight.detach(), target, ignore_index)
+        weights = _weight_sum(class_weight.detach(), target, checked.ignore_index)
     scale = _scalar("grad_scale", grad_scale, student_hidden)
     if scale is None and torch.float16 in (student_dtype, student_hidden.dtype) and reduction != "sum":
         # Undoes the division by the count, which a float16 gradient, of the logits or of hidden, would not survive;
@@ -570,20 +632,22 @@ def linear_kd_loss(
         chunk_rows=chunk_rows or 0,
         options=_Options(
             checked.temperature,
-            ce_weight,
-            kd_weight,
+            checked.ce_weight,
+            checked.kd_weight,
             checked.ce_weight_unselected,
-            eta,
-            label_smoothing,
+            checked.eta,
+            checked.label_smoothing,
             checked.revise,
             checked.reduction,
-            ignore_index,
+            checked.ignore_index,
             checked.divergence.code,
             checked.divergence.parameters,
             standardize,
         ),
     )
     given = (student_hidden, student_weight, student_bias)
+    if transforms_active() or any(_has_tangent(tensor) for tensor in given):
+        return _composed(hidden, student_weight, student_bias, rows)
     grad_enabled = torch.is_grad_enabled()
     wanted = _Wanted(*(grad_enabled and tensor is not None and tensor.requires_grad for tensor in given))
     if not any(wanted):

@@ -8,7 +8,7 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from lrds_fast.arguments import unknown_keyword
-from lrds_fast.divergences import Divergence, resolve_revise
+from lrds_fast.divergences import Divergence
 from lrds_fast.functional import check_hyperparameters, kd_loss
 from lrds_fast.reference import default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
@@ -41,7 +41,7 @@ class KDLoss(nn.Module):
         super().__init__()
         if unknown:
             raise unknown_keyword(KDLoss, unknown)
-        check_hyperparameters(
+        checked = check_hyperparameters(
             temperature=temperature,
             ce_weight=ce_weight,
             kd_weight=kd_weight,
@@ -54,19 +54,21 @@ class KDLoss(nn.Module):
             ignore_index=ignore_index,
             reduction=reduction,
         )
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
-        self.ce_weight_unselected = ce_weight_unselected
-        self.revise = resolve_revise(revise)
-        self.eta = eta
+        # Python's numbers, whatever kind was given.
+        several = isinstance(temperature, (tuple, list))
+        self.temperature = tuple(checked.temperature) if several else checked.temperature[0]
+        self.ce_weight = checked.ce_weight
+        self.kd_weight = checked.kd_weight
+        self.ce_weight_unselected = None if ce_weight_unselected is None else checked.ce_weight_unselected
+        self.revise = checked.policy
+        self.eta = checked.eta
         self.divergence = divergence
         self.standardize = standardize
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = checked.label_smoothing
         # As nn.CrossEntropyLoss keeps it: a buffer, so that .to(device) moves it.
         self.register_buffer("class_weight", class_weight)
         self.class_weight: Tensor | None
-        self.ignore_index = ignore_index
+        self.ignore_index = checked.ignore_index
         self.reduction = reduction
 
     @property

@@ -235,8 +235,8 @@ def _mse(rows: Rows, d: MSE) -> Tensor:
     if d.on == "probs":
         return (F.softmax(rows.z / rows.temperature, dim=-1) - rows.teacher.p).square().mean(dim=-1)
     z, v = rows.z, rows.teacher.v
-    same = z.detach() == v  # also where both are -inf
-    return torch.where(same, 0.0, torch.where(same, 0.0, z) - torch.where(same, 0.0, v)).square().mean(dim=-1)
+    both = (z.detach() == v) & v.isinf()  # excluded on both sides: no difference
+    return torch.where(both, 0.0, torch.where(both, 0.0, z) - torch.where(both, 0.0, v)).square().mean(dim=-1)
 
 
 def _jsd(rows: Rows, d: JSD) -> Tensor:
@@ -372,11 +372,12 @@ def kd_loss_parts(
     v = teacher_logits.detach().reshape(-1, classes).to(dtype)
     y, soft = _targets(target, classes, dtype)
     rows, taught = z.shape[0], v.shape[0]
+    class_weight = None if class_weight is None else class_weight.detach().to(dtype)
 
     valid = torch.ones_like(y, dtype=torch.bool) if soft is not None else y != ignore_index
     y = torch.where(valid, y, 0)
     if selected is not None:
-        w = selected.reshape(-1).to(dtype)
+        w = selected.detach().reshape(-1).to(dtype)
     else:
         w = (torch.arange(rows, device=z.device) < taught).to(dtype)
     w_ce = w * ce_weight + (1.0 - w) * ce_weight_unselected
@@ -411,12 +412,13 @@ def kd_loss_parts(
     elif reduction in ("mean", "elementmean"):
 
         def number(given: Tensor | float | None, counted: Tensor) -> Tensor:
-            return torch.as_tensor(counted if given is None else given, dtype=dtype, device=z.device)
+            number = torch.as_tensor(counted if given is None else given, dtype=dtype, device=z.device)
+            return number.detach().reshape(())
 
         count = number(num_valid, n_valid) * (classes if reduction == "elementmean" else 1)
         ce_count = count
         if reduction == "mean" and class_weight is not None and soft is None:
-            ce_count = number(weight_sum, torch.where(valid, class_weight.to(dtype)[y], 0.0).sum())
+            ce_count = number(weight_sum, torch.where(valid, class_weight[y], 0.0).sum())
         ce, kd = ce.sum() * _inverse(ce_count), kd.sum() * _inverse(count)
     elif reduction == "sum":
         ce, kd = ce.sum(), kd.sum()

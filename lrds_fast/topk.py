@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrds_fast._numbers import integer, number
 from lrds_fast.arguments import check_tensor
 
 
@@ -16,6 +17,8 @@ class TopKTeacher(NamedTuple):
     values: (..., k) floating logits. indices: (..., k) int64/int32, their classes, each once. logsumexp: (...,)
     floating, logsumexp(v / temperature) over all classes. temperature: the T it was taken at, and kd_loss's.
     The probability that the kept classes leave, 1 - sum exp(values / T - logsumexp), is spread evenly over the others.
+    torch.utils.data.default_collate makes batches of a data set's teachers, with a temperature per sample that is the
+    same for all.
     """
 
     values: Tensor
@@ -30,6 +33,7 @@ class TopKTeacher(NamedTuple):
         Raises ValueError for k outside [1, C] or temperature <= 0, TypeError for logits that are no Tensor.
         """
         check_tensor("logits", logits)
+        k, temperature = integer("k", k), number("temperature", temperature)
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"k must be in [1, {logits.shape[-1]}]; got {k!r}")
         if not temperature > 0:
@@ -38,14 +42,33 @@ class TopKTeacher(NamedTuple):
         values, indices = logits.detach().topk(k, dim=-1)
         return cls(values, indices, torch.logsumexp(precise / temperature, dim=-1), temperature)
 
+    def one_temperature(self) -> float:
+        """temperature as a number; a default_collate'd one is a tensor with an entry per sample.
+
+        Raises ValueError where the entries differ, TypeError for what is no number or is on a GPU.
+        """
+        temperature: object = self.temperature
+        if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+            return number("TopKTeacher.temperature", temperature)
+        if temperature.is_cuda:
+            raise TypeError(
+                "TopKTeacher.temperature must be a number, or a tensor on the CPU: teacher._replace(temperature=4.0); "
+                f"got one on {temperature.device}"
+            )
+        found = set(temperature.flatten().tolist())
+        if len(found) != 1:
+            raise ValueError(f"TopKTeacher.temperature must be the same for all rows; got {sorted(found)}")
+        return float(found.pop())
+
     def dense(self, classes: int, dtype: torch.dtype | None = None) -> Tensor:
         """(..., classes) logits with this teacher's softmax at its temperature, in dtype (default: logsumexp's)."""
         dtype = dtype or self.logsumexp.dtype
+        temperature = self.one_temperature()
         values, log_sum = self.values.to(dtype), self.logsumexp.to(dtype)[..., None]
-        kept = (values / self.temperature - log_sum).exp().sum(dim=-1, keepdim=True)
+        kept = (values / temperature - log_sum).exp().sum(dim=-1, keepdim=True)
         others = classes - values.shape[-1]
         rest = torch.full_like(log_sum, -torch.inf)
         if others > 0:
-            rest = self.temperature * (log_sum + ((1.0 - kept).clamp(min=0.0) / others).log())
+            rest = temperature * (log_sum + ((1.0 - kept).clamp(min=0.0) / others).log())
         shape = (*values.shape[:-1], classes)
         return rest.expand(shape).scatter(-1, self.indices.long(), values)

@@ -128,6 +128,19 @@ def test_mlkd_loss_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda z: mlkd_loss(z, teacher, target), student.clone().requires_grad_())
 
 
+@pytest.mark.parametrize("loss", [revision_loss, mlkd_loss, lambda z, v, _: dist_loss(z, v)])
+def test_second_derivatives_are_the_gradients_differences(loss: Callable[..., Tensor]) -> None:
+    student, teacher, target = kd_cases.family_rows(9, 5, DOUBLE)
+    z, direction = student[4:].clone(), student[4:].cos()
+
+    def gradient(step: float) -> Tensor:
+        leaf = (z + step * direction).requires_grad_()
+        return torch.autograd.grad(loss(leaf, teacher[4:], target[4:]), leaf)[0]
+
+    second = torch.autograd.functional.hvp(lambda z: loss(z, teacher[4:], target[4:]), z, direction)[1]
+    torch.testing.assert_close(second, (gradient(1e-5) - gradient(-1e-5)) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 def test_types_and_devices(dtype: torch.dtype) -> None:
     student, teacher, target = kd_cases.family_rows(8, 6, dtype)

@@ -97,6 +97,21 @@ def test_target_out_of_range_is_nan_in_its_row_alone(classes: int) -> None:
     assert torch.equal(gradient.isnan().any(dim=1), bad)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_derivatives_beyond_the_first(reduction: str) -> None:
+    """Backward runs on a thread of autograd's there, and calls into Python for these."""
+    student, teacher, target = kd_cases.rows(6, 33, torch.float64, device="cuda")
+    student.requires_grad_()
+    ours, theirs = (loss(student, teacher, target, reduction=reduction) for loss in (kd_loss, reference.kd_loss))
+    several = torch.linspace(-1.0, 2.0, 3 * ours.numel(), dtype=torch.float64, device="cuda").view(3, *ours.shape)
+    results = []
+    for loss in (ours, theirs):
+        (first,) = torch.autograd.grad(loss.sum(), student, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), student, retain_graph=True)
+        results.append((second, *torch.autograd.grad(loss, student, several, is_grads_batched=True)))
+    torch.testing.assert_close(*results)
+
+
 def test_nothing_synchronises() -> None:
     student, teacher, target = kd_cases.rows(64, 1000, device="cuda")
     student.requires_grad_()

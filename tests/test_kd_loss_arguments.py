@@ -8,11 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 import kd_cases
+import numpy as np
 import pytest
 import torch
 
-from lrds_fast import TopKTeacher, functional, kd_loss, kd_loss_parts, reference, revise_labels
-from lrds_fast.composed import dist_loss, mlkd_loss, revision_loss
+from lrds_fast import (
+    DKD,
+    KDLoss,
+    TopKTeacher,
+    dist_loss,
+    functional,
+    kd_loss,
+    kd_loss_parts,
+    mlkd_loss,
+    reference,
+    revise_labels,
+    revision_loss,
+)
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -378,6 +390,73 @@ def test_what_was_right_before_excuses_nothing() -> None:
     assert several[0] == several[1]
     second = kd_loss(**given, temperature=4.0, ce_weight=0.0, ce_weight_unselected=1.0)
     torch.testing.assert_close(several[0], kd_loss(**given, temperature=2.0) + second)
+
+
+NUMBER_KINDS: list[Callable[[float], Any]] = [
+    np.float64,
+    np.float32,
+    np.float16,
+    np.array,
+    torch.tensor,
+    lambda value: torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64),
+]
+
+
+@pytest.mark.parametrize("kind", NUMBER_KINDS)
+def test_numbers_of_numpy_and_tensors_without_dimensions(kind: Callable[[float], Any]) -> None:
+    """They are taken for what they are worth wherever a Python number is; all values here are exact in every type."""
+    given = arguments()
+    student, teacher, target = given.values()
+    numbers: dict[str, Any] = dict(temperature=4.0, ce_weight=0.25, kd_weight=0.5, ce_weight_unselected=0.75)
+    numbers |= dict(eta=0.625, label_smoothing=0.125, num_valid=8.0, grad_scale=2.0)
+
+    def of(kind: Callable[[float], Any]) -> dict[str, Any]:
+        return {name: kind(value) for name, value in numbers.items()}
+
+    whole: Callable[[int], Any] = np.int64 if isinstance(kind(1.0), np.generic) else kind  # type: ignore[assignment]
+    expected = kd_loss(**given, **numbers, divergence=DKD(alpha=0.5, beta=2.0), ignore_index=3)
+    divergence = DKD(alpha=kind(0.5), beta=kind(2.0))
+    assert divergence == DKD(alpha=0.5, beta=2.0) and hash(divergence) == hash(DKD(alpha=0.5, beta=2.0))
+    assert torch.equal(kd_loss(**given, **of(kind), divergence=divergence, ignore_index=whole(3)), expected)
+    # What a module holds are Python's numbers.
+    held = {name: value for name, value in numbers.items() if name not in ("num_valid", "grad_scale")}
+    module = KDLoss(**{name: kind(value) for name, value in held.items()}, ignore_index=whole(3))
+    assert repr(module) == repr(KDLoss(**held, ignore_index=3))
+    assert torch.equal(kd_loss(**given, temperature=[kind(2.0), kind(4.0)]), kd_loss(**given, temperature=[2.0, 4.0]))
+    assert torch.equal(revise_labels(teacher, target, eta=kind(0.5)), revise_labels(teacher, target, eta=0.5))
+    for loss in (
+        lambda kind: dist_loss(student, teacher, beta=kind(0.5), gamma=kind(2.0), temperature=kind(4.0)),
+        lambda kind: mlkd_loss(**given, batch_weight=kind(0.5), category_weight=kind(0.5), kd_weight=kind(0.5)),
+        lambda kind: revision_loss(student, teacher, target, lambda1=kind(0.5), lambda2=kind(2.0), eta=kind(0.5)),
+    ):
+        assert torch.equal(loss(kind), loss(float))
+
+
+def test_a_tensors_value_counts_at_every_call() -> None:
+    """Checked numbers are remembered, but a tensor can change."""
+    given = arguments()
+    temperature = torch.tensor(2.0)
+    for value in (2.0, 4.0, 8.0):
+        temperature.fill_(value)
+        for changing in (temperature, (temperature,)):
+            assert torch.equal(kd_loss(**given, temperature=changing), kd_loss(**given, temperature=value))
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (np.bool_(True), "must be a number; got np.True_"),
+        (torch.tensor(True), r"must be a number; got tensor\(True\)"),
+        (torch.tensor([4.0]), r"must be a number; got tensor\(\[4.\]\)"),
+        (np.array([4.0]), r"must be a number; got array\(\[4.\]\)"),
+        (4j, "must be a number; got 4j"),
+        (torch.tensor(4.0, requires_grad=True), "gets no gradient: pass its .item()"),
+    ],
+)
+def test_no_numbers(number: Any, says: str) -> None:
+    for name in ("temperature", "ce_weight", "eta"):
+        with pytest.raises(TypeError, match=f"{name} {says}"):
+            kd_loss(**arguments(), **{name: number})
 
 
 def test_accepted() -> None:

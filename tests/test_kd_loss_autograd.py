@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import kd_cases
@@ -13,8 +15,9 @@ import pytest
 import torch
 from tolerances import assert_matches_reference
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lrds_fast import DKD, functional, kd_loss, kd_loss_parts, reference
+from lrds_fast import DKD, divergences, functional, kd_loss, kd_loss_parts, reference
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "elementmean"])
@@ -119,20 +122,6 @@ def test_changing_the_logits_between_forward_and_backward_is_not_silently_wrong(
                 torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_double_backward_says_that_there_is_none(reduction: str) -> None:
-    student, teacher, target = kd_cases.rows(8, 10, torch.float64)
-    student.requires_grad_()
-    loss = kd_loss(student, teacher, target, reduction=reduction).sum()
-    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
-    torch.testing.assert_close(
-        gradient,
-        torch.autograd.grad(kd_loss(student, teacher, target, reduction=reduction).sum(), student)[0],
-    )
-    with pytest.raises(RuntimeError, match=r"kd_loss.*reference"):
-        gradient.square().sum().backward()
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_without_gradients(reduction: str, mode: Callable[[], Any]) -> None:
@@ -147,17 +136,216 @@ def test_without_gradients(reduction: str, mode: Callable[[], Any]) -> None:
 
 
 def test_inference_tensors_of_a_teacher() -> None:
-    """A teacher run under inference_mode, the student's backward outside."""
+    """A teacher run under inference_mode, the student's backward outside; such a tensor counts no changes."""
     student, teacher, target = kd_cases.rows(16, 33)
-    with torch.inference_mode():
-        inferred = teacher * 1.0
     for reduction in ("mean", "none"):
         for dtype in (torch.float32, torch.float16):
+            with torch.inference_mode():
+                inferred = teacher * 1.0
             leaf = student.to(dtype).requires_grad_()
             loss = kd_loss(leaf, inferred, target, reduction=reduction).sum()
             expected = kd_loss(leaf, teacher, target, reduction=reduction).sum()
-            ours, theirs = (torch.autograd.grad(x, leaf)[0] for x in (loss, expected))
+            ours, theirs = (torch.autograd.grad(x, leaf, create_graph=True)[0] for x in (loss, expected))
             assert torch.equal(ours, theirs)
+            with torch.inference_mode():
+                inferred.mul_(-3.0)
+            ours, theirs = (torch.autograd.grad(x, leaf, retain_graph=True)[0] for x in (loss, expected))
+            assert torch.equal(ours, theirs)
+            # A copy was kept, or the change is noticed.
+            with contextlib.suppress(RuntimeError):
+                ours, theirs = (torch.autograd.grad(x, leaf, create_graph=True)[0] for x in (loss, expected))
+                assert torch.equal(ours, theirs)
+    loss = kd_loss(student.requires_grad_(), inferred, target)
+    with torch.inference_mode():
+        inferred.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"teacher_logits.*inference_mode.*clone"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+def test_what_is_kept_for_second_derivatives_costs_first_ones_nothing() -> None:
+    """A teacher's buffer may be filled again before backward, and goes with it though the loss stays."""
+    student, teacher, target = kd_cases.rows(16, 33)
+    student.requires_grad_()
+    teacher = teacher * 1.0
+    loss = kd_loss(student, teacher, target)
+    expected = torch.autograd.grad(loss, student, retain_graph=True)[0]
+    teacher.mul_(-3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, student, create_graph=True)
+    gone = weakref.ref(teacher.untyped_storage())
+    del teacher
+    assert gone() is not None
+    loss.backward()
+    assert gone() is None
+    assert student.grad is not None and torch.equal(student.grad, expected)
+
+
+# --- Derivatives beyond the first, forward-mode and batched ones
+
+
+def gradient(loss: Callable[[Tensor], Tensor], at: Tensor, grad_output: Tensor) -> Tensor:
+    """The kernel's."""
+    leaf = at.detach().clone().requires_grad_()
+    return torch.autograd.grad(loss(leaf), leaf, grad_output)[0]
+
+
+@pytest.mark.parametrize("divergence", divergences.NAMES)
+def test_second_derivatives_are_the_gradients_differences(divergence: str) -> None:
+    """In the student's logits and in grad_output, for every revision, reduction and kind of target; by every route."""
+    generator = torch.Generator().manual_seed(0)
+    z, v, d = (torch.randn(5, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    z.requires_grad_()
+    soft = torch.softmax(3.0 * torch.randn(5, 4, generator=generator, dtype=torch.float64), dim=-1)
+    indices = torch.tensor([0, 1, -100, 2, 3])
+    common: dict[str, Any] = dict(divergence=divergence, temperature=(1.5, 3.0), label_smoothing=0.1)
+    common |= dict(selected=torch.tensor([1.0, 0.5, 1.0, 0.0, 1.0]), class_weight=torch.linspace(0.5, 1.5, 4))
+    # Other pairs of revision and reduction for every divergence.
+    reductions = deque(("mean", "none", "sum", "elementmean"))
+    reductions.rotate(divergences.NAMES.index(divergence))
+    for target, policies in ((indices, ("lr", "mft", "swap", None)), (soft, ("lr", None, None, "lr"))):
+        for revise, reduction in zip(policies, reductions, strict=True):
+
+            def loss(
+                z: Tensor, target: Tensor = target, revise: str | None = revise, reduction: str = reduction
+            ) -> Tensor:
+                return kd_loss(z, 2.0 * v, target, revise=revise, reduction=reduction, **common)
+
+            value = loss(z)
+            grad_output = torch.linspace(0.5, 2.0, value.numel(), dtype=torch.float64).view(value.shape)
+            grad_output.requires_grad_()
+            (first,) = torch.autograd.grad(value, z, grad_output, create_graph=True)
+            torch.testing.assert_close(first, gradient(loss, z, grad_output))
+            second, by_output = torch.autograd.grad(first, (z, grad_output), d)
+            ahead, behind = (gradient(loss, z + step * d, grad_output) for step in (1e-5, -1e-5))
+            torch.testing.assert_close(second, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
+
+            unit = gradient(loss, z, torch.ones_like(grad_output)) * d
+            torch.testing.assert_close(by_output, unit.sum() if value.dim() == 0 else unit.sum(-1))
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(z.detach(), d))).tangent
+                torch.testing.assert_close(tangent, by_output)
+                # The gradient is linear in grad_output.
+                dual = forward_ad.make_dual(torch.ones_like(value), grad_output.detach())
+                (result,) = torch.autograd.grad(loss(z), z, dual)
+                torch.testing.assert_close(forward_ad.unpack_dual(result).tangent, first)
+            rows = torch.autograd.functional.jacobian(loss, z, vectorize=True)
+            weights = grad_output.view(-1, 1, 1)
+            torch.testing.assert_close((rows.reshape(-1, 5, 4) * weights).sum(0), first)
+
+
+@pytest.mark.parametrize("divergence", divergences.NAMES)
+def test_second_derivatives_where_the_student_is_the_teacher(divergence: str) -> None:
+    """Most are 0 there, their curvature is not; excluded classes have none."""
+    _, teacher, target = kd_cases.rows(5, 4, torch.float64)
+    direction = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64).view(5, 4).cos()
+
+    def loss(z: Tensor) -> Tensor:
+        return kd_loss(z, teacher, target, divergence=divergence, revise=None, ce_weight=0.0)
+
+    second = torch.autograd.functional.hvp(loss, teacher.clone(), direction)[1]
+    one = torch.ones((), dtype=torch.float64)
+    ahead, behind = (gradient(loss, teacher + step * direction, one) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(second, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
+    assert divergence == "nkd" or second.any()
+
+    excluded = torch.full((5, 1), -torch.inf, dtype=torch.float64)
+    teacher = torch.cat([teacher, excluded], dim=-1)
+    wider = torch.cat([direction, torch.ones_like(excluded)], dim=-1)
+    scale = 5 / 4 if divergence.startswith("mse") else 1.0  # the mean over classes
+    with_excluded = torch.autograd.functional.hvp(loss, teacher.clone(), wider)[1]
+    torch.testing.assert_close(scale * with_excluded[:, :4], second)
+    assert not with_excluded[:, 4].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradgradcheck(reduction: str) -> None:
+    student, teacher, target = kd_cases.rows(3, 4, torch.float64)
+    student.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda z: kd_loss(z, teacher, target, reduction=reduction), student)
+
+
+def products(loss: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """What second derivatives are for, of a small network under `loss`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights = (normal(8, 3).requires_grad_(), normal(5, 8).requires_grad_())
+    x, v, y, d = normal(4, 3), normal(4, 5), torch.tensor([0, 1, 2, 3]), normal(4, 5)
+
+    def of(weights: Sequence[Tensor]) -> Tensor:
+        return loss((x @ weights[0].T).tanh() @ weights[1].T, v, y)
+
+    def flat(gradients: Sequence[Tensor]) -> Tensor:
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    def first() -> Tensor:
+        return flat(torch.autograd.grad(of(weights), weights, create_graph=True))
+
+    results = {
+        "hessian": torch.autograd.functional.hessian(lambda z: loss(z, v, y), d),
+        "hessian, vectorized": torch.autograd.functional.hessian(lambda z: loss(z, v, y), d, vectorize=True),
+        "hvp": torch.autograd.functional.hvp(lambda z: loss(z, v, y), d, 2.0 * d)[1],
+        "vhp": torch.autograd.functional.vhp(lambda z: loss(z, v, y), d, 2.0 * d)[1],
+        "torch.func": torch.func.hessian(lambda z: loss(z, v, y))(d),
+        "penalty": flat(torch.autograd.grad(first().square().sum(), weights)),
+        "materialized": flat(torch.autograd.grad(first().sum(), weights, materialize_grads=True)),
+    }
+    inner = torch.autograd.grad(of(weights), weights, create_graph=True)
+    outer = of([weight - 0.5 * step for weight, step in zip(weights, inner, strict=True)])
+    results["inner step"] = flat(torch.autograd.grad(outer, weights))
+    z = 1.0 * d.requires_grad_()
+    z.register_hook(lambda gradient: 2.0 * gradient)  # once
+    first_of_z = torch.autograd.grad(loss(z, v, y), d, create_graph=True)[0]
+    results["third"] = torch.autograd.grad(
+        torch.autograd.grad(first_of_z.square().sum(), d, create_graph=True)[0].sum(), d
+    )[0]
+    first().square().sum().backward()
+    results["backward"] = flat([weight.grad for weight in weights if weight.grad is not None])
+    return results
+
+
+def test_every_route_to_a_second_derivative() -> None:
+    torch.testing.assert_close(products(kd_loss), products(reference.kd_loss))
+
+
+@pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_gradients(reduction: str, dtype: torch.dtype) -> None:
+    """is_grads_batched, the graph kept or not, with a grad_scale and without."""
+    student, teacher, target = kd_cases.rows(6, 33, dtype)
+    student.requires_grad_()
+    for grad_scale in (None, 8.0):
+        for keep in (True, False):
+            loss = kd_loss(student, teacher, target, reduction=reduction, grad_scale=grad_scale)
+            given = torch.linspace(-1.0, 2.0, 3 * loss.numel(), dtype=loss.dtype).view(3, *loss.shape)
+            expected = torch.stack([torch.autograd.grad(loss, student, g, retain_graph=True)[0] for g in given])
+            (actual,) = torch.autograd.grad(loss, student, given, is_grads_batched=True, retain_graph=keep)
+            assert actual.dtype == dtype
+            torch.testing.assert_close(actual, expected)
+
+
+def test_only_the_student_has_derivatives() -> None:
+    """At any order, by backward, forward and functional modes."""
+    student, teacher, target = kd_cases.rows(6, 5, torch.float64)
+    soft = torch.softmax(teacher.roll(1, dims=0), dim=-1)
+    del target
+    others = [teacher, soft, torch.linspace(0.1, 0.9, 6).double(), torch.linspace(0.5, 1.5, 5).double()]
+
+    def loss(z: Tensor, v: Tensor, t: Tensor, selected: Tensor, class_weight: Tensor) -> Tensor:
+        return kd_loss(z, v, t, selected=selected, class_weight=class_weight)
+
+    given = [student, *(other.clone() for other in others)]
+    leaves = [tensor.requires_grad_() for tensor in given]
+    (first,) = torch.autograd.grad(loss(*leaves), student, create_graph=True)
+    second = torch.autograd.grad(first.square().sum(), leaves, allow_unused=True)
+    assert second[0] is not None and all(other is None for other in second[1:])
+    for gradient in torch.func.grad(loss, argnums=(1, 2, 3, 4))(student.detach(), *others):
+        assert not gradient.any()
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(other, torch.ones_like(other)) for other in others]
+        assert forward_ad.unpack_dual(loss(student.detach(), *duals)).tangent is None
 
 
 # --- opcheck
@@ -242,6 +430,16 @@ def test_opcheck_forward_and_backward(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", OP_CASES)
+def test_composite_is_the_same(case: str) -> None:
+    """kd_loss_composite, which derivatives beyond the first come from, takes every argument as the kernel does."""
+    arguments = op_arguments(**OP_CASES[case] | {"requires_grad": False})
+    actual, expected = (op(**arguments) for op in (torch.ops.lrds_fast.kd_loss_composite, torch.ops.lrds_fast.kd_loss))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    if case == "mean":
+        torch.library.opcheck(torch.ops.lrds_fast.kd_loss_composite.default, (), arguments)
+
+
+@pytest.mark.parametrize("case", OP_CASES)
 def test_in_place_is_the_same(case: str) -> None:
     """kd_loss_forward_ leaves in the logits' memory what kd_loss_forward returns."""
     arguments = op_arguments(**OP_CASES[case] | {"requires_grad": False})
@@ -315,6 +513,7 @@ def test_every_operator_is_checked() -> None:
         "linear_kd_loss_forward",  # tests/test_linear_kd_loss.py
         "kd_moments",  # tests/test_kd_moments.py
         "kd_loss",
+        "kd_loss_composite",
         "kd_loss_forward",
         "kd_loss_forward_",
         "kd_loss_backward",

@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import kd_cases
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 import lrds_fast
 from lrds_fast import TopKTeacher, kd_loss, kd_loss_parts, reference
@@ -275,6 +277,23 @@ def test_mistakes_are_named(options: dict[str, Any], error: type[Exception], mes
     student, teacher, target = kd_cases.family_rows(4, 10)
     with pytest.raises(error, match=message):
         kd_loss(student, teacher, options.pop("target", target), **options)
+
+
+def test_cached_teachers_of_samples_are_a_batchs() -> None:
+    """default_collate makes a tensor of the samples' temperatures."""
+    student, teacher, target = kd_cases.family_rows(4, 10)
+    cached = TopKTeacher.from_logits(teacher, np.int64(3), temperature=np.float32(2.0))
+    samples = [TopKTeacher(*rows, 2.0) for rows in zip(*cached[:3], strict=True)]
+    batch = default_collate(samples)
+    assert isinstance(batch, TopKTeacher) and isinstance(batch.temperature, torch.Tensor)
+    for loss in (kd_loss, reference.kd_loss, torch.func.grad(kd_loss)):
+        assert torch.equal(
+            loss(student, batch, target, temperature=2.0), loss(student, cached, target, temperature=2.0)
+        )
+    torch.testing.assert_close(batch.dense(10), cached.dense(10))
+    mixed = default_collate([*samples[:3], samples[3]._replace(temperature=4.0)])
+    with pytest.raises(ValueError, match=r"TopKTeacher.temperature must be the same for all rows; got \[2.0, 4.0\]"):
+        kd_loss(student, mixed, target, temperature=2.0)
 
 
 def test_cached_teacher_mistakes_are_named() -> None:

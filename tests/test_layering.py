@@ -21,12 +21,13 @@ CPP_MAY_INCLUDE = {
 TORCH_HEADERS = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h")
 
 # Layer of the package -> the layers it may import, itself included.
-_CORE = {"arguments", "functional", "_ops", "_C", "_build", "reference", "divergences", "topk", "_version", "files"}
-_CORE |= {"rand_augment"}
+_CORE = {"arguments", "functional", "_numbers", "_ops", "_C", "_build", "reference", "divergences", "topk", "_version"}
+_CORE |= {"files", "rand_augment"}
 PYTHON_MAY_IMPORT = {
-    "arguments": {"arguments"},
-    "divergences": {"divergences"},
-    "topk": {"topk", "arguments"},
+    "_numbers": {"_numbers"},
+    "arguments": {"arguments", "_numbers"},
+    "divergences": {"divergences", "_numbers"},
+    "topk": {"topk", "arguments", "_numbers"},
     "reference": {"reference", "arguments", "divergences", "topk"},
     "_version": {"_version"},
     "files": {"files"},

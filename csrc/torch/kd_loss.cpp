@@ -4,12 +4,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/allclose.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/set.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -17,6 +20,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -24,6 +28,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/divergences.h"
@@ -80,6 +85,17 @@ struct Problem {
           double ce_weight_unselected, double eta, double label_smoothing, std::int64_t revise,
           std::int64_t reduction, std::int64_t ignore_index, std::int64_t divergence,
           Numbers divergence_parameters, bool standardize)
+      : Problem(student, teacher, target, selected, class_weight, teacher_indices,
+                teacher_logsumexp, num_valid, weight_sum, grad_scale,
+                KdLossOptions{temperature.vec(), ce_weight, kd_weight, ce_weight_unselected, eta,
+                              label_smoothing, revise, reduction, ignore_index, divergence,
+                              divergence_parameters.vec(), standardize}) {}
+
+  Problem(const Tensor& student, const Tensor& teacher, const Tensor& target,
+          const OptionalTensor& selected, const OptionalTensor& class_weight,
+          const OptionalTensor& teacher_indices, const OptionalTensor& teacher_logsumexp,
+          const OptionalTensor& num_valid, const OptionalTensor& weight_sum,
+          const OptionalTensor& grad_scale, KdLossOptions options)
       : student(student),
         teacher(teacher),
         target(target),
@@ -90,18 +106,7 @@ struct Problem {
         num_valid(num_valid),
         weight_sum(weight_sum),
         grad_scale(grad_scale),
-        options{temperature.vec(),
-                ce_weight,
-                kd_weight,
-                ce_weight_unselected,
-                eta,
-                label_smoothing,
-                revise,
-                reduction,
-                ignore_index,
-                divergence,
-                divergence_parameters.vec(),
-                standardize} {}
+        options(std::move(options)) {}
 
   template <class F>
   auto unpack(F f) const {
@@ -668,6 +673,22 @@ struct BackwardOp {
   }
 };
 
+template <class... P>
+struct LogitGradientOp {
+  static Tensor call(P... parameters) {
+    static const auto op = find<Tensor(P...)>("lrds_fast::kd_logit_gradient");
+    return op.call(parameters...);
+  }
+};
+
+template <class... P>
+struct CompositeOp {
+  static Loss call(P... parameters) {
+    static const auto op = find<Loss(P...)>("lrds_fast::kd_loss_composite");
+    return op.call(parameters...);
+  }
+};
+
 Forward call_forward(const Problem& problem, bool with_gradient) {
   return problem.unpack([&](const auto&... parameters) {
     return WithParameters<ForwardOp>::call(parameters..., with_gradient);
@@ -680,109 +701,205 @@ Tensor call_backward(const Tensor& grad_output, const Problem& problem) {
   });
 }
 
-// A tensor made under inference_mode (a teacher's output) cannot be saved for backward; another
-// view of its storage can.
-Tensor saveable(const Tensor& tensor) {
-  if (!tensor.defined() || !tensor.is_inference()) return tensor;
-  return at::empty({0}, tensor.options())
-      .set_(tensor.storage(), tensor.storage_offset(), tensor.sizes(), tensor.strides());
+Tensor call_logit_gradient(const Problem& problem) {
+  return problem.unpack([](const auto&... parameters) {
+    return WithParameters<LogitGradientOp>::call(parameters...);
+  });
 }
+
+// The loss as PyTorch ops (lrds_fast/functional.py), which PyTorch differentiates to any order.
+Loss call_composite(const Problem& problem) {
+  return problem.unpack(
+      [](const auto&... parameters) { return WithParameters<CompositeOp>::call(parameters...); });
+}
+
+bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
 OptionalTensor optional(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
+// A tensor made under inference_mode (a teacher's output) has no version counter and cannot be
+// saved for backward. A copy of it can, and another view of its storage, whose changes go unseen.
+bool uncounted(const Tensor& tensor) { return tensor.defined() && tensor.is_inference(); }
+
+Tensor view_of_storage(const Tensor& tensor) {
+  return at::empty({0}, tensor.options())
+      .set_(tensor.storage(), tensor.storage_offset(), tensor.sizes(), tensor.strides());
+}
+
+// A problem, but for grad_scale, kept for backward. Unlike the variables of save_for_backward its
+// tensors are unpacked, and checked for changes in place, only where something is made from them.
+class Kept : public torch::CustomClassHolder {
+ public:
+  // copies: tensors without a version counter are copied, so that no change of them can be missed.
+  Kept(Problem&& problem, bool copies) : options_(std::move(problem.options)) {
+    tensors_.reserve(3);  // more are rare
+    const auto keep = [&](Tensor tensor) {
+      if (uncounted(tensor)) {
+        unversioned_ |= !copies;
+        tensor = copies ? tensor.clone() : view_of_storage(tensor);
+      }
+      tensors_.emplace_back(tensor, /*is_output=*/false);
+    };
+    keep(problem.student);
+    keep(problem.teacher);
+    keep(problem.target);
+    const OptionalTensor* const given[] = {&problem.selected,        &problem.class_weight,
+                                           &problem.teacher_indices, &problem.teacher_logsumexp,
+                                           &problem.num_valid,       &problem.weight_sum};
+    for (std::size_t i = 0; i < kOptional; ++i) {
+      given_[i] = given[i]->has_value();
+      if (given_[i]) keep(**given[i]);
+    }
+  }
+
+  Problem unpack() const {
+    auto saved = tensors_.begin();
+    const Tensor student = saved++->unpack(), teacher = saved++->unpack(),
+                 target = saved++->unpack();
+    std::array<OptionalTensor, kOptional> t;
+    for (std::size_t i = 0; i < kOptional; ++i) {
+      if (given_[i]) t[i] = saved++->unpack();
+    }
+    return Problem(student, teacher, target, t[0], t[1], t[2], t[3], t[4], t[5], std::nullopt,
+                   options_);
+  }
+
+  void release() { tensors_.clear(); }
+
+  // Is there a tensor whose changes nobody counts?
+  bool unversioned() const { return unversioned_; }
+
+ private:
+  static constexpr std::size_t kOptional = 6;
+  std::vector<torch::autograd::SavedVariable> tensors_;  // those that there are, in Problem's order
+  std::array<bool, kOptional> given_;
+  KdLossOptions options_;
+  bool unversioned_ = false;
+};
+
 class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
  public:
-  // The student is an argument of its own: it is the one input that gets a gradient.
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
-                                                const Tensor& student, const Problem& problem) {
-    const KdLossOptions& options = problem.options;
+  // The student is an argument of its own: it is the one input that gets a gradient. The loss is
+  // the one output that has one, so the others leave through `outputs`.
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
+                        Problem& problem, Loss& outputs) {
     // A gradient per row cannot carry grad_output yet; a float16 gradient of a mean would underflow
     // without its scale.
-    const bool recompute = options.reduction == static_cast<std::int64_t>(Reduction::kNone) ||
-                           (student.scalar_type() == at::kHalf && !problem.grad_scale.has_value());
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto [loss, ce, kd, counts, gradient] = call_forward(problem, !recompute);
-    ctx->saved_data["recompute"] = recompute;
-    if (recompute) {
-      const auto save = [](const OptionalTensor& tensor) {
-        return saveable(tensor.value_or(Tensor()));
-      };
-      ctx->save_for_backward({student, saveable(problem.teacher), saveable(problem.target),
-                              save(problem.selected), save(problem.class_weight),
-                              save(problem.teacher_indices), save(problem.teacher_logsumexp),
-                              save(problem.num_valid), save(problem.weight_sum)});
-      ctx->saved_data["temperature"] = options.temperature;
-      ctx->saved_data["numbers"] =
-          std::vector<double>{options.ce_weight, options.kd_weight, options.ce_weight_unselected,
-                              options.eta, options.label_smoothing};
-      ctx->saved_data["choices"] =
-          std::vector<std::int64_t>{options.revise, options.reduction, options.ignore_index,
-                                    options.divergence, options.standardize ? 1 : 0};
-      ctx->saved_data["divergence_parameters"] = options.divergence_parameters;
-    } else {
-      ctx->save_for_backward({gradient, saveable(problem.grad_scale.value_or(Tensor()))});
+    const bool recompute =
+        problem.options.reduction == static_cast<std::int64_t>(Reduction::kNone) ||
+        (student.scalar_type() == at::kHalf && !problem.grad_scale.has_value());
+    auto [loss, ce, kd, counts, gradient] = [&] {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      return call_forward(problem, !recompute);
+    }();
+    if (!recompute) {
+      const Tensor scale = problem.grad_scale.value_or(Tensor());
+      ctx->save_for_backward({gradient, uncounted(scale) ? scale.clone() : scale});
     }
-    ctx->mark_non_differentiable({ce, kd, counts});
+    ctx->saved_data["problem"] = c10::IValue::make_capsule(
+        c10::make_intrusive<Kept>(std::move(problem), /*copies=*/recompute));
     ctx->set_materialize_grads(false);
-    return {loss, ce, kd, counts};
+    outputs = {Tensor(), ce, kd, counts};
+    return loss;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    torch::autograd::variable_list inputs(2);
+    torch::autograd::variable_list inputs(3);
     if (!grads[0].defined()) return inputs;
-    const bool create_graph = c10::GradMode::is_enabled();
-    // Unpacked before autograd is switched off: a saved-tensor hook (activation checkpointing) may
-    // run the model here.
+    const bool keep_graph = torch::autograd::get_current_graph_task_keep_graph();
     const torch::autograd::variable_list saved = ctx->get_saved_variables();
-    {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      inputs[0] = gradient_of(ctx, saved, grads[0]);
+    const c10::intrusive_ptr<torch::CustomClassHolder> capsule =
+        ctx->saved_data["problem"].toCapsule();
+    Kept& kept = static_cast<Kept&>(*capsule);
+    if (c10::GradMode::is_enabled()) {
+      inputs[0] = differentiable_gradient(kept, saved, grads[0]);
+    } else if (is_wrapped(grads[0])) {
+      inputs[0] = linear_gradient(kept, saved, grads[0]);
+    } else {
+      inputs[0] = plain_gradient(kept, saved, grads[0], keep_graph);
     }
-    if (create_graph) {
-      // A second derivative is not implemented; it must not come out as silently zero.
-      const auto error = std::make_shared<torch::autograd::DelayedError>(
-          "kd_loss has no second derivative; use lrds_fast.reference.kd_loss where one is needed",
-          1);
-      inputs[0] = inputs[0].detach();
-      inputs[0].set_requires_grad(true);
-      inputs[0] = (*error)({inputs[0]})[0];
-    }
+    if (!keep_graph) kept.release();
     return inputs;
   }
 
  private:
-  static Tensor gradient_of(torch::autograd::AutogradContext* ctx,
-                            const torch::autograd::variable_list& saved,
-                            const Tensor& grad_output) {
-    if (ctx->saved_data["recompute"].toBool()) {
-      const std::vector<double> temperature = ctx->saved_data["temperature"].toDoubleVector();
-      const std::vector<double> n = ctx->saved_data["numbers"].toDoubleVector();
-      const std::vector<std::int64_t> c = ctx->saved_data["choices"].toIntVector();
-      const std::vector<double> parameters =
-          ctx->saved_data["divergence_parameters"].toDoubleVector();
-      return call_backward(
-          grad_output, Problem(saved[0], saved[1], saved[2], optional(saved[3]), optional(saved[4]),
-                               optional(saved[5]), optional(saved[6]), optional(saved[7]),
-                               optional(saved[8]), std::nullopt, temperature, n[0], n[1], n[2],
-                               n[3], n[4], c[0], c[1], c[2], c[3], parameters, c[4] != 0));
+  // `saved` holds the gradient and its grad_scale, or nothing where the gradient is made in
+  // backward.
+  using Saved = torch::autograd::variable_list;
+
+  // A batch of gradients (is_grads_batched), or one with a tangent: no kernel sees through them.
+  static bool is_wrapped(const Tensor& grad_output) {
+    constexpr c10::DispatchKeySet wrappers({c10::DispatchKey::Batched,
+                                            c10::DispatchKey::FuncTorchBatched,
+                                            c10::DispatchKey::FuncTorchGradWrapper});
+    return grad_output.key_set().has_any(wrappers) || has_tangent(grad_output);
+  }
+
+  // PyTorch ops of the student and of grad_output, for the derivatives beyond the first.
+  static Tensor differentiable_gradient(const Kept& kept, const Saved& saved,
+                                        const Tensor& grad_output) {
+    Problem problem = kept.unpack();
+    if (kept.unversioned()) {
+      // Whether the forward pass saw the same is told by the gradient that it made.
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      Problem again = problem;
+      again.grad_scale = optional(saved[1]);
+      TORCH_CHECK(
+          at::allclose(std::get<4>(call_forward(again, true)), saved[0], 0.0, 0.0,
+                       /*equal_nan=*/true),
+          "kd_loss: teacher_logits, or another input made under torch.inference_mode(), was "
+          "changed in place before a derivative beyond the first was computed from it; pass "
+          "a clone() of it");
     }
+    // A view: hooks of the student itself run in the outer pass, once.
+    problem.student = problem.student.view_as(problem.student);
+    const Tensor loss = std::get<0>(call_composite(problem));
+    return torch::autograd::grad({loss}, {problem.student}, {grad_output}, /*retain_graph=*/true,
+                                 /*create_graph=*/true)[0];
+  }
+
+  // PyTorch ops of grad_output alone: its product with the gradient for a grad_output of 1.
+  static Tensor linear_gradient(const Kept& kept, const Saved& saved, const Tensor& grad_output) {
+    if (saved.empty()) {
+      const Problem problem = kept.unpack();
+      const Tensor unit = call_logit_gradient(problem);
+      return unit.mul(grad_output.unsqueeze(-1)).to(problem.student.scalar_type());
+    }
+    const Tensor factor = saved[1].defined() ? grad_output.div(saved[1]) : grad_output;
+    return saved[0]
+        .to(grad_output.scalar_type())
+        .mul(factor.unsqueeze(-1))
+        .to(saved[0].scalar_type());
+  }
+
+  static Tensor plain_gradient(const Kept& kept, const Saved& saved, const Tensor& grad_output,
+                               bool keep_graph) {
+    if (saved.empty()) {
+      // Unpacked before autograd is switched off: a saved-tensor hook (activation checkpointing)
+      // may run the model here.
+      const Problem problem = kept.unpack();
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      return call_backward(grad_output, problem);
+    }
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor gradient = saved[0];
+    const OptionalTensor grad_scale = optional(saved[1]);
     // In place only for a plain tensor that nobody will ask for again: a tracer needs the
     // functional form.
     const bool plain = !gradient.key_set().has(c10::DispatchKey::Python);
-    if (plain && !torch::autograd::get_current_graph_task_keep_graph()) {
+    if (plain && !keep_graph) {
       static const auto in_place =
           find<void(Tensor&, const Tensor&, const OptionalTensor&)>("lrds_fast::scale_gradient_");
-      in_place.call(gradient, grad_output, optional(saved[1]));
+      in_place.call(gradient, grad_output, grad_scale);
       return gradient;
     }
     static const auto functional =
         find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>(
             "lrds_fast::scale_gradient");
-    return functional.call(gradient, grad_output, optional(saved[1]));
+    return functional.call(gradient, grad_output, grad_scale);
   }
 };
 
@@ -799,6 +916,7 @@ struct KdLossOp {
 
   static Loss autograd(P... parameters) {
     Problem problem(parameters...);
+    if (has_tangent(problem.student)) return call_composite(problem);
     if (!c10::GradMode::is_enabled() || !problem.student.requires_grad()) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       return lrds::without_gradient(problem);
@@ -814,9 +932,10 @@ struct KdLossOp {
           &problem.weight_sum, &problem.grad_scale}) {
       if (tensor->has_value()) detach(**tensor);
     }
+    Loss outputs;
     const Tensor student = problem.student;
-    auto outputs = KdLossFunction::apply(student, problem);
-    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+    std::get<0>(outputs) = KdLossFunction::apply(student, problem, outputs);
+    return outputs;
   }
 };
 
@@ -832,6 +951,7 @@ TORCH_LIBRARY(lrds_fast, m) {
   const std::string parameters = kParameters;
   const std::string outputs = "Tensor loss, Tensor ce, Tensor kd, Tensor counts";
   define("kd_loss(" + parameters + ") -> (" + outputs + ")");
+  define("kd_loss_composite(" + parameters + ") -> (" + outputs + ")");
   define("kd_loss_forward(" + parameters + ", bool with_gradient) -> (" + outputs +
          ", Tensor gradient)");
   define("kd_loss_forward_(Tensor(a!) " + parameters.substr(parameters.find("student")) + ") -> (" +

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lrds_fast._numbers import integer
 from lrds_fast.files import replacing
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
@@ -340,8 +341,9 @@ def fit_placed(
     """
     if curvature not in CURVATURES:
         raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}; got {curvature!r}")
-    if labels != "all" and not (isinstance(labels, int) and labels >= 1):
-        raise ValueError(f"labels must be 'all' or a number of draws >= 1; got {labels!r}")
+    what = "'all' or a number of draws >= 1"
+    if labels != "all" and (isinstance(labels, str) or (labels := integer("labels", labels, what)) < 1):
+        raise ValueError(f"labels must be {what}; got {labels!r}")
     model = classifier.module
     names = layer_names(model, layers)
 

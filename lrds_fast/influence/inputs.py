@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
+
+from lrds_fast._numbers import number
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 # Rows looked at in one go when searching for non-finite values: bounds the temporary mask.
@@ -22,11 +23,10 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def check_damping(name: str, value: float) -> float:
     """A finite number >= 0, as a float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    found = float(number(name, value))
+    if not (math.isfinite(found) and found >= 0):
         raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
-    return float(value)
+    return found
 
 
 def check_samples(features: Tensor, logits: Tensor, target: Tensor, *, prefix: str = "") -> None:

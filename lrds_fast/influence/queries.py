@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast import functional
+from lrds_fast._numbers import integer
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.factors import Factors
@@ -49,7 +50,7 @@ def pairwise(
     Memory beside that: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
     a float64 student). Raises ValueError or TypeError as influence.score does.
     """
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (top_k := integer("top_k", top_k, "None or an int >= 1")) < 1:
         raise ValueError(f"top_k must be None or an int >= 1; got {top_k!r}")
     layers = _checked_factors(student, factors, "all")
     parameter = next(student.parameters())

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lrds_fast._numbers import integer
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.factors import CURVATURES, Factors, _seed, fit_placed
@@ -57,7 +58,7 @@ def set_shift(
     TypeError as influence.score does.
     """
     check_choice("gradient", gradient, GRADIENTS)
-    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
+    if dim is not None and (dim := integer("dim", dim, "None or an int >= 1")) < 1:
         raise ValueError(f"dim must be None or an int >= 1; got {dim!r}")
     if teacher is None and gradient != "gt":
         raise ValueError(f"gradient={gradient!r} needs a teacher")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from lrds_fast._numbers import number
 from lrds_fast._version import __version__
 from lrds_fast.influence import Scores
 from lrds_fast.selection.joint import least_sum
@@ -199,9 +199,7 @@ def _kept(
 
 def _checked_leave(leave: float, ratio: float | None, threshold: float | None, largest: bool) -> float:
     """The limit at which the kept leave, on the far side of the one at which others enter."""
-    if isinstance(leave, bool) or not isinstance(leave, Real):
-        raise TypeError(f"leave must be a number; got {leave!r}")
-    leave = float(leave)
+    leave = float(number("leave", leave))
     if ratio is not None and not ratio <= leave <= 1:
         raise ValueError(f"leave must lie in [ratio, 1], {ratio} to 1; got {leave}")
     if threshold is not None and not (leave <= threshold if largest else leave >= threshold):
@@ -226,14 +224,13 @@ def _checked_budget(ratio: float | None, threshold: float | None) -> tuple[float
     """Exactly one of them, as a float within its range."""
     if (ratio is None) == (threshold is None):
         raise ValueError(f"exactly one of ratio and threshold must be given; got ratio={ratio}, threshold={threshold}")
-    for name, value in (("ratio", ratio), ("threshold", threshold)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise TypeError(f"{name} must be a number; got {value!r}")
+    ratio = None if ratio is None else float(number("ratio", ratio))
+    threshold = None if threshold is None else float(number("threshold", threshold))
     if ratio is not None and not 0 <= ratio <= 1:
         raise ValueError(f"ratio must lie in [0, 1]; got {ratio!r}")
     if threshold is not None and math.isnan(threshold):
         raise ValueError(f"threshold must be a number; got {threshold!r}")
-    return None if ratio is None else float(ratio), None if threshold is None else float(threshold)
+    return ratio, threshold
 
 
 def _facts(

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lrds_fast._numbers import integer
 from lrds_fast._version import __version__
 from lrds_fast.files import replacing
 
@@ -34,12 +34,12 @@ def dataset_fingerprint(labels: Tensor | Sequence[int], num_classes: int) -> str
     order, which is what a selection's row numbers refer to. Raises TypeError or ValueError for anything else.
     """
     y = label_tensor("labels", labels)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1:
+    if (num_classes := integer("num_classes", num_classes, "an int >= 1")) < 1:
         raise ValueError(f"num_classes must be an int >= 1; got {num_classes!r}")
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= num_classes):
         raise ValueError(f"labels must lie in [0, {num_classes}); got values from {int(y.min())} to {int(y.max())}")
     digest = hashlib.sha256()
-    for array in (torch.tensor([len(y), int(num_classes)]), y):
+    for array in (torch.tensor([len(y), num_classes]), y):
         digest.update(array.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
