@@ -244,7 +244,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     process.wait()
     done = len(log.read_text().splitlines())
     assert done < 200, "the run ended before it could be killed"
-    Path("killed/.last.pt.left.tmp").write_bytes(b"what a kill in the middle of writing leaves")
+    Path("killed/.last.pt.left.partial").write_bytes(b"what a kill in the middle of writing leaves")
     succeeds("train", "digits_alone", *settings, "--set", "run.out=killed", "--resume")
 
     def records(folder: str) -> list[dict[str, object]]:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrds_fast.data import Data, derived_seed
+from lrds_fast.files import remove_partial
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.checkpoint import Position
 from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.features import FeatureDistillation
-from lrds_fast.train.files import append_record, read_records, remove_leftovers, rewrite_records, write_text
+from lrds_fast.train.files import append_record, read_records, rewrite_records, write_text
 from lrds_fast.train.processes import any_process, joined, same_buffers
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import autocast_factory
@@ -297,7 +298,7 @@ class _Folder:
                 (self._out / BEST).unlink(missing_ok=True)
                 rescoring.forget(self._out)
             rewrite_records(self._out / LOG, self.records)
-            remove_leftovers(self._out)
+            remove_partial(self._out)
             write_text(self._out / RECIPE, self._recipe.to_json())
         self._ranks.wait()
         return position
