@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one run at a time writes to."""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+#: The file by which a run holds its folder; see lrds_fast.train.lock.
+LOCK = ".lock"
 
 #: What a disk says that takes no more: full, over the quota, a file beyond the limit; damaged.
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,10 @@ from safetensors.torch import save_file
 from lrds_fast.data import label_shards
 from lrds_fast.files import replacing
 from lrds_fast.selection import Selection
+from lrds_fast.train import cli, lock
 from lrds_fast.train.checkpoint import Position, save, save_weights
 from lrds_fast.train.files import append_record, rewrite_records, write_text
+from lrds_fast.train.lock import holding
 
 BIG = 1 << 16
 
@@ -100,3 +103,94 @@ def test_a_device_is_written_to_as_it_is() -> None:
     with pytest.raises(OSError, match="No space left on device") as refused:
         write_text(Path("/dev/full"), "x")
     assert refused.value.filename == "/dev/full"
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "run"
+    with holding(out):
+        refusal = rf"{out} is in use by process {os.getpid()} on .*; wait until that has ended, or name another folder"
+        with pytest.raises(FileExistsError, match=refusal), holding(out):
+            pass
+        with pytest.raises(FileExistsError, match="is in use by"), holding(out, shared=True):
+            pass
+    assert list(out.iterdir()) == []
+    with holding(out, shared=True):
+        with holding(out, shared=True):
+            pass
+        with pytest.raises(FileExistsError, match="is in use by"), holding(out):
+            pass
+    with holding(out):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file is a file; name a folder"), holding(tmp_path / "file"):
+        pass
+
+
+def test_a_lock_ends_with_its_process_though_its_workers_live(tmp_path: Path) -> None:
+    """kill -9 of a run whose loader has forked: another holds the folder at once."""
+    read, write = os.pipe()
+    run = os.fork()
+    if run == 0:
+        try:
+            with holding(tmp_path):
+                worker = os.fork()
+                if worker:
+                    os.write(write, str(worker).encode())
+                signal.pause()
+        finally:
+            os._exit(1)
+    worker = int(os.read(read, 100))
+    try:
+        with pytest.raises(FileExistsError, match=f"is in use by process {run} on "), holding(tmp_path):
+            pass
+        os.kill(run, signal.SIGKILL)
+        os.waitpid(run, 0)
+        os.kill(worker, 0)  # it is there
+        with holding(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_without_locks_a_note_says_so_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", refused)
+    with holding(tmp_path / "run"):
+        pass
+    said = capsys.readouterr().err
+    assert "run: its file system has no locks (No locks available); start no second run there" in said
+    assert said.count("\n") == 1
+
+
+def test_every_command_that_writes_a_folder_holds_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [
+        "--quiet",
+        "--set",
+        "run.device=cpu",
+        "--set",
+        "schedule.epochs=1",
+        "--set",
+        f"run.out={tmp_path / 'run'}",
+    ]
+    assert cli.main(["train", "digits_teacher", *common]) == cli.OK
+    checkpoint = (tmp_path / "run" / "last.pt").read_bytes()
+    taught = ["--set", f"teacher.checkpoint={tmp_path / 'run' / 'last.pt'}", "--set", "student.model=small_cnn"]
+    taught += ["--set", f"teacher.cache={tmp_path / 'run'}"]
+    capsys.readouterr()
+    with holding(tmp_path / "run"):
+        for arguments in (
+            ["train", "digits_teacher", *common, "--overwrite"],
+            ["train", "digits_teacher", *common, "--resume"],
+            ["cache", "digits_kd", *common, *taught],
+            ["score", "digits_kd", *common, *taught],
+        ):
+            assert cli.main(arguments) == cli.MISUSED
+            said = capsys.readouterr().err
+            assert f"{tmp_path / 'run'} is in use by process {os.getpid()}" in said and said.count("\n") == 1
+        assert cli.main(["sweep", "digits_teacher", *common, "--set", "seed=1"]) == cli.FAILED
+        assert "is in use by" in capsys.readouterr().err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == checkpoint

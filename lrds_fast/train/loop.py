@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from lrds_fast.train.checkpoint import Position
 from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.features import FeatureDistillation
 from lrds_fast.train.files import append_record, read_records, rewrite_records, write_text
+from lrds_fast.train.lock import holding
 from lrds_fast.train.processes import any_process, joined, same_buffers
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import autocast_factory
@@ -78,10 +80,11 @@ def train(
     Under torchrun every process makes this call with the same arguments: each batch is divided among them, and the
     gradients are those of the whole batch's mean. SIGTERM and Ctrl-C end the run after a checkpoint.
 
-    Raises FileExistsError for an older run that may not go, FloatingPointError where the loss is not finite, ValueError
-    where class counts differ or scoring lacks what it needs, and Stopped on a signal, once the checkpoint is written.
+    Raises FileExistsError for an older run that may not go, or another that is going on in `out`, FloatingPointError
+    where the loss is not finite, ValueError where class counts differ or scoring lacks what it needs, and Stopped on a
+    signal, once the checkpoint is written.
     """
-    with joined(recipe.run.device, recipe.run.timeout) as device, stop_requests() as request:
+    with joined(recipe.run.device, recipe.run.timeout) as device, stop_requests() as request, ExitStack() as held:
         ranks = Ranks.current()
         _check(recipe, data, teacher, selected, ranks)
         memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
@@ -106,6 +109,7 @@ def train(
             cached=cached,
             features=features,
         )
+        held.enter_context(holding(out, ranks=ranks))
         folder = _Folder(out, recipe, identity(recipe, fingerprint, selected), step, ranks)
         position = folder.open(resume=resume, overwrite=overwrite)
         selected = folder.selected_at(position, selected)

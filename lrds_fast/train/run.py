@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
 from lrds_fast.train.evaluate import outputs
 from lrds_fast.train.files import write_text
+from lrds_fast.train.lock import holding
 from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
 from lrds_fast.train.processes import joined
 from lrds_fast.train.recipe import Recipe, from_mapping
@@ -151,8 +154,15 @@ def fit(
 def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
     """Scores every training sample from the last layer of a trained student (score.base, else this recipe's own run).
 
-    The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched.
+    The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched. Raises
+    FileExistsError where this recipe's own run is still being trained.
     """
+    own = not recipe.score.base and os.access(recipe.out, os.W_OK)
+    with holding(recipe.out, shared=True) if own else nullcontext():
+        return _scored(recipe, progress)
+
+
+def _scored(recipe: Recipe, progress: bool) -> influence.Scores:
     data = load_data(recipe)
     device = pick_device(recipe.run.device)
     base = Path(recipe.score.base) if recipe.score.base else recipe.out / CHECKPOINT
