@@ -152,7 +152,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path: Path, small_disk: tu
     disk, fill = small_disk
     out = disk / "run"
     with pytest.raises(OSError, match=r"No space left on device: '.*/run/.*'"):
-        trained(out, data=blobs(1, (1, 3), fill))
+        trained(out, data=blobs((1, 3), fill))
     state = torch.load(out / "last.pt", weights_only=True)
     assert (state["epoch"], state["steps"]) == (1, 0)
     (disk / "filler").unlink()

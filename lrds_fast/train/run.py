@@ -35,8 +35,8 @@ GALLERY = "gallery.json"
 GALLERY_SIZE = 24
 
 
-def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
-    """The recipe's data. parts: what a batch is divided into, over processes and accumulation steps."""
+def load_data(recipe: Recipe) -> Data:
+    """The recipe's data."""
     options = recipe.data
     return data_sets.load(
         options.name,
@@ -58,7 +58,6 @@ def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
         erasing=options.erasing,
         second_view=options.second_view,
         device=pick_device(recipe.run.device),
-        least=2 * parts,
         views=recipe.teacher.cache_views if recipe.teacher.cache else 0,
     )
 
@@ -120,7 +119,7 @@ def fit(
     makes this call."""
     with joined(recipe.run.device, recipe.run.timeout):
         ranks = Ranks.current()
-        data = load_data(recipe, parts=ranks.count * recipe.run.accumulate)
+        data = load_data(recipe)
         selection = load_selection(recipe, data)
         teacher = build_teacher(recipe, data)
         mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
