@@ -498,3 +498,13 @@ def test_real_photographs(tmp_path: Path) -> None:
     # Normalised photographs: neither constant nor far outside a few standard deviations.
     assert images.std(dim=(1, 2, 3)).min() > 0.05
     assert images.abs().max() < 3.0
+
+
+def test_a_limit_of_the_test_split_is_drawn_once_and_leaves_the_training_samples() -> None:
+    whole, some = data_sets.load("digits"), data_sets.load("digits", test_limit=60)
+    again = data_sets.load("digits", test_limit=60, seed=3)
+    assert len(some.test.labels) == 60 and torch.equal(some.train.labels, whole.train.labels)
+    assert torch.equal(some.test.labels, again.test.labels)
+    assert len(set(some.test.labels.tolist())) == 10
+    with pytest.raises(ValueError, match=r"test_limit must be 0 \(all\) to 599, the samples there are; got 600"):
+        data_sets.load("digits", test_limit=600)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import lrds_fast
 from lrds_fast.models.small import MLP
 from lrds_fast.topk import TopKTeacher
-from lrds_fast.train import Recipe, train
+from lrds_fast.train import Recipe, setup, train
 from lrds_fast.train.checkpoint import load_weights
 from lrds_fast.train.evaluate import evaluate
 from lrds_fast.train.files import read_records
@@ -110,11 +110,49 @@ class Asked(nn.Module):
 def test_the_teacher_has_a_precision_of_its_own(tmp_path: Path, own: str, run: str, expected: torch.dtype) -> None:
     guide = Asked()
     chosen = Recipe().with_values(
-        **{"teacher.amp": own, "run.amp": run, "run.device": "cpu", "schedule.epochs": 1, "optimizer.lr": 0.1}
+        **{"teacher.amp": own, "run.amp": run, "run.device": "cpu", "schedule.epochs": 1, "run.amp_emulated": True}
     )
     train(chosen, blobs(), MLP(3, inputs=16), guide, out=tmp_path / "run", progress=False)
     assert {said.dtype for said in guide.said[1:]} == {expected}  # the first is the look at its class count
     assert all(said.is_inference() for said in guide.said)
+
+
+@pytest.mark.parametrize(("amp", "needs"), [("bf16", "AVX512_BF16 or AMX"), ("fp16", "AVX512_FP16")])
+def test_16_bits_are_computed_in_float32_where_the_cpu_has_no_instructions_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], amp: str, needs: str
+) -> None:
+    """PyTorch's convolutions take ten times as long in them there. One note; the numbers of float32."""
+    monkeypatch.setattr(setup, "_computes", lambda _: False)
+    setup._note_fall_back.cache_clear()
+    plain, _ = trained(tmp_path / "off", **{"schedule.epochs": 1})
+    found, _ = trained(tmp_path / amp, **{"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": False})
+    said = capsys.readouterr().err
+    assert said == (
+        f"lrds-fast: this CPU has no instructions for run.amp={amp} ({needs}): computing in float32, which is faster;"
+        " run.amp_emulated=true insists\n"
+    )
+    assert numbers(found.records) == numbers(plain.records)
+    insisted, _ = trained(tmp_path / "insisted", **{"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": True})
+    assert numbers(insisted.records) != numbers(plain.records)
+    assert setup.available_amp(amp, torch.device("cuda")) == amp
+    monkeypatch.setattr(setup, "_computes", lambda _: True)
+    assert setup.available_amp(amp, CPU) == amp
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_that_goes_on_with_other_threads_says_that_its_bits_will_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    trained(tmp_path / "run", **{"schedule.epochs": 1})
+    trained(tmp_path / "run", resume=True, **{"schedule.epochs": 1})
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    trained(tmp_path / "run", resume=True, **{"schedule.epochs": 1})
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"lrds-fast: .*last.pt was written with threads 1, now 2: the results will not be bit for bit .*\n", said
+    )
 
 
 def test_a_teacher_whose_activations_a_loss_needs_gives_no_inference_tensors() -> None:

@@ -94,6 +94,7 @@ def trained(out: Path, *, data: Data | None = None, noisy: bool = False, resume:
             "run.device": "cpu",
             "data.batch_size": 16,
             "run.timeout": 20.0,
+            "run.amp_emulated": True,
             "data.val_fraction": 1 / 6,
         }
         | values

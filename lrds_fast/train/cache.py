@@ -15,10 +15,10 @@ from lrds_fast.data import Data, SoftLabels, write_soft_labels
 from lrds_fast.selection import dataset_fingerprint
 from lrds_fast.train.lock import holding
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory, pick_device
+from lrds_fast.train.setup import autocast_factory, available_amp, pick_device
 
 #: Keys of [data] that no sample's picture depends on, beyond what decoders round.
-FREE = ("root", "batch_size", "eval_batch_size", "workers", "reader")
+FREE = ("root", "batch_size", "eval_batch_size", "test_limit", "workers", "reader")
 
 
 def write_cache(
@@ -41,6 +41,7 @@ def write_cache(
     if not options.cache:
         raise ValueError("teacher.cache is empty: name the folder to write, e.g. --set teacher.cache=runs/soft_labels")
     device = pick_device(recipe.run.device)
+    amp = available_amp(options.amp or recipe.run.amp, device, emulated=recipe.run.amp_emulated)
     with holding(Path(options.cache)):
         return write_soft_labels(
             options.cache,
@@ -52,7 +53,7 @@ def write_cache(
             dtype=options.cache_dtype,
             facts=cache_facts(recipe, data, teacher_facts(recipe, teacher)),
             rows=selected,
-            autocast=autocast_factory(recipe.teacher.amp or recipe.run.amp, device),
+            autocast=autocast_factory(amp, device),
             device=device,
             memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format,
             resume=resume,

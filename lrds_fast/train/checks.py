@@ -57,6 +57,7 @@ def check_values(recipe: Recipe) -> None:
         "data.workers": recipe.data.workers,
         "teacher.cache_top_k": recipe.teacher.cache_top_k,
         "data.train_limit": recipe.data.train_limit,
+        "data.test_limit": recipe.data.test_limit,
         "data.mixup": recipe.data.mixup,
         "data.cutmix": recipe.data.cutmix,
         "loss.ce_weight": recipe.loss.ce_weight,

@@ -26,7 +26,6 @@ from lrds_fast.train.files import append_record, read_records, rewrite_records, 
 from lrds_fast.train.lock import holding
 from lrds_fast.train.processes import any_process, joined, same_buffers
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory
 from lrds_fast.train.step import Step
 from lrds_fast.train.stopping import Request, Stopped, stop_requests
 from lrds_fast.train.teaching import CachedAnswers
@@ -122,7 +121,6 @@ def train(
             leave=False,
         )
         told = 0
-        autocast = autocast_factory(recipe.run.amp, device)
         for epoch in range(position.epochs, recipe.schedule.epochs):
             started = time.perf_counter()
             begun = position.steps if epoch == position.epochs else 0
@@ -179,7 +177,7 @@ def train(
             for split, loader in (("val", data.val), ("test", data.test)):
                 if loader is not None:
                     record[f"{split}_acc"], record[f"{split}_ce"] = evaluate(
-                        step.judged, loader, device, memory_format, autocast, ranks
+                        step.judged, loader, device, memory_format, step.autocast, ranks
                     )
             record["seconds"] = round(time.perf_counter() - started, 4)
             folder.add(record)
@@ -275,6 +273,7 @@ class _Folder:
 
     def __init__(self, out: Path, recipe: Recipe, facts: Mapping[str, str], step: Step, ranks: Ranks) -> None:
         self._out, self._recipe, self._facts, self._step, self._ranks = out, recipe, facts, step, ranks
+        self._machine = checkpoint.machine(step.device, step.amp, ranks)
         self.records: list[dict[str, Any]] = []
         self._best: float | None = None
 
@@ -285,7 +284,12 @@ class _Folder:
         position = Position(0, 0, {})
         if there and resume:
             position = checkpoint.resume(
-                path, facts=self._facts, student=self._step.student, parts=self._step.parts, ranks=self._ranks
+                path,
+                facts=self._facts,
+                student=self._step.student,
+                parts=self._step.parts,
+                machine=self._machine,
+                ranks=self._ranks,
             )
             self._best = position.state["best"]
             self._step.load_state_dict(position.state, within_epoch=False)
@@ -336,6 +340,7 @@ class _Folder:
             facts=self._facts,
             student=step.student,
             parts=step.parts,
+            machine=self._machine,
             ranks=self._ranks,
         )
 
@@ -350,6 +355,7 @@ def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[
         "description",
         "run.out",
         "run.device",
+        "run.amp_emulated",
         "run.save_every",
         "run.save_every_steps",
         "run.timeout",

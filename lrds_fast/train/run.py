@@ -47,6 +47,7 @@ def load_data(recipe: Recipe) -> Data:
         split_seed=options.split_seed,
         seed=recipe.seed,
         train_limit=options.train_limit,
+        test_limit=options.test_limit,
         label_noise=options.label_noise,
         augment=options.augment,
         image_size=options.image_size,

@@ -22,7 +22,7 @@ from lrds_fast.train.methods import objective
 from lrds_fast.train.mix import Mix
 from lrds_fast.train.processes import any_process, average_gradients, rows_of_all, sum_gradients
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory, build_optimizer, kd_factor, lr_factor, moving_average
+from lrds_fast.train.setup import autocast_factory, available_amp, build_optimizer, kd_factor, lr_factor, moving_average
 from lrds_fast.train.teaching import CachedAnswers, Teacher
 from lrds_fast.train.totals import Totals
 
@@ -59,13 +59,14 @@ class Step:
         self.ranks = ranks or Ranks()
         self._steps_per_epoch = steps_per_epoch
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        self._autocast = autocast_factory(options.amp, device)
+        self.amp = available_amp(options.amp, device, emulated=options.amp_emulated)
+        self.autocast = autocast_factory(self.amp, device)
         self._measure = objective(recipe.loss)
         self.features = features
         self.optimizer = build_optimizer(
             recipe.optimizer, student if features is None else nn.ModuleList([student, features])
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.ema = moving_average(student, options.ema_decay)
 
         def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -82,7 +83,7 @@ class Step:
         self._student = compiled(student if self._parallel is None else self._parallel)
         self._teacher: Teacher | None = None
         if teacher is not None or cached is not None:
-            precision = recipe.teacher.amp or options.amp
+            precision = available_amp(recipe.teacher.amp or options.amp, device, emulated=options.amp_emulated)
             self._teacher = Teacher(
                 None if cached is not None else teacher,
                 device,
@@ -212,7 +213,7 @@ class Step:
         if self._teacher is not None and asked:
             with record_function("teacher"):
                 answers = self._teacher.ask(seen, batch.indices[:asked], self._epoch)
-        with record_function("student"), self._autocast():
+        with record_function("student"), self.autocast():
             logits = student(images)
         with record_function("loss"):
             if self._teacher is None:
