@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,8 @@ def check_values(recipe: Recipe) -> None:
         if value not in choices:
             named = ", ".join(choice or repr(choice) for choice in choices)
             raise ValueError(f"{key} must be one of {named}; got {value!r}")
+    if not recipe.run.out and not os.path.normpath(f"runs/{recipe.name.strip()}").startswith(f"runs{os.sep}"):
+        raise ValueError(f"name is the run's folder below runs/; got {recipe.name!r}: set a name, or run.out")
     positive = {
         "data.batch_size": recipe.data.batch_size,
         "data.eval_batch_size": recipe.data.eval_batch_size,
@@ -115,6 +118,7 @@ def check_values(recipe: Recipe) -> None:
             f"run.compile {recipe.run.compile!r} uses CUDA graphs, which keep no gradient of a batch's earlier parts:"
             f" set run.accumulate to 1, or run.compile to 'default'; got {recipe.run.accumulate}"
         )
+    _check_epochs(recipe)
     _check_features(recipe)
     recipe.loss.chosen_divergence()
     if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
@@ -143,6 +147,33 @@ def check_values(recipe: Recipe) -> None:
         raise ValueError("selection.per_class needs selection.ratio, the share of every class")
     if not 0 < recipe.loss.eta < 1:
         raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
+
+
+def _check_epochs(recipe: Recipe) -> None:
+    """What is to happen at an epoch has to come before the end."""
+    epochs, schedule, selection = recipe.schedule.epochs, recipe.schedule, recipe.selection
+    happens: dict[str, float] = {"selection.after": selection.after}
+    if selection.every:
+        happens["selection.after + selection.every"] = selection.after + selection.every
+    if schedule.name == "step":
+        happens["schedule.milestones"] = max(schedule.milestones, default=0)
+    if schedule.name == "exponential":
+        happens["schedule.decay_epochs"] = schedule.decay_epochs
+    for key, epoch in happens.items():
+        if epoch >= epochs:
+            raise ValueError(
+                f"{key}: with schedule.epochs={epochs} training is over before epoch {epoch:g} comes; set an earlier"
+                " one or none, or raise schedule.epochs"
+            )
+    for key, length in (
+        ("schedule.warmup_epochs", schedule.warmup_epochs),
+        ("loss.kd_warmup_epochs", recipe.loss.kd_warmup_epochs),
+    ):
+        if length > epochs:
+            raise ValueError(
+                f"{key}: with schedule.epochs={epochs} training is over before {length:g} epochs of warm-up; lower it,"
+                " or raise schedule.epochs"
+            )
 
 
 def _check_features(recipe: Recipe) -> None:
