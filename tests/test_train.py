@@ -370,9 +370,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_the_last_check
     broken.train.images[7] = float("nan")  # type: ignore[attr-defined]
     step = next(i for i, batch in enumerate(broken.train.epoch(0)) if 7 in batch.indices)
     with pytest.raises(
-        FloatingPointError, match=rf"the loss is not finite at step {step} .*lower optimizer.lr \(0.1\)"
+        FloatingPointError,
+        match=rf"the loss is not finite at step {step} .*lower optimizer.lr \(0.1\), .*; no checkpoint is from before",
     ):
         run(tmp_path, "broken", data=broken)
+    later = blobs()
+
+    def spoil(_: str) -> None:
+        later.train.images[7] = float("nan")  # type: ignore[attr-defined]
+
+    with pytest.raises(FloatingPointError, match="; .*later/last.pt is from before it"):
+        run(tmp_path, "later", data=later, say=spoil)
     assert not (tmp_path / "broken" / "last.pt").exists()
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -226,7 +227,7 @@ def write_soft_labels(
             )
         return layout.pack(indices, loader.boxes(view, indices), logits)
 
-    bar = tqdm(total=views * batches, desc="soft labels", disable=not progress, leave=False)
+    bar = tqdm(total=views * batches, desc="soft labels", disable=not progress or sys.stderr is None, leave=False)
     for view in range(views):
         coming: Iterator[Batch] | None = None
         place = np.full(samples, -1, dtype=np.int32)

@@ -16,8 +16,10 @@ OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Mistakes are one line on stderr, with --debug also the traceback."""
+    from lrds_fast.train.notes import open_streams
     from lrds_fast.train.stopping import Stopped
 
+    open_streams()
     parser = _parser()
     options = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = options.command

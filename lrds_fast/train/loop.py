@@ -24,6 +24,7 @@ from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.features import FeatureDistillation
 from lrds_fast.train.files import append_record, read_records, rewrite_records, write_text
 from lrds_fast.train.lock import holding
+from lrds_fast.train.notes import note
 from lrds_fast.train.processes import any_process, joined, same_buffers
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.step import Step
@@ -117,7 +118,7 @@ def train(
             total=recipe.schedule.epochs * steps_per_epoch,
             initial=position.epochs * steps_per_epoch + position.steps,
             desc=recipe.name,
-            disable=not progress or not ranks.first,
+            disable=not progress or not ranks.first or sys.stderr is None,
             leave=False,
         )
         told = 0
@@ -147,18 +148,18 @@ def train(
                 bar.update()
                 look = done % CHECK_EVERY == 0
                 if look or device.type == "cpu":
-                    step.totals.check_finite(recipe)
+                    step.totals.check_finite(recipe, out / CHECKPOINT)
                 within = done < steps_per_epoch
                 asked = ranks.count == 1 or done % AGREE_EVERY == 0
                 if within and asked and any_process(request.signal != 0, ranks):
-                    step.totals.check_finite(recipe)
+                    step.totals.check_finite(recipe, out / CHECKPOINT)
                     folder.save(Position(epoch, done, {}))
                     bar.close()
                     raise _stopped(request, epoch, done, out)
                 if within and recipe.run.save_every_steps and done % recipe.run.save_every_steps == 0:
-                    step.totals.check_finite(recipe)
+                    step.totals.check_finite(recipe, out / CHECKPOINT)
                     folder.save(Position(epoch, done, {}))
-            step.totals.check_finite(recipe)
+            step.totals.check_finite(recipe, out / CHECKPOINT)
             step.end_epoch()
 
             # ---- what it came to ----
@@ -170,7 +171,7 @@ def train(
             }
             unreadable = getattr(data.train, "errors", [])
             for _, where, reason in unreadable[told:]:
-                bar.write(f"lrds-fast: {where} was replaced by a grey picture: {reason}", file=sys.stderr)
+                note(f"{where} was replaced by a grey picture: {reason}", of_all=True)
             told = len(unreadable)
             record["unreadable"] = int(ranks.sum(torch.tensor(told)))
             same_buffers((student, step.ema), ranks)
