@@ -55,6 +55,7 @@ def arguments(root: Path, reader: str, **values: object) -> list[str]:
         "student.model": "resnet8",
         "teacher.model": "",
         "schedule.epochs": 2,
+        "schedule.milestones": [],
         "run.amp": "off",
         "run.device": "cpu",
         "run.out": root.parent / "run",

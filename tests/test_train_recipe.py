@@ -102,8 +102,11 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, text: str, message: str)
             ["selection.after=40"],
             "selection.after: with schedule.epochs=40 training is over before epoch 40 comes; set",
         ),
-        (["selection.after=5", "selection.every=35"], r"selection.after \+ selection.every: .* before epoch 40 comes"),
-        (["schedule.name=step", "schedule.milestones=[20,40]"], "schedule.milestones: .* before epoch 40 comes"),
+        (["selection.after=5", "selection.every=35"], r"selection.after \+ every: .* before epoch 40 comes"),
+        (
+            ["schedule.name=step", "schedule.milestones=[20,40]"],
+            r"schedule.milestones: .* before epoch 40 comes; set schedule.milestones=\[\] or earlier ones, or raise",
+        ),
         (["schedule.name=exponential", "schedule.decay_epochs=40.5"], "schedule.decay_epochs: .* before epoch 40.5 co"),
         (["schedule.warmup_epochs=41"], "schedule.warmup_epochs: .* is over before 41 epochs of warm-up; lower it"),
         (["loss.kd_warmup_epochs=41"], "loss.kd_warmup_epochs: .* is over before 41 epochs of warm-up"),

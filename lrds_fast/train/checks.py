@@ -152,18 +152,18 @@ def check_values(recipe: Recipe) -> None:
 def _check_epochs(recipe: Recipe) -> None:
     """What is to happen at an epoch has to come before the end."""
     epochs, schedule, selection = recipe.schedule.epochs, recipe.schedule, recipe.selection
-    happens: dict[str, float] = {"selection.after": selection.after}
+    happens: list[tuple[str, float, str]] = [("selection.after", selection.after, "selection.after=0")]
     if selection.every:
-        happens["selection.after + selection.every"] = selection.after + selection.every
+        happens.append(("selection.after + every", selection.after + selection.every, "selection.every=0"))
     if schedule.name == "step":
-        happens["schedule.milestones"] = max(schedule.milestones, default=0)
+        happens.append(("schedule.milestones", max(schedule.milestones, default=0), "schedule.milestones=[]"))
     if schedule.name == "exponential":
-        happens["schedule.decay_epochs"] = schedule.decay_epochs
-    for key, epoch in happens.items():
+        happens.append(("schedule.decay_epochs", schedule.decay_epochs, "schedule.name=constant"))
+    for key, epoch, none in happens:
         if epoch >= epochs:
             raise ValueError(
-                f"{key}: with schedule.epochs={epochs} training is over before epoch {epoch:g} comes; set an earlier"
-                " one or none, or raise schedule.epochs"
+                f"{key}: with schedule.epochs={epochs} training is over before epoch {epoch:g} comes; set {none} or"
+                " earlier ones, or raise schedule.epochs"
             )
     for key, length in (
         ("schedule.warmup_epochs", schedule.warmup_epochs),
