@@ -1,40 +1,51 @@
 # make demo      a student distilled on real digits, a table and a report (a few minutes)
-# make test      linters, the C++ and CUDA kernels without a GPU, Python tests, a build against a CPU-only torch
-# make test-full everything: also the slow tests
+# make test      linters, the C++ and CUDA kernels without a GPU, Python tests
+# make test-full make test, its slow tests, and the packages that ours is compared with, on two builds more:
+# make test-cuda   the CUDA kernels of every architecture by nvcc: registers, machine code, an extension that loads
+# make test-cpu    a build against a CPU-only torch
 # make bench     the benchmarks of this machine, into benchmarks/results/ and docs/benchmarks/
 # make gpu-check on a machine with a GPU, without network, with the Python it finds: build, tests, sanitizer, benchmarks;
 #                STEPS="build smoke" for a part of it (tools/gpu_check.sh)
 # make format    rewrite the sources in the project's style
 #
 # PYTHON=...           the interpreter that .venv is made with (>= 3.10)
-# LRDS_FAST_CUDA=1|0   build the CUDA kernels or fail | never build them (default: where nvcc is found)
+# TORCH=2.13.0         another torch than the tested one, for example a CPU-only build: an eighth of the download
+# LRDS_FAST_CUDA=1|0   build the CUDA kernels or fail | never build them (default: for the GPUs of this machine)
+# TORCH_CUDA_ARCH_LIST="8.0 9.0"  the architectures that they are built for
+# MAX_JOBS=...         compilers at a time; JOBS=... test processes at a time (2, of one thread each)
 # LRDS_DATA=...        folder of real data for the tests that use it
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full bench gpu-check format lint venv cpu-torch clean
+.PHONY: demo test test-full test-cuda test-cpu bench gpu-check format lint venv clean
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
-# A build for another wish is another build.
-BUILT := $(VENV)/built-$(or $(LRDS_FAST_CUDA),auto)
+# Another torch is another environment, another choice of kernels another build.
+TORCH_NAME := $(or $(TORCH),tested)
+BUILT := $(VENV)/built-$(or $(LRDS_FAST_CUDA),auto)-$(TORCH_NAME)
+# One thread a process: JOBS of them fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TORCH
 
-venv: $(BUILT)
+venv: $(VENV)/with-dev-$(TORCH_NAME) $(BUILT)
 
-$(VENV)/installed: pyproject.toml constraints.txt tools/install.sh
-	@tools/install.sh "$(PYTHON)" "$(VENV)"
+# What the demo needs is a fraction of what the tests need.
+$(VENV)/with-%-$(TORCH_NAME): pyproject.toml constraints.txt tools/install.sh
+	@tools/install.sh "$(PYTHON)" "$(VENV)" $*
 	@touch $@
 
-$(BUILT): $(VENV)/installed $(SOURCES) setup.py
+$(BUILT): $(SOURCES) setup.py | $(VENV)/with-demo-$(TORCH_NAME)
 	@tools/build.sh "$(VENV)"
 	@rm -f $(VENV)/built-* && touch $@
 
 # The packages that ours is compared with; without them their tests are skipped.
-$(VENV)/peers: $(VENV)/installed pyproject.toml
+$(VENV)/peers: $(VENV)/with-dev-$(TORCH_NAME) pyproject.toml
 	$(BIN)/python tools/requirements.py peers > $@.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r $@.txt
 	@touch $@
@@ -42,7 +53,7 @@ $(VENV)/peers: $(VENV)/installed pyproject.toml
 demo: $(BUILT)
 	@$(BIN)/lrds-fast demo
 
-lint: $(BUILT)
+lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -50,26 +61,31 @@ lint: $(BUILT)
 	$(BIN)/shellcheck tools/*.sh .ci/run
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$')
 
-cpu-torch: $(BUILT)
+# The pytest summary comes last: it is what a reader looks for.
+test: venv lint
+	$(PYTEST) -m "not slow and not nvcc" --durations=15
+
+test-cuda: venv
+	@$(MAKE) --no-print-directory LRDS_FAST_CUDA=1 venv
+	$(BIN)/python -c "from lrds_fast._ops import build_info as b; assert b()['cuda']; print('lrds-fast: CUDA kernels', *b()['cuda_archs'])"
+	$(PYTEST) -m nvcc
+
+test-cpu: venv
 	@tools/cpu_torch_build.sh "$(PYTHON)"
 
-# The pytest summary comes last: it is what a reader looks for.
-test: $(BUILT) lint cpu-torch
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+test-full: test-cpu test-cuda lint $(VENV)/peers
+	$(PYTEST) -m "not nvcc" --durations=30
 
-test-full: $(BUILT) $(VENV)/peers lint cpu-torch
-	$(BIN)/python -m pytest --durations=30
-
-bench: $(BUILT)
+bench: venv
 	$(BIN)/lrds-fast bench --out benchmarks/results --pages docs/benchmarks
 
 gpu-check:
 	@tools/gpu_check.sh $(STEPS)
 
-format: $(BUILT)
+format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$')
 
 clean:
-	rm -rf build dist *.egg-info lrds_fast/*.so $(VENV)/built-*
+	rm -rf build dist *.egg-info lrds_fast/*.so lrds_fast/_build.json $(VENV)/built-*

@@ -1,25 +1,36 @@
-"""Builds lrds_fast._C: the operators for the CPU always, for CUDA where nvcc and a CUDA build of torch are found.
+"""Builds lrds_fast._C: the CPU kernels always, the CUDA kernels for the GPUs that this machine has.
 
-Environment: LRDS_FAST_CUDA=1 makes CUDA mandatory, 0 forbids it; TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS mean what
-they mean to every PyTorch extension. Everything else about the package is in pyproject.toml.
+Environment: LRDS_FAST_CUDA=1 builds the CUDA kernels also where there is no GPU and fails without nvcc, 0 never builds
+them; TORCH_CUDA_ARCH_LIST names the architectures, with or without a GPU. CUDA_HOME, CXX and MAX_JOBS mean what they
+mean to every PyTorch extension; ccache is used where it is installed. Everything else is in pyproject.toml.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(f"setup.py: setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
+
 import torch
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+# What LRDS_FAST_CUDA=1 builds where there is no GPU to ask.
+ALL_CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 HOW_TO_GET_NVCC = (
     "install a CUDA toolkit, or the wheels nvidia-cuda-nvcc, nvidia-cuda-crt and nvidia-nvvm of torch's CUDA version "
     "into this environment, or set CUDA_HOME"
@@ -64,26 +75,66 @@ def find_cuda_home() -> Path | None:
     return None
 
 
-def cuda_home_to_use() -> Path | None:
-    """Where the CUDA build gets its compiler; None for a CPU-only build. Says why in one line."""
+def cuda_archs(wish: str) -> str:
+    """The architectures to compile for, as TORCH_CUDA_ARCH_LIST spells them; "" where nothing asks for any."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    if given:
+        return given
+    devices = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    present = ";".join(f"{major}.{minor}" for major, minor in sorted(devices))
+    return present or (ALL_CUDA_ARCHS if wish == "1" else "")
+
+
+def cuda_build() -> tuple[Path, str] | None:
+    """Where nvcc is and the architectures to compile for; None for a CPU-only build. Says why in one line."""
     wish = os.environ.get("LRDS_FAST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"setup.py: LRDS_FAST_CUDA must be 0, 1 or unset; got {wish!r}")
     if wish == "0":
         print("lrds_fast: building for the CPU only (LRDS_FAST_CUDA=0)", file=sys.stderr)
         return None
+    archs = cuda_archs(wish)
     home = find_cuda_home()
     missing = None
     if torch.version.cuda is None:
         missing = f"this torch ({torch.__version__}) is a CPU-only build; install a CUDA build of torch"
+    elif not archs:
+        missing = (
+            "this machine has no GPU; LRDS_FAST_CUDA=1 builds the CUDA kernels all the same, for the architectures in "
+            f"TORCH_CUDA_ARCH_LIST (default {ALL_CUDA_ARCHS})"
+        )
     elif home is None:
         missing = f"nvcc was not found; {HOW_TO_GET_NVCC}"
-    if missing is None:
-        return home
+    if home is not None and missing is None:
+        print(f"lrds_fast: building for the CPU and for CUDA {archs}", file=sys.stderr)
+        return home, archs
     if wish == "1":
         raise SystemExit(f"setup.py: LRDS_FAST_CUDA=1, but {missing}")
     print(f"lrds_fast: building for the CPU only: {missing}", file=sys.stderr)
     return None
+
+
+def use_ccache() -> None:
+    """Sends the compilers' calls through ccache where it is installed and the environment names no compiler."""
+    ccache = shutil.which("ccache")
+    if ccache is None:
+        return
+    if "CXX" not in os.environ:
+        # ccache under a compiler's name runs the compiler of that name; torch takes one word for CXX.
+        link = ROOT / "build" / "ccache" / "c++"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(ccache)
+        os.environ["CXX"] = str(link)
+    if "PYTORCH_NVCC" not in os.environ and "CUDA_HOME" in os.environ:
+        os.environ["PYTORCH_NVCC"] = f"{ccache} {os.environ['CUDA_HOME']}/bin/nvcc"
+
+
+def nvcc_version(home: Path) -> str:
+    """The release of the compiler itself, such as "13.0.88": it need not be the CUDA version of torch."""
+    output = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", output)
+    return found.group(1) if found else "unknown"
 
 
 def cudart_folder(home: Path) -> list[str]:
@@ -106,7 +157,7 @@ def sources(pattern: str) -> list[str]:
 
 
 def extension() -> cpp_extension.CppExtension:
-    home = cuda_home_to_use()
+    cuda = cuda_build()
     macros: list[tuple[str, str | None]] = [
         ("LRDS_VERSION", f'"{version()}"'),
         ("LRDS_TORCH_VERSION", f'"{torch.__version__}"'),
@@ -117,17 +168,20 @@ def extension() -> cpp_extension.CppExtension:
         "include_dirs": [str(ROOT / "csrc"), *pybind11_include()],
         "extra_link_args": ["-fopenmp"],
     }
-    if home is None:
+    if cuda is None:
+        use_ccache()
         return cpp_extension.CppExtension(
             "lrds_fast._C", files, define_macros=macros, extra_compile_args=compile_args, **options
         )
-    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS).replace(" ", ";")
+    home, archs = cuda
+    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     # torch reads CUDA_HOME when it is imported; what was found may be a place that it does not look in.
     cpp_extension.CUDA_HOME = str(home)
     os.environ["CUDA_HOME"] = str(home)
+    use_ccache()
     macros += [
         ("LRDS_WITH_CUDA", None),
-        ("LRDS_CUDA_VERSION", f'"{torch.version.cuda}"'),
+        ("LRDS_CUDA_VERSION", f'"{nvcc_version(home)}"'),
         ("LRDS_CUDA_ARCHS", f'"{archs}"'),
     ]
     compile_args["nvcc"] = [
@@ -148,8 +202,47 @@ def extension() -> cpp_extension.CppExtension:
     )
 
 
+def write_record(extension: Path) -> None:
+    """The facts of a built extension beside it, where lrds_fast/_build.py reads them without loading it."""
+    spec = importlib.util.spec_from_file_location("lrds_fast._C", extension)
+    built = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(built)
+    facts = {key: value for key, value in built.build_info().items() if key != "cpu_isa"}  # that is this machine's
+    extension.with_name("_build.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+class BuildExt(cpp_extension.BuildExtension.with_options(use_ninja=True)):
+    def run(self) -> None:
+        super().run()
+        for built in self.extensions:
+            write_record(Path(self.get_ext_fullpath(built.name)))
+
+
+class BdistWheel(bdist_wheel):
+    """A wheel's binary fits one minor release of torch, and its metadata say which; an editable install is rebuilt."""
+
+    archived = False
+
+    def run(self) -> None:
+        self.archived = True
+        super().run()
+
+    def write_wheelfile(self, wheelfile_base: str, *args: str) -> None:
+        super().write_wheelfile(wheelfile_base, *args)
+        if self.archived:
+            metadata = Path(wheelfile_base, "METADATA")
+            release = ".".join(torch.__version__.split(".")[:2])
+            pinned = re.sub(
+                r"^Requires-Dist: torch>=.*$",
+                f"Requires-Dist: torch=={release}.*",
+                metadata.read_text(encoding="utf-8"),
+                flags=re.MULTILINE,
+            )
+            metadata.write_text(pinned, encoding="utf-8")
+
+
 setup(
     # tools/build.sh has compiled in place already when it registers the checkout.
     ext_modules=[] if os.environ.get("LRDS_FAST_SKIP_BUILD") == "1" else [extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )

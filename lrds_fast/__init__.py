@@ -4,6 +4,9 @@ kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD
 teacher. linear_kd_loss: from hidden states and classifiers. revision_loss, dist_loss, mlkd_loss: losses over a batch.
 revise_labels: the revised teacher. influence: scores of samples.
 select, Selection: which samples keep their teacher. models: networks by name. reference: everything in plain PyTorch.
+
+Names are loaded when they are first used. torch.ops.lrds_fast is there from then on, or by importing
+lrds_fast.functional.
 """
 
 from __future__ import annotations
@@ -11,18 +14,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lrds_fast import divergences, reference
 from lrds_fast._version import __version__
-from lrds_fast.composed import dist_loss, mlkd_loss, revision_loss
-from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
-from lrds_fast.functional import KDLossParts, kd_loss, kd_loss_parts, revise_labels
-from lrds_fast.linear import linear_kd_loss
-from lrds_fast.nn import KDLoss
-from lrds_fast.topk import TopKTeacher
 
 if TYPE_CHECKING:
-    from lrds_fast import influence, models
+    from lrds_fast import divergences, influence, models, reference
+    from lrds_fast.composed import dist_loss, mlkd_loss, revision_loss
+    from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
+    from lrds_fast.functional import KDLossParts, kd_loss, kd_loss_parts, revise_labels
+    from lrds_fast.linear import linear_kd_loss
+    from lrds_fast.nn import KDLoss
     from lrds_fast.selection import Selection, select, select_jointly
+    from lrds_fast.topk import TopKTeacher
 
 __all__ = [
     "DKD",
@@ -52,22 +54,35 @@ __all__ = [
     "select_jointly",
 ]
 
-# Loaded on first use: whoever imports the loss alone waits for neither Parquet nor model code.
-_LAZY = {
-    "influence": ("lrds_fast.influence", None),
-    "models": ("lrds_fast.models", None),
-    "Selection": ("lrds_fast.selection", "Selection"),
-    "select": ("lrds_fast.selection", "select"),
-    "select_jointly": ("lrds_fast.selection", "select_jointly"),
+# Loaded on first use: the command line answers without PyTorch; the loss alone waits for neither Parquet nor models.
+_NAMES = {
+    "_ops": ("_C",),
+    "composed": ("dist_loss", "mlkd_loss", "revision_loss"),
+    "divergences": ("DKD", "JSD", "KL", "MSE", "NKD", "RKL", "RLD"),
+    "functional": ("KDLossParts", "kd_loss", "kd_loss_parts", "revise_labels"),
+    "influence": (),
+    "linear": ("linear_kd_loss",),
+    "models": (),
+    "nn": ("KDLoss",),
+    "reference": (),
+    "selection": ("Selection", "select", "select_jointly"),
+    "topk": ("TopKTeacher",),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in (home, *names)}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _HOMES:
         raise AttributeError(f"module 'lrds_fast' has no attribute {name!r}")
-    module_name, attribute = _LAZY[name]
-    module = importlib.import_module(module_name)
-    value = module if attribute is None else getattr(module, attribute)
+    try:
+        module = importlib.import_module(f"lrds_fast.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        from lrds_fast import _build
+
+        raise ImportError(_build.problem() or str(error)) from None
+    value = module if name == _HOMES[name] else getattr(module, name)
     globals()[name] = value
     return value
 

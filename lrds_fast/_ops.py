@@ -7,35 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrds_fast import _build
+
+_found = _build.problem(torch.__version__)
+if _found:
+    raise ImportError(_found)
 try:
-    from lrds_fast import _C
+    import lrds_fast._C as _C
 except ImportError as error:
-    if getattr(error, "name", None) != "lrds_fast._C" and "lrds_fast._C" not in str(error):
-        # The extension is there and does not load: nearly always another torch than it was built with.
-        raise ImportError(
-            f"lrds_fast's compiled extension does not load with torch {torch.__version__} ({error}); "
-            "rebuild it against this torch: pip install --no-build-isolation --force-reinstall --no-deps lrds-fast"
-        ) from error
     raise ImportError(
-        "lrds_fast's compiled extension is missing; build it with: pip install --no-build-isolation -e ."
-    ) from error
-
-
-def _release(version: str) -> str:
-    """'2.15.0+cu132' -> '2.15': patch releases keep the C++ ABI."""
-    return ".".join(version.split("+")[0].split(".")[:2])
-
-
-def check_torch_version(built: str, found: str) -> None:
-    """Raises ImportError if the extension was compiled against another minor release of torch."""
-    if _release(built) != _release(found):
-        raise ImportError(
-            f"lrds_fast was built with torch {built} but torch {found} is installed; rebuild it against this torch: "
-            "pip install --no-build-isolation --force-reinstall --no-deps lrds-fast (or -e . in a checkout)"
-        )
-
-
-check_torch_version(_C.build_info()["torch_version"], torch.__version__)
+        f"lrds_fast's extension does not load with torch {torch.__version__} ({str(error).splitlines()[0][:150]});"
+        f" rebuild it: {_build.how_to_rebuild()}"
+    ) from None
+_found = _build.mismatch(_C.build_info()["torch_version"], torch.__version__)
+if _found:
+    raise ImportError(_found)
 
 NO_REDUCTION = 0
 """The `reduction` of the operators that means one loss per row (see csrc/core/kd_loss.h)."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrds_fast.divergences import resolve_revise
 from lrds_fast.functional import check_pair, kd_loss, revise_labels, temperatures
 from lrds_fast.reference import compute_dtype
 
@@ -183,6 +184,7 @@ def gram_terms(
     classes: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(sum_T B_T, sum_T C_T) of mlkd_loss, whose arguments these are; 0 for what batch or classes leaves out."""
+    revise = resolve_revise(revise)
     dtype = compute_dtype(student_logits, teacher_logits)
     z, v = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     count: Tensor | int = max(1, z.shape[0])

@@ -170,6 +170,17 @@ NAMES = tuple(_BY_NAME)
 """Every name that kd_loss(divergence=...) takes."""
 
 
+def resolve_revise(revise: str | None) -> str | None:
+    """A revision policy, one of REVISE; "none", as recipes write it, is None. ValueError for anything else."""
+    # Not `in`: an unhashable value deserves the same message.
+    for policy in REVISE:
+        if revise is policy or revise == policy:
+            return policy
+    if revise == "none":
+        return None
+    raise ValueError(f"revise must be one of {', '.join(map(repr, REVISE))}; got {revise!r}")
+
+
 def resolve(divergence: str | Divergence) -> Divergence:
     """A divergence from its name (with its defaults) or itself. ValueError for another name, TypeError for the rest."""
     if isinstance(divergence, Divergence) and type(divergence) is not Divergence:

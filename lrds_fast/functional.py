@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from lrds_fast import _ops, reference
-from lrds_fast.divergences import REVISE, Divergence, resolve
+from lrds_fast.arguments import check_teacher_rows, check_tensor, unknown_keyword
+from lrds_fast.divergences import REVISE, Divergence, resolve, resolve_revise
 from lrds_fast.reference import KDLossParts, default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
 
@@ -19,6 +20,8 @@ __all__ = ["KDLossParts", "kd_logit_gradient", "kd_loss", "kd_loss_parts", "revi
 
 MAX_TEMPERATURES = 8
 """Temperatures that one call can add up (csrc/core/kd_loss.h: kMaxTemperatures)."""
+
+SELECTED_TWICE = "selected must be None where teacher_rows is given: those first rows are the selected ones"
 
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2, "elementmean": 3}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,10 +36,11 @@ def _choice(name: str, value: object, choices: dict[Any, int]) -> int:
 
 
 class Hyperparameters(NamedTuple):
-    """kd_loss's keywords, checked, defaults filled in, names replaced by the operators' codes."""
+    """kd_loss's keywords, checked, defaults filled in, names replaced by the operators' codes but for policy."""
 
     temperature: list[float]
     ce_weight_unselected: float
+    policy: str | None
     revise: int
     reduction: int
     divergence: Divergence
@@ -105,11 +109,12 @@ def check_hyperparameters(
         raise TypeError(f"standardize must be a bool; got {standardize!r}")
     if ce_weight_unselected is None:
         ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
-    resolved = resolve(divergence)
+    resolved, policy = resolve(divergence), resolve_revise(revise)
     return Hyperparameters(
         temperatures(temperature),
         ce_weight_unselected,
-        _choice("revise", revise, REVISE),
+        policy,
+        REVISE[policy],
         _choice("reduction", reduction, _REDUCTION),
         resolved,
         resolved.parameters,
@@ -129,16 +134,40 @@ def _check_once(**keywords: Any) -> Hyperparameters:
     return check_hyperparameters(**keywords)
 
 
-def _check_logits(name: str, logits: object) -> None:
+def _check_logits(name: str, logits: Any) -> None:
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a Tensor of logits; got {type(logits).__name__}")
+        if isinstance(logits, TopKTeacher):
+            raise TypeError(f"{name} must be a Tensor of logits here; got TopKTeacher; pass its .dense(classes)")
+        check_tensor(name, logits)
     if logits.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name} must have shape (..., C) with C >= 1; got {tuple(logits.shape)}")
 
 
-def _check_target(target: object, logits: Tensor, revise: str | None) -> None:
+def check_class_dimension(name: str, shape: Sequence[int], target: Tensor) -> None:
+    """ValueError where a target that fits (..., C) would fit (N, C, H, W) as well: nothing else tells them apart.
+
+    Three dimensions are taken for (B, T, C): a byte model over 256 tokens is no picture.
+    """
+    if len(shape) > 3 and (target.is_floating_point() or all(size == shape[-1] for size in shape[1:])):
+        raise ValueError(
+            f"{name} of shape {tuple(shape)} may have its classes in dimension 1 or in the last: pass rows instead, "
+            f"{name}.movedim(1, -1).flatten(0, -2) for (N, C, H, W) or {name}.flatten(0, -2) for (N, H, W, C), and "
+            "teacher and target alike"
+        )
+
+
+def class_dimension_hint(name: str, shape: Sequence[int], target: Sequence[int]) -> str:
+    """For an error: what to do where logits or target have the shape that they have with classes in dimension 1."""
+    inner = tuple(shape[2:])
+    likely = ((shape[0], *inner), (shape[0], *inner, shape[1]), (shape[0], shape[-1], *shape[1:-1]))
+    if len(shape) < 3 or tuple(target) not in likely:
+        return ""
+    return f"; classes come last here, in logits and soft targets: {name}.movedim(1, -1) makes (N, C, ...) so"
+
+
+def _check_target(target: object, logits: Tensor, revise: str | None, name: str = "student_logits") -> None:
     if not isinstance(target, Tensor):
         hint = ""
         if isinstance(target, (int, float)):
@@ -152,6 +181,7 @@ def _check_target(target: object, logits: Tensor, revise: str | None) -> None:
             raise error(
                 f"target must be int64 or int32 class indices of shape {expected}, or floating probabilities of shape "
                 f"{tuple(logits.shape)}; got {target.dtype} of shape {shape}"
+                f"{class_dimension_hint(name, logits.shape, shape)}"
             )
         if revise not in ("lr", None):
             raise ValueError(f"revise must be 'lr' or None where target holds probabilities; got {revise!r}")
@@ -161,9 +191,12 @@ def _check_target(target: object, logits: Tensor, revise: str | None) -> None:
             f"{shape}"
         )
     elif shape != expected:
-        raise ValueError(f"target must have student_logits' leading shape {expected}; got {shape}")
+        hint = class_dimension_hint(name, logits.shape, shape)
+        raise ValueError(f"target must have {name}' leading shape {expected}; got {shape}{hint}")
     if target.device != logits.device:
-        raise ValueError(f"target must be on {logits.device} like student_logits; got {target.device}")
+        raise ValueError(f"target must be on {logits.device} like {name}; got {target.device}")
+    if logits.dim() > 3:
+        check_class_dimension(name, logits.shape, target)
 
 
 def _check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) -> None:
@@ -210,63 +243,61 @@ def _check_tensors(
     selected: Tensor | None,
     class_weight: Tensor | None,
     hyperparameters: Hyperparameters,
-    revise: str | None,
+    teacher_rows: int | None = None,
 ) -> None:
     _check_logits("student_logits", student_logits)
-    classes = student_logits.shape[-1]
+    shape = student_logits.shape
+    classes = shape[-1]
     if isinstance(teacher_logits, TopKTeacher):
         _check_topk(teacher_logits, classes, hyperparameters.temperature)
         teacher = teacher_logits.values
         _check_logits("TopKTeacher.values", teacher)
-        teacher_shape = (*teacher.shape[:-1], classes)
+        teacher_shape: tuple[int, ...] = (*teacher.shape[:-1], classes)
     else:
         teacher = teacher_logits
         _check_logits("teacher_logits", teacher)
-        teacher_shape = tuple(teacher.shape)
+        teacher_shape = teacher.shape
         if teacher_shape[-1] != classes:
-            raise ValueError(f"teacher_logits must have the student's {classes} classes; got shape {teacher_shape}")
+            raise ValueError(
+                f"teacher_logits must have the student's {classes} classes; got shape {tuple(teacher_shape)}"
+            )
     if teacher.device != student_logits.device:
         raise ValueError(f"teacher_logits must be on {student_logits.device} like student_logits; got {teacher.device}")
-    _check_target(target, student_logits, revise)
+    _check_target(target, student_logits, hyperparameters.policy)
     if class_weight is not None:
         _check_class_weight(class_weight, classes, student_logits.device)
-    leading = tuple(student_logits.shape[:-1])
-    rows = math.prod(leading)
-    prefix = teacher_shape != tuple(student_logits.shape)
-    if prefix:
-        inner = tuple(student_logits.shape[1:])
-        fits = len(teacher_shape) == 2 or teacher_shape[1:] == inner
-        if math.prod(teacher_shape[:-1]) > rows or not fits:
-            raise ValueError(
-                f"teacher_logits must have student_logits' shape {tuple(student_logits.shape)}, or hold its first "
-                f"K <= {rows} rows; got {teacher_shape}"
-            )
+    if teacher_rows is not None or teacher_shape != shape:
+        check_teacher_rows(shape, teacher_shape, teacher_rows)
     if selected is None:
         return
     if not isinstance(selected, Tensor):
         raise TypeError(f"selected must be a Tensor, bool or floating; got {type(selected).__name__}")
     if selected.dtype != torch.bool and not selected.dtype.is_floating_point:
         raise TypeError(f"selected must be bool, or floating weights in [0, 1]; got {selected.dtype}")
-    if prefix:
-        raise ValueError(
-            f"selected must be None when teacher_logits holds only the first {teacher_shape[0]} rows: "
-            "those rows are the selected ones"
-        )
+    if teacher_rows is not None:
+        raise ValueError(SELECTED_TWICE)
+    leading = tuple(shape[:-1])
+    rows = math.prod(leading)
     if tuple(selected.shape) not in (leading, (rows,)):
         raise ValueError(f"selected must have the rows' shape {leading} or ({rows},); got {tuple(selected.shape)}")
     if selected.device != student_logits.device:
         raise ValueError(f"selected must be on {student_logits.device} like student_logits; got {selected.device}")
 
 
-def check_pair(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> None:
-    """Checks (N, C) logits of student and teacher and, unless None, (N,) class indices. ValueError, TypeError."""
+def _check_matrices(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Checks logits that must be (N, C) and of one shape."""
     _check_logits("student_logits", student_logits)
     _check_logits("teacher_logits", teacher_logits)
     if student_logits.dim() != 2 or teacher_logits.shape != student_logits.shape:
         raise ValueError(
-            "student_logits and teacher_logits must both be (N, C); "
+            "student_logits and teacher_logits must both be (N, C), row for row; "
             f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
+
+
+def check_pair(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> None:
+    """Checks (N, C) logits of student and teacher and, unless None, (N,) class indices. ValueError, TypeError."""
+    _check_matrices(student_logits, teacher_logits)
     if teacher_logits.device != student_logits.device:
         raise ValueError(
             f"teacher_logits must be on {student_logits.device} like student_logits; got {teacher_logits.device}"
@@ -315,6 +346,7 @@ def _call(
     revise: str | None,
     eta: float,
     selected: Tensor | None,
+    teacher_rows: int | None,
     divergence: str | Divergence,
     standardize: bool,
     label_smoothing: float,
@@ -338,7 +370,7 @@ def _call(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    _check_tensors(student_logits, teacher_logits, target, selected, class_weight, checked, revise)
+    _check_tensors(student_logits, teacher_logits, target, selected, class_weight, checked, teacher_rows)
     if _transforms_active():
         # torch.func cannot look into a C++ autograd function; the same loss in PyTorch ops it can.
         parts = reference.kd_loss_parts(
@@ -349,9 +381,10 @@ def _call(
             ce_weight=ce_weight,
             kd_weight=kd_weight,
             ce_weight_unselected=checked.ce_weight_unselected,
-            revise=revise,
+            revise=checked.policy,
             eta=eta,
             selected=selected,
+            teacher_rows=teacher_rows,
             divergence=divergence,
             standardize=standardize,
             label_smoothing=label_smoothing,
@@ -402,6 +435,7 @@ def kd_loss(
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
+    teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
     standardize: bool = False,
     label_smoothing: float = 0.0,
@@ -411,6 +445,7 @@ def kd_loss(
     num_valid: Tensor | float | None = None,
     weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """ce_weight * CE(z, y) + kd_weight * D(p', q): label revision and distillation in one pass over the logits.
 
@@ -419,12 +454,12 @@ def kd_loss(
     scales it.
 
     student_logits: (..., C) float64/float32/bfloat16/float16, last stride 1 (else copied), any row stride.
-    teacher_logits: the same shape, any of these dtypes, no gradient. It may hold only the first K of the N flattened
-        rows, (K, C) or (B', ..., C): those are then the selected ones, and `selected` must be None. K = 0 is legal.
-        A cached teacher comes as a TopKTeacher.
+    teacher_logits: the same shape, any of these dtypes, no gradient. A cached teacher comes as a TopKTeacher. With
+        teacher_rows it holds the first of the rows alone.
     target: (...) int64/int32 class indices in [0, C), or ignore_index; or (..., C) floating probabilities (mixup,
         CutMix, soft labels). An index out of range: ValueError on the CPU; on CUDA (no synchronisation) that row's
-        loss and gradient are NaN.
+        loss and gradient are NaN. Classes come last: logits (N, C, H, W) are passed as movedim(1, -1). Where a target
+        would fit both layouts (floating probabilities, or H = W = C) four dimensions are refused; flatten the rows.
     temperature: T > 0; of several, the terms are added, each with its own revision.
     ce_weight, kd_weight: independent weights >= 0; a term of weight 0 is not computed.
     ce_weight_unselected: CE weight of rows without teacher. Default: ce_weight + kd_weight if that is <= 1, else
@@ -432,10 +467,13 @@ def kd_loss(
     revise: what happens to p where the teacher's top class is not the target (a tie that the target takes part in
         counts as right). "lr": beta = eta / (1 + p_max - p_y), p' = beta p + (1 - beta) one_hot(y), so the target wins
         by exactly 1 - eta. "mft": the same there, and on right rows p'_y = min(1, p_y + 1 - eta). "swap": the target's
-        logit and the top one change places. None: p' = p. With probabilities as target, "lr" mixes towards them:
-        beta = eta m / (m + p_max - p_y), m the target's own lead.
+        logit and the top one change places. None or "none": p' = p. With probabilities as target, "lr" mixes towards
+        them: beta = eta m / (m + p_max - p_y), m the target's own lead.
     selected: (...) or (N,), bool or weights w in [0, 1]. A row's CE weight is w * ce_weight + (1 - w) *
         ce_weight_unselected, its KD weight w * kd_weight. None: every row.
+    teacher_rows: K where teacher_logits holds only the first K of the N flattened rows, (K, C) or (B', ..., C): those
+        are then the selected ones, and `selected` must be None. 0 is legal. None: a teacher with fewer rows than the
+        student is an error.
     divergence: "kl", "rkl", "dkd", "rld", "nkd", "mse_logits", "mse_probs", "jsd", or one of lrds_fast.divergences
         with its own parameters, DKD(alpha=1, beta=2). "rld" replaces revision.
     standardize: the divergence sees (x - mean) / (std + 1e-7) of both logits' rows instead of the logits.
@@ -444,8 +482,15 @@ def kd_loss(
     reduction: "mean" over rows that are not ignored (selected or not; with class_weight the CE sum is divided by their
         weights' sum instead), "elementmean" over those rows times C, "sum", or "none" (the rows' shape, ignored rows
         0). No valid row: loss 0, gradient 0.
-    num_valid, weight_sum: numbers or 0-d tensors that replace the means' row count and weight sum (global means in
-        DDP or accumulation).
+    num_valid, weight_sum: numbers or 0-d tensors that replace the means' row count and weight sum. DDP averages the
+        gradients of its processes, so the mean over all of their rows needs the count of all, divided by their number:
+
+            count = (target != -100).sum()
+            torch.distributed.all_reduce(count)
+            loss = kd_loss(student_logits, teacher_logits, target, num_valid=count / torch.distributed.get_world_size())
+
+        With the undivided count the gradient is that number too small. Accumulation adds gradients: count the rows of
+        all micro-batches of the step (without DDP, undivided). weight_sum alike.
     grad_scale: a number or 0-d tensor: the factor the coming grad_output will carry (GradScaler._scale). It never
         changes the result; it is folded in before a 16-bit gradient is rounded.
 
@@ -460,6 +505,8 @@ def kd_loss(
             "kd_loss takes (student_logits, teacher_logits, target), the rest by keyword; got a fourth argument "
             f"{args[0]!r}: write temperature=... (or whichever you meant)"
         )
+    if unknown:
+        raise unknown_keyword(kd_loss, unknown)
     return _call(
         student_logits,
         teacher_logits,
@@ -471,6 +518,7 @@ def kd_loss(
         revise=revise,
         eta=eta,
         selected=selected,
+        teacher_rows=teacher_rows,
         divergence=divergence,
         standardize=standardize,
         label_smoothing=label_smoothing,
@@ -495,6 +543,7 @@ def kd_loss_parts(
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
+    teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
     standardize: bool = False,
     label_smoothing: float = 0.0,
@@ -504,12 +553,15 @@ def kd_loss_parts(
     num_valid: Tensor | float | None = None,
     weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
+    **unknown: NoReturn,
 ) -> KDLossParts:
     """kd_loss with what it is made of, for logging: (loss, ce, kd, n_valid, n_selected, n_revised).
 
     Arguments as kd_loss. ce and kd are weighted and reduced like loss and detached, loss = ce + kd; the counts are 0-d
     int64 tensors on the logits' device. Nothing synchronises.
     """
+    if unknown:
+        raise unknown_keyword(kd_loss_parts, unknown)
     loss, ce, kd, counts = _call(
         student_logits,
         teacher_logits,
@@ -521,6 +573,7 @@ def kd_loss_parts(
         revise=revise,
         eta=eta,
         selected=selected,
+        teacher_rows=teacher_rows,
         divergence=divergence,
         standardize=standardize,
         label_smoothing=label_smoothing,
@@ -566,7 +619,7 @@ def revise_labels(
     )
     _choice("policy", policy, {name: code for name, code in REVISE.items() if name is not None})
     _check_logits("teacher_logits", teacher_logits)
-    _check_target(target, teacher_logits, policy)
+    _check_target(target, teacher_logits, policy, "teacher_logits")
     classes = teacher_logits.shape[-1]
     indices = not target.dtype.is_floating_point
     if indices and target.device.type == "cpu" and not torch.compiler.is_compiling() and not _transforms_active():
@@ -612,12 +665,8 @@ def kd_logit_gradient(
         ignore_index=-100,
         reduction="sum",
     )
-    _check_tensors(student_logits, teacher_logits, target, None, class_weight, checked, revise)
-    if student_logits.dim() != 2 or teacher_logits.shape != student_logits.shape:
-        raise ValueError(
-            "student_logits and teacher_logits must both be (N, C); "
-            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        )
+    _check_matrices(student_logits, teacher_logits)
+    _check_tensors(student_logits, teacher_logits, target, None, class_weight, checked)
     gradient: Tensor = _ops.kd_logit_gradient(
         student_logits.detach(),
         teacher_logits.detach(),
@@ -694,13 +743,11 @@ def kd_moments(
         ignore_index=-100,
         reduction="sum",
     )
-    _check_tensors(student_logits, teacher_logits, target, None, None, checked, revise)
-    if student_logits.dim() != 2 or teacher_logits.shape != student_logits.shape or target.is_floating_point():
-        raise ValueError(
-            "student_logits and teacher_logits must both be (N, C) and target class indices; got"
-            f" {tuple(student_logits.shape)}, {tuple(teacher_logits.shape)} and {target.dtype}"
-        )
-    if revise == "swap":
+    _check_matrices(student_logits, teacher_logits)
+    _check_tensors(student_logits, teacher_logits, target, None, None, checked)
+    if target.is_floating_point():
+        raise ValueError(f"target must hold class indices; got {target.dtype} probabilities")
+    if checked.policy == "swap":
         raise ValueError("revise must be 'lr', 'mft' or None here; got 'swap'")
     moments, top = _ops.kd_moments(
         student_logits.detach(),

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from lrds_fast import _ops
+from lrds_fast.arguments import check_teacher_rows, check_tensor, unknown_keyword
 from lrds_fast.divergences import Divergence
-from lrds_fast.functional import _check_class_weight, _scalar, check_hyperparameters
+from lrds_fast.functional import (
+    SELECTED_TWICE,
+    _check_class_weight,
+    _scalar,
+    check_class_dimension,
+    check_hyperparameters,
+    class_dimension_hint,
+)
 
 __all__ = ["default_chunk_rows", "linear_kd_loss"]
 
@@ -344,12 +352,12 @@ class _NoSecondDerivative(torch.autograd.Function):
 # --- Arguments
 
 
-def _matrix(name: str, tensor: object, shape: str) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor of shape {shape}; got {type(tensor).__name__}")
+def _matrix(name: str, tensor: Any, shape: str) -> Tensor:
+    check_tensor(name, tensor, f"shape {shape}", "last_hidden_state")
     if tensor.dtype not in _FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
-    return tensor
+    checked: Tensor = tensor
+    return checked
 
 
 def _check_head(who: str, hidden: object, weight: object, bias: object, like: Tensor | None) -> torch.dtype:
@@ -385,10 +393,9 @@ def _cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype
     return dtype if autocast is None or dtype == torch.float64 else autocast
 
 
-def _check_rows(student: Tensor, teacher: Tensor, target: object, selected: object) -> None:
-    """Checks target and selected against the leading shapes of the two hidden tensors."""
+def _check_rows(student: Tensor, teacher: Tensor, target: object, selected: object, teacher_rows: int | None) -> None:
+    """Checks target, selected and teacher_rows against the leading shapes of the two hidden tensors."""
     leading = tuple(student.shape[:-1])
-    count, teacher_rows = math.prod(leading), math.prod(teacher.shape[:-1])
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor of class indices; got {type(target).__name__} {target!r}")
     if target.dtype not in (torch.int64, torch.int32):
@@ -396,24 +403,19 @@ def _check_rows(student: Tensor, teacher: Tensor, target: object, selected: obje
             f"target must hold int64 or int32 class indices; got {target.dtype} of shape {tuple(target.shape)}"
         )
     if tuple(target.shape) != leading:
-        raise ValueError(f"target must have student_hidden's leading shape {leading}; got {tuple(target.shape)}")
-    prefix = tuple(teacher.shape[:-1]) != leading
-    if prefix and (teacher_rows > count or not (teacher.dim() == 2 or teacher.shape[1:-1] == student.shape[1:-1])):
-        raise ValueError(
-            f"teacher_hidden must have student_hidden's leading shape {leading}, or hold its first K <= {count} rows; "
-            f"got {tuple(teacher.shape)}"
-        )
+        hint = class_dimension_hint("student_hidden", student.shape, target.shape)
+        raise ValueError(f"target must have student_hidden's leading shape {leading}; got {tuple(target.shape)}{hint}")
+    check_class_dimension("student_hidden", student.shape, target)
+    check_teacher_rows(student.shape, teacher.shape, teacher_rows, of="hidden")
     others = [("target", target)]
     if selected is not None:
         if not isinstance(selected, Tensor):
             raise TypeError(f"selected must be a Tensor, bool or floating; got {type(selected).__name__}")
         if selected.dtype != torch.bool and not selected.dtype.is_floating_point:
             raise TypeError(f"selected must be bool, or floating weights in [0, 1]; got {selected.dtype}")
-        if prefix:
-            raise ValueError(
-                f"selected must be None when teacher_hidden holds only the first {teacher_rows} rows: "
-                "those rows are the selected ones"
-            )
+        if teacher_rows is not None:
+            raise ValueError(SELECTED_TWICE)
+        count = math.prod(leading)
         if tuple(selected.shape) not in (leading, (count,)):
             raise ValueError(f"selected must have target's shape {leading} or ({count},); got {tuple(selected.shape)}")
         others.append(("selected", selected))
@@ -460,6 +462,7 @@ def linear_kd_loss(
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
+    teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
     standardize: bool = False,
     label_smoothing: float = 0.0,
@@ -470,6 +473,7 @@ def linear_kd_loss(
     weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
     chunk_rows: int | None = None,
+    **unknown: NoReturn,
 ) -> Tensor:
     """kd_loss(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T, target) without the logits.
 
@@ -479,12 +483,13 @@ def linear_kd_loss(
 
     student_hidden: (..., d) floating, leading dimensions flattened to N rows. student_weight: (C, d), student_bias:
         (C,) or None; the same dtype. Under autocast all are cast as F.linear casts them.
-    teacher_hidden: (..., d_t) with the same leading dimensions, or the first K of the N rows, (K, d_t) or
-        (B', ..., d_t): those are then the selected ones, the others' logits are never computed, and `selected` must
-        be None. K = 0 is legal. teacher_weight: (C, d_t), teacher_bias: (C,) or None. None of them gets a gradient.
+    teacher_hidden: (..., d_t) with the same leading dimensions. teacher_weight: (C, d_t), teacher_bias: (C,) or None.
+        None of them gets a gradient.
+    teacher_rows: K where teacher_hidden holds only the first K of the N rows, (K, d_t) or (B', ..., d_t): those are
+        then the selected ones, the others' logits are never computed, and `selected` must be None. 0 is legal.
     target: (...) int64/int32 class indices in [0, C), or ignore_index.
     selected: as kd_loss. Rows with weight 0 are still multiplied with teacher_weight (which rows those are is known on
-        the device only): sort them to the end and pass a teacher prefix to save that product.
+        the device only): sort them to the end and pass teacher_rows to save that product.
     reduction: "mean", "sum" or "elementmean". "none" is refused: gradients are made in the forward pass, before each
         row's own grad_output is known.
     grad_scale: as kd_loss. It is not needed against underflow: float16 gradients are kept undivided until
@@ -499,6 +504,8 @@ def linear_kd_loss(
     fullgraph=True, for any N in one graph. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693.
     """
+    if unknown:
+        raise unknown_keyword(linear_kd_loss, unknown)
     checked = check_hyperparameters(
         temperature=temperature,
         ce_weight=ce_weight,
@@ -529,7 +536,7 @@ def linear_kd_loss(
         raise ValueError(
             f"teacher_weight must have the student's {classes} classes; got shape {tuple(teacher_weight.shape)}"
         )
-    _check_rows(student_hidden, teacher_hidden, target, selected)
+    _check_rows(student_hidden, teacher_hidden, target, selected, teacher_rows)
     if class_weight is not None:
         _check_class_weight(class_weight, classes, student_hidden.device)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from torch import Tensor, nn
 
-from lrds_fast.divergences import Divergence
+from lrds_fast.arguments import unknown_keyword
+from lrds_fast.divergences import Divergence, resolve_revise
 from lrds_fast.functional import check_hyperparameters, kd_loss
 from lrds_fast.reference import default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
 
 
 class KDLoss(nn.Module):
-    """kd_loss as a module. Keywords as lrds_fast.kd_loss; they become attributes of the same names.
+    """kd_loss as a module: KDLoss(4.0), or keywords as lrds_fast.kd_loss, which become attributes of the same names.
 
     Hyperparameters are checked here, once more on every call (they may be assigned to), and raise ValueError or
     TypeError. The module has no parameters; class_weight is a buffer. torch.compile takes numbers for constants: a
@@ -23,8 +25,8 @@ class KDLoss(nn.Module):
 
     def __init__(
         self,
-        *,
         temperature: float | Sequence[float] = 4.0,
+        *,
         ce_weight: float = 0.1,
         kd_weight: float = 0.9,
         ce_weight_unselected: float | None = None,
@@ -36,8 +38,11 @@ class KDLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise unknown_keyword(KDLoss, unknown)
         check_hyperparameters(
             temperature=temperature,
             ce_weight=ce_weight,
@@ -55,7 +60,7 @@ class KDLoss(nn.Module):
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
         self.ce_weight_unselected = ce_weight_unselected
-        self.revise = revise
+        self.revise = resolve_revise(revise)
         self.eta = eta
         self.divergence = divergence
         self.standardize = standardize
@@ -80,6 +85,7 @@ class KDLoss(nn.Module):
         target: Tensor,
         selected: Tensor | None = None,
         *,
+        teacher_rows: int | None = None,
         num_valid: Tensor | float | None = None,
         weight_sum: Tensor | float | None = None,
         grad_scale: Tensor | float | None = None,
@@ -96,6 +102,7 @@ class KDLoss(nn.Module):
             revise=self.revise,
             eta=self.eta,
             selected=selected,
+            teacher_rows=teacher_rows,
             divergence=self.divergence,
             standardize=self.standardize,
             label_smoothing=self.label_smoothing,

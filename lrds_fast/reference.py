@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD, Divergence, resolve
+from lrds_fast.arguments import check_teacher_rows, check_tensor
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD, Divergence, resolve, resolve_revise
 from lrds_fast.topk import TopKTeacher
 
 
@@ -142,6 +143,7 @@ def revise_labels(
     beta = eta / (1 + p_max - p_y) and the result is beta * p + (1 - beta) * one_hot(target): the target wins by exactly
     1 - eta, the other classes keep their ratios. Lan et al. 2024 (arXiv 2404.03693), label revision.
     """
+    check_tensor("teacher_logits", teacher_logits)
     classes = teacher_logits.shape[-1]
     v = teacher_logits.detach().to(compute_dtype(teacher_logits, teacher_logits)).reshape(-1, classes)
     y, soft = _targets(target, classes, v.dtype)
@@ -339,6 +341,7 @@ def kd_loss_parts(
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
+    teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
     standardize: bool = False,
     label_smoothing: float = 0.0,
@@ -356,26 +359,30 @@ def kd_loss_parts(
     del grad_scale
     if ce_weight_unselected is None:
         ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
+    check_tensor("student_logits", student_logits)
     classes = student_logits.shape[-1]
     if isinstance(teacher_logits, TopKTeacher):
         wide = torch.float64 in (student_logits.dtype, teacher_logits.values.dtype)
         teacher_logits = teacher_logits.dense(classes, torch.float64 if wide else torch.float32)
+    check_tensor("teacher_logits", teacher_logits)
+    check_teacher_rows(student_logits.shape, teacher_logits.shape, teacher_rows)
+    revise = resolve_revise(revise)
     dtype = compute_dtype(student_logits, teacher_logits)
     z = student_logits.reshape(-1, classes).to(dtype)
     v = teacher_logits.detach().reshape(-1, classes).to(dtype)
     y, soft = _targets(target, classes, dtype)
-    rows, teacher_rows = z.shape[0], v.shape[0]
+    rows, taught = z.shape[0], v.shape[0]
 
     valid = torch.ones_like(y, dtype=torch.bool) if soft is not None else y != ignore_index
     y = torch.where(valid, y, 0)
     if selected is not None:
         w = selected.reshape(-1).to(dtype)
     else:
-        w = (torch.arange(rows, device=z.device) < teacher_rows).to(dtype)
+        w = (torch.arange(rows, device=z.device) < taught).to(dtype)
     w_ce = w * ce_weight + (1.0 - w) * ce_weight_unselected
     w_kd = w * kd_weight
-    if teacher_rows < rows:
-        v = torch.cat([v, v.new_zeros(rows - teacher_rows, classes)])
+    if taught < rows:
+        v = torch.cat([v, v.new_zeros(rows - taught, classes)])
 
     # A term of weight 0 is neither read nor added: its logits are replaced before any arithmetic, so that an inf or
     # a NaN in a row that nobody asked for reaches neither the loss nor the gradient.
@@ -438,6 +445,7 @@ def kd_loss(
     revise: str | None = "lr",
     eta: float = 0.8,
     selected: Tensor | None = None,
+    teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
     standardize: bool = False,
     label_smoothing: float = 0.0,
@@ -460,6 +468,7 @@ def kd_loss(
         revise=revise,
         eta=eta,
         selected=selected,
+        teacher_rows=teacher_rows,
         divergence=divergence,
         standardize=standardize,
         label_smoothing=label_smoothing,
@@ -492,6 +501,10 @@ def kd_logit_gradient(
     Logits (N, C), target (N,) or (N, C) probabilities. Weights may be negative or 0 (a term of weight 0 is not read).
     Returns (N, C) in float32 (float64 for float64 logits).
     """
+    check_tensor("student_logits", student_logits)
+    check_tensor("teacher_logits", teacher_logits)
+    check_teacher_rows(student_logits.shape, teacher_logits.shape, None)
+    revise = resolve_revise(revise)
     dtype = compute_dtype(student_logits, teacher_logits)
     y, soft = _targets(target, student_logits.shape[-1], dtype)
     v = teacher_logits.detach().to(dtype)

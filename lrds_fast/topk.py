@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrds_fast.arguments import check_tensor
+
 
 class TopKTeacher(NamedTuple):
     """The k largest teacher logits of each row. kd_loss takes it in place of teacher_logits.
@@ -25,8 +27,9 @@ class TopKTeacher(NamedTuple):
     def from_logits(cls, logits: Tensor, k: int, *, temperature: float) -> TopKTeacher:
         """The k largest of (..., C) logits; logsumexp in float32 (float64 for float64 logits).
 
-        Raises ValueError for k outside [1, C] or temperature <= 0.
+        Raises ValueError for k outside [1, C] or temperature <= 0, TypeError for logits that are no Tensor.
         """
+        check_tensor("logits", logits)
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"k must be in [1, {logits.shape[-1]}]; got {k!r}")
         if not temperature > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrds_fast import _build, _ops
 from lrds_fast.selection import Selection
 from lrds_fast.train import cli, load_recipe, run
+from lrds_fast.train.doctor import cpu_level
 from lrds_fast.train.notes import note
 
 SMALL = ["--set", "schedule.epochs=2", "--set", "data.train_limit=120", "--set", "run.device=cpu", "--quiet"]
@@ -189,19 +192,121 @@ def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str], tmp_pa
     assert resolved["optimizer"]["lr"] == 0.1
 
 
-def test_doctor_reports_what_was_built(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LRDS_DATA", "/nowhere")
-    succeeds("doctor")
-    out = capsys.readouterr().out
-    from lrds_fast import _C
+def doctor(capsys: pytest.CaptureFixture[str], *, code: int = cli.OK) -> str:
+    capsys.readouterr()
+    assert cli.main(["doctor"]) == code
+    return capsys.readouterr().out
 
-    info = _C.build_info()
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_doctor_reports_what_was_built(
+    recorded: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = _ops.build_info()
+    if recorded:
+        monkeypatch.setattr(_build, "record", lambda: info)
+    else:
+        monkeypatch.setattr(_build, "record", lambda: None)
+        # Then it asks the extension itself, in another process.
+        monkeypatch.setattr(subprocess, "run", lambda command, **_: answered(command, json.dumps(info)))
+    monkeypatch.setenv("LRDS_DATA", "/nowhere")
+    out = doctor(capsys)
     for fact in (info["torch_version"], info["cpu_isa"], torch.__version__, *info["cpu_isas"], *info["cuda_archs"]):
         assert fact in out
+    assert re.search(rf"^ok +cpu kernels .*this CPU runs {info['cpu_isa']};", out, re.MULTILINE)
     assert re.search(r"^- +LRDS_DATA +/nowhere is not a folder", out, re.MULTILINE)
     missing = [line for line in out.splitlines() if line.startswith(("- ", "MISSING"))]
     for line in missing:
-        assert re.search(r"install|set|correct|driver|CPU", line), f"no way out in: {line}"
+        assert re.search(r"install|set|correct|driver|CPU|GPU", line), f"no way out in: {line}"
+
+
+def answered(command: Sequence[str], output: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess(command, 0, stdout=output, stderr="")
+
+
+def test_doctor_works_where_nothing_else_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No extension, another torch's extension, no torch: a line each, and the exit code says that it is not well."""
+    cpu = {"version": "2.15.0+cpu", "cuda": None}
+    monkeypatch.setattr(_build, "installed_torch", lambda: cpu)
+    package = tmp_path / "mine" / "lrds_fast"
+    package.mkdir(parents=True)
+    (package.parent / "setup.py").touch()
+    (package.parent / "csrc").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(_build, "_HERE", package)
+        patch.setattr(sys, "path", [])
+        out = doctor(capsys, code=cli.FAILED)
+        assert re.search(r"^MISSING +lrds-fast +.*never built in \S+mine; build it there: make venv", out, re.MULTILINE)
+        assert re.search(r"^ok +torch +2.15.0\+cpu, a CPU build", out, re.MULTILINE)
+    facts = {**_ops.build_info(), "cuda": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(_build, "record", lambda: {**facts, "torch_version": "2.13.0"})
+        assert "built for torch 2.13.0, this is torch 2.15.0+cpu" in doctor(capsys, code=cli.FAILED)
+        patch.setattr(_build, "installed_torch", lambda: None)
+        out = doctor(capsys, code=cli.FAILED)
+        assert "pip install 'torch==2.13.*'" in out and re.search(r"^MISSING +torch", out, re.MULTILINE)
+    monkeypatch.setattr(_build, "record", lambda: {**facts, "torch_version": "2.15.0+cpu"})
+    out = doctor(capsys)
+    assert "LRDS_FAST_CUDA" not in out and "install a CUDA build of torch first" in out
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "no such level"])
+def test_doctor_knows_the_level_that_the_kernels_run(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = _ops.build_info()
+    order = info["cpu_isas"]
+    monkeypatch.delenv("LRDS_FAST_CPU_ISA", raising=False)
+    best = cpu_level(order)
+    monkeypatch.setenv("LRDS_FAST_CPU_ISA", level)
+    lower = level in order and order.index(level) < order.index(best)
+    assert cpu_level(order) == (level if lower else best)
+
+
+def test_nothing_but_work_imports_torch() -> None:
+    """Help, recipes, doctor and mistakes: also where torch, NumPy and the extension cannot be imported."""
+    code = """
+import sys
+for name in ("torch", "numpy", "lrds_fast._C"):
+    sys.modules[name] = None
+from lrds_fast.train import cli
+def run(*arguments):
+    try:
+        return cli.main(arguments)
+    except SystemExit as end:
+        return end.code
+done = [run("--help"), run("--version"), run("train", "--help"), run("recipes"), run("recipes", "show", "digits_kd")]
+done += [run("recipes", "show", "imagenet-modern/resnet50sb-resnet18/kd", "--resolved")]
+done += [run("sweep", "digits_alone", "--grid", "loss.eta=0.1,0.2", "--seeds", "0", "1", "--list")]
+assert done == [0] * 7, done
+assert [run("fly"), run("train", "digits_alone", "--epochs", "3"), run("train", "absent.toml")] == [2, 2, 2]
+run("doctor")
+print("torch is asked for", run("train", "digits_alone"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"torch is asked for {cli.FAILED}\n")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lrds-fast: error: ")
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    paths = [str(tmp_path), str(Path(cli.__file__).parents[2])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lrds_fast", "train", "digits_alone"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == cli.INTERRUPTED
+    assert error.startswith("lrds-fast: interrupted") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "sweep", "score", "select", "report", "recipes", "doctor"])
@@ -213,11 +318,30 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -
     assert re.search(rf"example:\n  lrds-fast {command}", text)
 
 
-def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["train"], ["select", "x.parquet"], ["fly"]):
-        with pytest.raises(SystemExit) as raised:
-            cli.main(arguments)
-        assert raised.value.code == cli.MISUSED
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see lrds-fast --help)"),
+        (["train"], "the following arguments are required: RECIPE (see lrds-fast train --help)"),
+        (["select", "x.parquet"], "one of the arguments --threshold --ratio is required"),
+        (["trian", "digits_alone"], "there is no command 'trian'; did you mean 'train'?"),
+        (["fly"], "there is no command 'fly'; there are demo, train, cache"),
+        (["train", "digits_alone", "--epochs", "3"], "unknown argument --epochs; a recipe's values are set with --set"),
+        (["train", "digits_alone", "--epochs=3"], "--set schedule.epochs=... (see lrds-fast train --help)"),
+        (["train", "digits_alone", "--seed", "3"], "--set seed=..."),
+        (["sweep", "digits_alone", "--device", "cpu"], "--set run.device=..."),
+        (["train", "digits_alone", "--batch-size", "3"], "--set data.batch_size=..."),
+        (["report", "runs/a", "--epochs", "3"], "unknown argument --epochs (see lrds-fast report --help)"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_2(
+    capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments)
+    assert raised.value.code == cli.MISUSED
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("lrds-fast: error: ") and error.count("\n") == 1
 
 
 def test_python_m_lrds_fast_is_the_same_program_and_survives_a_closed_pipe() -> None:

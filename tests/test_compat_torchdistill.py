@@ -97,6 +97,19 @@ def test_nan_is_an_error_of_the_teacher_unless_rows_are_selected() -> None:
     torch.testing.assert_close(get_high_level_loss(criterion(selection=True))(dicts, {}, target), expected)
 
 
+def test_mistakes_of_a_configuration_are_named() -> None:
+    own, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    dicts: Any = {"student": {".": {"output": own}}, "teacher": {".": {"output": (own, own)}}}
+    for selection in (False, True):
+        with pytest.raises(TypeError, match=r"teacher_logits must be a Tensor of logits; got tuple.*\[0\]"):
+            get_high_level_loss(criterion(selection=selection))(dicts, {}, target)
+    with pytest.raises(TypeError, match="'alpha': ce_weight weighs"):
+        get_high_level_loss(criterion(alpha=0.5))
+    dicts["teacher"]["."]["output"] = own.flip(1)
+    plain, none = (get_high_level_loss(criterion(revise=revise))(dicts, {}, target) for revise in (None, "none"))
+    assert torch.equal(plain, none)
+
+
 @pytest.mark.parametrize("keeps", [[1, 2, 5, 6, 7, 11], [9]])
 def test_a_training_of_torchdistill_shows_the_teacher_the_selected_rows_alone(tmp_path: Path, keeps: list[int]) -> None:
     torch.manual_seed(0)
@@ -161,5 +174,5 @@ def test_selections_of_other_data_are_refused(tmp_path: Path) -> None:
 def test_without_torchdistill_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lrds_fast.compat.torchdistill")
     monkeypatch.setitem(sys.modules, "torchdistill.losses.registry", None)
-    with pytest.raises(ImportError, match=r"needs torchdistill: pip install 'lrds-fast\[features\]'"):
+    with pytest.raises(ImportError, match=r"needs torchdistill: pip install torchdistill"):
         import_dependencies(["lrds_fast.compat.torchdistill"])

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from lrds_fast import data as data_sets
-from lrds_fast.data import MemoryLoader, batch_count, epoch_batches, hold_out, mislabelled, prefix_rows
-from lrds_fast.data.sources import Folder
+from lrds_fast.data import MemoryLoader, batch_count, epoch_batches, folder, hold_out, mislabelled, prefix_rows
+from lrds_fast.data.pictures import Unreadable, reading
+from lrds_fast.data.sources import MOST_CLASSES, Folder, Tars, TFRecords
+from lrds_fast.data.sources import numbered as class_numbers
 
 
 def numbered(size: int, **options: object) -> MemoryLoader:
@@ -306,6 +309,184 @@ def test_bad_npz_files_are_named(tmp_path: Path) -> None:
         data_sets.load("npz", root=str(short))
 
 
+def save_npz(path: Path, **changed: np.ndarray) -> str:
+    arrays = {
+        "train_images": np.zeros((4, 6, 5), np.uint8),
+        "train_labels": np.arange(4) % 2,
+        "test_images": np.zeros((2, 6, 5), np.uint8),
+        "test_labels": np.arange(2),
+    }
+    np.savez(path, **(arrays | changed))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "read"),
+    [
+        ((6, 5), True),
+        ((6, 5, 3), True),
+        ((4, 4, 3), True),
+        ((64, 1, 1), True),
+        ((1, 1, 7), True),
+        ((11, 11, 200), True),
+        ((20, 30, 4), True),
+        ((3, 32, 32), False),
+        ((1, 28, 28), False),
+        ((3, 32, 40), False),
+        ((13, 64, 64), False),
+        ((3, 32, 3), False),
+        ((8, 8, 8), False),
+    ],
+)
+def test_npz_pictures_are_channels_last_or_refused(tmp_path: Path, shape: tuple[int, ...], read: bool) -> None:
+    root = save_npz(tmp_path / "a.npz", train_images=np.zeros((4, *shape), np.uint8))
+    if read:
+        images = data_sets.from_npz(Path(root))[0]
+        assert images.shape == (4, (*shape, 1)[2], *shape[:2])
+    else:
+        with pytest.raises(ValueError, match=r"train_images must be \(size, height, width, channels\).*transpose"):
+            data_sets.load("npz", root=root)
+
+
+def test_npz_of_every_integer_and_byte_order(tmp_path: Path) -> None:
+    pixels = np.linspace(0, 1, 4 * 30).reshape(4, 6, 5).astype(">f4")
+    for kind in ("u8", "u2", ">i8", "i1"):
+        root = save_npz(tmp_path / "a.npz", train_images=pixels, train_labels=(np.arange(4) % 2).astype(kind))
+        loaded = data_sets.load("npz", root=root)
+        assert loaded.train.labels.tolist() == [0, 1, 0, 1]
+        batch = next(iter(loaded.score.epoch(0)))
+        assert np.array_equal(batch.images[:, 0].numpy(), pixels.astype("f4"))
+    for kind in ("f4", "?"):
+        with pytest.raises(ValueError, match="train_labels must be integers"):
+            data_sets.load("npz", root=save_npz(tmp_path / "a.npz", train_labels=np.zeros(4, kind)))
+    with pytest.raises(ValueError, match="train_images must be uint8, or floating"):
+        data_sets.load("npz", root=save_npz(tmp_path / "a.npz", train_images=np.zeros((4, 6, 5), np.uint16)))
+    with pytest.raises(ValueError, match="there are 4 train_images, but 3 train_labels"):
+        data_sets.load("npz", root=save_npz(tmp_path / "a.npz", train_labels=np.zeros(3, int)))
+    loader = MemoryLoader(torch.zeros(2, 1, 2, 2), torch.tensor([0, 1], dtype=torch.uint64), num_classes=2)
+    assert loader.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, 102084071, -1, MOST_CLASSES])
+def test_a_number_that_is_no_class_is_named(tmp_path: Path, number: int) -> None:
+    """Before anything is made for every class."""
+    labels = np.array([0, number, 0, 0], np.uint64 if number > 0 else np.int64)
+    with pytest.raises(ValueError, match=rf"a.npz: train_labels\[1\] has the class number {number}"):
+        data_sets.load("npz", root=save_npz(tmp_path / "a.npz", train_labels=labels))
+    write_tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"%d" % number})
+    with pytest.raises(ValueError, match=rf"a.tar:1 has the class number {number}"):
+        Tars([tmp_path / "a.tar"])
+    content = example(b"", number % (1 << 64), packed=True)
+    (tmp_path / "r").write_bytes(struct.pack("<Q", len(content)) + b"crc1" + content + b"crc2")
+    stored = number - (1 << 64) if number >= 1 << 63 else number
+    with pytest.raises(ValueError, match=rf"r:0 has the class number {stored}"):
+        TFRecords([tmp_path / "r"], first_label=0)
+
+
+def test_class_numbers_up_to_the_samples_are_taken() -> None:
+    many = list(range(MOST_CLASSES + 5))
+    labels, names = class_numbers(many, str)
+    assert labels.tolist() == many and names == [str(k) for k in many]
+    labels, names = class_numbers([7, MOST_CLASSES + 6], str, first=7)
+    assert labels.tolist() == [0, MOST_CLASSES - 1] and len(names) == MOST_CLASSES
+    labels, names = class_numbers([2 * MOST_CLASSES], str, [str(k) for k in range(2 * MOST_CLASSES + 1)])
+    assert len(names) == 2 * MOST_CLASSES + 1
+
+
+@pytest.mark.parametrize("name", ["npz", "webdataset", "tfrecord"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_class_numbers_begin_where_first_label_says(tmp_path: Path, name: str, first: int) -> None:
+    pytest.importorskip("torchvision")
+    root = str(tmp_path)
+    if name == "npz":
+        root = save_npz(tmp_path / "a.npz", train_labels=np.arange(4) % 2 + first, test_labels=np.arange(2) + first)
+    for split in ("train", "val"):
+        if name == "webdataset":
+            members = {f"{i}.{kind}": b"%d" % (i + first) for i in range(2) for kind in ("cls", "jpg")}
+            write_tar(tmp_path / f"{split}.tar", members)
+        elif name == "tfrecord":
+            examples = [example(b"x", i + first, packed=True) for i in range(2)]
+            whole = b"".join(struct.pack("<Q", len(part)) + b"crc1" + part + b"crc2" for part in examples)
+            (tmp_path / split).write_bytes(whole)
+    loaded = data_sets.load(name, root=root, first_label=first, reader="torchvision")
+    assert loaded.num_classes == 2 and loaded.test.labels.tolist() == [0, 1]
+    usual = 1 if name == "tfrecord" else 0
+    if first == usual:
+        assert data_sets.load(name, root=root, reader="torchvision").test.labels.tolist() == [0, 1]
+    elif first < usual:
+        with pytest.raises(
+            ValueError, match=r"train:0 has the class number 0, .* first class is 1: set data.first_label"
+        ):
+            data_sets.load(name, root=root, reader="torchvision")
+    with pytest.raises(ValueError, match="data.first_label must be .* got 1 with data 'digits'"):
+        data_sets.load("digits", first_label=1)
+
+
+@pytest.mark.parametrize("name", ["npz", "folder", "webdataset", "tfrecord"])
+def test_an_empty_root_is_said(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.root is empty: set it to the (file|folder) of data '{name}'"):
+        data_sets.load(name)
+
+
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items() if isinstance(members, dict) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("members", "key", "label", "content"),
+    [
+        ({"1.jpg": b"photo", "1.seg.png": b"mask", "1.cls": b"3"}, "1", 3, b"photo"),
+        ({"1.seg.png": b"mask", "1.cls": b"3", "1.JPG": b"photo", "1.other.cls": b"4"}, "1", 3, b"photo"),
+        ({"1.jpg": b"photo", "1.cls": b"3", "1.json": b'{"width": 8}'}, "1", 3, b"photo"),
+        ({"1.jpg": b"photo", "1.json": b'{"cls": "3"}', "info.json": b"{}", "README": b""}, "1", 3, b"photo"),
+        ({"._1.jpg": b"mac", "1.jpg": b"photo", "._1.cls": b"9", "1.cls": b"3"}, "1", 3, b"photo"),
+        ({"__MACOSX/1.jpg": b"", "a.b/1.jpg": b"photo", "a.b/1.cls": b"3", "a.b/._1.jpg": b""}, "a.b/1", 3, b"photo"),
+        ({"./1.webp": b"photo", "__meta__.json": b"{", "./1.cls": b" 3\n"}, "./1", 3, b"photo"),
+    ],
+)  # fmt: skip
+def test_members_are_grouped_as_webdataset_does(
+    tmp_path: Path, members: dict[str, bytes], key: str, label: int, content: bytes
+) -> None:
+    write_tar(tmp_path / "a.tar", members)
+    found = Tars([tmp_path / "a.tar"])
+    assert found.labels.tolist() == [label]
+    assert found.name(0).endswith(f"a.tar:{key}")
+    assert found.read(0).tobytes() == content
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([("a.001.jpg", b""), ("a.001.cls", b"0"), ("a.002.jpg", b""), ("a.002.cls", b"1")],
+         r"a.tar:a has no picture .*but \.001\.jpg, \.001\.cls, \.002\.jpg, \.002\.cls; a key ends at the first dot"),
+        ([("1.jpg", b""), ("1.cls", b"0"), ("1.jpg", b"")], r"a.tar:1.jpg is in the sample '1', which has \.jpg"),
+        ([("1.jpg", b""), ("1.cls", b"0"), ("2.jpg", b""), ("2.cls", b"0"), ("1.CLS", b"1")], "a.tar:1.CLS is in the"),
+        ([("1.jpg", b""), ("1.txt", b""), ("1.txt", b""), ("1.cls", b"0")], "a.tar:1.txt is in the sample"),
+        ([("1.jpg", b""), ("1.png", b""), ("1.cls", b"0")], "a.tar:1.png is in the sample .*has one picture"),
+        ([("1.gif", b""), ("1.cls", b"0")], r"a.tar:1 has no picture .*but \.gif, \.cls"),
+        ([("1.jpg", b""), ("1.other.cls", b"0")], "a.tar:1 has a picture but no label"),
+        ([("1.jpg", b""), ("1.cls", b"cat")], "a.tar:1.cls holds no class number"),
+        ([("1.jpg", b""), ("1.json", b'{"cls": 2.5}')], "a.tar:1.json holds no class number .2.5 is no whole number"),
+        ([("1.jpg", b""), ("1.json", b'{"cls": Infinity}')], "a.tar:1.json holds no class number"),
+        ([("1.jpg", b""), ("1.json", b"[" * 100000)], "a.tar:1.json holds no class number"),
+    ],
+)  # fmt: skip
+def test_samples_that_are_not_clear_are_named(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(ValueError, match=said):
+        Tars([tmp_path / "a.tar"])
+
+
+def test_records_that_claim_too_much_are_damaged(tmp_path: Path) -> None:
+    (tmp_path / "r").write_bytes(struct.pack("<Q", 1 << 39) + b"crc1" + b"short")
+    with pytest.raises(ValueError, match="r is damaged or no TFRecord file"):
+        TFRecords([tmp_path / "r"])
+
+
 def _integer(value: int) -> bytes:
     found = b""
     while value > 127:
@@ -441,6 +622,141 @@ def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
     loaded = data_sets.load("folder", root=str(tmp_path), image_size=8, reader="torchvision")
     with pytest.raises(ValueError, match=r"cat/1.png is not a readable picture"):
         list(loaded.train.epoch(0))
+
+
+def bomb(kind: str) -> bytes:
+    """A small file whose header claims 50000 x 50000 pixels; "none" claims no pixel."""
+    image = pytest.importorskip("PIL.Image")
+    buffer = io.BytesIO()
+    image.new("RGB", (2, 2)).save(buffer, "BMP" if kind == "bmp" else "PNG")
+    data = bytearray(buffer.getvalue())
+    if kind == "bmp":
+        data[18:26] = struct.pack("<ii", 50000, 50000)
+    else:
+        side = 0 if kind == "none" else 50000
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "png", "none", "garbage"])
+@pytest.mark.parametrize("reader", ["torchvision", "dali"])
+def test_headers_that_claim_too_much_are_unreadable_pictures(tmp_path: Path, kind: str, reader: str) -> None:
+    pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
+    make_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no picture" if kind == "garbage" else bomb(kind))
+    loaded = data_sets.load(
+        "folder", root=str(tmp_path), image_size=8, reader=reader, augment="crop-flip", val_fraction=0.0
+    )
+    for loader in (loaded.train, loaded.score):
+        assert loader.boxes(0, torch.tensor([1])).tolist() == [[0] * 5]
+        if reader == "torchvision":
+            with pytest.raises(ValueError, match=r"cat/1.png is not a readable picture \([^<]*\)"):
+                list(loader.epoch(0))
+        else:
+            (batch,) = loader.epoch(0)
+            assert batch.images[batch.indices == 1].flatten(2).std(dim=2).max() < 1e-6, "grey"
+            ((index, name, reason),) = loader.errors  # type: ignore[attr-defined]
+            assert index == 1 and name.endswith("cat/1.png") and "<" not in reason
+            assert loader.picture(1).unique().tolist() == [128]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError, ValueError, SyntaxError, struct.error, IndexError, EOFError, KeyError, RuntimeError, ZeroDivisionError],
+)
+def test_whatever_a_decoder_raises_is_an_unreadable_picture(error: type[Exception]) -> None:
+    with pytest.raises(Unreadable, match=r"^[^\n<]+$"), reading():
+        raise error("first <_io.BytesIO object at 0x7f12>\nsecond")
+    with pytest.raises(Unreadable, match=rf"^{error.__name__}"), reading():
+        raise error
+    for fatal in (MemoryError, ImportError, KeyboardInterrupt):
+        with pytest.raises(fatal), reading():
+            raise fatal
+
+
+def pixels_of(level: int, kind: str) -> tuple[Any, str]:
+    """A picture of one of 255 levels, and its format."""
+    image = pytest.importorskip("PIL.Image")
+    if kind == "F":
+        return image.fromarray(np.full((9, 9), level / 255, np.float32)), "TIFF"
+    if kind == "I":
+        return image.fromarray(np.full((9, 9), level * 257, np.int32)), "PPM"
+    pixels = np.full((9, 9), level * 257, ">u2" if kind == "I;16B" else "<u2")
+    return image.fromarray(pixels), "PNG" if kind == "PNG" else "TIFF"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "I;16", "I;16B", "F", "I"])
+@pytest.mark.parametrize("reader", ["torchvision", "dali"])
+def test_levels_of_16_bits_and_floating_ones_are_scaled(tmp_path: Path, kind: str, reader: str) -> None:
+    pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
+    make_folder(tmp_path)
+    for i, level in enumerate((0, 64, 255)):
+        picture, form = pixels_of(level, kind)
+        (tmp_path / "train" / "cat" / f"{i}.png").unlink()
+        picture.save(tmp_path / "train" / "cat" / f"{i}.{'tif' if form == 'TIFF' else form.lower()}", form)
+    loader = data_sets.load("folder", root=str(tmp_path), image_size=8, reader=reader).score
+    (batch,) = loader.epoch(0)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (folder.MEAN, folder.STD))
+    levels = (batch.images * std + mean) * 255
+    for i, level in enumerate((0, 64, 255)):
+        torch.testing.assert_close(levels[i], torch.full((3, 8, 8), float(level)), atol=1e-3, rtol=0)
+        assert loader.picture(i).unique().tolist() == [level]
+
+
+@pytest.mark.parametrize("reader", ["torchvision", "dali"])
+def test_levels_that_mean_nothing_are_unreadable(tmp_path: Path, reader: str) -> None:
+    pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
+    image = pytest.importorskip("PIL.Image")
+    make_folder(tmp_path)
+    wrong = (np.full((9, 9), 64.0), np.full((9, 9), np.nan), np.full((9, 9), 64))
+    for i, levels in enumerate(wrong):
+        (tmp_path / "train" / "cat" / f"{i}.png").unlink()
+        pixels = levels.astype(np.int32 if levels.dtype.kind == "i" else np.float32)
+        image.fromarray(pixels).save(tmp_path / "train" / "cat" / f"{i}.tif")
+    loader = data_sets.load("folder", root=str(tmp_path), image_size=8, eval_batch_size=1, reader=reader).score
+    if reader == "torchvision":
+        for i, said in enumerate(("must be in .0, 1.; got 64 .. 64", "got nan", "levels have 32 bits")):
+            with pytest.raises(ValueError, match=said):
+                next(iter(loader.epoch(0, start=i)))
+    else:
+        list(loader.epoch(0))
+        assert [index for index, _, _ in loader.errors] == [0, 1, 2]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("reader", ["torchvision", "dali"])
+def test_pnm_of_any_range_is_the_same_in_both_readers(tmp_path: Path, reader: str) -> None:
+    pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
+    make_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "0.pgm").write_bytes(b"P5 9 9 100\n" + bytes([50] * 81))
+    (tmp_path / "train" / "cat" / "0.ppm").write_bytes(b"P6 9 9 1023\n" + struct.pack(">H", 512) * 243)
+    loader = data_sets.load("folder", root=str(tmp_path), image_size=8, reader=reader).score
+    (batch,) = loader.epoch(0)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (folder.MEAN, folder.STD))
+    levels = (batch.images[[0, 2]] * std + mean) * 255
+    assert (levels - 127.5).abs().max() < 0.6
+
+
+def test_hidden_folders_are_no_classes_and_links_are_followed_once(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    root = tmp_path / "train"
+    wanted = Folder(root)
+    png = (root / "cat" / "0.png").read_bytes()
+    for hidden in (".ipynb_checkpoints", "__MACOSX", "cat/.ipynb_checkpoints"):
+        (root / hidden).mkdir()
+        (root / hidden / "1.png").write_bytes(png)
+    (root / "cat" / "._0.png").write_bytes(b"mac")
+    (root / "cat" / "loop").symlink_to(root / "cat")
+    (root / "cat" / "up").symlink_to(root)
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere" / "inside").symlink_to(root / "dog")
+    found = Folder(root)
+    assert found.classes == ["cat", "dog", "elsewhere"]
+    cats = [found.name(i) for i in range(len(found.labels)) if found.labels[i] == 0]
+    assert sorted({os.path.realpath(name) for name in cats}) == sorted(map(os.path.realpath, cats)), "each once"
+    assert cats[:3] == [wanted.name(i) for i in range(3)]
+    # A class may be another's folder under a second name.
+    assert int((found.labels == 2).sum()) == 3
 
 
 @pytest.mark.parametrize("reader", ["torchvision", "dali"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lrds_fast import data as data_sets
 from lrds_fast.data import MemoryLoader
-from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
+from lrds_fast.data.cifar import MEAN, STD, Pictures, _Plain, cifar
 
 
 def write_official(folder: Path, classes: int, *, protocol: int = 2) -> Pictures:
@@ -54,6 +55,28 @@ def test_files_of_numpy_1(tmp_path: Path) -> None:
     assert torch.equal(cifar(100, str(tmp_path)).train_images, wanted.train_images)
 
 
+@pytest.mark.parametrize("labels", ["list", "scalars", "array"])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_every_protocol(tmp_path: Path, protocol: int, labels: str) -> None:
+    wanted = write_official(tmp_path / "cifar-100-python", 100)
+    for path in (tmp_path / "cifar-100-python").iterdir():
+        content = pickle.loads(path.read_bytes())
+        numbers = np.array(content[b"fine_labels"])
+        content[b"fine_labels"] = {"list": numbers.tolist(), "scalars": list(numbers), "array": numbers}[labels]
+        if labels == "array":  # and names as Python 3 writes them
+            content = {name.decode(): value for name, value in content.items()}
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    found = cifar(100, str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_arrays_have_the_names_of_either_numpy(core: str) -> None:
+    reader = _Plain(io.BytesIO())
+    for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")):
+        assert callable(reader.find_class(f"{core}.{module}", name))
+
+
 def test_pickles_run_no_code(tmp_path: Path) -> None:
     write_official(tmp_path / "cifar-100-python", 100)
 
@@ -68,13 +91,15 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "no labels", "wrong shape", "text"])
+@pytest.mark.parametrize("damage", ["cut", "no labels", "wrong labels", "wrong shape", "text"])
 def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "cifar-100-python"
     write_official(folder, 100)
     content: dict[bytes, Any] = {b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [1, 2]}
     if damage == "no labels":
         del content[b"fine_labels"]
+    elif damage == "wrong labels":
+        content[b"fine_labels"] = [1, 100]
     elif damage == "wrong shape":
         content[b"data"] = np.zeros((2, 1024), np.uint8)
     raw = b"hello" if damage == "text" else pickle.dumps(content)

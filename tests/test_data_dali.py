@@ -326,6 +326,20 @@ def test_broken_pictures_are_named_and_counted_not_fatal(root: Path, tmp_path: P
     assert (got[~sound].flatten(2).std(dim=2) < 1e-6).all(), "grey"
 
 
+def test_headers_that_the_decoder_cannot_parse_do_not_end_the_process(root: Path, tmp_path: Path) -> None:
+    source = Folder(root)
+    png = next(i for i in range(COUNT) if source.name(i).endswith(".png"))
+    for i in range(32):
+        path = tmp_path / "a" / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        # The size is there, the rest of the header is not.
+        path.write_bytes(source.read(png).tobytes()[: 30 if i == 5 else None])
+    for _ in range(6):
+        found = DaliLoader(Folder(tmp_path), torch.arange(32), batch_size=32, image_size=SIZE, threads=2)
+        images_of(found)
+        assert [index for index, _, _ in found.errors] == [5]
+
+
 def test_sizes_are_read_from_headers(root: Path) -> None:
     source = Folder(root)
     for i in range(COUNT):

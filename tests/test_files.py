@@ -191,6 +191,7 @@ def test_every_command_that_writes_a_folder_holds_it(tmp_path: Path, capsys: pyt
             assert cli.main(arguments) == cli.MISUSED
             said = capsys.readouterr().err
             assert f"{tmp_path / 'run'} is in use by process {os.getpid()}" in said and said.count("\n") == 1
-        assert cli.main(["sweep", "digits_teacher", *common, "--set", "seed=1"]) == cli.FAILED
-        assert "is in use by" in capsys.readouterr().err
     assert (tmp_path / "run" / "last.pt").read_bytes() == checkpoint
+    with holding(tmp_path / "other"):
+        assert cli.main(["sweep", "digits_teacher", *common, "--set", f"run.out={tmp_path / 'other'}"]) == cli.FAILED
+        assert "is in use by" in capsys.readouterr().err

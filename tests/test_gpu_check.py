@@ -130,7 +130,7 @@ def test_smoke_reports_each_fault_and_goes_on(tmp_path: Path) -> None:
 def test_outputs_of_the_operators_hold_nan_before_they_run() -> None:
     """at::empty inside the operators is filled too: an element that nobody writes is NaN."""
     code = (
-        "import torch; from torch.profiler import profile; import lrds_fast\n"
+        "import torch; from torch.profiler import profile; import lrds_fast.functional\n"
         "torch.use_deterministic_algorithms(True)\n"
         "z = torch.randn(4, 10); factor = torch.tensor(2.0)\n"
         "with profile() as events: torch.ops.lrds_fast.scale_gradient(z, factor, None)\n"

@@ -298,6 +298,65 @@ def test_objective_hessian_without_weight_needs_another() -> None:
     assert not torch.allclose(with_gt["kd_gain"], flat["kd_gain"])
 
 
+def saturated(scale: float, dtype: torch.dtype) -> dict[str, Any]:
+    """A student that has learnt its labels by heart: its logits are a multiple of the one-hot labels."""
+    arguments = make_case(0).arguments(dtype)
+    arguments["student_logits"] = F.one_hot(arguments["target"], 5).to(dtype) * scale
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(90.0, torch.float32), (200.0, torch.float32), (1e3, torch.float32), (200.0, torch.float64), (1e4, torch.float64)],
+)
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "exact", "conjugate gradients"])
+def test_a_curvature_that_has_vanished_is_refused(
+    curvature: str, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if curvature == "conjugate gradients":
+        monkeypatch.setattr(curvature_module, "DENSE_LIMIT", 10)
+        curvature = "exact"
+    arguments = saturated(scale, dtype) | {"loss": KDLoss(), "selected": None, "curvature": curvature}
+    for options in ({}, {"damping": 0.0}, {"damping_scale": 1e6}):
+        with pytest.raises(ValueError, match=f"curvature '{curvature}' of the last layer is zero up to.*damping="):
+            influence.last_layer_scores(**arguments, **options)
+    # What the message offers: damping by itself is a multiple of I.
+    damped = influence.last_layer_scores(**arguments, damping=0.5)["kd_gain"]
+    identity = influence.last_layer_scores(**arguments | {"curvature": "identity"})["kd_gain"]
+    torch.testing.assert_close(damped, identity / 0.5, rtol=1e-4, atol=1e-6)
+
+
+def test_a_confident_student_is_not_a_saturated_one() -> None:
+    """What the rule goes by is the predictions alone: neither the features' scale nor the loss's weights."""
+    found = []
+    for features, weight in ((1.0, 1.0), (1e-9, 1e-9), (1e9, 1e9)):
+        arguments = saturated(20.0, torch.float32) | {"selected": None, "bias": False}
+        for name in ("features", "val_features"):
+            arguments[name] = arguments[name][:, : arguments["features"].shape[1]] * features
+        arguments["loss"] = KDLoss(ce_weight=0.1 * weight, kd_weight=0.9 * weight, ce_weight_unselected=weight)
+        found.append(influence.last_layer_scores(**arguments)["kd_gain"])
+    for scaled in found[1:]:
+        torch.testing.assert_close(scaled, found[0], rtol=1e-3, atol=1e-3)
+
+
+def test_inputs_of_zero_have_no_curvature() -> None:
+    arguments = make_case(0).arguments(torch.float64) | {"bias": False}
+    arguments["features"] = torch.zeros_like(arguments["features"])
+    for curvature in ("ekfac", "exact"):
+        with pytest.raises(
+            ValueError, match=f"curvature '{curvature}' of the last layer is zero: its inputs are all 0"
+        ):
+            influence.last_layer_scores(**arguments, curvature=curvature)
+
+
+def test_a_score_that_is_not_finite_is_an_error() -> None:
+    arguments = make_case(0).arguments(torch.float32)
+    excluded = (int(arguments["target"][7]) + 1) % 5
+    arguments["student_logits"][7, excluded] = -torch.inf
+    with pytest.raises(ValueError, match="score 'kd' is inf at sample 7: drop the sample"):
+        influence.last_layer_scores(**arguments, scores=("ce", "kd"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("curvature", influence.CURVATURES)
 def test_cuda_scores_are_the_cpu_scores(curvature: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_influence_factors import dense_blocks
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 from lrds_fast import KDLoss, influence
 from lrds_fast.functional import kd_logit_gradient
@@ -230,3 +231,196 @@ def test_mistakes_are_named(layers: str) -> None:
         with pytest.raises(error, match=message):
             influence.score(**({"layers": layers} | given | change))
         assert student.training and teacher.training
+
+
+@pytest.mark.parametrize("labels", [1, "all"])
+def test_a_saturated_student_is_refused_wherever_its_curvature_is_fitted(labels: Any) -> None:
+    student, teacher, train, val = network(0).eval(), network(1), data(2, 40), data(3, 9)
+    with torch.no_grad():
+        for parameter in student[7].parameters():
+            parameter *= 1e5
+    x = train.tensors[0]
+    for layers, where in (("last", "layer '7'"), ("all", "layer '0' and 4 more"), (["5"], "layer '5'")):
+        with pytest.raises(ValueError, match=f"curvature 'ekfac' of {where} is zero up to rounding"):
+            influence.score(student, teacher, train, val, layers=layers, labels=labels)
+        found = influence.score(student, teacher, train, val, layers=layers, labels=labels, damping=0.1)
+        assert found["kd_gain"].isfinite().all() and found["kd_gain"].abs().max() > 0
+    with pytest.raises(ValueError, match="curvature 'kfac' of layer '7' is zero up to rounding"):
+        influence.set_shift(student, teacher, train, curvature="kfac", labels=labels)
+    with pytest.raises(ValueError, match="curvature 'ekfac' of layer '0' and 4 more is zero up to rounding"):
+        influence.Factors.fit(student, x, labels=labels)
+
+
+class Foreign(nn.Module):
+    """A network whose output is made of its logits by `out`."""
+
+    def __init__(self, seed: int, out: Any) -> None:
+        super().__init__()
+        self.inner, self.out = network(seed), out
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.inner(x))
+
+
+OUTPUTS: dict[str, tuple[Any, Any]] = {
+    "tuple": (lambda z: (z, [z]), lambda out: out[0]),
+    "dict": (lambda z: {"logits": z}, lambda out: out["logits"]),
+    "object": (lambda z: SimpleNamespace(logits=z, loss=None), None),
+}
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_of_other_codes_models(kind: str, layers: str) -> None:
+    out, logits = OUTPUTS[kind]
+    student, teacher, train, val = Foreign(0, out), Foreign(1, out), data(2, 23), data(3, 9)
+    options: dict[str, Any] = {"layers": layers, "scores": ("kd_gain", "self_influence", "ce"), "batch_size": 10}
+    expected = influence.score(student.inner, teacher.inner, train, val, **options)
+    found = influence.score(student, teacher, train, val, logits=logits, **options)
+    for name in expected:
+        assert torch.equal(found[name], expected[name])
+    if layers == "all":
+        factors = influence.Factors.fit(student.eval(), train, logits=logits)
+        common: dict[str, Any] = {"factors": factors, "logits": logits}
+        own = influence.self_influence(student, train, **common)
+        pairs = influence.pairwise(student, train, train, **common).diagonal()
+        shift = influence.set_shift(student, teacher, train, dim=None, gradient="gt", **common)
+        torch.testing.assert_close(pairs, own, rtol=1e-9, atol=0)
+        assert shift.isfinite().all()
+    if logits is None:
+        return
+    for models, name in (((student, teacher.inner), "student"), ((student.inner, teacher), "teacher")):
+        with pytest.raises(
+            TypeError, match=rf"the {name} must return logits.* a {kind} .*: pass logits=.*lambda out: out\["
+        ):
+            influence.score(*models, train, val, layers=layers)
+    with pytest.raises(ValueError, match=r"student's logits must be \(B, C\), here with B = 23; got shape \(4,\)"):
+        influence.score(student, teacher, train, val, layers=layers, logits=lambda out: logits(out)[0])
+    with pytest.raises(
+        TypeError, match=r"logits= must return a tensor \(B, C\); it makes an object of type int of the"
+    ):
+        influence.score(student, teacher, train, val, layers=layers, logits=lambda out: 3)
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_batches_of_other_codes_loaders(layers: str) -> None:
+    student, teacher, train, val = network(0), network(1), data(2, 23), data(3, 9)
+    options: dict[str, Any] = {"val_data": val, "layers": layers, "batch_size": 10}
+    expected = influence.score(student, teacher, train, **options)["kd_gain"]
+    x, y = train.tensors
+    samples = [(x[i], int(y[i])) for i in range(23)]
+    dicts = [{"pixel_values": x[i], "labels": int(y[i]), "id": str(i)} for i in range(23)]
+    batches = [(x[i : i + 10].numpy(), y[i : i + 10].tolist()) for i in range(0, 23, 10)]
+    for given in (samples, batches, [(x, y.int(), "more")]):
+        found = influence.score(student, teacher, given, **options)["kd_gain"]
+        if given is not samples and given is not batches:
+            continue  # draws of labels depend on the batches
+        assert torch.equal(found, expected)
+
+    def take(b: Any) -> Any:
+        return b["pixel_values"], b["labels"]
+
+    for given in (dicts, DataLoader(dicts, 10)):
+        found = influence.score(student, teacher, given, **(options | {"val_data": dicts[:9]}), batch=take)
+        assert found["kd_gain"].shape == (23,)
+        wanted = r"train_data must give batches.* dict with keys 'pixel_values', 'labels', 'id': pass batch=.*"
+        with pytest.raises(TypeError, match=wanted + r'lambda b: \(b\["pixel_values"\], b\["labels"\]\)'):
+            influence.score(student, teacher, given, **options)
+    for given, error, message in (
+        ([x], TypeError, r"train_data must give batches .*; it gives a tensor \(23,"),
+        ([(x, ["a"] * 23)], TypeError, "train_data: the targets of a batch must be class indices"),
+        ([([x], y)], TypeError, r"train_data: the inputs of a batch must be one tensor.* a list of 1"),
+        ([(x, y.double())], TypeError, "targets must be class indices, of an integer dtype; got torch.float64"),
+        (5, TypeError, "train_data must be a Dataset, a DataLoader or an iterable of batches; got int"),
+    ):
+        with pytest.raises(error, match=message):
+            influence.score(student, teacher, given, **options)
+    with pytest.raises(TypeError, match="batch= must return .*; it makes a tensor"):
+        influence.score(student, teacher, dicts, **options, batch=lambda b: b["pixel_values"])
+
+
+def test_factors_are_fitted_to_what_score_takes() -> None:
+    student, train = network(0).eval(), data(2, 23)
+    x, y = train.tensors
+    expected = influence.Factors.fit(student, x.split(10)).fingerprint
+    dicts = [{"pixel_values": a, "labels": int(b)} for a, b in zip(x, y, strict=True)]
+    for given in (x, train, TensorDataset(x), DataLoader(train, 10), [(x[:10],), (x[10:20], y[10:20]), x[20:]]):
+        assert influence.Factors.fit(student, given, batch_size=10).fingerprint == expected
+    found = influence.Factors.fit(student, DataLoader(dicts, 10), batch=lambda b: b["pixel_values"])
+    assert found.fingerprint == expected
+    with pytest.raises(TypeError, match=r"data must give batches of inputs, or .*: pass batch="):
+        influence.Factors.fit(student, dicts)
+    with pytest.raises(TypeError, match="iterable again"):
+        influence.Factors.fit(student, iter([x]))
+
+
+class Moving(Dataset[tuple[Tensor, int]]):
+    """Samples that are another thing each time: what an augmenting transform makes of them."""
+
+    def __init__(self, of: TensorDataset, flips: bool) -> None:
+        self._x, self._y = of.tensors
+        self._flips = flips
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.asked += 1
+        x = self._x[index]
+        return x.flip(-1) if self._flips and torch.rand(()) < 0.5 else x, int(self._y[index])
+
+
+class Shuffled:
+    """Batches in another order at every reading."""
+
+    def __init__(self, of: TensorDataset) -> None:
+        self._tensors = of.tensors
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(len(self._tensors[0]))
+        for part in order.split(20):
+            yield tuple(tensor[part] for tensor in self._tensors)
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_data_that_change_between_readings_are_refused(layers: str) -> None:
+    torch.manual_seed(0)
+    student, teacher, train, val = network(0), network(1), data(2, 40), data(3, 9)
+
+    def mixed(samples: Any) -> Any:
+        x, y = torch.utils.data.default_collate(samples)
+        return x + 0.1 * x[torch.randperm(len(x))], y
+
+    moving = Moving(train, flips=True)
+    changing = (
+        moving,
+        DataLoader(moving, 7),
+        DataLoader(train, 7, sampler=SubsetRandomSampler(range(40))),
+        DataLoader(Moving(train, flips=False), 7, collate_fn=mixed),
+        Shuffled(train),
+    )
+    message = "gives other inputs when its first samples, from sample 0 on.*evaluation transform"
+    for given in changing:
+        with pytest.raises(ValueError, match=f"train_data {message}"):
+            influence.score(student, teacher, given, val, layers=layers)
+    with pytest.raises(ValueError, match=f"val_data {message}"):
+        influence.score(student, teacher, train, moving, layers=layers)
+    factors = influence.Factors.fit(student.eval(), train)
+    for call in (
+        lambda: influence.pairwise(student, val, moving, factors=factors),
+        lambda: influence.pairwise(student, moving, train, factors=factors),
+        lambda: influence.self_influence(student, moving, factors=factors),
+        lambda: influence.set_shift(student, teacher, moving),
+        lambda: influence.Factors.fit(student, moving),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    # What is the same each time passes, NaN or not, and costs a few samples.
+    train.tensors[0][3] = float("nan")
+    steady = Moving(train, flips=False)
+    with pytest.raises(ValueError, match="sample 3"):
+        influence.score(student, teacher, steady, val, layers="last")
+    steady = Moving(data(2, 40), flips=False)
+    influence.score(student, teacher, steady, val, layers=layers)
+    assert steady.asked == 16 + 40 * (1 if layers == "last" else 3)

@@ -68,18 +68,18 @@ def test_many_small_rows(classes: int, count: int) -> None:
     assert_matches_reference(kd_loss_parts, *rows, selected=selected, temperature=2.5)
 
 
-def selection(kind: str, rows: kd_cases.Rows, dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
-    """(teacher_logits, selected) of a kind of selection."""
+def selection(kind: str, rows: kd_cases.Rows, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, Any]]:
+    """(teacher_logits, keywords) of a kind of selection."""
     count = rows.target.shape[0]
     if kind == "all":
-        return rows.teacher, None
+        return rows.teacher, {}
     if kind == "mask":
-        return rows.teacher, torch.arange(count) % 3 != 1
+        return rows.teacher, {"selected": torch.arange(count) % 3 != 1}
     if kind == "weights":
         weights = torch.linspace(-0.5, 1.5, count).clamp(0.0, 1.0)  # some exactly 0, some exactly 1
-        return rows.teacher, weights.to(dtype)
+        return rows.teacher, {"selected": weights.to(dtype)}
     prefix = {"none of prefix": 0, "prefix": count // 2, "whole prefix": count}[kind]
-    return rows.teacher[:prefix], None
+    return rows.teacher[:prefix], {"teacher_rows": prefix}
 
 
 SELECTIONS = ("all", "mask", "weights", "none of prefix", "prefix", "whole prefix")
@@ -112,7 +112,7 @@ def check_hyperparameters(
 ) -> None:
     rows = kd_cases.rows(15, 33, dtype)
     rows.target[5] = rows.target[12] = ignore_index
-    teacher, selected = selection(kind, rows, dtype)
+    teacher, chosen = selection(kind, rows, dtype)
     generator = torch.Generator().manual_seed(3)
     grad_output = None
     if reduction == "none":
@@ -125,7 +125,7 @@ def check_hyperparameters(
         grad_output=grad_output,
         temperature=temperature,
         revise=revise,
-        selected=selected,
+        **chosen,
         reduction=reduction,
         ce_weight=weights[0],
         kd_weight=weights[1],
@@ -202,13 +202,16 @@ def test_leading_dimensions_are_flattened(reduction: str) -> None:
 
 
 def test_teacher_prefix_over_sequences() -> None:
-    """(B', T, C) and (K, C) with K = B' * T are the same prefix."""
+    """(B', T, C) and (K, C) with K = B' * T are the same prefix; (N, C) is the whole teacher."""
     student, teacher, target = kd_cases.rows(12, 33)
     student, target = student.view(3, 4, 33), target.view(3, 4)
     target[0, 1] = -100  # keeps its place in the batch and in the prefix
-    assert_matches_reference(kd_loss_parts, student, teacher[:8].view(2, 4, 33), target)
-    assert_matches_reference(kd_loss_parts, student, teacher[:8], target)
-    assert_matches_reference(kd_loss_parts, student, teacher[:7], target)  # inside a sequence
+    for given in (teacher[:8].view(2, 4, 33), teacher[:8], teacher[:7], teacher[:0]):  # 7 ends inside a sequence
+        rows = given.shape[:-1].numel()
+        assert_matches_reference(kd_loss_parts, student, given, target, teacher_rows=rows)
+    whole = kd_loss(student, teacher.view(3, 4, 33), target)
+    for options in ({}, {"teacher_rows": 12}):
+        assert torch.equal(kd_loss(student, teacher, target, **options), whole)
 
 
 def test_single_row_without_leading_dimensions() -> None:
@@ -243,7 +246,7 @@ def test_selected_kinds_agree() -> None:
     for selected in (mask, *(mask.to(dtype) for dtype in kd_cases.FLOATING)):
         loss = kd_loss(student, teacher, target, selected=selected)
         results.append((loss, *torch.autograd.grad(loss, student)))
-    prefix = kd_loss(student, teacher[:6], target)
+    prefix = kd_loss(student, teacher[:6], target, teacher_rows=6)
     results.append((prefix, *torch.autograd.grad(prefix, student)))
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
@@ -393,8 +396,8 @@ def test_parts_add_up_to_the_loss_that_kd_loss_returns() -> None:
 @pytest.mark.parametrize("name", ["kd_loss", "kd_loss_parts", "revise_labels"])
 def test_signature_is_the_references(name: str) -> None:
     ours = inspect.signature(getattr(lrds_fast, name)).parameters
-    # *args is there to give a positional temperature its hint.
-    ours = {k: v for k, v in ours.items() if v.kind != inspect.Parameter.VAR_POSITIONAL}
+    # *args and **unknown are there to give a positional temperature and other programs' keywords their hints.
+    ours = {k: v for k, v in ours.items() if v.kind not in (v.VAR_POSITIONAL, v.VAR_KEYWORD)}
     theirs = inspect.signature(getattr(reference, name)).parameters
     assert list(ours) == list(theirs)
     for key in ours:
@@ -416,6 +419,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "revise": "lr",
         "eta": 0.8,
         "selected": None,
+        "teacher_rows": None,
         "divergence": "kl",
         "standardize": False,
         "label_smoothing": 0.0,

@@ -11,7 +11,8 @@ import kd_cases
 import pytest
 import torch
 
-from lrds_fast import kd_loss, kd_loss_parts
+from lrds_fast import TopKTeacher, functional, kd_loss, kd_loss_parts, reference, revise_labels
+from lrds_fast.composed import dist_loss, mlkd_loss, revision_loss
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -41,7 +42,15 @@ def weights_with(row: int, value: float) -> torch.Tensor:
     return weights
 
 
+class Output:
+    """What transformers' models return, as far as it matters."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
 Z = torch.zeros
+CACHED = TopKTeacher.from_logits(Z(6, 10), 3, temperature=4.0)
 # (id, change, exception, what the message must say: the argument, the expectation, what arrived)
 REFUSED: list[tuple[str, Change, type[Exception], list[str]]] = [
     ("student no tensor", replaced(student_logits=[[1.0]]), TypeError, ["student_logits", "list"]),
@@ -176,10 +185,70 @@ REFUSED: list[tuple[str, Change, type[Exception], list[str]]] = [
     ),
     (
         "prefix and selected",
-        replaced(teacher_logits=Z(4, 10), selected=torch.ones(6).bool()),
+        replaced(teacher_logits=Z(4, 10), teacher_rows=4, selected=torch.ones(6).bool()),
         ValueError,
-        ["selected", "teacher_logits"],
+        ["selected", "None", "teacher_rows"],
     ),
+    (
+        "teacher has fewer rows",
+        replaced(teacher_logits=Z(5, 10)),
+        ValueError,
+        [r"\(6, 10\).*\(5, 10\)", "shifted", "short last", "teacher_rows=5$"],
+    ),
+    ("teacher has no rows", replaced(teacher_logits=Z(0, 10)), ValueError, ["teacher_rows=0$"]),
+    (
+        "teacher has other rows",
+        replaced(student_logits=Z(2, 3, 10), teacher_logits=Z(3, 2, 10), target=Z(2, 3).long()),
+        ValueError,
+        [r"\(2, 3, 10\).*\(3, 2, 10\).*\?$"],
+    ),
+    (
+        "a shifted teacher",
+        replaced(student_logits=Z(2, 3, 10), teacher_logits=Z(2, 2, 10), target=Z(2, 3).long()),
+        ValueError,
+        [r"\(2, 3, 10\).*\(2, 2, 10\).*\?$"],
+    ),
+    ("teacher_rows below", replaced(teacher_logits=Z(5, 10), teacher_rows=4), ValueError, ["teacher_rows", "5", "4"]),
+    ("teacher_rows above", replaced(teacher_rows=7), ValueError, ["teacher_rows", "6", "7"]),
+    ("teacher_rows above the student's", replaced(teacher_logits=Z(7, 10), teacher_rows=7), ValueError, ["<= 6", "7"]),
+    ("teacher_rows bool", replaced(teacher_logits=Z(1, 10), teacher_rows=True), TypeError, ["teacher_rows", "True"]),
+    ("teacher_rows float", replaced(teacher_rows=6.0), TypeError, ["teacher_rows", "6.0"]),
+    ("student tuple", replaced(student_logits=(Z(6, 10), Z(6, 4))), TypeError, ["student_logits", "tuple", r"\[0\]"]),
+    ("teacher tuple", replaced(teacher_logits=(Z(6, 10),)), TypeError, ["teacher_logits", "tuple", r"\[0\]"]),
+    ("student output", replaced(student_logits=Output(Z(6, 10))), TypeError, ["student_logits", "Output", r"\.logits"]),
+    ("teacher output", replaced(teacher_logits=Output(Z(6, 10))), TypeError, ["teacher_logits", "Output", r"\.logits"]),
+    ("student dict", replaced(student_logits={"out": Z(6, 10)}), TypeError, ["student_logits", "dict", "'out'"]),
+    ("student cached", replaced(student_logits=CACHED), TypeError, ["student_logits", "TopKTeacher", r"\.dense"]),
+    (
+        "classes in dimension 1",
+        replaced(student_logits=Z(6, 10, 4, 5), teacher_logits=Z(6, 10, 4, 5), target=Z(6, 4, 5).long()),
+        ValueError,
+        ["target", r"\(6, 10, 4\)", r"student_logits\.movedim\(1, -1\)"],
+    ),
+    (
+        "target's classes in dimension 1",
+        replaced(student_logits=Z(6, 4, 10), teacher_logits=Z(6, 4, 10), target=Z(6, 10, 4)),
+        ValueError,
+        ["target", r"\(6, 4, 10\)", r"soft targets.*movedim\(1, -1\)"],
+    ),
+    (
+        "classes in either dimension",
+        replaced(student_logits=Z(6, 4, 4, 4), teacher_logits=Z(6, 4, 4, 4), target=Z(6, 4, 4).long()),
+        ValueError,
+        ["student_logits", r"\(6, 4, 4, 4\)", r"movedim\(1, -1\)", r"flatten\(0, -2\)"],
+    ),
+    (
+        "soft target's classes in either dimension",
+        replaced(student_logits=Z(6, 4, 2, 5), teacher_logits=Z(6, 4, 2, 5), target=torch.full((6, 4, 2, 5), 0.25)),
+        ValueError,
+        ["student_logits", r"\(6, 4, 2, 5\)", r"movedim\(1, -1\)"],
+    ),
+    ("T", replaced(T=4.0), TypeError, ["'T'", "temperature"]),
+    ("tau", replaced(tau=4.0), TypeError, ["'tau'", "temperature"]),
+    ("alpha", replaced(alpha=0.5), TypeError, ["'alpha'", "ce_weight", "kd_weight"]),
+    ("lambda", replaced(lambda_=0.5), TypeError, ["'lambda_'", "ce_weight", "kd_weight"]),
+    ("misspelt", replaced(temprature=4.0), TypeError, ["'temprature'", "'temperature'"]),
+    ("unheard of", replaced(epsilon=4.0), TypeError, ["'epsilon'", "temperature", "num_valid"]),
     ("num_valid shape", replaced(num_valid=torch.ones(2)), ValueError, ["num_valid", "2"]),
     ("num_valid text", replaced(num_valid="all"), TypeError, ["num_valid", "str|'all'"]),
     ("num_valid NaN", replaced(num_valid=math.nan), ValueError, ["num_valid", "nan"]),
@@ -218,10 +287,58 @@ def test_temperature_as_the_third_argument_gets_a_hint() -> None:
             call()
 
 
-def test_unknown_keyword() -> None:
+@pytest.mark.parametrize(
+    "function",
+    [
+        kd_loss,
+        reference.kd_loss,
+        reference.kd_logit_gradient,
+        functional.kd_logit_gradient,
+        functional.kd_moments,
+        revision_loss,
+        mlkd_loss,
+        dist_loss,
+    ],
+    ids=lambda function: f"{function.__module__}.{function.__name__}",
+)
+def test_every_entry_point_wants_tensors_of_as_many_rows(function: Callable[..., Any]) -> None:
+    z, v, y = arguments().values()
+    rest = () if function is dist_loss else (y,)
+    function(z, v, *rest)
+    for output, way_out in ((Output(z), r"\.logits"), ((z, v), r"tuple.*\[0\]"), ({"out": z}, "dict.*'out'")):
+        with pytest.raises(TypeError, match=f"student_logits must be a Tensor of logits; got .*{way_out}"):
+            function(output, v, *rest)
+        with pytest.raises(TypeError, match=f"teacher_logits must be a Tensor of logits; got .*{way_out}"):
+            function(z, output, *rest)
+    for rows in (5, 1, 0):
+        with pytest.raises(ValueError, match=rf"teacher_logits must .*\(6, 10\).*\({rows}, 10\)"):
+            function(z, v[:rows], *rest)
+
+
+def test_entry_points_of_one_network_want_tensors() -> None:
+    z, _, y = arguments().values()
+    for call in (lambda x: revise_labels(x, y), lambda x: reference.revise_labels(x, y), lambda x: make_cached(x)):
+        with pytest.raises(TypeError, match=r"logits must be a Tensor of logits; got Output; pass its \.logits"):
+            call(Output(z))
+
+
+def make_cached(logits: Any) -> TopKTeacher:
+    return TopKTeacher.from_logits(logits, 3, temperature=4.0)
+
+
+def test_images_with_their_classes_last() -> None:
+    """(N, H, W, C) is taken as it is where the target's shape says so; a sequence as long as its vocabulary too."""
+    for shape in ((3, 4, 4, 5), (2, 4, 4)):
+        rows = kd_cases.rows(math.prod(shape[:-1]), shape[-1])
+        logits, lead = (x.view(shape) for x in rows[:2]), shape[:-1]
+        assert torch.equal(kd_loss(*logits, rows.target.view(lead)), kd_loss(*rows))
+
+
+def test_recipes_none_is_none() -> None:
     given = arguments()
-    with pytest.raises(TypeError, match="alpha"):
-        kd_loss(*given.values(), alpha=0.5)
+    for function in (kd_loss, reference.kd_loss, mlkd_loss):
+        assert torch.equal(function(**given, revise="none"), function(**given, revise=None))
+        assert not torch.equal(function(**given, revise="none"), function(**given))
 
 
 def test_errors_come_before_any_work() -> None:

@@ -383,14 +383,15 @@ def test_compiles_fullgraph_dynamic() -> None:
         # The first call may trace twice: torch tries float arguments as symbols, then as constants.
         first = first or len(frames)
     assert len(frames) == first
-    # Sizes that torch specialises on: no rows, one row, no teacher rows.
-    for rows, prefix in ((0, 0), (1, 1), (8, 0)):
+    # Any prefix is one graph more. Then sizes that torch specialises on: no rows, one row, no teacher rows.
+    for rows, prefix in ((8, 5), (17, 9), (12, 12), (0, 0), (1, 1), (8, 0)):
         student, teacher, target = kd_cases.rows(rows, 33)
         student.requires_grad_()
         torch.testing.assert_close(
-            torch.autograd.grad(compiled(student, teacher[:prefix], target), student),
-            torch.autograd.grad(step(student, teacher[:prefix], target), student),
+            torch.autograd.grad(compiled(student, teacher[:prefix], target, teacher_rows=prefix), student),
+            torch.autograd.grad(step(student, teacher[:prefix], target, teacher_rows=prefix), student),
         )
+        assert len(frames) == first + 1 or prefix < 2
 
 
 def test_compiles_with_inductor() -> None:
@@ -484,6 +485,11 @@ def test_func_grad() -> None:
     student, teacher, target = kd_cases.rows(6, 10, torch.float64)
     expected = torch.func.grad(lambda z: reference.kd_loss(z, teacher, target))(student)
     refuses_or_equals(lambda: torch.func.grad(lambda z: kd_loss(z, teacher, target))(student), expected)
+    part = {"teacher_rows": 4}
+    expected = torch.func.grad(lambda z: reference.kd_loss(z, teacher[:4], target, **part))(student)
+    refuses_or_equals(lambda: torch.func.grad(lambda z: kd_loss(z, teacher[:4], target, **part))(student), expected)
+    with pytest.raises(ValueError, match="teacher_rows=4"):
+        torch.func.grad(lambda z: kd_loss(z, teacher[:4], target))(student)
 
 
 def test_func_vmap() -> None:

@@ -56,8 +56,8 @@ def test_nothing_to_average(divergence: Divergence) -> None:
         assert (loss == 0).all() and (gradient(loss.sum(), z) == 0).all()
         empty = kd_loss(z[:0], teacher[:0], target[:0], divergence=divergence, reduction=reduction)
         assert (empty == 0).all() and (gradient(empty.sum(), z) == 0).all()
-        without = kd_loss(z, teacher[:0], target, divergence=divergence, reduction=reduction)
-        plain = kd_loss(z, teacher[:0], target, reduction=reduction)
+        without = kd_loss(z, teacher[:0], target, teacher_rows=0, divergence=divergence, reduction=reduction)
+        plain = kd_loss(z, teacher[:0], target, teacher_rows=0, reduction=reduction)
         torch.testing.assert_close(without, plain)
 
 
@@ -237,7 +237,9 @@ def test_cached_teacher_as_a_prefix() -> None:
     student, teacher, target = kd_cases.family_rows(12, 10)
     cached = TopKTeacher.from_logits(teacher[:5], 10, temperature=4.0)
     z = student.clone().requires_grad_()
-    ours, dense = kd_loss(z, cached, target), kd_loss(z, teacher[:5], target)
+    with pytest.raises(ValueError, match=r"\(12, 10\); got \(5, 10\).*teacher_rows=5$"):
+        kd_loss(z, cached, target)
+    ours, dense = (kd_loss(z, v, target, teacher_rows=5) for v in (cached, teacher[:5]))
     torch.testing.assert_close(ours, dense)
     torch.testing.assert_close(gradient(ours, z), gradient(dense, z))
 

@@ -49,7 +49,8 @@ def problems(draw: Any) -> tuple[kd_cases.Rows, dict[str, Any]]:
     elif how == "weights":
         keywords["selected"] = torch.rand(count, generator=generator)
     elif how == "prefix":
-        rows = rows._replace(teacher=rows.teacher[: draw(st.integers(0, count))])
+        keywords["teacher_rows"] = draw(st.integers(0, count))
+        rows = rows._replace(teacher=rows.teacher[: keywords["teacher_rows"]])
     rows.target[torch.rand(count, generator=generator) < 0.2] = -100
     return rows, keywords
 

@@ -146,7 +146,7 @@ def test_mistakes_are_named() -> None:
         ({"direction": r[:, :3]}, ValueError, r"direction must have shape \(5, 7\); got \[5, 3\]"),
         ({"revise": "swap"}, ValueError, "revise must be 'lr', 'mft' or None here"),
         ({"target": y + 7}, ValueError, r"target\[0\]"),
-        ({"target": F.one_hot(y, 7).float()}, ValueError, "target class indices"),
+        ({"target": F.one_hot(y, 7).float()}, ValueError, "target must hold class indices; got torch.float32"),
         ({"teacher_logits": v[:2]}, ValueError, r"must both be \(N, C\)"),
         ({"temperature": 0.0}, ValueError, "temperature"),
     ):

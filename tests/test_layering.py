@@ -21,14 +21,18 @@ CPP_MAY_INCLUDE = {
 TORCH_HEADERS = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h")
 
 # Layer of the package -> the layers it may import, itself included.
-_CORE = {"functional", "_ops", "_C", "reference", "divergences", "topk", "_version", "files"}
+_CORE = {"arguments", "functional", "_ops", "_C", "_build", "reference", "divergences", "topk", "_version", "files"}
+_CORE |= {"rand_augment"}
 PYTHON_MAY_IMPORT = {
+    "arguments": {"arguments"},
     "divergences": {"divergences"},
-    "topk": {"topk"},
-    "reference": {"reference", "divergences", "topk"},
+    "topk": {"topk", "arguments"},
+    "reference": {"reference", "arguments", "divergences", "topk"},
     "_version": {"_version"},
     "files": {"files"},
-    "_ops": {"_ops", "_C", "_version"},
+    "_build": {"_build"},
+    "rand_augment": {"rand_augment"},
+    "_ops": {"_ops", "_C", "_build", "_version"},
     "functional": _CORE,
     "nn": {"nn", *_CORE},
     "composed": {"composed", *_CORE},

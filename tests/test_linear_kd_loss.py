@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -64,7 +65,7 @@ def problem(
 
 def ours(p: Problem, leaves: tuple[Tensor, Tensor, Tensor], **arguments: Any) -> Tensor:
     hidden, weight, bias = leaves
-    teacher_hidden = p.teacher_hidden[: arguments.pop("prefix", None)]
+    teacher_hidden = p.teacher_hidden[: arguments.get("teacher_rows")]
     return linear_kd_loss(
         hidden,
         weight,
@@ -81,7 +82,7 @@ def expected(p: Problem, **arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss and the gradients by hidden, weight and bias from (N, C) logits in float64."""
     exact = tuple(tensor.double() for tensor in p[:6])
     leaves = tuple(tensor.requires_grad_() for tensor in exact[:3])
-    teacher = F.linear(*exact[3:6])[: arguments.pop("prefix", None)]
+    teacher = F.linear(*exact[3:6])[: arguments.get("teacher_rows")]
     loss = reference.kd_loss(F.linear(*leaves), teacher, p.target, **arguments)
     return loss.detach(), torch.autograd.grad(loss, leaves)
 
@@ -119,9 +120,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "mask": {"selected": torch.arange(23) % 3 > 0},
     "weights": {"selected": torch.linspace(0, 1, 23)},
     "nothing selected": {"selected": torch.zeros(23, dtype=torch.bool)},
-    "prefix of 0": {"prefix": 0},
-    "prefix ends inside a chunk": {"prefix": 11},
-    "prefix ends with a chunk": {"prefix": 14},
+    "prefix of 0": {"teacher_rows": 0},
+    "prefix ends inside a chunk": {"teacher_rows": 11},
+    "prefix ends with a chunk": {"teacher_rows": 14},
     "hyperparameters": {"temperature": 2.5, "revise": None, "label_smoothing": 0.1, "ce_weight_unselected": 0.0},
     "no KD": {"kd_weight": 0.0, "ce_weight": 1.0},
     "no CE": {"ce_weight": 0.0, "ce_weight_unselected": 0.0},
@@ -150,7 +151,13 @@ def test_matches_materialised_logits(case: str, chunk_rows: int | None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk_rows", [7, None])
 def test_matches_materialised_logits_in_lower_precision(dtype: torch.dtype, chunk_rows: int | None) -> None:
-    for arguments in ({}, {"reduction": "sum"}, {"reduction": "elementmean"}, {"prefix": 11}, {"grad_scale": 4.0}):
+    for arguments in (
+        {},
+        {"reduction": "sum"},
+        {"reduction": "elementmean"},
+        {"teacher_rows": 11},
+        {"grad_scale": 4.0},
+    ):
         assert_matches(problem(dtype=dtype), ACCURACY[dtype], chunk_rows=chunk_rows, **arguments)
 
 
@@ -172,8 +179,9 @@ def test_sequences(index: torch.dtype) -> None:
     for teacher, given, flat in (
         (p.teacher_hidden.view(4, 6, 11), {"selected": selected}, {"selected": selected.flatten()}),
         (p.teacher_hidden.view(4, 6, 11), {"selected": selected.flatten()}, {"selected": selected.flatten()}),
-        (p.teacher_hidden.view(4, 6, 11)[:2], {}, {"prefix": 12}),
-        (p.teacher_hidden[:9], {}, {"prefix": 9}),
+        (p.teacher_hidden.view(4, 6, 11)[:2], {"teacher_rows": 12}, {"teacher_rows": 12}),
+        (p.teacher_hidden[:9], {"teacher_rows": 9}, {"teacher_rows": 9}),
+        (p.teacher_hidden, {"selected": selected}, {"selected": selected.flatten()}),
     ):
         loss = linear_kd_loss(hidden.view(4, 6, 13), weight, teacher, p.teacher_weight, target, **common, **given)
         gradients = torch.autograd.grad(loss, (hidden, weight, bias))
@@ -232,10 +240,10 @@ def test_rows_that_nobody_reads_may_hold_anything(poison: float) -> None:
         {"selected": selected},
         {"selected": selected, "ce_weight_unselected": 0.0},
         {"selected": selected.double(), "ce_weight_unselected": 0.0},
-        {"prefix": 14, "ce_weight_unselected": 0.0},
+        {"teacher_rows": 14, "ce_weight_unselected": 0.0},
         {"kd_weight": 0.0, "selected": selected},
     ):
-        kept = torch.arange(23) < 14 if "prefix" in arguments else selected
+        kept = torch.arange(23) < 14 if "teacher_rows" in arguments else selected
         p = clean._replace(hidden=clean.hidden.clone(), teacher_hidden=clean.teacher_hidden.clone())
         p.hidden[p.target == -100] = poison
         p.teacher_hidden[(p.target == -100) | ~kept] = poison
@@ -599,7 +607,7 @@ def test_chunks_without_gradient_are_two() -> None:
 def test_a_prefix_and_a_kd_weight_of_0_save_the_teachers_products() -> None:
     p = problem()
     with Memory() as memory, torch.no_grad():
-        ours(p, p[:3], prefix=8, chunk_rows=7)
+        ours(p, p[:3], teacher_rows=8, chunk_rows=7)
     assert sum(count for name, count in memory.calls.items() if "mm" in name) == 4 + 2
     with Memory() as memory, torch.no_grad():
         ours(p, p[:3], kd_weight=0.0, chunk_rows=7)
@@ -722,7 +730,19 @@ def test_compiles_under_autocast() -> None:
         ({"student_bias": torch.ones(36).double()}, ValueError, r"student_bias must have shape \(37,\); got \(36,\)"),
         ({"teacher_weight": torch.ones(36, 11).double()}, ValueError, r"teacher_weight must have the student's 37.*36"),
         ({"teacher_bias": torch.ones(37)}, TypeError, "teacher_bias must be torch.float64.*torch.float32"),
-        ({"teacher_hidden": torch.ones(24, 11).double()}, ValueError, r"teacher_hidden.*K <= 23 rows; got \(24, 11\)"),
+        (
+            {"teacher_hidden": torch.ones(24, 11).double()},
+            ValueError,
+            r"teacher_hidden must have a row.*got \(24, 11\)",
+        ),
+        ({"teacher_hidden": torch.ones(9, 11).double()}, ValueError, r"\(23, 13\); got \(9, 11\).*teacher_rows=9$"),
+        ({"teacher_rows": 9}, ValueError, "teacher_rows must be the number of rows in teacher_hidden, 23 .*got 9"),
+        (
+            {"student_hidden": SimpleNamespace(last_hidden_state=torch.ones(2))},
+            TypeError,
+            r"pass its \.last_hidden_state",
+        ),
+        ({"tau": 2.0}, TypeError, "linear_kd_loss .*'tau': did you mean 'temperature'"),
         ({"target": torch.zeros(22).long()}, ValueError, r"target must have .*\(23,\); got \(22,\)"),
         ({"target": torch.zeros(23)}, TypeError, "target must hold int64 or int32.*float32"),
         ({"target": 4.0}, TypeError, "target must be a Tensor.*4.0"),
@@ -772,8 +792,8 @@ def test_errors_give_the_row_of_the_batch() -> None:
 
 def test_a_prefix_and_a_selection_exclude_each_other() -> None:
     p = problem()
-    with pytest.raises(ValueError, match="selected must be None when teacher_hidden holds only the first 9 rows"):
-        ours(p, p.student(), prefix=9, selected=torch.ones(23))
+    with pytest.raises(ValueError, match="selected must be None where teacher_rows is given"):
+        ours(p, p.student(), teacher_rows=9, selected=torch.ones(23))
 
 
 # --- CUDA
@@ -816,7 +836,7 @@ def test_cuda_never_waits_for_the_device(dtype: torch.dtype) -> None:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for arguments in ({}, {"prefix": 11, "ce_weight_unselected": 0.0}, {"num_valid": 9.0, "grad_scale": 2.0}):
+        for arguments in ({}, {"teacher_rows": 11, "ce_weight_unselected": 0.0}, {"num_valid": 9.0, "grad_scale": 2.0}):
             ours(p, p.student(), chunk_rows=7, **arguments).backward()
     finally:
         torch.cuda.set_sync_debug_mode(before)

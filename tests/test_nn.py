@@ -31,13 +31,14 @@ STORED: dict[str, Any] = {
 
 
 def test_defaults_are_kd_losss() -> None:
-    ours = inspect.signature(KDLoss).parameters
+    ours = dict(inspect.signature(KDLoss).parameters)
     theirs = inspect.signature(kd_loss).parameters
-    assert set(ours) == set(STORED)
+    assert ours.pop("unknown").kind is inspect.Parameter.VAR_KEYWORD  # where the hints come from
+    assert list(ours) == list(STORED)
     for name, parameter in ours.items():
         assert parameter.default == theirs[name].default, name
         assert getattr(KDLoss(), name) == parameter.default, name
-        assert parameter.kind == inspect.Parameter.KEYWORD_ONLY, name
+        assert (parameter.kind is inspect.Parameter.KEYWORD_ONLY) == (name != "temperature"), name
 
 
 @pytest.mark.parametrize("changed", STORED)
@@ -61,8 +62,17 @@ def test_all_together() -> None:
     scaled = module(*rows, num_valid=7, grad_scale=2.0)
     assert torch.equal(scaled, kd_loss(*rows, num_valid=7, grad_scale=2.0))
     assert torch.equal(
-        module(rows.student, rows.teacher[:4], rows.target), kd_loss(rows.student, rows.teacher[:4], rows.target)
+        module(rows.student, rows.teacher[:4], rows.target, teacher_rows=4),
+        kd_loss(rows.student, rows.teacher[:4], rows.target, teacher_rows=4),
     )
+
+
+def test_the_temperature_may_be_positional() -> None:
+    """As in RepDistiller's DistillKL(T) and others."""
+    assert vars_of(KDLoss(2.5)) == vars_of(KDLoss(temperature=2.5))
+    with pytest.raises(TypeError, match="KDLoss got .*'tau': did you mean 'temperature'"):
+        KDLoss(tau=2.5)
+    assert KDLoss(revise="none").revise is None
 
 
 def test_repr_rebuilds_the_module() -> None:
@@ -124,6 +134,7 @@ def test_assigned_hyperparameters_count() -> None:
         ({"label_smoothing": 2.0}, ValueError),
         ({"temperature": "4"}, TypeError),
         ({"alpha": 0.5}, TypeError),
+        ({"lambda_": 0.5}, TypeError),
     ],
     ids=str,
 )

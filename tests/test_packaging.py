@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import lrds_fast
-from lrds_fast import _ops
+from lrds_fast import _build, _ops
 
 ROOT = Path(__file__).resolve().parent.parent
 in_checkout = pytest.mark.skipif(not (ROOT / "lrds_fast" / "_version.py").exists(), reason="not a checkout")
@@ -55,13 +62,110 @@ def test_marker_of_types_is_installed() -> None:
     assert (Path(lrds_fast.__file__).parent / "py.typed").exists()
 
 
-def test_another_torch_is_named_with_the_way_out() -> None:
-    _ops.check_torch_version("2.15.0+cu132", "2.15.1+cpu")  # patch releases share an ABI
+def installation(monkeypatch: pytest.MonkeyPatch, root: Path, *, source: bool, built: str = "") -> Path:
+    """What _build believes to be the installed package: root/lrds_fast, built for the torch `built`, or not at all."""
+    package = root / "lrds_fast"
+    package.mkdir(parents=True)
+    if source:
+        (root / "setup.py").touch()
+        (root / "csrc").mkdir()
+    if built:
+        (package / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+        (package / _build.RECORD).write_text(json.dumps({"torch_version": built}))
+    monkeypatch.setattr(_build, "_HERE", package)
+    return package
+
+
+def test_an_extension_that_fits_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _build.problem(torch.__version__) is None
+    assert _build.installed_torch() == {"version": torch.__version__, "cuda": torch.version.cuda}
+    installation(monkeypatch, tmp_path, source=False, built="2.15.0+cu132")
+    assert _build.problem("2.15.1+cpu") is None, "patch releases share an ABI"
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_another_torch_is_named_with_the_way_out(source: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installation(monkeypatch, tmp_path, source=source, built="2.13.0+cpu")
+    found = _build.problem("2.15.0+cu132")
+    assert found is not None and "\n" not in found
+    assert "was built for torch 2.13.0+cpu, this is torch 2.15.0+cu132; rebuild it: pip install --no-build-iso" in found
+    assert found.endswith(f"-e {tmp_path}") == source
+    assert not found.endswith(" lrds-fast"), "it is on no index"
+
+
+def test_a_checkout_that_was_never_built_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "mine")])
+    installation(monkeypatch, tmp_path / "mine", source=True)
+    found = _build.problem("2.15.0")
+    assert found is not None and "never built" in found and "make venv" in found
+    assert f"pip install --no-build-isolation -e {tmp_path / 'mine'}" in found
+
+
+def test_a_source_folder_that_hides_the_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = installation(monkeypatch, tmp_path / "site", source=False, built="2.15.0")
+    installation(monkeypatch, tmp_path / "mine", source=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "site")])
+    found = _build.problem("2.15.0")
+    assert found is not None and f"it hides the lrds_fast installed in {package}; run from another directory" in found
+
+
+def test_an_extension_of_another_python_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = installation(monkeypatch, tmp_path, source=False)
+    (package / "_C.cpython-30-x86_64-linux-gnu.so").touch()
+    found = _build.problem("2.15.0")
+    assert found is not None and "built for another Python (_C.cpython-30-x86_64-linux-gnu.so)" in found
+
+
+def test_a_missing_torch_is_named_with_the_one_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build, "installed_torch", lambda: None)
+    installation(monkeypatch, tmp_path, source=False, built="2.13.0+cpu")
+    found = _build.problem()
+    assert found is not None and found.endswith("does not have: pip install 'torch==2.13.*'")
+
+
+def test_a_failed_import_is_one_line_and_nothing_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lrds_fast._ops")
+    with monkeypatch.context() as patch:
+        patch.setattr(_build, "record", lambda: {"torch_version": "1.0"})
+        with pytest.raises(ImportError, match=r"^lrds_fast was built for torch 1\.0, this is torch .*$") as older:
+            importlib.import_module("lrds_fast._ops")
+    monkeypatch.setitem(sys.modules, "lrds_fast._C", None)
     with pytest.raises(
-        ImportError, match=r"built with torch 2\.14\.0 but torch 2\.15\.0.*--no-build-isolation"
-    ) as caught:
-        _ops.check_torch_version("2.14.0", "2.15.0")
-    assert "\n" not in str(caught.value)
+        ImportError, match=r"^lrds_fast's extension does not load with torch .*; rebuild it: .*$"
+    ) as bad:
+        importlib.import_module("lrds_fast._ops")
+    for error in (older.value, bad.value):
+        assert error.__cause__ is None and (error.__context__ is None or error.__suppress_context__)
+
+
+def test_without_torch_the_first_use_says_how_to_get_it() -> None:
+    code = "import sys; sys.modules['torch'] = None; import lrds_fast; lrds_fast.kd_loss"
+    root = Path(lrds_fast.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: lrds_fast needs PyTorch, which ")
+
+
+def test_the_front_door_has_every_name_and_loads_none() -> None:
+    code = (
+        "import sys, lrds_fast; assert 'torch' not in sys.modules; assert dir(lrds_fast) == sorted(lrds_fast.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(lrds_fast.__file__).parents[1])
+    names: dict[str, object] = {}
+    exec("from lrds_fast import *", names)
+    assert set(lrds_fast.__all__) <= set(names)
+    assert vars(lrds_fast)["kd_loss"] is names["kd_loss"], "the second use is a plain attribute"
+    assert lrds_fast.functional.kd_loss is lrds_fast.kd_loss
+    with pytest.raises(AttributeError, match="module 'lrds_fast' has no attribute 'kd_los'"):
+        lrds_fast.kd_los  # noqa: B018
+
+
+def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
+    import lrds_fast.train.demo
+    import lrds_fast.train.evaluate
+
+    assert callable(lrds_fast.train.demo) and callable(lrds_fast.train.evaluate)
 
 
 def setup_py(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -118,3 +222,64 @@ def test_shell_scripts_parse() -> None:
     for script in [ROOT / ".ci" / "run", *sorted((ROOT / "tools").glob("*.sh"))]:
         subprocess.run(["bash", "-n", str(script)], check=True)
         assert os.access(script, os.X_OK), script
+
+
+def setup_names(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """setup.py's functions."""
+    monkeypatch.setenv("LRDS_FAST_CUDA", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@in_checkout
+def test_the_record_of_a_build_is_what_the_extension_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = tmp_path / Path(lrds_fast._C.__file__).name
+    extension.symlink_to(lrds_fast._C.__file__)
+    setup_names(monkeypatch)["write_record"](extension)  # type: ignore[operator]
+    monkeypatch.setattr(_build, "_HERE", tmp_path)
+    facts = _build.record()
+    assert facts == {key: value for key, value in _ops.build_info().items() if key != "cpu_isa"}
+    (tmp_path / _build.RECORD).write_text("{")
+    assert _build.record() is None
+
+
+@in_checkout
+def test_the_compiler_of_the_kernels_is_asked_for_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")
+    nvcc.chmod(0o755)
+    assert setup_names(monkeypatch)["nvcc_version"](tmp_path) == "12.9.86"  # type: ignore[operator]
+
+
+@in_checkout
+def test_an_old_setuptools_is_named_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"setuptools 65.5.0 is too old: pip install 'setuptools>=77'"):
+        setup_names(monkeypatch)
+
+
+@in_checkout
+def test_a_wheel_requires_the_torch_that_its_binary_fits(tmp_path: Path) -> None:
+    """The metadata alone: nothing is compiled."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    (copy / "lrds_fast").mkdir()
+    shutil.copy(ROOT / "lrds_fast" / "_version.py", copy / "lrds_fast")
+    (copy / "lrds_fast" / "__init__.py").touch()
+    code = "from setuptools import build_meta as b; print(b.build_wheel('wheel')); print(b.build_editable('editable'))"
+    env = dict(os.environ, LRDS_FAST_SKIP_BUILD="1")
+    subprocess.run([sys.executable, "-c", code], cwd=copy, env=env, check=True, capture_output=True)
+
+    def requirement(kind: str) -> str:
+        (wheel,) = (copy / kind).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+            text = archive.read(name).decode()
+        (found,) = re.findall(r"^Requires-Dist: torch(?!vision|distill)(.*)$", text, re.MULTILINE)
+        return str(found)
+
+    assert requirement("wheel") == f"=={'.'.join(torch.__version__.split('.')[:2])}.*"
+    assert requirement("editable") == ">=2.11"

@@ -1,4 +1,4 @@
-"""Scores against other people's packages, run side by side: pip install 'lrds-fast[peers]'.
+"""Scores against other people's packages, run side by side: pip install -e '.[peers]'.
 
 kronfluence gives its own factors to both, so that what is compared is the algebra. Its grouped convolutions are left
 out: they average activations over the groups.
@@ -47,7 +47,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def test_kronfluence_with_its_own_factors(tmp_path: Path) -> None:
-    pytest.importorskip("kronfluence", reason="pip install 'lrds-fast[peers]'")
+    pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     model, train, queries = network(), data(90, 1, 3, 9, 9), data(11, 2, 3, 9, 9)
     peer = Kronfluence(model, ["0", "3", "7", "9"], train, tmp_path)
     peer.fit()
@@ -63,7 +63,7 @@ def test_kronfluence_with_its_own_factors(tmp_path: Path) -> None:
 
 def test_our_factors_are_kronfluences(tmp_path: Path) -> None:
     """Both draw labels: the two fits agree as far as two draws do."""
-    pytest.importorskip("kronfluence", reason="pip install 'lrds-fast[peers]'")
+    pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     model, train = network(), data(2000, 1, 3, 9, 9)
     layers = ["0", "3", "7", "9"]
     peer = Kronfluence(model, layers, train, tmp_path)
@@ -81,7 +81,7 @@ def test_our_factors_are_kronfluences(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_captum_closed_form(bias: bool) -> None:
     """TracInCPFast is the closed form without the bias; ours has it."""
-    captum = pytest.importorskip("captum.influence", reason="pip install 'lrds-fast[peers]'")
+    captum = pytest.importorskip("captum.influence", reason="pip install -e '.[peers]'")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 5, bias=bias)).eval()
     train, queries = data(70, 1, 30), data(9, 2, 30)
@@ -109,7 +109,7 @@ def test_captum_closed_form(bias: bool) -> None:
 
 def test_lds_is_kronfluences(tmp_path: Path) -> None:
     """Gate 5: with the same H no worse than .01; with our own H, which takes every label, no worse at all."""
-    pytest.importorskip("kronfluence", reason="pip install 'lrds-fast[peers]'")
+    pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     problem = bench_lds.digits(100)
     generator = torch.Generator().manual_seed(1)
     subsets = torch.stack([torch.randperm(1200, generator=generator)[:600] for _ in range(40)])
@@ -133,7 +133,7 @@ def test_lds_is_kronfluences(tmp_path: Path) -> None:
 def test_lds_of_dattri_and_trak(tmp_path: Path) -> None:
     """That they run as benchmarks/bench_lds.py has them: their scores foresee something."""
     for package in ("dattri", "trak"):
-        pytest.importorskip(package, reason="pip install 'lrds-fast[peers]'")
+        pytest.importorskip(package, reason="pip install -e '.[peers]'")
     problem = bench_lds.digits(50)
     generator = torch.Generator().manual_seed(1)
     subsets = torch.stack([torch.randperm(1200, generator=generator)[:600] for _ in range(40)])

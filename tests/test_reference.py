@@ -87,7 +87,7 @@ def test_matches_the_formulas(
     y[5] = -100
     y[9] = -100
     w = torch.ones(rows, dtype=torch.float64)
-    teacher, selected = v, None
+    teacher, selected, teacher_rows = v, None, None
     if selection == "mask":
         selected = torch.arange(rows) % 3 > 0
         w = selected.double()
@@ -95,7 +95,7 @@ def test_matches_the_formulas(
         selected = torch.linspace(0.0, 1.0, rows, dtype=torch.float64)
         w = selected
     elif selection == "prefix":
-        teacher = v[:7]
+        teacher, teacher_rows = v[:7], 7
         w = (torch.arange(rows) < 7).double()
     ce_weight, kd_weight, unselected, eta = 0.3, 1.2, 0.8, 0.7
 
@@ -137,6 +137,7 @@ def test_matches_the_formulas(
         revise=revise,
         eta=eta,
         selected=selected,
+        teacher_rows=teacher_rows,
         label_smoothing=smoothing,
         reduction=reduction,
     )
@@ -222,7 +223,7 @@ def test_logit_gradient_is_the_gradient(ce_weight: float, kd_weight: float) -> N
 )
 def test_default_weight_of_unselected_rows(ce_weight: float, kd_weight: float, expected: float) -> None:
     z, v, y = batch()
-    loss = reference.kd_loss(z, v[:0], y, ce_weight=ce_weight, kd_weight=kd_weight)
+    loss = reference.kd_loss(z, v[:0], y, teacher_rows=0, ce_weight=ce_weight, kd_weight=kd_weight)
     torch.testing.assert_close(loss, expected * F.cross_entropy(z, y))
 
 

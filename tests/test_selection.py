@@ -21,9 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from influence_oracle import make_case
+from torch.utils.data import DataLoader, TensorDataset
 
+import lrds_fast
 from lrds_fast import influence
-from lrds_fast.selection import Selection, dataset_fingerprint, select
+from lrds_fast.selection import Selection, dataset_fingerprint, prefix, select
 
 
 @pytest.fixture
@@ -386,6 +388,70 @@ def test_another_dataset_is_refused(scores: influence.Scores, tmp_path: Path) ->
         Selection.load(path, dataset=3)
     with pytest.raises(ValueError, match="64 hex digits; got 'cifar100'"):
         Selection.load(path, dataset="cifar100")
+
+
+def test_targets_alone_say_which_dataset(scores: influence.Scores, tmp_path: Path) -> None:
+    path = tmp_path / "d_t.parquet"
+    select(scores, ratio=0.5, dataset=SimpleNamespace(targets=scores.target)).save(path)
+    labels = scores.target.tolist()
+    assert len(Selection.load(path, dataset=SimpleNamespace(targets=labels))) == 60
+    with pytest.raises(ValueError, match="made for another dataset"):
+        Selection.load(path, dataset=SimpleNamespace(targets=labels[::-1]))
+    with pytest.raises(ValueError, match=r"d_t.parquet cannot be compared .*: labels must lie in \[0, 5\)"):
+        Selection.load(path, dataset=SimpleNamespace(targets=[9] * 60))
+    with pytest.raises(
+        TypeError, match=r"list lacks `targets`: pass dataset=.*dataset_fingerprint\(labels, num_classes"
+    ):
+        Selection.load(path, dataset=labels)
+    with pytest.raises(TypeError, match="SimpleNamespace lacks `classes`"):
+        select({"s": torch.rand(60)}, "s", ratio=0.5, dataset=SimpleNamespace(targets=labels))
+
+
+def test_a_dataset_says_who_keeps_the_teacher(scores: influence.Scores) -> None:
+    chosen = select(scores, ratio=0.4)
+    x, y = torch.arange(60.0)[:, None], scores.target
+    flagged = chosen.dataset(TensorDataset(x, y))
+    assert len(flagged) == 60 and flagged[3][2] is bool(chosen.mask[3]) and torch.equal(flagged[3][0], x[3])
+    with_index = chosen.dataset([(x[i], int(y[i]), i) for i in range(60)])
+    assert with_index[-1][2:] == (59, bool(chosen.mask[59]))
+    dicts = chosen.dataset([{"image": x[i], "label": int(y[i])} for i in range(60)])
+    assert dicts[7] == {"image": x[7], "label": int(y[7]), "selected": bool(chosen.mask[7])}
+    (_, _, flags) = next(iter(DataLoader(flagged, 60)))
+    assert flags.dtype == torch.bool and torch.equal(flags, chosen.mask)
+
+    class Labelled(TensorDataset):
+        targets = y.flip(0).tolist()
+
+    with pytest.raises(ValueError, match="the selection was made for another dataset"):
+        chosen.dataset(Labelled(x, y))
+    with pytest.raises(ValueError, match="the selection is for 60 samples, the dataset has 59"):
+        chosen.dataset(TensorDataset(x[:59], y[:59]))
+    with pytest.raises(TypeError, match="of must be a map-style Dataset.*; got generator"):
+        chosen.dataset(i for i in range(60))
+    with pytest.raises(TypeError, match="samples must be .*; got Tensor at 0"):
+        chosen.dataset(x)[0]
+
+
+def test_prefix_puts_the_selected_first() -> None:
+    selected = torch.tensor([False, True, False, True, True, False])
+    x, y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
+    front, labels, k = prefix(x, y, selected)
+    assert k == 3 and labels.tolist() == [1, 3, 4, 0, 2, 5] and torch.equal(front, x[labels])
+    assert prefix(y, ~torch.ones(6, dtype=torch.bool))[1] == 0
+    torch.manual_seed(0)
+    z, v = torch.randn(6, 5), torch.randn(6, 5)
+    expected = lrds_fast.kd_loss(z, v, y % 5, selected=selected)
+    student, teacher, target, k = prefix(z, v, y % 5, selected)
+    taught = torch.arange(6) < k
+    torch.testing.assert_close(lrds_fast.kd_loss(student, teacher, target, selected=taught), expected)
+    for parts, error, message in (
+        ((x, y), TypeError, r"must be selected, \(B,\) bool; got torch.int64 \(6,\)"),
+        ((), TypeError, "must be selected"),
+        (([1] * 6, selected), TypeError, "the parts of a batch must be tensors; got list"),
+        ((x[:5], selected), ValueError, r"must have selected's 6 rows; got shape \(5, 2\)"),
+    ):
+        with pytest.raises(error, match=message):
+            prefix(*parts)
 
 
 def test_scores_of_another_dataset_are_refused(scores: influence.Scores) -> None:

@@ -7,8 +7,10 @@ simt/test_kd_loss.cpp says which cases run. Both programs also run from ctest (C
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,7 +41,7 @@ FLAGS = [
     "-include",
     "cuda_runtime.h",
 ]
-WORKERS = min(4, os.cpu_count() or 1)
+WORKERS = int(os.environ.get("MAX_JOBS") or min(4, os.cpu_count() or 1))
 
 
 def compiler() -> str:
@@ -50,13 +52,6 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def compile_object(source: Path, folder: Path) -> Path:
-    target = folder / f"{source.name}.o"
-    done = run([compiler(), *FLAGS, "-c", str(source), "-o", str(target)])
-    assert done.returncode == 0, done.stderr
-    return target
-
-
 def has_sanitizers(folder: Path) -> bool:
     source = folder / "empty.cpp"
     source.write_text("int main() { return 0; }\n")
@@ -64,41 +59,48 @@ def has_sanitizers(folder: Path) -> bool:
     return shutil.which(compiler()) is not None and run(link).returncode == 0
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """simt_kd_loss, simt_kd_family, simt_kd_moments and simt_interpreter, built once."""
-    folder = tmp_path_factory.mktemp("simt")
-    if not has_sanitizers(folder):
-        pytest.skip(f"{compiler()} cannot link AddressSanitizer: install a g++ that has it, or set CXX")
-    # The kernels first: they take longest.
-    sources = [
-        *KERNELS,
-        SIMT / "test_kd_loss.cpp",
-        SIMT / "test_kd_family.cpp",
-        SIMT / "test_kd_moments.cpp",
-        SIMT / "test_interpreter.cpp",
-        SIMT / "simt.cpp",
-        # What the family's kernels are compared with.
-        ROOT / "csrc" / "cpu" / "kd_family_double.cpp",
+def ninja_file() -> str:
+    """How to build the programs; ninja builds again what has changed since the last run of the tests."""
+    ccache = shutil.which("ccache")
+    lines = [
+        f"cxx = {f'{ccache} ' if ccache else ''}{compiler()}",
+        f"flags = {shlex.join(FLAGS)}",
+        "rule compile",
+        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler()} -fsanitize=address,undefined $in -o $out",
     ]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        objects = list(pool.map(lambda source: compile_object(source, folder), sources))
-    kernels, (kd_loss, kd_family, kd_moments, interpreter, machine, exact) = (
-        objects[: len(KERNELS)],
-        objects[len(KERNELS) :],
-    )
-    built = {}
-    for name, parts in {
-        "simt_kd_loss": [*kernels, kd_loss, machine],
-        "simt_kd_family": [*kernels, kd_family, exact, machine],
-        "simt_kd_moments": [*kernels, kd_moments, exact, machine],
-        "simt_interpreter": [interpreter, machine],
-    }.items():
-        built[name] = folder / name
-        link = [compiler(), "-fsanitize=address,undefined", *map(str, parts), "-o", str(built[name])]
-        done = run(link)
-        assert done.returncode == 0, done.stderr
-    return built
+    machine = SIMT / "simt.cpp"
+    # What the family's kernels are compared with.
+    exact = ROOT / "csrc" / "cpu" / "kd_family_double.cpp"
+    programs = {
+        "simt_kd_loss": [*KERNELS, SIMT / "test_kd_loss.cpp", machine],
+        "simt_kd_family": [*KERNELS, SIMT / "test_kd_family.cpp", exact, machine],
+        "simt_kd_moments": [*KERNELS, SIMT / "test_kd_moments.cpp", exact, machine],
+        "simt_interpreter": [SIMT / "test_interpreter.cpp", machine],
+    }
+    # In the order given: the kernels take longest.
+    sources = dict.fromkeys(source for parts in programs.values() for source in parts)
+    lines += [f"build {source.name}.o: compile {str(source).replace(' ', '$ ')}" for source in sources]
+    lines += [f"build {name}: link {' '.join(f'{part.name}.o' for part in parts)}" for name, parts in programs.items()]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of simt_kd_loss, simt_kd_family, simt_kd_moments and simt_interpreter."""
+    if not has_sanitizers(tmp_path_factory.mktemp("simt")):
+        pytest.skip(f"{compiler()} cannot link AddressSanitizer: install a g++ that has it, or set CXX")
+    folder = ROOT / "build" / "simt"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = ninja_file()
+    if not (folder / "build.ninja").exists() or (folder / "build.ninja").read_text() != text:
+        (folder / "build.ninja").write_text(text)
+    done = run([sys.executable, "-m", "ninja", "-C", str(folder), "-j", str(WORKERS)])
+    assert done.returncode == 0, done.stdout[-5000:]
+    return folder
 
 
 def test_every_kernel_is_interpreted() -> None:
@@ -106,8 +108,8 @@ def test_every_kernel_is_interpreted() -> None:
 
 
 @pytest.mark.parametrize("name", ["simt_kd_loss", "simt_kd_family"])
-def test_kernels_match_the_reference(programs: dict[str, Path], name: str) -> None:
-    program = str(programs[name])
+def test_kernels_match_the_reference(programs: Path, name: str) -> None:
+    program = str(programs / name)
     with ThreadPoolExecutor(WORKERS) as pool:
         parts = pool.map(lambda part: run([program, str(part), str(WORKERS)]), range(WORKERS))
     for done in parts:
@@ -115,14 +117,14 @@ def test_kernels_match_the_reference(programs: dict[str, Path], name: str) -> No
         assert " 0 failures" in done.stdout
 
 
-def test_moments_match_the_reference(programs: dict[str, Path]) -> None:
-    done = run([str(programs["simt_kd_moments"])])
+def test_moments_match_the_reference(programs: Path) -> None:
+    done = run([str(programs / "simt_kd_moments")])
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failures" in done.stdout
 
 
-def test_interpreter_runs_a_correct_kernel(programs: dict[str, Path]) -> None:
-    done = run([str(programs["simt_interpreter"]), "none"])
+def test_interpreter_runs_a_correct_kernel(programs: Path) -> None:
+    done = run([str(programs / "simt_interpreter"), "none"])
     assert done.returncode == 0, done.stderr
 
 
@@ -157,7 +159,7 @@ def test_interpreter_runs_a_correct_kernel(programs: dict[str, Path]) -> None:
         ("phase", "divergent barrier"),
     ],
 )
-def test_interpreter_catches(programs: dict[str, Path], fault: str, message: str) -> None:
-    done = run([str(programs["simt_interpreter"]), fault])
+def test_interpreter_catches(programs: Path, fault: str, message: str) -> None:
+    done = run([str(programs / "simt_interpreter"), fault])
     assert done.returncode != 0
     assert message in done.stderr

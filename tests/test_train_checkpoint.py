@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import pickle
+import zipfile
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from lrds_fast import models
@@ -33,20 +38,137 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("form", ["plain", "model", "state_dict", "module.", "safetensors"])
-def test_the_forms_in_which_weights_are_exchanged(tmp_path: Path, form: str) -> None:
-    source, target = models.create("small_cnn", num_classes=4), models.create("small_cnn", num_classes=4)
-    state = source.state_dict()
-    path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pt")
-    if form == "safetensors":
-        save_file(state, path)
-    elif form == "module.":
-        torch.save({f"module.{key}": value for key, value in state.items()}, path)
-    else:
-        torch.save(state if form == "plain" else {form: state, "epoch": 3}, path)
-    assert not equal(target.state_dict(), state)
-    checkpoint.load_weights(target, path, key="teacher.checkpoint")
-    assert equal(target.state_dict(), state)
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def loaded(path: Path, model: nn.Module, **options: str) -> dict[str, Tensor]:
+    checkpoint.load_weights(model, path, key="teacher.checkpoint", **options)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "net.backbone."])
+def test_weights_are_found_under_any_container_and_prefix(tmp_path: Path, prefix: str) -> None:
+    source, target = models.create("mlp", num_classes=4), models.create("mlp", num_classes=4)
+    beside = {"epoch": 3, "accuracy": torch.tensor(0.7), "optimizer": {"state": {0: {"step": torch.tensor(1)}}}}
+    places = ["", "state_dict", "net", "model_state_dict", "any", "model.state_dict", "state_dict_ema", "ema.module"]
+    for place in places:
+        source.fc.bias.data += 1  # type: ignore[union-attr,operator]
+        content: Any = prefixed(prefix, source.state_dict())
+        for container in reversed(place.split(".") if place else []):
+            content = {**beside, container: content}
+        torch.save(content, tmp_path / "weights.pt")
+        assert equal(loaded(tmp_path / "weights.pt", target), source.state_dict()), place
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str, prefix: str) -> None:
+    source = models.create("small_cnn", num_classes=4)
+    save_file(prefixed(prefix, source.state_dict()), tmp_path / name)
+    assert equal(loaded(tmp_path / name, models.create("small_cnn", num_classes=4)), source.state_dict())
+
+
+def by_part(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    return parts
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda state: {"n_averaged": torch.tensor(7), **prefixed("module.", state)},
+        lambda state: {name.replace("layer1.0.", "layer1.0._orig_mod."): value for name, value in state.items()},
+        lambda state: {name: value for name, value in state.items() if "num_batches_tracked" not in name},
+        lambda state: {
+            "state_dict": {**prefixed("model.", state), "criterion.weight": torch.ones(4)},
+            "pytorch-lightning_version": "2.5",
+            "callbacks": {"ModelCheckpoint": {"current_score": torch.tensor(0.7), "best_k_models": {}}},
+            "hyper_parameters": {"lr": 0.1},
+        },
+        lambda state: {**prefixed("student.", state), **prefixed("teacher.", models.create("resnet14").state_dict())},
+        lambda state: {**prefixed("teacher.", state), **prefixed("student.", models.create("resnet8").state_dict())},
+        lambda state: {**prefixed("model.", state), **prefixed("student.", state)},
+        lambda state: {"model": by_part(state)},
+        lambda state: [{"epoch": 1}, state],
+        lambda state: {name: nn.Parameter(value, requires_grad=False) for name, value in state.items()},
+        lambda state: {**state, "epoch": 3, "name": "resnet8"},
+    ],
+    ids=[
+        "AveragedModel",
+        "a compiled block",
+        "before torch 0.4.1",
+        "Lightning",
+        "beside a teacher of another size",
+        "beside a student of other classes",
+        "one network under two names",
+        "a dict per part",
+        "a list",
+        "parameters",
+        "values beside the tensors",
+    ],
+)
+def test_files_of_other_programs(tmp_path: Path, content: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    source = models.create("resnet8", num_classes=4)
+    torch.save(content(source.state_dict()), tmp_path / "weights.pt")
+    model = models.create("resnet8", num_classes=4)
+    assert equal(loaded(tmp_path / "weights.pt", model), source.state_dict())
+    assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"),
+    [
+        ("state_dict", "state_dict_ema"),  # timm
+        ("model", "model_ema.module"),  # torchvision
+        ("student", "parts.ema.module"),  # this trainer
+        ("params", "params_ema"),
+        ("net", "swa_model"),
+        ("model", "modelEMA"),
+        ("state_dict.model", "state_dict.model_averaged"),
+        ("", "ema"),
+        ("", "ema.module"),
+    ],
+)
+def test_of_raw_and_averaged_weights_the_average_is_taken_and_that_is_said(
+    tmp_path: Path, raw: str, average: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    both = [models.create("mlp", num_classes=3).state_dict() for _ in range(2)]
+    content: dict[str, Any] = {}
+    for place, state in zip((raw, average), both, strict=True):
+        inner = content
+        for container in place.split(".") if place else []:
+            inner = inner.setdefault(container, {})
+        inner |= state
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    assert equal(loaded(path, models.create("mlp", num_classes=3)), both[1])
+    assert capfd.readouterr().err == (
+        f"lrds-fast: teacher.checkpoint: {path} holds raw and averaged weights: took the average ({average});"
+        f" teacher.weights=raw takes the other ({raw or 'its top level'})\n"
+    )
+    assert equal(loaded(path, models.create("mlp", num_classes=3), weights="raw"), both[0])
+    said = capfd.readouterr().err
+    assert "took the raw" in said and "teacher.weights=average takes the other" in said
+
+
+def test_what_teacher_weights_cannot_choose(tmp_path: Path) -> None:
+    first, second = (models.create("mlp", num_classes=3).state_dict() for _ in range(2))
+    path = tmp_path / "t.pt"
+    torch.save({"ema": first}, path)
+    with pytest.raises(ValueError, match=r"t.pt holds averaged weights alone \(ema\); set teacher.weights=average"):
+        loaded(path, models.create("mlp", num_classes=3), weights="raw")
+    for content, places in (
+        ({"student": first, "teacher": second}, "student, teacher"),
+        ({**first, **prefixed("teacher.", second)}, "its top level, teacher"),
+        ({"ema": first, "swa": second, "model": first}, "ema, swa"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"several sets of weights that fit \({places}\); take the one"):
+            loaded(path, models.create("mlp", num_classes=3))
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
@@ -103,7 +225,7 @@ def test_a_kept_moving_average_is_what_loads(tmp_path: Path) -> None:
 def test_a_truncated_checkpoint_is_named(tmp_path: Path, trained: Path, keep: float) -> None:
     content = trained.read_bytes()
     trained.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"last.pt is (damaged|not a checkpoint)") as raised:
+    with pytest.raises(ValueError, match=r"last.pt is (damaged|empty)") as raised:
         fit(quick(tmp_path), resume=True, progress=False)
     assert "\n" not in str(raised.value)
 
@@ -125,14 +247,37 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_named(trained: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"last.pt is of another model: it lacks 'conv1.weight' and has 'hidden.weight'"
+        ValueError,
+        match=r"teacher.checkpoint: .*last.pt is of another model: it lacks 'conv1.weight', 'bn1.weight', 'bn1.bias'"
+        r" and \d+ more and has 'hidden.weight', 'hidden.bias', which the model has not; the file holds 4 tensors"
+        r" in student \('hidden.weight', ...\), .*; name the model",
     ):
         # MLP and ResNet share no names but fc's.
         checkpoint.load_weights(models.create("resnet8", num_classes=10), trained, key="teacher.checkpoint")
     with pytest.raises(
-        ValueError, match=r"fc.weight has shape \(10, 32\), the model's has \(100, 32\); the class counts"
+        ValueError,
+        match=r"fc.weight has shape \(10, 32\), the model's has \(100, 32\), and 1 more differ;"
+        " the class counts differ: it was trained on 10 classes, and the model here has 100; take weights",
     ):
         checkpoint.load_weights(models.create("mlp", num_classes=100), trained, key="teacher.checkpoint")
+    torch.save(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).state_dict(), trained)
+    with pytest.raises(
+        ValueError, match=r"0.weight has shape \(5, 3\), the model's has \(7, 3\), and 2 more differ; the widths or the"
+    ):
+        loaded(trained, nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 2)))
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus", "twice"])
+def test_no_weight_may_be_missing_surplus_or_there_twice(tmp_path: Path, change: str) -> None:
+    state: dict[str, Any] = {"model": models.create("resnet8", num_classes=3).state_dict()}
+    if change == "missing":
+        del state["model"]["bn1.running_var"]
+    else:
+        state["model"]["extra" if change == "surplus" else "fc._orig_mod.bias"] = torch.ones(3)
+    torch.save(state, tmp_path / "t.pt")
+    message = {"missing": "it lacks 'bn1.running_var'; ", "surplus": "it has 'extra', ", "twice": "it has 'fc.bias', "}
+    with pytest.raises(ValueError, match=f"is of another model: {message[change]}"):
+        loaded(tmp_path / "t.pt", models.create("resnet8", num_classes=3))
 
 
 def test_a_refused_checkpoint_leaves_the_model_as_it_was(trained: Path) -> None:
@@ -167,15 +312,93 @@ def test_weights_of_someone_else_are_not_a_run_to_resume(tmp_path: Path, trained
 
 def test_files_without_a_state_dict_are_named(tmp_path: Path) -> None:
     path = tmp_path / "list.pt"
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match=r"teacher.checkpoint: .*list.pt holds no state dict"):
-        checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
+    for content, outline in (
+        ([1, 2], "an object of type list"),
+        (torch.ones(2), "an object of type Tensor"),
+        ({"epoch": 3, "history": []}, "a dict of 'epoch', 'history'"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"teacher.checkpoint: .*list.pt holds no state dict .* holds {outline}"):
+            checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
     with pytest.raises(FileNotFoundError, match=r"student.checkpoint: there is no file .*absent.pt"):
         checkpoint.load_weights(nn.Linear(1, 1), tmp_path / "absent.pt", key="student.checkpoint")
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(b"\x08\0\0\0\0\0\0\0{")
-    with pytest.raises(ValueError, match=r"damaged.safetensors is damaged"):
-        checkpoint.load_weights(nn.Linear(1, 1), damaged, key="student.checkpoint")
+    with pytest.raises(ValueError, match=r"student.checkpoint: .* is a folder; name the file of weights in it"):
+        checkpoint.load_weights(nn.Linear(1, 1), tmp_path, key="student.checkpoint")
+
+
+def saved(content: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def zipped(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return file.getvalue()
+
+
+NOT_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "nothing": (lambda: b"", "is empty (0 bytes); copy or download it again"),
+    "HTML": (
+        lambda: b"\n<!DOCTYPE html><p>Sign in",
+        "is a web page (HTML or XML), not weights; download",
+    ),
+    "LFS": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 94\n",
+        "is a git-LFS pointer, which stands for the weights; fetch them: git lfs pull",
+    ),
+    "text": (
+        lambda: b"root:x:0:0:root:/root:/bin/sh\n",
+        "is a text file, which begins 'root:x:0:0:root:/root:/bin/",
+    ),
+    "gzip": (lambda: gzip.compress(b"weights"), "is a gzip archive: unpack it, and name the file that was in it"),
+    "zip": (lambda: zipped("a.txt", "w.pt"), "is a zip archive of other files ('a.txt', 'w.pt'); unpack it"),
+    "TorchScript": (lambda: zipped("net/constants.pkl", "net/data.pkl"), "is a TorchScript program, not a checkpoint"),
+    "module": (
+        lambda: saved(models.create("mlp")),
+        "it holds a whole pickled module, which needs the code of lrds_fast.models.small.MLP, and no code is run from a"
+        " file; in the program that made it, save the weights alone: torch.save(model.state_dict(), FILE)",
+    ),
+    "module before torch 1.6": (
+        lambda: saved({"model": models.create("mlp")}, _use_new_zipfile_serialization=False),
+        "it holds a whole pickled module, which needs the code of lrds_fast.models.small.MLP, and no code is run",
+    ),
+    "object": (
+        lambda: saved({**models.create("mlp").state_dict(), "path": Fraction(1, 2)}),
+        "it holds a pickled object, which needs the code of fractions.Fraction, and no code is run",
+    ),
+    "plain pickle": (lambda: pickle.dumps({"fc.weight": [1.0]}), "is a plain pickle, not a file of torch.save; in the"),
+    "protocol 4": (lambda: saved(models.create("mlp").state_dict(), pickle_protocol=4), "is not a checkpoint of"),
+    "cut zip": (
+        lambda: saved(models.create("mlp").state_dict())[:-30],
+        "is damaged: it is a zip archive that is cut short; copy or download it again",
+    ),
+    "cut file before torch 1.6": (
+        lambda: saved(models.create("mlp").state_dict(), _use_new_zipfile_serialization=False)[:-300],
+        "is damaged (cut short?), or neither a file of torch.save nor safetensors; copy or download",
+    ),
+    "cut safetensors": (lambda: save(models.create("mlp").state_dict())[:-9], "is a damaged safetensors file"),
+    "cut head of safetensors": (lambda: b"\x80" + bytes(7) + b"{", "is a damaged safetensors file (cut short?); copy"),
+    "noise": (lambda: bytes(range(256)), "is damaged (cut short?), or neither a file of torch.save nor safetensors;"),
+}
+
+
+@pytest.mark.parametrize("kind", list(NOT_WEIGHTS))
+def test_what_is_no_file_of_weights_is_named_as_what_it_is(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make, message = NOT_WEIGHTS[kind]
+    for path in (tmp_path / "file.pth", tmp_path / "file.safetensors"):
+        path.write_bytes(make())
+        with pytest.raises(ValueError, match="^teacher.checkpoint: ") as raised:
+            checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
+        said = str(raised.value)
+        assert f"{path} " in said and message in said
+        assert said.isprintable() and "weights_only" not in said
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_tied_weights_are_saved(tmp_path: Path) -> None:

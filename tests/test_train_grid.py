@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -260,8 +261,54 @@ def test_a_sweep_keeps_goes_on_and_survives(
     assert all(torch.equal(a[key], b[key]) for key in a), "a run of a sweep is the run of train"
     assert "<svg" in Path("all.html").read_text()
     # The same folders for another recipe: refused, not overwritten.
-    assert cli.main(["sweep", "digits_alone", "--seeds", "0", *longer]) == cli.FAILED
-    assert "is of another run: its schedule.epochs is 2" in capsys.readouterr().err
+    assert cli.main(["sweep", "digits_alone", "--seeds", "0", *longer]) == cli.MISUSED
+    assert "is of another run: its schedule.epochs is 2, that of digits_alone, seed 0 is 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--baseline", "digits_kdd"], "no run named 'digits_kdd' to compare with; did you mean 'digits_kd'?"),
+        (["--set", "run.out=x"], "run.out: digits_alone, seed 0 and digits_kd, seed 0 would both write to x; without"),
+        (["--set", "run.out=x", "--seeds", "0", "1"], "digits_kd, seed 0 would both write to x/seed0"),
+        (["--set", "name=x"], "x, seed 0 is there twice"),
+        (["--seeds", "0", "1", "0"], "digits_alone, seed 0 is there twice"),
+        (["--grid", "nope.eta=1,2"], "error: digits_alone: unknown key 'nope'"),
+        (["--grid", "loss.etta=1,2"], "error: digits_alone: unknown key 'loss.etta'; did you mean 'loss.eta'?"),
+        (["--set", "run.out=a_file/x"], "run.out: a_file/x"),
+        (["--report", "."], "--report: . must be a file"),
+        (["--markdown", "a_file/m.md"], "--markdown: a_file/m.md cannot be written"),
+    ],
+)
+def test_a_sweep_is_checked_before_the_first_run(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").touch()
+    recipes = ["digits_alone", "digits_kd"] if "a_file/x" not in arguments[1] else ["digits_alone"]
+    assert cli.main(["sweep", *recipes, *SMALL, *arguments]) == cli.MISUSED
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and out == ""
+    assert [path.name for path in Path().iterdir()] == ["a_file"]
+
+
+def test_a_sweep_without_a_terminal_tells_of_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sweep", "digits_alone", *SMALL[:-1]]) == cli.OK
+    found = re.findall(r"^\[1/1\] seed 0, digits_alone: epoch (\d)/2", capsys.readouterr().err, re.MULTILINE)
+    assert found == ["1", "2"]
+
+
+def test_lists_of_other_editors_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeff# é\r\ndigits_alone\r\n".encode())
+    assert listed([f"@{path}"]) == ["digits_alone"]
 
 
 def test_sweep_goes_on_after_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

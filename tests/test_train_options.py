@@ -68,7 +68,9 @@ def test_mixed_training_is_sgd_on_mixed_pictures_and_targets(tmp_path: Path) -> 
         images, target = mix(batch.images, batch.targets, heard, 0, 0, number, 0, 0)
         optimizer.zero_grad()
         answers = guide(images)[:heard].detach()
-        loss = lrds_fast.reference.kd_loss(expected(images), answers, target, ce_weight_unselected=1.0)
+        loss = lrds_fast.reference.kd_loss(
+            expected(images), answers, target, teacher_rows=heard, ce_weight_unselected=1.0
+        )
         torch.autograd.backward(loss)
         optimizer.step()
     result, student = trained(tmp_path / "run", data=data, **values)

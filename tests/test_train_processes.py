@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrds_fast import kd_loss
 from lrds_fast.data import Batch, Data, in_memory
 from lrds_fast.models import Classifier
 from lrds_fast.models.small import MLP
@@ -185,6 +187,54 @@ torch.save([result.records, result.teacher_pred, student.state_dict()], folder /
         for name, value in student.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-6)
     assert_close(numbers(read_records(tmp_path / "two" / "log.jsonl")), numbers(whole.records))
+
+
+def test_num_valid_under_ddp_as_documented(tmp_path: Path) -> None:
+    """README's three lines, run by two processes of 7 and 3 valid rows, in one part and in two: the gradient of the
+    mean over all ten. With the undivided count it is half of that."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^count = .*\n.*all_reduce.*\n^loss = kd_loss\(.*$", readme, re.MULTILINE)
+    assert found is not None
+    lines = [line.split("  #")[0].strip() for line in found.group().splitlines()]
+    assert lines == [line.strip() for line in str(kd_loss.__doc__).splitlines() if line.strip() in lines]
+    code = f"""
+import contextlib, copy
+from lrds_fast import kd_loss
+
+other = os.fork()  # two processes for one start of torch, which has run nothing yet
+rank = 0 if other else 1
+torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}/store", rank=rank, world_size=2)
+draws = torch.Generator().manual_seed(0)
+x, v = (torch.randn(16, size, generator=draws, dtype=torch.float64) for size in (5, 4))
+y = torch.randint(4, (16,), generator=draws)
+y[[2, 8, 9, 11, 12, 15]] = -100
+torch.manual_seed(0)
+layer = torch.nn.Linear(5, 4).double()
+parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer))
+kd_loss(layer(x), v, y).backward()
+
+def gradient(lines, parts):
+    parallel.zero_grad()
+    names = dict(torch=torch, kd_loss=kd_loss, target=y.view(2, 8)[rank])
+    exec("\\n".join(lines[:2]), names)
+    for part in range(parts):
+        rows = slice(8 * rank + 8 // parts * part, 8 * rank + 8 // parts * (part + 1))
+        with contextlib.nullcontext() if part + 1 == parts else parallel.no_sync():
+            names.update(student_logits=parallel(x[rows]), teacher_logits=v[rows], target=y[rows])
+            exec(lines[2], names)
+            names["loss"].backward()
+    return parallel.module.weight.grad
+
+lines = {lines!r}
+for parts in (1, 2):
+    torch.testing.assert_close(gradient(lines, parts), layer.weight.grad)
+undivided = [line.replace(" / torch.distributed.get_world_size()", "") for line in lines]
+torch.testing.assert_close(2 * gradient(undivided, 1), layer.weight.grad)
+torch.distributed.destroy_process_group()
+assert rank == 1 or os.waitpid(other, 0)[1] == 0
+"""
+    done = run(tmp_path, code)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_batch_in_parts_is_the_batch(tmp_path: Path) -> None:

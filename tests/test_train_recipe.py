@@ -184,3 +184,19 @@ def test_divergences_and_their_options() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_recipe("digits_kd", settings)
+
+
+@pytest.mark.parametrize(
+    "text", ['\ufeffextends = "digits_kd"\n[loss]\neta = 0.5\n', 'extends = "digits_kd"\r\n[loss]\r\neta = 0.5\r\n']
+)
+def test_recipes_of_other_editors_are_read(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(text.encode())
+    assert load_recipe(path) == load_recipe("digits_kd", ["loss.eta=0.5"])
+
+
+def test_a_byte_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin.toml"
+    path.write_bytes('# fine\nname = "lé"\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"recipe \S+latin.toml is not UTF-8: byte 0xe9 at position 16, in line 2"):
+        load_recipe(path)

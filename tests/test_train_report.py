@@ -12,9 +12,10 @@ import torch
 from scipy import stats
 
 from lrds_fast.picture import histogram, line_chart, png, ticks
+from lrds_fast.train import paper
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.report import cells, html_report, read_run, tabulate, verdicts
-from lrds_fast.train.statistics import estimate, paired, t95
+from lrds_fast.train.report import NOTES, cells, html_report, read_run, tabulate, verdicts
+from lrds_fast.train.statistics import estimate, holm, paired, two_sided
 
 
 def write_run(folder: Path, name: str, seed: int, accuracies: list[float], **more: Any) -> Path:
@@ -28,10 +29,10 @@ def write_run(folder: Path, name: str, seed: int, accuracies: list[float], **mor
     return folder
 
 
-def test_t_quantiles_are_those_of_the_distribution() -> None:
-    for degrees in (1, 2, 5, 10, 11, 30, 500):
-        assert t95(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=0.01)
-    assert math.isnan(t95(0))
+def test_p_values_are_those_of_the_t_distribution() -> None:
+    for degrees in (1, 2, 3, 4, 7, 10, 31, 500):
+        for t in (0.0, 0.3, 2.2, 9.0):
+            assert two_sided(t, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), abs=1e-13)
 
 
 def test_paired_differences_agree_with_the_t_test() -> None:
@@ -39,11 +40,24 @@ def test_paired_differences_agree_with_the_t_test() -> None:
     difference = paired(a, b)
     p = stats.ttest_rel(a, b).pvalue
     assert difference.mean == pytest.approx(0.016)
+    assert difference.p_value == pytest.approx(p)
     assert difference.within_noise == (p > 0.05)
     assert not paired([x + 0.2 for x in a], b).within_noise
-    assert estimate([0.5]).within_noise, "one seed says nothing"
     with pytest.raises(ValueError, match="equally many values; got 2 and 1"):
         paired([1.0, 2.0], [1.0])
+
+
+def test_one_seed_has_no_noise_to_be_within() -> None:
+    assert not estimate([0.5]).within_noise and math.isnan(estimate([0.5]).p_value)
+    assert estimate([0.0, 0.0]).within_noise and not estimate([0.5, 0.5]).within_noise
+
+
+def test_holm_corrects_for_the_number_of_tests() -> None:
+    # The textbook's: the smallest times 4, the next times 3, ..., never falling.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    alone = holm([math.nan, 0.02])
+    assert math.isnan(alone[0]) and alone[1] == 0.02, "what is no test is not counted"
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
 def test_runs_of_one_name_are_averaged_and_compared_by_seed(tmp_path: Path) -> None:
@@ -84,10 +98,38 @@ def test_verdicts_say_better_worse_or_noise(tmp_path: Path) -> None:
         "same": [0.51, 0.51, 0.52, 0.52],
     }.items():
         runs += [read_run(write_run(tmp_path / f"{name}{i}", name, i, [a])) for i, a in enumerate(accuracies)]
-    up, down, same = verdicts(tabulate(runs, baseline="base"), "base")
+    up, down, same, how = verdicts([(tabulate(runs, baseline="base"), "base")])
     assert up.startswith("up against base: accuracy +10.25 points (better), cross-entropy -0.1025 (better)")
     assert down.startswith("down against base: accuracy -9.75 points (worse), cross-entropy +0.0975 (worse)")
     assert same == "same against base: accuracy within noise, cross-entropy within noise."
+    assert how.startswith("Better, worse and noise are judged over these 6 differences together: paired t tests at 5%")
+
+
+def test_many_comparisons_are_corrected_for_their_number(tmp_path: Path) -> None:
+    """A difference with p = 0.01 is one by itself, but not one among many without any."""
+    values = {"base": [0.50, 0.50, 0.50, 0.50], "up": [0.51, 0.515, 0.52, 0.51]}
+    values |= {f"same{i}": [0.49, 0.51, 0.48, 0.52] for i in range(5)}
+    runs = [
+        read_run(write_run(tmp_path / f"{name}{seed}", name, seed, [accuracy]))
+        for name, accuracies in values.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    rows = tabulate(runs, baseline="base")
+    difference = rows[1].accuracy_difference
+    assert difference is not None and 0.005 < difference.p_value < 0.02 and "~" not in cells(rows[1])[5]
+    assert verdicts([(rows[:2], "base")])[0].startswith("up against base: accuracy +1.38 points (better)")
+    assert verdicts([(rows, "base")])[0] == "up against base: accuracy within noise, cross-entropy within noise."
+
+
+def test_a_single_seed_is_said_to_tell_nothing_about_noise(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name, name, 0, [value])) for name, value in (("a", 0.5), ("b", 0.54))]
+    rows = tabulate(runs, baseline="a")
+    (sentence,) = verdicts([(rows, "a")])
+    expected = "b against a: accuracy +4.00 points, cross-entropy -0.0400; one seed gives no estimate of the noise."
+    assert sentence == expected
+    assert cells(rows[1])[5:7] == ("+4.00 ?", "-0.0400 ?")
+    assert "? those of one seed, which gives no estimate of the noise" in NOTES
+    assert "one gives no estimate of the noise" in paper.NOTE
 
 
 def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lrds_fast.models.small import SmallCNN
 from lrds_fast.train import Recipe, TrainResult, train
 from lrds_fast.train.stopping import Stopped
 
-pytest.importorskip("torchdistill", reason="pip install 'lrds-fast[features]'")
+pytest.importorskip("torchdistill", reason="pip install torchdistill")
 
 #: Compares rows one by one, with regressors and variances of its own.
 VID: dict[str, Any] = {

@@ -217,7 +217,7 @@ for name in "${steps[@]}"; do
   begin=$SECONDS
   echo "== $name"
   if [ "$name" != facts ] && [ "$name" != build ] && [ "$imports" != yes ]; then
-    if within 60 "$python" -c 'import lrds_fast'; then
+    if within 60 "$python" -c 'import lrds_fast.functional'; then
       imports=yes
     else
       failed=$((failed + 1))

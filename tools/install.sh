@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# install.sh PYTHON VENV: makes the virtual environment and installs what the package and its tests need.
+# install.sh PYTHON VENV EXTRA: makes the virtual environment and installs the package's requirements and those of EXTRA,
+# one of pyproject.toml's. TORCH=VERSION chooses another torch than constraints.txt.
 set -euo pipefail
 python=$1
 venv=$2
+extra=$3
 
 need() { echo "lrds-fast: $1" >&2; exit 1; }
 command -v "$python" >/dev/null || need "$python was not found; install Python >= 3.10 (apt-get install python3)"
@@ -14,19 +16,44 @@ command -v g++ >/dev/null || need "g++ was not found (apt-get install g++)"
 header=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"] + "/Python.h")')
 [ -f "$header" ] || need "Python's headers are missing (apt-get install python3-dev)"
 
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-echo "lrds-fast: installing torch and the tools into $venv (several GB on the first run)"
-constraints=()
-# The exact versions were tested on 3.11; older interpreters get the newest that the ranges allow.
-"$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && constraints=(-c constraints.txt)
-requirements=$("$venv/bin/python" tools/requirements.py)
-mapfile -t packages <<<"$requirements"
-"$venv/bin/python" -m pip install --quiet "${constraints[@]}" "${packages[@]}"
+# A terminal sees pip's own progress bars; a log gets one line for each download, with its size.
+install() {
+  if [ -t 1 ]; then
+    "$venv/bin/python" -m pip install "$@"
+  else
+    "$venv/bin/python" -m pip install --progress-bar off "$@" | awk '
+      /^ *Downloading [^ ]*\.whl / || /^ *Downloading [^ ]*\.tar\.gz / { sub(/^ *Downloading (https?:[^ ]*\/)?/, ""); print "  downloading " $0 }
+      /^Installing collected packages/ { print "  installing " NF - 3 " packages" }
+      { fflush() }'
+  fi
+}
 
-# Asked for CUDA kernels on a machine without a compiler: it exists as wheels, of the CUDA version that torch has.
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+constraints=$(mktemp)
+trap 'rm -f "$constraints"' EXIT
+# The exact versions were tested on 3.11; older interpreters get the newest that the ranges allow.
+if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  cp constraints.txt "$constraints"
+fi
+if [ -n "${TORCH:-}" ]; then
+  # torchvision fits one torch: pip finds the one of this torch.
+  sed -i -E '/^torch(vision)?==/d' "$constraints"
+  echo "torch==$TORCH" >>"$constraints"
+fi
+echo "lrds-fast: installing torch ${TORCH:+$TORCH }and what $extra needs into $venv"
+if [ -z "${TORCH:-}" ] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+  echo "  (with its CUDA libraries torch is a download of about 3 GB; a CPU-only build is an eighth of that:"
+  echo "   TORCH=2.13.0 make ..., with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu and TORCH=2.13.0+cpu"
+  echo "   where the package index has the CUDA build of that version only)"
+fi
+requirements=$("$venv/bin/python" tools/requirements.py "$extra")
+mapfile -t packages <<<"$requirements"
+install -c "$constraints" "${packages[@]}"
+
+# CUDA kernels on a machine without a compiler: nvcc exists as wheels, of the CUDA version that torch has.
 if [ "${LRDS_FAST_CUDA:-}" = 1 ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
   cuda=$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "")')
   [ -n "$cuda" ] || need "LRDS_FAST_CUDA=1, but this torch is a CPU-only build"
   echo "lrds-fast: installing nvcc $cuda into $venv"
-  "$venv/bin/python" -m pip install --quiet "nvidia-cuda-nvcc==$cuda.*" "nvidia-cuda-crt==$cuda.*" "nvidia-nvvm==$cuda.*"
+  install "nvidia-cuda-nvcc==$cuda.*" "nvidia-cuda-crt==$cuda.*" "nvidia-nvvm==$cuda.*"
 fi

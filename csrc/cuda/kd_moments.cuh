@@ -72,13 +72,17 @@ __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
     task.v_y = exec.teacher_logit(y);
     const int other = exec.argmax([&](int k) { return exec.v(k); });
     const A top = exec.max([&](int k) { return exec.v(k); });
-    const RowTask<A> ce_task = only_term(task, false), kd_task = only_term(task, true);
-    exec.scratch = g;
-    const RowTerms<A> ce = RowProgram<D, MomentsRow<A>>(exec, params, ce_task).run();
-    if (exec.owns(y)) g[y] = ce.at_target;
-    exec.scratch = h;
-    const RowTerms<A> kd = RowProgram<D, MomentsRow<A>>(exec, params, kd_task).run();
-    if (exec.owns(y)) h[y] = kd.at_target;
+    // One copy of the row's program serves both terms: half the code, half the compile time.
+    RowTerms<A> terms[2];
+#pragma unroll 1
+    for (int term = 0; term < 2; ++term) {
+      const RowTask<A> one = only_term(task, term == 1);
+      exec.scratch = term == 1 ? h : g;
+      terms[term] = RowProgram<D, MomentsRow<A>>(exec, params, one).run();
+      if (exec.owns(y)) exec.scratch[y] = terms[term].at_target;
+    }
+    const RowTerms<A>& ce = terms[0];
+    const RowTerms<A>& kd = terms[1];
 
     const A* const direction = args.direction != nullptr ? static_cast<const A*>(args.direction) +
                                                                row * args.direction_stride

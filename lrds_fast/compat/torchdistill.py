@@ -33,7 +33,7 @@ try:
     from torchdistill.losses.registry import register_mid_level_loss
 except ImportError as error:
     raise ImportError(
-        f"lrds_fast.compat.torchdistill needs torchdistill: pip install 'lrds-fast[features]' ({error})"
+        f"lrds_fast.compat.torchdistill needs torchdistill: pip install torchdistill ({error})"
     ) from error
 
 
@@ -42,7 +42,7 @@ class LRDSLoss(nn.Module):
 
     *_module_path, *_module_io: where the logits (N, C) are in the io dicts; "." and "output" are the networks' own.
     selection: rows of which all teacher logits are NaN (forward_selected) have no teacher. arguments: KDLoss's.
-    Errors as KDLoss.
+    revise: null or "none" for none. Errors as KDLoss.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LRDSLoss(nn.Module):
         """The loss of a batch, with targets as kd_loss takes them."""
         own = student_io_dict[self.student_place[0]][self.student_place[1]]
         taught = teacher_io_dict[self.teacher_place[0]][self.teacher_place[1]]
-        selected = ~taught.isnan().all(dim=-1) if self.selection else None
+        selected = ~taught.isnan().all(dim=-1) if self.selection and isinstance(taught, Tensor) else None
         loss: Tensor = self.loss(own, taught, targets, selected)
         return loss
 

@@ -22,7 +22,7 @@ from lrds_fast.data.loader import (
     hold_out,
     prefix_rows,
 )
-from lrds_fast.data.memory import MemoryLoader, digits, from_npz
+from lrds_fast.data.memory import MemoryLoader, as_labels, digits, from_npz
 from lrds_fast.data.soft_labels import SoftLabels, write_soft_labels
 from lrds_fast.data.sources import Source, open_split
 from lrds_fast.data.strong import PLAIN, Strong, TwoViews
@@ -57,6 +57,8 @@ __all__ = [
 #: Data sets of encoded pictures, and what reads them.
 ENCODED = ("folder", "webdataset", "tfrecord")
 READERS = ("auto", "dali", "torchvision")
+#: Data sets whose files hold class numbers.
+NUMBERED = ("npz", "webdataset", "tfrecord")
 
 #: Share of the digits that are the test split; which ones is fixed for good.
 DIGITS_TEST_FRACTION = 1 / 3
@@ -83,6 +85,7 @@ def load(
     rand_augment: str = "",
     erasing: float = 0.0,
     second_view: str = "",
+    first_label: int = -1,
     device: torch.device | str | None = None,
     least: int = 2,
     views: int = 0,
@@ -98,7 +101,8 @@ def load(
     ("none" or "crop-flip"). least, views: of the training samples; a last batch of fewer than `least` joins the one
     before it; with views > 0 the augmentation of epoch e is that of epoch e % views. rand_augment, erasing: what the
     training pictures go through after that; see lrds_fast.data.Strong. second_view "strong": the training batches bring
-    another view of their samples, in `strong`.
+    another view of their samples, in `strong`. first_label: the number of the first class in the files of "npz",
+    "webdataset" and "tfrecord"; -1 is what is usual there, 1 in "tfrecord" and 0 in the others.
     For encoded pictures (folder, webdataset, tfrecord): reader "dali", "torchvision", or "auto", DALI where it is
     installed; workers, the processes (torchvision) or threads (DALI) that decode; device, where DALI decodes.
     For data in memory only: mean, std, per channel (CIFAR has the literature's by default); device, where the images
@@ -107,6 +111,16 @@ def load(
     """
     if batch_size < 1 or eval_batch_size < 1:
         raise ValueError(f"batch sizes must be at least 1; got {batch_size} and {eval_batch_size}")
+    if name in ("npz", *ENCODED) and not root:
+        raise ValueError(
+            f"data.root is empty: set it to the {'file' if name == 'npz' else 'folder'} of data {name!r}, e.g."
+            " --set data.root=PATH"
+        )
+    if first_label < -1 or (first_label >= 0 and name not in NUMBERED):
+        raise ValueError(
+            f"data.first_label must be at least 0, or -1 for what is usual, and is for data {', '.join(NUMBERED)};"
+            f" got {first_label} with data {name!r}"
+        )
     strongly: dict[str, Any] = {"strong": Strong(rand_augment, erasing), "second": described(second_view)}
     if name == "digits":
         images, targets = digits()
@@ -118,8 +132,8 @@ def load(
         splits = cifar_files.cifar(num_classes, root)
         mean, std = mean or cifar_files.MEAN, std or cifar_files.STD
     elif name == "npz":
-        splits = from_npz(Path(root))
-        num_classes = 1 + int(max(splits[1].max(), splits[3].max()))
+        splits = from_npz(Path(root), first_label=max(first_label, 0))
+        num_classes = 1 + max(int(labels.max()) if len(labels) else 0 for labels in splits[1::2])
     elif name in ENCODED:
         if label_noise:
             raise ValueError(f"data.label_noise is for data in memory; got {label_noise} with data {name!r}")
@@ -140,6 +154,7 @@ def load(
             device=device,
             least=least,
             views=views,
+            first_label=first_label,
             **strongly,
         )
     else:
@@ -196,6 +211,8 @@ def in_memory(
 ) -> Data:
     """Data from tensors; see MemoryLoader for images and targets, load for the rest. second: what the training samples'
     second view goes through, None for none."""
+    train_targets = as_labels(train_targets)
+    test_targets = as_labels(test_targets)
     kept, held_out = hold_out(len(train_images), val_fraction, seed=split_seed)
     kept = _limited("train_limit", kept, train_limit, seed=split_seed)
     tested = _limited("test_limit", torch.arange(len(test_images)), test_limit, seed=split_seed)
@@ -211,7 +228,7 @@ def in_memory(
             **{"batch_size": eval_batch_size, **options},
         )
 
-    images, targets = train_images[kept], train_targets[kept].long()
+    images, targets = train_images[kept], train_targets[kept]
     if label_noise:
         targets = mislabelled(targets, label_noise, num_classes=num_classes, seed=split_seed)
 
@@ -278,6 +295,7 @@ def _encoded(
     device: torch.device | str | None,
     least: int,
     views: int,
+    first_label: int,
 ) -> Data:
     if augment not in ("none", "crop-flip"):
         raise ValueError(f"augment must be 'none' or 'crop-flip' for encoded pictures; got {augment!r}")
@@ -285,7 +303,7 @@ def _encoded(
         raise ValueError(f"data.reader must be one of {', '.join(READERS)}; got {reader!r}")
     if reader == "auto":
         reader = "dali" if has_dali() else "torchvision"
-    train, test = open_split(name, root, "train"), open_split(name, root, "val")
+    train, test = (open_split(name, root, split, first_label=first_label) for split in ("train", "val"))
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(

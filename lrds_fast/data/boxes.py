@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast.data.loader import derived_seed
+from lrds_fast.data.pictures import Unreadable, picture_size, reading
 from lrds_fast.data.sources import Source
 
 #: Share of the area, and ratio of the sides, of what RandomResizedCrop cuts out (Szegedy et al. 2015).
@@ -71,47 +71,10 @@ def geometry(source: Source, rows: Tensor, seeds: Sequence[int] | None, size: in
     found = torch.zeros(len(rows), 5, dtype=torch.int32)
     for i, row in enumerate(rows.tolist()):
         try:
-            height, width = picture_size(source.read(row))
-        except (OSError, ValueError):
+            with reading():
+                height, width = picture_size(source.read(row))
+        except Unreadable:
             continue
         box = centre_box(height, width, size) if seeds is None else random_box(height, width, size, seeds[i])
         found[i] = torch.tensor((*box[:4], box.mirrored), dtype=torch.int32)
     return found
-
-
-def picture_size(data: np.ndarray) -> tuple[int, int]:
-    """(height, width) from a file's header; ValueError where there is none."""
-    raw = data[:64].tobytes()
-    if raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) >= 24:
-        return int.from_bytes(raw[20:24], "big"), int.from_bytes(raw[16:20], "big")
-    if raw[:2] == b"\xff\xd8":
-        return _jpeg_size(memoryview(data))  # type: ignore[arg-type]
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data.tobytes())) as opened:
-            return opened.height, opened.width
-    except OSError as error:
-        raise ValueError(str(error)) from error
-
-
-def _jpeg_size(data: memoryview) -> tuple[int, int]:
-    """The frame header's height and width: segments are skipped by their lengths."""
-    at = 2
-    while at + 9 < len(data):
-        if data[at] != 0xFF:
-            break
-        marker = data[at + 1]
-        if marker == 0xFF:  # filling
-            at += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            if height and width:
-                return height, width
-            break
-        if marker in (0x01, 0xD8) or 0xD0 <= marker <= 0xD7:
-            at += 2
-            continue
-        at += 2 + (data[at + 2] << 8 | data[at + 3])
-    raise ValueError("a JPEG without a frame header")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lrds_fast.data.memory import npz_arrays
+from lrds_fast.data.pictures import Unreadable, decoded, reading
 
 #: What the CIFAR literature subtracts and divides by, per channel.
 MEAN = (0.5071, 0.4867, 0.4408)
@@ -79,24 +83,32 @@ def _download(classes: int, folder: Path) -> None:
 class _Plain(pickle.Unpickler):
     """Reads arrays, bytes and plain containers; refuses everything else that a pickle could name."""
 
+    # NumPy 1 and 2 call their inner package differently; arrays are of _reconstruct or, in protocol 5, of _frombuffer.
+    _CORE = "numpy._core" if int(np.__version__.partition(".")[0]) >= 2 else "numpy.core"
     _ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
+        (f"{_CORE}.multiarray", "_reconstruct"),
+        (f"{_CORE}.multiarray", "scalar"),
+        (f"{_CORE}.numeric", "_frombuffer"),
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
         ("_codecs", "encode"),
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        found = re.sub(r"^numpy\._?core(?=\.)", self._CORE, module)
+        if (found, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(found, name)
 
 
-def _unpickled(path: Path, key: bytes) -> tuple[Tensor, Tensor]:
+def _unpickled(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:
     try:
         content = _Plain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        # Python 3 writes names as text.
+        content = {name.encode() if isinstance(name, str) else name: value for name, value in content.items()}
         images, labels = np.asarray(content[b"data"]), np.asarray(content[key])
+        if labels.dtype.kind not in "iu" or labels.ndim != 1 or not ((labels >= 0) & (labels < classes)).all():
+            raise ValueError(f"its labels are no {classes} class numbers from 0 on")
         if images.dtype != np.uint8 or images.shape != (len(labels), 3 * _SIDE * _SIDE):
             raise ValueError(f"its pictures are {images.dtype} of shape {images.shape}")
     except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
@@ -112,7 +124,7 @@ def _from_pickles(classes: int, folder: Path) -> Pictures:
         for name in files:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"data.root: {folder} lacks the file {name}; get CIFAR-{classes} again")
-            parts.append(_unpickled(folder / name, key))
+            parts.append(_unpickled(folder / name, key, classes))
         found += [torch.cat(side) for side in zip(*parts, strict=True)]
     return Pictures(*found)
 
@@ -120,11 +132,13 @@ def _from_pickles(classes: int, folder: Path) -> Pictures:
 def _from_sheets(folder: Path) -> Pictures:
     """Lossless WebP sheets of 50 x 50 pictures, in the labels' order."""
     try:
-        from PIL import Image
+        import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError(f"CIFAR in WebP sheets needs Pillow: pip install pillow ({error})") from error
-    with np.load(folder / "labels.npz", allow_pickle=False) as archive:
-        labels = {split: torch.from_numpy(archive[split].astype(np.int64)) for split in ("train", "test")}
+    arrays = npz_arrays(folder / "labels.npz", ("train", "test"))
+    labels = {
+        split: torch.from_numpy(array.astype(np.int64)) for split, array in zip(("train", "test"), arrays, strict=True)
+    }
     found = []
     for split in ("train", "test"):
         count = len(labels[split])
@@ -132,10 +146,10 @@ def _from_sheets(folder: Path) -> Pictures:
         for number in range(-(-count // _PER_SIDE**2)):
             path = folder / f"{split}_{number:02d}.webp"
             try:
-                with Image.open(path) as opened:
-                    sheet = np.asarray(opened.convert("RGB"))
-                tiles = sheet.reshape(_PER_SIDE, _SIDE, _PER_SIDE, _SIDE, 3).transpose(0, 2, 4, 1, 3)
-            except (OSError, ValueError) as error:
+                with reading():
+                    sheet = np.asarray(decoded(np.fromfile(path, dtype=np.uint8)))
+                    tiles = sheet.reshape(_PER_SIDE, _SIDE, _PER_SIDE, _SIDE, 3).transpose(0, 2, 4, 1, 3)
+            except Unreadable as error:
                 raise ValueError(f"{path} is missing, damaged or no sheet of 50 x 50 pictures ({error})") from error
             sheets.append(torch.from_numpy(tiles.reshape(-1, 3, _SIDE, _SIDE).copy()))
         found += [torch.cat(sheets)[:count], labels[split]]

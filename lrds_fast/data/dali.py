@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrds_fast.data.boxes import Box, centre_box, crop_seed, geometry, picture_size, random_box
+from lrds_fast.data.boxes import Box, centre_box, crop_seed, geometry, random_box
 from lrds_fast.data.folder import MEAN, STD
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, view_of
+from lrds_fast.data.pictures import Unreadable, decoded, for_dali, reading
 from lrds_fast.data.sources import Source
 from lrds_fast.data.strong import PLAIN, Strong
 
@@ -141,7 +142,9 @@ class DaliLoader:
                         decoded = self._decode()
                     except StopIteration:
                         break
-                    except RuntimeError as error:
+                    except (MemoryError, ImportError):
+                        raise
+                    except Exception as error:
                         # A broken pipeline takes the batches behind this one along: they are run again.
                         self._repair(error)
                         continue
@@ -171,25 +174,22 @@ class DaliLoader:
         return geometry(self._source, self._rows[indices], seeds if self.train else None, self.image_size)
 
     def picture(self, index: int) -> Tensor:
-        import io
-
-        from PIL import Image
-
-        with Image.open(io.BytesIO(self._source.read(int(self._rows[index])).tobytes())) as opened:
-            opened.draft("RGB", (96, 96))
-            small = opened.convert("RGB")
-            small.thumbnail((96, 96))
+        try:
+            with reading():
+                small = decoded(self._source.read(int(self._rows[index])), about=96)
+        except Unreadable:
+            return torch.full((96, 96, 3), 128, dtype=torch.uint8)
         return torch.from_numpy(np.array(small))
 
     def _prepare(self, index: int, view: int) -> _Prepared:
         """A sample's bytes and box; runs in a thread."""
+        if index in self._wrong:
+            return self._grey("known to be unreadable")
         try:
-            if index in self._wrong:
-                raise ValueError("known to be unreadable")
-            data = self._source.read(int(self._rows[index]))
-            height, width = picture_size(data)
-        except (OSError, ValueError) as error:
-            return self._grey(str(error) or type(error).__name__)
+            with reading():
+                data, height, width = for_dali(self._source.read(int(self._rows[index])))
+        except Unreadable as error:
+            return self._grey(str(error))
         if self.train:
             box = random_box(height, width, self.image_size, crop_seed(self.seed, view, index, self.strong.stream))
             return _Prepared(data, box, None, self.strong.seed(self.seed, view, index))
@@ -211,8 +211,8 @@ class DaliLoader:
             self.errors.append((index, self._source.name(int(self._rows[index])), reason))
 
     def _decode(self) -> Any:
-        """DALI's list of the next batch's pictures; StopIteration after the last one, RuntimeError where one of those
-        that were given cannot be decoded."""
+        """DALI's list of the next batch's pictures; StopIteration after the last one, another exception where one of
+        those that were given cannot be decoded."""
         on_gpu = self.device.type == "cuda"
         if self._pipeline is None:
             build = _gpu_pipeline if on_gpu else _cpu_pipeline
@@ -278,7 +278,7 @@ class DaliLoader:
             [np.array(box.mirrored, dtype=np.int32) for box in boxes],
         )
 
-    def _repair(self, error: RuntimeError) -> None:
+    def _repair(self, error: Exception) -> None:
         """Finds out which of the samples that the pipeline was given it cannot decode, one by one, makes those grey and
         has their batches run again. RuntimeError where it is none of them: trying again would not end."""
         feed = self._feed
@@ -295,6 +295,8 @@ class DaliLoader:
         self._feed = _Feed(itertools.chain(repaired, feed._batches))
         self._pipeline = None
         if not found:
+            if not isinstance(error, RuntimeError):
+                raise error
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise RuntimeError(f"DALI fails on pictures that it decodes one by one: {reason}") from error
 
@@ -303,7 +305,9 @@ class DaliLoader:
         outer, self._feed, self._pipeline = self._feed, _Feed(iter([(torch.zeros(1), [sample])])), None
         try:
             self._decode()
-        except RuntimeError:
+        except MemoryError:
+            raise
+        except Exception:
             return "damaged, cut short, or of a kind that DALI does not decode"
         finally:
             self._feed, self._pipeline = outer, None
@@ -370,10 +374,12 @@ def _decoded(inputs: _Inputs, names: int, device: torch.device) -> Any:
     data, start, shape, *more = fn.external_source(
         source=inputs, num_outputs=names, batch=True, ndim=[1, 1, 1, 1, 1, 0][:names], dtype=kinds[:names]
     )
+    # The decoder may crash the process over a header that it cannot parse: this fails first, with an exception.
+    parsed = fn.peek_image_shape(data, dtype=types.INT32)
     pictures = fn.decoders.image_slice(
         data,
         start=start,
-        shape=shape,
+        shape=shape + 0 * parsed[:2],
         axes=[0, 1],
         device="mixed" if device.type == "cuda" else "cpu",
         output_type=types.RGB,

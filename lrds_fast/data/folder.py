@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lrds_fast.data.boxes import crop_seed, geometry, random_box
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, view_of
+from lrds_fast.data.pictures import Unreadable, decoded, reading
 from lrds_fast.data.sources import Source
 from lrds_fast.data.strong import PLAIN, Strong
 
@@ -53,13 +53,11 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
 
     def picture(self, index: int) -> Any:
         """The PIL image; ValueError naming the file where there is none."""
-        from PIL import Image
-
         row = int(self.rows[index])
         try:
-            with Image.open(io.BytesIO(self.source.read(row).tobytes())) as opened:
-                return opened.convert("RGB")
-        except OSError as error:
+            with reading():
+                return decoded(self.source.read(row))
+        except Unreadable as error:
             where = self.source.name(row)
             raise ValueError(f"{where} is not a readable picture ({error}); replace or remove it") from error
 

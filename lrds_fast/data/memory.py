@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, generator, view_of
+from lrds_fast.data.sources import numbered
 from lrds_fast.data.strong import PLAIN, Strong
 
 
@@ -52,8 +52,7 @@ class MemoryLoader:
             raise ValueError(
                 f"targets must have shape ({len(images)},), as there are images; got {tuple(targets.shape)}"
             )
-        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-            raise TypeError(f"targets must be integers; got {targets.dtype}")
+        targets = as_labels(targets)
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
             raise ValueError(
                 f"targets must be in [0, {num_classes}); got {int(targets.min())} .. {int(targets.max())}:"
@@ -63,7 +62,7 @@ class MemoryLoader:
             raise ValueError(f"augment must be 'none', 'shift' or 'crop-flip' for data in memory; got {augment!r}")
         check_sizes(batch_size, least, views)
         self.images = images if device is None else images.to(device)
-        self.labels = targets.long().cpu()
+        self.labels = targets.cpu()
         self._targets = self.labels.to(self.images.device)
         self.num_classes = num_classes
         self.batch_size = batch_size
@@ -168,30 +167,72 @@ def digits() -> tuple[Tensor, Tensor]:
     return images[:, None], torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
 
 
-def from_npz(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def from_npz(path: Path, *, first_label: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(train images, train labels, test images, test labels) of a .npz file with these arrays:
 
     train_images, test_images: (size, height, width) or (size, height, width, channels), uint8 or floating in [0, 1];
-    train_labels, test_labels: (size,) integers. No pickled objects are read.
+    train_labels, test_labels: (size,) integers, from first_label on. No pickled objects are read. Images come as (size,
+    channels, height, width), labels as int64 from 0 on. Raises ValueError for arrays that are not so, and for shapes
+    that may be (size, channels, height, width).
     """
     if not path.is_file():
         raise FileNotFoundError(f"data.root: there is no file {path}; name an existing .npz file")
     names = ("train_images", "train_labels", "test_images", "test_labels")
+    arrays = npz_arrays(path, names)
+    for array, name in zip(arrays[1::2], names[1::2], strict=True):
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise ValueError(f"{path}: {name} must be integers of shape (size,); got {array.dtype} of {array.shape}")
+    for k in (0, 2):
+        if len(arrays[k]) != len(arrays[k + 1]):
+            raise ValueError(f"{path}: there are {len(arrays[k])} {names[k]}, but {len(arrays[k + 1])} {names[k + 1]}")
+    numbers = [int(number) for array in arrays[1::2] for number in array]
+    train = len(arrays[1])
+
+    def where(index: int) -> str:
+        return f"{path}: {names[1 if index < train else 3]}[{index if index < train else index - train}]"
+
+    labels, _ = numbered(numbers, where, first=first_label)
+    images = [_channels_first(array, f"{path}: {name}") for array, name in zip(arrays[::2], names[::2], strict=True)]
+    return images[0], labels[:train], images[1], labels[train:]
+
+
+def npz_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """The arrays of a .npz file; ValueError where one is missing or the file is damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [name for name in names if name not in archive.files]
             if missing:
                 raise KeyError(", ".join(missing))
-            arrays = [archive[name] for name in names]
+            return [archive[name] for name in names]
     except KeyError as error:
         raise ValueError(f"{path} lacks the array(s) {error.args[0]}; it must hold {', '.join(names)}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile and numpy raise half a dozen unrelated types for a damaged file
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
-    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    for i in (0, 2):
-        if tensors[i].dim() == 3:
-            tensors[i] = tensors[i][..., None]
-        if tensors[i].dim() != 4:
-            raise ValueError(f"{path}: {names[i]} must have 3 or 4 dimensions; got {tuple(arrays[i].shape)}")
-        tensors[i] = tensors[i].permute(0, 3, 1, 2).contiguous()
-    return cast(tuple[Tensor, Tensor, Tensor, Tensor], tuple(tensors))
+
+
+def _channels_first(array: np.ndarray, name: str) -> Tensor:
+    """(size, channels, height, width) of (size, height, width) or (size, height, width, channels)."""
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ValueError(f"{name} must be uint8, or floating in [0, 1]; got {array.dtype}")
+    if array.ndim not in (3, 4):
+        raise ValueError(f"{name} must have 3 or 4 dimensions; got {array.shape}")
+    if array.ndim == 4:
+        height, width, channels = array.shape[1:]
+        likely = height == width != channels or (channels in (1, 3) and height not in (1, 3))
+        if not likely and (height in (1, 3) or width == channels):
+            raise ValueError(
+                f"{name} must be (size, height, width, channels); got {array.shape}, which may be (size, channels,"
+                " height, width): save array.transpose(0, 2, 3, 1), or grey pictures as (size, height, width)"
+            )
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    tensor = torch.from_numpy(np.ascontiguousarray(native))
+    return (tensor[..., None] if tensor.dim() == 3 else tensor).permute(0, 3, 1, 2).contiguous()
+
+
+def as_labels(targets: Tensor) -> Tensor:
+    """(size,) int64 of integers of any type; TypeError for others."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be integers; got {targets.dtype}")
+    return targets.long()

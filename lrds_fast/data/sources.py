@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,10 @@ from torch import Tensor
 
 #: Files that count as pictures, as torchvision's ImageFolder has them.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+#: Classes that numbers may make where there are fewer samples: what makes more is no class number (a WordNet offset,
+#: an identifier), and a network with a class for each would fill the memory.
+MOST_CLASSES = 100_000
 
 
 class Source(Protocol):
@@ -32,17 +37,21 @@ class Source(Protocol):
 
 
 class Folder:
-    """root/CLASS/.../picture: classes and samples in alphabetical order, as torchvision's ImageFolder has them."""
+    """root/CLASS/.../picture: classes and samples in alphabetical order, as torchvision's ImageFolder has them.
+
+    Unlike there, hidden files and folders (.ipynb_checkpoints, __MACOSX) are left out, and a class has each folder
+    once, however many links lead to it.
+    """
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise FileNotFoundError(f"data.root: there is no folder {root}; it must hold one folder per class")
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name))
         self._paths: list[str] = []
         labels: list[int] = []
         for label, name in enumerate(self.classes):
             before = len(self._paths)
-            for folder, _, files in sorted(os.walk(root / name, followlinks=True)):
+            for folder, files in sorted(_folders(root / name)):
                 self._paths += [os.path.join(folder, file) for file in sorted(files) if _is_picture(file)]
             labels += [label] * (len(self._paths) - before)
             if len(self._paths) == before:
@@ -58,8 +67,23 @@ class Folder:
         return self._paths[index]
 
 
+def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder under root with its files, by the first of its paths: links may lead to it again, or in a circle."""
+    seen: set[str] = set()
+    for folder, inside, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        inside[:] = [] if real in seen else sorted(name for name in inside if not _is_hidden(name))
+        if real not in seen:
+            yield folder, files
+        seen.add(real)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _is_picture(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+    return name.lower().endswith(EXTENSIONS) and not _is_hidden(name)
 
 
 class _Place(NamedTuple):
@@ -100,34 +124,66 @@ class _Archives:
 class Tars(_Archives):
     """WebDataset: tar files in which KEY.jpg (or another picture) and KEY.cls, the class number, belong together.
 
-    classes: names for the numbers; None numbers them. The labels may also be in KEY.json under "cls" or "label".
-    The tars' headers are read once, at the start; members must not be compressed.
+    Members are grouped as the webdataset library does: KEY is a member's path up to the first dot of the file's name,
+    the rest is its extension, whatever its case, and a key has an extension once. The picture is the member whose
+    extension is one of EXTENSIONS (KEY.seg.png is none), the label is in .cls or, without it, in .json under "cls" or
+    "label"; other members, and hidden ones (macOS's ._*), are left out.
+    classes: names for the numbers; None numbers them. first_label: the number of the first class.
+    The tars' headers are read once, at the start; members must not be compressed. Raises ValueError for a sample
+    without picture or label or with several.
     """
 
-    def __init__(self, paths: Sequence[Path], classes: Sequence[str] | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], classes: Sequence[str] | None = None, *, first_label: int = 0) -> None:
         places: list[_Place] = []
         names: list[str] = []
         labels: list[int] = []
         for number, path in enumerate(paths):
+            samples: dict[str, dict[str, bytes]] = {}
             pictures: dict[str, _Place] = {}
-            known: dict[str, int] = {}
             for member, content in _members(path):
-                folder, slash, file = member.name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                key = folder + slash + stem
-                if extension.lower().rpartition(".")[2] in ("cls", "json"):
-                    known[key] = _label_of(extension, content, f"{path}:{member.name}")
-                elif _is_picture(file):
+                key, extension = _key_of(member.name)
+                if not key:
+                    continue
+                sample = samples.setdefault(key, {})
+                twice = extension in sample
+                sample[extension] = content
+                if f".{extension}" in EXTENSIONS:
+                    twice |= key in pictures
                     pictures[key] = _Place(number, member.offset_data, member.size)
+                if twice:
+                    raise ValueError(
+                        f"{path}:{member.name} is in the sample {key!r}, which has {_listed(sample)}; a sample has one"
+                        f" picture, and one member of an extension: rename or remove the others ({_GROUPING})"
+                    )
+            for key, sample in samples.items():
+                if key not in pictures and any(f".{name}".endswith((".cls", *EXTENSIONS)) for name in sample):
+                    raise ValueError(
+                        f"{path}:{key} has no picture ({', '.join(EXTENSIONS)}), but {_listed(sample)}; {_GROUPING}:"
+                        " rename the members"
+                    )
             for key, place in pictures.items():
-                if key not in known:
-                    raise ValueError(f"{path}:{key} has a picture but no label (.cls, or .json with cls or label)")
                 places.append(place)
                 names.append(key)
-                labels.append(known[key])
+                labels.append(_label_of(samples[key], f"{path}:{key}"))
         super().__init__(paths, places, names)
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-        self.classes = _class_names(self.labels, classes)
+        self.labels, self.classes = numbered(labels, self.name, classes, first=first_label)
+
+
+#: How webdataset forms keys, for messages.
+_GROUPING = "a key ends at the first dot of a file's name, what follows is the extension"
+
+
+def _key_of(name: str) -> tuple[str, str]:
+    """(key, extension in lower case) of a member, as webdataset has them; ("", "") for one that is in no sample."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    if not stem or not dot or "__MACOSX" in folder.split("/") or re.match(r"__[^/]*__($|/)", name):
+        return "", ""
+    return folder + slash + stem, extension.lower()
+
+
+def _listed(sample: dict[str, bytes]) -> str:
+    return ", ".join(f".{extension}" for extension in sample)
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
@@ -139,27 +195,62 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                     small = member.name.lower().endswith((".cls", ".json"))
                     opened = archive.extractfile(member) if small else None
                     yield member, b"" if opened is None else opened.read()
-    except (tarfile.TarError, EOFError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # tarfile raises half a dozen unrelated types for damaged headers
         raise ValueError(f"{path} is damaged or no uncompressed tar ({error})") from error
 
 
-def _label_of(extension: str, content: bytes, where: str) -> int:
+def _label_of(sample: dict[str, bytes], where: str) -> int:
+    """The class number in a sample's .cls, else in its .json."""
+    extension = next((name for name in ("cls", "json") if name in sample), "")
+    if not extension:
+        raise ValueError(f"{where} has a picture but no label (.cls, or .json with cls or label)")
     try:
-        if extension.lower().endswith("json"):
-            parsed = json.loads(content)
-            return int(parsed["cls"] if "cls" in parsed else parsed["label"])
-        return int(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} holds no class number ({error})") from error
+        if extension == "cls":
+            return int(sample["cls"])
+        parsed = json.loads(sample["json"])
+        found = parsed["cls"] if "cls" in parsed else parsed["label"]
+        if isinstance(found, bool) or (isinstance(found, float) and found != int(found)):
+            raise ValueError(f"{found!r} is no whole number")
+        return int(found)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{where}.{extension} holds no class number ({error})") from error
 
 
-def _class_names(labels: Tensor, classes: Sequence[str] | None) -> list[str]:
-    count = int(labels.max()) + 1 if len(labels) else 0
-    if len(labels) and int(labels.min()) < 0:
-        raise ValueError(f"class numbers must be at least 0; got {int(labels.min())}")
-    if classes is not None and len(classes) < count:
-        raise ValueError(f"there are {len(classes)} class names, but a sample has the class number {count - 1}")
-    return list(classes) if classes is not None else [str(k) for k in range(count)]
+def numbered(
+    numbers: Sequence[int], name: Callable[[int], str], classes: Sequence[str] | None = None, *, first: int = 0
+) -> tuple[Tensor, list[str]]:
+    """(labels (size,) int64 from 0 on, names of the classes) of the class numbers that data hold.
+
+    name: where a sample lies. classes: names, in the order of their numbers; None numbers them. first: the number of
+    the first class. Raises ValueError for numbers below `first`, and for those that make more classes than have a
+    name, or than there are samples and MOST_CLASSES.
+    """
+    if numbers:
+        low = min(range(len(numbers)), key=numbers.__getitem__)
+        high = max(range(len(numbers)), key=numbers.__getitem__)
+        count = numbers[high] - first + 1
+        if numbers[low] < first:
+            raise ValueError(
+                f"{name(low)} has the class number {numbers[low]}, but the first class is {first}: set data.first_label"
+                " to the number of the first class in the data"
+            )
+        if classes is not None and len(classes) < count:
+            raise ValueError(
+                f"there are {len(classes)} class names, but a sample has the class number {count - 1}: {name(high)};"
+                " name every class in classes.txt, or set data.first_label to the number of the first class in the data"
+            )
+        if classes is None and count > max(len(numbers), MOST_CLASSES):
+            raise ValueError(
+                f"{name(high)} has the class number {numbers[high]}, which makes {count} classes of {len(numbers)}"
+                f" samples (up to {max(len(numbers), MOST_CLASSES)} are taken): number the classes one after the other"
+                " or, in archives, name them all in classes.txt"
+            )
+    else:
+        count = 0
+    labels = torch.tensor([number - first for number in numbers], dtype=torch.int64)
+    return labels, list(classes) if classes is not None else [str(k) for k in range(count)]
 
 
 class TFRecords(_Archives):
@@ -179,25 +270,25 @@ class TFRecords(_Archives):
                     features = _features(content)
                     start, size = features["image/encoded"]
                     label = _first_integer(content, features["image/class/label"])
-                except (KeyError, IndexError, ValueError) as error:
+                except (KeyError, IndexError, ValueError, StopIteration) as error:
                     raise ValueError(
                         f"{path}: record {record} is no example with image/encoded and image/class/label ({error})"
                     ) from error
                 places.append(_Place(number, offset + start, size))
                 names.append(str(record))
-                labels.append(label - first_label)
+                labels.append(label)
         super().__init__(paths, places, names)
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-        self.classes = _class_names(self.labels, classes)
+        self.labels, self.classes = numbered(labels, self.name, classes, first=first_label)
 
 
 def _records(path: Path) -> Iterator[tuple[int, bytes]]:
     """(offset of the content, content): length (8 bytes), its checksum (4), content, checksum (4)."""
     with path.open("rb") as file:
+        whole = os.fstat(file.fileno()).st_size
         while header := file.read(12):
             offset = file.tell()
             size = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else -1
-            content = file.read(size) if 0 <= size < 1 << 40 else b""
+            content = file.read(size) if 0 <= size <= whole - offset else b""
             if len(content) != size or len(file.read(4)) != 4:
                 raise ValueError(f"{path} is damaged or no TFRecord file (at byte {offset - len(header)})")
             yield offset, content
@@ -255,17 +346,19 @@ def _features(data: bytes) -> dict[str, tuple[int, int]]:
 
 
 def _first_integer(data: bytes, place: tuple[int, int]) -> int:
-    """The first value of a list of integers, packed or not."""
+    """The first value of a list of integers of 64 bits, packed or not."""
     start, size = place
     _, begin, _ = next(_fields(data, start, start + size))
-    return _varint(data, begin)[0]
+    value = _varint(data, begin)[0]
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def open_split(kind: str, root: Path, split: str) -> Source:
+def open_split(kind: str, root: Path, split: str, *, first_label: int = -1) -> Source:
     """A split of a data set: kind "folder" (root/SPLIT/CLASS/...), "webdataset" (root/SPLIT*.tar or root/SPLIT/*.tar),
     or "tfrecord" (root/SPLIT* or root/SPLIT/*). split: "train" or "val"; "validation" is taken for the latter.
 
-    A file classes.txt in root, one name a line, names the classes of archives. FileNotFoundError for what is not there.
+    A file classes.txt in root, one name a line, names the classes of archives. first_label: the number of their first
+    class; -1 is 1 for "tfrecord", as ImageNet's converters have it, else 0. FileNotFoundError for what is not there.
     """
     if kind == "folder":
         return Folder(root / split)
@@ -278,4 +371,9 @@ def open_split(kind: str, root: Path, split: str) -> Source:
     listed = root / "classes.txt"
     classes = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else None
     classes = [name for name in classes if name] if classes else None
-    return Tars(found, classes) if kind == "webdataset" else TFRecords(found, classes)
+    first_label = int(kind == "tfrecord") if first_label < 0 else first_label
+    archive = Tars if kind == "webdataset" else TFRecords
+    source = archive(found, classes, first_label=first_label)
+    if not len(source.labels):
+        raise FileNotFoundError(f"data.root: {', '.join(map(str, found[:3]))} hold no pictures")
+    return source

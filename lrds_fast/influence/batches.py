@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset, default_collate
 from tqdm import tqdm
+
+from lrds_fast.influence.adapters import BatchHook, pair, tensors
 
 Data = Dataset[Any] | Iterable[Any]
 """A dataset of (input, target, ...) samples, or an iterable of their batches that can be iterated again."""
 
+#: Samples that are read twice, of a dataset: one that a random flip leaves alone twice is one of two.
+_READ_TWICE = 16
+
 
 class Batch(NamedTuple):
-    """number: of the batch. start: of its first sample. x: inputs (B, ...). y: targets (B,) int64."""
+    """number: of the batch. start: of its first sample. x: inputs (B, ...). y: targets (B,) int64, or (0,)."""
 
     number: int
     start: int
@@ -24,17 +30,17 @@ class Batch(NamedTuple):
 
 
 class _Chosen:
-    """A batch sampler's batches of the given numbers."""
+    """A batch sampler's batches of the given numbers; the first `samples` of each, where that is given."""
 
-    def __init__(self, batches: Iterable[list[int]], numbers: list[int]) -> None:
-        self._batches, self._numbers = batches, numbers
+    def __init__(self, batches: Iterable[list[int]], numbers: list[int], samples: int | None = None) -> None:
+        self._batches, self._numbers, self._samples = batches, numbers, samples
 
     def __iter__(self) -> Iterator[list[int]]:
         wanted = iter(self._numbers)
         following = next(wanted, None)
         for number, batch in enumerate(self._batches):
             if number == following:
-                yield batch
+                yield batch[: self._samples]
                 following = next(wanted, None)
 
     def __len__(self) -> int:
@@ -47,30 +53,60 @@ class Batches:
     What is not wanted of a Dataset or of a DataLoader over one is not read; of any other iterable it is read and
     dropped. Shows a bar over the samples, with the time that is left, where `progress` is set (None: where stderr is a
     terminal).
+
+    name: of the data, for errors. batch: from what the data gives to (inputs, targets); None: they come first.
+    labelled=False takes inputs alone, too. A list of samples is a dataset.
     """
 
-    def __init__(self, data: Data, parameter: Tensor, batch_size: int, progress: bool | None) -> None:
+    def __init__(
+        self,
+        data: Data,
+        parameter: Tensor,
+        batch_size: int,
+        progress: bool | None,
+        *,
+        name: str = "data",
+        batch: BatchHook | None = None,
+        labelled: bool = True,
+    ) -> None:
         if isinstance(data, Iterator):
-            raise TypeError("data must be iterable again (a Dataset, a DataLoader, a list of batches), not an iterator")
+            raise TypeError(
+                f"{name} must be iterable again (a Dataset, a DataLoader, a list of batches), not an iterator"
+            )
+        if not isinstance(data, Dataset) and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+            raise TypeError(
+                f"{name} must be a Dataset, a DataLoader or an iterable of batches; got {type(data).__name__}"
+            )
+        self._name, self._hook, self._labelled, self._steady = name, batch, labelled, False
+        if isinstance(data, Tensor) and not labelled:
+            data = torch.split(data, batch_size)
         if type(data) is TensorDataset:
             # As a loader would collate it sample by sample, but by slices of the tensors.
             data = [
                 tuple(tensor[start : start + batch_size] for tensor in data.tensors)
                 for start in range(0, len(data), batch_size)
             ]
-        self._data: Iterable[Any] = DataLoader(data, batch_size) if isinstance(data, Dataset) else data
+        of_samples = isinstance(data, Dataset) or self._holds_samples(data)
+        self._data: Iterable[Any] = DataLoader(cast(Any, data), batch_size) if of_samples else cast(Any, data)
         self._parameter, self._progress = parameter, progress
         # Of a loader that reads sample by sample, every batch's size is known beforehand.
         self._sizes: list[int] | None = None
         loader = self._data
         if isinstance(loader, Sequence):
-            self._sizes = [len(batch[0]) for batch in loader]
+            self._sizes, start = [], 0
+            for raw in loader:
+                self._sizes.append(len(self._read(raw, start)[0]))
+                start += self._sizes[-1]
         if not isinstance(loader, DataLoader):
             return
         if isinstance(loader.sampler, RandomSampler):
-            raise ValueError("the loader shuffles: scores are in the order of the data; pass one with shuffle=False")
+            raise ValueError(
+                f"{name}: the loader shuffles: scores are in the order of the data; pass one with shuffle=False"
+            )
         if getattr(loader, "drop_last", False) or getattr(loader.batch_sampler, "drop_last", False):
-            raise ValueError("the loader drops the last batch: every sample needs its score; pass drop_last=False")
+            raise ValueError(
+                f"{name}: the loader drops the last batch: every sample needs its score; pass drop_last=False"
+            )
         if loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
             self._sizes = [len(batch) for batch in loader.batch_sampler]
 
@@ -85,11 +121,16 @@ class Batches:
         return None if self._sizes is None else sum(self._sizes)
 
     def __call__(self, what: str, wanted: Callable[[int], bool] = lambda _: True) -> Iterator[Batch]:
-        """The batches whose number is wanted. Raises ValueError for data without samples or targets not (B,)."""
+        """The batches whose number is wanted.
+
+        Raises ValueError for data without samples, targets not (B,), or first samples that are others when they are
+        read again (at the first call); TypeError for batches that hold no inputs and targets.
+        """
         device, start = self._parameter.device, 0
         total = None
         if self._sizes is not None:
             total = sum(size for number, size in enumerate(self._sizes) if wanted(number))
+        ahead = None if self._steady else self._ahead(wanted)
         with tqdm(
             desc=what,
             total=total,
@@ -97,31 +138,72 @@ class Batches:
             disable=None if self._progress is None else not self._progress,
             leave=False,
         ) as bar:
-            for number, start, raw in self._raw(wanted):
-                if not wanted(number):
-                    start += len(raw[0])
-                    continue
-                x, y = raw[0].to(device, non_blocking=True), raw[1].to(device, non_blocking=True)
-                if x.is_floating_point():
-                    x = x.to(self._parameter.dtype)
-                if y.dim() != 1 or len(y) != len(x):
-                    raise ValueError(
-                        f"targets must be (B,) class indices; got shape {tuple(y.shape)} for {len(x)} inputs, from"
-                        f" sample {start} on"
-                    )
-                yield Batch(number, start, x, y.long())
-                start += len(x)
-                bar.update(len(x))
+            for batch in self._found(wanted):
+                if ahead is not None:
+                    self._check_steady(ahead, batch)
+                    ahead, self._steady = None, True
+                start = batch.start + len(batch.x)
+                if wanted(batch.number):
+                    x, y = (part.to(device, non_blocking=True) for part in (batch.x, batch.y))
+                    if x.is_floating_point():
+                        x = x.to(self._parameter.dtype)
+                    yield Batch(batch.number, batch.start, x, y.long())
+                    bar.update(len(x))
         if self._sizes is None and start == 0 or self._sizes == []:
-            raise ValueError("the data holds no samples")
+            raise ValueError(f"{self._name} holds no samples")
 
-    def _raw(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, Any]]:
-        """(number, start, what the data gives): only what is wanted where the rest need not be read."""
+    def _read(self, raw: Any, start: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of what the data gives, wherever they are."""
+        return tensors(self._name, raw, start, self._hook, labelled=self._labelled)
+
+    def _holds_samples(self, data: Any) -> bool:
+        """Whether an indexable's items are samples, whose target is one number, and not batches."""
+        if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data)):
+            return False
+        try:
+            y = pair(self._name, data[0], self._hook, labelled=self._labelled)[1]
+        except Exception:  # what the items are is said where they are read
+            return False
+        return isinstance(y, Integral) or getattr(y, "shape", None) == ()
+
+    def _ahead(self, wanted: Callable[[int], bool]) -> tuple[Tensor, Tensor] | None:
+        """The first samples that a pass will read, read once before it; of data other than a dataset, a batch."""
+        loader = self._data
+        start = 0
+        if self._sizes is None:
+            raw = next(iter(loader), None)
+        else:
+            number = next((number for number in range(len(self._sizes)) if wanted(number)), None)
+            if number is None:
+                return None
+            start = sum(self._sizes[:number])
+            if isinstance(loader, Sequence):
+                raw = loader[number]
+            else:
+                assert isinstance(loader, DataLoader)
+                # Another collate_fn may treat a part of a batch in another way, for example pad it less.
+                samples = _READ_TWICE if loader.collate_fn is default_collate else None
+                raw = next(iter(_reader(loader, [number], min(1, loader.num_workers), samples)))
+        return None if raw is None else self._read(raw, start)
+
+    def _check_steady(self, ahead: tuple[Tensor, Tensor], batch: Batch) -> None:
+        """ValueError unless a batch begins with the samples that were read ahead."""
+        for what, first, again in zip(("inputs", "targets"), ahead, (batch.x, batch.y), strict=True):
+            if not _equal(first, again[: len(first)].to(first.device)):
+                raise ValueError(
+                    f"{self._name} gives other {what} when its first samples, from sample {batch.start} on, are read"
+                    " again, and scores need the same tensors at every reading: pass it with the evaluation transform"
+                    " (no random crop, flip or noise, no mixing of samples) and without shuffling"
+                )
+
+    def _found(self, wanted: Callable[[int], bool]) -> Iterator[Batch]:
+        """Batches as the data gives them: only what is wanted where the rest need not be read."""
         if self._sizes is None:
             start = 0
             for number, raw in enumerate(self._data):
-                yield number, start, raw
-                start += len(raw[0])
+                x, y = self._read(raw, start)
+                yield Batch(number, start, x, y)
+                start += len(x)
             return
         starts = torch.tensor([0, *self._sizes]).cumsum(0).tolist()
         numbers = [number for number in range(len(self._sizes)) if wanted(number)]
@@ -130,17 +212,29 @@ class Batches:
             loader = [loader[number] for number in numbers]
         elif len(numbers) < len(self._sizes):
             assert isinstance(loader, DataLoader)
-            assert loader.batch_sampler is not None
-            loader = DataLoader(
-                loader.dataset,
-                batch_sampler=_Chosen(loader.batch_sampler, numbers),
-                num_workers=loader.num_workers,
-                collate_fn=loader.collate_fn,
-                pin_memory=loader.pin_memory,
-                timeout=loader.timeout,
-                worker_init_fn=loader.worker_init_fn,
-                multiprocessing_context=loader.multiprocessing_context,
-                prefetch_factor=loader.prefetch_factor,
-            )
+            loader = _reader(loader, numbers, loader.num_workers)
         for number, raw in zip(numbers, loader, strict=True):
-            yield number, starts[number], raw
+            yield Batch(number, starts[number], *self._read(raw, starts[number]))
+
+
+def _reader(loader: DataLoader[Any], numbers: list[int], workers: int, samples: int | None = None) -> DataLoader[Any]:
+    """The loader over some of its batches, or over their first samples."""
+    assert loader.batch_sampler is not None
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_Chosen(loader.batch_sampler, numbers, samples),
+        num_workers=workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, a NaN being a value."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())

@@ -313,6 +313,37 @@ class Iterative(Curvature):
         raise self._no_quadratic()
 
 
+def check_curvature(
+    curvature: str, where: str, extent: Tensor, *, damping: float | None, dtype: torch.dtype, advice: str = ""
+) -> None:
+    """ValueError where H has vanished and no absolute damping stands in for it: the rule of every fitted curvature.
+
+    extent: (2,), sums over the rows of what their predictions p give to trace(H), w (1 - |p|^2) |h|^2, and of its
+    bound w |h|^2. Their quotient, in [0, 1), says how far from one-hot the predictions are, whatever the scale of
+    features and weights. Below dtype's eps they are one-hot in it: H is made of rounding, and scores, which are made
+    of its inverse, are of any size. Damping relative to H vanishes with it. where: the layer, for the message; advice:
+    one more way out.
+    """
+    trace, bound = extent.tolist()
+    if damping:
+        return
+    if not bound > 0:
+        raise ValueError(
+            f"curvature {curvature!r} of {where} is zero: its inputs are all 0, or loss gives every row weight 0 (pass"
+            " hessian='gt', or selected= for the rows that had a teacher); damping= > 0 scores with damping * I"
+        )
+    share, eps = trace / bound, torch.finfo(dtype).eps
+    if share >= eps:
+        return
+    raise ValueError(
+        f"curvature {curvature!r} of {where} is zero up to rounding: its trace is {share:.1e} of its bound, and"
+        f" {str(dtype).removeprefix('torch.')} resolves {eps:.1e}. The student's predictions are one-hot, as where it"
+        " has memorised its training set, and damping relative to such a curvature means nothing: pass damping=,"
+        " absolute and > 0 (for example the weight decay), a student that is not saturated (an earlier checkpoint)"
+        f"{advice}, or curvature='identity'"
+    )
+
+
 def fit_curvature(
     name: str,
     rows: Rows,
@@ -321,22 +352,23 @@ def fit_curvature(
     damping: float | None,
     damping_scale: float,
     dtype: torch.dtype,
+    where: str = "the last layer",
 ) -> Curvature:
     """The curvature `name` of the rows. damping: absolute, else damping_scale * mean eigenvalue.
 
-    dtype: what rows will be scored in.
+    dtype: what rows will be scored in. Raises ValueError as check_curvature does; where: the layer's name in it.
     """
     if name == "identity":
         return Identity(damping, rows.classes)
     if name == "exact" and rows.classes * rows.inputs <= DENSE_LIMIT:
-        hessian = _dense_hessian(rows, terms)
+        hessian, extent = _dense_hessian(rows, terms)
+        check_curvature(name, where, extent, damping=damping, dtype=dtype)
         if damping is None:
             damping = damping_scale * float(hessian.diagonal().mean())
         return Dense(hessian, damping, dtype)
-    if name == "exact" and damping is None:
-        damping = damping_scale * _trace(rows, terms) / (rows.classes * rows.inputs)
 
-    g, a = _kronecker_factors(rows, terms)
+    g, a, extent = _kronecker_factors(rows, terms)
+    check_curvature(name, where, extent, damping=damping, dtype=dtype)
     g_values, qg = (rows.ranks.same(part) for part in _eigh(g))
     a_values, qa = (rows.ranks.same(part) for part in _eigh(a))
     eigenvalues = torch.outer(g_values, a_values) if name == "kfac" else _corrected_eigenvalues(rows, terms, qg, qa)
@@ -360,19 +392,27 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp_min(0.0), vectors.contiguous()
 
 
-def _kronecker_factors(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor]:
-    """G = mean_i sum_t w_ti J(p_ti), (C, C), and A = mean_i h~_i h~_i^T, (D, D)."""
+def _extent(h: Tensor, weight: Tensor, p: Tensor) -> Tensor:
+    """(2,) sums over rows of w (1 - |p|^2) |h|^2, which is their part of trace(H) before damping, and of w |h|^2."""
+    squared_norm = h.square().sum(dim=1)
+    return torch.stack([(weight * p * (1.0 - p)).sum(dim=1) @ squared_norm, weight[:, 0] @ squared_norm])
+
+
+def _kronecker_factors(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor, Tensor]:
+    """G = mean_i sum_t w_ti J(p_ti), (C, C), A = mean_i h~_i h~_i^T, (D, D), and the rows' extent."""
     device = rows.features.device
     g = torch.zeros(rows.classes, rows.classes, dtype=torch.float64, device=device)
     a = torch.zeros(rows.inputs, rows.inputs, dtype=torch.float64, device=device)
+    extent = torch.zeros(2, dtype=torch.float64, device=device)
     for part in rows.chunks():
         h = rows.augmented(part, torch.float64)
         a.addmm_(h.T, h)
         for weight, p in rows.probabilities(part, terms):
+            extent += _extent(h, weight, p)
             weighted = weight * p
             g.diagonal().add_(weighted.sum(dim=0))
             g.addmm_(weighted.T, p, alpha=-1.0)
-    return rows.ranks.sum(g) / rows.total, rows.ranks.sum(a) / rows.total
+    return rows.ranks.sum(g) / rows.total, rows.ranks.sum(a) / rows.total, rows.ranks.sum(extent)
 
 
 def _corrected_eigenvalues(rows: Rows, terms: Sequence[HessianTerm], qg: Tensor, qa: Tensor) -> Tensor:
@@ -391,24 +431,16 @@ def _corrected_eigenvalues(rows: Rows, terms: Sequence[HessianTerm], qg: Tensor,
     return rows.ranks.sum(total) / rows.total
 
 
-def _trace(rows: Rows, terms: Sequence[HessianTerm]) -> float:
-    """trace(H) before damping."""
-    total = torch.zeros(1, dtype=torch.float64, device=rows.features.device)
-    for part in rows.chunks():
-        squared_norm = rows.augmented(part, torch.float64).square().sum(dim=1)
-        for weight, p in rows.probabilities(part, terms):
-            total += (weight[:, 0] * (p * (1.0 - p)).sum(dim=1) * squared_norm).sum()
-    return float(rows.ranks.sum(total)) / rows.total
-
-
-def _dense_hessian(rows: Rows, terms: Sequence[HessianTerm]) -> Tensor:
-    """H before damping, (C*D, C*D), block (c, k) = mean_i (sum_t w_ti J(p_ti)_ck) h~_i h~_i^T."""
+def _dense_hessian(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor]:
+    """H before damping, (C*D, C*D), block (c, k) = mean_i (sum_t w_ti J(p_ti)_ck) h~_i h~_i^T, and the rows' extent."""
     classes, inputs = rows.classes, rows.inputs
     device = rows.features.device
     hessian = torch.zeros(classes, inputs, classes, inputs, dtype=torch.float64, device=device)
+    extent = torch.zeros(2, dtype=torch.float64, device=device)
     for part in rows.chunks(bytes_per_row=8 * 3 * classes * inputs):
         h = rows.augmented(part, torch.float64)
         for weight, p in rows.probabilities(part, terms):
+            extent += _extent(h, weight, p)
             for c in range(classes):
                 column = -weight * p[:, c : c + 1] * p[:, c:]
                 column[:, 0] = weight[:, 0] * p[:, c] * (1.0 - p[:, c])
@@ -417,4 +449,4 @@ def _dense_hessian(rows: Rows, terms: Sequence[HessianTerm]) -> Tensor:
     rows.ranks.sum(hessian)
     for c in range(classes):
         hessian[c + 1 :, :, c] = hessian[c, :, c + 1 :].transpose(0, 1)
-    return hessian.reshape(classes * inputs, classes * inputs) / rows.total
+    return hessian.reshape(classes * inputs, classes * inputs) / rows.total, rows.ranks.sum(extent)

@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrds_fast.files import replacing
-from lrds_fast.influence.curvature import _eigh, _pseudo_inverse
+from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
+from lrds_fast.influence.batches import Batches, Data
+from lrds_fast.influence.curvature import _eigh, _pseudo_inverse, check_curvature
 from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
 from lrds_fast.influence.ranks import Ranks
 
@@ -188,9 +190,10 @@ class Factors:
         return tensors_fingerprint(tensors)
 
     @classmethod
-    def fit(cls, model: nn.Module, batches: Iterable[Tensor], **keywords: Any) -> Factors:
-        """fit_factors, by its keywords."""
-        return fit_factors(model, batches, **keywords)
+    def fit(cls, model: nn.Module, data: Data | Iterable[Tensor], **keywords: Any) -> Factors:
+        """fit_factors, by its keywords: layers, curvature, terms, labels, damping, damping_scale, seed, batch_size,
+        batch, logits, progress."""
+        return fit_factors(model, data, **keywords)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all."""
@@ -272,7 +275,7 @@ class Factors:
 
 def fit_factors(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    data: Data | Iterable[Tensor],
     *,
     layers: str | Sequence[str] = "all",
     curvature: str = "ekfac",
@@ -281,24 +284,32 @@ def fit_factors(
     damping: float | None = None,
     damping_scale: float = 0.1,
     seed: int = 0,
+    batch_size: int = 256,
+    batch: BatchHook | None = None,
+    logits: LogitsHook | None = None,
+    progress: bool | None = None,
 ) -> Factors:
     """Fits a model's curvature, block by block.
 
-    model: in eval mode. batches: inputs (B, ...), iterated once for "kfac" and twice for "ekfac". layers: as
-    layers.layer_names takes them. terms: the objective's. labels: as fisher_gradients takes them, drawn from `seed`.
-    damping: >= 0, added to every eigenvalue of every layer; None: damping_scale times each layer's mean eigenvalue.
-    Raises ValueError for an unknown curvature, no samples, or what sample_gradients refuses. Warns where a factor has
-    more dimensions than it has seen positions.
+    model: in eval mode. data: as influence.score takes it, a Dataset of (input, ...) samples or an iterable of batches
+    (inputs, ...), or of inputs (B, ...) alone, for targets are not used; also all inputs (N, ...) in one tensor. It is
+    read once for "kfac" and twice for "ekfac", and must give the same tensors each time. batch_size, batch, logits,
+    progress: as influence.score takes them.
+    layers: as layers.layer_names takes them. terms: the objective's. labels: as fisher_gradients takes them, drawn from
+    `seed`. damping: >= 0, added to every eigenvalue of every layer; None: damping_scale times each layer's mean
+    eigenvalue. Raises ValueError for an unknown curvature, one that is zero up to rounding (see
+    curvature.check_curvature), no samples, or what sample_gradients refuses. Warns where a factor has more dimensions
+    than it has seen positions.
     """
+    parameter = next(model.parameters())
+    batches = Batches(data, parameter, batch_size, progress, batch=batch, labelled=False)
 
     def placed() -> Iterator[tuple[int, Tensor]]:
-        start = 0
-        for x in batches:
-            yield start, x
-            start += len(x)
+        for part in batches("factors"):
+            yield part.start, part.x
 
     return fit_placed(
-        model,
+        Classifier(model, logits=logits),
         placed,
         layers=layers,
         curvature=curvature,
@@ -311,7 +322,7 @@ def fit_factors(
 
 
 def fit_placed(
-    model: nn.Module,
+    classifier: Classifier,
     batches: Callable[[], Iterable[tuple[int, Tensor]]],
     *,
     layers: str | Sequence[str],
@@ -331,6 +342,7 @@ def fit_placed(
         raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}; got {curvature!r}")
     if labels != "all" and not (isinstance(labels, int) and labels >= 1):
         raise ValueError(f"labels must be 'all' or a number of draws >= 1; got {labels!r}")
+    model = classifier.module
     names = layer_names(model, layers)
 
     def sweep(number: int) -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
@@ -339,17 +351,22 @@ def fit_placed(
         Every sweep draws labels of its own: eigenvalues measured on the draws that the basis was fitted to would be
         too large in it.
         """
+        extent = extents[number]
         for start, x in batches():
             generator = torch.Generator().manual_seed(_seed(seed, number, start))
             with torch.no_grad():
-                logits = model(x)
-            drawn = fisher_gradients(logits, terms(logits, start), labels, generator)
-            for draw, delta in enumerate(drawn):
-                yield len(x) if draw == 0 else 0, sample_gradients(model, x, lambda _, d=delta: d, names)[1]  # type: ignore[misc]
+                logits = classifier(x)
+            weighted = terms(logits, start)
+            extent[1] += torch.stack([weight.double().sum() for weight, _ in weighted]).sum()
+            for draw, delta in enumerate(fisher_gradients(logits, weighted, labels, generator)):
+                extent[0] += delta.double().square().sum()
+                yield len(x) if draw == 0 else 0, sample_gradients(classifier, x, lambda _, d=delta: d, names)[1]  # type: ignore[misc]
 
     sums = {kind: _zeros(model, names, kind) for kind in ("a", "g", "diagonal", "corrected")}
     device = next(model.parameters()).device
     count = torch.zeros(1, dtype=torch.int64, device=device)
+    # Of each sweep's draws, in the logits: what check_curvature looks at.
+    extents = torch.zeros(2, 2, dtype=torch.float64, device=device)
     positions = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in sums["a"]}
     for samples, found in sweep(0):
         count += samples
@@ -366,7 +383,7 @@ def fit_placed(
         ranks.sum(total_of)
     total = int(count)
     if total == 0:
-        raise ValueError("batches held no samples")
+        raise ValueError("data holds no samples")
     if curvature != "identity":
         _report_few(model, {name: int(seen) for name, seen in positions.items()}, sums["a"])
     blocks: dict[str, Block] = {}
@@ -386,6 +403,12 @@ def fit_placed(
                     sums["corrected"][name] += blocks[name].rotate(part).square_().sum(dim=0)
         for name, corrected in sums["corrected"].items():
             blocks[name] = Block(ranks.sum(corrected) / total, blocks[name].qg, blocks[name].qa)
+    ranks.sum(extents)
+    dtype = next(model.parameters()).dtype
+    for extent in extents[: {"identity": 0, "kfac": 1, "ekfac": 2}[curvature]]:
+        advice = "" if labels == "all" else ", or labels='all', which misses no rare label as draws do"
+        where = f"layer {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        check_curvature(curvature, where, extent, damping=damping, dtype=dtype, advice=advice)
     if curvature == "identity":
         by_layer = dict.fromkeys(names, damping or 0.0)
     elif damping is None:
@@ -393,7 +416,8 @@ def fit_placed(
     else:
         by_layer = dict.fromkeys(names, float(damping))
     for name, block in blocks.items():
-        if curvature != "identity" and float(block.eigenvalues.max()) + by_layer[name] <= 0:
+        # Squares below the smallest normal number have lost their digits, or are 0.
+        if not damping and float(block.eigenvalues.max()) < torch.finfo(dtype).tiny:
             raise ValueError(
                 f"layer {name!r}: the curvature is zero (every gradient of it is), so nothing can be scored by its"
                 " inverse: leave the layer out, or pass a damping > 0"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast import functional
+from lrds_fast.influence.adapters import Classifier
 from lrds_fast.influence.batches import Batch, Batches
 from lrds_fast.influence.curvature import Pieces, Rows
 from lrds_fast.influence.inputs import check_finite, check_logits
@@ -39,9 +40,9 @@ class _Rows(NamedTuple):
 class Head:
     """A student's last nn.Linear, whose output are its logits, and the teacher."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, name: str) -> None:
+    def __init__(self, student: Classifier, teacher: Classifier | None, name: str) -> None:
         self._student, self._teacher, self._name = student, teacher, name
-        self._layer = student.get_submodule(name)
+        self._layer = student.module.get_submodule(name)
         assert isinstance(self._layer, nn.Linear)
         self.bias = self._layer.bias is not None
         self.device = self._layer.weight.device
@@ -81,8 +82,8 @@ class Head:
 
 @torch.no_grad()
 def score_head(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: Classifier,
+    teacher: Classifier,
     name: str,
     train: Batches,
     held_out: Batches | None,
@@ -103,8 +104,9 @@ def score_head(
     """
     head = Head(student, teacher, name)
     own = _own_rows(head, train, shards)
-    device = next(student.parameters()).device
-    like = torch.empty(0, dtype=next(student.parameters()).dtype, device=device)
+    parameter = next(student.module.parameters())
+    device = parameter.device
+    like = torch.empty(0, dtype=parameter.dtype, device=device)
     h, z, v = (
         Pieces([getattr(rows, key) for rows in own.values()], like.new_empty(0, width))
         for key, width in (("h", head.width), ("z", head.classes), ("v", head.classes))
@@ -117,7 +119,7 @@ def score_head(
     layer = LastLayer(Rows(h, z, head.bias, shards.ranks), v, y, dtype, loss, hessian=hessian, selected=local)
     kinds = {score.kind for score in names}
     if not kinds.isdisjoint(CURVED):
-        layer.fit(curvature, damping=damping, damping_scale=damping_scale)
+        layer.fit(curvature, damping=damping, damping_scale=damping_scale, where=f"layer {name!r}")
     if held_out is not None and not kinds.isdisjoint(DIRECTED):
         layer.aim(_held_out_gradient(Head(student, None, name), held_out, shards))
 

@@ -88,6 +88,22 @@ def check_finite(name: str, tensor: Tensor, first: int = 0) -> None:
             )
 
 
+def check_scores(name: str, values: Tensor, first: int = 0) -> None:
+    """No NaN and no infinity among scores (B,) or (B, k); the error names the first sample that has one.
+
+    first: the number of row 0's sample.
+    """
+    finite = torch.isfinite(values)
+    if not finite.all():
+        row = _first(~finite)
+        value = float(values[row].flatten()[~finite[row].flatten()][0])
+        raise ValueError(
+            f"score {name!r} is {value} at sample {first + row}: drop the sample, score in float64 (a .double()"
+            " student, or float64 tensors), or pass a larger damping; an inf of ce or kd is a class that the student"
+            " excludes (-inf) and the label or the teacher does not"
+        )
+
+
 def check_logits(name: str, logits: Tensor, first: int = 0) -> None:
     """No NaN, no +inf, no row of only -inf; the error names the first such sample. first: as in check_finite."""
     for start in range(0, logits.shape[0], _SCAN_ROWS):

@@ -30,6 +30,7 @@ from lrds_fast.influence.inputs import (
     check_like,
     check_logits,
     check_samples,
+    check_scores,
     check_selected,
 )
 from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names, uniform_scores
@@ -76,15 +77,17 @@ def last_layer_scores(
     curvature: H is "identity", "kfac", "ekfac", or "exact" (dense up to 5000 parameters of the layer; beyond that
     conjugate gradients, for kd_gain only).
     damping: >= 0, added to every eigenvalue (to identity's 1 only if given); None: damping_scale * mean eigenvalue.
-    With damping 0 the inverse is the pseudo-inverse.
+    With damping 0 the inverse is the pseudo-inverse. A curvature that is zero up to rounding, as that of a student that
+    has memorised its training set, is an error unless damping > 0 stands in for it.
     hessian: "objective", that of the training objective, sample i's cross-entropy and divergence weighted as `loss`
     does; or "gt", that of the cross-entropy alone.
     selected: (N,) bool or floats in [0, 1], who had the teacher in the training so far (None: all). Enters H alone.
     bias: whether the layer has one. loss: a KDLoss; None: KDLoss().
 
     Returns Scores, a mapping from the names asked for to (N,) tensors on the inputs' device. Raises ValueError or
-    TypeError naming the argument (for NaN also the sample). Memory beyond the inputs: one chunk of rows (64 MiB), the
-    factors (C^2 + D^2 + a few C*D float64) and the scores; a C x d gradient per sample is never formed.
+    TypeError naming the argument, and for a NaN or a score that is not finite the sample. Memory beyond the inputs: one
+    chunk of rows (64 MiB), the factors (C^2 + D^2 + a few C*D float64) and the scores; a C x d gradient per sample is
+    never formed.
     """
     names = parse_score_names(scores)
     kinds = {name.kind for name in names}
@@ -116,6 +119,7 @@ def last_layer_scores(
     for part in layer.parts(names):
         found, teacher_pred[part] = layer.scores(part, names)
         for key, values in found.items():
+            check_scores(key, values, part.start)
             result[key][part] = values
     for name in names:
         if name.kind == "random":
@@ -158,13 +162,21 @@ class LastLayer:
         self._direction = torch.empty(0, dtype=dtype, device=rows.features.device)
         self.damping: float | None = None
 
-    def fit(self, curvature: str, *, damping: float | None, damping_scale: float) -> None:
-        """Fits H to the rows of all processes."""
+    def fit(
+        self, curvature: str, *, damping: float | None, damping_scale: float, where: str = "the last layer"
+    ) -> None:
+        """Fits H to the rows of all processes. Raises ValueError for one that has vanished; where: the layer in it."""
         terms = _hessian_terms(self.rows, self._y, self._hessian, self._selected, self._loss)
         if not terms and curvature != "identity":
             _report_zero_hessian(damping)
         self._curvature = fit_curvature(
-            curvature, self.rows, terms, damping=damping, damping_scale=damping_scale, dtype=self._dtype
+            curvature,
+            self.rows,
+            terms,
+            damping=damping,
+            damping_scale=damping_scale,
+            dtype=self._dtype,
+            where=where,
         )
         self.damping = self._curvature.damping
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lrds_fast.influence.adapters import Classifier, classifier
+
 
 class SampleGradients(ABC):
     """A layer's gradients of B samples."""
@@ -192,7 +194,7 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all") -> list[s
 
 
 def sample_gradients(
-    model: nn.Module,
+    model: nn.Module | Classifier,
     inputs: Tensor,
     logit_gradient: Callable[[Tensor], Tensor],
     layers: str | Sequence[str] = "all",
@@ -205,6 +207,8 @@ def sample_gradients(
     backward pass; parameters' .grad is left alone. Raises ValueError naming the layer (and the sample) for layers in
     training mode, never called, or with non-finite activations.
     """
+    outward = classifier(model)
+    model = outward.module
     names = layer_names(model, layers)
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -238,7 +242,7 @@ def sample_gradients(
         for parameter in parameters:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            logits = model(inputs.detach())
+            logits = outward(inputs.detach())
             if roots and logits.requires_grad:
                 torch.autograd.grad(logits, roots, logit_gradient(logits.detach()), allow_unused=True)
     finally:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast import functional
+from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.factors import Factors
+from lrds_fast.influence.inputs import check_scores
 from lrds_fast.influence.layers import Outer, SampleGradients, sample_gradients
 from lrds_fast.influence.whole import _checked_factors, _eval_mode
 
@@ -31,6 +33,8 @@ def pairwise(
     top_k: int | None = None,
     largest: bool = True,
     batch_size: int = 256,
+    batch: BatchHook | None = None,
+    logits: LogitsHook | None = None,
     progress: bool | None = None,
 ) -> Tensor | Pairwise:
     """g_q^T H^-1 g_i over the layers of `factors`, g the gradients of the labels' cross-entropies.
@@ -38,7 +42,8 @@ def pairwise(
     Positive: training on sample i lowers the loss of query q (a proponent); to first order n * the change of q's loss
     when i is left out.
 
-    student, query_data, train_data: as influence.score takes them, with targets in [0, C). factors: of this student.
+    student, query_data, train_data, batch, logits: as influence.score takes them, with targets in [0, C). factors: of
+    this student.
     top_k: None returns all of it, (Q, N); a number K >= 1 a Pairwise of each query's K largest influences (smallest
     with largest=False), and no more than (Q, K + batch_size) of them is ever held. Ties go to the lower index.
     Memory beside that: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
@@ -49,15 +54,17 @@ def pairwise(
     layers = _checked_factors(student, factors, "all")
     parameter = next(student.parameters())
 
-    train = Batches(train_data, parameter, batch_size, progress)
+    model = Classifier(student, "student", logits)
+    train = Batches(train_data, parameter, batch_size, progress, name="train_data", batch=batch)
+    asked = Batches(query_data, parameter, batch_size, progress, name="query_data", batch=batch)
 
     def gradients(data: Batches, what: str) -> Iterator[Mapping[str, SampleGradients]]:
-        for batch in data(what):
-            yield sample_gradients(student, batch.x, _label_gradient(batch.y), layers)[1]
+        for part in data(what):
+            yield sample_gradients(model, part.x, _label_gradient(part.y), layers)[1]
 
     with _eval_mode(student):
         queries = {name: _Queries(factors, name) for name in layers}
-        for found in gradients(Batches(query_data, parameter, batch_size, progress), "queries"):
+        for found in gradients(asked, "queries"):
             for name in layers:
                 queries[name].add(found[name])
         count = queries[layers[0]].count
@@ -71,6 +78,7 @@ def pairwise(
             for name in layers[1:]:
                 block += queries[name].against(found[name])
             block = block.to(dtype).cpu()
+            check_scores("pairwise", block.T, seen)
             if whole is not None:
                 whole[:, seen : seen + block.shape[1]] = block
                 seen += block.shape[1]
@@ -91,22 +99,27 @@ def self_influence(
     *,
     factors: Factors,
     batch_size: int = 256,
+    batch: BatchHook | None = None,
+    logits: LogitsHook | None = None,
     progress: bool | None = None,
 ) -> Tensor:
     """g_i^T H^-1 g_i over the layers of `factors`, g the gradient of the label's cross-entropy: (N,), high = noise.
 
-    What influence.score gives under that name, without a teacher. student, data: as influence.score takes them, with
-    targets in [0, C). factors: of this student. The result is on the CPU, float32 (float64 for a float64 student).
-    Raises ValueError or TypeError as influence.score does.
+    What influence.score gives under that name, without a teacher. student, data, batch, logits: as influence.score
+    takes them, with targets in [0, C). factors: of this student. The result is on the CPU, float32 (float64 for a
+    float64 student). Raises ValueError or TypeError as influence.score does.
     """
     layers = _checked_factors(student, factors, "all")
     parameter = next(student.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    model = Classifier(student, "student", logits)
+    batches = Batches(data, parameter, batch_size, progress, batch=batch)
     found = []
     with _eval_mode(student):
-        for batch in Batches(data, parameter, batch_size, progress)("self_influence"):
-            gradients = sample_gradients(student, batch.x, _label_gradient(batch.y), layers)[1]
+        for part in batches("self_influence"):
+            gradients = sample_gradients(model, part.x, _label_gradient(part.y), layers)[1]
             found.append(factors.quadratic(gradients, 1).to(dtype).cpu())
+            check_scores("self_influence", found[-1], part.start)
     return torch.cat(found)
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lrds_fast.files import remove_partial, replacing
+from lrds_fast.influence.inputs import check_scores
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import Scores
 
@@ -150,7 +151,12 @@ class Shards:
         return self.folder / f"part-{shard:08d}.parquet"
 
     def write(self, shard: int, start: int, columns: Mapping[str, Tensor]) -> None:
-        """A shard's columns (n,), label and teacher_pred among them; start: its first sample."""
+        """A shard's columns (n,), label and teacher_pred among them; start: its first sample.
+
+        Raises ValueError naming the first sample of which a score is not finite.
+        """
+        for name, column in columns.items():
+            check_scores(name, column, start)
         columns = {name: column.cpu() for name, column in columns.items()}
         index = torch.arange(start, start + len(columns["label"]))
         if self.folder is None:

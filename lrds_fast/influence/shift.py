@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.factors import CURVATURES, Factors, _seed, fit_placed
-from lrds_fast.influence.inputs import check_choice, check_damping
+from lrds_fast.influence.inputs import check_choice, check_damping, check_scores
 from lrds_fast.influence.last_layer import HESSIANS, _checked_loss
 from lrds_fast.influence.layers import SampleGradients, layer_names
 from lrds_fast.influence.ranks import Ranks
@@ -37,6 +38,8 @@ def set_shift(
     loss: KDLoss | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    batch: BatchHook | None = None,
+    logits: LogitsHook | None = None,
     progress: bool | None = None,
 ) -> Tensor:
     """S_i = R H^-1 g_i, (N, dim): what select_jointly adds up.
@@ -49,9 +52,9 @@ def set_shift(
     coordinates in H's eigenbasis, (N, P), lengths and products exact.
     factors: of this student; None fits them here, to `layers`, by curvature ("identity", "kfac" or "ekfac"), damping,
     damping_scale, hessian, labels and selected, which mean what they mean to influence.score.
-    student, data, batch_size, progress: as influence.score takes them. Under torch.distributed every process computes
-    all of it. The result is on the CPU, float32 (float64 for a float64 student). Raises ValueError or TypeError as
-    influence.score does.
+    student, data, batch_size, batch, logits, progress: as influence.score takes them. Under torch.distributed every
+    process computes all of it. The result is on the CPU, float32 (float64 for a float64 student). Raises ValueError or
+    TypeError as influence.score does.
     """
     check_choice("gradient", gradient, GRADIENTS)
     if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
@@ -65,13 +68,15 @@ def set_shift(
     parameter = next(student.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     models = [student] if teacher is None else [student, teacher]
-    batches = Batches(data, parameter, batch_size, progress)
+    batches = Batches(data, parameter, batch_size, progress, batch=batch)
+    learner = Classifier(student, "student", logits)
+    other = learner if teacher is None else Classifier(teacher, "teacher", logits)
     found = []
     with _eval_mode(*models):
         if factors is None:
             terms = _Terms(hessian, selected, loss, batches, Ranks())
             factors = fit_placed(
-                student,
+                learner,
                 terms.inputs,
                 layers=chosen,
                 curvature=curvature,
@@ -81,9 +86,10 @@ def set_shift(
                 damping_scale=check_damping("damping_scale", damping_scale),
             )
         sketch = _Sketch(factors, dim, seed, dtype, parameter.device)
-        for batch in batches("set_shift"):
-            scored = _Scored(student, models[-1], batch.x, batch.y, chosen, loss, factors, {}, dtype, gradient)
+        for part in batches("set_shift"):
+            scored = _Scored(learner, other, part.x, part.y, chosen, loss, factors, {}, dtype, gradient)
             found.append(sketch(scored._of(gradient)).cpu())
+            check_scores("set_shift", found[-1], part.start)
     return torch.cat(found)
 
 

@@ -13,6 +13,7 @@ from torch.func import functional_call, jvp
 
 from lrds_fast import functional
 from lrds_fast._version import __version__
+from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.curvature import CURVATURES, Identity
 from lrds_fast.influence.factors import Factors, fingerprint, fit_placed, tensors_fingerprint
@@ -49,6 +50,8 @@ def score(
     loss: KDLoss | None = None,
     factors: Factors | None = None,
     batch_size: int = 256,
+    batch: BatchHook | None = None,
+    logits: LogitsHook | None = None,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool | None = None,
@@ -61,16 +64,24 @@ def score(
     grand add up over the layers.
 
     student, teacher: from inputs (B, ...) to logits (B, C); both are put into eval mode and restored. The parameters'
-    device is where everything runs. train_data, val_data: a Dataset of (input, target, ...) samples, read in order in
-    batches of batch_size, or an iterable of such batches that gives the same order every time (a DataLoader without
-    shuffling); val_data, held out of the training set and never the test set, is needed by kd_gain.
+    device is where everything runs. train_data, val_data: a Dataset of (input, target, ...) samples (or a list of
+    them), read in order in batches of batch_size, or an iterable of such batches (a DataLoader without shuffling);
+    targets are integers in [0, C). val_data, held out of the training set and never the test set, is needed by kd_gain.
+    Data are read up to three times and must give exactly the same tensors each time: pass them with the evaluation
+    transform, never with random augmentation. The first 16 samples of a dataset, and the first batch of other data, are
+    read once more to find out; ValueError if they differ.
+    batch: from a batch as the loader gives it to (inputs, targets), for loaders that give anything but (inputs,
+    targets, ...): batch=lambda b: (b["pixel_values"], b["labels"]). logits: from what a model returns to its logits
+    (B, C), for student and teacher alike: logits=lambda out: out[0]. None: a tensor, or the `logits` of an object that
+    has them.
     layers: "last" (the last nn.Linear, whose output must be the logits), "all" with trainable parameters, or a list of
     module names. Linear, Conv (groups, dilation, any padding), Embedding and normalisation layers; others are refused
     by name.
     scores: the names of last_layer_scores; kd_gain_ns with layers="last" only. curvature: "identity", "kfac", "ekfac",
     a block per layer; "exact" with layers="last" only. labels: how H sees the model's own labels: a number of draws per
     sample (seed 0), or "all" (exact, C backward passes a batch); the last layer has them all, in closed form.
-    damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue.
+    damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue, which is an error
+    where the curvature is zero up to rounding (a student that has memorised its training set).
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
     factors: Factors.fit or .load of this student's layers, instead of fitting them here; layers, curvature, damping,
     damping_scale, hessian and labels are then theirs.
@@ -84,7 +95,7 @@ def score(
     all of them see.
 
     Returns Scores on the CPU, float32 (float64 for a float64 student). Raises ValueError or TypeError naming what is
-    wrong: an argument, a layer, or the sample whose gradient is not finite.
+    wrong: an argument, a layer, or the sample whose gradient or score is not finite.
     """
     names = parse_score_names(scores)
     kinds = {name.kind for name in names}
@@ -105,8 +116,11 @@ def score(
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     ranks = Ranks.current()
     shown = progress if ranks.first else False
-    train = Batches(train_data, parameter, batch_size, shown)
-    held_out = None if val_data is None else Batches(val_data, parameter, batch_size, shown)
+    learner, other = Classifier(student, "student", logits), Classifier(teacher, "teacher", logits)
+    train = Batches(train_data, parameter, batch_size, shown, name="train_data", batch=batch)
+    held_out = None
+    if val_data is not None:
+        held_out = Batches(val_data, parameter, batch_size, shown, name="val_data", batch=batch)
     if selected is not None:
         check_selected_values(selected)
         if train.samples is not None and selected.shape != (train.samples,):
@@ -149,10 +163,10 @@ def score(
     }
     with _eval_mode(student, teacher):
         if head:
-            more = score_head(student, teacher, chosen[0], train, held_out, shards, names, **common)
+            more = score_head(learner, other, chosen[0], train, held_out, shards, names, **common)
         else:
             more = _score_layers(
-                student, teacher, chosen, train, held_out, shards, names, factors=factors, labels=labels, **common
+                learner, other, chosen, train, held_out, shards, names, factors=factors, labels=labels, **common
             )
     if selected is not None and len(selected) != more["num_samples"]:
         raise ValueError(
@@ -162,8 +176,8 @@ def score(
 
 
 def _score_layers(
-    student: nn.Module,
-    teacher: nn.Module,
+    learner: Classifier,
+    teacher: Classifier,
     chosen: list[str],
     train: Batches,
     held_out: Batches | None,
@@ -181,7 +195,7 @@ def _score_layers(
     factors: Factors | None,
 ) -> dict[str, object]:
     """Writes this process's shards; returns what Scores.meta says of them."""
-    ranks = shards.ranks
+    ranks, student = shards.ranks, learner.module
     kinds = {name.kind for name in names}
     if factors is None and not kinds.isdisjoint(("kd_gain", "self_influence", "param_shift")):
         kept = shards.kept_path("factors")
@@ -190,7 +204,7 @@ def _score_layers(
         else:
             terms = _Terms(hessian, selected, loss, train, ranks)
             factors = fit_placed(
-                student,
+                learner,
                 terms.inputs,
                 layers=chosen,
                 curvature=curvature,
@@ -210,7 +224,7 @@ def _score_layers(
         if path is not None and ranks.agree(path.exists()):
             direction = shards.kept("direction") or {}
         else:
-            direction = _unpacked(student, factors.solve(_mean_gradient(student, chosen, held_out, ranks)))
+            direction = _unpacked(student, factors.solve(_mean_gradient(learner, chosen, held_out, ranks)))
             if path is not None and ranks.first:
                 shards.keep("direction", direction)
             ranks.wait()
@@ -232,7 +246,7 @@ def _score_layers(
         if not columns:
             shard, start = shards.of(batch.number), batch.start
         try:
-            scored = _Scored(student, teacher, batch.x, batch.y, chosen, loss, factors, direction, dtype, first)
+            scored = _Scored(learner, teacher, batch.x, batch.y, chosen, loss, factors, direction, dtype, first)
             found = {name.key: scored.score(name).to(dtype) for name in names if name.kind != "random"}
         except ValueError as error:
             raise ValueError(f"{error} (the batch begins at sample {batch.start})") from error
@@ -246,7 +260,7 @@ def _score_layers(
     if classes == 0:  # an earlier run had written every shard, but not its end
         batch = next(train("scores", lambda number: number == 0))
         with torch.no_grad():
-            classes = student(batch.x).shape[1]
+            classes = learner(batch.x).shape[1]
     return {
         "num_samples": written,
         "num_classes": classes,
@@ -320,8 +334,8 @@ class _Scored:
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module,
+        student: Classifier,
+        teacher: Classifier,
         x: Tensor,
         y: Tensor,
         layers: Sequence[str],
@@ -383,22 +397,28 @@ class _Scored:
 
     def _gain(self) -> Tensor:
         """-ddelta . dz, dz the derivative of the logits along the direction."""
-        moved = {name: tensor.detach() for name, tensor in self._student.named_parameters() if name in self._direction}
+        student, x = self._student.module, self._x
+
+        def outward(parameters: dict[str, Tensor]) -> Tensor:
+            return self._student.read(functional_call(student, parameters, (x,)), len(x))
+
+        moved = {name: tensor.detach() for name, tensor in student.named_parameters() if name in self._direction}
         with torch.no_grad():
             towards = {name: self._direction[name] for name in moved}
-            dz = jvp(lambda p: functional_call(self._student, p, (self._x,)), (moved,), (towards,))[1]
+            dz = jvp(outward, (moved,), (towards,))[1]
         gain: Tensor = torch.linalg.vecdot(self.rows.gradient("delta"), dz.to(self.rows.z))
         return -gain
 
 
-def _mean_gradient(student: nn.Module, layers: Sequence[str], batches: Batches, ranks: Ranks) -> dict[str, Tensor]:
+def _mean_gradient(learner: Classifier, layers: Sequence[str], batches: Batches, ranks: Ranks) -> dict[str, Tensor]:
     """g_val, flattened layer by layer as SampleGradients are: the gradient of the mean cross-entropy."""
+    student = learner.module
     parameters = {n: p for n, p in parameters_of(student, layers).items() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
     count = torch.zeros(1, dtype=torch.int64, device=next(student.parameters()).device)
     for batch in batches("validation", lambda number: number % ranks.count == ranks.rank):
         with torch.enable_grad():
-            total = F.cross_entropy(student(batch.x), batch.y, reduction="sum")
+            total = F.cross_entropy(learner(batch.x), batch.y, reduction="sum")
             gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         count += len(batch.x)
         for name, gradient in zip(parameters, gradients, strict=True):

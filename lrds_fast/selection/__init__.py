@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from lrds_fast.selection.choose import select, select_jointly
-from lrds_fast.selection.table import Selection, dataset_fingerprint
+from lrds_fast.selection.table import Selection, dataset_fingerprint, prefix
 
-__all__ = ["Selection", "dataset_fingerprint", "select", "select_jointly"]
+__all__ = ["Selection", "dataset_fingerprint", "prefix", "select", "select_jointly"]

@@ -49,7 +49,8 @@ def select(
         selection, as at the first scoring, leave changes nothing.
     labels: (N,) class indices, needed for per_class where scores is a plain mapping.
     dataset: what the selection is for: a fingerprint (see dataset_fingerprint), or an object that has a `fingerprint`,
-        or `targets` and `classes`. Scores know theirs; if both are given they must agree.
+        or `targets` and (for a plain mapping of scores) `classes`. Scores know theirs; if both are given they must
+        agree.
 
     Deterministic. Raises ValueError or TypeError naming the argument; a NaN score is an error that names the sample.
     """
@@ -242,14 +243,14 @@ def _facts(
     y = None if labels is None else label_tensor("labels", labels)
     if y is not None and len(y) != size:
         raise ValueError(f"labels must have one entry per sample, {size}; got {len(y)}")
-    wanted = None if dataset is None else fingerprint_of(dataset)
+    classes = scores.meta.get("num_classes") if isinstance(scores, Scores) else None
+    num_classes = classes if isinstance(classes, int) else None
+    wanted = None if dataset is None else fingerprint_of(dataset, num_classes)
     if not isinstance(scores, Scores):
         return y, None, None, wanted, {}
     target = scores.target.cpu()
     if y is not None and not torch.equal(y, target):
         raise ValueError("labels differ from scores.target; leave labels out, Scores carry their own")
-    classes = scores.meta.get("num_classes")
-    num_classes = classes if isinstance(classes, int) else None
     fingerprint = wanted if num_classes is None else dataset_fingerprint(target, num_classes)
     if wanted is not None and fingerprint != wanted:
         raise ValueError(

@@ -111,8 +111,9 @@ class Selection:
         """Reads what save wrote; with `dataset`, only if it was made for that dataset.
 
         dataset: a fingerprint (see dataset_fingerprint), or an object that has a `fingerprint` or, as torchvision's
-        datasets do, `targets` and `classes`. Raises FileNotFoundError, or ValueError naming the file for one that is
-        damaged, is not a selection, or belongs to another dataset.
+        datasets do, `targets`, the (N,) labels; its `classes` (their names or number) are needed only where the file
+        does not know how many there are. Raises FileNotFoundError, TypeError for a dataset that has neither, or
+        ValueError naming the file for one that is damaged, is not a selection, or belongs to another dataset.
         """
         name = os.fspath(path)
         table, facts = _read(name)
@@ -135,18 +136,46 @@ class Selection:
         if selection._relabelled():
             raise ValueError(f"{name}: its labels are not those it was saved with; run select again")
         if dataset is not None:
-            wanted = fingerprint_of(dataset)
             if selection.fingerprint is None:
                 raise ValueError(
                     f"{name} does not say which dataset it was made for; make it from Scores, or with"
                     " select(dataset=...)"
                 )
-            if selection.fingerprint != wanted:
-                raise ValueError(
-                    f"{name} was made for another dataset ({len(selection)} samples, fingerprint"
-                    f" {selection.fingerprint[:12]}; this one's is {wanted[:12]}); score this dataset and select again"
-                )
+            selection._check_dataset(name, dataset)
         return selection
+
+    def dataset(self, of: Any) -> Dataset[Any]:
+        """The samples of `of`, each with whether it keeps its teacher: (x, y, ...) becomes (x, y, ..., bool).
+
+        of: a map-style Dataset (or a list) of the samples that were chosen from, in their order, with any transform;
+        a dict as sample gets the key "selected". A DataLoader collates the flags to (B,) bool, which kd_loss takes as
+        `selected`, and `prefix` to put the selected rows in front. Raises ValueError where the numbers of samples or,
+        if `of` has `targets` or a `fingerprint`, the labels differ.
+        """
+        if not (hasattr(of, "__getitem__") and hasattr(of, "__len__")):
+            raise TypeError(f"of must be a map-style Dataset, with a length and items; got {type(of).__name__}")
+        if len(of) != len(self):
+            raise ValueError(
+                f"the selection is for {len(self)} samples, the dataset has {len(of)}; select for this dataset"
+            )
+        known = any(getattr(of, name, None) is not None for name in ("fingerprint", "targets"))
+        countable = self.num_classes is not None or getattr(of, "classes", None) is not None
+        if self.fingerprint is not None and known and countable:
+            self._check_dataset("the selection", of)
+        return _Flagged(of, self.mask.tolist())
+
+    def _check_dataset(self, name: str, dataset: object) -> None:
+        """ValueError unless the fingerprint is the dataset's; name: of the selection."""
+        assert self.fingerprint is not None
+        try:
+            wanted = fingerprint_of(dataset, self.num_classes)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be compared with the dataset: {error}") from error
+        if self.fingerprint != wanted:
+            raise ValueError(
+                f"{name} was made for another dataset ({len(self)} samples, fingerprint {self.fingerprint[:12]}; this"
+                f" one's is {wanted[:12]}); score this dataset and select again"
+            )
 
     def _relabelled(self) -> bool:
         """Whether labels, C and fingerprint are all known and do not belong together."""
@@ -179,6 +208,48 @@ class Selection:
             file.write(text)
 
 
+class _Flagged(Dataset[Any]):
+    """A dataset's samples with their flags."""
+
+    def __init__(self, of: Any, selected: list[bool]) -> None:
+        self._of, self._selected = of, selected
+
+    def __len__(self) -> int:
+        return len(self._selected)
+
+    def __getitem__(self, index: int) -> Any:
+        item, selected = self._of[index], self._selected[index]
+        if isinstance(item, Mapping):
+            return {**item, "selected": selected}
+        if isinstance(item, (tuple, list)):
+            return (*item, selected)
+        raise TypeError(f"samples must be (x, y, ...) or dicts, to take a flag; got {type(item).__name__} at {index}")
+
+
+def prefix(*batch: Tensor) -> tuple[Any, ...]:
+    """A batch with its selected rows in front: (x, y, ..., selected) becomes (x, y, ..., K), K of them an int.
+
+    batch: tensors with B rows each, the last one (B,) bool, as a DataLoader over Selection.dataset gives them. Within
+    the selected, and within the others, the order is kept. The teacher then sees x[:K] alone, and kd_loss takes its
+    logits as a teacher of K rows. Raises ValueError or TypeError for what is no such batch.
+    """
+    selected = batch[-1] if batch else None
+    if not isinstance(selected, Tensor) or selected.dtype != torch.bool or selected.dim() != 1:
+        found = f"{selected.dtype} {tuple(selected.shape)}" if isinstance(selected, Tensor) else type(selected).__name__
+        raise TypeError(f"the last part of a batch must be selected, (B,) bool; got {found}")
+    order = torch.argsort((~selected).to(torch.uint8), stable=True)
+    parts = []
+    for part in batch[:-1]:
+        if not isinstance(part, Tensor):
+            raise TypeError(f"the parts of a batch must be tensors; got {type(part).__name__}")
+        if part.dim() == 0 or len(part) != len(selected):
+            raise ValueError(
+                f"every part of a batch must have selected's {len(selected)} rows; got shape {tuple(part.shape)}"
+            )
+        parts.append(part[order.to(part.device)])
+    return (*parts, int(selected.sum()))
+
+
 def label_tensor(name: str, labels: object) -> Tensor:
     """(N,) int64 on the CPU, from anything that holds integers."""
     try:
@@ -190,8 +261,8 @@ def label_tensor(name: str, labels: object) -> Tensor:
     return tensor.long()
 
 
-def fingerprint_of(dataset: object) -> str:
-    """A dataset's fingerprint, from whatever the caller has of it."""
+def fingerprint_of(dataset: object, num_classes: int | None = None) -> str:
+    """A dataset's fingerprint, from whatever the caller has of it; num_classes: C where the dataset does not say."""
     if isinstance(dataset, str):
         if len(dataset) != 64 or not set(dataset) <= set("0123456789abcdef"):
             raise ValueError(f"dataset must be a fingerprint of 64 hex digits; got {dataset!r}")
@@ -201,10 +272,14 @@ def fingerprint_of(dataset: object) -> str:
         return fingerprint_of(fingerprint)
     targets: Any = getattr(dataset, "targets", None)
     classes: Any = getattr(dataset, "classes", None)
+    if classes is None:
+        classes = num_classes
     if targets is None or classes is None:
+        lacking = "`targets`" if targets is None else "`classes`, and the number of classes is not known otherwise"
         raise TypeError(
-            "dataset must be a fingerprint (see dataset_fingerprint), or have a `fingerprint`, or `targets` and"
-            f" `classes`; got {type(dataset).__name__}"
+            f"dataset must be a fingerprint, or have a `fingerprint`, or `targets`; this {type(dataset).__name__} lacks"
+            f" {lacking}: pass dataset=lrds_fast.selection.dataset_fingerprint(labels, num_classes), labels being the"
+            " (N,) class of each sample"
         )
     return dataset_fingerprint(targets, classes if isinstance(classes, int) else len(classes))
 

@@ -39,7 +39,7 @@ def run_suites(names: Sequence[str], *, device: str, threads: int, quick: bool, 
     if threads < 1:
         raise ValueError(f"--threads must be >= 1; got {threads}")
     if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("pytest") is None:
-        raise ImportError("the benchmarks need pytest and matplotlib: pip install 'lrds-fast[bench]'")
+        raise ImportError("the benchmarks need pytest and matplotlib: pip install pytest pytest-benchmark matplotlib")
     out.mkdir(parents=True, exist_ok=True)
     rendered = []
     for name in names:

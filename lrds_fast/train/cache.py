@@ -18,7 +18,7 @@ from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import autocast_factory, available_amp, pick_device
 
 #: Keys of [data] that no sample's picture depends on, beyond what decoders round.
-FREE = ("root", "batch_size", "eval_batch_size", "test_limit", "workers", "reader")
+FREE = ("root", "batch_size", "eval_batch_size", "test_limit", "workers", "reader", "first_label")
 
 
 def write_cache(

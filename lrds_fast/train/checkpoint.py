@@ -1,36 +1,23 @@
-"""Checkpoints: written whole or not at all, read without running code, refused where they are another run's."""
+"""Checkpoints: written whole or not at all, refused where they are another run's."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrds_fast import _C
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train.files import atomic_write
 from lrds_fast.train.notes import note
+from lrds_fast.train.weights import load_state, read
+from lrds_fast.train.weights import load_weights as load_weights
 
 FORMAT = 2
-
-# What published checkpoints hold beside tensors: options as argparse leaves them, accuracies as NumPy scalars. None of
-# these runs anything when it is unpickled.
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
-    *(
-        (np.float64(0).__reduce__()[0], f"{module}.multiarray.scalar")  # its name before and since NumPy 2
-        for module in ("numpy.core", "numpy._core")
-    ),
-]
 
 
 class Stateful(Protocol):
@@ -114,7 +101,9 @@ def resume(
 ) -> Position:
     """Loads what save() wrote and returns how far the run was; ValueError where a fact differs. Where only the machine
     does, a note says that the results will not be bit for bit those of a run without a break."""
-    state = _read(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
+    state = read(path, named=str(path), otherwise="restore it from a copy, or delete it and start afresh")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); start afresh without --resume"
@@ -137,7 +126,7 @@ def resume(
             f"{path} was written with {'; '.join(others)}: the results will not be bit for bit those of a run without"
             " a break"
         )
-    load_state(student, state["student"], path)
+    load_state(student, state["student"], str(path))
     for name, part in parts.items():
         if part is not None:
             part.load_state_dict(state["parts"][name])
@@ -159,76 +148,3 @@ def save_weights(path: Path, model: nn.Module, facts: Mapping[str, str]) -> None
     with atomic_write(path) as file:
         # One key: the format does not keep the order of several, and equal weights shall be equal files.
         file.write(save(state, metadata={"lrds_fast": json.dumps(dict(facts))}))
-
-
-def load_weights(model: nn.Module, path: Path, *, key: str) -> None:
-    """Fills `model` from a checkpoint of this trainer (its moving average, where one was kept), from {"model": state
-    dict}, {"state_dict": ...}, a bare state dict, or .safetensors. key: the recipe key that named the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{key}: there is no file {path}; train it first, or correct the path")
-    if path.suffix == ".safetensors":
-        state: Any = _read_safetensors(path)
-    else:
-        state = _read(path)
-        if isinstance(state, dict) and state.get("format") == FORMAT:
-            average = state["parts"].get("ema")
-            state = state["student"] if average is None else _average_weights(average)
-        for wrapper in ("model", "state_dict"):
-            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-                state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{key}: {path} holds no state dict of tensors")
-    if all(name.startswith("module.") for name in state):
-        state = {name[len("module.") :]: value for name, value in state.items()}
-    load_state(model, state, path)
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """load_state_dict, with the first difference in one line."""
-    own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    surplus = [key for key in state if key not in own]
-    if missing or surplus:
-        differences = [f"lacks {missing[0]!r}"] if missing else []
-        differences += [f"has {surplus[0]!r}, which the model has not"] if surplus else []
-        raise ValueError(
-            f"{path} is of another model: it {' and '.join(differences)}; name the model it was saved from"
-        )
-    for key, value in own.items():
-        if state[key].shape != value.shape:
-            raise ValueError(
-                f"{path} is of another model: {key} has shape {tuple(state[key].shape)}, the model's has"
-                f" {tuple(value.shape)}; the class counts or the widths differ"
-            )
-    model.load_state_dict(dict(state))
-
-
-def _average_weights(average: Mapping[str, Any]) -> dict[str, Any]:
-    prefix = "module."
-    return {key[len(prefix) :]: value for key, value in average.items() if key.startswith(prefix)}
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of tensors alone, or it is damaged: {reason}") from error
-    except Exception as error:  # a damaged zip raises RuntimeError, EOFError, OSError or KeyError, by where it was cut
-        raise ValueError(
-            f"{path} is damaged (cut short?); restore it from a copy, or delete it and start afresh"
-        ) from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lrds_fast import divergences
-from lrds_fast.data.strong import parse_rand_augment
+from lrds_fast.rand_augment import parse_rand_augment
 
 if TYPE_CHECKING:
     from lrds_fast.train.recipe import LossOptions, Recipe, TeacherOptions
@@ -27,6 +27,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "run.amp": ("off", "bf16", "fp16"),
     "run.compile": ("off", "default", "reduce-overhead", "max-autotune"),
     "teacher.amp": ("", "off", "bf16", "fp16"),
+    "teacher.weights": ("average", "raw"),
+    "student.weights": ("average", "raw"),
 }
 
 

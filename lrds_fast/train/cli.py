@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+from lrds_fast import _build
+from lrds_fast._version import __version__
 
 #: Exit codes: done; could not be done (training diverged, disk full, ...); the request itself is wrong; interrupted.
 #: Training that a signal stopped after its checkpoint ends with 128 + the signal's number, as shells have it.
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+_RESUME = "; the same command with --resume goes on after the last checkpoint, if there is one"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,21 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lrds_fast.train.stopping import Stopped
 
     open_streams()
-    parser = _parser()
-    options = parser.parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = options.command
+    options = argparse.Namespace(debug=False, again="")
     try:
-        code = command(options)
+        options = _parsed(list(sys.argv[1:] if argv is None else argv))
+        code: int = options.command(options)
         sys.stdout.flush()
         return code
     except Stopped as stopped:
         print(f"lrds-fast: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
-        print(
-            "lrds-fast: interrupted; lrds-fast train --resume goes on after the last checkpoint",
-            file=sys.stderr,
-        )
+        print(f"lrds-fast: interrupted{options.again}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough (| head); nothing more can be written there, not even at exit.
@@ -42,23 +44,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError, ImportError) as error:
         if options.debug:
+            import traceback
+
             traceback.print_exc()
         print(f"lrds-fast: error: {_one_line(error)}", file=sys.stderr)
         wrong_request = isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError))
         return MISUSED if wrong_request else FAILED
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISUSED, f"lrds-fast: error: {message} (see {self.prog} --help)\n")
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """The arguments' meaning. A wrong one ends the program with a line that names the nearest right one."""
+    parser, commands = _parser()
+    first = arguments[0] if arguments else ""
+    if first and not first.startswith("-") and first not in commands:
+        near = difflib.get_close_matches(first, commands, n=1)
+        parser.error(f"there is no command {first!r}; {_instead(near, commands)}")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        sub: argparse.ArgumentParser = options.parser
+        sub.error(_unknown(unknown[0], has_settings="settings" in options))
+    return options
+
+
+def _instead(near: Sequence[str], all_of_them: Sequence[str]) -> str:
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(all_of_them)}"
+
+
+def _unknown(argument: str, *, has_settings: bool) -> str:
+    """What to say of an argument that the command does not take: --epochs is a recipe's schedule.epochs."""
+    from lrds_fast.train.recipe import all_keys
+
+    name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+    keys = [key for key in all_keys() if key == name or key.endswith(f".{name}")]
+    if not has_settings or not argument.startswith("--") or not keys:
+        return f"unknown argument {argument}"
+    ways = " or ".join(f"--set {key}=..." for key in keys)
+    return f"unknown argument {argument}; a recipe's values are set with --set KEY=VALUE: {ways}"
+
+
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return _build.problem() or str(error)
     text = " ".join(str(error).split())
     return text or f"{type(error).__name__} without a message; --debug shows where"
 
 
-def _parser() -> argparse.ArgumentParser:
-    from lrds_fast._version import __version__
-
-    parser = argparse.ArgumentParser(
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser and the names of the commands."""
+    parser = _Parser(
         prog="lrds-fast",
         description="Knowledge distillation with label revision (LR) and data selection (DS).",
         epilog="Start with: lrds-fast demo",
@@ -67,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(
-        name: str, command: Callable[[argparse.Namespace], int], summary: str, example: str
+        name: str, command: Callable[[argparse.Namespace], int], summary: str, example: str, again: str = ""
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
@@ -76,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, parser=sub, again=again)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
@@ -115,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "train a recipe",
         "lrds-fast train digits_alone --set schedule.epochs=20 --set seed=1",
+        again=_RESUME,
     )
     add_recipe(sub)
     after = sub.add_mutually_exclusive_group()
@@ -130,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         _cache,
         "run a recipe's teacher once and keep its answers in teacher.cache, for training to read",
         "lrds-fast cache digits_kd --set teacher.cache=runs/soft_labels --set teacher.cache_views=4",
+        again=_RESUME,
     )
     add_recipe(sub)
     sub.add_argument("--selected", action="store_true", help="only of the samples that selection.path keeps")
@@ -147,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         "train a list of recipes, one after the other; what is finished is kept, what was cut short goes on",
         "lrds-fast sweep cifar100/resnet56-resnet20/kd cifar100/resnet56-resnet20/kd+lr --seeds 0 1 2\n"
         "  lrds-fast sweep cifar100/resnet56-resnet20/kd+lr+ds --ablation eta --list",
+        again="; the same command goes on where this one was stopped",
     )
     sub.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="TOML files or names; @FILE is a file of them, a line each"
@@ -244,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         "what is installed and built, and how to get what is missing",
         "lrds-fast doctor",
     )
-    return parser
+    return parser, list(commands.choices)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -261,10 +306,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from lrds_fast.train import run
     from lrds_fast.train.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.settings)
+    recipe = load_recipe(options.recipe, options.settings)  # mistakes in it need not wait for PyTorch
+
+    from lrds_fast.train import run
+
     result = run.fit(
         recipe, resume=options.resume, overwrite=options.overwrite, progress=_progress(options), say=_say(options)
     )
@@ -280,11 +327,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _cache(options: argparse.Namespace) -> int:
-    from lrds_fast.data.label_shards import size_text
-    from lrds_fast.train import run
     from lrds_fast.train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)
+
+    from lrds_fast.data.label_shards import size_text
+    from lrds_fast.train import run
+
     labels = run.cache(
         recipe,
         only_selected=options.selected,
@@ -303,10 +352,8 @@ def _cache(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from lrds_fast.train.ablations import ablation, cells, parse_axis
-    from lrds_fast.train.files import write_text
     from lrds_fast.train.recipe import load_recipe
-    from lrds_fast.train.report import html_report, markdown_report, printed
-    from lrds_fast.train.sweep import listed, sweep
+    from lrds_fast.train.sweep import check_writable, listed, sweep
 
     recipes = [load_recipe(source, options.settings) for source in listed(options.recipes)]
     if options.ablation:
@@ -316,25 +363,40 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(recipe.name for recipe in recipes))
         return OK
-    runs, failures = sweep(recipes, seeds=options.seeds, progress=_progress(options), say=print)
+
+    from lrds_fast.train.files import write_text
+    from lrds_fast.train.report import check_baseline, html_report, markdown_report, printed
+
+    # What would only be missed once everything is trained.
+    check_baseline(options.baseline, [recipe.name for recipe in recipes])
+    for key, path in (("--report", options.report), ("--markdown", options.markdown)):
+        if path is not None:
+            check_writable(path, key, folder=False)
+    runs, failures = sweep(
+        recipes, seeds=options.seeds, progress=_progress(options), say=print, say_epoch=_say(options)
+    )
+    # A baseline that failed has no row: then there are no differences.
+    baseline = options.baseline if options.baseline in {run.recipe.name for run in runs} else None
     if runs:
-        print(f"\n{printed(runs, baseline=options.baseline)}")
+        print(f"\n{printed(runs, baseline=baseline)}")
     if runs and options.report:
-        write_text(options.report, html_report(runs, title="lrds-fast sweep", baseline=options.baseline))
+        write_text(options.report, html_report(runs, title="lrds-fast sweep", baseline=baseline))
         print(f"\nreport: {options.report}")
     if runs and options.markdown:
-        write_text(options.markdown, markdown_report(runs, title="lrds-fast sweep", baseline=options.baseline))
+        write_text(options.markdown, markdown_report(runs, title="lrds-fast sweep", baseline=baseline))
     for where, reason in failures:
         print(f"lrds-fast: error: {where}: {reason}", file=sys.stderr)
     return FAILED if failures else OK
 
 
 def _score(options: argparse.Namespace) -> int:
-    import lrds_fast
-    from lrds_fast.train import run
     from lrds_fast.train.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)
+
+    import lrds_fast
+    from lrds_fast.train import run
+
     scores = run.score(recipe, progress=_progress(options))
     path = options.out or recipe.out / "scores.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -382,7 +444,7 @@ def _report(options: argparse.Namespace) -> int:
 
     runs = [read_run(folder) for folder in options.runs]
     rows = tabulate(runs, baseline=options.baseline)
-    conclusions = verdicts(rows, options.baseline) if options.baseline else []
+    conclusions = verdicts([(rows, options.baseline)]) if options.baseline else []
     page = html_report(runs, title="lrds-fast report", baseline=options.baseline, conclusions=conclusions)
     write_text(options.out, page)
     if options.markdown:

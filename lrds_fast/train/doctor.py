@@ -1,19 +1,21 @@
-"""What is installed, what was built, what is missing and how to get it."""
+"""What is installed, what was built, what is missing and how to get it: read from files, PyTorch is not imported."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-import lrds_fast
+from lrds_fast import _build
+from lrds_fast._version import __version__
 
 
 class Finding(NamedTuple):
@@ -30,7 +32,7 @@ OPTIONAL = (
     ("torchvision", "ImageFolder data and torchvision: models", "pip install torchvision"),
     ("timm", "timm: models", "pip install timm"),
     ("scikit-learn", "the demo's digits", "pip install scikit-learn"),
-    ("torchdistill", "distillation of features", "pip install 'lrds-fast[features]'"),
+    ("torchdistill", "distillation of features", "pip install torchdistill"),
     ("tensorboard", "the log as TensorBoard's events", "pip install tensorboard"),
     ("nvidia-dali-cuda130", "twice as fast photographs, on the GPU too", "pip install nvidia-dali-cuda130"),
 )
@@ -38,29 +40,19 @@ OPTIONAL = (
 
 def examine() -> list[Finding]:
     """All findings, in the order they are printed."""
-    from lrds_fast import _C
-
-    info: dict[str, Any] = _C.build_info()
+    problem = _build.problem()
+    facts = None if problem else _build.record()
+    if not problem and facts is None:
+        facts, problem = _asked()
+    torch = _build.installed_torch()
     findings = [
         Finding("python", True, platform.python_version(), needed=True),
-        Finding(
-            "lrds-fast",
-            True,
-            f"{lrds_fast.__version__}, built by {info['compiler']} for torch {info['torch_version']}",
-            needed=True,
-        ),
-        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads", needed=True),
-        Finding(
-            "cpu kernels",
-            True,
-            f"levels {', '.join(info['cpu_isas'])}; this CPU runs {info['cpu_isa']};"
-            f" OpenMP {'on' if info['openmp'] else 'off'}",
-            needed=True,
-        ),
-        _cuda_kernels(info),
-        _cuda_device(),
-        _nvcc(),
+        Finding("lrds-fast", not problem, problem or _built(facts or {}), needed=True),
+        _torch(torch),
     ]
+    if facts:
+        findings += [_cpu_kernels(facts), _cuda_kernels(facts, torch)]
+    findings += [_cuda_device(torch), _nvcc()]
     findings += [_distribution(name, purpose, how) for name, purpose, how in OPTIONAL]
     findings.append(_real_data())
     return findings
@@ -81,30 +73,95 @@ def healthy(findings: Sequence[Finding]) -> bool:
     return all(finding.found for finding in findings if finding.needed)
 
 
-def _cuda_kernels(info: dict[str, Any]) -> Finding:
-    if info["cuda"]:
-        return Finding(
-            "cuda kernels",
-            True,
-            f"CUDA {info['cuda_version']}, architectures {', '.join(info['cuda_archs'])}",
+def _asked() -> tuple[dict[str, Any] | None, str | None]:
+    """The facts of an extension without a record, from itself, and else why it does not load. Takes seconds."""
+    code = "import json; from lrds_fast._ops import build_info; print(json.dumps(build_info()))"
+    folder = str(Path(_build.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, env=environment
         )
+        facts: dict[str, Any] = json.loads(done.stdout)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        return None, f"the extension does not load: {said[-1]}"
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return None, f"the extension does not load: {error}"
+    return facts, None
+
+
+def _built(facts: dict[str, Any]) -> str:
+    return f"{__version__}, built by {facts['compiler']} for torch {facts['torch_version']}"
+
+
+def _torch(torch: dict[str, str | None] | None) -> Finding:
+    if torch is None:
+        return Finding("torch", False, "not installed: pip install 'torch>=2.11'", needed=True)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    limit = f", OMP_NUM_THREADS={threads}" if threads else ""
+    cuda = f"CUDA {torch['cuda']}" if torch["cuda"] else "a CPU build"
+    return Finding("torch", True, f"{torch['version']}, {cuda}; {cpus} CPUs{limit}", needed=True)
+
+
+def _cpu_kernels(facts: dict[str, Any]) -> Finding:
+    levels = facts["cpu_isas"]
     return Finding(
-        "cuda kernels",
-        False,
-        "not built; with nvcc: LRDS_FAST_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .",
+        "cpu kernels",
+        True,
+        f"levels {', '.join(levels)}; this CPU runs {cpu_level(levels)}; OpenMP {'on' if facts['openmp'] else 'off'}",
+        needed=True,
     )
 
 
-def _cuda_device() -> Finding:
-    if not torch.cuda.is_available():
-        why = (
-            "torch is a CPU build"
-            if torch.version.cuda is None
-            else "torch sees none; check the driver with nvidia-smi"
-        )
-        return Finding("cuda device", False, f"{why}; training runs on the CPU")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Finding("cuda device", True, ", ".join(names))
+def cpu_level(levels: Sequence[str]) -> str:
+    """Which of the compiled levels runs here, as csrc/cpu/kd_loss.cpp chooses it."""
+    try:
+        flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    except (OSError, IndexError):
+        return "the best of them that it has"
+    best = "baseline"
+    if {"avx2", "fma"} <= flags:
+        best = "avx2"
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        best = "avx512_bf16" if "avx512_bf16" in flags else "avx512"
+    cap = os.environ.get("LRDS_FAST_CPU_ISA", best)
+    allowed = [level for level in levels if level in (best, cap)]
+    return allowed[0] if allowed else levels[-1]
+
+
+def _cuda_kernels(facts: dict[str, Any], torch: dict[str, str | None] | None) -> Finding:
+    if facts["cuda"]:
+        detail = f"nvcc {facts['cuda_version']}, architectures {', '.join(facts['cuda_archs'])}"
+        return Finding("cuda kernels", True, detail)
+    if torch is None or torch["cuda"] is None:
+        return Finding("cuda kernels", False, "not built: torch is a CPU build; install a CUDA build of torch first")
+    return Finding("cuda kernels", False, f"not built; with nvcc: LRDS_FAST_CUDA=1 {_build.how_to_rebuild()}")
+
+
+def _cuda_device(torch: dict[str, str | None] | None) -> Finding:
+    if torch is not None and torch["cuda"] is None:
+        return Finding("cuda device", False, "torch is a CPU build; training runs on the CPU")
+    names = _devices()
+    if not names:
+        return Finding("cuda device", False, "the driver names none (nvidia-smi); training runs on the CPU")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limit = "" if visible is None else f"; CUDA_VISIBLE_DEVICES={visible}"
+    return Finding("cuda device", True, ", ".join(names) + limit)
+
+
+def _devices() -> list[str]:
+    """The names of the GPUs that NVIDIA's driver has."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    names = [name for file in files for name in re.findall(r"^Model:\s*(\S.*)$", file.read_text(), re.MULTILINE)]
+    if names or shutil.which("nvidia-smi") is None:
+        return names
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
 
 
 def _nvcc() -> Finding:

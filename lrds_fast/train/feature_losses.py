@@ -16,7 +16,7 @@ def _library() -> tuple[Any, Any, Any]:
         from torchdistill.losses import mid_level
         from torchdistill.models import adaptation, wrapper
     except ImportError as error:
-        raise ImportError(f"features.method needs torchdistill: pip install 'lrds-fast[features]' ({error})") from error
+        raise ImportError(f"features.method needs torchdistill: pip install torchdistill ({error})") from error
     return mid_level, adaptation, wrapper
 
 

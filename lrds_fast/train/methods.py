@@ -12,6 +12,7 @@ from torch import Tensor
 import lrds_fast
 from lrds_fast import KDLossParts
 from lrds_fast.composed import gram_terms
+from lrds_fast.topk import TopKTeacher
 from lrds_fast.train.recipe import LossOptions
 from lrds_fast.train.setup import loss_arguments
 
@@ -69,12 +70,19 @@ def _kd(options: LossOptions) -> Objective:
             v,
             y,
             **(arguments | {"kd_weight": kd_weight}),
-            selected=selected,
+            **_listeners(v, selected),
             grad_scale=grad_scale,
             num_valid=num_valid,
         )
 
     return parts
+
+
+def _listeners(v: Tensor | TopKTeacher, selected: Tensor | None) -> dict[str, Any]:
+    """kd_loss's keywords for who has a teacher: a mask, or the rows of v."""
+    if selected is not None:
+        return {"selected": selected}
+    return {"teacher_rows": len(v.values if isinstance(v, TopKTeacher) else v)}
 
 
 def _counted(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, options: LossOptions) -> KDLossParts:
@@ -83,12 +91,12 @@ def _counted(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, options: 
         z,
         v,
         y,
-        selected=selected,
+        **_listeners(v, selected),
         ce_weight=options.ce_weight,
         ce_weight_unselected=options.ce_weight_unselected,
         kd_weight=0.0,
         label_smoothing=options.label_smoothing,
-        revise=None if options.revise == "none" else options.revise,
+        revise=options.revise,
         eta=options.eta,
     )
 
@@ -147,7 +155,7 @@ def _mlkd(options: LossOptions) -> Objective:
             ce_weight=0.0,
             ce_weight_unselected=0.0,
             kd_weight=kd_weight,
-            revise=None if options.revise == "none" else options.revise,
+            revise=options.revise,
             eta=options.eta,
             selected=selected,
         )
@@ -189,7 +197,7 @@ def mlkd_views(
         return z.sum() * 0.0
     target_of: dict[str, Any] = {
         "temperature": options.temperatures or options.temperature,
-        "revise": None if options.revise == "none" else options.revise,
+        "revise": options.revise,
         "eta": options.eta,
     }
     p = teacher.softmax(dim=1, dtype=torch.promote_types(teacher.dtype, torch.float32))

@@ -38,9 +38,10 @@ _FEATURES = {
 }
 METHODS |= _FEATURES | {f"kd-{name}": f"KD+{label}" for name, label in _FEATURES.items()}
 NOTE = (
-    "Test accuracy in %, mean ± standard error over the seeds (in parentheses). best: of the best epoch, chosen on the"
-    " test split, as most of the published numbers are; it flatters. last: after the last epoch. published: without"
-    " label revision or selection, as the literature reports it for this protocol; - where it reports none."
+    "Test accuracy in %, mean ± standard error over the seeds (in parentheses; one gives no estimate of the noise)."
+    " best: of the best epoch, chosen on the test split, as most of the published numbers are; it flatters. last: after"
+    " the last epoch. published: without label revision or selection, as the literature reports it for this protocol; -"
+    " where it reports none."
 )
 #: Pairs side by side in a terminal.
 _ACROSS = 2

@@ -31,7 +31,9 @@ class DataOptions:
 
     rand_augment: "" or RandAugment as timm names it, "m9-n2-mstd0.5". erasing: the probability of random erasing.
     mixup, cutmix: the alphas of what mixes two samples of a batch, 0 for none; mix_probability: how many batches are
-    mixed. second_view "strong": samples come in a second, strongly augmented view as well, for loss.method "mlkd"."""
+    mixed. second_view "strong": samples come in a second, strongly augmented view as well, for loss.method "mlkd".
+    first_label: the number of the first class in the files of "npz", "webdataset" and "tfrecord"; -1 is 1 in "tfrecord"
+    and 0 in the others."""
 
     name: str = "digits"
     root: str = ""
@@ -54,11 +56,13 @@ class DataOptions:
     cutmix: float = 0.0
     mix_probability: float = 1.0
     second_view: str = ""
+    first_label: int = -1
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """model "" trains without a teacher. checkpoint: a file of lrds-fast train, a state dict, or .safetensors.
+    """model "" trains without a teacher. checkpoint: any file of torch.save or safetensors that holds its weights.
+    weights "average" or "raw": which of them where the file has both; a file with one kind needs no such choice.
     amp: its precision, "" as run.amp has it. own_stream: on a GPU it runs beside the student's forward pass.
 
     cache: a folder of the teacher's logits, which lrds-fast cache writes and training reads; "" runs the teacher.
@@ -67,6 +71,7 @@ class TeacherOptions:
 
     model: str = ""
     checkpoint: str = ""
+    weights: str = "average"
     amp: str = ""
     own_stream: bool = False
     cache: str = ""
@@ -77,10 +82,12 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """checkpoint: weights to start from, "" for fresh ones."""
+    """checkpoint: weights to start from, "" for fresh ones. weights "average" or "raw": which of them where that file,
+    or score.base, has both."""
 
     model: str = "mlp"
     checkpoint: str = ""
+    weights: str = "average"
 
 
 @dataclass(frozen=True)
@@ -249,7 +256,7 @@ class Recipe:
 
     def with_values(self, **values: Any) -> Recipe:
         """A copy with some values replaced, by dotted name: with_values(seed=1, **{"loss.eta": 0.5})."""
-        return from_mapping(_overlay(dataclasses.asdict(self), _nested(values)), where="with_values")
+        return from_mapping(_overlay(dataclasses.asdict(self), _nested(values)), where=self.name)
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key."""
@@ -337,7 +344,7 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
             raise FileNotFoundError(
                 f"there is no recipe file {path}; lrds-fast recipes lists those that come with the library"
             )
-        text, folder = path.read_text(encoding="utf-8"), path.parent
+        text, folder = read_text(path, "recipe"), path.parent
     else:
         text, folder = recipe_text(source), None
     try:
@@ -350,6 +357,19 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
     if not isinstance(parent, str):
         raise ValueError(f"recipe {source}: extends must be a name or a path; got {parent!r}")
     return _overlay(_load_mapping(parent, folder, (*seen, source)), values)
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file in UTF-8, with or without a byte-order mark, with any ends of lines; ValueError names the byte
+    that is none. what: what to call the file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{what} {path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}, in line"
+            f" {line}; save it as UTF-8"
+        ) from error
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:

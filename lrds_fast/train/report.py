@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from lrds_fast.train.files import read_records
 from lrds_fast.train.loop import LOG, RECIPE
 from lrds_fast.train.recipe import Recipe, from_mapping
 from lrds_fast.train.run import GALLERY
-from lrds_fast.train.statistics import Estimate, estimate, paired
+from lrds_fast.train.statistics import LEVEL, Estimate, estimate, holm, paired
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,17 @@ def tabulate(runs: Sequence[Run], *, baseline: str | None = None) -> list[Row]:
         groups.setdefault(run.recipe.name, []).append(run)
     for group in groups.values():
         group.sort(key=lambda run: run.recipe.seed)
-    if baseline is not None and baseline not in groups:
-        raise ValueError(f"there is no run named {baseline!r} to compare with; these are: {', '.join(groups)}")
+    check_baseline(baseline, list(groups))
     base = groups[baseline] if baseline is not None else []
     return [_row(name, group, [] if name == baseline else base) for name, group in groups.items()]
+
+
+def check_baseline(baseline: str | None, names: Sequence[str]) -> None:
+    """ValueError where there is no run of that name to compare with; None compares with none."""
+    if baseline is not None and baseline not in names:
+        near = difflib.get_close_matches(baseline, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"there is no run named {baseline!r} to compare with; {hint}these are: {', '.join(names)}")
 
 
 def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
@@ -129,7 +137,8 @@ HEADER = (
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The row as text, in HEADER's order. Accuracies in percent; "~" marks differences whose 95% interval holds 0."""
+    """The row as text, in HEADER's order. Accuracies in percent; "~" marks differences whose 95% interval holds 0, "?"
+    those of one seed."""
     return (
         row.name,
         str(len(row.seeds)),
@@ -153,6 +162,8 @@ def _difference(value: Estimate | None, scale: float, digits: int) -> str:
     if value is None:
         return "-"
     text = f"{scale * value.mean:+.{digits}f}"
+    if value.n == 1:
+        return f"{text} ?"
     if math.isnan(value.error):
         return text
     return f"{text} ± {scale * value.error:.{digits}f}{' ~' if value.within_noise else ''}"
@@ -207,28 +218,50 @@ def header(baseline: str | None) -> tuple[str, ...]:
 
 NOTES = (
     "Mean ± standard error over seeds, after the last epoch; 'best epoch' is chosen on the test split, as much of the"
-    " literature does, and flatters. Differences are paired by seed; ~ marks those whose 95% t interval holds 0:"
-    " within noise."
+    " literature does, and flatters. Differences are paired by seed; ~ marks those whose 95% t interval, each by"
+    " itself, holds 0: within noise; ? those of one seed, which gives no estimate of the noise."
 )
 
+_MEASURES = (("accuracy", 100.0, " points", 2), ("cross-entropy", 1.0, "", 4))
 
-def verdicts(rows: Sequence[Row], baseline: str) -> list[str]:
-    """One sentence per comparison: which way, how far, or that it cannot be told from noise."""
+
+def verdicts(comparisons: Sequence[tuple[Sequence[Row], str]]) -> list[str]:
+    """One sentence per row and baseline: which way, how far, or that it cannot be told from noise.
+
+    comparisons: rows, and the baseline that their differences are to. All differences are judged together: p-values of
+    paired t tests, corrected for their number (Holm), at 5%; a last sentence says so. One seed is no test.
+    """
+    found = [
+        (row, baseline, (row.accuracy_difference, row.cross_entropy_difference))
+        for rows, baseline in comparisons
+        for row in rows
+        if row.accuracy_difference is not None and row.cross_entropy_difference is not None
+    ]
+    p_values = [value.p_value for _, _, values in found for value in values if value is not None]
+    corrected = iter(holm(p_values))
     sentences = []
-    for row in rows:
-        if row.accuracy_difference is None or row.cross_entropy_difference is None:
-            continue
+    for row, baseline, values in found:
         parts = []
-        for value, what, scale, unit, digits in (
-            (row.accuracy_difference, "accuracy", 100.0, " points", 2),
-            (row.cross_entropy_difference, "cross-entropy", 1.0, "", 4),
-        ):
-            if value.within_noise:
+        for value, (what, scale, unit, digits) in zip(values, _MEASURES, strict=True):
+            assert value is not None
+            p = next(corrected)
+            amount = f"{what} {scale * value.mean:+.{digits}f}{unit}"
+            if value.n == 1:
+                parts.append(amount)
+            elif math.isnan(p):
+                parts.append(f"{what} not finite")
+            elif p > LEVEL:
                 parts.append(f"{what} within noise")
             else:
-                better = (value.mean > 0) == (what == "accuracy")
-                parts.append(f"{what} {scale * value.mean:+.{digits}f}{unit} ({'better' if better else 'worse'})")
-        sentences.append(f"{row.name} against {baseline}: {', '.join(parts)}.")
+                parts.append(f"{amount} ({'better' if (value.mean > 0) == (what == 'accuracy') else 'worse'})")
+        alone = "; one seed gives no estimate of the noise" if len(row.seeds) == 1 else ""
+        sentences.append(f"{row.name} against {baseline}: {', '.join(parts)}{alone}.")
+    tests = sum(not math.isnan(p) for p in p_values)
+    if tests:
+        sentences.append(
+            f"Better, worse and noise are judged over these {tests} differences together: paired t tests at"
+            f" {LEVEL:.0%}, corrected for their number (Holm)."
+        )
     return sentences
 
 

@@ -19,7 +19,7 @@ from lrds_fast.data import Data, SoftLabels
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.picture import png
 from lrds_fast.selection import Selection, dataset_fingerprint
-from lrds_fast.train import checkpoint, rescoring
+from lrds_fast.train import rescoring
 from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
 from lrds_fast.train.evaluate import outputs
 from lrds_fast.train.files import write_text
@@ -28,6 +28,7 @@ from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
 from lrds_fast.train.processes import joined
 from lrds_fast.train.recipe import Recipe, from_mapping
 from lrds_fast.train.setup import loss_arguments, pick_device
+from lrds_fast.train.weights import load_weights
 
 GALLERY = "gallery.json"
 
@@ -58,6 +59,7 @@ def load_data(recipe: Recipe) -> Data:
         rand_augment=options.rand_augment,
         erasing=options.erasing,
         second_view=options.second_view,
+        first_label=options.first_label,
         device=pick_device(recipe.run.device),
         views=recipe.teacher.cache_views if recipe.teacher.cache else 0,
     )
@@ -68,7 +70,8 @@ def build_student(recipe: Recipe, data: Data) -> nn.Module:
     torch.manual_seed(data_sets.derived_seed("student", recipe.seed))
     student = models.create(recipe.student.model, num_classes=data.num_classes)
     if recipe.student.checkpoint:
-        checkpoint.load_weights(student, Path(recipe.student.checkpoint), key="student.checkpoint")
+        options = recipe.student
+        load_weights(student, Path(options.checkpoint), key="student.checkpoint", weights=options.weights)
     return student
 
 
@@ -87,7 +90,7 @@ def build_teacher(recipe: Recipe, data: Data) -> nn.Module | None:
             " train it first and set teacher.checkpoint=runs/.../last.pt"
         )
     teacher = models.create(options.model, num_classes=data.num_classes)
-    checkpoint.load_weights(teacher, Path(options.checkpoint), key="teacher.checkpoint")
+    load_weights(teacher, Path(options.checkpoint), key="teacher.checkpoint", weights=options.weights)
     return teacher
 
 
@@ -167,7 +170,7 @@ def _scored(recipe: Recipe, progress: bool) -> influence.Scores:
     device = pick_device(recipe.run.device)
     base = Path(recipe.score.base) if recipe.score.base else recipe.out / CHECKPOINT
     student = models.create(recipe.student.model, num_classes=data.num_classes)
-    checkpoint.load_weights(student, base, key="score.base")
+    load_weights(student, base, key="score.base", weights=recipe.student.weights)
     teacher = build_teacher(recipe, data)
     if teacher is None:
         raise ValueError("scores compare a student with its teacher, and the recipe has none; set teacher.model")

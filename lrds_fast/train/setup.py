@@ -139,7 +139,7 @@ def loss_arguments(options: LossOptions) -> dict[str, Any]:
         "ce_weight": options.ce_weight,
         "kd_weight": options.kd_weight,
         "ce_weight_unselected": options.ce_weight_unselected,
-        "revise": None if options.revise == "none" else options.revise,
+        "revise": options.revise,
         "eta": options.eta,
         "label_smoothing": options.label_smoothing,
         "divergence": options.chosen_divergence(),

@@ -1,4 +1,4 @@
-"""What a handful of seeds can say: means, standard errors, paired differences."""
+"""What a handful of seeds can say: means, standard errors, paired differences, and which are more than noise."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, 1.96 + 2.5 / df is within 1%.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+#: Differences count as real at this probability of seeing them, or larger ones, where there are none.
+LEVEL = 0.05
 
 
 class Estimate(NamedTuple):
@@ -18,14 +18,16 @@ class Estimate(NamedTuple):
     n: int
 
     @property
-    def interval(self) -> float:
-        """Half the width of the 95% t interval."""
-        return self.error * t95(self.n - 1)
+    def p_value(self) -> float:
+        """Two-sided, of Student's t test that the mean is 0; nan from one value, which says nothing about noise."""
+        if self.error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        return two_sided(abs(self.mean / self.error), self.n - 1) if self.n > 1 else math.nan
 
     @property
     def within_noise(self) -> bool:
-        """Whether the 95% interval holds 0; one value alone is always within noise."""
-        return not abs(self.mean) > self.interval
+        """Whether the 95% t interval holds 0; False from one value, which has no interval."""
+        return self.p_value > LEVEL
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -47,8 +49,27 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
     return estimate([value - other for value, other in zip(values, baseline, strict=True)])
 
 
-def t95(degrees: int) -> float:
-    """Two-sided 95% quantile of Student's t; nan for fewer than one degree of freedom."""
-    if degrees < 1:
-        return math.nan
-    return _T95[degrees - 1] if degrees <= len(_T95) else 1.96 + 2.5 / degrees
+def two_sided(t: float, degrees: int) -> float:
+    """The probability of a Student's t beyond +-t, for whole degrees of freedom (Abramowitz and Stegun, 26.7.3-4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    term = total = math.cos(angle) if degrees % 2 else 1.0
+    for k in range(2 + degrees % 2, degrees, 2):
+        term *= square * (k - 1) / k
+        total += term
+    inside = 2 / math.pi * (angle + sine * (total if degrees > 1 else 0.0)) if degrees % 2 else sine * total
+    return max(1.0 - inside, 0.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number: comparing each with LEVEL errs in any of them with at most that probability.
+
+    Holm, "A simple sequentially rejective multiple test procedure", 1979. nan stays nan and is not counted.
+    """
+    corrected = list(p_values)
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min((len(order) - rank) * p_values[i], 1.0))
+        corrected[i] = largest
+    return corrected

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lrds_fast.train import run
-from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.report import Run, read_run
+from lrds_fast.train.recipe import Recipe, from_mapping, read_text
+
+if TYPE_CHECKING:
+    from lrds_fast.train.report import Run
 
 
 def listed(sources: Sequence[str]) -> list[str]:
@@ -17,9 +21,77 @@ def listed(sources: Sequence[str]) -> list[str]:
         if not source.startswith("@"):
             found.append(source)
             continue
-        lines = Path(source[1:]).read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(source[1:]), "list").splitlines()
         found += [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     return found
+
+
+def planned(recipes: Sequence[Recipe], seeds: Sequence[int] | None = None) -> list[Recipe]:
+    """The runs of a sweep: each recipe as it is, or once per seed in OUT/seedN.
+
+    ValueError, before anything is trained, where two runs have one name and seed (a table could not tell them apart) or
+    one folder, or where a folder cannot be written or holds a run that this one cannot go on with.
+    """
+    runs = (
+        list(recipes)
+        if seeds is None
+        else [
+            recipe.with_values(seed=seed, **{"run.out": str(recipe.out / f"seed{seed}")})
+            for recipe in recipes
+            for seed in seeds
+        ]
+    )
+    names: set[str] = set()
+    folders: dict[Path, str] = {}
+    for recipe in runs:
+        where = _where(recipe)
+        if where in names:
+            raise ValueError(f"{where} is there twice; name each recipe and each seed once")
+        names.add(where)
+        folder = recipe.out.resolve()
+        if folder in folders:
+            raise ValueError(
+                f"run.out: {folders[folder]} and {where} would both write to {recipe.out}; without run.out each goes to"
+                " runs/NAME"
+            )
+        folders[folder] = where
+        check_writable(recipe.out, "run.out")
+    for recipe in runs:
+        _check_earlier_run(recipe)
+    return runs
+
+
+def check_writable(path: Path, key: str, *, folder: bool = True) -> None:
+    """ValueError, naming `key`, where `path` cannot become a folder, or a file, that is written to."""
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{key}: {path} must be a {'folder' if folder else 'file'}, and is none; name another path")
+    wanted = (path if folder else path.parent).absolute()
+    there = next(place for place in (wanted, *wanted.parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"{key}: {path} cannot be written: {there} is no folder that this user may write to")
+
+
+def _check_earlier_run(recipe: Recipe) -> None:
+    from lrds_fast.train.loop import CHECKPOINT, RECIPE, identity
+
+    path = recipe.out / RECIPE
+    if not path.is_file() or not (recipe.out / CHECKPOINT).is_file():
+        return
+    try:
+        found = from_mapping(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
+    before = identity(found, "", None)
+    for key, value in identity(recipe, "", None).items():
+        if before[key] != value:
+            raise ValueError(
+                f"{recipe.out} is of another run: its {key} is {before[key]}, that of {_where(recipe)} is {value}; set"
+                " another run.out, or move the older run away"
+            )
+
+
+def _where(recipe: Recipe) -> str:
+    return f"{recipe.name}, seed {recipe.seed}"
 
 
 def sweep(
@@ -28,31 +100,29 @@ def sweep(
     seeds: Sequence[int] | None = None,
     progress: bool = True,
     say: Callable[[str], object] = print,
+    say_epoch: Callable[[str], object] | None = None,
 ) -> tuple[list[Run], list[tuple[str, str]]]:
-    """Trains every recipe, with each of `seeds` in a folder of its own; (finished runs, (name, reason) of failed ones).
+    """Trains planned(recipes, seeds) and returns (finished runs, (name, reason) of failed ones).
 
     A run whose folder has all of its epochs is not touched; any other goes on after its last checkpoint. say: is told
-    of each run. Raises nothing that a single run raises for its own recipe, data or checkpoint.
+    of each run; say_epoch: of each epoch. Raises what planned raises, before the first run, and nothing that a single
+    run raises for its own data or checkpoint.
     """
-    planned = (
-        [recipe for recipe in recipes]
-        if seeds is None
-        else [
-            recipe.with_values(seed=seed, **{"run.out": str(recipe.out / f"seed{seed}")})
-            for recipe in recipes
-            for seed in seeds
-        ]
-    )
+    from lrds_fast.train import run
+    from lrds_fast.train.report import read_run
+
+    runs = planned(recipes, seeds)
     failures = []
     finished = []
-    for number, recipe in enumerate(planned, start=1):
-        where = f"{recipe.name}, seed {recipe.seed}"
-        before = f"[{number}/{len(planned)}] {where}: "
+    for number, recipe in enumerate(runs, start=1):
+        where = _where(recipe)
+        before = f"[{number}/{len(runs)}] {where}: "
         if _is_finished(recipe):
             say(f"{before}finished already, in {recipe.out}")
         else:
             try:
-                run.fit(recipe, resume=True, progress=progress)
+                prefixed = _prefixed(say_epoch, f"[{number}/{len(runs)}] seed {recipe.seed}, ")
+                run.fit(recipe, resume=True, progress=progress, say=prefixed)
             except (ValueError, TypeError, ArithmeticError, OSError, ImportError, RuntimeError) as error:
                 failures.append((where, " ".join(str(error).split())))
                 say(f"{before}failed: {failures[-1][1]}")
@@ -62,8 +132,14 @@ def sweep(
     return finished, failures
 
 
+def _prefixed(say: Callable[[str], object] | None, prefix: str) -> Callable[[str], object] | None:
+    return None if say is None else lambda line: say(prefix + line)
+
+
 def _is_finished(recipe: Recipe) -> bool:
     """Whether the folder holds this recipe's run with all of its epochs."""
+    from lrds_fast.train.report import read_run
+
     try:
         found = read_run(recipe.out)
     except (FileNotFoundError, ValueError):

@@ -1,0 +1,133 @@
+"""What other code's models and loaders give: logits out of a model's output, inputs and targets out of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LogitsHook = Callable[[Any], Tensor]
+"""From what a model returns to its logits (B, C)."""
+
+BatchHook = Callable[[Any], Any]
+"""From a loader's batch to (inputs, targets)."""
+
+_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model, and the way from what it returns to its logits.
+
+    name: what errors call it. logits: None takes a tensor, or the `logits` of an object that has them.
+    """
+
+    module: nn.Module
+    name: str = "model"
+    logits: LogitsHook | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C) logits of inputs (B, ...). Raises TypeError or ValueError for an output that holds none."""
+        return self.read(self.module(x), len(x))
+
+    def read(self, output: Any, rows: int) -> Tensor:
+        """(rows, C) logits out of what the module has returned."""
+        found = getattr(output, "logits", None) if self.logits is None else self.logits(output)
+        if self.logits is None and isinstance(output, Tensor):
+            found = output
+        if not isinstance(found, Tensor):
+            if self.logits is not None:
+                raise TypeError(
+                    f"logits= must return a tensor (B, C); it makes {describe(found)} of the {self.name}'s output,"
+                    f" {describe(output)}"
+                )
+            index = '"logits"' if isinstance(output, Mapping) else "0"
+            raise TypeError(
+                f"the {self.name} must return logits (B, C), a tensor or an object with .logits; it returns"
+                f" {describe(output)}: pass logits=, for example logits=lambda out: out[{index}]"
+            )
+        if found.dim() != 2 or len(found) != rows:
+            raise ValueError(
+                f"the {self.name}'s logits must be (B, C), here with B = {rows}; got shape {tuple(found.shape)}: pass"
+                " logits=, a function from what the model returns to them"
+            )
+        return found
+
+
+def classifier(model: nn.Module | Classifier) -> Classifier:
+    """A model that may have come with its way to the logits."""
+    return model if isinstance(model, Classifier) else Classifier(model)
+
+
+def pair(name: str, raw: Any, hook: BatchHook | None, *, labelled: bool) -> tuple[Any, Any]:
+    """(inputs, targets) of a batch, or of a sample, unchecked; without `labelled` targets may be missing (None).
+
+    name: of the data, for the error. Raises TypeError for a layout that only `batch=` can read.
+    """
+    found = raw if hook is None else hook(raw)
+    if isinstance(found, (tuple, list)) and len(found) >= (2 if labelled else 1):
+        return found[0], found[1] if len(found) > 1 else None
+    if isinstance(found, Tensor) and not labelled:
+        return found, None
+    wanted = "(inputs, targets, ...)" if labelled else "of inputs, or (inputs, ...)"
+    if hook is not None:
+        raise TypeError(f"batch= must return {wanted}; it makes {describe(found)} of {name}'s batch, {describe(raw)}")
+    x, y = "pixel_values", "labels"
+    if isinstance(raw, Mapping):
+        y = next((key for key in raw if key in _TARGET_KEYS), y)
+        x = next((key for key in raw if key not in _TARGET_KEYS), x)
+    raise TypeError(
+        f"{name} must give batches {wanted}; it gives {describe(raw)}: pass batch=, for example"
+        f' batch=lambda b: (b["{x}"], b["{y}"])'
+    )
+
+
+def tensors(name: str, raw: Any, start: int, hook: BatchHook | None, *, labelled: bool) -> tuple[Tensor, Tensor]:
+    """inputs (B, ...) and integer targets (B,) of a batch; without `labelled` targets (0,) where they are not needed.
+
+    start: the number of the batch's first sample. Raises TypeError or ValueError for what is neither.
+    """
+    x, y = pair(name, raw, hook, labelled=labelled)
+    if hasattr(x, "__array__") and not isinstance(x, Tensor):
+        x = torch.as_tensor(x)
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        raise TypeError(
+            f"{name}: the inputs of a batch must be one tensor (B, ...); got {describe(x)}: pass batch=, from a batch"
+            " to (inputs, targets)"
+        )
+    if not labelled:
+        return x, x.new_empty(0, dtype=torch.int64)
+    if not isinstance(y, Tensor):
+        try:
+            y = torch.as_tensor(y)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{name}: the targets of a batch must be class indices (B,); got {describe(y)}: pass batch=, from a"
+                " batch to (inputs, targets)"
+            ) from None
+    if y.dim() != 1 or len(y) != len(x):
+        alone = "; it gives samples, not batches: pass a Dataset, or DataLoader(...)" if y.dim() == 0 else ""
+        raise ValueError(
+            f"{name}: targets must be (B,) class indices; got shape {tuple(y.shape)} for {len(x)} inputs, from sample"
+            f" {start} on{alone}"
+        )
+    if y.is_floating_point() or y.is_complex():
+        raise TypeError(f"{name}: targets must be class indices, of an integer dtype; got {y.dtype}")
+    return x, y
+
+
+def describe(value: Any) -> str:
+    """A value's type, with what lies in it: a line for an error message."""
+    kind = type(value).__name__
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        keys = ", ".join(map(repr, list(value)[:8]))
+        return f"a {kind} with keys {keys}" if keys else f"an empty {kind}"
+    if isinstance(value, (tuple, list)):
+        inside = ", ".join(f"{type(item).__name__}" for item in value[:4])
+        return f"a {kind} of {len(value)} ({inside}{', ...' if len(value) > 4 else ''})"
+    return f"an object of type {kind}"
