@@ -18,7 +18,9 @@ class KDLoss(nn.Module):
     """kd_loss as a module: KDLoss(4.0), or keywords as lrds_fast.kd_loss, which become attributes of the same names.
 
     Hyperparameters are checked here, once more on every call (they may be assigned to), and raise ValueError or
-    TypeError. The module has no parameters; class_weight is a buffer.
+    TypeError. The module has no parameters; class_weight is a buffer. torch.compile takes numbers for constants: a
+    weight that changes every epoch compiles anew each time and, after torch._dynamo.config.recompile_limit times (8),
+    runs uncompiled, with the same values. Leave a loss that is annealed out of what is compiled: it is one op already.
     """
 
     def __init__(

@@ -17,8 +17,9 @@ import torch
 
 from lrds_fast import _build, _ops
 from lrds_fast.selection import Selection
-from lrds_fast.train import cli
+from lrds_fast.train import cli, load_recipe, run
 from lrds_fast.train.doctor import cpu_level
+from lrds_fast.train.notes import note
 
 SMALL = ["--set", "schedule.epochs=2", "--set", "data.train_limit=120", "--set", "run.device=cpu", "--quiet"]
 
@@ -132,6 +133,24 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert error.splitlines()[-1].startswith("lrds-fast: error: there is no recipe file")
+
+
+def test_closed_streams_cost_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a daemon: what is said goes nowhere."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["train", "digits_alone", *SMALL]) == cli.OK
+    assert Path("runs/digits_alone/last.pt").exists()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["train", "digits_alone", *SMALL]) == cli.MISUSED
+
+
+def test_a_run_with_a_bar_needs_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    result = run.fit(load_recipe("digits_alone", SMALL[1:-1:2]), progress=True)
+    assert len(result.records) == 2
+    note("nothing is said, and nothing breaks")
 
 
 def test_divergence_exits_with_another_code_and_names_the_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,7 +387,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     process.wait()
     done = len(log.read_text().splitlines())
     assert done < 200, "the run ended before it could be killed"
-    Path("killed/.last.pt.left.tmp").write_bytes(b"what a kill in the middle of writing leaves")
+    Path("killed/.last.pt.left.partial").write_bytes(b"what a kill in the middle of writing leaves")
     succeeds("train", "digits_alone", *settings, "--set", "run.out=killed", "--resume")
 
     def records(folder: str) -> list[dict[str, object]]:

@@ -118,16 +118,18 @@ def test_shares_are_rows_of_every_batch_and_together_the_whole(count: int, selec
     selected = torch.arange(50) % 3 == 0 if selecting else None
     loader = numbered(50, shuffle=True, seed=2, augment="crop-flip")
     whole = list(loader.epoch(1, selected))
+    assert len(whole[-1].indices) == 2
     shares = [list(loader.epoch(1, selected, share=(number, count))) for number in range(count)]
     for k, batch in enumerate(whole):
+        divided = len(batch.indices) >= min(4, 2 * count)
         for number, share in enumerate(shares):
             for ours, all_of_it in zip(share[k][:3], batch[:3], strict=True):
-                assert torch.equal(ours, all_of_it[number::count])
+                assert torch.equal(ours, all_of_it[number::count] if divided else all_of_it[: 0 if number else None])
             if selected is not None:
                 mask = selected[share[k].indices]
                 assert mask[: int(mask.sum())].all()
         lengths = [len(share[k].indices) for share in shares]
-        assert max(lengths) - min(lengths) <= 1
+        assert max(lengths) - min(lengths) <= 1 or not divided
     assert [len(share) for share in shares] == [len(loader)] * count
 
 
@@ -812,3 +814,13 @@ def test_real_photographs(tmp_path: Path) -> None:
     # Normalised photographs: neither constant nor far outside a few standard deviations.
     assert images.std(dim=(1, 2, 3)).min() > 0.05
     assert images.abs().max() < 3.0
+
+
+def test_a_limit_of_the_test_split_is_drawn_once_and_leaves_the_training_samples() -> None:
+    whole, some = data_sets.load("digits"), data_sets.load("digits", test_limit=60)
+    again = data_sets.load("digits", test_limit=60, seed=3)
+    assert len(some.test.labels) == 60 and torch.equal(some.train.labels, whole.train.labels)
+    assert torch.equal(some.test.labels, again.test.labels)
+    assert len(set(some.test.labels.tolist())) == 10
+    with pytest.raises(ValueError, match=r"test_limit must be 0 \(all\) to 599, the samples there are; got 600"):
+        data_sets.load("digits", test_limit=600)

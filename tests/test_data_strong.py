@@ -285,7 +285,8 @@ def test_views_repeat_and_epochs_start_in_the_middle_and_are_shared(root: Path, 
     for a, b in zip(whole[1:], train.epoch(3, start=1), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     for a, b in zip(whole, train.epoch(3, share=(1, 2)), strict=True):
-        assert all(torch.equal(x[1::2], y) for x, y in zip(a, b, strict=True))
+        rows = slice(1, None, 2) if len(a.indices) >= 4 else slice(0)  # a last batch that is too small is the first's
+        assert all(torch.equal(x[rows], y) for x, y in zip(a, b, strict=True))
     assert torch.equal(train.boxes(0, torch.arange(4)), train.boxes(2, torch.arange(4)))
 
 

@@ -120,7 +120,7 @@ def test_the_teacher_is_in_eval_mode_frozen_and_unchanged(tmp_path: Path) -> Non
     "extra", [{}, {"run.ema_decay": 0.9}, {"optimizer.name": "adamw", "run.amp": "bf16"}, {"run.amp": "fp16"}]
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, with_teacher: bool, extra: dict[str, Any]) -> None:
-    chosen = recipe(**{"schedule.epochs": 4, "optimizer.lr": 0.02} | extra)
+    chosen = recipe(**{"schedule.epochs": 4, "optimizer.lr": 0.02, "run.amp_emulated": True} | extra)
     guide = teacher() if with_teacher else None
     data = blobs(augment="shift")
     whole, model = run(tmp_path, "whole", recipe=chosen, teacher=guide, data=data)
@@ -308,7 +308,8 @@ def test_teacher_predictions_come_back_by_sample(tmp_path: Path) -> None:
 
 
 def test_channels_last_and_bfloat16_train(tmp_path: Path) -> None:
-    chosen = recipe(**{"run.channels_last": True, "run.amp": "bf16", "schedule.epochs": 2})
+    values = {"run.channels_last": True, "run.amp": "bf16", "run.amp_emulated": True, "schedule.epochs": 2}
+    chosen = recipe(**values)
     torch.manual_seed(0)
     own = SmallCNN(3, size=4)
     records, _ = run(tmp_path, recipe=chosen, student=own, teacher=teacher())
@@ -322,7 +323,8 @@ def test_float16_gradients_are_scaled_and_unscaled(tmp_path: Path) -> None:
     for amp in ("off", "fp16"):
         torch.manual_seed(0)
         own = MLP(3, inputs=16)
-        _, trained[amp] = run(tmp_path, amp, recipe=recipe(**{"run.amp": amp}), student=own, teacher=teacher())
+        chosen = recipe(**{"run.amp": amp, "run.amp_emulated": True})
+        _, trained[amp] = run(tmp_path, amp, recipe=chosen, student=own, teacher=teacher())
     state = torch.load(tmp_path / "fp16" / "last.pt", weights_only=True)
     assert state["parts"]["scaler"]["scale"] == 65536.0, "no step may have been skipped for an overflow"
     torch.manual_seed(0)
@@ -368,9 +370,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_the_last_check
     broken.train.images[7] = float("nan")  # type: ignore[attr-defined]
     step = next(i for i, batch in enumerate(broken.train.epoch(0)) if 7 in batch.indices)
     with pytest.raises(
-        FloatingPointError, match=rf"the loss is not finite at step {step} .*lower optimizer.lr \(0.1\)"
+        FloatingPointError,
+        match=rf"the loss is not finite at step {step} .*lower optimizer.lr \(0.1\), .*; no checkpoint is from before",
     ):
         run(tmp_path, "broken", data=broken)
+    later = blobs()
+
+    def spoil(_: str) -> None:
+        later.train.images[7] = float("nan")  # type: ignore[attr-defined]
+
+    with pytest.raises(FloatingPointError, match="; .*later/last.pt is from before it"):
+        run(tmp_path, "later", data=later, say=spoil)
     assert not (tmp_path / "broken" / "last.pt").exists()
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 

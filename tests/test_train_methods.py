@@ -65,7 +65,7 @@ def test_two_views_are_the_formula(rows: int, revise: str) -> None:
     kd = by_hand(z, v, z2, v2, y, revise == "lr")
     wanted = 0.3 * (F.cross_entropy(z, y) + F.cross_entropy(z2, y)) + 0.9 * kd
     torch.testing.assert_close(parts.loss, wanted, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(parts.kd.double(), kd.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(parts.kd.double(), 0.9 * kd.detach(), rtol=1e-6, atol=1e-7)
     ours, theirs = (torch.autograd.grad(loss, (z, z2)) for loss in (parts.loss, wanted))
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
@@ -87,6 +87,26 @@ def test_rows_without_a_teacher_have_the_cross_entropy_of_both_views() -> None:
     unselected = 1.5 * (F.cross_entropy(z, y) + F.cross_entropy(z2, y))
     torch.testing.assert_close(none.loss, unselected, rtol=1e-9, atol=1e-10)
     assert (int(none.n_selected), int(prefix.n_selected), int(masked.n_selected)) == (0, 5, 5)
+
+
+@pytest.mark.parametrize("heard", [0, 1, 7, 12])
+@pytest.mark.parametrize("method", ["kd", "dist", "mlkd", "mlkd, two views", "revision"])
+def test_the_loss_is_the_sum_of_its_parts(method: str, heard: int) -> None:
+    """Both weighted and over all rows; with half the kd_weight the teacher's part is half, the labels' the same."""
+    z, v, z2, v2, y = views(12, 6)
+    options = LossOptions(method=method.split(",")[0], ce_weight=0.3, kd_weight=0.9, label_smoothing=0.1)
+    more: dict[str, Any] = {"strong": (z2, v2[:heard])} if "views" in method else {}
+    measure = objective(options)
+    whole, half, shared = (
+        measure(z, v[:heard], y, selected=None, kd_weight=weight, num_valid=rows, **more)
+        for weight, rows in ((0.9, None), (0.45, None), (0.9, 24.0))
+    )
+    for parts in (whole, half, shared):
+        torch.testing.assert_close(parts.ce + parts.kd, parts.loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(half.kd, whole.kd / 2, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(half.ce, whole.ce, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(shared.kd, whole.kd / 2, rtol=1e-9, atol=1e-12)
+    assert whole.kd > 0 if heard > 1 else heard or whole.kd == 0
 
 
 def test_views_of_other_shapes_are_refused() -> None:

@@ -95,6 +95,35 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, text: str, message: str)
     assert "wrong.toml" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["selection.after=40"],
+            "selection.after: with schedule.epochs=40 training is over before epoch 40 comes; set",
+        ),
+        (["selection.after=5", "selection.every=35"], r"selection.after \+ every: .* before epoch 40 comes"),
+        (
+            ["schedule.name=step", "schedule.milestones=[20,40]"],
+            r"schedule.milestones: .* before epoch 40 comes; set schedule.milestones=\[\] or earlier ones, or raise",
+        ),
+        (["schedule.name=exponential", "schedule.decay_epochs=40.5"], "schedule.decay_epochs: .* before epoch 40.5 co"),
+        (["schedule.warmup_epochs=41"], "schedule.warmup_epochs: .* is over before 41 epochs of warm-up; lower it"),
+        (["loss.kd_warmup_epochs=41"], "loss.kd_warmup_epochs: .* is over before 41 epochs of warm-up"),
+    ],
+)
+def test_an_epoch_that_never_comes_is_named_before_training(settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe("digits_kd", ["schedule.epochs=40", *settings])
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "../b", "a/.."])
+def test_a_name_that_is_no_folder_under_runs_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name is the run's folder below runs/; got .*: set a name, or run.out"):
+        load_recipe("digits_kd", [f"name='{name}'"])
+    assert str(load_recipe("digits_kd", [f"name='{name}'", "run.out=x"]).out) == "x"
+
+
 def test_missing_recipes_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no recipe file .*absent.toml"):
         load_recipe(tmp_path / "absent.toml")

@@ -59,7 +59,7 @@ def test_when(options: dict[str, int], epochs: list[int]) -> None:
 
 def test_selections_are_scores_of_the_student_of_that_moment(tmp_path: Path) -> None:
     """Stopped after the second scoring, the student in the checkpoint gives the selection that the file holds."""
-    chosen = recipe(**RESCORED | {"schedule.epochs": 3, "schedule.name": "constant"})
+    chosen = recipe(**RESCORED | {"schedule.epochs": 3, "schedule.name": "constant", "selection.every": 0})
     data = blobs(augment="shift")
     run(tmp_path / "run", chosen, data)
     assert sorted(path.name for path in (tmp_path / "run" / "selections").iterdir()) == ["epoch_0001.parquet"]
@@ -99,7 +99,8 @@ def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
 def test_joint_selection_in_training(tmp_path: Path) -> None:
     chosen = recipe(
         **RESCORED
-        | {"selection.by": "set_shift", "selection.ratio": 0.5, "selection.margin": 0.0, "schedule.epochs": 2}
+        | {"selection.by": "set_shift", "selection.ratio": 0.5, "selection.margin": 0.0}
+        | {"schedule.epochs": 2, "selection.every": 0}
     )
     result, _ = run(tmp_path, chosen)
     selection = Selection.load(tmp_path / "selections" / "epoch_0001.parquet")

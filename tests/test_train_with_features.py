@@ -87,7 +87,7 @@ def test_features_are_a_part_of_the_loss_over_the_selected(tmp_path: Path, metho
 @pytest.mark.parametrize("method", [VID, CRD], ids=["vid", "crd"])
 def test_a_run_with_features_goes_on_bit_for_bit(tmp_path: Path, method: dict[str, Any]) -> None:
     whole, expected = trained(tmp_path / "whole", **method)
-    stopping = blobs(1, (1, 4), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopping = blobs((1, 4), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
         trained(tmp_path / "cut", data=stopping, **method)
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
@@ -103,16 +103,16 @@ def test_a_run_with_features_goes_on_bit_for_bit(tmp_path: Path, method: dict[st
 def test_adapters_learn_from_all_processes_and_parts(tmp_path: Path) -> None:
     code = f"""
 import test_train_with_features as features
-result, student = features.trained(folder / "two", data=cases.blobs(2), **{VID!r})
+result, student = features.trained(folder / "two", data=cases.blobs(), **{VID!r})
 torch.save([result.records, student.state_dict()], folder / f"rank{{rank}}.pt")
 """
     done = run(tmp_path, code, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, student = trained(tmp_path / "one", data=blobs(2), **VID)
+    whole, student = trained(tmp_path / "one", data=blobs(), **VID)
     learned, adapters = (
         torch.load(tmp_path / name / "last.pt", weights_only=True)["parts"]["features"] for name in ("two", "one")
     )
-    divided, in_parts = trained(tmp_path / "parts", data=blobs(2), **VID, **{"run.accumulate": 2})
+    divided, in_parts = trained(tmp_path / "parts", data=blobs(), **VID, **{"run.accumulate": 2})
     assert_close(numbers(divided.records), numbers(whole.records))
     for rank in range(2):
         records, state = torch.load(tmp_path / f"rank{rank}.pt")

@@ -74,6 +74,7 @@ def load(
     split_seed: int = 0,
     seed: int = 0,
     train_limit: int = 0,
+    test_limit: int = 0,
     label_noise: float = 0.0,
     augment: str = "none",
     image_size: int = 224,
@@ -95,7 +96,8 @@ def load(
     where it is not there), "npz" (root is a file, see from_npz), "folder" (root holds train/ and val/, each with one
     folder per class; val/ is the test split), "webdataset" or "tfrecord" (archives of the two splits, see
     lrds_fast.data.sources.open_split). val_fraction of the training samples is held out, by split_seed;
-    train_limit > 0 keeps that many of the others. seed orders and augments. augment: see MemoryLoader and FolderLoader
+    train_limit > 0 keeps that many of the others, test_limit > 0 that many of the test split. seed orders and augments.
+    augment: see MemoryLoader and FolderLoader
     ("none" or "crop-flip"). least, views: of the training samples; a last batch of fewer than `least` joins the one
     before it; with views > 0 the augmentation of epoch e is that of epoch e % views. rand_augment, erasing: what the
     training pictures go through after that; see lrds_fast.data.Strong. second_view "strong": the training batches bring
@@ -144,6 +146,7 @@ def load(
             split_seed=split_seed,
             seed=seed,
             train_limit=train_limit,
+            test_limit=test_limit,
             augment=augment,
             image_size=image_size,
             workers=workers,
@@ -169,6 +172,7 @@ def load(
         split_seed=split_seed,
         seed=seed,
         train_limit=train_limit,
+        test_limit=test_limit,
         label_noise=label_noise,
         augment=augment,
         mean=mean or None,
@@ -194,6 +198,7 @@ def in_memory(
     split_seed: int = 0,
     seed: int = 0,
     train_limit: int = 0,
+    test_limit: int = 0,
     label_noise: float = 0.0,
     augment: str = "none",
     mean: tuple[float, ...] | None = None,
@@ -209,7 +214,8 @@ def in_memory(
     train_targets = as_labels(train_targets)
     test_targets = as_labels(test_targets)
     kept, held_out = hold_out(len(train_images), val_fraction, seed=split_seed)
-    kept = _limited(kept, train_limit, seed=split_seed)
+    kept = _limited("train_limit", kept, train_limit, seed=split_seed)
+    tested = _limited("test_limit", torch.arange(len(test_images)), test_limit, seed=split_seed)
 
     def loader(images: Tensor, targets: Tensor, **options: Any) -> MemoryLoader:
         return MemoryLoader(
@@ -245,7 +251,7 @@ def in_memory(
         train=first if second is None else TwoViews(first, training(first.images, second)),
         score=loader(images, targets),
         val=loader(train_images[held_out], train_targets[held_out]) if len(held_out) else None,
-        test=loader(test_images, test_targets),
+        test=loader(test_images[tested], test_targets[tested]),
     )
 
 
@@ -260,10 +266,10 @@ def mislabelled(targets: Tensor, fraction: float, *, num_classes: int, seed: int
     return noisy
 
 
-def _limited(rows: Tensor, limit: int, *, seed: int) -> Tensor:
+def _limited(name: str, rows: Tensor, limit: int, *, seed: int) -> Tensor:
     """`limit` of the rows, ascending, drawn by seed; all of them for 0."""
     if limit < 0 or limit > len(rows):
-        raise ValueError(f"train_limit must be 0 (all) to {len(rows)}, the training samples there are; got {limit}")
+        raise ValueError(f"{name} must be 0 (all) to {len(rows)}, the samples there are; got {limit}")
     if limit == 0:
         return rows
     return rows[torch.randperm(len(rows), generator=generator("limit", seed))[:limit]].sort().values
@@ -279,6 +285,7 @@ def _encoded(
     split_seed: int,
     seed: int,
     train_limit: int,
+    test_limit: int,
     augment: str,
     image_size: int,
     workers: int,
@@ -304,7 +311,8 @@ def _encoded(
             f" in one only: {', '.join(odd[:5])}"
         )
     kept, held_out = hold_out(len(train.labels), val_fraction, seed=split_seed)
-    kept = _limited(kept, train_limit, seed=split_seed)
+    kept = _limited("train_limit", kept, train_limit, seed=split_seed)
+    tested = _limited("test_limit", torch.arange(len(test.labels)), test_limit, seed=split_seed)
 
     def loader(source: Source, rows: Tensor, **options: Any) -> Loader:
         defaults: dict[str, Any] = {"batch_size": eval_batch_size, "image_size": image_size}
@@ -333,5 +341,5 @@ def _encoded(
         train=training(strong) if second is None else TwoViews(training(strong), training(second)),
         score=loader(train, kept),
         val=loader(train, held_out) if len(held_out) else None,
-        test=loader(test, torch.arange(len(test.labels))),
+        test=loader(test, tested),
     )

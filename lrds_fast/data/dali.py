@@ -111,7 +111,7 @@ class DaliLoader:
         )
         # Only the last batch may be so short that a process has no row of it; the pipeline takes no empty one.
         nothing = batches.pop() if batches and not len(batches[-1]) else None
-        room = -(-(self.batch_size + self.least - 1) // share[1])
+        room = max(-(-(self.batch_size + self.least - 1) // share[1]), max(map(len, batches), default=0))
         if room > self._room:
             self._pipeline, self._room = None, room
         with ThreadPoolExecutor(self.threads) as pool:

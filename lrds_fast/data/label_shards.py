@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrds_fast.files import replacing
+from lrds_fast.files import naming, replacing
 from lrds_fast.topk import TopKTeacher
 
 FORMAT = 1
@@ -142,8 +142,6 @@ def save(folder: Path, name: str, array: np.ndarray, rows: int) -> Entry:
     with replacing(folder / name) as temporary:
         with open(temporary, "wb") as file:
             np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
         # Of what came back, not of what was meant.
         return Entry(name, rows, os.path.getsize(temporary), sha256(Path(temporary)))
 
@@ -210,8 +208,6 @@ def write_meta(folder: Path, layout: Layout, facts: Mapping[str, Any], files: li
     text = json.dumps({"format": FORMAT, "facts": dict(facts), "layout": asdict(layout), "files": files}, indent=1)
     with replacing(folder / META) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_journal(folder: Path) -> list[Entry]:
@@ -232,7 +228,7 @@ def _entry(line: str) -> Entry | None:
 
 def append_journal(folder: Path, entry: Entry) -> None:
     """One more file is on the disk."""
-    with (folder / JOURNAL).open("a", encoding="utf-8") as file:
+    with naming(folder / JOURNAL), (folder / JOURNAL).open("a", encoding="utf-8") as file:
         # A line that a crash cut short must not swallow this one.
         file.write(("\n" if file.tell() else "") + json.dumps(entry) + "\n")
 

@@ -45,8 +45,8 @@ class Loader(Protocol):
         start: how many batches to leave out, for a run that goes on in the middle; the others are those of the whole
         epoch, and what is left out is not decoded. share: (number, count) of this process: of every batch it gets
         the rows number, number + count, ..., so that selected samples are first everywhere, counts differ by one row
-        at most, and all processes together have every sample once. A batch of fewer rows than processes leaves some
-        with none.
+        at most, and all processes together have every sample once. A last batch that is short and has fewer than two
+        rows for each process is the first one's alone: one row has no batch statistics.
         """
 
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def check_sizes(batch_size: int, least: int, views: int) -> None:
 
 def batch_count(size: int, batch_size: int, least: int = 2) -> int:
     """Batches of an epoch. A last batch of fewer than `least` samples joins the one before it: one row has no batch
-    statistics, and every process and every part of an accumulated step wants some."""
+    statistics."""
     full, rest = divmod(size, batch_size)
     return full + (rest >= max(least, 1) or (rest > 0 and full == 0))
 
@@ -137,7 +137,9 @@ def epoch_batches(
     batches = _whole_batches(size, batch_size, seed, epoch, shuffle, selected, least)
     if not 0 <= start <= len(batches):
         raise ValueError(f"start must be in [0, {len(batches)}], the batches of an epoch; got {start}")
-    return [batch[number::count] for batch in batches[start:]]
+    divisible = min(batch_size, 2 * count)
+    rest = slice(None) if number == 0 else slice(0)
+    return [batch[number::count] if len(batch) >= divisible else batch[rest] for batch in batches[start:]]
 
 
 def _whole_batches(

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from lrds_fast.data import label_shards as shards
 from lrds_fast.data.label_shards import Entry, Layout, size_text
 from lrds_fast.data.loader import Batch, Loader
-from lrds_fast.files import remove_partial
+from lrds_fast.files import LOCK, remove_partial
 from lrds_fast.topk import TopKTeacher
 
 #: Batches that make up a shard.
@@ -226,7 +227,7 @@ def write_soft_labels(
             )
         return layout.pack(indices, loader.boxes(view, indices), logits)
 
-    bar = tqdm(total=views * batches, desc="soft labels", disable=not progress, leave=False)
+    bar = tqdm(total=views * batches, desc="soft labels", disable=not progress or sys.stderr is None, leave=False)
     for view in range(views):
         coming: Iterator[Batch] | None = None
         place = np.full(samples, -1, dtype=np.int32)
@@ -294,7 +295,7 @@ def _begun(
             shards.write_meta(folder, layout, facts, None)
         _check_room(folder, layout, sum(entry.bytes for entry in done.values()))
         return done
-    if folder.exists() and not (folder / shards.META).exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / shards.META).exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty and holds no soft labels; name a new folder")
     _check_room(folder, layout, 0, freed=sum(old.stat().st_size for old in folder.glob("view-*.npy")))
     # Last the file that says that there is a cache.

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lrds_fast.data import Data, SoftLabels, write_soft_labels
 from lrds_fast.selection import dataset_fingerprint
+from lrds_fast.train.lock import holding
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory, pick_device
+from lrds_fast.train.setup import autocast_factory, available_amp, pick_device
 
 #: Keys of [data] that no sample's picture depends on, beyond what decoders round.
-FREE = ("root", "batch_size", "eval_batch_size", "workers", "reader", "first_label")
+FREE = ("root", "batch_size", "eval_batch_size", "test_limit", "workers", "reader", "first_label")
 
 
 def write_cache(
@@ -33,29 +34,32 @@ def write_cache(
     """Runs `teacher` over teacher.cache_views views of data.train and writes the folder teacher.cache.
 
     data: with as many views (see run.load_data). selected: (N,) bool, whose soft labels are needed; None is all.
-    resume, overwrite: see write_soft_labels, whose errors are raised; ValueError as well where teacher.cache is empty.
+    resume, overwrite: see write_soft_labels, whose errors are raised; ValueError as well where teacher.cache is empty,
+    FileExistsError where another process writes there.
     """
     options = recipe.teacher
     if not options.cache:
         raise ValueError("teacher.cache is empty: name the folder to write, e.g. --set teacher.cache=runs/soft_labels")
     device = pick_device(recipe.run.device)
-    return write_soft_labels(
-        options.cache,
-        teacher,
-        data.train,
-        views=options.cache_views,
-        top_k=options.cache_top_k,
-        temperature=recipe.loss.temperature,
-        dtype=options.cache_dtype,
-        facts=cache_facts(recipe, data, teacher_facts(recipe, teacher)),
-        rows=selected,
-        autocast=autocast_factory(recipe.teacher.amp or recipe.run.amp, device),
-        device=device,
-        memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format,
-        resume=resume,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    amp = available_amp(options.amp or recipe.run.amp, device, emulated=recipe.run.amp_emulated)
+    with holding(Path(options.cache)):
+        return write_soft_labels(
+            options.cache,
+            teacher,
+            data.train,
+            views=options.cache_views,
+            top_k=options.cache_top_k,
+            temperature=recipe.loss.temperature,
+            dtype=options.cache_dtype,
+            facts=cache_facts(recipe, data, teacher_facts(recipe, teacher)),
+            rows=selected,
+            autocast=autocast_factory(amp, device),
+            device=device,
+            memory_format=torch.channels_last if recipe.run.channels_last else torch.contiguous_format,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
 
 
 def open_cache(

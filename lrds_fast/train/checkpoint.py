@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from lrds_fast import _C
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train.files import atomic_write
+from lrds_fast.train.notes import note
 from lrds_fast.train.weights import load_state, read
 from lrds_fast.train.weights import load_weights as load_weights
 
@@ -36,6 +38,19 @@ class Position(NamedTuple):
     state: dict[str, Any]
 
 
+def machine(device: torch.device, amp: str, ranks: Ranks) -> dict[str, str]:
+    """What a run's last bits depend on beside its recipe and data."""
+    facts = {"PyTorch": str(torch.__version__), "processes": str(ranks.count), "precision": amp}
+    if device.type == "cuda":
+        return facts | {"device": torch.cuda.get_device_name(device)}
+    return facts | {
+        "device": "the CPU",
+        "threads": str(torch.get_num_threads()),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels' CPU level": str(_C.build_info()["cpu_isa"]),
+    }
+
+
 def save(
     path: Path,
     position: Position,
@@ -43,12 +58,14 @@ def save(
     facts: Mapping[str, str],
     student: nn.Module,
     parts: Mapping[str, Stateful | None],
+    machine: Mapping[str, str] | None = None,
     ranks: Ranks | None = None,
 ) -> None:
     """A checkpoint of the run at `position`, written by the first process.
 
     facts: strings that must be equal on resuming (model, data fingerprint, ...). parts: by name, whatever else has
-    state; None is left out. The random generators' states of every process are added.
+    state; None is left out. machine: what the last bits depend on, see machine(). The random generators' states of
+    every process are added.
     """
     ranks = ranks or Ranks()
     generators = {
@@ -64,6 +81,7 @@ def save(
         "steps": position.steps,
         "state": position.state,
         "facts": dict(facts),
+        "machine": dict(machine or {}),
         "student": student.state_dict(),
         "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
         "generators": everybody,
@@ -78,9 +96,11 @@ def resume(
     facts: Mapping[str, str],
     student: nn.Module,
     parts: Mapping[str, Stateful | None],
+    machine: Mapping[str, str] | None = None,
     ranks: Ranks | None = None,
 ) -> Position:
-    """Loads what save() wrote and returns how far the run was; ValueError where a fact differs."""
+    """Loads what save() wrote and returns how far the run was; ValueError where a fact differs. Where only the machine
+    does, a note says that the results will not be bit for bit those of a run without a break."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
     state = read(path, named=str(path), otherwise="restore it from a copy, or delete it and start afresh")
@@ -95,6 +115,17 @@ def resume(
                 f"{path} is of another run: its {name} is {before}, this one's is {value};"
                 " resume with the same recipe and data, or set another run.out"
             )
+    before = state.get("machine", {})
+    others = [
+        f"{name} {before[name]}, now {value}"
+        for name, value in (machine or {}).items()
+        if before.get(name, value) != value
+    ]
+    if others:
+        note(
+            f"{path} was written with {'; '.join(others)}: the results will not be bit for bit those of a run without"
+            " a break"
+        )
     load_state(student, state["student"], str(path))
     for name, part in parts.items():
         if part is not None:

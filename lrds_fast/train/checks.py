@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ def check_values(recipe: Recipe) -> None:
         if value not in choices:
             named = ", ".join(choice or repr(choice) for choice in choices)
             raise ValueError(f"{key} must be one of {named}; got {value!r}")
+    if not recipe.run.out and not os.path.normpath(f"runs/{recipe.name.strip()}").startswith(f"runs{os.sep}"):
+        raise ValueError(f"name is the run's folder below runs/; got {recipe.name!r}: set a name, or run.out")
     positive = {
         "data.batch_size": recipe.data.batch_size,
         "data.eval_batch_size": recipe.data.eval_batch_size,
@@ -59,6 +62,7 @@ def check_values(recipe: Recipe) -> None:
         "data.workers": recipe.data.workers,
         "teacher.cache_top_k": recipe.teacher.cache_top_k,
         "data.train_limit": recipe.data.train_limit,
+        "data.test_limit": recipe.data.test_limit,
         "data.mixup": recipe.data.mixup,
         "data.cutmix": recipe.data.cutmix,
         "loss.ce_weight": recipe.loss.ce_weight,
@@ -116,6 +120,7 @@ def check_values(recipe: Recipe) -> None:
             f"run.compile {recipe.run.compile!r} uses CUDA graphs, which keep no gradient of a batch's earlier parts:"
             f" set run.accumulate to 1, or run.compile to 'default'; got {recipe.run.accumulate}"
         )
+    _check_epochs(recipe)
     _check_features(recipe)
     recipe.loss.chosen_divergence()
     if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
@@ -144,6 +149,33 @@ def check_values(recipe: Recipe) -> None:
         raise ValueError("selection.per_class needs selection.ratio, the share of every class")
     if not 0 < recipe.loss.eta < 1:
         raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
+
+
+def _check_epochs(recipe: Recipe) -> None:
+    """What is to happen at an epoch has to come before the end."""
+    epochs, schedule, selection = recipe.schedule.epochs, recipe.schedule, recipe.selection
+    happens: list[tuple[str, float, str]] = [("selection.after", selection.after, "selection.after=0")]
+    if selection.every:
+        happens.append(("selection.after + every", selection.after + selection.every, "selection.every=0"))
+    if schedule.name == "step":
+        happens.append(("schedule.milestones", max(schedule.milestones, default=0), "schedule.milestones=[]"))
+    if schedule.name == "exponential":
+        happens.append(("schedule.decay_epochs", schedule.decay_epochs, "schedule.name=constant"))
+    for key, epoch, none in happens:
+        if epoch >= epochs:
+            raise ValueError(
+                f"{key}: with schedule.epochs={epochs} training is over before epoch {epoch:g} comes; set {none} or"
+                " earlier ones, or raise schedule.epochs"
+            )
+    for key, length in (
+        ("schedule.warmup_epochs", schedule.warmup_epochs),
+        ("loss.kd_warmup_epochs", recipe.loss.kd_warmup_epochs),
+    ):
+        if length > epochs:
+            raise ValueError(
+                f"{key}: with schedule.epochs={epochs} training is over before {length:g} epochs of warm-up; lower it,"
+                " or raise schedule.epochs"
+            )
 
 
 def _check_features(recipe: Recipe) -> None:

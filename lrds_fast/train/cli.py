@@ -22,8 +22,10 @@ _RESUME = "; the same command with --resume goes on after the last checkpoint, i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. Mistakes are one line on stderr, with --debug also the traceback."""
+    from lrds_fast.train.notes import open_streams
     from lrds_fast.train.stopping import Stopped
 
+    open_streams()
     options = argparse.Namespace(debug=False, again="")
     try:
         options = _parsed(list(sys.argv[1:] if argv is None else argv))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ def demo(
     torch.set_num_threads(1)  # these networks are smaller than the cost of waking a second thread
     started = time.perf_counter()
     try:
-        with tqdm(total=seeds * (1 + len(ARMS)), desc="demo", unit="run", disable=not progress) as bar:
+        with tqdm(
+            total=seeds * (1 + len(ARMS)), desc="demo", unit="run", disable=not progress or sys.stderr is None
+        ) as bar:
             for seed in range(seeds):
                 _one_seed(out / f"seed{seed}", seed, settings, bar)
     finally:

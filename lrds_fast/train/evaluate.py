@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -99,7 +100,9 @@ def outputs(model: Any, loader: Loader, device: torch.device, *, progress: bool 
     model.to(device).eval()
     logits, features, places = [], [], []
     with torch.inference_mode():
-        for batch in tqdm(loader.epoch(0), total=len(loader), desc=desc, disable=not progress, leave=False):
+        for batch in tqdm(
+            loader.epoch(0), total=len(loader), desc=desc, disable=not progress or sys.stderr is None, leave=False
+        ):
             row_logits, row_features = model.forward_with_features(batch.images.to(device, non_blocking=True))
             logits.append(row_logits.float().cpu())
             features.append(row_features.float().cpu())

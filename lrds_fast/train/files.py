@@ -5,36 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from lrds_fast.files import naming, replacing
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name `path` only once everything is written and on the disk.
-
-    Whatever was at `path` stays until then, and stays for good if the block raises. Parent folders are made.
-    """
+    """A binary file that takes the name `path` only once everything is written; see lrds_fast.files.replacing. Parent
+    folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes temporary files that a killed process left in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,8 +31,10 @@ def write_text(path: Path, text: str) -> None:
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """One more line of a JSON-lines log. NaN and infinities become null, which is all that JSON has for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrds_fast.data import Data, derived_seed
+from lrds_fast.files import remove_partial
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.checkpoint import Position
 from lrds_fast.train.evaluate import check_class_counts, evaluate
 from lrds_fast.train.features import FeatureDistillation
-from lrds_fast.train.files import append_record, read_records, remove_leftovers, rewrite_records, write_text
+from lrds_fast.train.files import append_record, read_records, rewrite_records, write_text
+from lrds_fast.train.lock import holding
+from lrds_fast.train.notes import note
 from lrds_fast.train.processes import any_process, joined, same_buffers
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory
 from lrds_fast.train.step import Step
 from lrds_fast.train.stopping import Request, Stopped, stop_requests
 from lrds_fast.train.teaching import CachedAnswers
@@ -77,10 +80,11 @@ def train(
     Under torchrun every process makes this call with the same arguments: each batch is divided among them, and the
     gradients are those of the whole batch's mean. SIGTERM and Ctrl-C end the run after a checkpoint.
 
-    Raises FileExistsError for an older run that may not go, FloatingPointError where the loss is not finite, ValueError
-    where class counts differ or scoring lacks what it needs, and Stopped on a signal, once the checkpoint is written.
+    Raises FileExistsError for an older run that may not go, or another that is going on in `out`, FloatingPointError
+    where the loss is not finite, ValueError where class counts differ or scoring lacks what it needs, and Stopped on a
+    signal, once the checkpoint is written.
     """
-    with joined(recipe.run.device, recipe.run.timeout) as device, stop_requests() as request:
+    with joined(recipe.run.device, recipe.run.timeout) as device, stop_requests() as request, ExitStack() as held:
         ranks = Ranks.current()
         _check(recipe, data, teacher, selected, ranks)
         memory_format = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
@@ -105,6 +109,7 @@ def train(
             cached=cached,
             features=features,
         )
+        held.enter_context(holding(out, ranks=ranks))
         folder = _Folder(out, recipe, identity(recipe, fingerprint, selected), step, ranks)
         position = folder.open(resume=resume, overwrite=overwrite)
         selected = folder.selected_at(position, selected)
@@ -113,11 +118,10 @@ def train(
             total=recipe.schedule.epochs * steps_per_epoch,
             initial=position.epochs * steps_per_epoch + position.steps,
             desc=recipe.name,
-            disable=not progress or not ranks.first,
+            disable=not progress or not ranks.first or sys.stderr is None,
             leave=False,
         )
         told = 0
-        autocast = autocast_factory(recipe.run.amp, device)
         for epoch in range(position.epochs, recipe.schedule.epochs):
             started = time.perf_counter()
             begun = position.steps if epoch == position.epochs else 0
@@ -144,18 +148,18 @@ def train(
                 bar.update()
                 look = done % CHECK_EVERY == 0
                 if look or device.type == "cpu":
-                    step.totals.check_finite(recipe)
+                    step.totals.check_finite(recipe, out / CHECKPOINT)
                 within = done < steps_per_epoch
                 asked = ranks.count == 1 or done % AGREE_EVERY == 0
                 if within and asked and any_process(request.signal != 0, ranks):
-                    step.totals.check_finite(recipe)
+                    step.totals.check_finite(recipe, out / CHECKPOINT)
                     folder.save(Position(epoch, done, {}))
                     bar.close()
                     raise _stopped(request, epoch, done, out)
                 if within and recipe.run.save_every_steps and done % recipe.run.save_every_steps == 0:
-                    step.totals.check_finite(recipe)
+                    step.totals.check_finite(recipe, out / CHECKPOINT)
                     folder.save(Position(epoch, done, {}))
-            step.totals.check_finite(recipe)
+            step.totals.check_finite(recipe, out / CHECKPOINT)
             step.end_epoch()
 
             # ---- what it came to ----
@@ -167,14 +171,14 @@ def train(
             }
             unreadable = getattr(data.train, "errors", [])
             for _, where, reason in unreadable[told:]:
-                bar.write(f"lrds-fast: {where} was replaced by a grey picture: {reason}", file=sys.stderr)
+                note(f"{where} was replaced by a grey picture: {reason}", of_all=True)
             told = len(unreadable)
             record["unreadable"] = int(ranks.sum(torch.tensor(told)))
             same_buffers((student, step.ema), ranks)
             for split, loader in (("val", data.val), ("test", data.test)):
                 if loader is not None:
                     record[f"{split}_acc"], record[f"{split}_ce"] = evaluate(
-                        step.judged, loader, device, memory_format, autocast, ranks
+                        step.judged, loader, device, memory_format, step.autocast, ranks
                     )
             record["seconds"] = round(time.perf_counter() - started, 4)
             folder.add(record)
@@ -270,6 +274,7 @@ class _Folder:
 
     def __init__(self, out: Path, recipe: Recipe, facts: Mapping[str, str], step: Step, ranks: Ranks) -> None:
         self._out, self._recipe, self._facts, self._step, self._ranks = out, recipe, facts, step, ranks
+        self._machine = checkpoint.machine(step.device, step.amp, ranks)
         self.records: list[dict[str, Any]] = []
         self._best: float | None = None
 
@@ -280,7 +285,12 @@ class _Folder:
         position = Position(0, 0, {})
         if there and resume:
             position = checkpoint.resume(
-                path, facts=self._facts, student=self._step.student, parts=self._step.parts, ranks=self._ranks
+                path,
+                facts=self._facts,
+                student=self._step.student,
+                parts=self._step.parts,
+                machine=self._machine,
+                ranks=self._ranks,
             )
             self._best = position.state["best"]
             self._step.load_state_dict(position.state, within_epoch=False)
@@ -297,7 +307,7 @@ class _Folder:
                 (self._out / BEST).unlink(missing_ok=True)
                 rescoring.forget(self._out)
             rewrite_records(self._out / LOG, self.records)
-            remove_leftovers(self._out)
+            remove_partial(self._out)
             write_text(self._out / RECIPE, self._recipe.to_json())
         self._ranks.wait()
         return position
@@ -331,6 +341,7 @@ class _Folder:
             facts=self._facts,
             student=step.student,
             parts=step.parts,
+            machine=self._machine,
             ranks=self._ranks,
         )
 
@@ -345,6 +356,7 @@ def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[
         "description",
         "run.out",
         "run.device",
+        "run.amp_emulated",
         "run.save_every",
         "run.save_every_steps",
         "run.timeout",

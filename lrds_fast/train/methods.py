@@ -24,7 +24,7 @@ the rows are divided by, where other processes or steps have rows of the same ba
 
 
 def objective(options: LossOptions) -> Objective:
-    """The recipe's objective.
+    """The recipe's objective; of its parts loss = ce + kd, both weighted.
 
     kd: kd_loss. dist, mlkd, revision: with s the share of the rows that have a teacher and c the weighted cross-entropy
     of kd_loss,
@@ -121,8 +121,8 @@ def _dist(options: LossOptions) -> Objective:
             revised = lrds_fast.revise_labels(teacher, target, eta=options.eta, temperature=t)
             teacher = t * revised.clamp_min(torch.finfo(revised.dtype).tiny).log()
         share = len(student) / len(z)
-        kd = share * lrds_fast.dist_loss(student, teacher, temperature=t)
-        return counted._replace(loss=counted.loss + kd_weight * kd, kd=kd.detach())
+        kd = kd_weight * share * lrds_fast.dist_loss(student, teacher, temperature=t)
+        return counted._replace(loss=counted.loss + kd, kd=kd.detach())
 
     return parts
 
@@ -140,27 +140,26 @@ def _mlkd(options: LossOptions) -> Objective:
     ) -> KDLossParts:
         counted = _counted(z, v, y, selected, options)
         if strong is not None:
-            kd = mlkd_views(z, v, y, strong, selected=selected, options=options)
+            kd = kd_weight * mlkd_views(z, v, y, strong, selected=selected, options=options)
             second = _counted(*strong, y, selected, options)
-            loss = counted.loss + second.loss + kd_weight * kd
+            loss = counted.loss + second.loss + kd
             return counted._replace(loss=loss, ce=counted.ce + second.ce, kd=kd.detach())
         if len(v) < len(z):  # the others' rows do not count
             selected = torch.arange(len(z), device=z.device) < len(v)
             v = torch.cat([v, v.new_zeros(len(z) - len(v), v.shape[1])])
-        loss = lrds_fast.mlkd_loss(
+        kd = lrds_fast.mlkd_loss(
             z,
             v,
             y,
             temperature=options.temperatures or options.temperature,
-            ce_weight=options.ce_weight,
-            ce_weight_unselected=options.ce_weight_unselected,
+            ce_weight=0.0,
+            ce_weight_unselected=0.0,
             kd_weight=kd_weight,
             revise=options.revise,
             eta=options.eta,
             selected=selected,
         )
-        kd = (loss.detach() - counted.loss.detach()) / kd_weight if kd_weight else torch.zeros_like(counted.kd)
-        return counted._replace(loss=loss, kd=kd)
+        return counted._replace(loss=counted.loss + kd, kd=kd.detach())
 
     return parts
 
@@ -220,15 +219,13 @@ def _revision(options: LossOptions) -> Objective:
     ) -> KDLossParts:
         counted = _counted(z, v, y, selected, options)
         student, teacher, target = _taught(z, v, y, selected)
-        loss = counted.loss.new_zeros(())
+        ce = kd = counted.loss.new_zeros(())
         if len(student):
-            loss = (
-                kd_weight * len(student) / len(z) * lrds_fast.revision_loss(student, teacher, target, eta=options.eta)
-            )
+            kd = kd_weight * len(student) / len(z) * lrds_fast.revision_loss(student, teacher, target, eta=options.eta)
         if len(student) < len(z):
             rest = z[len(v) :] if selected is None else z[~selected]
             labels = y[len(v) :] if selected is None else y[~selected]
-            loss = loss + options.ce_weight_unselected * F.cross_entropy(rest.float(), labels) * len(rest) / len(z)
-        return counted._replace(loss=loss, kd=loss.detach())
+            ce = options.ce_weight_unselected * F.cross_entropy(rest.to(ce.dtype), labels) * len(rest) / len(z)
+        return counted._replace(loss=ce + kd, ce=ce.detach(), kd=kd.detach())
 
     return parts

@@ -68,6 +68,18 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
+def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """The sum over the processes of the parameters' gradients, in each of them; a process without any adds none."""
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    found = [parameter.grad for parameter in wanted]
+    flat = torch.cat(
+        [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(wanted, found, strict=True)]
+    )
+    ranks.sum(flat)
+    for parameter, part in zip(wanted, torch.split(flat, [p.numel() for p in wanted]), strict=True):
+        parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter))
+
+
 def any_process(flag: bool, ranks: Ranks) -> bool:
     """Whether it is so in any process; all of them ask at the same time."""
     return flag if ranks.count == 1 else bool(ranks.sum(torch.tensor(int(flag))))

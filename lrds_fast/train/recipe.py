@@ -42,6 +42,7 @@ class DataOptions:
     val_fraction: float = 0.0
     split_seed: int = 0
     train_limit: int = 0
+    test_limit: int = 0
     label_noise: float = 0.0
     augment: str = "none"
     image_size: int = 224
@@ -204,7 +205,8 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """device "auto" is CUDA where there is one. amp "off", "bf16" or "fp16". ema_decay 0 is off. out "" is runs/NAME.
+    """device "auto" is CUDA where there is one. amp "off", "bf16" or "fp16"; on a CPU that has no instructions for the
+    type it is "off", unless amp_emulated. ema_decay 0 is off. out "" is runs/NAME.
     save_every: epochs between checkpoints; the last epoch always has one. save_every_steps: also within an epoch, 0 is
     off. compile: torch.compile's mode for student and teacher, or "off". accumulate: parts that a batch is computed in.
     timeout: seconds that a process waits for the others. tensorboard: events are written where it is installed. wandb:
@@ -213,6 +215,7 @@ class RunOptions:
     out: str = ""
     device: str = "auto"
     amp: str = "off"
+    amp_emulated: bool = False
     channels_last: bool = False
     ema_decay: float = 0.0
     clip_grad_norm: float = 0.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lrds_fast.train import rescoring
 from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
 from lrds_fast.train.evaluate import outputs
 from lrds_fast.train.files import write_text
+from lrds_fast.train.lock import holding
 from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
 from lrds_fast.train.processes import joined
 from lrds_fast.train.recipe import Recipe, from_mapping
@@ -33,8 +36,8 @@ GALLERY = "gallery.json"
 GALLERY_SIZE = 24
 
 
-def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
-    """The recipe's data. parts: what a batch is divided into, over processes and accumulation steps."""
+def load_data(recipe: Recipe) -> Data:
+    """The recipe's data."""
     options = recipe.data
     return data_sets.load(
         options.name,
@@ -45,6 +48,7 @@ def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
         split_seed=options.split_seed,
         seed=recipe.seed,
         train_limit=options.train_limit,
+        test_limit=options.test_limit,
         label_noise=options.label_noise,
         augment=options.augment,
         image_size=options.image_size,
@@ -57,7 +61,6 @@ def load_data(recipe: Recipe, *, parts: int = 1) -> Data:
         second_view=options.second_view,
         first_label=options.first_label,
         device=pick_device(recipe.run.device),
-        least=2 * parts,
         views=recipe.teacher.cache_views if recipe.teacher.cache else 0,
     )
 
@@ -120,7 +123,7 @@ def fit(
     makes this call."""
     with joined(recipe.run.device, recipe.run.timeout):
         ranks = Ranks.current()
-        data = load_data(recipe, parts=ranks.count * recipe.run.accumulate)
+        data = load_data(recipe)
         selection = load_selection(recipe, data)
         teacher = build_teacher(recipe, data)
         mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
@@ -154,8 +157,15 @@ def fit(
 def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
     """Scores every training sample from the last layer of a trained student (score.base, else this recipe's own run).
 
-    The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched.
+    The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched. Raises
+    FileExistsError where this recipe's own run is still being trained.
     """
+    own = not recipe.score.base and os.access(recipe.out, os.W_OK)
+    with holding(recipe.out, shared=True) if own else nullcontext():
+        return _scored(recipe, progress)
+
+
+def _scored(recipe: Recipe, progress: bool) -> influence.Scores:
     data = load_data(recipe)
     device = pick_device(recipe.run.device)
     base = Path(recipe.score.base) if recipe.score.base else recipe.out / CHECKPOINT

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lrds_fast.train.notes import note
 from lrds_fast.train.recipe import LossOptions, OptimizerOptions, ScheduleOptions
 
 
@@ -68,6 +71,37 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
         return None
     average: Any = get_ema_multi_avg_fn
     return AveragedModel(model, multi_avg_fn=average(decay), use_buffers=True)
+
+
+def available_amp(amp: str, device: torch.device, *, emulated: bool = False) -> str:
+    """`amp`, or "off" where it is 16 bits on a CPU that has no instructions for them, which a note then says.
+
+    PyTorch's convolutions are some ten times slower than in float32 there. emulated: as asked for all the same.
+    """
+    if amp == "off" or emulated or device.type != "cpu" or _computes(amp):
+        return amp
+    _note_fall_back(amp)
+    return "off"
+
+
+def _computes(amp: str) -> bool:
+    """Whether this CPU has instructions for products of bfloat16 or float16."""
+    if not torch._C._has_mkldnn:
+        return False
+    if amp == "bf16" and platform.machine() in ("x86_64", "AMD64"):
+        # What oneDNN supports includes AVX-512 without them.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ask: Any = getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported")
+    return bool(ask())
+
+
+@functools.cache
+def _note_fall_back(amp: str) -> None:
+    needs = "AVX512_BF16 or AMX" if amp == "bf16" else "AVX512_FP16"
+    note(
+        f"this CPU has no instructions for run.amp={amp} ({needs}): computing in float32, which is faster;"
+        " run.amp_emulated=true insists"
+    )
 
 
 def autocast_factory(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

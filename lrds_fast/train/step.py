@@ -20,9 +20,9 @@ from lrds_fast.train.checkpoint import Stateful
 from lrds_fast.train.features import FeatureDistillation
 from lrds_fast.train.methods import objective
 from lrds_fast.train.mix import Mix
-from lrds_fast.train.processes import average_gradients, rows_of_all
+from lrds_fast.train.processes import any_process, average_gradients, rows_of_all, sum_gradients
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory, build_optimizer, kd_factor, lr_factor, moving_average
+from lrds_fast.train.setup import autocast_factory, available_amp, build_optimizer, kd_factor, lr_factor, moving_average
 from lrds_fast.train.teaching import CachedAnswers, Teacher
 from lrds_fast.train.totals import Totals
 
@@ -59,13 +59,14 @@ class Step:
         self.ranks = ranks or Ranks()
         self._steps_per_epoch = steps_per_epoch
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        self._autocast = autocast_factory(options.amp, device)
+        self.amp = available_amp(options.amp, device, emulated=options.amp_emulated)
+        self.autocast = autocast_factory(self.amp, device)
         self._measure = objective(recipe.loss)
         self.features = features
         self.optimizer = build_optimizer(
             recipe.optimizer, student if features is None else nn.ModuleList([student, features])
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.ema = moving_average(student, options.ema_decay)
 
         def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -82,7 +83,7 @@ class Step:
         self._student = compiled(student if self._parallel is None else self._parallel)
         self._teacher: Teacher | None = None
         if teacher is not None or cached is not None:
-            precision = recipe.teacher.amp or options.amp
+            precision = available_amp(recipe.teacher.amp or options.amp, device, emulated=options.amp_emulated)
             self._teacher = Teacher(
                 None if cached is not None else teacher,
                 device,
@@ -147,24 +148,31 @@ class Step:
             self.totals.load_state_dict(state["totals"], self.ranks)
 
     def __call__(self, batch: Batch, number: int) -> None:
-        """One step. batch: this process's rows. number: of the step, from 0, over all epochs."""
+        """One step. batch: this process's rows; none in the last batch of an epoch that is too small to be divided.
+        number: of the step, from 0, over all epochs."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, number / self._steps_per_epoch)
         if self.recipe.run.compile not in ("off", "default"):
             mark: Any = torch.compiler.cudagraph_mark_step_begin  # untyped
             mark()
-        parts = _divided(batch, self.recipe.run.accumulate)
+        rows = len(batch.indices)
+        last_of_epoch = self.ranks.count > 1 and (number + 1) % self._steps_per_epoch == 0
+        divided = not (last_of_epoch and any_process(rows == 0, self.ranks))
+        parts = _divided(batch, min(self.recipe.run.accumulate, max(rows // 2, 1))) if rows else []
         # What a row counts: with several processes DistributedDataParallel takes the mean of their gradients.
         denominator: Tensor | float | None = None
         if len(parts) > 1 or self.ranks.count > 1:
-            denominator = rows_of_all(len(batch.indices), self.device, self.ranks) / self.ranks.count
+            denominator = rows_of_all(rows, self.device, self.ranks) / (self.ranks.count if divided else 1)
         self.optimizer.zero_grad(set_to_none=True)
         for place, part in enumerate(parts):
             last = place + 1 == len(parts)
             with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
-                self._forward_backward(part, number, place, denominator)
+                self._forward_backward(part, number, place, denominator, self._student if divided else self.student)
         with record_function("optimizer"):
-            if self.features is not None:
+            if not divided:
+                self.scaler.scale(torch.zeros((), device=self.device))  # a scaler that has seen no loss takes no step
+                sum_gradients([p for group in self.optimizer.param_groups for p in group["params"]], self.ranks)
+            elif self.features is not None:
                 average_gradients(self.features.parameters(), self.ranks)
             if self.recipe.run.clip_grad_norm > 0:
                 self.scaler.unscale_(self.optimizer)
@@ -174,7 +182,14 @@ class Step:
             if self.ema is not None:
                 self.ema.update_parameters(self.student)
 
-    def _forward_backward(self, batch: Batch, number: int, place: int, denominator: Tensor | float | None) -> None:
+    def _forward_backward(
+        self,
+        batch: Batch,
+        number: int,
+        place: int,
+        denominator: Tensor | float | None,
+        student: Callable[[Tensor], Tensor],
+    ) -> None:
         images = self._placed(batch.images)
         target = batch.targets.to(self.device, non_blocking=True)
         rows = len(target)
@@ -198,8 +213,8 @@ class Step:
         if self._teacher is not None and asked:
             with record_function("teacher"):
                 answers = self._teacher.ask(seen, batch.indices[:asked], self._epoch)
-        with record_function("student"), self._autocast():
-            logits = self._student(images)
+        with record_function("student"), self.autocast():
+            logits = student(images)
         with record_function("loss"):
             if self._teacher is None:
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.loss.label_smoothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,16 +64,16 @@ class Totals:
     def _note(self, loss: Tensor, step: int) -> None:
         self._bad_step = torch.where(torch.isfinite(loss), self._bad_step, self._bad_step.clamp(max=step))
 
-    def check_finite(self, recipe: Recipe) -> None:
-        """FloatingPointError naming the step where the loss was first not finite."""
+    def check_finite(self, recipe: Recipe, checkpoint: Path) -> None:
+        """FloatingPointError naming the first step whose loss was not finite. checkpoint: the run's, if there is."""
         step = int(self._bad_step)
         if step != NO_STEP:
             hints = [f"lower optimizer.lr ({recipe.optimizer.lr})", "set run.clip_grad_norm"]
             if recipe.run.amp == "fp16":
                 hints.append("try run.amp=bf16")
+            left = f"{checkpoint} is from before it" if checkpoint.exists() else "no checkpoint is from before it"
             raise FloatingPointError(
-                f"the loss is not finite at step {step} (counted from 0); {', or '.join(hints)}."
-                " The last checkpoint is from before it"
+                f"the loss is not finite at step {step} (counted from 0); {', or '.join(hints)}; {left}"
             )
 
     def _together(self, ranks: Ranks) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lrds_fast.files import naming
 from lrds_fast.train.recipe import Recipe
 
 TENSORBOARD = "tensorboard"
@@ -20,6 +21,7 @@ class Trackers:
     """
 
     def __init__(self, recipe: Recipe, out: Path, step: int) -> None:
+        self._out = out
         self._writer: Any = None
         self._wandb: Any = None
         if recipe.run.tensorboard and importlib.util.find_spec("tensorboard") is not None:
@@ -49,9 +51,10 @@ class Trackers:
         """One epoch's record, at its step."""
         numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
         if self._writer is not None:
-            for key, value in numbers.items():
-                self._writer.add_scalar(key, value, record["step"])
-            self._writer.flush()
+            with naming(self._out / TENSORBOARD):
+                for key, value in numbers.items():
+                    self._writer.add_scalar(key, value, record["step"])
+                self._writer.flush()
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
