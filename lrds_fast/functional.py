@@ -185,6 +185,14 @@ def _check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) ->
             f"TopKTeacher.logsumexp must be floating of shape {tuple(values.shape[:-1])}; got {logsumexp.dtype} of "
             f"shape {tuple(logsumexp.shape)}"
         )
+    rest = teacher.rest
+    if rest is not None and not (
+        isinstance(rest, Tensor) and rest.is_floating_point() and rest.shape == logsumexp.shape
+    ):
+        got = f"{rest.dtype} of shape {tuple(rest.shape)}" if isinstance(rest, Tensor) else type(rest).__name__
+        raise ValueError(f"TopKTeacher.rest must be None or floating of shape {tuple(logsumexp.shape)}; got {got}")
+    if rest is not None and rest.device != values.device:
+        raise ValueError(f"TopKTeacher.rest must be on {values.device} like its values; got {rest.device}")
     if temperature != [teacher.temperature]:
         raise ValueError(
             f"temperature must be {teacher.temperature!r}, at which the TopKTeacher's logsumexp was taken; "
@@ -370,7 +378,7 @@ def _call(
         selected,
         class_weight,
         teacher_logits.indices if cached else None,
-        teacher_logits.logsumexp if cached else None,
+        teacher_logits.remainder(student_logits.shape[-1]) if cached else None,
         _scalar("num_valid", num_valid, student_logits),
         _scalar("weight_sum", weight_sum, student_logits),
         _scalar("grad_scale", grad_scale, student_logits),
@@ -433,7 +441,9 @@ def kd_loss(
         counts as right). "lr": beta = eta / (1 + p_max - p_y), p' = beta p + (1 - beta) one_hot(y), so the target wins
         by exactly 1 - eta. "mft": the same there, and on right rows p'_y = min(1, p_y + 1 - eta). "swap": the target's
         logit and the top one change places. None: p' = p. With probabilities as target, "lr" mixes towards them:
-        beta = eta m / (m + p_max - p_y), m the target's own lead.
+        beta = eta m / (m + p_max - p_y), m the target's own lead. They are normalised for that, numbers below 0
+        counted as 0; a row of nothing but 0 leaves p' = p. (The cross-entropy takes them as F.cross_entropy does: as
+        they are.) Where "mft" saturates, at p'_y = 1, "rkl" and "mse_logits" are infinite by definition.
     selected: (...) or (N,), bool or weights w in [0, 1]. A row's CE weight is w * ce_weight + (1 - w) *
         ce_weight_unselected, its KD weight w * kd_weight. None: every row.
     divergence: "kl", "rkl", "dkd", "rld", "nkd", "mse_logits", "mse_probs", "jsd", or one of lrds_fast.divergences
@@ -445,7 +455,7 @@ def kd_loss(
         weights' sum instead), "elementmean" over those rows times C, "sum", or "none" (the rows' shape, ignored rows
         0). No valid row: loss 0, gradient 0.
     num_valid, weight_sum: numbers or 0-d tensors that replace the means' row count and weight sum (global means in
-        DDP or accumulation).
+        DDP or accumulation). A num_valid below 0, or NaN in either: ValueError on the CPU.
     grad_scale: a number or 0-d tensor: the factor the coming grad_output will carry (GradScaler._scale). It never
         changes the result; it is folded in before a 16-bit gradient is rounded.
 
@@ -546,8 +556,8 @@ def revise_labels(
     """softmax(teacher_logits / temperature), corrected where the teacher's top class is not `target`.
 
     teacher_logits: (..., C) floating. target: (...) int64/int32 in [0, C), or (..., C) floating probabilities with
-    policy "lr". policy: "lr", "mft" or "swap", kd_loss's `revise`. Returns (..., C) probabilities, float32 (float64
-    for float64 logits), without gradient. On rows that "lr" corrects the target wins by exactly 1 - eta and the other
+    policy "lr" (normalised, as in kd_loss). policy: "lr", "mft" or "swap", kd_loss's `revise`. Returns (..., C)
+    probabilities, float32 (float64 for float64 logits), without gradient. On rows that "lr" corrects the target wins by exactly 1 - eta and the other
     classes keep their ratios; kd_loss applies the same revision inside its kernel, without forming this tensor.
     Raises ValueError for eta outside (0, 1), temperature <= 0, mismatched shapes or, on the CPU, a target outside
     [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
