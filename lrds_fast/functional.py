@@ -557,10 +557,10 @@ def revise_labels(
 
     teacher_logits: (..., C) floating. target: (...) int64/int32 in [0, C), or (..., C) floating probabilities with
     policy "lr" (normalised, as in kd_loss). policy: "lr", "mft" or "swap", kd_loss's `revise`. Returns (..., C)
-    probabilities, float32 (float64 for float64 logits), without gradient. On rows that "lr" corrects the target wins by exactly 1 - eta and the other
-    classes keep their ratios; kd_loss applies the same revision inside its kernel, without forming this tensor.
-    Raises ValueError for eta outside (0, 1), temperature <= 0, mismatched shapes or, on the CPU, a target outside
-    [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
+    probabilities, float32 (float64 for float64 logits), without gradient. On rows that "lr" corrects the target wins by
+    exactly 1 - eta and the other classes keep their ratios; kd_loss applies the same revision inside its kernel,
+    without forming this tensor. Raises ValueError for eta outside (0, 1), temperature <= 0, mismatched shapes or, on
+    the CPU, a target outside [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
     """
     check_hyperparameters(
         temperature=temperature,
