@@ -201,8 +201,10 @@ class Rows(NamedTuple):
 
 
 def _log_others(log_p: Tensor, y: Tensor) -> Tensor:
-    """log(1 - p_y), as a logsumexp over the others: never the log of a difference."""
-    return _without_target(log_p, y).logsumexp(dim=-1)
+    """log(1 - p_y), as a logsumexp over the others: never the log of a difference. Where there is none, -inf."""
+    others = _without_target(log_p, y)
+    empty = (others == -torch.inf).all(dim=-1)
+    return torch.where(empty, -torch.inf, torch.where(empty[:, None], 0.0, others).logsumexp(dim=-1))
 
 
 def _binary_kl(log_p: Tensor, log_rest: Tensor, log_q: Tensor, log_q_rest: Tensor) -> Tensor:
@@ -317,6 +319,7 @@ def _targets(target: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _standardize(x: Tensor) -> Tensor:
+    x = x - x.detach().amax(dim=-1, keepdim=True)  # what is common to a row must not round its differences
     return (x - x.mean(dim=-1, keepdim=True)) / (x.std(dim=-1, keepdim=True) + 1e-7)
 
 

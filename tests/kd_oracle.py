@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,8 @@ class Rows:
 
     @staticmethod
     def _standard(x: Array) -> tuple[Array, Array, Array, Array]:
-        d = x - x.mean(axis=1, keepdims=True)
+        d = x - x.max(axis=1, keepdims=True)
+        d = d - d.mean(axis=1, keepdims=True)
         deviation = np.sqrt((d * d).sum(axis=1, keepdims=True) / (x.shape[1] - 1))
         scale = 1 / (deviation + np.longdouble("1e-7"))
         return d * scale, d, deviation, scale
@@ -346,8 +348,8 @@ GAPS = (
     745.2,
     800.0,
 )
-# Rounding errors: of the loss and of a gradient's element, over their sizes in units of half an ulp of 1. Below floor
-# an exponential may have underflown.
+# Rounding errors: of the loss and of a gradient's element, over their sizes in units of half an ulp of 1, and what a sum
+# over many classes adds. Below floor an exponential may have underflown.
 ULPS = 100.0
 FLOOR = {torch.float32: 1e-36, torch.float64: 1e-300}
 STORED = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -423,10 +425,13 @@ def soft_targets(y: Tensor, classes: int, dtype: torch.dtype, seed: int) -> Tens
     return t.half().to(dtype) if seed % 2 else t.to(dtype)
 
 
-def compare(z: Tensor, v: Tensor, target: Tensor, **options: Any) -> int:
-    """kd_loss's KD rows and their gradient against the oracle's; the number of rows. AssertionError names the worst."""
+def compare(z: Tensor, v: Tensor, target: Tensor, function: Callable[..., Tensor] = kd_loss, **options: Any) -> int:
+    """kd_loss's KD rows and their gradient against the oracle's; the number of rows. AssertionError names the first.
+
+    Of another function, whose gradient autograd adds up and takes away again, eight digits of the row are asked.
+    """
     student = z.clone().requires_grad_()
-    got = kd_loss(student, v, target, ce_weight=0.0, kd_weight=1.0, reduction="none", **options)
+    got = function(student, v, target, ce_weight=0.0, kd_weight=1.0, reduction="none", **options)
     (got_gradient,) = torch.autograd.grad(got.sum(), student)
     compute = got.dtype
     soft = None
@@ -440,13 +445,15 @@ def compare(z: Tensor, v: Tensor, target: Tensor, **options: Any) -> int:
     flushed = Rows(*wide, y.numpy(), soft, floor, **options).answer()
     loss, gradient = got.detach().double().numpy(), got_gradient.double().numpy()
     t = max(1.0, options["temperature"])
-    unit = torch.finfo(compute).eps / 2 * ULPS
+    unit = torch.finfo(compute).eps / 2 * (ULPS + z.shape[1]) if function is kd_loss else 1e-8
     ok = np.zeros(len(z), dtype=bool)
     for want in (exact, flushed):
         infinite = np.isinf(want.loss)
         with np.errstate(all="ignore"):
             close = np.abs(loss - want.loss) <= unit * want.loss_size + 1e3 * t * t * floor
             allowed = unit * want.gradient_size + STORED[z.dtype] * np.abs(want.gradient) + 1e3 * t * floor
+            if function is not kd_loss:
+                allowed = allowed.max(axis=1, keepdims=True) + 1e-10
             if z.dtype == torch.float16:
                 allowed = allowed + 2.0**-24
                 allowed = np.where(np.abs(want.gradient) > 65000, np.inf, allowed)
@@ -465,13 +472,20 @@ def compare(z: Tensor, v: Tensor, target: Tensor, **options: Any) -> int:
 
 
 # Classes, temperature, standardize.
-SHAPES = ((2, 1.0, False), (3, 4.0, False), (9, 0.5, False), (5, 2.0, True), (33, 1.0, False))
+SHAPES = ((2, 1.0, False), (3, 4.0, False), (9, 0.5, False), (5, 2.0, True), (33, 1.0, False), (100, 4.0, False))
 
 
-def scan(cases: int, seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, shapes: int = len(SHAPES)) -> dict[str, int]:
+def scan(
+    cases: int,
+    seed: int,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    shapes: int = len(SHAPES),
+    function: Callable[..., Tensor] = kd_loss,
+) -> dict[str, int]:
     """About `cases` rows of every divergence, revision and dtype near their singularities; how many of each divergence.
 
-    shapes: how many of SHAPES each of them meets, in turn.
+    shapes: how many of SHAPES each of them meets, in turn. The plain KL, which has kernels of its own, also meets long
+    rows.
     """
     checked: Counter[str] = Counter()
     settings = [
@@ -483,8 +497,10 @@ def scan(cases: int, seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, shapes
     ]
     each = max(8, -(-cases // (len(settings) * shapes)))
     for number, (dtype, revise, divergence) in enumerate(settings):
-        for shape in range(shapes):
-            classes, temperature, standardize = SHAPES[(number + shape + seed) % len(SHAPES)]
+        met = [SHAPES[(number + shape + seed) % len(SHAPES)] for shape in range(shapes)]
+        if isinstance(divergence, KL):
+            met.append((1001, 4.0, False))
+        for classes, temperature, standardize in met:
             own = seed + 1000 * number + classes
             z, v, target = rows(each, classes, dtype, temperature, standardize, own)
             if revise is not None and revise.startswith("soft"):
@@ -493,6 +509,7 @@ def scan(cases: int, seed: int, dtypes: tuple[torch.dtype, ...] = DTYPES, shapes
                 z,
                 v,
                 target,
+                function,
                 divergence=divergence,
                 revise={"soft lr": "lr", "soft": None}.get(revise or "", revise),
                 temperature=temperature,

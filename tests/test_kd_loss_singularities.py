@@ -248,6 +248,10 @@ def test_scan(level: str) -> None:
     print(scan_at(level, 6000, LEVELS.index(level)))
 
 
+def test_scan_of_the_reference() -> None:
+    print(kd_oracle.scan(1500, 50, (torch.float64,), 1, reference.kd_loss))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_scan_of_100000_cases(level: str) -> None:

@@ -398,7 +398,7 @@ def test_float16_gradients_of_means_over_classes_do_not_underflow(divergence: st
         found.append(torch.autograd.grad(loss, leaves, grad_output.to(loss.dtype)))
     for got, want in zip(*found, strict=True):
         assert (got.double() - want).norm() <= 0.01 * want.norm()
-        assert (got == 0).float().mean() < 0.01
+        assert (got == 0).float().mean() < 0.05
 
 
 def test_float16_hidden_under_bfloat16_autocast_does_not_underflow() -> None:
