@@ -348,8 +348,8 @@ GAPS = (
     745.2,
     800.0,
 )
-# Rounding errors: of the loss and of a gradient's element, over their sizes in units of half an ulp of 1, and what a sum
-# over many classes adds. Below floor an exponential may have underflown.
+# Rounding errors: of the loss and of a gradient's element, over their sizes in units of half an ulp of 1, and what sums
+# over many classes add. Below floor an exponential may have underflown.
 ULPS = 100.0
 FLOOR = {torch.float32: 1e-36, torch.float64: 1e-300}
 STORED = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
