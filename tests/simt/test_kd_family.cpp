@@ -130,8 +130,9 @@ struct Case {
 
 constexpr std::size_t kRows = 8;
 
-// Rows by index: 0 ordinary, 1 ignored and full of NaN, 2 unselected with a NaN teacher, 3 right
-// teacher, 4 half selected, 5 target out of range, 6 student equal to teacher, 7 ordinary.
+// Rows by index: 0 at the edges (see edges), 1 ignored and full of NaN, 2 unselected with a NaN
+// teacher, 3 right teacher, 4 half selected, 5 target out of range, 6 student equal to teacher, 7
+// ordinary.
 struct Problem {
   std::vector<double> student, teacher, values, soft, class_weight, rest, selected, grad_output;
   std::vector<std::int64_t> target, indices;
@@ -162,6 +163,20 @@ Problem make_problem(const Case& c) {
     p.student[6 * c.classes + k] = p.teacher[6 * c.classes + k];
   }
   return p;
+}
+
+// A teacher far from 0 with two tops above the label and a class at the end of float's
+// exponentials, and a class that both exclude (a standardised row has none).
+void edges(const Case& c, Problem& p) {
+  if (c.classes < 8) return;
+  const auto at = [&](std::size_t i) {
+    return (static_cast<std::size_t>(p.target[0]) + i) % c.classes;
+  };
+  const double offset = c.divergence == 5 ? 0.0 : 1000.0;  // whose errors are the offset
+  for (std::size_t k = 0; k < c.classes; ++k) p.teacher[k] += offset;
+  p.teacher[at(1)] = p.teacher[at(2)] = offset + 16.0;
+  p.teacher[at(3)] = offset + 16.0 - 87.0 * c.temperatures[0];
+  if (!c.standardize) p.student[at(4)] = p.teacher[at(4)] = -kInf;
 }
 
 void poison(const Case& c, Problem& p) {
@@ -208,6 +223,7 @@ bool close(double got, double expected, double most) {
 
 void run(const Case& c) {
   Problem p = make_problem(c);
+  edges(c, p);
   const bool wide = c.student == DType::kFloat64 || c.teacher == DType::kFloat64;
   const DType accumulate = wide ? DType::kFloat64 : DType::kFloat32;
   if (c.kept > 0) {
