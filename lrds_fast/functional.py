@@ -233,6 +233,14 @@ def _check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) ->
             f"TopKTeacher.logsumexp must be floating of shape {tuple(values.shape[:-1])}; got {logsumexp.dtype} of "
             f"shape {tuple(logsumexp.shape)}"
         )
+    rest = teacher.rest
+    if rest is not None and not (
+        isinstance(rest, Tensor) and rest.is_floating_point() and rest.shape == logsumexp.shape
+    ):
+        got = f"{rest.dtype} of shape {tuple(rest.shape)}" if isinstance(rest, Tensor) else type(rest).__name__
+        raise ValueError(f"TopKTeacher.rest must be None or floating of shape {tuple(logsumexp.shape)}; got {got}")
+    if rest is not None and rest.device != values.device:
+        raise ValueError(f"TopKTeacher.rest must be on {values.device} like its values; got {rest.device}")
     taken_at = teacher.one_temperature()
     if temperature != [taken_at]:
         raise ValueError(
@@ -360,7 +368,7 @@ def composite(
     selected: Tensor | None,
     class_weight: Tensor | None,
     teacher_indices: Tensor | None,
-    teacher_logsumexp: Tensor | None,
+    teacher_rest: Tensor | None,
     num_valid: Tensor | None,
     weight_sum: Tensor | None,
     grad_scale: Tensor | None,
@@ -379,8 +387,9 @@ def composite(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator kd_loss as PyTorch ops: for torch.func, forward-mode derivatives and those beyond the first."""
     given: Tensor | TopKTeacher = teacher
-    if teacher_indices is not None and teacher_logsumexp is not None:
-        given = TopKTeacher(teacher, teacher_indices, teacher_logsumexp, temperature[0])
+    if teacher_indices is not None and teacher_rest is not None:
+        log_sum = torch.logaddexp((teacher / temperature[0]).logsumexp(dim=-1), teacher_rest)
+        given = TopKTeacher(teacher, teacher_indices, log_sum, temperature[0], teacher_rest)
     parts = reference.kd_loss_parts(
         student,
         given,
@@ -447,9 +456,10 @@ def _call(
         reduction=reduction,
     )
     _check_tensors(student_logits, teacher_logits, target, selected, class_weight, checked, teacher_rows)
-    indices = logsumexp = None
+    indices = rest = None
     if isinstance(teacher_logits, TopKTeacher):
-        teacher_logits, indices, logsumexp, _ = teacher_logits
+        indices, rest = teacher_logits.indices, teacher_logits.remainder(student_logits.shape[-1])
+        teacher_logits = teacher_logits.values
     # torch.func cannot look into a C++ autograd function.
     operator = composite if transforms_active() else _ops.kd_loss
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = operator(
@@ -459,7 +469,7 @@ def _call(
         selected,
         class_weight,
         indices,
-        logsumexp,
+        rest,
         _scalar("num_valid", num_valid, student_logits),
         _scalar("weight_sum", weight_sum, student_logits),
         _scalar("grad_scale", grad_scale, student_logits),
@@ -524,7 +534,9 @@ def kd_loss(
         counts as right). "lr": beta = eta / (1 + p_max - p_y), p' = beta p + (1 - beta) one_hot(y), so the target wins
         by exactly 1 - eta. "mft": the same there, and on right rows p'_y = min(1, p_y + 1 - eta). "swap": the target's
         logit and the top one change places. None or "none": p' = p. With probabilities as target, "lr" mixes towards
-        them: beta = eta m / (m + p_max - p_y), m the target's own lead.
+        them: beta = eta m / (m + p_max - p_y), m the target's own lead. They are normalised for that, numbers below 0
+        counted as 0; a row of nothing but 0 leaves p' = p. (The cross-entropy takes them as F.cross_entropy does: as
+        they are.) Where "mft" saturates, at p'_y = 1, "rkl" and "mse_logits" are infinite by definition.
     selected: (...) or (N,), bool or weights w in [0, 1]. A row's CE weight is w * ce_weight + (1 - w) *
         ce_weight_unselected, its KD weight w * kd_weight. None: every row.
     teacher_rows: K where teacher_logits holds only the first K of the N flattened rows, (K, C) or (B', ..., C): those
@@ -538,8 +550,9 @@ def kd_loss(
     reduction: "mean" over rows that are not ignored (selected or not; with class_weight the CE sum is divided by their
         weights' sum instead), "elementmean" over those rows times C, "sum", or "none" (the rows' shape, ignored rows
         0). No valid row: loss 0, gradient 0.
-    num_valid, weight_sum: numbers or 0-d tensors that replace the means' row count and weight sum. DDP averages the
-        gradients of its processes, so the mean over all of their rows needs the count of all, divided by their number:
+    num_valid, weight_sum: numbers or 0-d tensors that replace the means' row count and weight sum. A num_valid below 0,
+        or NaN in either: ValueError on the CPU. DDP averages the gradients of its processes, so the mean over all of
+        their rows needs the count of all, divided by their number:
 
             count = (target != -100).sum()
             torch.distributed.all_reduce(count)
@@ -659,11 +672,11 @@ def revise_labels(
     """softmax(teacher_logits / temperature), corrected where the teacher's top class is not `target`.
 
     teacher_logits: (..., C) floating. target: (...) int64/int32 in [0, C), or (..., C) floating probabilities with
-    policy "lr". policy: "lr", "mft" or "swap", kd_loss's `revise`. Returns (..., C) probabilities, float32 (float64
-    for float64 logits), without gradient. On rows that "lr" corrects the target wins by exactly 1 - eta and the other
-    classes keep their ratios; kd_loss applies the same revision inside its kernel, without forming this tensor.
-    Raises ValueError for eta outside (0, 1), temperature <= 0, mismatched shapes or, on the CPU, a target outside
-    [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
+    policy "lr" (normalised, as in kd_loss). policy: "lr", "mft" or "swap", kd_loss's `revise`. Returns (..., C)
+    probabilities, float32 (float64 for float64 logits), without gradient. On rows that "lr" corrects the target wins by
+    exactly 1 - eta and the other classes keep their ratios; kd_loss applies the same revision inside its kernel,
+    without forming this tensor. Raises ValueError for eta outside (0, 1), temperature <= 0, mismatched shapes or, on
+    the CPU, a target outside [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
     """
     checked = check_hyperparameters(
         temperature=[temperature],

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from lrds_fast import _ops
 from lrds_fast._numbers import integer
 from lrds_fast.arguments import check_teacher_rows, check_tensor, unknown_keyword
-from lrds_fast.divergences import Divergence
+from lrds_fast.divergences import MSE, Divergence
 from lrds_fast.functional import (
     SELECTED_TWICE,
     _check_class_weight,
@@ -508,6 +508,13 @@ def _weight_sum(class_weight: Tensor, target: Tensor, ignore_index: int) -> Tens
     return torch.where(valid, class_weight[torch.where(valid, target, 0).long()], 0.0).sum(dtype=torch.float64)
 
 
+def _class_divisor(divergence: Divergence, classes: int, temperature: float) -> float:
+    """What a mean over the classes divides a gradient by; at most 1024, which the cross-entropy's has to survive."""
+    if not isinstance(divergence, MSE):
+        return 1.0
+    return min(1024.0, max(1.0, classes * (temperature if divergence.on == "probs" else 1.0) / 2.0))
+
+
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -554,8 +561,9 @@ def linear_kd_loss(
         the device only): sort them to the end and pass teacher_rows to save that product.
     reduction: "mean", "sum" or "elementmean". "none" is refused: gradients are made in the forward pass, before each
         row's own grad_output is known.
-    grad_scale: as kd_loss. It is not needed against underflow: float16 gradients are kept undivided until
-        backward, which multiplies by grad_output / N in float32.
+    grad_scale: as kd_loss. Without it float16 gradients are kept undivided until backward, which multiplies by
+        grad_output / N in float32. It is not needed against underflow, but by "mse_probs", whose gradient is a product
+        of two probabilities: of thousands of classes that are all alike it needs more than float16 has.
     chunk_rows: rows per chunk; None: as many as keep both logits chunks within 64 MiB on the CPU and 256 MiB on CUDA,
         at least 64. A row's loss does not depend on it, the order in which rows are added does.
     The other keywords are kd_loss's.
@@ -612,11 +620,12 @@ def linear_kd_loss(
     if weights is None and class_weight is not None:
         weights = _weight_sum(class_weight.detach(), target, checked.ignore_index)
     scale = _scalar("grad_scale", grad_scale, student_hidden)
-    if scale is None and torch.float16 in (student_dtype, student_hidden.dtype) and reduction != "sum":
-        # Undoes the division by the count, which a float16 gradient, of the logits or of hidden, would not survive;
-        # backward divides in float32.
-        divisor = count * classes if reduction == "elementmean" else count
+    if scale is None and torch.float16 in (student_dtype, student_hidden.dtype):
+        # Undoes the divisions, which a float16 gradient, of the logits or of hidden, would not survive; backward
+        # divides in float32.
+        divisor = {"sum": torch.ones_like(count), "mean": count, "elementmean": count * classes}[reduction]
         scale = torch.where(divisor > 0, divisor, 1).to(torch.float32)
+        scale = scale * _class_divisor(checked.divergence, classes, min(checked.temperature))
     rows = _Rows(
         teacher_hidden=teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_weight=teacher_weight.detach(),

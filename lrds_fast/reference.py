@@ -7,6 +7,7 @@ q = softmax(z / T), p = softmax(v / T), p' the revised p. A divergence is one fu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,15 +87,28 @@ def _wrong(v: Tensor, y: Tensor) -> Tensor:
     return _at(v, y) < v.max(dim=-1).values
 
 
-def _towards(plain: Revised, target: Tensor, beta: Tensor, rows: Tensor, temperature: float) -> Revised:
-    """p' = beta p + (1 - beta) target on `rows`; v' leaves the logits alone where the target has no probability."""
+def _log_mixture(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)), also of what underflows, and -inf with a gradient of 0 where both are -inf."""
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    mixed = torch.logaddexp(torch.where(nothing, 0.0, a), torch.where(nothing, 0.0, b))
+    return torch.where(nothing, -torch.inf, mixed)
+
+
+def _towards(plain: Revised, target: Tensor, beta: Tensor, rows: Tensor, temperature: float, soft: bool) -> Revised:
+    """p' = beta p + (1 - beta) target on `rows`; v' leaves the logits alone where the target has no probability.
+
+    soft: the target is no single class. With beta = 0 v' is then T log target, but for a constant.
+    """
     p, log_p, v, _ = plain
-    log_beta = beta.log()[:, None]
-    revised_p = beta[:, None] * p + (1.0 - beta)[:, None] * target
-    mixed = revised_p.log()
-    revised_log_p = torch.where(target > 0, mixed, log_p + log_beta)
-    log_sum = (v / temperature).logsumexp(dim=-1, keepdim=True)
-    revised_v = torch.where(target > 0, temperature * (mixed - log_beta + log_sum), v)
+    beta = beta[:, None]
+    revised_p = beta * p + (1.0 - beta) * target
+    mixed = _log_mixture(beta.log() + log_p, (1.0 - beta).log() + target.log())
+    revised_log_p = torch.where(target > 0, mixed, log_p + beta.log())
+    anchor = v.amax(dim=-1, keepdim=True)
+    log_sum = ((v - anchor) / temperature).logsumexp(dim=-1, keepdim=True)
+    revised_v = torch.where(target > 0, anchor + temperature * (mixed - beta.log() + log_sum), v)
+    if soft:
+        revised_v = torch.where(beta > 0, revised_v, anchor + temperature * mixed)
     where = rows[:, None]
     return Revised(
         torch.where(where, revised_p, p),
@@ -104,11 +118,23 @@ def _towards(plain: Revised, target: Tensor, beta: Tensor, rows: Tensor, tempera
     )
 
 
-def _revise(v: Tensor, y: Tensor, soft: Tensor | None, temperature: float, eta: float, policy: str | None) -> Revised:
-    """The teacher's logits v (N, C) revised towards y (N,), or towards the distributions soft (N, C) around y."""
-    wrong = _wrong(v, y)
+def _distribution(soft: Tensor) -> Tensor:
+    """Soft targets (N, C) normalised, what is below 0 counted as 0; rows of 0 stay."""
+    soft = torch.where(soft < 0, 0.0, soft)
+    total = soft.sum(dim=-1, keepdim=True)
+    return soft / torch.where(total > 0, total, 1.0)
+
+
+def _revise(
+    v: Tensor, raw_v: Tensor, y: Tensor, soft: Tensor | None, temperature: float, eta: float, policy: str | None
+) -> Revised:
+    """The teacher's logits v (N, C) revised towards y (N,), or towards the distributions soft (N, C) around y.
+
+    raw_v: v before standardisation, which may round two logits to one: they say who is above whom.
+    """
+    wrong = _wrong(raw_v, y)
     if policy == "swap":
-        top = v.argmax(dim=-1)
+        top = raw_v.argmax(dim=-1)
         v_y, v_top = _at(v, y)[:, None], _at(v, top)[:, None]
         swapped = v.scatter(-1, y[:, None], v_top).scatter(-1, top[:, None], v_y)
         v = torch.where(wrong[:, None], swapped, v)
@@ -116,16 +142,24 @@ def _revise(v: Tensor, y: Tensor, soft: Tensor | None, temperature: float, eta: 
     plain = Revised(p, log_p, v, wrong if policy == "swap" else torch.zeros_like(wrong))
     if policy in (None, "swap"):
         return plain
-    target = _is_target(y, v.shape[-1]).to(v.dtype) if soft is None else soft
-    margin = 1.0 if soft is None else _at(soft, y) - _without_target(soft, y).amax(dim=-1).clamp(min=0.0)
-    beta = eta * margin / (margin + p.amax(dim=-1) - _at(p, y))
+    # p_max - p_y by the difference of logits: two that are close lose nothing.
+    lead = -p.amax(dim=-1) * torch.expm1((_at(v, y) - v.amax(dim=-1)) / temperature)
+    if soft is None:
+        target = _is_target(y, v.shape[-1]).to(v.dtype)
+        beta = eta / (1.0 + lead)
+    else:
+        target = _distribution(soft)
+        margin = _at(target, y) - _without_target(target, y).amax(dim=-1).clamp(min=0.0)
+        beta = torch.where(margin == 0, 0.0, eta * margin / torch.where(margin == 0, 1.0, margin + lead))
+        wrong = wrong & (_at(target, y) != 0)  # of nothing there is nothing to revise towards
     if policy == "lr":
-        return _towards(plain, target, beta, wrong, temperature)
+        return _towards(plain, target, beta, wrong, temperature, soft is not None)
     # "mft": right rows are lifted too, to p'_y = min(1, p_y + 1 - eta).
-    others = _without_target(log_p, y).logsumexp(dim=-1).exp()
+    log_others = _log_others(log_p, y)
+    others = log_others.exp()
     lifted = (others - (1.0 - eta)).clamp(min=0.0) / torch.where(others > 0, others, 1.0)
-    changed = wrong | (others > 0)
-    return _towards(plain, target, torch.where(wrong, beta, lifted), changed, temperature)
+    changed = wrong | (log_others > -torch.inf)
+    return _towards(plain, target, torch.where(wrong, beta, lifted), changed, temperature, False)
 
 
 def revise_labels(
@@ -147,7 +181,7 @@ def revise_labels(
     classes = teacher_logits.shape[-1]
     v = teacher_logits.detach().to(compute_dtype(teacher_logits, teacher_logits)).reshape(-1, classes)
     y, soft = _targets(target, classes, v.dtype)
-    return _revise(v, y, soft, temperature, eta, policy).p.reshape(teacher_logits.shape)
+    return _revise(v, v, y, soft, temperature, eta, policy).p.reshape(teacher_logits.shape)
 
 
 # --- Divergences ----------------------------------------------------------------------------------------------------
@@ -156,10 +190,11 @@ def revise_labels(
 class Rows(NamedTuple):
     """What a divergence sees: logits (N, C) (standardised if asked), targets, and the teacher revised at `temperature`.
 
-    raw_v is the teacher before revision. revise_at(T) revises it at another temperature.
+    v is the teacher before revision, raw_v before standardisation too. revise_at(T) revises it at another temperature.
     """
 
     z: Tensor
+    v: Tensor
     raw_v: Tensor
     y: Tensor
     temperature: float
@@ -168,8 +203,10 @@ class Rows(NamedTuple):
 
 
 def _log_others(log_p: Tensor, y: Tensor) -> Tensor:
-    """log(1 - p_y), as a logsumexp over the others: never the log of a difference."""
-    return _without_target(log_p, y).logsumexp(dim=-1)
+    """log(1 - p_y), as a logsumexp over the others: never the log of a difference. Where there is none, -inf."""
+    others = _without_target(log_p, y)
+    empty = (others == -torch.inf).all(dim=-1)
+    return torch.where(empty, -torch.inf, torch.where(empty[:, None], 0.0, others).logsumexp(dim=-1))
 
 
 def _binary_kl(log_p: Tensor, log_rest: Tensor, log_q: Tensor, log_q_rest: Tensor) -> Tensor:
@@ -178,11 +215,21 @@ def _binary_kl(log_p: Tensor, log_rest: Tensor, log_q: Tensor, log_q_rest: Tenso
 
 
 def _masked_kl(v: Tensor, z: Tensor, keep: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(v / T) || softmax(z / T)) over the classes in `keep` (N, C), renormalised; 0 where p has none."""
-    empty = ~(keep & (v > -torch.inf)).any(dim=-1, keepdim=True)
-    log_p, log_q = (F.log_softmax((x / temperature).masked_fill(~(keep | empty), -torch.inf), dim=-1) for x in (v, z))
+    """KL(softmax(v / T) || softmax(z / T)) over the classes in `keep` (N, C), renormalised.
+
+    0 where p has none of them, infinite where q alone has none.
+    """
+    log_p, empty = _renormalised(v, keep, temperature)
+    log_q, unanswered = _renormalised(z, keep, temperature)
     kl = _times_log(log_p.exp(), log_p - log_q).sum(dim=-1)
-    return torch.where(empty[:, 0], 0.0, kl)
+    return torch.where(empty, 0.0, torch.where(unanswered, torch.inf, kl))
+
+
+def _renormalised(x: Tensor, keep: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(x / T) over the classes in `keep` (N, C), and the rows (N,) that have none: those hold numbers."""
+    empty = (~keep | (x == -torch.inf)).all(dim=-1, keepdim=True)
+    x = torch.where(empty, 0.0, (x / temperature).masked_fill(~keep, -torch.inf))
+    return F.log_softmax(x, dim=-1), empty[:, 0]
 
 
 def _kl(rows: Rows, _: KL) -> Tensor:
@@ -208,16 +255,16 @@ def _dkd(rows: Rows, d: DKD) -> Tensor:
 
 
 def _rld(rows: Rows, d: RLD) -> Tensor:
-    t, tc, v, y = rows.temperature, d.confidence_temperature, rows.raw_v, rows.y
+    t, tc, v, raw_v, y = rows.temperature, d.confidence_temperature, rows.v, rows.raw_v, rows.y
     loss = torch.zeros_like(v[:, 0])
     if d.alpha:
         log_p, log_q = F.log_softmax(v / tc, dim=-1), F.log_softmax(rows.z / tc, dim=-1)
         # The top class; the target, where it ties with another.
-        top = torch.where(_wrong(v, y), v.argmax(dim=-1), y)
+        top = torch.where(_wrong(raw_v, y), raw_v.argmax(dim=-1), y)
         binary = _binary_kl(_at(log_p, top), _log_others(log_p, top), _at(log_q, y), _log_others(log_q, y))
         loss = loss + d.alpha * tc**2 * binary
     if d.beta:
-        loss = loss + d.beta * t**2 * _masked_kl(v, rows.z, v < _at(v, y)[:, None], t)
+        loss = loss + d.beta * t**2 * _masked_kl(v, rows.z, raw_v < _at(raw_v, y)[:, None], t)
     return loss
 
 
@@ -226,8 +273,11 @@ def _nkd(rows: Rows, d: NKD) -> Tensor:
     p_y = _at(rows.revise_at(1.0).p, y)
     loss = _times_log(p_y, -_at(F.log_softmax(rows.z, dim=-1), y))
     if d.gamma:
-        log_p, log_q = (F.log_softmax(_without_target(x / t, y), dim=-1) for x in (rows.teacher.v, rows.z))
-        loss = loss - d.gamma * t**2 * _times_log(log_p.exp(), log_q).sum(dim=-1)
+        others = ~_is_target(y, rows.z.shape[-1])
+        log_p, empty = _renormalised(rows.teacher.v, others, t)
+        log_q, unanswered = _renormalised(rows.z, others, t)
+        cross = -_times_log(log_p.exp(), log_q).sum(dim=-1)
+        loss = loss + d.gamma * t**2 * torch.where(empty, 0.0, torch.where(unanswered, torch.inf, cross))
     return loss
 
 
@@ -242,8 +292,7 @@ def _mse(rows: Rows, d: MSE) -> Tensor:
 def _jsd(rows: Rows, d: JSD) -> Tensor:
     log_q, log_p = F.log_softmax(rows.z / rows.temperature, dim=-1), rows.teacher.log_p
     p, q = rows.teacher.p, log_q.exp()
-    mixture = d.weight * p + (1.0 - d.weight) * q
-    log_m = torch.where(mixture > 0, mixture, 1.0).log()
+    log_m = _log_mixture(math.log(d.weight) + log_p, math.log1p(-d.weight) + log_q)
     teacher_kl, student_kl = (_times_log(x, log_x - log_m).sum(dim=-1) for x, log_x in ((p, log_p), (q, log_q)))
     return rows.temperature**2 * (d.weight * teacher_kl + (1.0 - d.weight) * student_kl)
 
@@ -272,6 +321,7 @@ def _targets(target: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _standardize(x: Tensor) -> Tensor:
+    x = x - x.detach().amax(dim=-1, keepdim=True)  # what is common to a row must not round its differences
     return (x - x.mean(dim=-1, keepdim=True)) / (x.std(dim=-1, keepdim=True) + 1e-7)
 
 
@@ -304,17 +354,18 @@ def _distillation(
     none = torch.zeros_like(y, dtype=torch.bool)
     if z.shape[-1] == 1:
         return (z[:, 0] + v[:, 0]) * 0.0, none
+    raw_v = v
     if standardize:
         z, v = _standardize(z), _standardize(v)
     policy = None if isinstance(divergence, RLD) else revise
     loss, changed = torch.zeros_like(z[:, 0]), none
 
     def revise_at(temperature: float) -> Revised:
-        return _revise(v, y, soft, temperature, eta, policy)
+        return _revise(v, raw_v, y, soft, temperature, eta, policy)
 
     for temperature in temperatures:
         teacher = revise_at(temperature)
-        rows = Rows(z, v, y, temperature, teacher, revise_at)
+        rows = Rows(z, v, raw_v, y, temperature, teacher, revise_at)
         loss = loss + DIVERGENCES[type(divergence)](rows, divergence)
         changed = changed | teacher.changed
     return loss, changed
@@ -322,7 +373,7 @@ def _distillation(
 
 def _inverse(denominator: Tensor) -> Tensor:
     """1 / denominator, 0 where nothing is left to average."""
-    return torch.where(denominator > 0, 1.0 / denominator.clamp(min=torch.finfo(denominator.dtype).tiny), 0.0)
+    return torch.where(denominator == 0, 0.0, 1.0 / torch.where(denominator == 0, 1.0, denominator))
 
 
 def _temperatures(temperature: float | Sequence[float]) -> list[float]:

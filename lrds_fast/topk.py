@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,19 +17,22 @@ class TopKTeacher(NamedTuple):
 
     values: (..., k) floating logits. indices: (..., k) int64/int32, their classes, each once. logsumexp: (...,)
     floating, logsumexp(v / temperature) over all classes. temperature: the T it was taken at, and kd_loss's.
-    The probability that the kept classes leave, 1 - sum exp(values / T - logsumexp), is spread evenly over the others.
-    torch.utils.data.default_collate makes batches of a data set's teachers, with a temperature per sample that is the
-    same for all.
+    rest: (...,) floating, logsumexp(v / temperature) over the classes that are not kept (-inf if none is), which share
+    it evenly. None: what logsumexp leaves. Next to a confident teacher's values that is nothing but rounding;
+    no less is then taken than logsumexp's dtype resolves, and no more than classes like the smallest kept one weigh.
+    torch.utils.data.default_collate makes batches of a data set's teachers that have a rest, with a temperature per
+    sample that is the same for all.
     """
 
     values: Tensor
     indices: Tensor
     logsumexp: Tensor
     temperature: float
+    rest: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor, k: int, *, temperature: float) -> TopKTeacher:
-        """The k largest of (..., C) logits; logsumexp in float32 (float64 for float64 logits).
+        """The k largest of (..., C) logits; logsumexp and rest in float32 (float64 for float64 logits).
 
         Raises ValueError for k outside [1, C] or temperature <= 0, TypeError for logits that are no Tensor.
         """
@@ -38,9 +42,23 @@ class TopKTeacher(NamedTuple):
             raise ValueError(f"k must be in [1, {logits.shape[-1]}]; got {k!r}")
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0; got {temperature!r}")
-        precise = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        scaled = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         values, indices = logits.detach().topk(k, dim=-1)
-        return cls(values, indices, torch.logsumexp(precise / temperature, dim=-1), temperature)
+        rest = scaled.scatter(-1, indices, -torch.inf).logsumexp(dim=-1)
+        return cls(values, indices, scaled.logsumexp(dim=-1), temperature, rest)
+
+    def remainder(self, classes: int) -> Tensor:
+        """(...,) floating: rest, or what stands for it, where there are `classes` classes."""
+        if self.rest is not None:
+            return self.rest
+        scaled, log_sum = self.values.double() / self.one_temperature(), self.logsumexp.double()
+        left = -torch.expm1(scaled.logsumexp(dim=-1) - log_sum)
+        others = classes - self.values.shape[-1]
+        if others == 0:
+            return torch.full_like(log_sum, -torch.inf)
+        resolved = (torch.finfo(self.logsumexp.dtype).eps * log_sum.abs().clamp(min=1.0)).log()
+        most = math.log(others) + scaled.amin(dim=-1) - log_sum
+        return log_sum + torch.maximum(left.clamp(min=0.0).log(), torch.minimum(resolved, most))
 
     def one_temperature(self) -> float:
         """temperature as a number; a default_collate'd one is a tensor with an entry per sample.
@@ -63,12 +81,7 @@ class TopKTeacher(NamedTuple):
     def dense(self, classes: int, dtype: torch.dtype | None = None) -> Tensor:
         """(..., classes) logits with this teacher's softmax at its temperature, in dtype (default: logsumexp's)."""
         dtype = dtype or self.logsumexp.dtype
-        temperature = self.one_temperature()
-        values, log_sum = self.values.to(dtype), self.logsumexp.to(dtype)[..., None]
-        kept = (values / temperature - log_sum).exp().sum(dim=-1, keepdim=True)
-        others = classes - values.shape[-1]
-        rest = torch.full_like(log_sum, -torch.inf)
-        if others > 0:
-            rest = temperature * (log_sum + ((1.0 - kept).clamp(min=0.0) / others).log())
-        shape = (*values.shape[:-1], classes)
-        return rest.expand(shape).scatter(-1, self.indices.long(), values)
+        others = max(1, classes - self.values.shape[-1])
+        filler = (self.one_temperature() * (self.remainder(classes).double() - math.log(others))).to(dtype)
+        shape = (*self.values.shape[:-1], classes)
+        return filler[..., None].expand(shape).scatter(-1, self.indices.long(), self.values.to(dtype))

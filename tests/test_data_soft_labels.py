@@ -284,7 +284,7 @@ def test_damage_is_found_and_repaired(tmp_path: Path) -> None:
     assert {file.name: file.read_bytes() for file in path.glob("view-*.npy")} == original
     meta = json.loads((path / "meta.json").read_text()) | {"format": 99}
     (path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=r"has format 99, this version reads 1"):
+    with pytest.raises(ValueError, match=r"has format 99, this version reads 2"):
         SoftLabels.open(path)
 
 

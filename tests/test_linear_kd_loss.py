@@ -389,6 +389,27 @@ def test_autocast_over_any_dtypes(
         assert_close(gradient, exact, accuracy, "gradient")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "elementmean"])
+@pytest.mark.parametrize("divergence", ["mse_probs", "mse_logits"])
+def test_float16_gradients_of_means_over_classes_do_not_underflow(divergence: str, reduction: str) -> None:
+    """Both are divided by the classes too, and by a thousand of them mse_probs's are below float16's normal numbers."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (torch.randn(64, 32, generator=generator) for _ in range(2))
+    weight, teacher_weight = (0.1 * torch.randn(1000, 32, generator=generator) for _ in range(2))
+    target = torch.randint(1000, (64,), generator=generator)
+    inputs = [x.half() for x in (hidden, weight, teacher_hidden, teacher_weight)]
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        given = [x.to(dtype) for x in inputs]
+        leaves = [given[0].requires_grad_(), given[1].requires_grad_()]
+        loss = linear_kd_loss(*given, target, divergence=divergence, ce_weight=0.0, reduction=reduction)
+        grad_output = torch.tensor({"sum": 1024.0, "mean": 65536.0, "elementmean": 2.0**26}[reduction])
+        found.append(torch.autograd.grad(loss, leaves, grad_output.to(loss.dtype)))
+    for got, want in zip(*found, strict=True):
+        assert (got.double() - want).norm() <= 0.01 * want.norm()
+        assert (got == 0).float().mean() < 0.05
+
+
 def test_float16_hidden_under_bfloat16_autocast_does_not_underflow() -> None:
     """The gradient of hidden is kept in float16, whatever the logits' dtype: it is divided in backward."""
     p = problem(dtype=torch.float16)

@@ -21,6 +21,8 @@
 // are they, and the linker cannot mix instruction sets.
 #pragma once
 
+#include <limits>
+
 #include "core/kd_loss.h"
 
 namespace lrds {
@@ -62,18 +64,19 @@ struct DistillStats {
   A temperature;
   A inv_temperature;
   A classes;
-  A z_y, v_y;
-  A max_v;         // of the others: what the target's logit is compared with
+  A z_y, v_y,
+      anchor_v;    // as Element::z and v are; anchor_v is what v was exponentiated relative to
+  bool wrong;      // another class's logit is above the target's
   A sum_z, sum_v;  // sum exp((z_k - max_z) / T), likewise v, over the divergence's classes
   A sums[kMaxSums];
   A second[kMaxSums];
   Split<A> student, teacher;  // at T; unset for Classes::kBelowTarget
   Revision<A> revision;       // at T
   A second_temperature;
-  A second_sum_z, second_sum_v;  // over the others, at the second temperature
+  A second_sum_z;   // over the others, at the second temperature
+  A second_rest_v;  // over the others but one of the largest; of SecondTemperature::kParameter
   Split<A> second_student, second_teacher;
   Revision<A> second_revision;
-  A shift_z, shift_v;  // the anchors themselves
   const A* parameters;
 };
 
@@ -87,8 +90,8 @@ struct DistillTerms {
 // One class as the element functions see it. Outside the divergence's classes ez and ev are 0.
 template <typename X>
 struct Element {
-  X z, v;      // the logits
-  X dz, dv;    // the same less their anchors, shift_z and shift_v
+  X z, v;      // the logits, both less the same number
+  X dz, dv;    // the same less their anchors
   X ez, ev;    // exp(dz / T), exp(dv / T)
   X second_z;  // exp((z_k - max of the others) / second temperature)
 };
@@ -99,13 +102,17 @@ LRDS_HOST_DEVICE inline A times_log(A x, A y) {
   return x == A(0) ? A(0) : x * y;
 }
 
-LRDS_HOST_DEVICE inline float row_log1p(float x) { return log1pf(x); }
-LRDS_HOST_DEVICE inline double row_log1p(double x) { return log1p(x); }
-
 // log(1 + exp(x))
 template <typename A>
 LRDS_HOST_DEVICE inline A softplus(A x) {
   return x > A(0) ? x + row_log1p(row_exp(-x)) : row_log1p(row_exp(x));
+}
+
+// log(exp(a) + exp(b))
+template <typename A>
+LRDS_HOST_DEVICE inline A log_add(A a, A b) {
+  if (a == b) return a + static_cast<A>(0.69314718055994531);
+  return a > b ? a + row_log1p(row_exp(b - a)) : b + row_log1p(row_exp(a - b));
 }
 
 // From the sum over the others and the target's (x_y - anchor) / T.
@@ -122,6 +129,28 @@ LRDS_HOST_DEVICE inline Split<A> split(A sum_others, A target_shift) {
   return out;
 }
 
+// q_y - p_y of two distributions over the target and the others: by the smaller of the two sides,
+// so that nothing is lost where both are close to 1.
+template <typename A>
+LRDS_HOST_DEVICE inline A excess(A q_y, A q_others, A p_y, A p_others) {
+  return q_y > q_others ? p_others - q_others : q_y - p_y;
+}
+
+// KL(phat || qhat) over the divergence's classes, from dot = sum_k ev (dv - dz) / T: 0 where the
+// teacher has none of them, infinite where the student alone has none.
+template <typename A>
+LRDS_HOST_DEVICE inline A renormalised_kl(A dot, A sum_v, A sum_z) {
+  if (sum_v == A(0)) return A(0);
+  if (sum_z == A(0)) return static_cast<A>(INFINITY);
+  return dot / sum_v - row_log(sum_v) + row_log(sum_z);
+}
+
+// x / sum, 0 where the sum is empty: no class asks for it then.
+template <typename A>
+LRDS_HOST_DEVICE inline A over_sum(A x, A sum) {
+  return sum == A(0) ? A(0) : x / sum;
+}
+
 template <typename A>
 LRDS_HOST_DEVICE inline Revision<A> unrevised(const Split<A>& p) {
   return Revision<A>{A(1), A(0), p.log_target, p.log_others, p.target, p.others, false};
@@ -130,18 +159,18 @@ LRDS_HOST_DEVICE inline Revision<A> unrevised(const Split<A>& p) {
 // The revision of p towards a target that carries the probability `mass` (1 for a class index) and
 // leads the next one by `margin` (1 likewise): on rows where the teacher is wrong,
 // beta = eta * margin / (margin + p_max - p_y). "mft" also lifts right rows, to
-// p'_y = min(1, p_y + 1 - eta).
+// p'_y = min(1, p_y + 1 - eta). gap: (v_max - v_y) / T, whose sign alone says who is wrong.
 template <typename A>
-LRDS_HOST_DEVICE inline Revision<A> revise(const Split<A>& p, bool wrong, Revise policy, A eta,
-                                           A mass, A margin) {
+LRDS_HOST_DEVICE inline Revision<A> revise(const Split<A>& p, bool wrong, A gap, Revise policy,
+                                           A eta, A mass, A margin) {
   Revision<A> out = unrevised(p);
   if (wrong && (policy == Revise::kLabelRevision || policy == Revise::kMft)) {
-    // The others' largest exponential is exp(0).
-    const A lead = row_exp(-p.total) - p.target;
-    out.beta = eta * margin / (margin + lead);
+    // p_max - p_y; the others' largest exponential is exp(0).
+    const A lead = -row_exp(-p.total) * row_expm1(-gap);
+    out.beta = margin == A(0) ? A(0) : eta * margin / (margin + lead);
     out.target = out.beta * p.target + (A(1) - out.beta) * mass;
     out.revised = true;
-  } else if (policy == Revise::kMft && p.others > A(0)) {
+  } else if (policy == Revise::kMft && p.log_others > negative_infinity<A>()) {
     // p'_y = p_y + min(1 - eta, 1 - p_y); the others keep what is left.
     const A left = p.others - (A(1) - eta);
     out.beta = left > A(0) ? left / p.others : A(0);

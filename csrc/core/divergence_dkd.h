@@ -27,17 +27,13 @@ struct Dkd {
     DistillTerms<A> out{};
     const A binary = times_log(p.target, p.log_target - s.student.log_target) +
                      times_log(p.others, p.log_others - s.student.log_others);
-    const bool others = s.sum_v > A(0);
-    const A hat =
-        others ? s.sums[0] * s.inv_temperature / s.sum_v - row_log(s.sum_v) + row_log(s.sum_z)
-               : A(0);
+    const A hat = renormalised_kl(s.sums[0] * s.inv_temperature, s.sum_v, s.sum_z);
     // A weight of 0 switches its part off, also where that is infinite.
     out.loss = t * t * (times_log(alpha, binary) + times_log(beta, hat));
-    out.at_target = alpha * t * (s.student.target - p.target);
-    if (others) {
-      out.c[0] = (t * beta - out.at_target) / s.sum_z;
-      out.c[1] = t * beta / s.sum_v;
-    }
+    out.at_target = alpha * t * excess(s.student.target, s.student.others, p.target, p.others);
+    const A hat_weight = s.sum_v == A(0) ? A(0) : t * beta;
+    out.c[0] = over_sum(hat_weight - out.at_target, s.sum_z);
+    out.c[1] = over_sum(hat_weight, s.sum_v);
     return out;
   }
 

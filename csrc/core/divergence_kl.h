@@ -28,7 +28,7 @@ struct Kl {
         s.sums[0] * s.inv_temperature + s.sum_v * (p.log_beta - s.teacher.total + s.student.total);
     const A scale = row_exp(-s.teacher.total) * p.beta;
     out.loss = t * t * (at_target + (scale > A(0) && s.sum_v > A(0) ? scale * dot : A(0)));
-    out.at_target = t * (s.student.target - p.target);
+    out.at_target = t * excess(s.student.target, s.student.others, p.target, p.others);
     out.c[0] = t * row_exp(-s.student.total);
     out.c[1] = t * scale;
     return out;

@@ -26,10 +26,10 @@ struct MseLogits {
     DistillTerms<A> out{};
     if (s.classes == A(1)) return out;
     const Revision<A>& p = s.revision;
-    const A v_y = p.revised
-                      ? s.temperature * (p.log_target - p.log_beta + s.teacher.total) + s.shift_v
-                      : s.v_y;
-    const A d = s.z_y == v_y ? A(0) : s.z_y - v_y;
+    // From the teacher's anchor, so that nothing is added to a large logit and taken away again.
+    const A from = p.revised ? s.anchor_v : s.v_y;
+    const A lift = p.revised ? s.temperature * (p.log_target - p.log_beta + s.teacher.total) : A(0);
+    const A d = (s.z_y == from ? A(0) : s.z_y - from) - lift;
     out.loss = (s.sums[0] + d * d) / s.classes;
     out.c[0] = A(2) / s.classes;
     out.at_target = out.c[0] * d;

@@ -26,13 +26,15 @@ struct Nkd {
     const A p_y = s.second_revision.target;
     DistillTerms<A> out{};
     if (s.classes == A(1)) return out;
-    const bool others = s.sum_v > A(0);
-    const A cross = others ? row_log(s.sum_z) - s.sums[0] * s.inv_temperature / s.sum_v : A(0);
+    const bool others = s.sum_v != A(0);
+    const A cross = !others           ? A(0)
+                    : s.sum_z == A(0) ? static_cast<A>(INFINITY)
+                                      : row_log(s.sum_z) - s.sums[0] * s.inv_temperature / s.sum_v;
     out.loss = times_log(p_y, -s.second_student.log_target) + times_log(gamma, t * t * cross);
     out.at_target = -p_y * s.second_student.others;
     out.c[2] = p_y * row_exp(-s.second_student.total);
     if (others) {
-      out.c[0] = gamma * t / s.sum_z;
+      out.c[0] = over_sum(gamma * t, s.sum_z);
       out.c[1] = gamma * t / s.sum_v;
     }
     return out;

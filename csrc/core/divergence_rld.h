@@ -29,25 +29,22 @@ struct Rld {
     const Split<A>& q = s.second_student;
     DistillTerms<A> out{};
     A top = p.target, log_top = p.log_target, left = p.others, log_left = p.log_others;
-    if (s.v_y < s.max_v) {
+    if (s.wrong) {
       // The top class is one of the others; the target joins those that are left.
-      top = row_exp(-p.total);
       log_top = -p.total;
-      left = (s.second_sum_v - A(1)) * top + p.target;
-      log_left = row_log(left);
+      top = row_exp(log_top);
+      log_left = log_add(row_log(s.second_rest_v) + log_top, p.log_target);
+      left = row_exp(log_left);
     }
     const A binary =
         times_log(top, log_top - q.log_target) + times_log(left, log_left - q.log_others);
-    const bool below = s.sum_v > A(0);
-    const A hat =
-        below ? s.sums[0] * s.inv_temperature / s.sum_v - row_log(s.sum_v) + row_log(s.sum_z)
-              : A(0);
+    const A hat = renormalised_kl(s.sums[0] * s.inv_temperature, s.sum_v, s.sum_z);
     const bool others = s.classes > A(1);
     out.loss = others ? times_log(alpha, tc * tc * binary) + times_log(beta, t * t * hat) : A(0);
-    out.at_target = others ? alpha * tc * (q.target - top) : A(0);
-    if (others) out.c[2] = -out.at_target / s.second_sum_z;
-    if (below) {
-      out.c[0] = t * beta / s.sum_z;
+    out.at_target = others ? alpha * tc * excess(q.target, q.others, top, left) : A(0);
+    out.c[2] = over_sum(-out.at_target, s.second_sum_z);
+    if (s.sum_v != A(0)) {
+      out.c[0] = over_sum(t * beta, s.sum_z);
       out.c[1] = t * beta / s.sum_v;
     }
     return out;

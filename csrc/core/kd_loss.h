@@ -92,6 +92,10 @@ LRDS_HOST_DEVICE inline float row_log(float x) { return logf(x); }
 LRDS_HOST_DEVICE inline double row_log(double x) { return log(x); }
 LRDS_HOST_DEVICE inline float row_sqrt(float x) { return sqrtf(x); }
 LRDS_HOST_DEVICE inline double row_sqrt(double x) { return sqrt(x); }
+LRDS_HOST_DEVICE inline float row_log1p(float x) { return log1pf(x); }
+LRDS_HOST_DEVICE inline double row_log1p(double x) { return log1p(x); }
+LRDS_HOST_DEVICE inline float row_expm1(float x) { return expm1f(x); }
+LRDS_HOST_DEVICE inline double row_expm1(double x) { return expm1(x); }
 
 // a / b, where b is far from the ends of the range; on the device within 2 ulp and in a fifth of
 // the instructions.
@@ -272,12 +276,17 @@ LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats, A z_y,
                     gradient_scale);
 }
 
-// 1 / denominator of a reduction, 0 when nothing is left to average.
+// 1 / denominator, 0 when nothing is left to average.
+LRDS_HOST_DEVICE inline double inverse_of_denominator(double denominator) {
+  return denominator == 0.0 ? 0.0 : 1.0 / denominator;
+}
+
+// That of a reduction.
 template <typename A>
 LRDS_HOST_DEVICE inline A reduction_scale(Reduction reduction, A valid_rows, A classes) {
   if (reduction == Reduction::kNone || reduction == Reduction::kSum) return A(1);
   const A count = reduction == Reduction::kElementMean ? valid_rows * classes : valid_rows;
-  return count > A(0) ? A(1) / count : A(0);
+  return count == A(0) ? A(0) : A(1) / count;
 }
 
 // What the denominators make of each term: they differ only under class weights.
@@ -343,10 +352,10 @@ struct KdLossArgs {
   const void* class_weight;  // A[classes] or null
   const void* weight_sum;    // A[1] or null: replaces the sum of the valid rows' class weights
   // A cached teacher: `teacher` holds kept_classes logits a row, teacher_indices their classes, and
-  // teacher_logsumexp logsumexp(v / temperature) over all classes.
+  // teacher_rest logsumexp(v / temperature) over all others, which share it evenly.
   std::int64_t kept_classes;            // 0: the teacher is dense
   const std::int64_t* teacher_indices;  // (teacher_rows, kept_classes) contiguous
-  const void* teacher_logsumexp;        // A[teacher_rows]
+  const void* teacher_rest;             // A[teacher_rows]
 
   double* workspace;  // CUDA: kd_loss_workspace_doubles(args) doubles on the device; null for none
 

@@ -59,17 +59,26 @@ LRDS_HOST_DEVICE inline bool is_simple(const DistillParams<A>& params) {
          params.label_smoothing == A(0);
 }
 
+// The logit of every class that a cached teacher does not have: `others` of them, which weigh
+// exp(rest) together.
+template <typename A>
+LRDS_HOST_DEVICE inline A cached_filler(double temperature, A rest, std::int64_t others) {
+  const double each = static_cast<double>(rest) - log(static_cast<double>(others));
+  return others > 0 ? static_cast<A>(temperature * each) : negative_infinity<A>();
+}
+
 // What a row brings along. A term of weight 0 is neither read nor added.
 //   ce_scale, kd_scale   multiply the terms' gradients
 //   z_y, v_y             logits at the target
-//   t_y, t_margin        the soft target's probability there, and its lead over the next class; 1,
-//   1 for an index w_y                  the target's class weight, 1 without weights
+//   t_y, t_margin, t_sum the soft target there, its lead over the next class (over 0 if that is
+//                        below), and its sum without what is below 0; 1, 1, 1 for an index
+//   w_y                  the target's class weight, 1 without weights
 template <typename A>
 struct RowTask {
   A ce_weight, kd_weight;
   A ce_scale, kd_scale;
   A z_y, v_y;
-  A t_y, t_margin;
+  A t_y, t_margin, t_sum;
   A w_y;
 };
 
@@ -82,36 +91,43 @@ struct RowTerms {
   bool revised;
 };
 
-// x -> (x - shift) * scale
+// x -> (x - anchor) * scale - middle. Differences of logits are formed before anything else: what
+// is common to a row's logits must not round them.
 template <typename A>
 struct Affine {
-  A shift;
+  A anchor;
+  A mean;  // of x - anchor
   A scale;
+  A middle;     // mean * scale
   A deviation;  // unbiased; unset without standardisation
 };
 
 constexpr double kStandardizeEpsilon = 1e-7;
 
-// A soft target's revision changes every class: v'_k = T [log p'_k - log beta + logsumexp(v / T)],
-// which is v_k where the target has no probability.
+// A soft target's revision changes every class. With dv_k the teacher's logits less their anchor,
+// dv'_k = T log(exp(dv_k / T) + t_k exp(offset)): dv_k where the target has no probability, and no
+// probability is formed. With beta = 0 nothing of the teacher is left: dv'_k = T (log t_k +
+// offset).
 template <typename A>
 struct SoftTeacher {
   bool on;
   A temperature;
   A inv_temperature;
-  A shift;
-  A total;
   A beta;
   A offset;
+  A top;  // the largest dv'_k
 };
 
 template <class M, class X, class A>
-LRDS_DEVICE inline X soft_teacher_logit(const SoftTeacher<A>& soft, X v, X t) {
-  const X p = M::exp((v - soft.shift) * soft.inv_temperature - soft.total, A(1));
-  const X mixed = soft.beta * p + (A(1) - soft.beta) * t;
-  const X logit = soft.temperature * (M::log(mixed) + soft.offset) + soft.shift;
-  // With beta = 0 nothing of the teacher is left.
-  return soft.beta > A(0) ? M::where_positive(t, logit, v) : logit;
+LRDS_DEVICE inline X soft_teacher_logit(const SoftTeacher<A>& soft, X dv, X t) {
+  const X from_target = M::log(M::where_positive(t, t)) + soft.offset;
+  if (!(soft.beta > A(0))) return soft.temperature * from_target;
+  const X from_teacher = dv * soft.inv_temperature;
+  const X lead = M::difference(from_teacher, from_target);
+  const X larger = M::where_positive(lead, from_teacher, from_target);
+  const X down = M::where_positive(lead, X{} - lead, lead);
+  const X sum = larger + M::log(M::exp(down, A(1)) + A(1));
+  return M::where_positive(t, soft.temperature * sum, dv);
 }
 
 // One temperature's part of a row, as the gradient needs it.
@@ -119,7 +135,7 @@ template <typename A>
 struct AtTemperature {
   A inv_temperature;
   A inv_second;
-  A shift_z, shift_v;
+  A shift_z, shift_v;  // the anchors, logits as they were read
   SoftTeacher<A> soft;
   DistillTerms<A> terms;
 };
@@ -227,18 +243,20 @@ class RowProgram {
           if (!kSimple && dense) {
             const X c = target_weight(k);
             into[1] += c;
-            into[2] += M::where_positive(c, c * dz);
+            // A class of weight 0 may be excluded; one of a weight below 0 counts as any other.
+            into[2] += M::where_positive(c, c * dz) + M::where_positive(X{} - c, c * dz);
           }
         },
         sums);
     const A smoothing = label_smoothing();
     const A c_y = row_.w_y * ((A(1) - smoothing) * row_.t_y + smoothing / params_.classes);
-    const A c_sum = dense ? sums[1] + c_y : c_y;
+    const A c_others = dense ? sums[1] : A(0);
+    const A c_sum = c_others + c_y;
     const Split<A> q = split(sums[0], row_.z_y - shift);
     const A at_others = dense ? sums[2] : A(0);
     // (total - z_y) through the split: both may be large.
-    out.ce = row_.ce_weight *
-             (times_log(c_y, -q.log_target) + times_log(c_sum - c_y, q.total) - at_others);
+    out.ce =
+        row_.ce_weight * (times_log(c_y, -q.log_target) + times_log(c_others, q.total) - at_others);
     const A scale = row_.ce_weight * row_.ce_scale;
     ce_scale_ = scale;
     ce_coefficient_ = scale * c_sum * row_exp(-q.total);
@@ -254,87 +272,98 @@ class RowProgram {
 
   // --- Distillation ---
 
+  // largest: of the others.
   template <class F>
-  LRDS_DEVICE_MEMBER Affine<A> affine_of(F logit, A at_target) const {
-    if constexpr (kSimple) {
-      return Affine<A>{A(0), A(1), A(0)};
-    } else {
-      if (!params_.standardize) return Affine<A>{A(0), A(1), A(0)};
+  LRDS_DEVICE_MEMBER Affine<A> affine_of(F logit, A at_target, A largest) const {
+    Affine<A> out{A(0), A(0), A(1), A(0), A(0)};
+    if constexpr (!kSimple) {
+      if (!params_.standardize) return out;
+      const A anchor = out.anchor = anchor_of(largest, at_target);
       A sum[1];
-      exec_.template sum<1>([&](auto k, X* into) { into[0] += exec_.others(k, logit(k)); }, sum);
-      const A mean = (sum[0] + at_target) / params_.classes;
+      exec_.template sum<1>([&](auto k, X* into) { into[0] += exec_.others(k, logit(k) - anchor); },
+                            sum);
+      const A d_y = at_target - anchor;
+      const A mean = out.mean = (sum[0] + d_y) / params_.classes;
       exec_.template sum<1>(
           [&](auto k, X* into) {
-            const X d = exec_.others(k, logit(k) - mean);
+            const X d = exec_.others(k, (logit(k) - anchor) - mean);
             into[0] += d * d;
           },
           sum);
-      const A d_y = at_target - mean;
-      const A deviation =
-          params_.classes > A(1) ? row_sqrt((sum[0] + d_y * d_y) / (params_.classes - A(1))) : A(0);
-      return Affine<A>{mean, A(1) / (deviation + static_cast<A>(kStandardizeEpsilon)), deviation};
+      const A square = sum[0] + (d_y - mean) * (d_y - mean);
+      if (params_.classes > A(1)) out.deviation = row_sqrt(square / (params_.classes - A(1)));
+      out.scale = A(1) / (out.deviation + static_cast<A>(kStandardizeEpsilon));
+      out.middle = mean * out.scale;
     }
+    return out;
   }
 
-  template <class K>
-  LRDS_DEVICE_MEMBER X student(K k) const {
+  // A logit, or a difference of two, standardised.
+  template <class Y>
+  LRDS_DEVICE_MEMBER static Y scaled(Y x, const Affine<A>& affine) {
     if constexpr (kSimple) {
-      return exec_.z(k);
+      return x;
     } else {
-      return (exec_.z(k) - affine_z_.shift) * affine_z_.scale;
+      return x * affine.scale;
     }
   }
-  template <class K>
-  LRDS_DEVICE_MEMBER X raw_teacher(K k) const {
+  template <class Y>
+  LRDS_DEVICE_MEMBER Y centred(Y z) const {
+    return (z - affine_z_.anchor) - affine_z_.mean;
+  }
+  // The logits that a divergence subtracts from each other.
+  template <class Y>
+  LRDS_DEVICE_MEMBER Y standing(Y x, const Affine<A>& affine, A less) const {
     if constexpr (kSimple) {
-      return exec_.v(k);
+      return x;
     } else {
-      return (exec_.v(k) - affine_v_.shift) * affine_v_.scale;
+      return (x - affine.anchor) * affine.scale - (affine.middle + less);
     }
   }
+  // The revised teacher's logit less the anchor of all of them.
   template <class K>
-  LRDS_DEVICE_MEMBER X teacher(K k, const SoftTeacher<A>& soft) const {
-    const X v = raw_teacher(k);
-    if constexpr (kSimple) {
-      return v;
-    } else {
-      if (!soft.on) return v;
-      return soft_teacher_logit<M>(soft, v, exec_.others(k, exec_.t(k)));
-    }
+  LRDS_DEVICE_MEMBER X soft_teacher(K k, const SoftTeacher<A>& soft) const {
+    return soft_teacher_logit<M>(soft, scaled(exec_.v(k) - anchor_v_, affine_v_),
+                                 exec_.others(k, exec_.t(k)));
   }
 
   // Position k as the divergence sees it.
   template <class K>
   LRDS_DEVICE_MEMBER Element<X> element(K k, const AtTemperature<A>& at) const {
     Element<X> e;
-    e.z = student(k);
-    e.v = teacher(k, at.soft);
+    X z = exec_.z(k), v = exec_.v(k);
     if constexpr (D::kSecondTemperature != SecondTemperature::kNone) {
-      e.second_z = M::exp(e.z - anchor_z_, at.inv_second);
+      e.second_z = M::exp(scaled(z - anchor_z_, affine_z_), at.inv_second);
     } else {
       e.second_z = X{};
     }
     if constexpr (D::kClasses == Classes::kBelowTarget) {
       const X nothing = X{} + negative_infinity<A>();
-      e.z = M::where_less(e.v, v_y_, e.z, nothing);
-      e.v = M::where_less(e.v, v_y_, e.v, nothing);
+      z = M::where_less(v, row_.v_y, z, nothing);
+      v = M::where_less(v, row_.v_y, v, nothing);
     }
-    e.dz = e.z - at.shift_z;
-    e.dv = e.v - at.shift_v;
+    e.z = standing(z, affine_z_, A(0));
+    e.v = standing(v, affine_v_, A(0));
+    e.dz = scaled(z - at.shift_z, affine_z_);
+    e.dv = scaled(v - at.shift_v, affine_v_);
+    if constexpr (D::kRevised && !kSimple) {
+      if (at.soft.on) {
+        e.z = standing(z, affine_z_, standing(anchor_v_, affine_v_, A(0)));
+        e.v = soft_teacher(k, at.soft);
+        e.dv = e.v - at.soft.top;
+      }
+    }
     e.ez = M::exp(e.dz, at.inv_temperature);
     e.ev = M::exp(e.dv, at.inv_temperature);
     return e;
   }
 
   LRDS_DEVICE_MEMBER void distill(RowTerms<A>& out) {
-    affine_z_ = affine_of([&](auto k) { return exec_.z(k); }, row_.z_y);
-    affine_v_ = affine_of([&](auto k) { return exec_.v(k); }, row_.v_y);
-    z_y_ = (row_.z_y - affine_z_.shift) * affine_z_.scale;
-    v_y_ = (row_.v_y - affine_v_.shift) * affine_v_.scale;
-    const A max_z = (max_z_ - affine_z_.shift) * affine_z_.scale;
-    max_v_ = exec_.max([&](auto k) { return raw_teacher(k); });
-    anchor_z_ = anchor_of(max_z, z_y_);
-    anchor_v_ = anchor_of(max_v_, v_y_);
+    affine_z_ = affine_of([&](auto k) { return exec_.z(k); }, row_.z_y, max_z_);
+    max_v_ = exec_.max([&](auto k) { return exec_.v(k); });
+    affine_v_ = affine_of([&](auto k) { return exec_.v(k); }, row_.v_y, max_v_);
+    anchor_z_ = anchor_of(max_z_, row_.z_y);
+    anchor_v_ = anchor_of(max_v_, row_.v_y);
     A loss = A(0), at_target = A(0);
     for (int i = 0; i < temperatures(); ++i) {
       const bool revised = at_temperature(params_.temperature[i], at_[i]);
@@ -357,10 +386,10 @@ class RowProgram {
         [&](auto k, X* into) {
           const X g = exec_.others(k, direct_gradient(k));
           into[0] += g;
-          into[1] += g * exec_.others(k, exec_.z(k) - affine_z_.shift);
+          into[1] += g * exec_.others(k, centred(exec_.z(k)));
         },
         sums);
-    const A d_y = row_.z_y - affine_z_.shift;
+    const A d_y = centred(row_.z_y);
     gradient_mean_ = (sums[0] + at_target) / params_.classes;
     const A along = sums[1] + at_target * d_y;
     const A spread = (params_.classes - A(1)) * affine_z_.deviation;
@@ -376,53 +405,70 @@ class RowProgram {
     s.temperature = temperature;
     s.inv_temperature = A(1) / temperature;
     s.classes = params_.classes;
-    s.z_y = z_y_;
-    s.v_y = v_y_;
-    s.max_v = max_v_;
+    s.z_y = standing(row_.z_y, affine_z_, A(0));
+    s.v_y = standing(row_.v_y, affine_v_, A(0));
+    s.anchor_v = standing(anchor_v_, affine_v_, A(0));
+    s.wrong = teacher_is_wrong(row_.v_y, max_v_);
     s.parameters = params_.parameters;
     at.inv_temperature = s.inv_temperature;
     at.shift_z = anchor_z_;
     at.shift_v = anchor_v_;
     at.soft.on = false;
     at.inv_second = A(0);
-    const bool wrong = v_y_ < max_v_;
+    // Nothing that a target of no probability could be revised towards.
+    const bool wrong = s.wrong && (!soft() || row_.t_y > A(0));
+    const A mass = soft() ? row_.t_y / row_.t_sum : A(1);
+    const A margin = soft() ? row_.t_margin / row_.t_sum : A(1);
+    const A gap = scaled(max_v_ - row_.v_y, affine_v_);
 
     if constexpr (D::kSecondTemperature != SecondTemperature::kNone) {
       s.second_temperature =
           D::kSecondTemperature == SecondTemperature::kOne ? A(1) : params_.parameters[2];
       at.inv_second = A(1) / s.second_temperature;
-      A sums[2];
-      exec_.template sum<2>(
+      constexpr bool kRest = D::kSecondTemperature == SecondTemperature::kParameter;
+      A sums[3];
+      exec_.template sum<kRest ? 3 : 2>(
           [&](auto k, X* into) {
-            into[0] += M::exp(student(k) - anchor_z_, at.inv_second);
-            into[1] += M::exp(raw_teacher(k) - anchor_v_, at.inv_second);
+            const X v = exec_.v(k);
+            into[0] += M::exp(scaled(exec_.z(k) - anchor_z_, affine_z_), at.inv_second);
+            const X e = M::exp(scaled(v - anchor_v_, affine_v_), at.inv_second);
+            if constexpr (kRest) {
+              into[1] += M::where_less(v, anchor_v_, e, X{});
+              into[2] += M::where_less(v, anchor_v_, X{}, e);
+            } else {
+              into[1] += e;
+            }
           },
           sums);
+      A sum_v = sums[1];
+      if constexpr (kRest) {
+        // One of the largest, each of which is 1, is left out.
+        s.second_rest_v = sums[1] + (sums[2] - A(1));
+        sum_v += sums[2];
+      }
       s.second_sum_z = sums[0];
-      s.second_sum_v = sums[1];
-      s.second_student = split(sums[0], (z_y_ - anchor_z_) * at.inv_second);
-      s.second_teacher = split(sums[1], (v_y_ - anchor_v_) * at.inv_second);
-      s.second_revision =
-          revise(s.second_teacher, wrong, params_.revise, params_.eta, row_.t_y, row_.t_margin);
+      s.second_student = split(sums[0], scaled(row_.z_y - anchor_z_, affine_z_) * at.inv_second);
+      s.second_teacher = split(sum_v, scaled(row_.v_y - anchor_v_, affine_v_) * at.inv_second);
+      s.second_revision = revise(s.second_teacher, wrong, gap * at.inv_second, params_.revise,
+                                 params_.eta, mass, margin);
     }
 
     bool revised = false;
     if constexpr (D::kClasses == Classes::kBelowTarget) {
       const auto below = [&](auto k, X x) {
-        return M::where_less(raw_teacher(k), v_y_, x, X{} + negative_infinity<A>());
+        return M::where_less(exec_.v(k), row_.v_y, x, X{} + negative_infinity<A>());
       };
-      at.shift_z = anchor(exec_.max([&](auto k) { return below(k, student(k)); }));
-      at.shift_v = anchor(exec_.max([&](auto k) { return below(k, raw_teacher(k)); }));
+      at.shift_z = anchor(exec_.max([&](auto k) { return below(k, exec_.z(k)); }));
+      at.shift_v = anchor(exec_.max([&](auto k) { return below(k, exec_.v(k)); }));
     }
+    A dv_y = scaled(row_.v_y - at.shift_v, affine_v_);
     if constexpr (D::kRevised && !kSimple) {
       if (params_.soft && wrong && params_.revise != Revise::kNone) {
         revised = true;
-        revise_soft(at, s);
+        dv_y = revise_soft(at, s, gap, mass, margin);
       }
     }
 
-    s.shift_z = at.shift_z;
-    s.shift_v = at.shift_v;
     constexpr int kSums = D::kSums + 2;
     A sums[kSums];
     exec_.template sum<kSums>(
@@ -437,13 +483,13 @@ class RowProgram {
     s.sum_v = sums[1];
     for (int i = 0; i < D::kSums; ++i) s.sums[i] = sums[2 + i];
     if constexpr (D::kClasses == Classes::kOthers) {
-      s.student = split(s.sum_z, (z_y_ - at.shift_z) * s.inv_temperature);
-      s.teacher = split(s.sum_v, (s.v_y - at.shift_v) * s.inv_temperature);
+      s.student = split(s.sum_z, scaled(row_.z_y - at.shift_z, affine_z_) * s.inv_temperature);
+      s.teacher = split(s.sum_v, dv_y * s.inv_temperature);
       if (revised) {
         s.revision = unrevised(s.teacher);
       } else {
-        s.revision = revise(s.teacher, wrong, soft() ? Revise::kNone : params_.revise, params_.eta,
-                            row_.t_y, row_.t_margin);
+        s.revision = revise(s.teacher, wrong, gap * s.inv_temperature,
+                            soft() ? Revise::kNone : params_.revise, params_.eta, mass, margin);
         revised = s.revision.revised;
       }
     }
@@ -460,21 +506,26 @@ class RowProgram {
     return revised;
   }
 
-  // Replaces the teacher by its revision towards a soft target; leaves the target's new logit in
-  // s.v_y.
-  LRDS_DEVICE_MEMBER void revise_soft(AtTemperature<A>& at, DistillStats<A>& s) {
+  // Replaces the teacher by its revision towards a soft target, everything relative to the anchor
+  // of the unrevised one; returns the target's new logit relative to the largest new one.
+  LRDS_DEVICE_MEMBER A revise_soft(AtTemperature<A>& at, DistillStats<A>& s, A gap, A mass,
+                                   A margin) {
     A sum[1];
     exec_.template sum<1>(
-        [&](auto k, X* into) { into[0] += M::exp(raw_teacher(k) - anchor_v_, s.inv_temperature); },
+        [&](auto k, X* into) {
+          into[0] += M::exp(scaled(exec_.v(k) - anchor_v_, affine_v_), s.inv_temperature);
+        },
         sum);
-    const Split<A> p = split(sum[0], (v_y_ - anchor_v_) * s.inv_temperature);
+    const Split<A> p = split(sum[0], scaled(row_.v_y - anchor_v_, affine_v_) * s.inv_temperature);
     const Revision<A> r =
-        revise(p, true, Revise::kLabelRevision, params_.eta, row_.t_y, row_.t_margin);
-    const A offset = r.beta > A(0) ? p.total - r.log_beta : p.total;
-    at.soft =
-        SoftTeacher<A>{true, s.temperature, s.inv_temperature, anchor_v_, p.total, r.beta, offset};
-    s.v_y = s.temperature * (r.log_target + offset) + anchor_v_;
-    at.shift_v = anchor_of(exec_.max([&](auto k) { return teacher(k, at.soft); }), s.v_y);
+        revise(p, true, gap * s.inv_temperature, Revise::kLabelRevision, params_.eta, mass, margin);
+    const A total = r.beta > A(0) ? p.total - r.log_beta : A(0);
+    const A offset = row_log(A(1) - r.beta) - row_log(row_.t_sum) + total;
+    at.soft = SoftTeacher<A>{true, s.temperature, s.inv_temperature, r.beta, offset, A(0)};
+    s.z_y = standing(row_.z_y, affine_z_, s.anchor_v);
+    s.v_y = s.temperature * (r.log_target + total);
+    at.soft.top = anchor_of(exec_.max([&](auto k) { return soft_teacher(k, at.soft); }), s.v_y);
+    return s.v_y - at.soft.top;
   }
 
   // The KD terms' gradient with respect to the (standardised) logits, unweighted.
@@ -491,7 +542,7 @@ class RowProgram {
   LRDS_DEVICE_MEMBER X distill_gradient(K k) const {
     X g = direct_gradient(k);
     if (standardize()) {
-      const X d = exec_.z(k) - affine_z_.shift;
+      const X d = centred(exec_.z(k));
       g = (g - gradient_mean_ - d * gradient_slope_) * affine_z_.scale;
     }
     return kd_scale_ * g;
@@ -504,8 +555,7 @@ class RowProgram {
   A shift_z_;  // anchor of the cross-entropy's exponentials
   A ce_coefficient_, ce_scale_;
   Affine<A> affine_z_, affine_v_;
-  A z_y_, v_y_;  // at the target, standardised
-  A max_v_;      // of the others, standardised
+  A max_v_;  // of the others
   A anchor_z_, anchor_v_;
   A kd_scale_;
   A gradient_mean_, gradient_slope_;

@@ -373,15 +373,24 @@ class FamilySweep {
   // The row into scratch, the target's logits out of it.
   RowError read_logits(std::int64_t row, bool with_teacher, bool revised, std::int64_t y) {
     y_ = static_cast<int>(y);
-    task_.t_y = task_.t_margin = A(1);
+    task_.t_y = task_.t_margin = task_.t_sum = A(1);
     if (args_.soft_target != nullptr) {
       fill(t_, static_cast<const A*>(args_.soft_target) + row * args_.classes);
       y_ = 0;
       for (int k = 1; k < classes_; ++k) y_ = t_[k] > t_[y_] ? k : y_;
       A next = A(0);
       for (int k = 0; k < classes_; ++k) next = k != y_ && t_[k] > next ? t_[k] : next;
+      ScratchRow<Lanes> exec{z_, v_, t_, nullptr, nullptr, classes_, y_};
+      A others[1];
+      exec.template sum<1>(
+          [&](int k, typename Lanes::V* into) {
+            const auto t = exec.others(k, exec.t(k));
+            into[0] += RowMath<Lanes>::where_less(t, A(0), typename Lanes::V{}, t);
+          },
+          others);
       task_.t_y = t_[y_];
       task_.t_margin = t_[y_] - next;
+      task_.t_sum = t_[y_] + others[0];
     }
     widen_row<Lanes>(args_.student_type, args_.student, row * args_.student_stride, classes_,
                      padded_, z_);
@@ -411,16 +420,11 @@ class FamilySweep {
     widen_row<Lanes>(args_.teacher_type, args_.teacher, row * args_.teacher_stride,
                      static_cast<int>(kept), static_cast<int>(kept), g_);
     const std::int64_t* const indices = args_.teacher_indices + row * kept;
-    const double log_sum = static_cast<const A*>(args_.teacher_logsumexp)[row];
-    double rest = 1.0;
     for (std::int64_t i = 0; i < kept; ++i) {
       if (indices[i] < 0 || indices[i] >= args_.classes) return {RowError::kTeacherIndex, row};
-      rest -= std::exp(static_cast<double>(g_[i]) / args_.temperature - log_sum);
     }
-    const double each = (rest > 0.0 ? rest : 0.0) / static_cast<double>(classes_ - kept);
-    const A filler = kept == classes_
-                         ? lrds::negative_infinity<A>()
-                         : static_cast<A>(args_.temperature * (log_sum + std::log(each)));
+    const A filler = lrds::cached_filler(
+        args_.temperature, static_cast<const A*>(args_.teacher_rest)[row], classes_ - kept);
     for (int k = 0; k < classes_; ++k) v_[k] = filler;
     for (int k = classes_; k < padded_; ++k) v_[k] = lrds::negative_infinity<A>();
     for (std::int64_t i = 0; i < kept; ++i) v_[indices[i]] = g_[i];

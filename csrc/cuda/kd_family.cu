@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kScalesThreads, 1) kd_family_scales(const Deno
   d.scales[1] = scale;
   if (d.class_weight != nullptr) {
     if (d.weight_sum != nullptr) weight = static_cast<double>(*d.weight_sum);
-    d.scales[0] = weight > 0.0 ? 1.0 / weight : 0.0;
+    d.scales[0] = inverse_of_denominator(weight);
   }
 }
 

@@ -231,7 +231,6 @@ __device__ inline bool open_cached_teacher(const KdLossArgs& args, std::int64_t 
                                            BlockRow<A>& exec, unsigned* bits) {
   const int kept = static_cast<int>(args.kept_classes);
   const std::int64_t* const indices = args.teacher_indices + row * kept;
-  const A log_sum = static_cast<const A*>(args.teacher_logsumexp)[row];
   const int words = (exec.classes + 31) / 32;
   if (bits != nullptr) {
     for (int i = static_cast<int>(threadIdx.x); i < words; i += static_cast<int>(blockDim.x))
@@ -239,21 +238,13 @@ __device__ inline bool open_cached_teacher(const KdLossArgs& args, std::int64_t 
   }
   __syncthreads();
   bool good = true;
-  double mass = 0.0;
-  // Every thread adds all of them, in one order: they are few, and 1 - mass must not depend on the
-  // block.
   for (int i = 0; i < kept; ++i) {
     const std::int64_t k = indices[i];
     good = good && k >= 0 && k < exec.classes;
-    const double logit = static_cast<double>(load_element<A>(exec.teacher, exec.teacher_type, i));
-    mass += ::exp(logit / args.temperature - static_cast<double>(log_sum));
     if (bits != nullptr && good && exec.owns(i)) atomicOr(&bits[k / 32], 1u << (k % 32));
   }
-  const double left = 1.0 - mass > 0.0 ? 1.0 - mass : 0.0;
-  const double each = left / static_cast<double>(exec.classes - kept);
-  exec.rest = kept == exec.classes
-                  ? negative_infinity<A>()
-                  : static_cast<A>(args.temperature * (static_cast<double>(log_sum) + ::log(each)));
+  exec.rest = cached_filler(args.temperature, static_cast<const A*>(args.teacher_rest)[row],
+                            exec.classes - kept);
   exec.kept_indices = indices;
   exec.kept = kept;
   exec.kept_bits = bits;
@@ -308,14 +299,22 @@ __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
       RowTask<A> task{};
       task.ce_weight = weights.ce;
       task.kd_weight = weights.kd;
-      task.t_y = task.t_margin = task.w_y = A(1);
+      task.t_y = task.t_margin = task.t_sum = task.w_y = A(1);
       int y = static_cast<int>(open.y);
       if (exec.soft_target != nullptr) {
         y = exec.argmax([&](int k) { return exec.soft_target[k]; });
         exec.target = y;
         const A next = exec.max([&](int k) { return exec.others(k, exec.soft_target[k]); });
+        A others[1];
+        exec.template sum<1>(
+            [&](int k, A* into) {
+              const A t = exec.others(k, exec.soft_target[k]);
+              into[0] += t < A(0) ? A(0) : t;
+            },
+            others);
         task.t_y = exec.soft_target[y];
         task.t_margin = task.t_y - next;
+        task.t_sum = task.t_y + others[0];
       }
       exec.target = y;
       if (exec.class_weight != nullptr) task.w_y = exec.class_weight[y];

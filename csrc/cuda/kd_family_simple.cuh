@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
     RowTask<A> task{};
     task.ce_weight = weights.ce;
     task.kd_weight = weights.kd;
-    task.t_y = task.t_margin = task.w_y = A(1);
+    task.t_y = task.t_margin = task.t_sum = task.w_y = A(1);
     const int y = swept ? open.y : 0;
     if (swept) {
       const char* const student =

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
     exec.shared = &shared;
 
     RowTask<A> task{};
-    task.t_y = task.t_margin = task.w_y = A(1);
+    task.t_y = task.t_margin = task.t_sum = task.w_y = A(1);
     task.z_y = load_element<A>(exec.student, exec.student_type, y);
     task.v_y = exec.teacher_logit(y);
     const int other = exec.argmax([&](int k) { return exec.v(k); });

@@ -73,27 +73,27 @@ struct KdLossOptions {
 // are templates of this parameter list, which is written out here and in kParameters alone.
 struct Problem {
   Tensor student, teacher, target;
-  OptionalTensor selected, class_weight, teacher_indices, teacher_logsumexp, num_valid, weight_sum,
+  OptionalTensor selected, class_weight, teacher_indices, teacher_rest, num_valid, weight_sum,
       grad_scale;
   KdLossOptions options;
 
   Problem(const Tensor& student, const Tensor& teacher, const Tensor& target,
           const OptionalTensor& selected, const OptionalTensor& class_weight,
-          const OptionalTensor& teacher_indices, const OptionalTensor& teacher_logsumexp,
+          const OptionalTensor& teacher_indices, const OptionalTensor& teacher_rest,
           const OptionalTensor& num_valid, const OptionalTensor& weight_sum,
           const OptionalTensor& grad_scale, Numbers temperature, double ce_weight, double kd_weight,
           double ce_weight_unselected, double eta, double label_smoothing, std::int64_t revise,
           std::int64_t reduction, std::int64_t ignore_index, std::int64_t divergence,
           Numbers divergence_parameters, bool standardize)
       : Problem(student, teacher, target, selected, class_weight, teacher_indices,
-                teacher_logsumexp, num_valid, weight_sum, grad_scale,
+                teacher_rest, num_valid, weight_sum, grad_scale,
                 KdLossOptions{temperature.vec(), ce_weight, kd_weight, ce_weight_unselected, eta,
                               label_smoothing, revise, reduction, ignore_index, divergence,
                               divergence_parameters.vec(), standardize}) {}
 
   Problem(const Tensor& student, const Tensor& teacher, const Tensor& target,
           const OptionalTensor& selected, const OptionalTensor& class_weight,
-          const OptionalTensor& teacher_indices, const OptionalTensor& teacher_logsumexp,
+          const OptionalTensor& teacher_indices, const OptionalTensor& teacher_rest,
           const OptionalTensor& num_valid, const OptionalTensor& weight_sum,
           const OptionalTensor& grad_scale, KdLossOptions options)
       : student(student),
@@ -102,7 +102,7 @@ struct Problem {
         selected(selected),
         class_weight(class_weight),
         teacher_indices(teacher_indices),
-        teacher_logsumexp(teacher_logsumexp),
+        teacher_rest(teacher_rest),
         num_valid(num_valid),
         weight_sum(weight_sum),
         grad_scale(grad_scale),
@@ -111,7 +111,7 @@ struct Problem {
   template <class F>
   auto unpack(F f) const {
     const KdLossOptions& o = options;
-    return f(student, teacher, target, selected, class_weight, teacher_indices, teacher_logsumexp,
+    return f(student, teacher, target, selected, class_weight, teacher_indices, teacher_rest,
              num_valid, weight_sum, grad_scale, o.temperature, o.ce_weight, o.kd_weight,
              o.ce_weight_unselected, o.eta, o.label_smoothing, o.revise, o.reduction,
              o.ignore_index, o.divergence, o.divergence_parameters, o.standardize);
@@ -130,7 +130,7 @@ using WithParameters =
 
 constexpr const char* kParameters =
     "Tensor student, Tensor teacher, Tensor target, Tensor? selected, Tensor? class_weight, "
-    "Tensor? teacher_indices, Tensor? teacher_logsumexp, Tensor? num_valid, Tensor? weight_sum, "
+    "Tensor? teacher_indices, Tensor? teacher_rest, Tensor? num_valid, Tensor? weight_sum, "
     "Tensor? grad_scale, float[] temperature, float ce_weight, float kd_weight, "
     "float ce_weight_unselected, float eta, float label_smoothing, int revise, int reduction, "
     "int ignore_index, int divergence, float[] divergence_parameters, bool standardize";
@@ -161,8 +161,8 @@ Tensor rows_of(const Tensor& logits, std::int64_t classes) {
 struct Call {
   KdLossArgs args{};
   at::ScalarType accumulate = at::kFloat;
-  Tensor student, teacher, target, selected, class_weight, teacher_indices, teacher_logsumexp,
-      num_valid, weight_sum, grad_scale, grad_output, gradient;
+  Tensor student, teacher, target, selected, class_weight, teacher_indices, teacher_rest, num_valid,
+      weight_sum, grad_scale, grad_output, gradient;
 };
 
 void check_device(const Tensor& tensor, const char* name, const Tensor& student) {
@@ -255,21 +255,21 @@ void set_teacher(Call& call, const Problem& problem) {
                     "teacher_logits must have at most the student's ", args.rows, " rows; got ",
                     args.teacher_rows);
   if (!cached) return;
-  TORCH_CHECK_VALUE(problem.teacher_logsumexp.has_value(),
-                    "a cached teacher needs its logsumexp beside its indices");
+  TORCH_CHECK_VALUE(problem.teacher_rest.has_value(),
+                    "a cached teacher needs its rest beside its indices");
   check_device(*problem.teacher_indices, "teacher indices", problem.student);
-  check_device(*problem.teacher_logsumexp, "teacher logsumexp", problem.student);
+  check_device(*problem.teacher_rest, "teacher rest", problem.student);
   TORCH_CHECK_VALUE(problem.teacher_indices->numel() == teacher.numel(),
                     "teacher indices must have the kept logits' shape ", teacher.sizes(), "; got ",
                     problem.teacher_indices->sizes());
-  TORCH_CHECK_VALUE(problem.teacher_logsumexp->numel() == args.teacher_rows,
-                    "teacher logsumexp must have one number per row, ", args.teacher_rows,
-                    "; got shape ", problem.teacher_logsumexp->sizes());
+  TORCH_CHECK_VALUE(problem.teacher_rest->numel() == args.teacher_rows,
+                    "teacher rest must have one number per row, ", args.teacher_rows,
+                    "; got shape ", problem.teacher_rest->sizes());
   call.teacher_indices = problem.teacher_indices->to(at::kLong).contiguous();
-  call.teacher_logsumexp = problem.teacher_logsumexp->to(call.accumulate).contiguous();
+  call.teacher_rest = problem.teacher_rest->to(call.accumulate).contiguous();
   args.kept_classes = teacher.size(-1);
   args.teacher_indices = call.teacher_indices.const_data_ptr<std::int64_t>();
-  args.teacher_logsumexp = call.teacher_logsumexp.const_data_ptr();
+  args.teacher_rest = call.teacher_rest.const_data_ptr();
 }
 
 void set_options(KdLossArgs& args, const KdLossOptions& options) {
@@ -391,11 +391,14 @@ TermScales term_scales_cpu(const Call& call) {
   const double valid = args.num_valid != nullptr
                            ? host_scalar(call.num_valid)
                            : static_cast<double>(cpu::kd_loss_count_valid(args));
+  TORCH_CHECK_VALUE(valid >= 0.0, "num_valid must be >= 0; got ", valid);
   const double scale = reduction_scale(args.reduction, valid, static_cast<double>(args.classes));
   if (!weighs_rows(args)) return {scale, scale};
   const double weight_sum =
       args.weight_sum != nullptr ? host_scalar(call.weight_sum) : cpu::kd_loss_weight_sum(args);
-  return {weight_sum > 0.0 ? 1.0 / weight_sum : 0.0, scale};
+  TORCH_CHECK_VALUE(weight_sum == weight_sum,
+                    "weight_sum, or the class_weight of the rows, is NaN");
+  return {inverse_of_denominator(weight_sum), scale};
 }
 
 [[noreturn]] void throw_row_error(const Call& call, const cpu::RowError& error) {
@@ -746,7 +749,7 @@ class Kept : public torch::CustomClassHolder {
     keep(problem.teacher);
     keep(problem.target);
     const OptionalTensor* const given[] = {&problem.selected,        &problem.class_weight,
-                                           &problem.teacher_indices, &problem.teacher_logsumexp,
+                                           &problem.teacher_indices, &problem.teacher_rest,
                                            &problem.num_valid,       &problem.weight_sum};
     for (std::size_t i = 0; i < kOptional; ++i) {
       given_[i] = given[i]->has_value();
@@ -928,7 +931,7 @@ struct KdLossOp {
     detach(problem.teacher);
     detach(problem.target);
     for (OptionalTensor* const tensor :
-         {&problem.selected, &problem.class_weight, &problem.teacher_logsumexp, &problem.num_valid,
+         {&problem.selected, &problem.class_weight, &problem.teacher_rest, &problem.num_valid,
           &problem.weight_sum, &problem.grad_scale}) {
       if (tensor->has_value()) detach(**tensor);
     }

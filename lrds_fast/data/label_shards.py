@@ -25,7 +25,7 @@ from torch import Tensor
 from lrds_fast.files import naming, replacing
 from lrds_fast.topk import TopKTeacher
 
-FORMAT = 1
+FORMAT = 2
 META, JOURNAL = "meta.json", "written.jsonl"
 DTYPES = ("float16", "float32")
 
@@ -33,7 +33,7 @@ DTYPES = ("float16", "float32")
 @dataclass(frozen=True)
 class Layout:
     """What the files hold. kept: how many of the samples have logits; rows: which, as a checksum. top_k 0: all
-    `classes` logits of a sample; else its top_k largest, their classes, and the logsumexp of all at `temperature`.
+    `classes` logits of a sample; else its top_k largest, their classes, and the others' logsumexp at `temperature`.
     dtype: "float16" or "float32", of the logits. batches: of an epoch; a shard is `shard_batches` of them."""
 
     samples: int
@@ -64,7 +64,7 @@ class Layout:
         fields: list[Any] = [("index", "<i4"), ("box", "<i4", (5,))]
         if self.top_k:
             place = "<i2" if self.classes <= 1 << 15 else "<i4"
-            fields += [("logsumexp", "<f4"), ("values", logits, (self.top_k,)), ("indices", place, (self.top_k,))]
+            fields += [("rest", "<f4"), ("values", logits, (self.top_k,)), ("indices", place, (self.top_k,))]
         else:
             fields += [("logits", logits, (self.classes,))]
         return np.dtype(fields)
@@ -102,7 +102,8 @@ class Layout:
             kept = TopKTeacher.from_logits(stored.float(), self.top_k, temperature=self.temperature)
             records["values"] = kept.values.cpu().numpy()
             records["indices"] = kept.indices.cpu().numpy()
-            records["logsumexp"] = kept.logsumexp.cpu().numpy()
+            assert kept.rest is not None
+            records["rest"] = kept.rest.cpu().numpy()
         else:
             records["logits"] = stored.cpu().numpy()
         return records
@@ -115,7 +116,9 @@ class Layout:
 
         if not self.top_k:
             return tensor("logits")
-        return TopKTeacher(tensor("values"), tensor("indices", np.int32), tensor("logsumexp"), self.temperature)
+        values, rest = tensor("values"), tensor("rest")
+        log_sum = torch.logaddexp((values.float() / self.temperature).logsumexp(dim=-1), rest)
+        return TopKTeacher(values, tensor("indices", np.int32), log_sum, self.temperature, rest)
 
 
 class Entry(NamedTuple):

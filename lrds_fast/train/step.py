@@ -294,7 +294,10 @@ def first(answers: Tensor | TopKTeacher, rows: int) -> Tensor | TopKTeacher:
     """The answers to the first rows."""
     if isinstance(answers, TopKTeacher):
         return answers._replace(
-            values=answers.values[:rows], indices=answers.indices[:rows], logsumexp=answers.logsumexp[:rows]
+            values=answers.values[:rows],
+            indices=answers.indices[:rows],
+            logsumexp=answers.logsumexp[:rows],
+            rest=None if answers.rest is None else answers.rest[:rows],
         )
     return answers[:rows]
 

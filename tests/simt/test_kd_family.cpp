@@ -130,11 +130,11 @@ struct Case {
 
 constexpr std::size_t kRows = 8;
 
-// Rows by index: 0 ordinary, 1 ignored and full of NaN, 2 unselected with a NaN teacher, 3 right
-// teacher, 4 half selected, 5 target out of range, 6 student equal to teacher, 7 ordinary.
+// Rows by index: 0 at the edges (see edges), 1 ignored and full of NaN, 2 unselected with a NaN
+// teacher, 3 right teacher, 4 half selected, 5 target out of range, 6 student equal to teacher, 7
+// ordinary.
 struct Problem {
-  std::vector<double> student, teacher, values, soft, class_weight, logsumexp, selected,
-      grad_output;
+  std::vector<double> student, teacher, values, soft, class_weight, rest, selected, grad_output;
   std::vector<std::int64_t> target, indices;
 };
 
@@ -165,6 +165,20 @@ Problem make_problem(const Case& c) {
   return p;
 }
 
+// A teacher far from 0 with two tops above the label and a class at the end of float's
+// exponentials, and a class that both exclude (a standardised row has none).
+void edges(const Case& c, Problem& p) {
+  if (c.classes < 8) return;
+  const auto at = [&](std::size_t i) {
+    return (static_cast<std::size_t>(p.target[0]) + i) % c.classes;
+  };
+  const double offset = c.divergence == 5 ? 0.0 : 1000.0;  // whose errors are the offset
+  for (std::size_t k = 0; k < c.classes; ++k) p.teacher[k] += offset;
+  p.teacher[at(1)] = p.teacher[at(2)] = offset + 16.0;
+  p.teacher[at(3)] = offset + 16.0 - 87.0 * c.temperatures[0];
+  if (!c.standardize) p.student[at(4)] = p.teacher[at(4)] = -kInf;
+}
+
 void poison(const Case& c, Problem& p) {
   for (std::size_t k = 0; k < c.classes; ++k) {
     if (!c.soft) p.student[1 * c.classes + k] = p.teacher[1 * c.classes + k] = kNan;
@@ -173,7 +187,7 @@ void poison(const Case& c, Problem& p) {
   if (!c.soft) p.target[1] = -100;
 }
 
-// The largest logits of every row, their classes, and logsumexp(v / T).
+// The largest logits of every row, their classes, and logsumexp(v / T) of the others.
 void cache(const Case& c, Problem& p) {
   for (std::size_t row = 0; row < kRows; ++row) {
     std::vector<std::int64_t> order;
@@ -181,8 +195,9 @@ void cache(const Case& c, Problem& p) {
     const double* const v = &p.teacher[row * c.classes];
     std::sort(order.begin(), order.end(), [&](auto a, auto b) { return v[a] > v[b]; });
     double sum = 0.0;
-    for (std::size_t k = 0; k < c.classes; ++k) sum += std::exp(v[k] / c.temperatures[0]);
-    p.logsumexp.push_back(std::log(sum));
+    for (std::size_t i = c.kept; i < c.classes; ++i)
+      sum += std::exp(v[order[i]] / c.temperatures[0]);
+    p.rest.push_back(std::log(sum));
     for (std::size_t i = 0; i < c.kept; ++i) {
       p.indices.push_back(order[i]);
       p.values.push_back(row == 2 ? kNan : v[order[i]]);
@@ -208,6 +223,7 @@ bool close(double got, double expected, double most) {
 
 void run(const Case& c) {
   Problem p = make_problem(c);
+  edges(c, p);
   const bool wide = c.student == DType::kFloat64 || c.teacher == DType::kFloat64;
   const DType accumulate = wide ? DType::kFloat64 : DType::kFloat32;
   if (c.kept > 0) {
@@ -219,7 +235,7 @@ void run(const Case& c) {
   Buffer teacher(c.teacher, c.kept > 0 ? p.values : p.teacher);
   Buffer soft(accumulate, p.soft), class_weight(accumulate, p.class_weight),
       selected(accumulate, p.selected);
-  Buffer logsumexp(accumulate, p.logsumexp), grad_output(accumulate, p.grad_output);
+  Buffer rest(accumulate, p.rest), grad_output(accumulate, p.grad_output);
   const double num_valid_value = 5.0, weight_sum_value = 3.0, grad_scale_value = 2.0;
   Buffer num_valid(accumulate, 1), weight_sum(accumulate, 1), grad_scale(accumulate, 1);
   num_valid.set(0, num_valid_value);
@@ -274,7 +290,7 @@ void run(const Case& c) {
   exact.selected = p.selected.data();
   if (exact.selected_type == SelectedType::kFloat32) exact.selected_type = SelectedType::kFloat64;
   exact.teacher_indices = p.indices.data();
-  exact.teacher_logsumexp = p.logsumexp.data();
+  exact.teacher_rest = p.rest.data();
   exact.gradient = gradient.data();
   exact.ce = ce.data();
   exact.kd = kd.data();
@@ -327,7 +343,7 @@ void run(const Case& c) {
   args.selected = selected.data();
   args.teacher = teacher.data();
   args.teacher_indices = p.indices.data();
-  args.teacher_logsumexp = logsumexp.data();
+  args.teacher_rest = rest.data();
   args.num_valid = c.given ? num_valid.data() : nullptr;
   args.weight_sum = c.given ? weight_sum.data() : nullptr;
   args.grad_scale = c.given ? grad_scale.data() : nullptr;
