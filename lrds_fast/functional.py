@@ -241,7 +241,7 @@ def _check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) ->
         raise ValueError(f"TopKTeacher.rest must be None or floating of shape {tuple(logsumexp.shape)}; got {got}")
     if rest is not None and rest.device != values.device:
         raise ValueError(f"TopKTeacher.rest must be on {values.device} like its values; got {rest.device}")
-    taken_at = teacher.one_temperature()
+    taken_at = number("TopKTeacher.temperature", teacher.temperature)
     if temperature != [taken_at]:
         raise ValueError(
             f"temperature must be {taken_at!r}, at which the TopKTeacher's logsumexp was taken; "

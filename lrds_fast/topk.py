@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lrds_fast._numbers import integer, number
 from lrds_fast.arguments import check_tensor
@@ -20,8 +22,7 @@ class TopKTeacher(NamedTuple):
     rest: (...,) floating, logsumexp(v / temperature) over the classes that are not kept (-inf if none is), which share
     it evenly. None: what logsumexp leaves. Next to a confident teacher's values that is nothing but rounding;
     no less is then taken than logsumexp's dtype resolves, and no more than classes like the smallest kept one weigh.
-    torch.utils.data.default_collate makes batches of a data set's teachers that have a rest, with a temperature per
-    sample that is the same for all.
+    torch.utils.data.default_collate makes one of a data set's, which must have one temperature.
     """
 
     values: Tensor
@@ -51,7 +52,10 @@ class TopKTeacher(NamedTuple):
         """(...,) floating: rest, or what stands for it, where there are `classes` classes."""
         if self.rest is not None:
             return self.rest
-        scaled, log_sum = self.values.double() / self.one_temperature(), self.logsumexp.double()
+        scaled, log_sum = (
+            self.values.double() / self.temperature,
+            self.logsumexp.double(),
+        )
         left = -torch.expm1(scaled.logsumexp(dim=-1) - log_sum)
         others = classes - self.values.shape[-1]
         if others == 0:
@@ -60,28 +64,27 @@ class TopKTeacher(NamedTuple):
         most = math.log(others) + scaled.amin(dim=-1) - log_sum
         return log_sum + torch.maximum(left.clamp(min=0.0).log(), torch.minimum(resolved, most))
 
-    def one_temperature(self) -> float:
-        """temperature as a number; a default_collate'd one is a tensor with an entry per sample.
-
-        Raises ValueError where the entries differ, TypeError for what is no number or is on a GPU.
-        """
-        temperature: object = self.temperature
-        if not isinstance(temperature, Tensor) or temperature.dim() == 0:
-            return number("TopKTeacher.temperature", temperature)
-        if temperature.is_cuda:
-            raise TypeError(
-                "TopKTeacher.temperature must be a number, or a tensor on the CPU: teacher._replace(temperature=4.0); "
-                f"got one on {temperature.device}"
-            )
-        found = set(temperature.flatten().tolist())
-        if len(found) != 1:
-            raise ValueError(f"TopKTeacher.temperature must be the same for all rows; got {sorted(found)}")
-        return float(found.pop())
-
     def dense(self, classes: int, dtype: torch.dtype | None = None) -> Tensor:
         """(..., classes) logits with this teacher's softmax at its temperature, in dtype (default: logsumexp's)."""
         dtype = dtype or self.logsumexp.dtype
         others = max(1, classes - self.values.shape[-1])
-        filler = (self.one_temperature() * (self.remainder(classes).double() - math.log(others))).to(dtype)
+        filler = (self.temperature * (self.remainder(classes).double() - math.log(others))).to(dtype)
         shape = (*self.values.shape[:-1], classes)
         return filler[..., None].expand(shape).scatter(-1, self.indices.long(), self.values.to(dtype))
+
+
+def _collate(teachers: Sequence[TopKTeacher], *, collate_fn_map: object = None) -> TopKTeacher:
+    """A batch of samples' teachers. Raises ValueError where temperatures differ or only some have a rest."""
+    temperatures = {teacher.temperature for teacher in teachers}
+    if len(temperatures) != 1:
+        raise ValueError(f"the TopKTeachers of a batch must have one temperature; got {sorted(temperatures)}")
+    rests = [teacher.rest for teacher in teachers if teacher.rest is not None]
+    if len(rests) not in (0, len(teachers)):
+        raise ValueError(f"all TopKTeachers of a batch must have a rest, or none; got {len(rests)} of {len(teachers)}")
+    values, indices, logsumexp, *_ = zip(*teachers, strict=True)
+    rest = torch.stack(rests) if rests else None
+    return TopKTeacher(torch.stack(values), torch.stack(indices), torch.stack(logsumexp), temperatures.pop(), rest)
+
+
+# How PyTorch lets a type say what a batch of it is; by itself it would make a tensor of the temperatures.
+default_collate_fn_map[TopKTeacher] = _collate

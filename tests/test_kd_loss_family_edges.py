@@ -279,21 +279,23 @@ def test_mistakes_are_named(options: dict[str, Any], error: type[Exception], mes
         kd_loss(student, teacher, options.pop("target", target), **options)
 
 
-def test_cached_teachers_of_samples_are_a_batchs() -> None:
-    """default_collate makes a tensor of the samples' temperatures."""
+@pytest.mark.parametrize("columns", [3, 5], ids=["without rest", "with rest"])
+def test_cached_teachers_of_samples_are_a_batchs(columns: int) -> None:
     student, teacher, target = kd_cases.family_rows(4, 10)
     cached = TopKTeacher.from_logits(teacher, np.int64(3), temperature=np.float32(2.0))
-    samples = [TopKTeacher(*rows, 2.0) for rows in zip(*cached[:3], strict=True)]
+    cached = cached._replace(rest=cached.rest if columns == 5 else None)
+    tensors = [column for column in cached if isinstance(column, torch.Tensor)]
+    samples = [TopKTeacher(*rows[:3], 2.0, *rows[3:]) for rows in zip(*tensors, strict=True)]
     batch = default_collate(samples)
-    assert isinstance(batch, TopKTeacher) and isinstance(batch.temperature, torch.Tensor)
+    assert isinstance(batch, TopKTeacher) and batch.temperature == 2.0 and (batch.rest is None) == (columns == 3)
     for loss in (kd_loss, reference.kd_loss, torch.func.grad(kd_loss)):
         assert torch.equal(
             loss(student, batch, target, temperature=2.0), loss(student, cached, target, temperature=2.0)
         )
-    torch.testing.assert_close(batch.dense(10), cached.dense(10))
-    mixed = default_collate([*samples[:3], samples[3]._replace(temperature=4.0)])
-    with pytest.raises(ValueError, match=r"TopKTeacher.temperature must be the same for all rows; got \[2.0, 4.0\]"):
-        kd_loss(student, mixed, target, temperature=2.0)
+    with pytest.raises(ValueError, match=r"TopKTeachers of a batch must have one temperature; got \[2.0, 4.0\]"):
+        default_collate([*samples[:3], samples[3]._replace(temperature=4.0)])
+    with pytest.raises(ValueError, match=r"must have a rest, or none; got [13] of 4"):
+        default_collate([*samples[:3], samples[3]._replace(rest=None if columns == 5 else torch.tensor(0.0))])
 
 
 def test_cached_teacher_mistakes_are_named() -> None:
