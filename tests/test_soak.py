@@ -1,13 +1,15 @@
 """Runs that are killed, disks that fill, folders that are read-only, two runs at once: 200 kills each.
 
 Every attempt is a process of its own that gets SIGKILL at a random moment. After each, every file is whole; after the
-last, the files are those of a run that nothing disturbed. LRDS_SOAK_KILLS and LRDS_SOAK_SEED choose another number and
-another series.
+last, the files are those of a run that nothing disturbed. Damaged files are read, or refused in one line.
+LRDS_SOAK_KILLS, LRDS_SOAK_FILES and LRDS_SOAK_SEED choose other numbers and another series. The figures:
+docs/reliability.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import random
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,8 @@ from safetensors.torch import load_file
 
 from lrds_fast.train.files import read_records
 
-pytestmark = [pytest.mark.slow, pytest.mark.soak]
+pytestmark = pytest.mark.soak
+slow = pytest.mark.slow
 
 KILLS = int(os.environ.get("LRDS_SOAK_KILLS", "200"))
 SEED = int(os.environ.get("LRDS_SOAK_SEED", "0"))
@@ -144,6 +148,7 @@ def train_arguments(out: str) -> list[str]:
     return ["train", "digits_kd_lr", "--quiet", f"--set=run.out={out}", *TRAIN]
 
 
+@slow
 def test_training(attempts: Attempts, record_property: Callable[[str, object], None]) -> None:
     draws = random.Random(SEED)
     seconds = attempts.finish(*train_arguments("runs/undisturbed"))
@@ -174,6 +179,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@slow
 def test_caching(attempts: Attempts) -> None:
     draws = random.Random(SEED + 1)
     seconds = attempts.finish(*cache_arguments("cache/undisturbed"))
@@ -190,6 +196,7 @@ def test_caching(attempts: Attempts) -> None:
     print(f"caching: {killed} kills in {runs} runs")
 
 
+@slow
 def test_scoring(attempts: Attempts) -> None:
     draws = random.Random(SEED + 2)
     attempts.finish(*train_arguments("runs/scored"))
@@ -209,6 +216,7 @@ def test_scoring(attempts: Attempts) -> None:
     print(f"scoring: {killed} kills, {finished} finished")
 
 
+@slow
 def test_two_at_once(attempts: Attempts) -> None:
     """Two processes want one folder: one of them trains, the other is refused; a killed owner leaves no lock."""
     draws = random.Random(SEED + 3)
@@ -249,6 +257,7 @@ def mounted(path: Path, kilobytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+@slow
 def test_full_disk(attempts: Attempts) -> None:
     """The disk fills at a random byte: one line, exit code 1, the old files whole; with room again the run goes on."""
     draws = random.Random(SEED + 4)
@@ -273,6 +282,7 @@ def test_full_disk(attempts: Attempts) -> None:
         same_run(small / "run", attempts.folder / "runs" / "roomy")
 
 
+@slow
 def test_read_only_folder(attempts: Attempts) -> None:
     """A folder that nobody may write to: refused in one line, and what is in it stays."""
     read_only = attempts.folder / "read_only"
@@ -292,3 +302,91 @@ def test_read_only_folder(attempts: Attempts) -> None:
             text = attempts.log.read_text()[-1500:]
             assert "Read-only file system" in text and "Traceback" not in text
         assert files(read_only) == before
+
+
+FILES = int(os.environ.get("LRDS_SOAK_FILES", "400"))
+
+
+def damaged(content: bytes, draws: random.Random) -> bytes:
+    """Cut short, or with bytes that are another's, or both; the first bytes, which say what it is, more often."""
+    changed = bytearray(content)
+    for _ in range(draws.choice([0, 1, 3, 30])):
+        changed[min(int(draws.expovariate(8.0) * len(changed)), len(changed) - 1)] = draws.randrange(256)
+    return bytes(changed[: draws.randrange(len(changed)) if draws.random() < 0.5 else None])
+
+
+def reads(read: Callable[[], object], *accepted: type[Exception], named: object = "") -> bool:
+    """Whether the file is read; else the error is one of the accepted, one line, and names the file."""
+    try:
+        read()
+    except accepted as error:
+        text = str(error)
+        if not text or "\n" in text or str(named) not in text:
+            pytest.fail(f"{type(error).__name__}: {text!r}")
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of the damage
+def test_damaged_pictures() -> None:
+    """Read, or refused in one line: never another error, and never the end of the process."""
+    image_module = pytest.importorskip("PIL.Image")
+    from lrds_fast.data.pictures import Unreadable, decoded, for_dali, picture_size
+
+    draws, noise = random.Random(SEED + 5), np.random.default_rng(SEED)
+    originals = []
+    for kind, mode in (("JPEG", "RGB"), ("PNG", "RGBA"), ("PNG", "I;16"), ("TIFF", "F"), ("GIF", "P"), ("WEBP", "RGB")):
+        pixels = noise.integers(0, 255, (40, 30, 3), dtype=np.uint8)
+        picture = image_module.fromarray(pixels)
+        if mode in ("I;16", "F"):
+            picture = image_module.fromarray(pixels[..., 0].astype(np.uint16 if mode == "I;16" else np.float32))
+        else:
+            picture = picture.convert(mode)
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        originals.append(buffer.getvalue())
+    read = 0
+    for _ in range(FILES):
+        data = np.frombuffer(damaged(draws.choice(originals), draws), np.uint8)
+        read += sum(reads(partial(reader, data), Unreadable) for reader in (picture_size, decoded, for_dali))
+    assert 0 < read < 3 * FILES
+    print(f"pictures: {FILES} damaged files, three readers each, {read} reads")
+
+
+def test_damaged_weights(tmp_path: Path) -> None:
+    """The weights that were written, or an error in one line that names the file."""
+    from safetensors.torch import save_file
+
+    from lrds_fast.train.weights import load_weights
+
+    draws = random.Random(SEED + 6)
+    torch.manual_seed(SEED)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2))
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "new.pt")
+    torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    originals = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    target = tmp_path / "damaged.pth"
+    read = 0
+    for _ in range(FILES):
+        target.write_bytes(damaged(draws.choice(originals), draws))
+        load = partial(load_weights, model, target, key="teacher.checkpoint")
+        read += reads(load, ValueError, OSError, named=target)
+    assert read < FILES
+    print(f"weights: {FILES} damaged files, {read} read")
+
+
+def test_damaged_selections(tmp_path: Path) -> None:
+    """The selection that was written, or an error in one line that names the file."""
+    from lrds_fast.selection import Selection, select
+
+    draws = random.Random(SEED + 7)
+    chosen = select({"kd_gain": torch.randn(40)}, by="kd_gain", ratio=0.5, labels=torch.arange(40) % 4)
+    path = tmp_path / "selection.parquet"
+    chosen.save(path)
+    original = path.read_bytes()
+    read = 0
+    for _ in range(FILES // 4):
+        path.write_bytes(damaged(original, draws))
+        read += reads(partial(Selection.load, path), ValueError, OSError, named=path)
+    print(f"selections: {FILES // 4} damaged files, {read} read")

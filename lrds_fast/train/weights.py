@@ -110,7 +110,11 @@ def read(path: Path, *, named: str, otherwise: str) -> Any:
             warnings.simplefilter("ignore")  # of pickles that are refused below
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip raises RuntimeError, EOFError, OSError or KeyError, by where it was cut
-        raise ValueError(f"{named} is {_kind(path, head, error, otherwise)}") from error
+        try:
+            kind = _kind(path, head, error, otherwise)
+        except Exception:  # a zip directory that is damaged raises as many types
+            kind = f"damaged; {otherwise}"
+        raise ValueError(f"{named} is {kind}") from error
 
 
 @dataclass(eq=False)
