@@ -136,35 +136,35 @@ scale.scored(folder / "scores", dies_at={dies_at}, layers={layers!r})
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("layers", LAYERS)
-def test_processes_share_the_samples(tmp_path: Path, layers: str, processes: int) -> None:
-    code = f"""
+def test_processes_share_the_samples(tmp_path: Path, processes: int) -> None:
+    code = """
 import torch.distributed as dist
 dist.init_process_group("gloo")
-data = scale.Samples(scale.SAMPLES, 1)
-memory = scale.scored(layers={layers!r}, train_data=data)
-on_disk = scale.scored(folder / "scores", layers={layers!r})
-for name in scale.NAMES:
-    assert torch.equal(memory[name], on_disk[name]), name
-assert (dist.get_rank() == 0) == (0 in data.asked)
-torch.save((dict(memory), memory.target, data.asked), folder / f"rank{{dist.get_rank()}}.pt")
+for layers in scale.LAYERS:
+    data = scale.Samples(scale.SAMPLES, 1)
+    memory = scale.scored(layers=layers, train_data=data)
+    on_disk = scale.scored(folder / layers, layers=layers)
+    for name in scale.NAMES:
+        assert torch.equal(memory[name], on_disk[name]), name
+    assert (dist.get_rank() == 0) == (0 in data.asked)
+    torch.save((dict(memory), memory.target, data.asked), folder / f"{layers}{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
     done = run(tmp_path, code, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = scored(layers=layers)
-    asked: list[int] = []
-    for rank in range(processes):
-        found, target, own = torch.load(tmp_path / f"rank{rank}.pt")
-        asked += own
-        assert torch.equal(target, expected.target)
-        for name in NAMES:
-            # Sums over the data are added up in another order: float64 factors, float32 scores.
-            torch.testing.assert_close(found[name], expected[name], rtol=2e-5, atol=2e-6)
-    # Each process has read its first batch, of 8, once more.
-    passes = 1 if layers == "last" else 3
-    assert len(asked) == passes * SAMPLES + 8 * processes and set(asked) == set(range(SAMPLES))
-    assert sorted(pd.read_parquet(tmp_path / "scores")["index"]) == list(range(SAMPLES))
+    for layers, passes in (("last", 1), ("all", 3)):
+        expected = scored(layers=layers)
+        asked: list[int] = []
+        for rank in range(processes):
+            found, target, own = torch.load(tmp_path / f"{layers}{rank}.pt")
+            asked += own
+            assert torch.equal(target, expected.target)
+            for name in NAMES:
+                # Sums over the data are added up in another order: float64 factors, float32 scores.
+                torch.testing.assert_close(found[name], expected[name], rtol=2e-5, atol=2e-6)
+        # Each process has read its first batch, of 8, once more.
+        assert len(asked) == passes * SAMPLES + 8 * processes and set(asked) == set(range(SAMPLES))
+        assert sorted(pd.read_parquet(tmp_path / layers)["index"]) == list(range(SAMPLES))
 
 
 def test_more_processes_than_batches(tmp_path: Path) -> None:

@@ -161,32 +161,39 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"selection.compose": "mask", "run.clip_grad_norm": 0.5, "run.ema_decay": 0.9},
-        {"selection.after": 1, "run.accumulate": 2},
-        {"loss.divergence": "dkd", "optimizer.name": "adamw", "optimizer.lr": 0.01},
-    ],
-    ids=["selection", "mask, clipped, averaged", "rescored, in two parts", "dkd, adamw"],
-)
-def test_two_processes_are_one(tmp_path: Path, values: dict[str, Any]) -> None:
-    """The same batches, gradients of the same mean: weights and logs equal those of one process to 1e-6."""
-    code = f"""
-result, student = cases.trained(folder / "two", data=cases.blobs(), **{values!r})
-torch.save([result.records, result.teacher_pred, student.state_dict()], folder / f"rank{{rank}}.pt")
+SHARED: dict[str, dict[str, Any]] = {
+    "selection": {},
+    "mask, clipped, averaged": {"selection.compose": "mask", "run.clip_grad_norm": 0.5, "run.ema_decay": 0.9},
+    "rescored, in two parts": {"selection.after": 1, "run.accumulate": 2},
+    "dkd, adamw": {"loss.divergence": "dkd", "optimizer.name": "adamw", "optimizer.lr": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run of SHARED by two processes, which are started once: a folder with each one's log and results."""
+    folder = tmp_path_factory.mktemp("two")
+    code = """
+for name, values in cases.SHARED.items():
+    result, student = cases.trained(folder / name, data=cases.blobs(), **values)
+    torch.save([result.records, result.teacher_pred, student.state_dict()], folder / f"{name} {rank}.pt")
 """
-    done = run(tmp_path, code, processes=2)
+    done = run(folder, code, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, student = trained(tmp_path / "one", data=blobs(), **values)
+    return folder
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_are_one(tmp_path: Path, two_processes: Path, name: str) -> None:
+    """The same batches, gradients of the same mean: weights and logs equal those of one process to 1e-6."""
+    whole, student = trained(tmp_path / "one", data=blobs(), **SHARED[name])
     for rank in range(2):
-        records, pred, state = torch.load(tmp_path / f"rank{rank}.pt")
+        records, pred, state = torch.load(two_processes / f"{name} {rank}.pt")
         assert_close(numbers(records), numbers(whole.records))
         assert torch.equal(pred, whole.teacher_pred)
-        for name, value in student.state_dict().items():
-            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-6)
-    assert_close(numbers(read_records(tmp_path / "two" / "log.jsonl")), numbers(whole.records))
+        for key, value in student.state_dict().items():
+            torch.testing.assert_close(state[key], value, rtol=1e-6, atol=1e-6)
+    assert_close(numbers(read_records(two_processes / name / "log.jsonl")), numbers(whole.records))
 
 
 def test_num_valid_under_ddp_as_documented(tmp_path: Path) -> None:
