@@ -115,6 +115,7 @@ def test_flipped_labels() -> None:
     assert abs(mean["self_influence"] - mean["self_influence, exact"]) < 0.01
 
 
+@pytest.mark.slow
 def test_flipped_labels_learnt_by_heart() -> None:
     """An MLP trained until it fits the wrong labels too: losses are small, but their order goes on telling."""
     found = []

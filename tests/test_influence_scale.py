@@ -251,6 +251,7 @@ def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         influence.load_scores(out)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
     """Peak resident memory of 4,000 and of 32,000 samples: what a sample costs is its row of scores."""
     code = """
