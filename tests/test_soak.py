@@ -261,25 +261,31 @@ def mounted(path: Path, kilobytes: int) -> Iterator[None]:
 def test_full_disk(attempts: Attempts) -> None:
     """The disk fills at a random byte: one line, exit code 1, the old files whole; with room again the run goes on."""
     draws = random.Random(SEED + 4)
-    attempts.finish(*train_arguments("runs/roomy"))
+    seconds = attempts.finish(*train_arguments("runs/roomy"))
     room = sum(path.stat().st_size for path in (attempts.folder / "runs" / "roomy").rglob("*")) // 1024 + 64
     small = attempts.folder / "small"
-    full = 0
-    with mounted(small, 4 * room):
-        for _ in range(max(1, KILLS // 10)):
-            (small / "filler").write_bytes(b"\0" * 1024 * draws.randrange(3 * room, 4 * room - 4))
-            begun = attempts.start(*train_arguments("small/run"), "--resume")
-            begun.join(600)
-            assert begun.exitcode in (0, 1, 2), attempts.log.read_text()[-3000:]
-            text = attempts.log.read_text()
-            assert "Traceback" not in text[-3000:]
-            full += begun.exitcode == 1 and "No space left" in text[-1500:]
+    full, killed = 0, 0
+    with mounted(small, 8 * room):
+        for number in range(max(2, KILLS // 10)):
+            left = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize // 1024
+            (small / "filler").write_bytes(b"\0" * 1024 * (left - draws.randrange(8, room)))
+            out = f"small/run{number % 3}"
+            if number % 2:
+                killed += attempts.kill(seconds, draws, *train_arguments(out), "--resume")
+            else:
+                begun = attempts.start(*train_arguments(out), "--resume")
+                begun.join(600)
+                text = attempts.log.read_text()[-3000:]
+                assert begun.exitcode in (0, 1, 2) and "Traceback" not in text, text
+                full += begun.exitcode == 1 and "No space left" in text
             (small / "filler").unlink()
-            if (small / "run").exists():
-                check_whole(small / "run")
+            if (attempts.folder / out).exists():
+                check_whole(attempts.folder / out)
         assert full > 0
-        attempts.finish(*train_arguments("small/run"), "--resume")
-        same_run(small / "run", attempts.folder / "runs" / "roomy")
+        for out in sorted(small.iterdir()):
+            attempts.finish(*train_arguments(f"small/{out.name}"), "--resume")
+            same_run(out, attempts.folder / "runs" / "roomy")
+    print(f"full disk: {full} runs ended by it, {killed} killed")
 
 
 @slow
