@@ -63,7 +63,7 @@ def test_marker_of_types_is_installed() -> None:
 
 
 def installation(monkeypatch: pytest.MonkeyPatch, root: Path, *, source: bool, built: str = "") -> Path:
-    """What _build believes to be the installed package: root/lrds_fast, built for the torch `built`, or not at all."""
+    """Makes _build examine a package at root/lrds_fast, built for the torch `built`, or not built."""
     package = root / "lrds_fast"
     package.mkdir(parents=True)
     if source:
@@ -84,7 +84,7 @@ def test_an_extension_that_fits_is_no_problem(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("source", [True, False])
-def test_another_torch_is_named_with_the_way_out(source: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_torch_is_an_error(source: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installation(monkeypatch, tmp_path, source=source, built="2.13.0+cpu")
     found = _build.problem("2.15.0+cu132")
     assert found is not None and "\n" not in found
@@ -147,7 +147,7 @@ def test_without_torch_the_first_use_says_how_to_get_it() -> None:
     assert done.stderr.splitlines()[-1].startswith("ImportError: lrds_fast needs PyTorch, which ")
 
 
-def test_the_front_door_has_every_name_and_loads_none() -> None:
+def test_the_package_lists_every_name_and_loads_none() -> None:
     code = (
         "import sys, lrds_fast; assert 'torch' not in sys.modules; assert dir(lrds_fast) == sorted(lrds_fast.__all__)"
     )
@@ -244,7 +244,7 @@ def test_the_record_of_a_build_is_what_the_extension_says(tmp_path: Path, monkey
 
 
 @in_checkout
-def test_the_compiler_of_the_kernels_is_asked_for_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_of_nvcc_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")

@@ -167,8 +167,9 @@ def _conclusions(finished: Sequence[Run]) -> list[str]:
     return [
         *sentences,
         f"On average, plain KD from this teacher costs {-100 * cost.mean:.2f} points of accuracy against the student"
-        f" alone. Points recovered: {recovered}. The student alone learns from labels that are all right, and the teacher"
-        " is less accurate than they are: the demo shows how much LR and DS recover, not that this teacher is useful.",
+        f" alone. Points recovered: {recovered}. The student alone learns from labels that are all right, and the"
+        " teacher is less accurate than they are: the demo shows how much LR and DS recover, not that this teacher is"
+        " useful.",
     ]
 
 
