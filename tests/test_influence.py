@@ -343,9 +343,7 @@ def test_inputs_of_zero_have_no_curvature() -> None:
     arguments = make_case(0).arguments(torch.float64) | {"bias": False}
     arguments["features"] = torch.zeros_like(arguments["features"])
     for curvature in ("ekfac", "exact"):
-        with pytest.raises(
-            ValueError, match=f"curvature '{curvature}' of the last layer is zero: its inputs are all 0"
-        ):
+        with pytest.raises(ValueError, match=f"curvature '{curvature}' of the last layer is zero: its inputs or"):
             influence.last_layer_scores(**arguments, curvature=curvature)
 
 

@@ -55,7 +55,7 @@ def weights_with(row: int, value: float) -> torch.Tensor:
 
 
 class Output:
-    """What transformers' models return, as far as it matters."""
+    """A model output as in transformers."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits
@@ -404,7 +404,7 @@ NUMBER_KINDS: list[Callable[[float], Any]] = [
 
 @pytest.mark.parametrize("kind", NUMBER_KINDS)
 def test_numbers_of_numpy_and_tensors_without_dimensions(kind: Callable[[float], Any]) -> None:
-    """They are taken for what they are worth wherever a Python number is; all values here are exact in every type."""
+    """They are accepted wherever a Python number is; all values here are exact in every type."""
     given = arguments()
     student, teacher, target = given.values()
     numbers: dict[str, Any] = dict(temperature=4.0, ce_weight=0.25, kd_weight=0.5, ce_weight_unselected=0.75)

@@ -167,9 +167,7 @@ def test_what_teacher_weights_cannot_choose(tmp_path: Path) -> None:
         ({"ema": first, "swa": second, "model": first}, "ema, swa"),
     ):
         torch.save(content, path)
-        with pytest.raises(
-            ValueError, match=rf"several sets of weights that fit \({places}\); load the file with torch.load"
-        ):
+        with pytest.raises(ValueError, match=rf"several sets of weights that fit \({places}\); load the file"):
             loaded(path, models.create("mlp", num_classes=3))
 
 
@@ -252,7 +250,7 @@ def test_a_checkpoint_of_another_model_is_named(trained: Path) -> None:
         ValueError,
         match=r"teacher.checkpoint: .*last.pt is for another model: it lacks 'conv1.weight', 'bn1.weight', 'bn1.bias'"
         r" and \d+ more and has 'hidden.weight', 'hidden.bias', which the model does not have; the file contains 4"
-        r" in student \('hidden.weight', ...\), .*; name the model",
+        r" tensors in student \('hidden.weight', ...\), .*; set the model",
     ):
         # MLP and ResNet share no names but fc's.
         checkpoint.load_weights(models.create("resnet8", num_classes=10), trained, key="teacher.checkpoint")

@@ -85,8 +85,8 @@ struct Problem {
           double ce_weight_unselected, double eta, double label_smoothing, std::int64_t revise,
           std::int64_t reduction, std::int64_t ignore_index, std::int64_t divergence,
           Numbers divergence_parameters, bool standardize)
-      : Problem(student, teacher, target, selected, class_weight, teacher_indices,
-                teacher_rest, num_valid, weight_sum, grad_scale,
+      : Problem(student, teacher, target, selected, class_weight, teacher_indices, teacher_rest,
+                num_valid, weight_sum, grad_scale,
                 KdLossOptions{temperature.vec(), ce_weight, kd_weight, ce_weight_unselected, eta,
                               label_smoothing, revise, reduction, ignore_index, divergence,
                               divergence_parameters.vec(), standardize}) {}
@@ -778,7 +778,8 @@ class Kept : public torch::CustomClassHolder {
 
  private:
   static constexpr std::size_t kOptional = 6;
-  std::vector<torch::autograd::SavedVariable> tensors_;  // those that are defined, in Problem's order
+  std::vector<torch::autograd::SavedVariable>
+      tensors_;  // those that are defined, in Problem's order
   std::array<bool, kOptional> given_;
   KdLossOptions options_;
   bool unversioned_ = false;
