@@ -327,7 +327,7 @@ def test_a_curvature_that_has_vanished_is_refused(
 
 
 def test_a_confident_student_is_not_a_saturated_one() -> None:
-    """What the rule goes by is the predictions alone: neither the features' scale nor the loss's weights."""
+    """The check depends on the predictions only, not on the scale of the features or the loss weights."""
     found = []
     for features, weight in ((1.0, 1.0), (1e-9, 1e-9), (1e9, 1e9)):
         arguments = saturated(20.0, torch.float32) | {"selected": None, "bias": False}

@@ -400,7 +400,7 @@ def test_data_that_change_between_readings_are_refused(layers: str) -> None:
         DataLoader(Moving(train, flips=False), 7, collate_fn=mixed),
         Shuffled(train),
     )
-    message = "got other inputs when its first samples, from sample 0 on.*evaluation transform"
+    message = "must give the same .* got other inputs when its first samples, from sample 0 on.*evaluation transform"
     for given in changing:
         with pytest.raises(ValueError, match=f"train_data {message}"):
             influence.score(student, teacher, given, val, layers=layers)

@@ -224,8 +224,8 @@ def numbered(
     """(labels (size,) int64 from 0 on, names of the classes) of the class numbers in the data.
 
     name: gives a sample's name, for errors. classes: names, in the order of their numbers; None numbers them. first:
-    the number of the first class. Raises ValueError for numbers below `first`, and for those that make more classes than
-    there are names or, without names, more than both the number of samples and MOST_CLASSES.
+    the number of the first class. Raises ValueError for numbers below `first`, and for those that make more classes
+    than there are names or, without names, more than both the number of samples and MOST_CLASSES.
     """
     if numbers:
         low = min(range(len(numbers)), key=numbers.__getitem__)
