@@ -1,8 +1,8 @@
 """Killed runs, full disks, read-only folders, two runs at once: 200 kills each.
 
-Every attempt is a process that gets SIGKILL at a random moment. After each attempt every file must be complete, and after
-the last one the files must equal those of an undisturbed run. LRDS_SOAK_KILLS sets the number of kills, LRDS_SOAK_SEED the
-seed of the random moments.
+Every attempt is a process that gets SIGKILL at a random moment. After each attempt every file must be complete, and
+after the last one the files must equal those of an undisturbed run. LRDS_SOAK_KILLS sets the number of kills,
+LRDS_SOAK_SEED the seed of the random moments.
 """
 
 from __future__ import annotations

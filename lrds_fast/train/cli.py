@@ -188,7 +188,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub = add(
         "sweep",
         _sweep,
-        "train a list of recipes, one after the other; what is finished is kept, what was cut short goes on",
+        "train a list of recipes one after the other; finished runs are kept, interrupted ones resume",
         "lrds-fast sweep cifar100/resnet56-resnet20/kd cifar100/resnet56-resnet20/kd+lr --seeds 0 1 2\n"
         "  lrds-fast sweep cifar100/resnet56-resnet20/kd+lr+ds --ablation eta --list",
         again="; to continue, run the same command again",
