@@ -1,7 +1,7 @@
 # make demo      a student distilled on real digits, a table and a report (a few minutes)
 # make test      linters, the C++ and CUDA kernels without a GPU, Python tests
-# make test-full make test, its slow tests, and the packages that ours is compared with, on two builds more:
-# make test-cuda   the CUDA kernels of every architecture by nvcc: registers, machine code, an extension that loads
+# make test-full make test, the slow tests, comparisons with other packages, and the two targets below
+# make test-cuda   compiles the CUDA kernels for every architecture; checks registers and machine code, loads the extension
 # make test-cpu    a build against a CPU-only torch
 # make bench     the benchmarks of this machine, into benchmarks/results/ and docs/benchmarks/
 # make gpu-check on a machine with a GPU, without network, with the Python it finds: build, tests, sanitizer, benchmarks;
@@ -9,10 +9,11 @@
 # make format    rewrite the sources in the project's style
 #
 # PYTHON=...           the interpreter that .venv is made with (>= 3.10)
-# TORCH=2.13.0         another torch than the tested one, for example a CPU-only build: an eighth of the download
-# LRDS_FAST_CUDA=1|0   build the CUDA kernels or fail | never build them (default: for the GPUs of this machine)
-# TORCH_CUDA_ARCH_LIST="8.0 9.0"  the architectures that they are built for
-# MAX_JOBS=...         compilers at a time; JOBS=... test processes at a time (2, of one thread each)
+# TORCH=2.13.0         the version of torch (default: constraints.txt); a CPU-only version is an eighth of the download
+# LRDS_FAST_CUDA=1|0   build the CUDA kernels or fail | never build them (default: build them for the GPUs of this machine)
+# TORCH_CUDA_ARCH_LIST="8.0 9.0"  the GPU architectures to build for
+# MAX_JOBS=...         parallel compilers
+# JOBS=2               parallel test processes, of one thread each
 # LRDS_DATA=...        folder of real data for the tests that use it
 
 SHELL := /bin/bash
@@ -25,17 +26,17 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
-# Another torch is another environment, another choice of kernels another build.
+# A change of TORCH installs again; a change of TORCH or LRDS_FAST_CUDA builds again.
 TORCH_NAME := $(or $(TORCH),tested)
 BUILT := $(VENV)/built-$(or $(LRDS_FAST_CUDA),auto)-$(TORCH_NAME)
-# One thread a process: JOBS of them fill the cores.
+# Each test process uses one thread, so that JOBS of them do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TORCH
 
 venv: $(VENV)/with-dev-$(TORCH_NAME) $(BUILT)
 
-# What the demo needs is a fraction of what the tests need.
+# with-demo has the few packages that the demo needs, with-dev also those of the tests.
 $(VENV)/with-%-$(TORCH_NAME): pyproject.toml constraints.txt tools/install.sh
 	@tools/install.sh "$(PYTHON)" "$(VENV)" $*
 	@touch $@
@@ -44,7 +45,7 @@ $(BUILT): $(SOURCES) setup.py | $(VENV)/with-demo-$(TORCH_NAME)
 	@tools/build.sh "$(VENV)"
 	@rm -f $(VENV)/built-* && touch $@
 
-# The packages that ours is compared with; without them their tests are skipped.
+# The packages to compare with; without them the tests that compare are skipped.
 $(VENV)/peers: $(VENV)/with-dev-$(TORCH_NAME) pyproject.toml
 	$(BIN)/python tools/requirements.py peers > $@.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r $@.txt

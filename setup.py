@@ -29,7 +29,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent
-# What LRDS_FAST_CUDA=1 builds where there is no GPU to ask.
+# The architectures that LRDS_FAST_CUDA=1 builds on a machine without a GPU.
 ALL_CUDA_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 HOW_TO_GET_NVCC = (
     "install a CUDA toolkit, or the wheels nvidia-cuda-nvcc, nvidia-cuda-crt and nvidia-nvvm of torch's CUDA version "
@@ -76,7 +76,7 @@ def find_cuda_home() -> Path | None:
 
 
 def cuda_archs(wish: str) -> str:
-    """The architectures to compile for, as TORCH_CUDA_ARCH_LIST spells them; "" where nothing asks for any."""
+    """The architectures to compile for, in the form of TORCH_CUDA_ARCH_LIST; "" for a CPU-only build."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     if given:
         return given
@@ -86,7 +86,7 @@ def cuda_archs(wish: str) -> str:
 
 
 def cuda_build() -> tuple[Path, str] | None:
-    """Where nvcc is and the architectures to compile for; None for a CPU-only build. Says why in one line."""
+    """The CUDA folder and the architectures to compile for; None for a CPU-only build, with the reason on stderr."""
     wish = os.environ.get("LRDS_FAST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"setup.py: LRDS_FAST_CUDA must be 0, 1 or unset; got {wish!r}")
@@ -100,7 +100,7 @@ def cuda_build() -> tuple[Path, str] | None:
         missing = f"this torch ({torch.__version__}) is a CPU-only build; install a CUDA build of torch"
     elif not archs:
         missing = (
-            "this machine has no GPU; LRDS_FAST_CUDA=1 builds the CUDA kernels all the same, for the architectures in "
+            "this machine has no GPU; to build the CUDA kernels anyway, set LRDS_FAST_CUDA=1 and optionally "
             f"TORCH_CUDA_ARCH_LIST (default {ALL_CUDA_ARCHS})"
         )
     elif home is None:
@@ -115,12 +115,12 @@ def cuda_build() -> tuple[Path, str] | None:
 
 
 def use_ccache() -> None:
-    """Sends the compilers' calls through ccache where it is installed and the environment names no compiler."""
+    """Compiles through ccache where it is installed and the environment does not set the compiler."""
     ccache = shutil.which("ccache")
     if ccache is None:
         return
     if "CXX" not in os.environ:
-        # ccache under a compiler's name runs the compiler of that name; torch takes one word for CXX.
+        # torch needs CXX to be one word: ccache under the name c++ runs the compiler c++.
         link = ROOT / "build" / "ccache" / "c++"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def use_ccache() -> None:
 
 
 def nvcc_version(home: Path) -> str:
-    """The release of the compiler itself, such as "13.0.88": it need not be the CUDA version of torch."""
+    """The release of nvcc, such as "13.0.88"; it may differ from the CUDA version of torch."""
     output = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"\bV(\d+\.\d+\.\d+)", output)
     return found.group(1) if found else "unknown"
@@ -203,11 +203,11 @@ def extension() -> cpp_extension.CppExtension:
 
 
 def write_record(extension: Path) -> None:
-    """The facts of a built extension beside it, where lrds_fast/_build.py reads them without loading it."""
+    """Writes build_info() of a built extension beside it, for lrds_fast/_build.py to read without loading it."""
     spec = importlib.util.spec_from_file_location("lrds_fast._C", extension)
     built = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(built)
-    facts = {key: value for key, value in built.build_info().items() if key != "cpu_isa"}  # that is this machine's
+    facts = {key: value for key, value in built.build_info().items() if key != "cpu_isa"}  # depends on the machine
     extension.with_name("_build.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -219,7 +219,7 @@ class BuildExt(cpp_extension.BuildExtension.with_options(use_ninja=True)):
 
 
 class BdistWheel(bdist_wheel):
-    """A wheel's binary fits one minor release of torch, and its metadata say which; an editable install is rebuilt."""
+    """A wheel that requires the minor release of torch that it was built for."""
 
     archived = False
 

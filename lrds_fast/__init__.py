@@ -54,7 +54,7 @@ __all__ = [
     "select_jointly",
 ]
 
-# Loaded on first use: the command line answers without PyTorch; the loss alone waits for neither Parquet nor models.
+# Loaded on first use: the command line starts without PyTorch, and kd_loss without Parquet and the models.
 _NAMES = {
     "_ops": ("_C",),
     "composed": ("dist_loss", "mlkd_loss", "revision_loss"),

@@ -1,4 +1,4 @@
-"""What was built, for which torch, and why it would not load: known from files, without loading anything."""
+"""What was built, for which torch, and why it would not load. Reads files only; loads nothing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-#: What setup.py writes beside the extension: its build_info().
+#: The file with build_info() that setup.py writes beside the extension.
 RECORD = "_build.json"
 _HERE = Path(__file__).resolve().parent
 
 
 def record() -> dict[str, Any] | None:
-    """The facts of the build; None where setup.py left none that can be read."""
+    """The facts of the build, build_info() of the extension; None without a readable record."""
     try:
         facts: dict[str, Any] = json.loads((_HERE / RECORD).read_text(encoding="utf-8"))
         return facts if isinstance(facts["torch_version"], str) else None
@@ -28,7 +28,7 @@ def record() -> dict[str, Any] | None:
 
 
 def installed_torch() -> dict[str, str | None] | None:
-    """`version` and `cuda` (None of a CPU build) of the torch that would be imported; None where there is none."""
+    """`version` and `cuda` (None for a CPU build) of the installed torch; None if torch is not installed."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -41,9 +41,9 @@ def installed_torch() -> dict[str, str | None] | None:
 
 
 def problem(torch_version: str | None = None) -> str | None:
-    """Why the extension cannot be used, and the way out, in one line; None where nothing is known to be wrong.
+    """One line that says why the extension cannot be used and how to fix it; None if no problem is known.
 
-    torch_version: of the torch that is loaded; by default of the one that would be.
+    torch_version: the version of the imported torch; None: of the installed one.
     """
     facts = record()
     if torch_version is None:
@@ -58,14 +58,14 @@ def problem(torch_version: str | None = None) -> str | None:
 
 
 def mismatch(built: str, found: str) -> str | None:
-    """The line that says so where an extension built for one torch is used with another minor release of it."""
+    """The error for an extension built for another minor release of torch; None if the releases agree."""
     if "unknown" in (built, found) or _release(built) == _release(found):
         return None
     return f"lrds_fast was built for torch {built}, this is torch {found}; rebuild it: {how_to_rebuild()}"
 
 
 def how_to_rebuild() -> str:
-    """The command that builds the extension for the torch that is there."""
+    """The command that builds the extension for the installed torch."""
     if _is_source(_HERE.parent):
         return f"pip install --no-build-isolation -e {shlex.quote(str(_HERE.parent))}"
     source = _installed_from()
@@ -74,7 +74,7 @@ def how_to_rebuild() -> str:
 
 
 def _installed_from() -> Path | None:
-    """The source folder that pip installed lrds-fast from, where it is still there."""
+    """The source folder that pip installed lrds-fast from; None if it no longer exists."""
     try:
         origin = json.loads(importlib.metadata.distribution("lrds-fast").read_text("direct_url.json") or "{}")
     except (importlib.metadata.PackageNotFoundError, ValueError):
@@ -104,7 +104,7 @@ def _not_built() -> str:
 
 
 def _hidden_installation() -> Path | None:
-    """Another lrds_fast on the path that has its extension."""
+    """The folder of another lrds_fast on sys.path that has its extension."""
     for entry in sys.path:
         folder = Path(entry or ".", "lrds_fast").resolve()
         if folder != _HERE and _extension(folder) is not None:

@@ -1,4 +1,4 @@
-"""What is taken for a number: Python's own, NumPy's, and arrays and tensors without dimensions."""
+"""Numbers as arguments: of Python and NumPy, and arrays and tensors of shape ()."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def _python(name: str, value: Any) -> Any:
     if getattr(value, "shape", None) != ():
         return value
     if getattr(value, "requires_grad", False):
-        raise TypeError(f"{name} gets no gradient: pass its .item(); got {value!r}")
+        raise TypeError(f"{name} must not require a gradient: pass its .item(); got {value!r}")
     if getattr(value, "is_cuda", False):
-        raise TypeError(f"{name} must be on the host; reading it with .item() waits for the GPU; got {value!r}")
+        raise TypeError(f"{name} must be on the CPU; got {value!r}: pass its .item(), which synchronises with the GPU")
     return value.item()
 
 
@@ -30,7 +30,7 @@ def number(name: str, value: Any, what: str = "a number") -> float:
 
 
 def integer(name: str, value: Any, what: str = "an int") -> int:
-    """`value` as a Python int, from what number() takes but no float, not even a whole one."""
+    """`value` as a Python int. As number(), but floats are a TypeError, whole ones too."""
     found = value if type(value) is int else _python(name, value)
     if isinstance(found, bool) or not isinstance(found, int):
         raise TypeError(f"{name} must be {what}; got {value!r}")

@@ -103,7 +103,7 @@ _LIBRARY = torch.library.Library("lrds_fast", "IMPL")
 
 
 def implement_composite(function: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
-    """Makes `function`, kd_loss in PyTorch ops, what csrc/torch/kd_loss.cpp calls where it cannot differentiate."""
+    """Registers `function`, kd_loss in PyTorch ops, for the derivatives that csrc/torch/kd_loss.cpp cannot compute."""
     _LIBRARY.impl("kd_loss_composite", function, "CompositeImplicitAutograd")
 
 

@@ -1,4 +1,4 @@
-"""What every entry point says of an argument that does not fit: its name, what was expected, what came, the way out."""
+"""Argument checks that the entry points share. Errors name what was expected, what was got and what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrds_fast._numbers import integer
 
-_WEIGHTS = "ce_weight weighs the cross-entropy, kd_weight the divergence; other programs' {} may be either"
+_WEIGHTS = "ce_weight weights the cross-entropy, kd_weight the divergence; {} means either of them in other programs"
 _TEMPERATURE = "did you mean 'temperature'?"
 _DIVERGENCE = "a divergence has parameters of its own: divergence=lrds_fast.DKD(alpha=1.0, beta=2.0)"
 _ELSEWHERE = dict.fromkeys(("t", "tau", "temp", "kd_t"), _TEMPERATURE)
@@ -22,7 +22,8 @@ _ELSEWHERE |= dict.fromkeys(("beta", "gamma"), _DIVERGENCE)
 
 
 def check_tensor(name: str, value: object, holds: str = "logits", attribute: str = "logits") -> None:
-    """TypeError unless value is a Tensor. holds: of what. attribute: where a network's output object may have it."""
+    """TypeError unless value is a Tensor. holds: its content, for the error. attribute: the attribute to suggest if a
+    model's output object was passed."""
     if isinstance(value, Tensor):
         return
     hint = ""
@@ -38,7 +39,7 @@ def check_tensor(name: str, value: object, holds: str = "logits", attribute: str
 def check_teacher_rows(
     student: Sequence[int], teacher: Sequence[int], teacher_rows: object, *, of: str = "logits"
 ) -> None:
-    """ValueError unless the teacher has a row for each of the student's, or just the first teacher_rows of them.
+    """ValueError unless the teacher has as many rows as the student or, with teacher_rows, that many.
 
     student, teacher: shapes of student_{of} and teacher_{of}, (..., size of a row). teacher_rows: None, or the number
     of flattened rows K that the teacher has, as (K, size) or (B', ..., size); TypeError for anything but an int.
@@ -49,10 +50,10 @@ def check_teacher_rows(
     if teacher_rows is None:
         if is_prefix and given == rows:
             return
-        way_out = f" If the teacher saw only the first {given} rows, pass teacher_rows={given}" if is_prefix else ""
+        hint = f" If the teacher ran on the first {given} rows only, pass teacher_rows={given}" if is_prefix else ""
         raise ValueError(
             f"teacher_{of} must have a row for each row of student_{of} {tuple(student)}; got {tuple(teacher)}: "
-            f"is one of them shifted by a token and the other not, or of another batch (a short last one)?{way_out}"
+            f"check that both are shifted by the same tokens and come from the same batch.{hint}"
         )
     if not isinstance(teacher_rows, torch.SymInt):
         teacher_rows = integer("teacher_rows", teacher_rows, "an int or None")
@@ -69,7 +70,7 @@ def check_teacher_rows(
 
 
 def unknown_keyword(function: Callable[..., Any], unknown: Iterable[str]) -> TypeError:
-    """The error for the first of the unknown keywords of a call, with what it may have meant."""
+    """The TypeError for the first unknown keyword of a call, with the argument that it may stand for."""
     name = next(iter(unknown))
     parameters = inspect.signature(function).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]

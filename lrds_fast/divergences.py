@@ -26,7 +26,7 @@ def _check(owner: Divergence, name: str, *, above: float, below: float = math.in
     if not (above < value < below or (inclusive and value == above)):
         bounds = f"{'>=' if inclusive else '>'} {above:g}" if below == math.inf else f"inside ({above:g}, {below:g})"
         raise ValueError(f"{what} must be finite and {bounds}; got {value!r}")
-    object.__setattr__(owner, name, value)  # frozen; a tensor's value, not the tensor, is compared and hashed
+    object.__setattr__(owner, name, value)  # the class is frozen; stored as a number so that == and hash() work
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ NAMES = tuple(_BY_NAME)
 
 
 def resolve_revise(revise: str | None) -> str | None:
-    """A revision policy, one of REVISE; "none", as recipes write it, is None. ValueError for anything else."""
-    # Not `in`: an unhashable value deserves the same message.
+    """A revision policy, one of REVISE; "none" becomes None. ValueError for anything else."""
+    # Not `in`: unhashable values must get the same error.
     for policy in REVISE:
         if revise is policy or revise == policy:
             return policy
@@ -184,7 +184,7 @@ def resolve_revise(revise: str | None) -> str | None:
 
 
 def from_code(code: int, parameters: Sequence[float]) -> Divergence:
-    """The divergence with this code and these numbers: the inverse of its code and parameters."""
+    """The divergence with this code and these parameters."""
     default: Divergence = next(divergence for divergence in _BY_NAME.values() if divergence.code == code)
     names = [field.name for field in dataclasses.fields(default) if field.type != "str"]
     numbers: dict[str, Any] = dict(zip(names, parameters, strict=False))

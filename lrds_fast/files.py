@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: The file by which a run holds its folder; see lrds_fast.train.lock.
+#: The lock file in a run's folder; see lrds_fast.train.lock.
 LOCK = ".lock"
 
-#: What a disk says that takes no more: full, over the quota, a file beyond the limit; damaged.
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+#: Errors of the disk: full, over the quota, the file too large, input/output error.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A temporary name beside path that becomes path, once it is on the disk, if the body succeeds, and disappears if
-    it does not.
+    """Yields the name of a temporary file beside path. If the body succeeds the file is synced to the disk and renamed
+    to path; if it fails the file is deleted.
 
-    What was at path stays until then. The file has the mode that the umask leaves, whatever library writes it. A device
-    or a pipe at path is written to as it is. Raises FileNotFoundError where path's folder does not exist, OSError that
-    names path where the disk takes no more.
+    An older file at path stays until the rename. The new file's mode follows the umask. If path is a device or a pipe,
+    path itself is yielded. Raises FileNotFoundError if path's folder does not exist, and OSError naming path for errors
+    of the disk (DISK_ERRORS).
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -43,10 +43,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     try:
         with naming(target, probe=temporary):
             yield str(temporary)
-            os.chmod(temporary, mode)  # of a library that put a file of its own there
+            os.chmod(temporary, mode)  # a library may have replaced the file by one with another mode
             _sync(temporary)
             os.replace(temporary, target)
-        with suppress(OSError):  # not every file system has it for folders
+        with suppress(OSError):  # not every file system can sync folders
             _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -54,37 +54,37 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
 
 @contextmanager
 def naming(path: str | os.PathLike[str], *, probe: Path | None = None) -> Iterator[None]:
-    """Makes what a disk refuses inside, in whatever words a library passes it on, an OSError that names path.
+    """Turns an error of the disk in the body, even one that a library has wrapped, into an OSError that names path.
 
-    probe: a file on that disk, at whose end a write tells whether an error without a number was the disk's.
+    probe: a file on the same disk. If an error has no errno, a write to this file finds out whether the disk failed.
     """
     try:
         yield
     except Exception as error:
-        number = _refusal(error) or (None if probe is None else _refused(probe))
+        number = _disk_errno(error) or (None if probe is None else _write_errno(probe))
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _refusal(error: BaseException | None) -> int | None:
-    """The number of a disk's refusal among an error and those that led to it."""
+def _disk_errno(error: BaseException | None) -> int | None:
+    """The errno of the first error of the disk among an error and its causes."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in REFUSALS:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return error.errno
         error = error.__cause__ or error.__context__
     return None
 
 
-def _refused(probe: Path) -> int | None:
-    """The number of the refusal that a write at the end of a file meets."""
+def _write_errno(probe: Path) -> int | None:
+    """Appends to a file and returns the errno of the disk's error, None without one."""
     try:
         with probe.open("ab") as file:
             file.write(bytes(1 << 16))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return _refusal(error)
+        return _disk_errno(error)
     return None
 
 
@@ -97,6 +97,6 @@ def _sync(path: Path) -> None:
 
 
 def remove_partial(folder: str | os.PathLike[str]) -> None:
-    """Deletes what a killed process left of `replacing` in a folder."""
+    """Deletes the temporary files of `replacing` that a killed process left in a folder."""
     for path in Path(folder).glob(".*.partial"):
         path.unlink(missing_ok=True)

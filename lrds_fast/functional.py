@@ -22,7 +22,7 @@ __all__ = ["KDLossParts", "kd_logit_gradient", "kd_loss", "kd_loss_parts", "revi
 MAX_TEMPERATURES = 8
 """Temperatures that one call can add up (csrc/core/kd_loss.h: kMaxTemperatures)."""
 
-SELECTED_TWICE = "selected must be None where teacher_rows is given: those first rows are the selected ones"
+SELECTED_TWICE = "selected must be None where teacher_rows is given: the first teacher_rows rows are the selected ones"
 
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2, "elementmean": 3}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,7 +37,7 @@ def _choice(name: str, value: object, choices: dict[Any, int]) -> int:
 
 
 class Hyperparameters(NamedTuple):
-    """kd_loss's keywords, checked, defaults filled in, names replaced by the operators' codes but for policy."""
+    """kd_loss's keywords, checked, defaults filled in, names except policy replaced by the operators' codes."""
 
     temperature: list[float]
     ce_weight: float
@@ -135,7 +135,7 @@ def check_hyperparameters(
 def _checked_before(*, temperature: Any, **keywords: Any) -> Hyperparameters:
     several = temperature if isinstance(temperature, tuple) else (temperature,)
     if any(isinstance(value, Tensor) for value in (*several, *keywords.values())):
-        raise TypeError("a tensor's hash does not tell its value")
+        raise TypeError("tensors cannot be cached: their hash does not depend on their value")
     return check_hyperparameters(temperature=temperature, **keywords)
 
 
@@ -145,7 +145,7 @@ def _check_once(**keywords: Any) -> Hyperparameters:
         try:
             return _checked_before(**keywords)
         except TypeError:
-            pass  # a mistake, which is told below; or what has no hash: a list of temperatures, a tensor
+            pass  # an error, which is raised again below, or unhashable: a list of temperatures, a tensor
     return check_hyperparameters(**keywords)
 
 
@@ -161,25 +161,25 @@ def _check_logits(name: str, logits: Any) -> None:
 
 
 def check_class_dimension(name: str, shape: Sequence[int], target: Tensor) -> None:
-    """ValueError where a target that fits (..., C) would fit (N, C, H, W) as well: nothing else tells them apart.
+    """ValueError where the target fits logits of layout (..., C) and of layout (N, C, H, W): they are ambiguous.
 
-    Three dimensions are taken for (B, T, C): a byte model over 256 tokens is no picture.
+    Three dimensions are always (B, T, C), because T = C is common (a byte model over 256 tokens).
     """
     if len(shape) > 3 and (target.is_floating_point() or all(size == shape[-1] for size in shape[1:])):
         raise ValueError(
-            f"{name} of shape {tuple(shape)} may have its classes in dimension 1 or in the last: pass rows instead, "
+            f"{name} must have its classes last; with shape {tuple(shape)} they may be in dimension 1: pass rows, "
             f"{name}.movedim(1, -1).flatten(0, -2) for (N, C, H, W) or {name}.flatten(0, -2) for (N, H, W, C), and "
-            "teacher and target alike"
+            "and teacher and target in the same way"
         )
 
 
 def class_dimension_hint(name: str, shape: Sequence[int], target: Sequence[int]) -> str:
-    """For an error: what to do where logits or target have the shape that they have with classes in dimension 1."""
+    """A hint for errors, if the shapes fit logits with their classes in dimension 1; else ""."""
     inner = tuple(shape[2:])
     likely = ((shape[0], *inner), (shape[0], *inner, shape[1]), (shape[0], shape[-1], *shape[1:-1]))
     if len(shape) < 3 or tuple(target) not in likely:
         return ""
-    return f"; classes come last here, in logits and soft targets: {name}.movedim(1, -1) makes (N, C, ...) so"
+    return f"; classes must be the last dimension of logits and soft targets: {name}.movedim(1, -1) for (N, C, ...)"
 
 
 def _check_target(target: object, logits: Tensor, revise: str | None, name: str = "student_logits") -> None:
@@ -309,12 +309,12 @@ def _check_tensors(
 
 
 def _check_matrices(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Checks logits that must be (N, C) and of one shape."""
+    """Checks that both logits are (N, C) and of one shape."""
     _check_logits("student_logits", student_logits)
     _check_logits("teacher_logits", teacher_logits)
     if student_logits.dim() != 2 or teacher_logits.shape != student_logits.shape:
         raise ValueError(
-            "student_logits and teacher_logits must both be (N, C), row for row; "
+            "student_logits and teacher_logits must both be (N, C), of one shape; "
             f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )
 
@@ -385,7 +385,7 @@ def composite(
     divergence_parameters: list[float],
     standardize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator kd_loss as PyTorch ops: for torch.func, forward-mode derivatives and those beyond the first."""
+    """The operator kd_loss in PyTorch ops, for torch.func and for forward-mode and higher-order derivatives."""
     given: Tensor | TopKTeacher = teacher
     if teacher_indices is not None and teacher_rest is not None:
         log_sum = torch.logaddexp((teacher / temperature[0]).logsumexp(dim=-1), teacher_rest)
@@ -401,7 +401,7 @@ def composite(
         revise=_named(REVISE, revise),
         eta=eta,
         selected=selected,
-        # A short teacher is a prefix here: whether it was meant to be one, the caller has checked.
+        # The caller has checked that a teacher with fewer rows is given with teacher_rows.
         teacher_rows=None if selected is not None else math.prod(teacher.shape[:-1]),
         divergence=from_code(divergence, divergence_parameters),
         standardize=standardize,
@@ -460,7 +460,7 @@ def _call(
     if isinstance(teacher_logits, TopKTeacher):
         indices, rest = teacher_logits.indices, teacher_logits.remainder(student_logits.shape[-1])
         teacher_logits = teacher_logits.values
-    # torch.func cannot look into a C++ autograd function.
+    # torch.func cannot differentiate a C++ autograd function.
     operator = composite if transforms_active() else _ops.kd_loss
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = operator(
         student_logits,
@@ -520,12 +520,12 @@ def kd_loss(
     scales it.
 
     student_logits: (..., C) float64/float32/bfloat16/float16, last stride 1 (else copied), any row stride.
-    teacher_logits: the same shape, any of these dtypes, no gradient. A cached teacher comes as a TopKTeacher. With
-        teacher_rows it holds the first of the rows alone.
+    teacher_logits: the same shape, any of these dtypes, no gradient. A TopKTeacher is a cached teacher. With
+        teacher_rows it has only the first rows.
     target: (...) int64/int32 class indices in [0, C), or ignore_index; or (..., C) floating probabilities (mixup,
         CutMix, soft labels). An index out of range: ValueError on the CPU; on CUDA (no synchronisation) that row's
-        loss and gradient are NaN. Classes come last: logits (N, C, H, W) are passed as movedim(1, -1). Where a target
-        would fit both layouts (floating probabilities, or H = W = C) four dimensions are refused; flatten the rows.
+        loss and gradient are NaN. Classes come last: pass logits (N, C, H, W) as movedim(1, -1). Four dimensions are an
+        error where the layout is ambiguous (a floating target, or H = W = C): flatten the rows.
     temperature: T > 0; of several, the terms are added, each with its own revision.
     ce_weight, kd_weight: independent weights >= 0; a term of weight 0 is not computed.
     ce_weight_unselected: CE weight of rows without teacher. Default: ce_weight + kd_weight if that is <= 1, else
@@ -534,14 +534,13 @@ def kd_loss(
         counts as right). "lr": beta = eta / (1 + p_max - p_y), p' = beta p + (1 - beta) one_hot(y), so the target wins
         by exactly 1 - eta. "mft": the same there, and on right rows p'_y = min(1, p_y + 1 - eta). "swap": the target's
         logit and the top one change places. None or "none": p' = p. With probabilities as target, "lr" mixes towards
-        them: beta = eta m / (m + p_max - p_y), m the target's own lead. They are normalised for that, numbers below 0
-        counted as 0; a row of nothing but 0 leaves p' = p. (The cross-entropy takes them as F.cross_entropy does: as
-        they are.) Where "mft" saturates, at p'_y = 1, "rkl" and "mse_logits" are infinite by definition.
+        them: beta = eta m / (m + p_max - p_y), m the difference of the target's two largest probabilities. For this the
+        target is clamped to >= 0 and normalised; rows of zeros are not revised. The cross-entropy uses the target
+        unchanged, like F.cross_entropy. Where "mft" reaches p'_y = 1, "rkl" and "mse_logits" are infinite.
     selected: (...) or (N,), bool or weights w in [0, 1]. A row's CE weight is w * ce_weight + (1 - w) *
         ce_weight_unselected, its KD weight w * kd_weight. None: every row.
-    teacher_rows: K where teacher_logits holds only the first K of the N flattened rows, (K, C) or (B', ..., C): those
-        are then the selected ones, and `selected` must be None. 0 is legal. None: a teacher with fewer rows than the
-        student is an error.
+    teacher_rows: int K >= 0 if teacher_logits has only the first K of the N flattened rows, (K, C) or (B', ..., C).
+        These rows are the selected ones, and `selected` must be None. None: the teacher must have all N rows.
     divergence: "kl", "rkl", "dkd", "rld", "nkd", "mse_logits", "mse_probs", "jsd", or one of lrds_fast.divergences
         with its own parameters, DKD(alpha=1, beta=2). "rld" replaces revision.
     standardize: the divergence sees (x - mean) / (std + 1e-7) of both logits' rows instead of the logits.
@@ -550,24 +549,25 @@ def kd_loss(
     reduction: "mean" over rows that are not ignored (selected or not; with class_weight the CE sum is divided by their
         weights' sum instead), "elementmean" over those rows times C, "sum", or "none" (the rows' shape, ignored rows
         0). No valid row: loss 0, gradient 0.
-    num_valid, weight_sum: numbers or 0-d tensors that replace the means' row count and weight sum. A num_valid below 0,
-        or NaN in either: ValueError on the CPU. DDP averages the gradients of its processes, so the mean over all of
-        their rows needs the count of all, divided by their number:
+    num_valid, weight_sum: numbers or 0-d tensors that replace the means' row count and weight sum. On the CPU a
+        num_valid below 0, or NaN in either, raises ValueError. DDP averages the gradients of its processes, so for the
+        mean over all of their rows divide the total count by the number of processes:
 
             count = (target != -100).sum()
             torch.distributed.all_reduce(count)
             loss = kd_loss(student_logits, teacher_logits, target, num_valid=count / torch.distributed.get_world_size())
 
-        With the undivided count the gradient is that number too small. Accumulation adds gradients: count the rows of
-        all micro-batches of the step (without DDP, undivided). weight_sum alike.
+        With gradient accumulation, count the rows of all micro-batches of the step; without DDP, do not divide. The
+        same holds for weight_sum.
     grad_scale: a number or 0-d tensor: the factor the coming grad_output will carry (GradScaler._scale). It never
         changes the result; it is folded in before a 16-bit gradient is rounded.
 
-    Numbers are Python's or NumPy's, or tensors of shape () on the CPU that require no gradient.
+    Numbers may be of Python or NumPy, or CPU tensors of shape () that require no gradient.
     -inf logits (excluded classes) are legal but for standardize and one-sided mse_logits.
-    Derivatives are student_logits' alone. Those beyond the first (create_graph=True), forward-mode ones and those of
-    torch.func are made from lrds_fast.reference's PyTorch ops, at their cost. For them the inputs stay alive until
-    backward; one that changes in place before a second derivative is an error, before a first one harmless or an error.
+    Only student_logits gets derivatives. Higher-order (create_graph=True), forward-mode and torch.func derivatives are
+    computed by the PyTorch ops of lrds_fast.reference, at their cost. The inputs are kept alive until backward for
+    them. An input that was changed in place raises an error in a second derivative; a first derivative either raises an
+    error or is right.
     Returns a float32 tensor (float64 if any logits are); the gradient has student_logits' dtype. Deterministic: the
     same bits for any thread count. Nothing synchronises on CUDA. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693; the

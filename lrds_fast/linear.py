@@ -311,7 +311,7 @@ def _graph_is_kept() -> bool:
 
 
 def _composed(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) -> Tensor:
-    """The loss in PyTorch ops, which can differentiate it in every way, from all the logits at once."""
+    """The loss in PyTorch ops, for all kinds of derivatives. Forms all the logits at once."""
     z = F.linear(
         hidden.masked_fill(_unread(rows), 0.0).to(rows.student_dtype),
         weight.to(rows.student_dtype),
@@ -327,7 +327,7 @@ def _composed(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) 
 
 
 def _versions(rows: _Rows) -> list[int | None]:
-    """How often each tensor has been changed in place; None for those made under inference_mode, which do not count."""
+    """Each tensor's version, the number of its in-place changes; None for inference tensors, which have no version."""
     return [None if tensor.is_inference() else tensor._version for tensor in rows if isinstance(tensor, Tensor)]
 
 
@@ -338,8 +338,8 @@ def _has_tangent(tensor: Tensor | None) -> bool:
 
 
 def _sees_through(grad_output: Tensor) -> bool:
-    """Can a kernel read grad_output? Not a batch of them (is_grads_batched), nor one with a tangent."""
-    keys = str(torch._C._dispatch_keys(grad_output))  # torch names no key for is_grads_batched's tensors
+    """Whether a kernel can read grad_output: not if it is batched (is_grads_batched) or has a tangent."""
+    keys = str(torch._C._dispatch_keys(grad_output))  # torch has no function that detects batched tensors
     return "Batched" not in keys and "FuncTorch" not in keys and not _has_tangent(grad_output)
 
 
@@ -352,7 +352,7 @@ class _LinearKDLoss(torch.autograd.Function):
         ctx.save_for_backward(*gradients, rows.grad_scale, hidden, weight, bias)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         if not torch.compiler.is_compiling():
-            # Not saved variables: those are checked for changes in place even where nothing is computed from them.
+            # Not saved variables, which autograd checks for in-place changes even if a backward does not read them.
             ctx.rows, ctx.versions, ctx.wanted = rows, _versions(rows), wanted
         return loss
 
@@ -375,7 +375,7 @@ class _LinearKDLoss(torch.autograd.Function):
                 if not sees_through:
                     factor = grad_output if grad_scale is None else grad_output / grad_scale
                     gradient = gradient.to(grad_output.dtype) * factor
-                elif in_place:  # nobody will ask for the saved one again
+                elif in_place:  # the saved gradient is not needed again
                     torch.ops.lrds_fast.scale_gradient_.default(gradient, grad_output, grad_scale)
                 else:
                     gradient = torch.ops.lrds_fast.scale_gradient.default(gradient, grad_output, grad_scale)
@@ -386,10 +386,10 @@ class _LinearKDLoss(torch.autograd.Function):
 def _differentiable_gradients(
     ctx: Any, gradients: Sequence[Tensor | None], given: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor
 ) -> list[Tensor | None]:
-    """The wanted gradients as PyTorch ops of `given` and grad_output, for the derivatives beyond the first."""
+    """The wanted gradients, computed from `given` and grad_output by PyTorch ops, for higher-order derivatives."""
     unchanged = ctx.versions == _versions(ctx.rows)
     if None in ctx.versions and unchanged:
-        # Whether the forward pass saw the same is told by the gradients that it made.
+        # Compared with the gradients of the forward pass, to detect inputs that were changed since.
         with torch.no_grad():
             again = _loss_and_gradients(*given, ctx.rows, ctx.wanted)[1:]
         unchanged = all(
@@ -399,9 +399,9 @@ def _differentiable_gradients(
     if not unchanged:
         raise RuntimeError(
             "linear_kd_loss: teacher_hidden, or another input without gradient, was changed in place before a "
-            "derivative beyond the first was computed from it; pass a clone() of it"
+            "second derivative was computed from it; pass a clone() of it"
         )
-    # Views: hooks of the inputs themselves run in the outer pass, once.
+    # Views, so that the inputs' hooks do not run here: they run once, in the outer backward pass.
     hidden, weight, bias = given
     hidden, weight, bias = hidden.view_as(hidden), weight.view_as(weight), None if bias is None else bias.view_as(bias)
     loss = _composed(hidden, weight, bias, ctx.rows)
@@ -509,7 +509,8 @@ def _weight_sum(class_weight: Tensor, target: Tensor, ignore_index: int) -> Tens
 
 
 def _class_divisor(divergence: Divergence, classes: int, temperature: float) -> float:
-    """What a mean over the classes divides a gradient by; at most 1024, which the cross-entropy's has to survive."""
+    """The number of classes that a mean over classes divides a gradient by, at most 1024: the cross-entropy's gradient
+    is scaled by it too."""
     if not isinstance(divergence, MSE):
         return 1.0
     return min(1024.0, max(1.0, classes * (temperature if divergence.on == "probs" else 1.0) / 2.0))
@@ -554,24 +555,24 @@ def linear_kd_loss(
         (C,) or None; the same dtype. Under autocast all are cast as F.linear casts them.
     teacher_hidden: (..., d_t) with the same leading dimensions. teacher_weight: (C, d_t), teacher_bias: (C,) or None.
         None of them gets a gradient.
-    teacher_rows: K where teacher_hidden holds only the first K of the N rows, (K, d_t) or (B', ..., d_t): those are
-        then the selected ones, the others' logits are never computed, and `selected` must be None. 0 is legal.
+    teacher_rows: int K >= 0 if teacher_hidden has only the first K of the N rows, (K, d_t) or (B', ..., d_t). These
+        rows are the selected ones, and `selected` must be None. The teacher's other logits are not computed.
     target: (...) int64/int32 class indices in [0, C), or ignore_index.
     selected: as kd_loss. Rows with weight 0 are still multiplied with teacher_weight (which rows those are is known on
         the device only): sort them to the end and pass teacher_rows to save that product.
     reduction: "mean", "sum" or "elementmean". "none" is refused: gradients are made in the forward pass, before each
         row's own grad_output is known.
     grad_scale: as kd_loss. Without it float16 gradients are kept undivided until backward, which multiplies by
-        grad_output / N in float32. It is not needed against underflow, but by "mse_probs", whose gradient is a product
-        of two probabilities: of thousands of classes that are all alike it needs more than float16 has.
+        grad_output / N in float32, which avoids underflow. Only "mse_probs" may need a grad_scale: its gradient is a
+        product of two probabilities, which underflows float16 for thousands of equally likely classes.
     chunk_rows: rows per chunk; None: as many as keep both logits chunks within 64 MiB on the CPU and 256 MiB on CUDA,
         at least 64. A row's loss does not depend on it, the order in which rows are added does.
     The other keywords are kd_loss's.
 
     Returns a 0-d float32 tensor (float64 if any logits are). Gradients have their inputs' dtypes; those of the weight
     and the bias are accumulated over chunks in float32 (float64 for float64). Nothing synchronises on CUDA; on the
-    CPU a target out of range raises ValueError, on CUDA it makes the loss NaN. Derivatives beyond the first
-    (create_graph=True), forward-mode ones and those of torch.func are made from PyTorch ops, of all the logits at once.
+    CPU a target out of range raises ValueError, on CUDA it makes the loss NaN. Higher-order
+    (create_graph=True), forward-mode and torch.func derivatives are computed by PyTorch ops, which form all the logits.
     Compiles with fullgraph=True, for any N in one graph. Raises ValueError or TypeError naming the argument.
     Source: Lan et al., "Improve Knowledge Distillation via Label Revision and Data Selection", arXiv 2404.03693.
     """
@@ -621,8 +622,7 @@ def linear_kd_loss(
         weights = _weight_sum(class_weight.detach(), target, checked.ignore_index)
     scale = _scalar("grad_scale", grad_scale, student_hidden)
     if scale is None and torch.float16 in (student_dtype, student_hidden.dtype):
-        # Undoes the divisions, which a float16 gradient, of the logits or of hidden, would not survive; backward
-        # divides in float32.
+        # Without the divisions, which would underflow in float16; backward divides in float32.
         divisor = {"sum": torch.ones_like(count), "mean": count, "elementmean": count * classes}[reduction]
         scale = torch.where(divisor > 0, divisor, 1).to(torch.float32)
         scale = scale * _class_divisor(checked.divergence, classes, min(checked.temperature))

@@ -18,9 +18,9 @@ class KDLoss(nn.Module):
     """kd_loss as a module: KDLoss(4.0), or keywords as lrds_fast.kd_loss, which become attributes of the same names.
 
     Hyperparameters are checked here, once more on every call (they may be assigned to), and raise ValueError or
-    TypeError. The module has no parameters; class_weight is a buffer. torch.compile takes numbers for constants: a
-    weight that changes every epoch compiles anew each time and, after torch._dynamo.config.recompile_limit times (8),
-    runs uncompiled, with the same values. Leave a loss that is annealed out of what is compiled: it is one op already.
+    TypeError. The module has no parameters; class_weight is a buffer. torch.compile treats numbers as constants: it
+    recompiles when a weight changes and, after torch._dynamo.config.recompile_limit (8) recompilations, runs uncompiled
+    with the same results. Do not compile a loss whose weights change every epoch: it is a single op already.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class KDLoss(nn.Module):
             ignore_index=ignore_index,
             reduction=reduction,
         )
-        # Python's numbers, whatever kind was given.
+        # Converted to Python numbers.
         several = isinstance(temperature, (tuple, list))
         self.temperature = tuple(checked.temperature) if several else checked.temperature[0]
         self.ce_weight = checked.ce_weight

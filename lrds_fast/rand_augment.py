@@ -1,4 +1,4 @@
-"""RandAugment as data: what a name such as "m9-n2-mstd0.5" says, and what is drawn for a picture."""
+"""RandAugment policies: parsed from names such as "m9-n2-mstd0.5", and the operations drawn for a picture."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from typing import NamedTuple
 
-#: Magnitudes are shares of this.
+#: The largest magnitude.
 FULL = 10.0
 OPERATIONS = (
     "autocontrast",
@@ -29,10 +29,11 @@ _FORM = "parts such as m9, n2, mstd0.5, mmax10, inc1 and p0.5 joined by '-', for
 
 
 class RandAugment(NamedTuple):
-    """`steps` operations of OPERATIONS, drawn with replacement, each carried out with `probability`.
+    """`steps` operations of OPERATIONS, drawn with replacement, each applied with `probability`.
 
-    magnitude: of 10. deviation: of a normal magnitude around it; infinite is uniform in [0, magnitude]. limit:
-    magnitudes stay in [0, limit]. increasing: the farther from the original the larger the magnitude, always.
+    magnitude: from 0 to 10. deviation: the standard deviation of a normal distribution around magnitude; inf means
+    uniform in [0, magnitude]. limit: magnitudes are clamped to [0, limit]. increasing: every operation gets stronger
+    with the magnitude.
     Cubuk et al., "RandAugment", 2019, with the ranges of timm.
     """
 
@@ -44,7 +45,7 @@ class RandAugment(NamedTuple):
     probability: float = 0.5
 
     def plan(self, seed: int) -> list[tuple[str, float]]:
-        """(operation, value) of each step; ("", 0.0) is none."""
+        """(operation, value) of each step; ("", 0.0) for no operation."""
         import numpy as np  # recipes are read without it
 
         draws = np.random.Generator(np.random.PCG64(seed))
@@ -60,7 +61,7 @@ class RandAugment(NamedTuple):
         return plan
 
     def _value(self, name: str, share: float, mirrored: bool) -> float:
-        """What an operation is done with at a share of the full magnitude: degrees, bits, thresholds, factors."""
+        """The argument of an operation (degrees, bits, ...) at `share`, in [0, 1], of the largest magnitude."""
         sign = -1.0 if mirrored else 1.0
         if name == "rotate":
             return sign * 30.0 * share

@@ -88,16 +88,16 @@ def _wrong(v: Tensor, y: Tensor) -> Tensor:
 
 
 def _log_mixture(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp(a) + exp(b)), also of what underflows, and -inf with a gradient of 0 where both are -inf."""
+    """log(exp(a) + exp(b)) without underflow; -inf, with a gradient of 0, where both are -inf."""
     nothing = (a == -torch.inf) & (b == -torch.inf)
     mixed = torch.logaddexp(torch.where(nothing, 0.0, a), torch.where(nothing, 0.0, b))
     return torch.where(nothing, -torch.inf, mixed)
 
 
 def _towards(plain: Revised, target: Tensor, beta: Tensor, rows: Tensor, temperature: float, soft: bool) -> Revised:
-    """p' = beta p + (1 - beta) target on `rows`; v' leaves the logits alone where the target has no probability.
+    """p' = beta p + (1 - beta) target on `rows`; v' equals v where the target's probability is 0.
 
-    soft: the target is no single class. With beta = 0 v' is then T log target, but for a constant.
+    soft: the target is a distribution. With beta = 0, v' is then T log target up to a constant.
     """
     p, log_p, v, _ = plain
     beta = beta[:, None]
@@ -119,7 +119,7 @@ def _towards(plain: Revised, target: Tensor, beta: Tensor, rows: Tensor, tempera
 
 
 def _distribution(soft: Tensor) -> Tensor:
-    """Soft targets (N, C) normalised, what is below 0 counted as 0; rows of 0 stay."""
+    """Soft targets (N, C) clamped to >= 0 and normalised; rows of 0 are returned as they are."""
     soft = torch.where(soft < 0, 0.0, soft)
     total = soft.sum(dim=-1, keepdim=True)
     return soft / torch.where(total > 0, total, 1.0)
@@ -130,7 +130,7 @@ def _revise(
 ) -> Revised:
     """The teacher's logits v (N, C) revised towards y (N,), or towards the distributions soft (N, C) around y.
 
-    raw_v: v before standardisation, which may round two logits to one: they say who is above whom.
+    raw_v: v before standardisation, which may round different logits to equal ones. It decides which rows are wrong.
     """
     wrong = _wrong(raw_v, y)
     if policy == "swap":
@@ -142,7 +142,7 @@ def _revise(
     plain = Revised(p, log_p, v, wrong if policy == "swap" else torch.zeros_like(wrong))
     if policy in (None, "swap"):
         return plain
-    # p_max - p_y by the difference of logits: two that are close lose nothing.
+    # p_max - p_y, computed from the difference of logits without cancellation.
     lead = -p.amax(dim=-1) * torch.expm1((_at(v, y) - v.amax(dim=-1)) / temperature)
     if soft is None:
         target = _is_target(y, v.shape[-1]).to(v.dtype)
@@ -151,7 +151,7 @@ def _revise(
         target = _distribution(soft)
         margin = _at(target, y) - _without_target(target, y).amax(dim=-1).clamp(min=0.0)
         beta = torch.where(margin == 0, 0.0, eta * margin / torch.where(margin == 0, 1.0, margin + lead))
-        wrong = wrong & (_at(target, y) != 0)  # of nothing there is nothing to revise towards
+        wrong = wrong & (_at(target, y) != 0)  # targets without probability revise nothing
     if policy == "lr":
         return _towards(plain, target, beta, wrong, temperature, soft is not None)
     # "mft": right rows are lifted too, to p'_y = min(1, p_y + 1 - eta).
@@ -203,7 +203,7 @@ class Rows(NamedTuple):
 
 
 def _log_others(log_p: Tensor, y: Tensor) -> Tensor:
-    """log(1 - p_y), as a logsumexp over the others: never the log of a difference. Where there is none, -inf."""
+    """log(1 - p_y), as a logsumexp over the other classes; -inf if their probability is 0."""
     others = _without_target(log_p, y)
     empty = (others == -torch.inf).all(dim=-1)
     return torch.where(empty, -torch.inf, torch.where(empty[:, None], 0.0, others).logsumexp(dim=-1))
@@ -217,7 +217,7 @@ def _binary_kl(log_p: Tensor, log_rest: Tensor, log_q: Tensor, log_q_rest: Tenso
 def _masked_kl(v: Tensor, z: Tensor, keep: Tensor, temperature: float) -> Tensor:
     """KL(softmax(v / T) || softmax(z / T)) over the classes in `keep` (N, C), renormalised.
 
-    0 where p has none of them, infinite where q alone has none.
+    0 where p is 0 on all of them, infinite where only q is.
     """
     log_p, empty = _renormalised(v, keep, temperature)
     log_q, unanswered = _renormalised(z, keep, temperature)
@@ -226,7 +226,8 @@ def _masked_kl(v: Tensor, z: Tensor, keep: Tensor, temperature: float) -> Tensor
 
 
 def _renormalised(x: Tensor, keep: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log softmax(x / T) over the classes in `keep` (N, C), and the rows (N,) that have none: those hold numbers."""
+    """log softmax(x / T) over the classes in `keep` (N, C), and the rows (N,) without such a class, whose values are
+    finite."""
     empty = (~keep | (x == -torch.inf)).all(dim=-1, keepdim=True)
     x = torch.where(empty, 0.0, (x / temperature).masked_fill(~keep, -torch.inf))
     return F.log_softmax(x, dim=-1), empty[:, 0]
@@ -321,7 +322,7 @@ def _targets(target: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def _standardize(x: Tensor) -> Tensor:
-    x = x - x.detach().amax(dim=-1, keepdim=True)  # what is common to a row must not round its differences
+    x = x - x.detach().amax(dim=-1, keepdim=True)  # a common offset must not round the differences
     return (x - x.mean(dim=-1, keepdim=True)) / (x.std(dim=-1, keepdim=True) + 1e-7)
 
 

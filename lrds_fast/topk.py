@@ -19,10 +19,10 @@ class TopKTeacher(NamedTuple):
 
     values: (..., k) floating logits. indices: (..., k) int64/int32, their classes, each once. logsumexp: (...,)
     floating, logsumexp(v / temperature) over all classes. temperature: the T it was taken at, and kd_loss's.
-    rest: (...,) floating, logsumexp(v / temperature) over the classes that are not kept (-inf if none is), which share
-    it evenly. None: what logsumexp leaves. Next to a confident teacher's values that is nothing but rounding;
-    no less is then taken than logsumexp's dtype resolves, and no more than classes like the smallest kept one weigh.
-    torch.utils.data.default_collate makes one of a data set's, which must have one temperature.
+    rest: (...,) floating, logsumexp(v / temperature) over the classes that are not kept (-inf if all are kept), which
+    share it evenly. None: computed from logsumexp and values. For a confident teacher that difference consists of
+    rounding errors; it is clamped between the resolution of logsumexp's dtype and the value that it has if every other
+    class equals the smallest kept one. torch.utils.data.default_collate batches TopKTeachers of one temperature.
     """
 
     values: Tensor
@@ -49,7 +49,7 @@ class TopKTeacher(NamedTuple):
         return cls(values, indices, scaled.logsumexp(dim=-1), temperature, rest)
 
     def remainder(self, classes: int) -> Tensor:
-        """(...,) floating: rest, or what stands for it, where there are `classes` classes."""
+        """(...,) floating: rest, computed if it is None. classes: C."""
         if self.rest is not None:
             return self.rest
         scaled, log_sum = (
@@ -74,7 +74,7 @@ class TopKTeacher(NamedTuple):
 
 
 def _collate(teachers: Sequence[TopKTeacher], *, collate_fn_map: object = None) -> TopKTeacher:
-    """A batch of samples' teachers. Raises ValueError where temperatures differ or only some have a rest."""
+    """Collates TopKTeachers of samples. Raises ValueError if temperatures differ or only some have a rest."""
     temperatures = {teacher.temperature for teacher in teachers}
     if len(temperatures) != 1:
         raise ValueError(f"the TopKTeachers of a batch must have one temperature; got {sorted(temperatures)}")
@@ -86,5 +86,5 @@ def _collate(teachers: Sequence[TopKTeacher], *, collate_fn_map: object = None) 
     return TopKTeacher(torch.stack(values), torch.stack(indices), torch.stack(logsumexp), temperatures.pop(), rest)
 
 
-# How PyTorch lets a type say what a batch of it is; by itself it would make a tensor of the temperatures.
+# Registered with default_collate, which would otherwise turn the temperatures into a tensor.
 default_collate_fn_map[TopKTeacher] = _collate

@@ -26,8 +26,8 @@ INF = np.longdouble(np.inf)
 
 
 class Answer(NamedTuple):
-    """Rows' losses (N,) and gradients (N, C); what each was added up from, which a rounding is relative to; the rows
-    (N,) where a revision takes the difference of two probabilities that are nearly the same."""
+    """Rows' losses (N,) and gradients (N, C); the sizes of their terms, to which rounding is relative; the rows (N,)
+    where a revision subtracts two nearly equal probabilities."""
 
     loss: Array
     gradient: Array

@@ -121,7 +121,7 @@ def test_resume_and_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--seeds", "0"], "seeds must be at least 1"),
     ],
 )
-def test_mistakes_are_one_line_with_a_way_out(
+def test_errors_are_one_line_that_says_what_to_do(
     capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
 ) -> None:
     assert message in fails(capsys, *arguments)
@@ -136,7 +136,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_closed_streams_cost_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a daemon: what is said goes nowhere."""
+    """As in a daemon."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert cli.main(["train", "digits_alone", *SMALL]) == cli.OK
@@ -227,7 +227,7 @@ def answered(command: Sequence[str], output: str) -> subprocess.CompletedProcess
 def test_doctor_works_where_nothing_else_does(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No extension, another torch's extension, no torch: a line each, and the exit code says that it is not well."""
+    """Without the extension, with another torch or without torch, doctor prints a line and its exit code is 1."""
     cpu = {"version": "2.15.0+cpu", "cuda": None}
     monkeypatch.setattr(_build, "installed_torch", lambda: cpu)
     package = tmp_path / "mine" / "lrds_fast"

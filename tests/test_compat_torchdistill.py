@@ -103,7 +103,7 @@ def test_mistakes_of_a_configuration_are_named() -> None:
     for selection in (False, True):
         with pytest.raises(TypeError, match=r"teacher_logits must be a Tensor of logits; got tuple.*\[0\]"):
             get_high_level_loss(criterion(selection=selection))(dicts, {}, target)
-    with pytest.raises(TypeError, match="'alpha': ce_weight weighs"):
+    with pytest.raises(TypeError, match="'alpha': ce_weight weights"):
         get_high_level_loss(criterion(alpha=0.5))
     dicts["teacher"]["."]["output"] = own.flip(1)
     plain, none = (get_high_level_loss(criterion(revise=revise))(dicts, {}, target) for revise in (None, "none"))

@@ -161,7 +161,7 @@ def test_types_and_devices(dtype: torch.dtype) -> None:
     [
         (lambda z, v, y: revision_loss(z, v, y, lambda1=-1.0), ValueError, "lambda1 must be finite and >= 0; got -1.0"),
         (lambda z, v, y: revision_loss(z, v, y, eta=1.0), ValueError, "eta must be inside"),
-        (lambda z, v, y: revision_loss(z, v[:3], y), ValueError, r"must both be \(N, C\), row for row"),
+        (lambda z, v, y: revision_loss(z, v[:3], y), ValueError, r"must both be \(N, C\), of one shape"),
         (lambda z, v, y: revision_loss(z, v, F.one_hot(y, 5).double()), TypeError, "class indices; got torch.float64"),
         (lambda z, v, y: dist_loss(z, v, beta=math.nan), ValueError, "beta must be finite"),
         (lambda z, v, y: dist_loss(z, v, temperature=0.0), ValueError, "temperature must be > 0"),

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, with the umask's mode and a disk that refuses; folders that one run holds."""
+"""Atomic files, their mode, errors of the disk; locks on folders."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WRITERS: dict[str, Callable[[Path, int], object]] = {
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """What a full disk is to a program: a write that the system refuses."""
+    """Simulates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -75,7 +75,7 @@ def test_files_have_the_mode_that_the_umask_leaves(
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
-def test_a_disk_that_refuses_is_an_error_with_the_path_and_the_old_file_stays(
+def test_an_error_of_the_disk_names_the_path_and_the_old_file_stays(
     tmp_path: Path, write: Callable[[Path, int], object]
 ) -> None:
     path = tmp_path / "file"
@@ -88,7 +88,7 @@ def test_a_disk_that_refuses_is_an_error_with_the_path_and_the_old_file_stays(
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_log_that_the_disk_refuses_is_named(tmp_path: Path) -> None:
+def test_an_error_of_the_disk_names_the_log(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     append_record(path, {"epoch": 1})
     with files_of_at_most(100), pytest.raises(OSError, match="File too large") as refused:
@@ -108,7 +108,7 @@ def test_a_device_is_written_to_as_it_is() -> None:
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "new" / "run"
     with holding(out):
-        refusal = rf"{out} is in use by process {os.getpid()} on .*; wait until that has ended, or name another folder"
+        refusal = rf"{out} is in use by process {os.getpid()} on .*; wait until that process has ended, or choose"
         with pytest.raises(FileExistsError, match=refusal), holding(out):
             pass
         with pytest.raises(FileExistsError, match="is in use by"), holding(out, shared=True):
@@ -122,7 +122,7 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     with holding(out):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="file is a file; name a folder"), holding(tmp_path / "file"):
+    with pytest.raises(FileExistsError, match="must be a folder; it is a file"), holding(tmp_path / "file"):
         pass
 
 
@@ -162,7 +162,7 @@ def test_without_locks_a_note_says_so_and_the_run_goes_on(
     with holding(tmp_path / "run"):
         pass
     said = capsys.readouterr().err
-    assert "run: its file system has no locks (No locks available); start no second run there" in said
+    assert "run is on a file system without locks (No locks available); start no second run there" in said
     assert said.count("\n") == 1
 
 

@@ -212,6 +212,6 @@ def test_mistakes_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fit_factors(model, batches, **keywords)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="data holds no samples"):
+    with pytest.raises(ValueError, match="data must contain samples"):
         fit_factors(model, [])
     assert cross_entropy_terms(torch.zeros(3, 2), 0)[0][1] == 1.0

@@ -82,8 +82,8 @@ def test_mistakes_are_named() -> None:
     for change, message in (
         ({"top_k": 0}, "top_k must be None or an int >= 1; got 0"),
         ({"student": network(5)}, "fitted to another student"),
-        ({"train_data": []}, "holds no samples"),
-        ({"query_data": []}, "holds no samples"),
+        ({"train_data": []}, "train_data must contain samples"),
+        ({"query_data": []}, "query_data must contain samples"),
     ):
         with pytest.raises(ValueError, match=message):
             influence.pairwise(**(given | change))

@@ -218,8 +218,8 @@ def test_mistakes_are_named(layers: str) -> None:
         ({"train_data": DataLoader(train, shuffle=True)}, ValueError, "the loader shuffles"),
         ({"train_data": DataLoader(train, 5, drop_last=True)}, ValueError, "drops the last batch"),
         ({"train_data": iter([])}, TypeError, "iterable again"),
-        ({"train_data": []}, ValueError, "holds no samples"),
-        ({"val_data": []}, ValueError, "holds no samples"),
+        ({"train_data": []}, ValueError, "must contain samples"),
+        ({"val_data": []}, ValueError, "must contain samples"),
         ({"selected": torch.ones(7).bool()}, ValueError, r"selected must have shape \(12,\).*; got \(7,\)"),
         ({"selected": torch.full((12,), 2.0)}, ValueError, r"selected must lie in \[0, 1\]; got 2.0 at sample 0"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).double()}, ValueError, "the same classes"),
@@ -271,7 +271,7 @@ OUTPUTS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("layers", ["last", "all"])
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_outputs_of_other_codes_models(kind: str, layers: str) -> None:
+def test_model_outputs_that_are_not_tensors(kind: str, layers: str) -> None:
     out, logits = OUTPUTS[kind]
     student, teacher, train, val = Foreign(0, out), Foreign(1, out), data(2, 23), data(3, 9)
     options: dict[str, Any] = {"layers": layers, "scores": ("kd_gain", "self_influence", "ce"), "batch_size": 10}
@@ -303,7 +303,7 @@ def test_outputs_of_other_codes_models(kind: str, layers: str) -> None:
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_batches_of_other_codes_loaders(layers: str) -> None:
+def test_batches_that_are_not_pairs(layers: str) -> None:
     student, teacher, train, val = network(0), network(1), data(2, 23), data(3, 9)
     options: dict[str, Any] = {"val_data": val, "layers": layers, "batch_size": 10}
     expected = influence.score(student, teacher, train, **options)["kd_gain"]
@@ -355,7 +355,7 @@ def test_factors_are_fitted_to_what_score_takes() -> None:
 
 
 class Moving(Dataset[tuple[Tensor, int]]):
-    """Samples that are another thing each time: what an augmenting transform makes of them."""
+    """Samples that differ at every reading, as with an augmenting transform."""
 
     def __init__(self, of: TensorDataset, flips: bool) -> None:
         self._x, self._y = of.tensors
@@ -400,7 +400,7 @@ def test_data_that_change_between_readings_are_refused(layers: str) -> None:
         DataLoader(Moving(train, flips=False), 7, collate_fn=mixed),
         Shuffled(train),
     )
-    message = "gives other inputs when its first samples, from sample 0 on.*evaluation transform"
+    message = "must give the same .* got other inputs when its first samples, from sample 0 on.*evaluation transform"
     for given in changing:
         with pytest.raises(ValueError, match=f"train_data {message}"):
             influence.score(student, teacher, given, val, layers=layers)
@@ -416,7 +416,7 @@ def test_data_that_change_between_readings_are_refused(layers: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    # What is the same each time passes, NaN or not, and costs a few samples.
+    # Data that do not change are accepted, also with NaN; a few samples are read twice.
     train.tensors[0][3] = float("nan")
     steady = Moving(train, flips=False)
     with pytest.raises(ValueError, match="sample 3"):

@@ -55,7 +55,7 @@ def weights_with(row: int, value: float) -> torch.Tensor:
 
 
 class Output:
-    """What transformers' models return, as far as it matters."""
+    """A model output as in transformers."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits
@@ -205,20 +205,20 @@ REFUSED: list[tuple[str, Change, type[Exception], list[str]]] = [
         "teacher has fewer rows",
         replaced(teacher_logits=Z(5, 10)),
         ValueError,
-        [r"\(6, 10\).*\(5, 10\)", "shifted", "short last", "teacher_rows=5$"],
+        [r"\(6, 10\).*\(5, 10\)", "shifted", "same batch", "teacher_rows=5$"],
     ),
     ("teacher has no rows", replaced(teacher_logits=Z(0, 10)), ValueError, ["teacher_rows=0$"]),
     (
         "teacher has other rows",
         replaced(student_logits=Z(2, 3, 10), teacher_logits=Z(3, 2, 10), target=Z(2, 3).long()),
         ValueError,
-        [r"\(2, 3, 10\).*\(3, 2, 10\).*\?$"],
+        [r"\(2, 3, 10\).*\(3, 2, 10\).*same batch\.$"],
     ),
     (
         "a shifted teacher",
         replaced(student_logits=Z(2, 3, 10), teacher_logits=Z(2, 2, 10), target=Z(2, 3).long()),
         ValueError,
-        [r"\(2, 3, 10\).*\(2, 2, 10\).*\?$"],
+        [r"\(2, 3, 10\).*\(2, 2, 10\).*same batch\.$"],
     ),
     ("teacher_rows below", replaced(teacher_logits=Z(5, 10), teacher_rows=4), ValueError, ["teacher_rows", "5", "4"]),
     ("teacher_rows above", replaced(teacher_rows=7), ValueError, ["teacher_rows", "6", "7"]),
@@ -404,7 +404,7 @@ NUMBER_KINDS: list[Callable[[float], Any]] = [
 
 @pytest.mark.parametrize("kind", NUMBER_KINDS)
 def test_numbers_of_numpy_and_tensors_without_dimensions(kind: Callable[[float], Any]) -> None:
-    """They are taken for what they are worth wherever a Python number is; all values here are exact in every type."""
+    """They are accepted wherever a Python number is; all values here are exact in every type."""
     given = arguments()
     student, teacher, target = given.values()
     numbers: dict[str, Any] = dict(temperature=4.0, ce_weight=0.25, kd_weight=0.5, ce_weight_unselected=0.75)
@@ -450,7 +450,7 @@ def test_a_tensors_value_counts_at_every_call() -> None:
         (torch.tensor([4.0]), r"must be a number; got tensor\(\[4.\]\)"),
         (np.array([4.0]), r"must be a number; got array\(\[4.\]\)"),
         (4j, "must be a number; got 4j"),
-        (torch.tensor(4.0, requires_grad=True), "gets no gradient: pass its .item()"),
+        (torch.tensor(4.0, requires_grad=True), "must not require a gradient: pass its .item()"),
     ],
 )
 def test_no_numbers(number: Any, says: str) -> None:

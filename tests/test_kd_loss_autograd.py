@@ -162,8 +162,8 @@ def test_inference_tensors_of_a_teacher() -> None:
         torch.autograd.grad(loss, student, create_graph=True)
 
 
-def test_what_is_kept_for_second_derivatives_costs_first_ones_nothing() -> None:
-    """A teacher's buffer may be filled again before backward, and goes with it though the loss stays."""
+def test_saving_for_second_derivatives_does_not_affect_first_ones() -> None:
+    """The teacher's buffer may be overwritten before backward, and is released by backward while the loss lives."""
     student, teacher, target = kd_cases.rows(16, 33)
     student.requires_grad_()
     teacher = teacher * 1.0

@@ -1,5 +1,5 @@
-"""Where a logarithm meets a probability that underflows, a tie, an excluded class, a large offset or a weight of 0:
-kd_oracle.py has the definitions in arithmetic that none of this troubles."""
+"""Losses near ties, underflow, excluded classes, large offsets and weights of 0, against kd_oracle.py's definitions in
+80-bit arithmetic."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_jsd_is_bounded(revise: str | None) -> None:
 @pytest.mark.parametrize("divergence", [d for d in kd_oracle.DIVERGENCES if d.name != "mse_logits"], ids=repr)
 @pytest.mark.parametrize("standardize", [False, True], ids=["plain", "standardized"])
 @pytest.mark.parametrize("soft", [False, True], ids=["index", "soft"])
-def test_shifts_cost_nothing(divergence: lrds_fast.divergences.Divergence, standardize: bool, soft: bool) -> None:
+def test_offsets_change_nothing(divergence: lrds_fast.divergences.Divergence, standardize: bool, soft: bool) -> None:
     """Logits that are multiples of 2^-6 are the same distances apart at any offset, to the last bit."""
     generator = torch.Generator().manual_seed(1)
     z, v = (torch.randint(-200, 200, (20, 7), generator=generator) / 64.0 for _ in range(2))
@@ -123,7 +123,7 @@ def test_shifts_cost_nothing(divergence: lrds_fast.divergences.Divergence, stand
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
-def test_mft_that_saturates_is_infinite_where_a_logarithm_asks_for_it() -> None:
+def test_saturated_mft_is_infinite() -> None:
     z, v, y = torch.zeros(1, 3), torch.tensor([[8.0, 0.0, 0.0]]), torch.tensor([0])
     for function in (kd_loss, reference.kd_loss):
         for divergence in lrds_fast.divergences.NAMES:
@@ -135,7 +135,7 @@ def test_mft_that_saturates_is_infinite_where_a_logarithm_asks_for_it() -> None:
 
 
 @pytest.mark.parametrize("divergence", ["rkl", "mse_logits", "kl", "jsd"])
-def test_cached_teacher_that_is_sure(divergence: str) -> None:
+def test_cached_teacher_that_is_confident(divergence: str) -> None:
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(4, 100, generator=generator)
     v[:, 0] = torch.tensor([20.0, 40.0, 90.0, 120.0])
@@ -244,7 +244,7 @@ def scan_at(level: str, cases: int, seed: int) -> str:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_scan(level: str) -> None:
-    """Another part of the neighbourhood for each instruction set. float64 has no instruction sets."""
+    """Different inputs for each instruction set. float64 has no instruction sets."""
     print(scan_at(level, 6000, LEVELS.index(level)))
 
 

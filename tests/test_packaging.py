@@ -63,7 +63,7 @@ def test_marker_of_types_is_installed() -> None:
 
 
 def installation(monkeypatch: pytest.MonkeyPatch, root: Path, *, source: bool, built: str = "") -> Path:
-    """What _build believes to be the installed package: root/lrds_fast, built for the torch `built`, or not at all."""
+    """Makes _build examine a package at root/lrds_fast, built for the torch `built`, or not built."""
     package = root / "lrds_fast"
     package.mkdir(parents=True)
     if source:
@@ -84,7 +84,7 @@ def test_an_extension_that_fits_is_no_problem(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("source", [True, False])
-def test_another_torch_is_named_with_the_way_out(source: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_torch_is_an_error(source: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installation(monkeypatch, tmp_path, source=source, built="2.13.0+cpu")
     found = _build.problem("2.15.0+cu132")
     assert found is not None and "\n" not in found
@@ -147,7 +147,7 @@ def test_without_torch_the_first_use_says_how_to_get_it() -> None:
     assert done.stderr.splitlines()[-1].startswith("ImportError: lrds_fast needs PyTorch, which ")
 
 
-def test_the_front_door_has_every_name_and_loads_none() -> None:
+def test_the_package_lists_every_name_and_loads_none() -> None:
     code = (
         "import sys, lrds_fast; assert 'torch' not in sys.modules; assert dir(lrds_fast) == sorted(lrds_fast.__all__)"
     )
@@ -191,6 +191,17 @@ def test_forbidden_cuda_says_so() -> None:
 
 
 @in_checkout
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU asks for the kernels by itself")
+def test_without_a_gpu_one_line_says_how_to_get_the_kernels() -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch is CPU-only")
+    done = setup_py("--version", TORCH_CUDA_ARCH_LIST="")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("lrds_fast: ")]
+    assert done.returncode == 0 and len(lines) == 1, done.stderr
+    assert "no GPU" in lines[0] and "LRDS_FAST_CUDA=1" in lines[0] and "TORCH_CUDA_ARCH_LIST" in lines[0]
+
+
+@in_checkout
 @pytest.mark.parametrize("wish", ["1", ""])
 def test_without_nvcc_one_line_says_how_to_get_it(wish: str, tmp_path: Path) -> None:
     if torch.version.cuda is None:
@@ -204,6 +215,7 @@ def test_without_nvcc_one_line_says_how_to_get_it(wish: str, tmp_path: Path) -> 
         "runpy.run_path('setup.py', run_name='__main__')"
     )
     env = {key: value for key, value in os.environ.items() if not key.startswith(("LRDS_", "CUDA_"))}
+    env["TORCH_CUDA_ARCH_LIST"] = "9.0"  # asks for the kernels, whatever GPU there is
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -244,7 +256,7 @@ def test_the_record_of_a_build_is_what_the_extension_says(tmp_path: Path, monkey
 
 
 @in_checkout
-def test_the_compiler_of_the_kernels_is_asked_for_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_of_nvcc_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")

@@ -1,9 +1,8 @@
-"""Runs that are killed, disks that fill, folders that are read-only, two runs at once: 200 kills each.
+"""Killed runs, full disks, read-only folders, two runs at once: 200 kills each.
 
-Every attempt is a process of its own that gets SIGKILL at a random moment. After each, every file is whole; after the
-last, the files are those of a run that nothing disturbed. Damaged files are read, or refused in one line.
-LRDS_SOAK_KILLS, LRDS_SOAK_FILES and LRDS_SOAK_SEED choose other numbers and another series. The figures:
-docs/reliability.md.
+Every attempt is a process that gets SIGKILL at a random moment. After each attempt every file must be complete, and
+after the last one the files must equal those of an undisturbed run. Damaged files are read, or the error is one line.
+LRDS_SOAK_KILLS and LRDS_SOAK_FILES set the numbers, LRDS_SOAK_SEED the seed. docs/reliability.md has the figures.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ TRAIN = [
 
 
 def command(arguments: list[str], folder: str, log: str) -> None:
-    """The body of an attempt: lrds-fast with these arguments, in `folder`."""
+    """Runs lrds-fast with these arguments in `folder`."""
     from lrds_fast.train.cli import main
 
     os.chdir(folder)
@@ -104,7 +103,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attempts]:
 
 
 def whole(path: Path) -> None:
-    """Reads the file as its reader would; a torn one raises. Names that end in a suffix of ours are temporary."""
+    """Reads a file with its own reader; raises if it is incomplete. Skips temporary files."""
     if path.suffix == ".pt":
         torch.load(path, weights_only=True)
     elif path.suffix == ".safetensors":
@@ -208,7 +207,7 @@ def test_scoring(attempts: Attempts) -> None:
     while killed < KILLS:
         stopped = attempts.kill(1.1 * seconds, draws, *score, "--out=scores.parquet")
         killed += stopped
-        # Absent or whole, and then that of the undisturbed run.
+        # Absent, or equal to that of the undisturbed run.
         assert not scored.exists() or scored.read_bytes() == expected
         if scored.exists():
             finished += 1
@@ -218,7 +217,7 @@ def test_scoring(attempts: Attempts) -> None:
 
 @slow
 def test_two_at_once(attempts: Attempts) -> None:
-    """Two processes want one folder: one of them trains, the other is refused; a killed owner leaves no lock."""
+    """Of two processes with the same folder one trains and the other fails; a killed process leaves no lock."""
     draws = random.Random(SEED + 3)
     seconds = attempts.finish(*train_arguments("runs/alone"))
     refused, rounds, out = 0, 0, "runs/contested"
@@ -290,7 +289,7 @@ def test_full_disk(attempts: Attempts) -> None:
 
 @slow
 def test_read_only_folder(attempts: Attempts) -> None:
-    """A folder that nobody may write to: refused in one line, and what is in it stays."""
+    """In a read-only folder the error is one line and the files stay."""
     read_only = attempts.folder / "read_only"
     with mounted(read_only, 4096):
         attempts.finish(*train_arguments("read_only/run"))

@@ -371,7 +371,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_the_last_check
     step = next(i for i, batch in enumerate(broken.train.epoch(0)) if 7 in batch.indices)
     with pytest.raises(
         FloatingPointError,
-        match=rf"the loss is not finite at step {step} .*lower optimizer.lr \(0.1\), .*; no checkpoint is from before",
+        match=rf"the loss is not finite at step {step} .*lower optimizer.lr \(0.1\), .*; there is no older checkpoint",
     ):
         run(tmp_path, "broken", data=broken)
     later = blobs()
@@ -379,7 +379,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_the_last_check
     def spoil(_: str) -> None:
         later.train.images[7] = float("nan")  # type: ignore[attr-defined]
 
-    with pytest.raises(FloatingPointError, match="; .*later/last.pt is from before it"):
+    with pytest.raises(FloatingPointError, match="; .*later/last.pt is older than this step"):
         run(tmp_path, "later", data=later, say=spoil)
     assert not (tmp_path / "broken" / "last.pt").exists()
     assert (tmp_path / "run" / "last.pt").read_bytes() == before

@@ -118,11 +118,11 @@ def test_class_counts_of_teacher_student_and_data_must_agree(
     taught = {"teacher.model": "small_cnn", "teacher.checkpoint": tmp_path / "teacher" / "last.pt"}
     assert cli.main(arguments(root, "torchvision", **taught)) == cli.MISUSED
     said = capsys.readouterr().err
-    assert "is of another model" in said and "shape" in said and said.count("\n") == 1
+    assert "is for another model" in said and "shape" in said and said.count("\n") == 1
     # A file of another network altogether.
     taught["teacher.model"] = "resnet8"
     assert cli.main(arguments(root, "torchvision", **taught)) == cli.MISUSED
-    assert "is of another model: it lacks" in capsys.readouterr().err
+    assert "is for another model: it lacks" in capsys.readouterr().err
 
 
 @pytest.fixture

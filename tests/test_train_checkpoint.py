@@ -133,7 +133,7 @@ def test_files_of_other_programs(tmp_path: Path, content: Any, capfd: pytest.Cap
         ("", "ema.module"),
     ],
 )
-def test_of_raw_and_averaged_weights_the_average_is_taken_and_that_is_said(
+def test_averaged_weights_are_preferred_to_raw_ones_with_a_note(
     tmp_path: Path, raw: str, average: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     both = [models.create("mlp", num_classes=3).state_dict() for _ in range(2)]
@@ -147,19 +147,19 @@ def test_of_raw_and_averaged_weights_the_average_is_taken_and_that_is_said(
     torch.save(content, path)
     assert equal(loaded(path, models.create("mlp", num_classes=3)), both[1])
     assert capfd.readouterr().err == (
-        f"lrds-fast: teacher.checkpoint: {path} holds raw and averaged weights: took the average ({average});"
-        f" teacher.weights=raw takes the other ({raw or 'its top level'})\n"
+        f"lrds-fast: teacher.checkpoint: {path} contains raw and averaged weights: loaded the average ({average});"
+        f" teacher.weights=raw loads the other ({raw or 'its top level'})\n"
     )
     assert equal(loaded(path, models.create("mlp", num_classes=3), weights="raw"), both[0])
     said = capfd.readouterr().err
-    assert "took the raw" in said and "teacher.weights=average takes the other" in said
+    assert "loaded the raw" in said and "teacher.weights=average loads the other" in said
 
 
 def test_what_teacher_weights_cannot_choose(tmp_path: Path) -> None:
     first, second = (models.create("mlp", num_classes=3).state_dict() for _ in range(2))
     path = tmp_path / "t.pt"
     torch.save({"ema": first}, path)
-    with pytest.raises(ValueError, match=r"t.pt holds averaged weights alone \(ema\); set teacher.weights=average"):
+    with pytest.raises(ValueError, match=r"t.pt contains only averaged weights \(ema\); set teacher.weights=average"):
         loaded(path, models.create("mlp", num_classes=3), weights="raw")
     for content, places in (
         ({"student": first, "teacher": second}, "student, teacher"),
@@ -167,7 +167,7 @@ def test_what_teacher_weights_cannot_choose(tmp_path: Path) -> None:
         ({"ema": first, "swa": second, "model": first}, "ema, swa"),
     ):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=rf"several sets of weights that fit \({places}\); take the one"):
+        with pytest.raises(ValueError, match=rf"several sets of weights that fit \({places}\); load the file"):
             loaded(path, models.create("mlp", num_classes=3))
 
 
@@ -225,7 +225,7 @@ def test_a_kept_moving_average_is_what_loads(tmp_path: Path) -> None:
 def test_a_truncated_checkpoint_is_named(tmp_path: Path, trained: Path, keep: float) -> None:
     content = trained.read_bytes()
     trained.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(ValueError, match=r"last.pt is (damaged|empty)") as raised:
+    with pytest.raises(ValueError, match=r"last.pt is (damaged|empty|a truncated)") as raised:
         fit(quick(tmp_path), resume=True, progress=False)
     assert "\n" not in str(raised.value)
 
@@ -248,16 +248,16 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_is_named(trained: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"teacher.checkpoint: .*last.pt is of another model: it lacks 'conv1.weight', 'bn1.weight', 'bn1.bias'"
-        r" and \d+ more and has 'hidden.weight', 'hidden.bias', which the model has not; the file holds 4 tensors"
-        r" in student \('hidden.weight', ...\), .*; name the model",
+        match=r"teacher.checkpoint: .*last.pt is for another model: it lacks 'conv1.weight', 'bn1.weight', 'bn1.bias'"
+        r" and \d+ more and has 'hidden.weight', 'hidden.bias', which the model does not have; the file contains 4"
+        r" tensors in student \('hidden.weight', ...\), .*; set the model",
     ):
         # MLP and ResNet share no names but fc's.
         checkpoint.load_weights(models.create("resnet8", num_classes=10), trained, key="teacher.checkpoint")
     with pytest.raises(
         ValueError,
         match=r"fc.weight has shape \(10, 32\), the model's has \(100, 32\), and 1 more differ;"
-        " the class counts differ: it was trained on 10 classes, and the model here has 100; take weights",
+        " the class counts differ: the file has 10 classes, the model 100; use weights",
     ):
         checkpoint.load_weights(models.create("mlp", num_classes=100), trained, key="teacher.checkpoint")
     torch.save(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).state_dict(), trained)
@@ -268,7 +268,7 @@ def test_a_checkpoint_of_another_model_is_named(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["missing", "surplus", "twice"])
-def test_no_weight_may_be_missing_surplus_or_there_twice(tmp_path: Path, change: str) -> None:
+def test_weights_must_not_be_missing_surplus_or_ambiguous(tmp_path: Path, change: str) -> None:
     state: dict[str, Any] = {"model": models.create("resnet8", num_classes=3).state_dict()}
     if change == "missing":
         del state["model"]["bn1.running_var"]
@@ -276,14 +276,14 @@ def test_no_weight_may_be_missing_surplus_or_there_twice(tmp_path: Path, change:
         state["model"]["extra" if change == "surplus" else "fc._orig_mod.bias"] = torch.ones(3)
     torch.save(state, tmp_path / "t.pt")
     message = {"missing": "it lacks 'bn1.running_var'; ", "surplus": "it has 'extra', ", "twice": "it has 'fc.bias', "}
-    with pytest.raises(ValueError, match=f"is of another model: {message[change]}"):
+    with pytest.raises(ValueError, match=f"is for another model: {message[change]}"):
         loaded(tmp_path / "t.pt", models.create("resnet8", num_classes=3))
 
 
 def test_a_refused_checkpoint_leaves_the_model_as_it_was(trained: Path) -> None:
     model = models.create("mlp", num_classes=100)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="for another model"):
         checkpoint.load_weights(model, trained, key="teacher.checkpoint")
     assert equal(model.state_dict(), before)
 
@@ -318,11 +318,11 @@ def test_files_without_a_state_dict_are_named(tmp_path: Path) -> None:
         ({"epoch": 3, "history": []}, "a dict of 'epoch', 'history'"),
     ):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=rf"teacher.checkpoint: .*list.pt holds no state dict .* holds {outline}"):
+        with pytest.raises(ValueError, match=rf"teacher.checkpoint: .*list.pt contains no state dict .* {outline}"):
             checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
     with pytest.raises(FileNotFoundError, match=r"student.checkpoint: there is no file .*absent.pt"):
         checkpoint.load_weights(nn.Linear(1, 1), tmp_path / "absent.pt", key="student.checkpoint")
-    with pytest.raises(ValueError, match=r"student.checkpoint: .* is a folder; name the file of weights in it"):
+    with pytest.raises(ValueError, match=r"student.checkpoint: .* must be a file of weights; it is a folder"):
         checkpoint.load_weights(nn.Linear(1, 1), tmp_path, key="student.checkpoint")
 
 
@@ -348,46 +348,49 @@ NOT_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "LFS": (
         lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 94\n",
-        "is a git-LFS pointer, which stands for the weights; fetch them: git lfs pull",
+        "is a git-LFS pointer instead of the weights; fetch them: git lfs pull",
     ),
     "text": (
         lambda: b"root:x:0:0:root:/root:/bin/sh\n",
         "is a text file, which begins 'root:x:0:0:root:/root:/bin/",
     ),
-    "gzip": (lambda: gzip.compress(b"weights"), "is a gzip archive: unpack it, and name the file that was in it"),
+    "gzip": (lambda: gzip.compress(b"weights"), "is a gzip archive: unpack it, and name the file in it"),
     "zip": (lambda: zipped("a.txt", "w.pt"), "is a zip archive of other files ('a.txt', 'w.pt'); unpack it"),
     "TorchScript": (lambda: zipped("net/constants.pkl", "net/data.pkl"), "is a TorchScript program, not a checkpoint"),
     "module": (
         lambda: saved(models.create("mlp")),
-        "it holds a whole pickled module, which needs the code of lrds_fast.models.small.MLP, and no code is run from a"
-        " file; in the program that made it, save the weights alone: torch.save(model.state_dict(), FILE)",
+        "it holds a whole pickled module, which needs the code of lrds_fast.models.small.MLP, and code in a file is"
+        " not run; in the program that made it, save the weights alone: torch.save(model.state_dict(), FILE)",
     ),
     "module before torch 1.6": (
         lambda: saved({"model": models.create("mlp")}, _use_new_zipfile_serialization=False),
-        "it holds a whole pickled module, which needs the code of lrds_fast.models.small.MLP, and no code is run",
+        "it holds a whole pickled module, which needs the code of lrds_fast.models.small.MLP, and code in a file",
     ),
     "object": (
         lambda: saved({**models.create("mlp").state_dict(), "path": Fraction(1, 2)}),
-        "it holds a pickled object, which needs the code of fractions.Fraction, and no code is run",
+        "it holds a pickled object, which needs the code of fractions.Fraction, and code in a file",
     ),
     "plain pickle": (lambda: pickle.dumps({"fc.weight": [1.0]}), "is a plain pickle, not a file of torch.save; in the"),
     "protocol 4": (lambda: saved(models.create("mlp").state_dict(), pickle_protocol=4), "is not a checkpoint of"),
     "cut zip": (
         lambda: saved(models.create("mlp").state_dict())[:-30],
-        "is damaged: it is a zip archive that is cut short; copy or download it again",
+        "is a truncated zip archive; copy or download it again",
     ),
     "cut file before torch 1.6": (
         lambda: saved(models.create("mlp").state_dict(), _use_new_zipfile_serialization=False)[:-300],
-        "is damaged (cut short?), or neither a file of torch.save nor safetensors; copy or download",
+        "is damaged, truncated, or neither a file of torch.save nor safetensors; copy or download",
     ),
-    "cut safetensors": (lambda: save(models.create("mlp").state_dict())[:-9], "is a damaged safetensors file"),
-    "cut head of safetensors": (lambda: b"\x80" + bytes(7) + b"{", "is a damaged safetensors file (cut short?); copy"),
-    "noise": (lambda: bytes(range(256)), "is damaged (cut short?), or neither a file of torch.save nor safetensors;"),
+    "cut safetensors": (
+        lambda: save(models.create("mlp").state_dict())[:-9],
+        "is a damaged or truncated safetensors file",
+    ),
+    "cut head of safetensors": (lambda: b"\x80" + bytes(7) + b"{", "is a damaged or truncated safetensors file; copy"),
+    "noise": (lambda: bytes(range(256)), "is damaged, truncated, or neither a file of torch.save nor safetensors;"),
 }
 
 
 @pytest.mark.parametrize("kind", list(NOT_WEIGHTS))
-def test_what_is_no_file_of_weights_is_named_as_what_it_is(
+def test_a_file_without_weights_is_an_error_that_says_what_it_is(
     tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make, message = NOT_WEIGHTS[kind]

@@ -262,17 +262,17 @@ def test_a_sweep_keeps_goes_on_and_survives(
     assert "<svg" in Path("all.html").read_text()
     # The same folders for another recipe: refused, not overwritten.
     assert cli.main(["sweep", "digits_alone", "--seeds", "0", *longer]) == cli.MISUSED
-    assert "is of another run: its schedule.epochs is 2, that of digits_alone, seed 0 is 3" in capsys.readouterr().err
+    assert "contains another run, with schedule.epochs 2; digits_alone, seed 0 has 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--baseline", "digits_kdd"], "no run named 'digits_kdd' to compare with; did you mean 'digits_kd'?"),
-        (["--set", "run.out=x"], "run.out: digits_alone, seed 0 and digits_kd, seed 0 would both write to x; without"),
-        (["--set", "run.out=x", "--seeds", "0", "1"], "digits_kd, seed 0 would both write to x/seed0"),
-        (["--set", "name=x"], "x, seed 0 is there twice"),
-        (["--seeds", "0", "1", "0"], "digits_alone, seed 0 is there twice"),
+        (["--baseline", "digits_kdd"], "the name of a run; got 'digits_kdd': did you mean 'digits_kd'?"),
+        (["--set", "run.out=x"], "must differ between runs; digits_alone, seed 0 and digits_kd, seed 0 have x"),
+        (["--set", "run.out=x", "--seeds", "0", "1"], "digits_kd, seed 0 have x/seed0"),
+        (["--set", "name=x"], "x, seed 0 is given twice"),
+        (["--seeds", "0", "1", "0"], "digits_alone, seed 0 is given twice"),
         (["--grid", "nope.eta=1,2"], "error: digits_alone: unknown key 'nope'"),
         (["--grid", "loss.etta=1,2"], "error: digits_alone: unknown key 'loss.etta'; did you mean 'loss.eta'?"),
         (["--set", "run.out=a_file/x"], "run.out: a_file/x"),
@@ -296,7 +296,7 @@ def test_a_sweep_is_checked_before_the_first_run(
     assert [path.name for path in Path().iterdir()] == ["a_file"]
 
 
-def test_a_sweep_without_a_terminal_tells_of_every_epoch(
+def test_a_sweep_without_a_terminal_prints_every_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

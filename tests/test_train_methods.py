@@ -92,7 +92,7 @@ def test_rows_without_a_teacher_have_the_cross_entropy_of_both_views() -> None:
 @pytest.mark.parametrize("heard", [0, 1, 7, 12])
 @pytest.mark.parametrize("method", ["kd", "dist", "mlkd", "mlkd, two views", "revision"])
 def test_the_loss_is_the_sum_of_its_parts(method: str, heard: int) -> None:
-    """Both weighted and over all rows; with half the kd_weight the teacher's part is half, the labels' the same."""
+    """Half the kd_weight halves kd and leaves ce unchanged."""
     z, v, z2, v2, y = views(12, 6)
     options = LossOptions(method=method.split(",")[0], ce_weight=0.3, kd_weight=0.9, label_smoothing=0.1)
     more: dict[str, Any] = {"strong": (z2, v2[:heard])} if "views" in method else {}

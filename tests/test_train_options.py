@@ -131,7 +131,7 @@ def test_16_bits_are_computed_in_float32_where_the_cpu_has_no_instructions_for_t
     said = capsys.readouterr().err
     assert said == (
         f"lrds-fast: this CPU has no instructions for run.amp={amp} ({needs}): computing in float32, which is faster;"
-        " run.amp_emulated=true insists\n"
+        f" to compute in {amp} anyway, set run.amp_emulated=true\n"
     )
     assert numbers(found.records) == numbers(plain.records)
     insisted, _ = trained(tmp_path / "insisted", **{"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": True})

@@ -100,26 +100,29 @@ def test_mistakes_are_named_in_one_line(tmp_path: Path, text: str, message: str)
     [
         (
             ["selection.after=40"],
-            "selection.after: with schedule.epochs=40 training is over before epoch 40 comes; set",
+            "selection.after must be below schedule.epochs=40, where training ends; got 40: lower it, set",
         ),
-        (["selection.after=5", "selection.every=35"], r"selection.after \+ every: .* before epoch 40 comes"),
+        (["selection.after=5", "selection.every=35"], r"selection.after \+ every must be below .*; got 40"),
         (
             ["schedule.name=step", "schedule.milestones=[20,40]"],
-            r"schedule.milestones: .* before epoch 40 comes; set schedule.milestones=\[\] or earlier ones, or raise",
+            r"schedule.milestones must be below .*; got 40: .*milestones=\[\]",
         ),
-        (["schedule.name=exponential", "schedule.decay_epochs=40.5"], "schedule.decay_epochs: .* before epoch 40.5 co"),
-        (["schedule.warmup_epochs=41"], "schedule.warmup_epochs: .* is over before 41 epochs of warm-up; lower it"),
-        (["loss.kd_warmup_epochs=41"], "loss.kd_warmup_epochs: .* is over before 41 epochs of warm-up"),
+        (
+            ["schedule.name=exponential", "schedule.decay_epochs=40.5"],
+            "schedule.decay_epochs must be below .*; got 40.5",
+        ),
+        (["schedule.warmup_epochs=41"], "schedule.warmup_epochs must be at most .*; got 41: lower it"),
+        (["loss.kd_warmup_epochs=41"], "loss.kd_warmup_epochs must be at most .*; got 41"),
     ],
 )
-def test_an_epoch_that_never_comes_is_named_before_training(settings: list[str], message: str) -> None:
+def test_an_epoch_after_the_end_of_training_is_an_error(settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe("digits_kd", ["schedule.epochs=40", *settings])
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "../b", "a/.."])
 def test_a_name_that_is_no_folder_under_runs_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="name is the run's folder below runs/; got .*: set a name, or run.out"):
+    with pytest.raises(ValueError, match="name must be a folder name, for runs/NAME; got .*: set name or run.out"):
         load_recipe("digits_kd", [f"name='{name}'"])
     assert str(load_recipe("digits_kd", [f"name='{name}'", "run.out=x"]).out) == "x"
 

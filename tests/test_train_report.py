@@ -85,7 +85,7 @@ def test_differences_need_the_same_seeds(tmp_path: Path) -> None:
         read_run(write_run(tmp_path / "b", "b", 1, [0.6])),
     ]
     assert tabulate(runs, baseline="a")[1].accuracy_difference is None
-    with pytest.raises(ValueError, match="no run named 'c' to compare with; these are: a, b"):
+    with pytest.raises(ValueError, match="baseline must be the name of a run; got 'c': there are a, b"):
         tabulate(runs, baseline="c")
 
 
@@ -102,11 +102,11 @@ def test_verdicts_say_better_worse_or_noise(tmp_path: Path) -> None:
     assert up.startswith("up against base: accuracy +10.25 points (better), cross-entropy -0.1025 (better)")
     assert down.startswith("down against base: accuracy -9.75 points (worse), cross-entropy +0.0975 (worse)")
     assert same == "same against base: accuracy within noise, cross-entropy within noise."
-    assert how.startswith("Better, worse and noise are judged over these 6 differences together: paired t tests at 5%")
+    assert how.startswith("'Better', 'worse' and 'within noise' are results of paired t tests at 5% over these 6")
 
 
 def test_many_comparisons_are_corrected_for_their_number(tmp_path: Path) -> None:
-    """A difference with p = 0.01 is one by itself, but not one among many without any."""
+    """A difference with p = 0.01 is significant alone, but not among many others that are noise."""
     values = {"base": [0.50, 0.50, 0.50, 0.50], "up": [0.51, 0.515, 0.52, 0.51]}
     values |= {f"same{i}": [0.49, 0.51, 0.48, 0.52] for i in range(5)}
     runs = [

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # install.sh PYTHON VENV EXTRA: makes the virtual environment and installs the package's requirements and those of EXTRA,
-# one of pyproject.toml's. TORCH=VERSION chooses another torch than constraints.txt.
+# an optional dependency group of pyproject.toml. TORCH=VERSION overrides the version of torch in constraints.txt.
 set -euo pipefail
 python=$1
 venv=$2
@@ -31,26 +31,26 @@ install() {
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
-# The exact versions were tested on 3.11; older interpreters get the newest that the ranges allow.
+# The exact versions were tested on 3.11; older interpreters get the newest versions that the ranges allow.
 if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   cp constraints.txt "$constraints"
 fi
 if [ -n "${TORCH:-}" ]; then
-  # torchvision fits one torch: pip finds the one of this torch.
+  # Each torchvision requires one torch: pip finds the matching version.
   sed -i -E '/^torch(vision)?==/d' "$constraints"
   echo "torch==$TORCH" >>"$constraints"
 fi
-echo "lrds-fast: installing torch ${TORCH:+$TORCH }and what $extra needs into $venv"
+echo "lrds-fast: installing torch ${TORCH:+$TORCH }and the requirements of [$extra] into $venv"
 if [ -z "${TORCH:-}" ] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-  echo "  (with its CUDA libraries torch is a download of about 3 GB; a CPU-only build is an eighth of that:"
-  echo "   TORCH=2.13.0 make ..., with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu and TORCH=2.13.0+cpu"
-  echo "   where the package index has the CUDA build of that version only)"
+  echo "  (torch with its CUDA libraries is a download of about 3 GB. A CPU-only build is an eighth of that: TORCH=2.13.0 make ..."
+  echo "   If the package index has only the CUDA build of that version, set TORCH=2.13.0+cpu and"
+  echo "   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu)"
 fi
 requirements=$("$venv/bin/python" tools/requirements.py "$extra")
 mapfile -t packages <<<"$requirements"
 install -c "$constraints" "${packages[@]}"
 
-# CUDA kernels on a machine without a compiler: nvcc exists as wheels, of the CUDA version that torch has.
+# Without an nvcc on the machine, install the one that exists as wheels, of torch's CUDA version.
 if [ "${LRDS_FAST_CUDA:-}" = 1 ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
   cuda=$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "")')
   [ -n "$cuda" ] || need "LRDS_FAST_CUDA=1, but this torch is a CPU-only build"

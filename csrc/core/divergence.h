@@ -145,7 +145,7 @@ LRDS_HOST_DEVICE inline A renormalised_kl(A dot, A sum_v, A sum_z) {
   return dot / sum_v - row_log(sum_v) + row_log(sum_z);
 }
 
-// x / sum, 0 where the sum is empty: no class asks for it then.
+// x / sum, 0 for an empty sum.
 template <typename A>
 LRDS_HOST_DEVICE inline A over_sum(A x, A sum) {
   return sum == A(0) ? A(0) : x / sum;
@@ -159,7 +159,7 @@ LRDS_HOST_DEVICE inline Revision<A> unrevised(const Split<A>& p) {
 // The revision of p towards a target that carries the probability `mass` (1 for a class index) and
 // leads the next one by `margin` (1 likewise): on rows where the teacher is wrong,
 // beta = eta * margin / (margin + p_max - p_y). "mft" also lifts right rows, to
-// p'_y = min(1, p_y + 1 - eta). gap: (v_max - v_y) / T, whose sign alone says who is wrong.
+// p'_y = min(1, p_y + 1 - eta). gap: (v_max - v_y) / T, positive where the teacher is wrong.
 template <typename A>
 LRDS_HOST_DEVICE inline Revision<A> revise(const Split<A>& p, bool wrong, A gap, Revise policy,
                                            A eta, A mass, A margin) {

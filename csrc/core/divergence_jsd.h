@@ -13,8 +13,8 @@ struct Jsd {
   static constexpr Classes kClasses = Classes::kOthers;
   static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kNone;
 
-  // log(w p + (1 - w) q). What is below the smallest normal number counts as that: it may round to
-  // 0 where p and q do not, and what multiplies the logarithm is as small.
+  // log(w p + (1 - w) q), clamped to the smallest normal number: the mixture may underflow to 0
+  // where p and q do not. The factors of the logarithm are as small: the error is negligible.
   template <class M, class X, class A>
   LRDS_DEVICE_MEMBER static X log_mixture(A w, X p, X q) {
     const A least = std::numeric_limits<A>::min();

@@ -26,7 +26,7 @@ struct MseLogits {
     DistillTerms<A> out{};
     if (s.classes == A(1)) return out;
     const Revision<A>& p = s.revision;
-    // From the teacher's anchor, so that nothing is added to a large logit and taken away again.
+    // Relative to the teacher's anchor, which avoids rounding at the size of the logits.
     const A from = p.revised ? s.anchor_v : s.v_y;
     const A lift = p.revised ? s.temperature * (p.log_target - p.log_beta + s.teacher.total) : A(0);
     const A d = (s.z_y == from ? A(0) : s.z_y - from) - lift;

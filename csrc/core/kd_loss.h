@@ -276,12 +276,12 @@ LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats, A z_y,
                     gradient_scale);
 }
 
-// 1 / denominator, 0 when nothing is left to average.
+// 1 / denominator, 0 for a denominator of 0.
 LRDS_HOST_DEVICE inline double inverse_of_denominator(double denominator) {
   return denominator == 0.0 ? 0.0 : 1.0 / denominator;
 }
 
-// That of a reduction.
+// inverse_of_denominator for a reduction.
 template <typename A>
 LRDS_HOST_DEVICE inline A reduction_scale(Reduction reduction, A valid_rows, A classes) {
   if (reduction == Reduction::kNone || reduction == Reduction::kSum) return A(1);

@@ -71,7 +71,7 @@ LRDS_HOST_DEVICE inline A cached_filler(double temperature, A rest, std::int64_t
 //   ce_scale, kd_scale   multiply the terms' gradients
 //   z_y, v_y             logits at the target
 //   t_y, t_margin, t_sum the soft target there, its lead over the next class (over 0 if that is
-//                        below), and its sum without what is below 0; 1, 1, 1 for an index
+//                        below), and its sum over positive entries; 1, 1, 1 for an index
 //   w_y                  the target's class weight, 1 without weights
 template <typename A>
 struct RowTask {
@@ -91,8 +91,8 @@ struct RowTerms {
   bool revised;
 };
 
-// x -> (x - anchor) * scale - middle. Differences of logits are formed before anything else: what
-// is common to a row's logits must not round them.
+// x -> (x - anchor) * scale - middle. The anchor is subtracted first, so that a common offset of
+// the row's logits does not round their differences.
 template <typename A>
 struct Affine {
   A anchor;
@@ -106,8 +106,7 @@ constexpr double kStandardizeEpsilon = 1e-7;
 
 // A soft target's revision changes every class. With dv_k the teacher's logits less their anchor,
 // dv'_k = T log(exp(dv_k / T) + t_k exp(offset)): dv_k where the target has no probability, and no
-// probability is formed. With beta = 0 nothing of the teacher is left: dv'_k = T (log t_k +
-// offset).
+// probability is formed. With beta = 0, dv'_k = T (log t_k + offset).
 template <typename A>
 struct SoftTeacher {
   bool on;
@@ -415,7 +414,7 @@ class RowProgram {
     at.shift_v = anchor_v_;
     at.soft.on = false;
     at.inv_second = A(0);
-    // Nothing that a target of no probability could be revised towards.
+    // A target whose probability is 0 revises nothing.
     const bool wrong = s.wrong && (!soft() || row_.t_y > A(0));
     const A mass = soft() ? row_.t_y / row_.t_sum : A(1);
     const A margin = soft() ? row_.t_margin / row_.t_sum : A(1);

@@ -85,8 +85,8 @@ struct Problem {
           double ce_weight_unselected, double eta, double label_smoothing, std::int64_t revise,
           std::int64_t reduction, std::int64_t ignore_index, std::int64_t divergence,
           Numbers divergence_parameters, bool standardize)
-      : Problem(student, teacher, target, selected, class_weight, teacher_indices,
-                teacher_rest, num_valid, weight_sum, grad_scale,
+      : Problem(student, teacher, target, selected, class_weight, teacher_indices, teacher_rest,
+                num_valid, weight_sum, grad_scale,
                 KdLossOptions{temperature.vec(), ce_weight, kd_weight, ce_weight_unselected, eta,
                               label_smoothing, revise, reduction, ignore_index, divergence,
                               divergence_parameters.vec(), standardize}) {}
@@ -723,7 +723,8 @@ OptionalTensor optional(const Tensor& tensor) {
 }
 
 // A tensor made under inference_mode (a teacher's output) has no version counter and cannot be
-// saved for backward. A copy of it can, and another view of its storage, whose changes go unseen.
+// saved for backward. A copy of it can, and so can a new tensor on the same storage, without
+// detection of later changes.
 bool uncounted(const Tensor& tensor) { return tensor.defined() && tensor.is_inference(); }
 
 Tensor view_of_storage(const Tensor& tensor) {
@@ -731,13 +732,14 @@ Tensor view_of_storage(const Tensor& tensor) {
       .set_(tensor.storage(), tensor.storage_offset(), tensor.sizes(), tensor.strides());
 }
 
-// A problem, but for grad_scale, kept for backward. Unlike the variables of save_for_backward its
-// tensors are unpacked, and checked for changes in place, only where something is made from them.
+// A problem without its grad_scale, saved for backward. Unlike the variables of
+// save_for_backward, its tensors are unpacked, and checked for in-place changes, only if they are
+// used.
 class Kept : public torch::CustomClassHolder {
  public:
-  // copies: tensors without a version counter are copied, so that no change of them can be missed.
+  // copies: copies tensors without a version counter, because changes of them are not detected.
   Kept(Problem&& problem, bool copies) : options_(std::move(problem.options)) {
-    tensors_.reserve(3);  // more are rare
+    tensors_.reserve(3);  // the usual number
     const auto keep = [&](Tensor tensor) {
       if (uncounted(tensor)) {
         unversioned_ |= !copies;
@@ -771,12 +773,13 @@ class Kept : public torch::CustomClassHolder {
 
   void release() { tensors_.clear(); }
 
-  // Is there a tensor whose changes nobody counts?
+  // Whether a tensor has no version counter.
   bool unversioned() const { return unversioned_; }
 
  private:
   static constexpr std::size_t kOptional = 6;
-  std::vector<torch::autograd::SavedVariable> tensors_;  // those that there are, in Problem's order
+  std::vector<torch::autograd::SavedVariable>
+      tensors_;  // those that are defined, in Problem's order
   std::array<bool, kOptional> given_;
   KdLossOptions options_;
   bool unversioned_ = false;
@@ -833,7 +836,7 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
   // backward.
   using Saved = torch::autograd::variable_list;
 
-  // A batch of gradients (is_grads_batched), or one with a tangent: no kernel sees through them.
+  // Whether grad_output is batched (is_grads_batched) or has a tangent: kernels cannot read it.
   static bool is_wrapped(const Tensor& grad_output) {
     constexpr c10::DispatchKeySet wrappers({c10::DispatchKey::Batched,
                                             c10::DispatchKey::FuncTorchBatched,
@@ -841,12 +844,12 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
     return grad_output.key_set().has_any(wrappers) || has_tangent(grad_output);
   }
 
-  // PyTorch ops of the student and of grad_output, for the derivatives beyond the first.
+  // The gradient by PyTorch ops of the student and grad_output, for higher-order derivatives.
   static Tensor differentiable_gradient(const Kept& kept, const Saved& saved,
                                         const Tensor& grad_output) {
     Problem problem = kept.unpack();
     if (kept.unversioned()) {
-      // Whether the forward pass saw the same is told by the gradient that it made.
+      // Compared with the gradient of the forward pass, to detect inputs that were changed since.
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       Problem again = problem;
       again.grad_scale = optional(saved[1]);
@@ -854,17 +857,17 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
           at::allclose(std::get<4>(call_forward(again, true)), saved[0], 0.0, 0.0,
                        /*equal_nan=*/true),
           "kd_loss: teacher_logits, or another input made under torch.inference_mode(), was "
-          "changed in place before a derivative beyond the first was computed from it; pass "
+          "changed in place before a second derivative was computed from it; pass "
           "a clone() of it");
     }
-    // A view: hooks of the student itself run in the outer pass, once.
+    // A view, so that the student's hooks do not run here: they run in the outer backward pass.
     problem.student = problem.student.view_as(problem.student);
     const Tensor loss = std::get<0>(call_composite(problem));
     return torch::autograd::grad({loss}, {problem.student}, {grad_output}, /*retain_graph=*/true,
                                  /*create_graph=*/true)[0];
   }
 
-  // PyTorch ops of grad_output alone: its product with the gradient for a grad_output of 1.
+  // grad_output times the gradient for a grad_output of 1, by PyTorch ops.
   static Tensor linear_gradient(const Kept& kept, const Saved& saved, const Tensor& grad_output) {
     if (saved.empty()) {
       const Problem problem = kept.unpack();

@@ -102,7 +102,7 @@ def load(
     before it; with views > 0 the augmentation of epoch e is that of epoch e % views. rand_augment, erasing: what the
     training pictures go through after that; see lrds_fast.data.Strong. second_view "strong": the training batches bring
     another view of their samples, in `strong`. first_label: the number of the first class in the files of "npz",
-    "webdataset" and "tfrecord"; -1 is what is usual there, 1 in "tfrecord" and 0 in the others.
+    "webdataset" and "tfrecord"; -1 means 1 for "tfrecord" and 0 for the others.
     For encoded pictures (folder, webdataset, tfrecord): reader "dali", "torchvision", or "auto", DALI where it is
     installed; workers, the processes (torchvision) or threads (DALI) that decode; device, where DALI decodes.
     For data in memory only: mean, std, per channel (CIFAR has the literature's by default); device, where the images
@@ -118,7 +118,7 @@ def load(
         )
     if first_label < -1 or (first_label >= 0 and name not in NUMBERED):
         raise ValueError(
-            f"data.first_label must be at least 0, or -1 for what is usual, and is for data {', '.join(NUMBERED)};"
+            f"data.first_label must be at least 0, or -1 for the default, and applies to data {', '.join(NUMBERED)};"
             f" got {first_label} with data {name!r}"
         )
     strongly: dict[str, Any] = {"strong": Strong(rand_augment, erasing), "second": described(second_view)}
@@ -269,7 +269,7 @@ def mislabelled(targets: Tensor, fraction: float, *, num_classes: int, seed: int
 def _limited(name: str, rows: Tensor, limit: int, *, seed: int) -> Tensor:
     """`limit` of the rows, ascending, drawn by seed; all of them for 0."""
     if limit < 0 or limit > len(rows):
-        raise ValueError(f"{name} must be 0 (all) to {len(rows)}, the samples there are; got {limit}")
+        raise ValueError(f"{name} must be 0 (all) to {len(rows)}, the number of samples; got {limit}")
     if limit == 0:
         return rows
     return rows[torch.randperm(len(rows), generator=generator("limit", seed))[:limit]].sort().values

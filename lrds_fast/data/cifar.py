@@ -83,7 +83,7 @@ def _download(classes: int, folder: Path) -> None:
 class _Plain(pickle.Unpickler):
     """Reads arrays, bytes and plain containers; refuses everything else that a pickle could name."""
 
-    # NumPy 1 and 2 call their inner package differently; arrays are of _reconstruct or, in protocol 5, of _frombuffer.
+    # The inner package's name differs between NumPy 1 and 2. Arrays use _reconstruct or, in protocol 5, _frombuffer.
     _CORE = "numpy._core" if int(np.__version__.partition(".")[0]) >= 2 else "numpy.core"
     _ALLOWED = {
         (f"{_CORE}.multiarray", "_reconstruct"),
@@ -104,11 +104,11 @@ class _Plain(pickle.Unpickler):
 def _unpickled(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:
     try:
         content = _Plain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        # Python 3 writes names as text.
+        # Files written by Python 3 have str keys.
         content = {name.encode() if isinstance(name, str) else name: value for name, value in content.items()}
         images, labels = np.asarray(content[b"data"]), np.asarray(content[key])
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or not ((labels >= 0) & (labels < classes)).all():
-            raise ValueError(f"its labels are no {classes} class numbers from 0 on")
+            raise ValueError(f"its labels must be class numbers from 0 to {classes - 1}")
         if images.dtype != np.uint8 or images.shape != (len(labels), 3 * _SIDE * _SIDE):
             raise ValueError(f"its pictures are {images.dtype} of shape {images.shape}")
     except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:

@@ -211,8 +211,8 @@ class DaliLoader:
             self.errors.append((index, self._source.name(int(self._rows[index])), reason))
 
     def _decode(self) -> Any:
-        """DALI's list of the next batch's pictures; StopIteration after the last one, another exception where one of
-        those that were given cannot be decoded."""
+        """DALI's list of the next batch's pictures. Raises StopIteration after the last batch, and another exception if
+        a picture cannot be decoded."""
         on_gpu = self.device.type == "cuda"
         if self._pipeline is None:
             build = _gpu_pipeline if on_gpu else _cpu_pipeline
@@ -374,7 +374,7 @@ def _decoded(inputs: _Inputs, names: int, device: torch.device) -> Any:
     data, start, shape, *more = fn.external_source(
         source=inputs, num_outputs=names, batch=True, ndim=[1, 1, 1, 1, 1, 0][:names], dtype=kinds[:names]
     )
-    # The decoder may crash the process over a header that it cannot parse: this fails first, with an exception.
+    # Raises an exception for a header that cannot be parsed; the decoder may crash the process there.
     parsed = fn.peek_image_shape(data, dtype=types.INT32)
     pictures = fn.decoders.image_slice(
         data,

@@ -45,8 +45,8 @@ class Loader(Protocol):
         start: how many batches to leave out, for a run that goes on in the middle; the others are those of the whole
         epoch, and what is left out is not decoded. share: (number, count) of this process: of every batch it gets
         the rows number, number + count, ..., so that selected samples are first everywhere, counts differ by one row
-        at most, and all processes together have every sample once. A last batch that is short and has fewer than two
-        rows for each process is the first one's alone: one row has no batch statistics.
+        at most, and all processes together have every sample once. A last batch with fewer than two
+        rows per process goes to the first process alone, because batch norm needs two rows.
         """
 
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:

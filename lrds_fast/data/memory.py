@@ -172,7 +172,7 @@ def from_npz(path: Path, *, first_label: int = 0) -> tuple[Tensor, Tensor, Tenso
 
     train_images, test_images: (size, height, width) or (size, height, width, channels), uint8 or floating in [0, 1];
     train_labels, test_labels: (size,) integers, from first_label on. No pickled objects are read. Images come as (size,
-    channels, height, width), labels as int64 from 0 on. Raises ValueError for arrays that are not so, and for shapes
+    channels, height, width), labels as int64 from 0 on. Raises ValueError for other arrays, and for shapes
     that may be (size, channels, height, width).
     """
     if not path.is_file():
@@ -213,7 +213,7 @@ def npz_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 
 def _channels_first(array: np.ndarray, name: str) -> Tensor:
-    """(size, channels, height, width) of (size, height, width) or (size, height, width, channels)."""
+    """(size, height, width) or (size, height, width, channels) as (size, channels, height, width)."""
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise ValueError(f"{name} must be uint8, or floating in [0, 1]; got {array.dtype}")
     if array.ndim not in (3, 4):
@@ -232,7 +232,7 @@ def _channels_first(array: np.ndarray, name: str) -> Tensor:
 
 
 def as_labels(targets: Tensor) -> Tensor:
-    """(size,) int64 of integers of any type; TypeError for others."""
+    """(size,) integers as int64; TypeError for other dtypes."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integers; got {targets.dtype}")
     return targets.long()

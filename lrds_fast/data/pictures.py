@@ -1,4 +1,4 @@
-"""Encoded pictures as every reader takes them: what can be read, how large it is, and which levels it has."""
+"""Encoded pictures, for all readers: sizes from headers, decoding, and the scaling of levels to 255."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-#: Pixels beyond which a header is taken for a decompression bomb: Pillow's limit.
+#: The largest number of pixels that is read: Pillow's limit against decompression bombs.
 MOST_PIXELS = 178_956_970
 
 
 class Unreadable(ValueError):
-    """A picture that cannot be read; the reason in one line."""
+    """A picture cannot be read. The message is the reason, in one line."""
 
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Whatever a decoder raises within becomes Unreadable: for damaged files they raise a dozen unrelated types. No
-    memory, and a decoder that is not installed, are no fault of the picture's."""
+    """Turns every exception of a decoder into Unreadable, because decoders raise many types for damaged files. Only
+    MemoryError and ImportError pass, which are not the picture's fault."""
     try:
         yield
     except (Unreadable, MemoryError, ImportError):
@@ -38,7 +38,7 @@ def _reason(error: Exception) -> str:
 
 
 def picture_size(data: np.ndarray) -> tuple[int, int]:
-    """(height, width) from a file's header. data: (bytes,) uint8. Raises Unreadable where there is none."""
+    """(height, width) from a file's header. data: (bytes,) uint8. Raises Unreadable for an invalid header."""
     with reading():
         size = _plain_size(data)
         if size is None:
@@ -48,9 +48,9 @@ def picture_size(data: np.ndarray) -> tuple[int, int]:
 
 
 def decoded(data: np.ndarray, *, about: int = 0) -> Any:
-    """The PIL image, RGB. data: (bytes,) uint8. about > 0: a thumbnail of that side at most. Raises Unreadable.
+    """The PIL image, RGB. data: (bytes,) uint8. about > 0: a thumbnail of at most that side. Raises Unreadable.
 
-    16 bits are 65535 at most, floating levels 1; Pillow's own conversion would clip both at 255.
+    Levels of 16 bits are divided by 65535 / 255 and floating levels multiplied by 255; Pillow would clip both at 255.
     """
     with reading(), _opened(data) as image:
         _checked(image.height, image.width)
@@ -63,8 +63,8 @@ def decoded(data: np.ndarray, *, about: int = 0) -> Any:
 
 
 def for_dali(data: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """(data, height, width): the file for DALI to decode, as it is or, where DALI would see other levels than `decoded`
-    (PNM, floating and 32-bit levels), decoded already. Raises Unreadable."""
+    """(data, height, width): the file for DALI to decode. Formats whose levels DALI reads differently from `decoded`
+    (PNM, floating and 32-bit levels) are decoded already. Raises Unreadable."""
     with reading():
         size = _plain_size(data)
         if size is None:
@@ -95,7 +95,7 @@ def _rgb(image: Any) -> Any:
             raise Unreadable(f"its floating levels must be in [0, 1]; got {levels.min():g} .. {levels.max():g}")
         image = Image.fromarray(np.floor(levels * 255 + 0.5).astype(np.uint8))
     elif image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise Unreadable("its levels have 32 bits; save it with 8 or 16")
+        raise Unreadable("its levels have 32 bits; save it with 8 or 16 bits")
     elif image.mode == "I" or image.mode.startswith("I;16"):
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
@@ -109,7 +109,7 @@ def _checked(height: int, width: int) -> tuple[int, int]:
 
 
 def _plain_size(data: np.ndarray) -> tuple[int, int] | None:
-    """Of a PNG or JPEG, without Pillow; None for others."""
+    """(height, width) of a PNG or JPEG, without Pillow; None for other formats."""
     raw = data[:64].tobytes()
     if raw[:8] == b"\x89PNG\r\n\x1a\n" and len(raw) >= 24:
         return int.from_bytes(raw[20:24], "big"), int.from_bytes(raw[16:20], "big")
@@ -119,7 +119,7 @@ def _plain_size(data: np.ndarray) -> tuple[int, int] | None:
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int]:
-    """The frame header's height and width: segments are skipped by their lengths."""
+    """(height, width) from the frame header; other segments are skipped."""
     at = 2
     while at + 9 < len(data):
         if data[at] != 0xFF:

@@ -180,8 +180,8 @@ def write_soft_labels(
 
     teacher: from images to (N, C) logits; it is put in eval mode and onto `device`, its answer taken in batches as the
     loader brings them, under autocast(). top_k: how many classes of each sample are kept, the largest, with the
-    logsumexp of the others at `temperature`, the only one that they can then be used at; 0 keeps all. dtype: "float16"
-    or "float32". facts: by name, JSON values that the logits depend on: the data, the teacher, the augmentation.
+    logsumexp of the others at `temperature`, and can be used only at this temperature; 0 keeps all. dtype: "float16"
+    or "float32". facts: named JSON values that the logits depend on: the data, the teacher, the augmentation.
     rows: (samples,) bool, whose logits are needed; None is all.
     resume: goes on where a killed run stopped, and writes again what is damaged; without a cache it starts. overwrite:
     a cache in the folder may go. Raises FileExistsError for one that may not, ValueError for one of other facts, or

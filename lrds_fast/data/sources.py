@@ -18,8 +18,8 @@ from torch import Tensor
 #: Files that count as pictures, as torchvision's ImageFolder has them.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-#: Classes that numbers may make where there are fewer samples: what makes more is no class number (a WordNet offset,
-#: an identifier), and a network with a class for each would fill the memory.
+#: The largest number of classes that may exceed the number of samples. Larger numbers are not class numbers but, for
+#: example, WordNet offsets, and a network with so many classes would fill the memory.
 MOST_CLASSES = 100_000
 
 
@@ -40,7 +40,7 @@ class Folder:
     """root/CLASS/.../picture: classes and samples in alphabetical order, as torchvision's ImageFolder has them.
 
     Unlike there, hidden files and folders (.ipynb_checkpoints, __MACOSX) are left out, and a class has each folder
-    once, however many links lead to it.
+    once, even if several links lead to it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -68,7 +68,7 @@ class Folder:
 
 
 def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under root with its files, by the first of its paths: links may lead to it again, or in a circle."""
+    """Every folder under root with its files. Follows links, also cyclic ones; each folder is listed once."""
     seen: set[str] = set()
     for folder, inside, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -130,7 +130,7 @@ class Tars(_Archives):
     "label"; other members, and hidden ones (macOS's ._*), are left out.
     classes: names for the numbers; None numbers them. first_label: the number of the first class.
     The tars' headers are read once, at the start; members must not be compressed. Raises ValueError for a sample
-    without picture or label or with several.
+    without a picture or label, or with several.
     """
 
     def __init__(self, paths: Sequence[Path], classes: Sequence[str] | None = None, *, first_label: int = 0) -> None:
@@ -152,8 +152,8 @@ class Tars(_Archives):
                     pictures[key] = _Place(number, member.offset_data, member.size)
                 if twice:
                     raise ValueError(
-                        f"{path}:{member.name} is in the sample {key!r}, which has {_listed(sample)}; a sample has one"
-                        f" picture, and one member of an extension: rename or remove the others ({_GROUPING})"
+                        f"{path}:{member.name} is in the sample {key!r}, which has {_listed(sample)}; a sample must"
+                        f" have one picture, and one member per extension: rename or remove the others ({_GROUPING})"
                     )
             for key, sample in samples.items():
                 if key not in pictures and any(f".{name}".endswith((".cls", *EXTENSIONS)) for name in sample):
@@ -169,12 +169,12 @@ class Tars(_Archives):
         self.labels, self.classes = numbered(labels, self.name, classes, first=first_label)
 
 
-#: How webdataset forms keys, for messages.
-_GROUPING = "a key ends at the first dot of a file's name, what follows is the extension"
+#: How webdataset forms keys, for errors.
+_GROUPING = "a member's key ends at the first dot of its file name; the rest is the extension"
 
 
 def _key_of(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member, as webdataset has them; ("", "") for one that is in no sample."""
+    """(key, extension in lower case) of a member, as in webdataset; ("", "") for a member of no sample."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     if not stem or not dot or "__MACOSX" in folder.split("/") or re.match(r"__[^/]*__($|/)", name):
@@ -197,12 +197,12 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                     yield member, b"" if opened is None else opened.read()
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # tarfile raises half a dozen unrelated types for damaged headers
+    except Exception as error:  # tarfile raises many types for damaged headers
         raise ValueError(f"{path} is damaged or no uncompressed tar ({error})") from error
 
 
 def _label_of(sample: dict[str, bytes], where: str) -> int:
-    """The class number in a sample's .cls, else in its .json."""
+    """The class number in a sample's .cls or, without it, in its .json."""
     extension = next((name for name in ("cls", "json") if name in sample), "")
     if not extension:
         raise ValueError(f"{where} has a picture but no label (.cls, or .json with cls or label)")
@@ -212,20 +212,20 @@ def _label_of(sample: dict[str, bytes], where: str) -> int:
         parsed = json.loads(sample["json"])
         found = parsed["cls"] if "cls" in parsed else parsed["label"]
         if isinstance(found, bool) or (isinstance(found, float) and found != int(found)):
-            raise ValueError(f"{found!r} is no whole number")
+            raise ValueError(f"{found!r} is not an integer")
         return int(found)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{where}.{extension} holds no class number ({error})") from error
+        raise ValueError(f"{where}.{extension} must contain a class number ({error})") from error
 
 
 def numbered(
     numbers: Sequence[int], name: Callable[[int], str], classes: Sequence[str] | None = None, *, first: int = 0
 ) -> tuple[Tensor, list[str]]:
-    """(labels (size,) int64 from 0 on, names of the classes) of the class numbers that data hold.
+    """(labels (size,) int64 from 0 on, names of the classes) of the class numbers in the data.
 
-    name: where a sample lies. classes: names, in the order of their numbers; None numbers them. first: the number of
-    the first class. Raises ValueError for numbers below `first`, and for those that make more classes than have a
-    name, or than there are samples and MOST_CLASSES.
+    name: gives a sample's name, for errors. classes: names, in the order of their numbers; None numbers them. first:
+    the number of the first class. Raises ValueError for numbers below `first`, and for those that make more classes
+    than there are names or, without names, more than both the number of samples and MOST_CLASSES.
     """
     if numbers:
         low = min(range(len(numbers)), key=numbers.__getitem__)
@@ -243,9 +243,9 @@ def numbered(
             )
         if classes is None and count > max(len(numbers), MOST_CLASSES):
             raise ValueError(
-                f"{name(high)} has the class number {numbers[high]}, which makes {count} classes of {len(numbers)}"
-                f" samples (up to {max(len(numbers), MOST_CLASSES)} are taken): number the classes one after the other"
-                " or, in archives, name them all in classes.txt"
+                f"{name(high)} has the class number {numbers[high]}, which makes {count} classes; at most"
+                f" {max(len(numbers), MOST_CLASSES)} are allowed for {len(numbers)} samples: number the classes"
+                " consecutively or, in archives, name them all in classes.txt"
             )
     else:
         count = 0
@@ -358,7 +358,7 @@ def open_split(kind: str, root: Path, split: str, *, first_label: int = -1) -> S
     or "tfrecord" (root/SPLIT* or root/SPLIT/*). split: "train" or "val"; "validation" is taken for the latter.
 
     A file classes.txt in root, one name a line, names the classes of archives. first_label: the number of their first
-    class; -1 is 1 for "tfrecord", as ImageNet's converters have it, else 0. FileNotFoundError for what is not there.
+    class; -1 means 1 for "tfrecord", as in ImageNet's converters, else 0. FileNotFoundError for missing files.
     """
     if kind == "folder":
         return Folder(root / split)
@@ -375,5 +375,5 @@ def open_split(kind: str, root: Path, split: str, *, first_label: int = -1) -> S
     archive = Tars if kind == "webdataset" else TFRecords
     source = archive(found, classes, first_label=first_label)
     if not len(source.labels):
-        raise FileNotFoundError(f"data.root: {', '.join(map(str, found[:3]))} hold no pictures")
+        raise FileNotFoundError(f"data.root: {', '.join(map(str, found[:3]))} contain no pictures")
     return source

@@ -1,4 +1,4 @@
-"""What other code's models and loaders give: logits out of a model's output, inputs and targets out of a batch."""
+"""Adapters for models and loaders: from a model's output to logits, from a loader's batch to inputs and targets."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 LogitsHook = Callable[[Any], Tensor]
-"""From what a model returns to its logits (B, C)."""
+"""A function from a model's output to its logits (B, C)."""
 
 BatchHook = Callable[[Any], Any]
-"""From a loader's batch to (inputs, targets)."""
+"""A function from a loader's batch to (inputs, targets)."""
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model, and the way from what it returns to its logits.
+    """A model whose output is its logits.
 
-    name: what errors call it. logits: None takes a tensor, or the `logits` of an object that has them.
+    name: the model's name in errors. logits: from the model's output to its logits; None: the output is a tensor or has
+    an attribute `logits`.
     """
 
     module: nn.Module
@@ -30,11 +31,11 @@ class Classifier:
     logits: LogitsHook | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C) logits of inputs (B, ...). Raises TypeError or ValueError for an output that holds none."""
+        """(B, C) logits of inputs (B, ...). Raises TypeError or ValueError if the output has no logits."""
         return self.read(self.module(x), len(x))
 
     def read(self, output: Any, rows: int) -> Tensor:
-        """(rows, C) logits out of what the module has returned."""
+        """(rows, C) logits of the module's output."""
         found = getattr(output, "logits", None) if self.logits is None else self.logits(output)
         if self.logits is None and isinstance(output, Tensor):
             found = output
@@ -52,20 +53,20 @@ class Classifier:
         if found.dim() != 2 or len(found) != rows:
             raise ValueError(
                 f"the {self.name}'s logits must be (B, C), here with B = {rows}; got shape {tuple(found.shape)}: pass"
-                " logits=, a function from what the model returns to them"
+                " logits=, a function from the model's output to its logits"
             )
         return found
 
 
 def classifier(model: nn.Module | Classifier) -> Classifier:
-    """A model that may have come with its way to the logits."""
+    """The model as a Classifier."""
     return model if isinstance(model, Classifier) else Classifier(model)
 
 
 def pair(name: str, raw: Any, hook: BatchHook | None, *, labelled: bool) -> tuple[Any, Any]:
-    """(inputs, targets) of a batch, or of a sample, unchecked; without `labelled` targets may be missing (None).
+    """(inputs, targets) of a batch or a sample, unchecked. Unless `labelled`, targets may be missing (None).
 
-    name: of the data, for the error. Raises TypeError for a layout that only `batch=` can read.
+    name: of the data, for errors. Raises TypeError for layouts that need `batch=`.
     """
     found = raw if hook is None else hook(raw)
     if isinstance(found, (tuple, list)) and len(found) >= (2 if labelled else 1):
@@ -86,17 +87,17 @@ def pair(name: str, raw: Any, hook: BatchHook | None, *, labelled: bool) -> tupl
 
 
 def tensors(name: str, raw: Any, start: int, hook: BatchHook | None, *, labelled: bool) -> tuple[Tensor, Tensor]:
-    """inputs (B, ...) and integer targets (B,) of a batch; without `labelled` targets (0,) where they are not needed.
+    """Inputs (B, ...) and integer targets (B,) of a batch; targets are (0,) if they are missing and not `labelled`.
 
-    start: the number of the batch's first sample. Raises TypeError or ValueError for what is neither.
+    start: the number of the batch's first sample. Raises TypeError or ValueError for others.
     """
     x, y = pair(name, raw, hook, labelled=labelled)
     if hasattr(x, "__array__") and not isinstance(x, Tensor):
         x = torch.as_tensor(x)
     if not isinstance(x, Tensor) or x.dim() == 0:
         raise TypeError(
-            f"{name}: the inputs of a batch must be one tensor (B, ...); got {describe(x)}: pass batch=, from a batch"
-            " to (inputs, targets)"
+            f"{name}: the inputs of a batch must be one tensor (B, ...); got {describe(x)}: pass batch=, a"
+            " function from a batch to (inputs, targets)"
         )
     if not labelled:
         return x, x.new_empty(0, dtype=torch.int64)
@@ -105,8 +106,8 @@ def tensors(name: str, raw: Any, start: int, hook: BatchHook | None, *, labelled
             y = torch.as_tensor(y)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
-                f"{name}: the targets of a batch must be class indices (B,); got {describe(y)}: pass batch=, from a"
-                " batch to (inputs, targets)"
+                f"{name}: the targets of a batch must be class indices (B,); got {describe(y)}: pass batch=, a"
+                " function from a batch to (inputs, targets)"
             ) from None
     if y.dim() != 1 or len(y) != len(x):
         alone = "; it gives samples, not batches: pass a Dataset, or DataLoader(...)" if y.dim() == 0 else ""
@@ -120,7 +121,7 @@ def tensors(name: str, raw: Any, start: int, hook: BatchHook | None, *, labelled
 
 
 def describe(value: Any) -> str:
-    """A value's type, with what lies in it: a line for an error message."""
+    """A value's type and the types in it, for an error."""
     kind = type(value).__name__
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"

@@ -16,7 +16,7 @@ from lrds_fast.influence.adapters import BatchHook, pair, tensors
 Data = Dataset[Any] | Iterable[Any]
 """A dataset of (input, target, ...) samples, or an iterable of their batches that can be iterated again."""
 
-#: Samples that are read twice, of a dataset: one that a random flip leaves alone twice is one of two.
+#: The number of a dataset's samples that are read twice. A random flip leaves a single one unchanged half of the time.
 _READ_TWICE = 16
 
 
@@ -54,8 +54,8 @@ class Batches:
     dropped. Shows a bar over the samples, with the time that is left, where `progress` is set (None: where stderr is a
     terminal).
 
-    name: of the data, for errors. batch: from what the data gives to (inputs, targets); None: they come first.
-    labelled=False takes inputs alone, too. A list of samples is a dataset.
+    name: of the data, for errors. batch: from an item of the data to (inputs, targets); None: its first two parts.
+    labelled=False also accepts inputs without targets. A list of samples is a dataset.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class Batches:
                     yield Batch(batch.number, batch.start, x, y.long())
                     bar.update(len(x))
         if self._sizes is None and start == 0 or self._sizes == []:
-            raise ValueError(f"{self._name} holds no samples")
+            raise ValueError(f"{self._name} must contain samples; got none")
 
     def _read(self, raw: Any, start: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of what the data gives, wherever they are."""
+        """Inputs and targets of an item of the data."""
         return tensors(self._name, raw, start, self._hook, labelled=self._labelled)
 
     def _holds_samples(self, data: Any) -> bool:
@@ -162,12 +162,12 @@ class Batches:
             return False
         try:
             y = pair(self._name, data[0], self._hook, labelled=self._labelled)[1]
-        except Exception:  # what the items are is said where they are read
+        except Exception:  # reported where the items are read
             return False
         return isinstance(y, Integral) or getattr(y, "shape", None) == ()
 
     def _ahead(self, wanted: Callable[[int], bool]) -> tuple[Tensor, Tensor] | None:
-        """The first samples that a pass will read, read once before it; of data other than a dataset, a batch."""
+        """Reads the first samples of a pass before it: some of a dataset, the first batch of other data."""
         loader = self._data
         start = 0
         if self._sizes is None:
@@ -181,23 +181,23 @@ class Batches:
                 raw = loader[number]
             else:
                 assert isinstance(loader, DataLoader)
-                # Another collate_fn may treat a part of a batch in another way, for example pad it less.
+                # A custom collate_fn may collate a part of a batch differently, for example with less padding.
                 samples = _READ_TWICE if loader.collate_fn is default_collate else None
                 raw = next(iter(_reader(loader, [number], min(1, loader.num_workers), samples)))
         return None if raw is None else self._read(raw, start)
 
     def _check_steady(self, ahead: tuple[Tensor, Tensor], batch: Batch) -> None:
-        """ValueError unless a batch begins with the samples that were read ahead."""
+        """ValueError unless a batch begins with the samples that were read before the pass."""
         for what, first, again in zip(("inputs", "targets"), ahead, (batch.x, batch.y), strict=True):
             if not _equal(first, again[: len(first)].to(first.device)):
                 raise ValueError(
-                    f"{self._name} gives other {what} when its first samples, from sample {batch.start} on, are read"
-                    " again, and scores need the same tensors at every reading: pass it with the evaluation transform"
-                    " (no random crop, flip or noise, no mixing of samples) and without shuffling"
+                    f"{self._name} must give the same tensors at every pass; got other {what} when its first samples,"
+                    f" from sample {batch.start} on, were read again: pass it with the evaluation transform (no random"
+                    " crop, flip or noise, no mixing of samples) and without shuffling"
                 )
 
     def _found(self, wanted: Callable[[int], bool]) -> Iterator[Batch]:
-        """Batches as the data gives them: only what is wanted where the rest need not be read."""
+        """The items of the data; of a dataset or a DataLoader, only the wanted ones are read."""
         if self._sizes is None:
             start = 0
             for number, raw in enumerate(self._data):
@@ -218,7 +218,7 @@ class Batches:
 
 
 def _reader(loader: DataLoader[Any], numbers: list[int], workers: int, samples: int | None = None) -> DataLoader[Any]:
-    """The loader over some of its batches, or over their first samples."""
+    """A loader over some of the batches, or over their first samples."""
     assert loader.batch_sampler is not None
     return DataLoader(
         loader.dataset,
@@ -234,7 +234,7 @@ def _reader(loader: DataLoader[Any], numbers: list[int], workers: int, samples: 
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, a NaN being a value."""
+    """Whether two tensors are equal; NaNs are equal to each other."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return bool(((a == b) | ((a != a) & (b != b))).all())

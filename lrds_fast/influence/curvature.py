@@ -316,12 +316,12 @@ class Iterative(Curvature):
 def check_curvature(
     curvature: str, where: str, extent: Tensor, *, damping: float | None, dtype: torch.dtype, advice: str = ""
 ) -> None:
-    """ValueError where H has vanished and no absolute damping stands in for it: the rule of every fitted curvature.
+    """ValueError if a fitted curvature H is zero up to rounding and there is no absolute damping.
 
-    extent: (2,), sums over the rows of what their predictions p give to trace(H), w (1 - |p|^2) |h|^2, and of its
-    bound w |h|^2. Their quotient, in [0, 1), says how far from one-hot the predictions are, whatever the scale of
-    features and weights. Below dtype's eps they are one-hot in it: H is made of rounding, and scores, which are made
-    of its inverse, are of any size. Damping relative to H vanishes with it. where: the layer, for the message; advice:
+    extent: (2,), sums over the rows of w (1 - |p|^2) |h|^2, a row's part of trace(H), and of its bound w |h|^2. Their
+    quotient, in [0, 1), measures how far the predictions p are from one-hot, independently of the scale of features and
+    weights. Below dtype's eps, H consists of rounding errors, scores computed from its inverse are arbitrary, and
+    damping relative to H is 0 too. where: the layer, for the error; advice:
     one more way out.
     """
     trace, bound = extent.tolist()
@@ -329,17 +329,17 @@ def check_curvature(
         return
     if not bound > 0:
         raise ValueError(
-            f"curvature {curvature!r} of {where} is zero: its inputs are all 0, or loss gives every row weight 0 (pass"
-            " hessian='gt', or selected= for the rows that had a teacher); damping= > 0 scores with damping * I"
+            f"curvature {curvature!r} of {where} is zero: its inputs or the loss weights of all rows are 0: pass"
+            " hessian='gt', selected= for the rows that had a teacher, or damping= > 0, which scores with damping * I"
         )
     share, eps = trace / bound, torch.finfo(dtype).eps
     if share >= eps:
         return
     raise ValueError(
         f"curvature {curvature!r} of {where} is zero up to rounding: its trace is {share:.1e} of its bound, and"
-        f" {str(dtype).removeprefix('torch.')} resolves {eps:.1e}. The student's predictions are one-hot, as where it"
-        " has memorised its training set, and damping relative to such a curvature means nothing: pass damping=,"
-        " absolute and > 0 (for example the weight decay), a student that is not saturated (an earlier checkpoint)"
+        f" {str(dtype).removeprefix('torch.')} resolves {eps:.1e}. The student's predictions are one-hot, as after"
+        " memorising its training set, and damping relative to this curvature is 0 too: pass damping=, absolute"
+        " and > 0 (for example the weight decay), a student that is not saturated (an earlier checkpoint)"
         f"{advice}, or curvature='identity'"
     )
 
@@ -356,7 +356,7 @@ def fit_curvature(
 ) -> Curvature:
     """The curvature `name` of the rows. damping: absolute, else damping_scale * mean eigenvalue.
 
-    dtype: what rows will be scored in. Raises ValueError as check_curvature does; where: the layer's name in it.
+    dtype: what rows will be scored in. Raises ValueError as check_curvature. where: the layer's name, for the error.
     """
     if name == "identity":
         return Identity(damping, rows.classes)
@@ -393,7 +393,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _extent(h: Tensor, weight: Tensor, p: Tensor) -> Tensor:
-    """(2,) sums over rows of w (1 - |p|^2) |h|^2, which is their part of trace(H) before damping, and of w |h|^2."""
+    """(2,) sums over the rows of w (1 - |p|^2) |h|^2, their part of trace(H) before damping, and of w |h|^2."""
     squared_norm = h.square().sum(dim=1)
     return torch.stack([(weight * p * (1.0 - p)).sum(dim=1) @ squared_norm, weight[:, 0] @ squared_norm])
 

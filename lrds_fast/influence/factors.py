@@ -293,14 +293,14 @@ def fit_factors(
     """Fits a model's curvature, block by block.
 
     model: in eval mode. data: as influence.score takes it, a Dataset of (input, ...) samples or an iterable of batches
-    (inputs, ...), or of inputs (B, ...) alone, for targets are not used; also all inputs (N, ...) in one tensor. It is
+    (inputs, ...) or of inputs (B, ...), because targets are not used; also all inputs (N, ...) in one tensor. It is
     read once for "kfac" and twice for "ekfac", and must give the same tensors each time. batch_size, batch, logits,
     progress: as influence.score takes them.
     layers: as layers.layer_names takes them. terms: the objective's. labels: as fisher_gradients takes them, drawn from
     `seed`. damping: >= 0, added to every eigenvalue of every layer; None: damping_scale times each layer's mean
     eigenvalue. Raises ValueError for an unknown curvature, one that is zero up to rounding (see
-    curvature.check_curvature), no samples, or what sample_gradients refuses. Warns where a factor has more dimensions
-    than it has seen positions.
+    curvature.check_curvature), no samples, and as sample_gradients. Warns if a factor has more dimensions than
+    positions.
     """
     parameter = next(model.parameters())
     batches = Batches(data, parameter, batch_size, progress, batch=batch, labelled=False)
@@ -367,7 +367,7 @@ def fit_placed(
     sums = {kind: _zeros(model, names, kind) for kind in ("a", "g", "diagonal", "corrected")}
     device = next(model.parameters()).device
     count = torch.zeros(1, dtype=torch.int64, device=device)
-    # Of each sweep's draws, in the logits: what check_curvature looks at.
+    # The extent of each sweep, from the logit gradients of its draws, for check_curvature.
     extents = torch.zeros(2, 2, dtype=torch.float64, device=device)
     positions = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in sums["a"]}
     for samples, found in sweep(0):
@@ -385,7 +385,7 @@ def fit_placed(
         ranks.sum(total_of)
     total = int(count)
     if total == 0:
-        raise ValueError("data holds no samples")
+        raise ValueError("data must contain samples; got none")
     if curvature != "identity":
         _report_few(model, {name: int(seen) for name, seen in positions.items()}, sums["a"])
     blocks: dict[str, Block] = {}
@@ -408,7 +408,7 @@ def fit_placed(
     ranks.sum(extents)
     dtype = next(model.parameters()).dtype
     for extent in extents[: {"identity": 0, "kfac": 1, "ekfac": 2}[curvature]]:
-        advice = "" if labels == "all" else ", or labels='all', which misses no rare label as draws do"
+        advice = "" if labels == "all" else ", or labels='all', because draws may miss rare labels"
         where = f"layer {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         check_curvature(curvature, where, extent, damping=damping, dtype=dtype, advice=advice)
     if curvature == "identity":
@@ -418,7 +418,7 @@ def fit_placed(
     else:
         by_layer = dict.fromkeys(names, float(damping))
     for name, block in blocks.items():
-        # Squares below the smallest normal number have lost their digits, or are 0.
+        # Squares below the smallest normal number are inexact or 0.
         if not damping and float(block.eigenvalues.max()) < torch.finfo(dtype).tiny:
             raise ValueError(
                 f"layer {name!r}: the curvature is zero (every gradient of it is), so nothing can be scored by its"

@@ -89,7 +89,7 @@ def check_finite(name: str, tensor: Tensor, first: int = 0) -> None:
 
 
 def check_scores(name: str, values: Tensor, first: int = 0) -> None:
-    """No NaN and no infinity among scores (B,) or (B, k); the error names the first sample that has one.
+    """Raises ValueError, naming the first sample, if scores (B,) or (B, k) are NaN or infinite.
 
     first: the number of row 0's sample.
     """
@@ -99,8 +99,8 @@ def check_scores(name: str, values: Tensor, first: int = 0) -> None:
         value = float(values[row].flatten()[~finite[row].flatten()][0])
         raise ValueError(
             f"score {name!r} is {value} at sample {first + row}: drop the sample, score in float64 (a .double()"
-            " student, or float64 tensors), or pass a larger damping; an inf of ce or kd is a class that the student"
-            " excludes (-inf) and the label or the teacher does not"
+            " student, or float64 tensors), or pass a larger damping; ce or kd is inf if the student excludes (-inf) a"
+            " class that the label or the teacher has"
         )
 
 

@@ -78,7 +78,7 @@ def last_layer_scores(
     conjugate gradients, for kd_gain only).
     damping: >= 0, added to every eigenvalue (to identity's 1 only if given); None: damping_scale * mean eigenvalue.
     With damping 0 the inverse is the pseudo-inverse. A curvature that is zero up to rounding, as that of a student that
-    has memorised its training set, is an error unless damping > 0 stands in for it.
+    has memorised its training set, is an error unless damping > 0 is given.
     hessian: "objective", that of the training objective, sample i's cross-entropy and divergence weighted as `loss`
     does; or "gt", that of the cross-entropy alone.
     selected: (N,) bool or floats in [0, 1], who had the teacher in the training so far (None: all). Enters H alone.
@@ -165,7 +165,7 @@ class LastLayer:
     def fit(
         self, curvature: str, *, damping: float | None, damping_scale: float, where: str = "the last layer"
     ) -> None:
-        """Fits H to the rows of all processes. Raises ValueError for one that has vanished; where: the layer in it."""
+        """Fits H to the rows of all processes. Raises ValueError, naming the layer `where`, if H is about 0."""
         terms = _hessian_terms(self.rows, self._y, self._hessian, self._selected, self._loss)
         if not terms and curvature != "identity":
             _report_zero_hessian(damping)

@@ -57,7 +57,7 @@ def pairwise(
 
     model = Classifier(student, "student", logits)
     train = Batches(train_data, parameter, batch_size, progress, name="train_data", batch=batch)
-    asked = Batches(query_data, parameter, batch_size, progress, name="query_data", batch=batch)
+    queried = Batches(query_data, parameter, batch_size, progress, name="query_data", batch=batch)
 
     def gradients(data: Batches, what: str) -> Iterator[Mapping[str, SampleGradients]]:
         for part in data(what):
@@ -65,7 +65,7 @@ def pairwise(
 
     with _eval_mode(student):
         queries = {name: _Queries(factors, name) for name in layers}
-        for found in gradients(asked, "queries"):
+        for found in gradients(queried, "queries"):
             for name in layers:
                 queries[name].add(found[name])
         count = queries[layers[0]].count

@@ -68,10 +68,10 @@ def score(
     them), read in order in batches of batch_size, or an iterable of such batches (a DataLoader without shuffling);
     targets are integers in [0, C). val_data, held out of the training set and never the test set, is needed by kd_gain.
     Data are read up to three times and must give exactly the same tensors each time: pass them with the evaluation
-    transform, never with random augmentation. The first 16 samples of a dataset, and the first batch of other data, are
-    read once more to find out; ValueError if they differ.
-    batch: from a batch as the loader gives it to (inputs, targets), for loaders that give anything but (inputs,
-    targets, ...): batch=lambda b: (b["pixel_values"], b["labels"]). logits: from what a model returns to its logits
+    transform, never with random augmentation. To check this, the first 16 samples of a dataset, or the first batch of
+    other data, are read twice; ValueError if they differ.
+    batch: a function from a loader's batch to (inputs, targets), needed unless batches are (inputs, targets, ...):
+    batch=lambda b: (b["pixel_values"], b["labels"]). logits: a function from a model's output to its logits
     (B, C), for student and teacher alike: logits=lambda out: out[0]. None: a tensor, or the `logits` of an object that
     has them.
     layers: "last" (the last nn.Linear, whose output must be the logits), "all" with trainable parameters, or a list of

@@ -145,11 +145,11 @@ class Selection:
         return selection
 
     def dataset(self, of: Any) -> Dataset[Any]:
-        """The samples of `of`, each with whether it keeps its teacher: (x, y, ...) becomes (x, y, ..., bool).
+        """The samples of `of`, each with whether it is selected: (x, y, ...) becomes (x, y, ..., bool).
 
-        of: a map-style Dataset (or a list) of the samples that were chosen from, in their order, with any transform;
-        a dict as sample gets the key "selected". A DataLoader collates the flags to (B,) bool, which kd_loss takes as
-        `selected`, and `prefix` to put the selected rows in front. Raises ValueError where the numbers of samples or,
+        of: a map-style Dataset (or a list) of the samples that the selection was made from, in their order, with any
+        transform; samples that are dicts get the key "selected". A DataLoader collates the flags to (B,) bool, for
+        kd_loss's `selected` or for `prefix`. Raises ValueError where the numbers of samples or,
         if `of` has `targets` or a `fingerprint`, the labels differ.
         """
         if not (hasattr(of, "__getitem__") and hasattr(of, "__len__")):
@@ -165,7 +165,7 @@ class Selection:
         return _Flagged(of, self.mask.tolist())
 
     def _check_dataset(self, name: str, dataset: object) -> None:
-        """ValueError unless the fingerprint is the dataset's; name: of the selection."""
+        """ValueError unless the dataset has this fingerprint. name: of the selection, for the error."""
         assert self.fingerprint is not None
         try:
             wanted = fingerprint_of(dataset, self.num_classes)
@@ -209,7 +209,7 @@ class Selection:
 
 
 class _Flagged(Dataset[Any]):
-    """A dataset's samples with their flags."""
+    """A dataset whose samples have a flag."""
 
     def __init__(self, of: Any, selected: list[bool]) -> None:
         self._of, self._selected = of, selected
@@ -229,9 +229,9 @@ class _Flagged(Dataset[Any]):
 def prefix(*batch: Tensor) -> tuple[Any, ...]:
     """A batch with its selected rows in front: (x, y, ..., selected) becomes (x, y, ..., K), K of them an int.
 
-    batch: tensors with B rows each, the last one (B,) bool, as a DataLoader over Selection.dataset gives them. Within
-    the selected, and within the others, the order is kept. The teacher then sees x[:K] alone, and kd_loss takes its
-    logits as a teacher of K rows. Raises ValueError or TypeError for what is no such batch.
+    batch: tensors with B rows each, the last one (B,) bool, as a DataLoader over Selection.dataset gives them. The
+    selected rows keep their order, and so do the others. Run the teacher on x[:K], and pass teacher_rows=K to
+    kd_loss. Raises ValueError or TypeError for other batches.
     """
     selected = batch[-1] if batch else None
     if not isinstance(selected, Tensor) or selected.dtype != torch.bool or selected.dim() != 1:
@@ -262,7 +262,7 @@ def label_tensor(name: str, labels: object) -> Tensor:
 
 
 def fingerprint_of(dataset: object, num_classes: int | None = None) -> str:
-    """A dataset's fingerprint, from whatever the caller has of it; num_classes: C where the dataset does not say."""
+    """The fingerprint of a dataset, or the fingerprint itself. num_classes: C, if the dataset has no `classes`."""
     if isinstance(dataset, str):
         if len(dataset) != 64 or not set(dataset) <= set("0123456789abcdef"):
             raise ValueError(f"dataset must be a fingerprint of 64 hex digits; got {dataset!r}")

@@ -39,7 +39,7 @@ _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
 class _Package(ModuleType):
-    """Loads on first use: the command line answers without PyTorch."""
+    """Loads names on first use, so that the command line starts without importing PyTorch."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOMES:

@@ -34,8 +34,8 @@ def write_cache(
     """Runs `teacher` over teacher.cache_views views of data.train and writes the folder teacher.cache.
 
     data: with as many views (see run.load_data). selected: (N,) bool, whose soft labels are needed; None is all.
-    resume, overwrite: see write_soft_labels, whose errors are raised; ValueError as well where teacher.cache is empty,
-    FileExistsError where another process writes there.
+    resume, overwrite: see write_soft_labels, whose errors are raised. Also raises ValueError if teacher.cache is empty
+    and FileExistsError if another process writes there.
     """
     options = recipe.teacher
     if not options.cache:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, refused where they are another run's."""
+"""Checkpoints: written atomically; a checkpoint of another run is an error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Position(NamedTuple):
 
 
 def machine(device: torch.device, amp: str, ranks: Ranks) -> dict[str, str]:
-    """What a run's last bits depend on beside its recipe and data."""
+    """The properties of the machine that a run's results depend on bit for bit."""
     facts = {"PyTorch": str(torch.__version__), "processes": str(ranks.count), "precision": amp}
     if device.type == "cuda":
         return facts | {"device": torch.cuda.get_device_name(device)}
@@ -64,7 +64,7 @@ def save(
     """A checkpoint of the run at `position`, written by the first process.
 
     facts: strings that must be equal on resuming (model, data fingerprint, ...). parts: by name, whatever else has
-    state; None is left out. machine: what the last bits depend on, see machine(). The random generators' states of
+    state; None is left out. machine: see machine(). The random generators' states of
     every process are added.
     """
     ranks = ranks or Ranks()
@@ -99,11 +99,11 @@ def resume(
     machine: Mapping[str, str] | None = None,
     ranks: Ranks | None = None,
 ) -> Position:
-    """Loads what save() wrote and returns how far the run was; ValueError where a fact differs. Where only the machine
-    does, a note says that the results will not be bit for bit those of a run without a break."""
+    """Loads what save() wrote and returns the position of the run. ValueError where a fact differs. Where only the
+    machine differs, prints a note that the results will not be bit for bit those of an uninterrupted run."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
-    state = read(path, named=str(path), otherwise="restore it from a copy, or delete it and start afresh")
+    state = read(path, named=str(path), otherwise="restore it from a copy, or delete it and start again")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); start afresh without --resume"
@@ -123,8 +123,8 @@ def resume(
     ]
     if others:
         note(
-            f"{path} was written with {'; '.join(others)}: the results will not be bit for bit those of a run without"
-            " a break"
+            f"{path} was written with {'; '.join(others)}: the results will not be bit for bit those of an"
+            " uninterrupted run"
         )
     load_state(student, state["student"], str(path))
     for name, part in parts.items():

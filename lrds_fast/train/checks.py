@@ -41,7 +41,7 @@ def check_values(recipe: Recipe) -> None:
             named = ", ".join(choice or repr(choice) for choice in choices)
             raise ValueError(f"{key} must be one of {named}; got {value!r}")
     if not recipe.run.out and not os.path.normpath(f"runs/{recipe.name.strip()}").startswith(f"runs{os.sep}"):
-        raise ValueError(f"name is the run's folder below runs/; got {recipe.name!r}: set a name, or run.out")
+        raise ValueError(f"name must be a folder name, for runs/NAME; got {recipe.name!r}: set name or run.out")
     positive = {
         "data.batch_size": recipe.data.batch_size,
         "data.eval_batch_size": recipe.data.eval_batch_size,
@@ -152,7 +152,7 @@ def check_values(recipe: Recipe) -> None:
 
 
 def _check_epochs(recipe: Recipe) -> None:
-    """What is to happen at an epoch has to come before the end."""
+    """Every epoch at which something happens must come before the end of training."""
     epochs, schedule, selection = recipe.schedule.epochs, recipe.schedule, recipe.selection
     happens: list[tuple[str, float, str]] = [("selection.after", selection.after, "selection.after=0")]
     if selection.every:
@@ -164,8 +164,8 @@ def _check_epochs(recipe: Recipe) -> None:
     for key, epoch, none in happens:
         if epoch >= epochs:
             raise ValueError(
-                f"{key}: with schedule.epochs={epochs} training is over before epoch {epoch:g} comes; set {none} or"
-                " earlier ones, or raise schedule.epochs"
+                f"{key} must be below schedule.epochs={epochs}, where training ends; got {epoch:g}: lower it, set"
+                f" {none} or raise schedule.epochs"
             )
     for key, length in (
         ("schedule.warmup_epochs", schedule.warmup_epochs),
@@ -173,8 +173,8 @@ def _check_epochs(recipe: Recipe) -> None:
     ):
         if length > epochs:
             raise ValueError(
-                f"{key}: with schedule.epochs={epochs} training is over before {length:g} epochs of warm-up; lower it,"
-                " or raise schedule.epochs"
+                f"{key} must be at most schedule.epochs={epochs}, where training ends; got {length:g}: lower it or"
+                " raise schedule.epochs"
             )
 
 

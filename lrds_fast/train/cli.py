@@ -17,7 +17,7 @@ from lrds_fast._version import __version__
 #: Training that a signal stopped after its checkpoint ends with 128 + the signal's number, as shells have it.
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 
-_RESUME = "; the same command with --resume goes on after the last checkpoint, if there is one"
+_RESUME = "; to resume from the last checkpoint, run the same command with --resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors are one line, like all others."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(MISUSED, f"lrds-fast: error: {message} (see {self.prog} --help)\n")
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
-    """The arguments' meaning. A wrong one ends the program with a line that names the nearest right one."""
+    """The parsed arguments. A wrong argument ends the program with one line that names the nearest valid one."""
     parser, commands = _parser()
     first = arguments[0] if arguments else ""
     if first and not first.startswith("-") and first not in commands:
@@ -78,7 +78,7 @@ def _instead(near: Sequence[str], all_of_them: Sequence[str]) -> str:
 
 
 def _unknown(argument: str, *, has_settings: bool) -> str:
-    """What to say of an argument that the command does not take: --epochs is a recipe's schedule.epochs."""
+    """The error for an unknown argument; for --epochs it names the recipe key schedule.epochs."""
     from lrds_fast.train.recipe import all_keys
 
     name = argument.partition("=")[0].lstrip("-").replace("-", "_")
@@ -171,7 +171,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub = add(
         "cache",
         _cache,
-        "run a recipe's teacher once and keep its answers in teacher.cache, for training to read",
+        "run a recipe's teacher once and store its logits in teacher.cache, for training to read",
         "lrds-fast cache digits_kd --set teacher.cache=runs/soft_labels --set teacher.cache_views=4",
         again=_RESUME,
     )
@@ -188,10 +188,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub = add(
         "sweep",
         _sweep,
-        "train a list of recipes, one after the other; what is finished is kept, what was cut short goes on",
+        "train a list of recipes one after the other; finished runs are kept, interrupted ones resume",
         "lrds-fast sweep cifar100/resnet56-resnet20/kd cifar100/resnet56-resnet20/kd+lr --seeds 0 1 2\n"
         "  lrds-fast sweep cifar100/resnet56-resnet20/kd+lr+ds --ablation eta --list",
-        again="; the same command goes on where this one was stopped",
+        again="; to continue, run the same command again",
     )
     sub.add_argument(
         "recipes", metavar="RECIPE", nargs="+", help="TOML files or names; @FILE is a file of them, a line each"
@@ -308,7 +308,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from lrds_fast.train.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.settings)  # mistakes in it need not wait for PyTorch
+    recipe = load_recipe(options.recipe, options.settings)  # before PyTorch is imported, so that its errors come fast
 
     from lrds_fast.train import run
 
@@ -367,7 +367,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from lrds_fast.train.files import write_text
     from lrds_fast.train.report import check_baseline, html_report, markdown_report, printed
 
-    # What would only be missed once everything is trained.
+    # Checked before training: these errors would otherwise appear after it.
     check_baseline(options.baseline, [recipe.name for recipe in recipes])
     for key, path in (("--report", options.report), ("--markdown", options.markdown)):
         if path is not None:
@@ -375,7 +375,7 @@ def _sweep(options: argparse.Namespace) -> int:
     runs, failures = sweep(
         recipes, seeds=options.seeds, progress=_progress(options), say=print, say_epoch=_say(options)
     )
-    # A baseline that failed has no row: then there are no differences.
+    # If the baseline failed there is nothing to compare with.
     baseline = options.baseline if options.baseline in {run.recipe.name for run in runs} else None
     if runs:
         print(f"\n{printed(runs, baseline=baseline)}")

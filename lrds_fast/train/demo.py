@@ -145,8 +145,8 @@ def _one_seed(folder: Path, seed: int, settings: Sequence[str], bar: tqdm[None])
 
 
 def _conclusions(finished: Sequence[Run]) -> list[str]:
-    """What the numbers say: of every student against KD, of kd_gain's choice against chance's at the same number of
-    samples, and of every other student against the one without a teacher."""
+    """Sentences that compare every student with KD, selection by kd_gain with a random selection of as many samples,
+    and every other student with the student alone."""
     against = {name: tabulate(finished, baseline=name) for name in (BASELINE, RANDOM, ALONE)}
     sentences = verdicts(
         [
@@ -159,16 +159,17 @@ def _conclusions(finished: Sequence[Run]) -> list[str]:
     cost = differences[BASELINE]
     if cost is None or not cost.mean < 0:
         return sentences
-    won_back = ", ".join(
+    recovered = ", ".join(
         f"{name} {100 * (value.mean - cost.mean):.2f}"
         for name, value in differences.items()
         if name.startswith("KD +") and value is not None
     )
     return [
         *sentences,
-        f"In the mean, listening to this teacher as it is costs {-100 * cost.mean:.2f} points of accuracy; won back:"
-        f" {won_back}. Without a teacher every label is right, and this teacher knows less than they do: the demo shows"
-        " what LR and DS save, not that it was worth having.",
+        f"On average, plain KD from this teacher costs {-100 * cost.mean:.2f} points of accuracy against the student"
+        f" alone. Points recovered: {recovered}. The student alone learns from labels that are all right, and the"
+        " teacher is less accurate than they are: the demo shows how much LR and DS recover, not that this teacher is"
+        " useful.",
     ]
 
 
@@ -195,8 +196,7 @@ def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[s
     )
     place = (
         f"{seeds} seed{'s' * (seeds > 1)}, {seconds:.0f} s; torch {torch.__version__}, whose kernels here are"
-        f" {torch.backends.cpu.get_cpu_capability()}. On another kind of CPU sums are rounded otherwise, and a teacher"
-        " that learns from wrong labels comes out another one: differences have moved by a point of accuracy. What is"
-        " said of them below is said of these runs."
+        f" {torch.backends.cpu.get_cpu_capability()}. The statements below hold for these runs. Another kind of CPU"
+        " rounds differently, which changes the trained teacher and has moved differences by a point of accuracy."
     )
     return [data, teacher, method, place]

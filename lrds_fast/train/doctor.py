@@ -1,4 +1,4 @@
-"""What is installed, what was built, what is missing and how to get it: read from files, PyTorch is not imported."""
+"""What is installed and built, what is missing and how to install it. Reads files; does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def examine() -> list[Finding]:
     problem = _build.problem()
     facts = None if problem else _build.record()
     if not problem and facts is None:
-        facts, problem = _asked()
+        facts, problem = _facts_by_import()
     torch = _build.installed_torch()
     findings = [
         Finding("python", True, platform.python_version(), needed=True),
@@ -73,8 +73,9 @@ def healthy(findings: Sequence[Finding]) -> bool:
     return all(finding.found for finding in findings if finding.needed)
 
 
-def _asked() -> tuple[dict[str, Any] | None, str | None]:
-    """The facts of an extension without a record, from itself, and else why it does not load. Takes seconds."""
+def _facts_by_import() -> tuple[dict[str, Any] | None, str | None]:
+    """(facts, None) of an extension without a record, or (None, why it does not load). Imports it in another process,
+    which takes seconds."""
     code = "import json; from lrds_fast._ops import build_info; print(json.dumps(build_info()))"
     folder = str(Path(_build.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
@@ -116,11 +117,11 @@ def _cpu_kernels(facts: dict[str, Any]) -> Finding:
 
 
 def cpu_level(levels: Sequence[str]) -> str:
-    """Which of the compiled levels runs here, as csrc/cpu/kd_loss.cpp chooses it."""
+    """The compiled level that csrc/cpu/kd_loss.cpp chooses on this CPU."""
     try:
         flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
     except (OSError, IndexError):
-        return "the best of them that it has"
+        return "the best of them that it supports"
     best = "baseline"
     if {"avx2", "fma"} <= flags:
         best = "avx2"
@@ -145,14 +146,14 @@ def _cuda_device(torch: dict[str, str | None] | None) -> Finding:
         return Finding("cuda device", False, "torch is a CPU build; training runs on the CPU")
     names = _devices()
     if not names:
-        return Finding("cuda device", False, "the driver names none (nvidia-smi); training runs on the CPU")
+        return Finding("cuda device", False, "NVIDIA's driver reports none (nvidia-smi); training runs on the CPU")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     limit = "" if visible is None else f"; CUDA_VISIBLE_DEVICES={visible}"
     return Finding("cuda device", True, ", ".join(names) + limit)
 
 
 def _devices() -> list[str]:
-    """The names of the GPUs that NVIDIA's driver has."""
+    """The names of the GPUs that NVIDIA's driver reports."""
     files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     names = [name for file in files for name in re.findall(r"^Model:\s*(\S.*)$", file.read_text(), re.MULTILINE)]
     if names or shutil.which("nvidia-smi") is None:

@@ -15,8 +15,8 @@ from lrds_fast.files import naming, replacing
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name `path` only once everything is written; see lrds_fast.files.replacing. Parent
-    folders are made."""
+    """A binary file that is renamed to `path` once it is complete; see lrds_fast.files.replacing. Creates parent
+    folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         yield file

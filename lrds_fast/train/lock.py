@@ -1,4 +1,4 @@
-"""Folders that one run at a time writes to."""
+"""Locks: one run at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-#: The locks' file descriptors in this process.
+#: File descriptors of the locks that this process holds.
 _held: set[int] = set()
 
 
 @contextmanager
 def holding(folder: Path, *, shared: bool = False, ranks: Ranks | None = None) -> Iterator[None]:
-    """Nobody else holds `folder` while the body runs; with `shared`, others may share it. It is made where it is not.
+    """Locks `folder` while the body runs and creates it if needed. `shared`: other shared locks are allowed.
 
-    The lock is the system's, on a file in the folder: it ends with the process, however that ends, and not only with
-    the processes that it has started. Where the file system has no locks a note says so. ranks: the processes that
-    hold it together. Raises FileExistsError, which names the holder, in all of them.
+    The operating system releases the lock when the process ends, even if it is killed or its child processes go on.
+    On a file system without locks a note is printed. ranks: the processes that hold the lock together. Raises
+    FileExistsError, which names the process that has the lock, in all of them.
     """
     ranks = ranks or Ranks()
     handle, problem = -1, None
     if ranks.first:
         try:
             if folder.is_file():
-                raise FileExistsError(f"{folder} is a file; name a folder")
+                raise FileExistsError(f"{folder} must be a folder; it is a file: choose another path")
             folder.mkdir(parents=True, exist_ok=True)
             handle = _taken(folder / LOCK, shared)
         except OSError as error:
@@ -60,13 +60,13 @@ def _taken(path: Path, shared: bool) -> int:
             holder = os.read(handle, 1000).decode(errors="replace") or "another process"
             os.close(handle)
             raise FileExistsError(
-                f"{path.parent} is in use by {holder}; wait until that has ended, or name another folder"
+                f"{path.parent} is in use by {holder}; wait until that process has ended, or choose another folder"
             ) from None
         except OSError as error:
-            note(f"{path.parent}: its file system has no locks ({error.strerror}); start no second run there meanwhile")
+            note(f"{path.parent} is on a file system without locks ({error.strerror}); start no second run there")
         if _is_at(handle, path):
             break
-        os.close(handle)  # whoever had it has deleted it
+        os.close(handle)  # the previous holder has deleted the file
     _held.add(handle)
     with suppress(OSError):  # a full disk
         os.ftruncate(handle, 0)
@@ -81,10 +81,10 @@ def _lock(handle: int, shared: bool) -> None:
 
 
 def _let_go(path: Path, handle: int) -> None:
-    if handle not in _held:  # in a child that unwinds
+    if handle not in _held:  # a forked child does not own the lock
         return
     with suppress(OSError):
-        _lock(handle, False)  # the last of those who share it deletes the file
+        _lock(handle, False)  # fails while others share the lock: the last one deletes the file
         if _is_at(handle, path):
             path.unlink()
     _held.remove(handle)
@@ -99,7 +99,7 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _leave_to_parent() -> None:
-    """A lock belongs to whoever has a descriptor of it: a loader's worker would keep that of a killed run."""
+    """Closes the locks in a forked child: otherwise the workers of a loader would keep the lock of a killed run."""
     for handle in _held:
         os.close(handle)
     _held.clear()

@@ -70,7 +70,7 @@ def _kd(options: LossOptions) -> Objective:
             v,
             y,
             **(arguments | {"kd_weight": kd_weight}),
-            **_listeners(v, selected),
+            **_teacher_keywords(v, selected),
             grad_scale=grad_scale,
             num_valid=num_valid,
         )
@@ -78,8 +78,8 @@ def _kd(options: LossOptions) -> Objective:
     return parts
 
 
-def _listeners(v: Tensor | TopKTeacher, selected: Tensor | None) -> dict[str, Any]:
-    """kd_loss's keywords for who has a teacher: a mask, or the rows of v."""
+def _teacher_keywords(v: Tensor | TopKTeacher, selected: Tensor | None) -> dict[str, Any]:
+    """kd_loss's `selected`, or its `teacher_rows` where there is no mask."""
     if selected is not None:
         return {"selected": selected}
     return {"teacher_rows": len(v.values if isinstance(v, TopKTeacher) else v)}
@@ -91,7 +91,7 @@ def _counted(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, options: 
         z,
         v,
         y,
-        **_listeners(v, selected),
+        **_teacher_keywords(v, selected),
         ce_weight=options.ce_weight,
         ce_weight_unselected=options.ce_weight_unselected,
         kd_weight=0.0,

@@ -1,4 +1,4 @@
-"""What a run has to say beside its results: lines on stderr, where there is one."""
+"""Notes to the user on stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def note(text: str, *, of_all: bool = False) -> None:
-    """One line, above any bar, of the first process alone or `of_all`; nothing where there is no stderr."""
+    """Prints one line above any progress bar, from the first process only unless `of_all`; nothing without a stderr."""
     if sys.stderr is not None and (of_all or os.environ.get("RANK", "0") == "0"):
         from tqdm import tqdm
 
@@ -16,9 +16,9 @@ def note(text: str, *, of_all: bool = False) -> None:
 
 
 def open_streams() -> None:
-    """Puts the null device where stdin, stdout or stderr is closed, as in a daemon: what is said goes nowhere, and no
-    file that a run writes gets the number of a stream that others print to."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # the lowest that is free
+    """Opens the null device for each of stdin, stdout and stderr that is closed, as in a daemon. Otherwise a file that
+    a run writes could get the descriptor of stdout or stderr and receive printed text."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # open() returns the lowest free descriptor
         pass
     os.close(number)
     for name in ("stdout", "stderr"):

@@ -69,7 +69,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """The sum over the processes of the parameters' gradients, in each of them; a process without any adds none."""
+    """Replaces the parameters' gradients by their sums over the processes; a missing gradient counts as 0."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     found = [parameter.grad for parameter in wanted]
     flat = torch.cat(

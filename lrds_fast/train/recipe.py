@@ -32,8 +32,8 @@ class DataOptions:
     rand_augment: "" or RandAugment as timm names it, "m9-n2-mstd0.5". erasing: the probability of random erasing.
     mixup, cutmix: the alphas of what mixes two samples of a batch, 0 for none; mix_probability: how many batches are
     mixed. second_view "strong": samples come in a second, strongly augmented view as well, for loss.method "mlkd".
-    first_label: the number of the first class in the files of "npz", "webdataset" and "tfrecord"; -1 is 1 in "tfrecord"
-    and 0 in the others."""
+    first_label: the number of the first class in the files of "npz", "webdataset" and "tfrecord"; -1 means 1 for
+    "tfrecord" and 0 for the others."""
 
     name: str = "digits"
     root: str = ""
@@ -62,7 +62,7 @@ class DataOptions:
 @dataclass(frozen=True)
 class TeacherOptions:
     """model "" trains without a teacher. checkpoint: any file of torch.save or safetensors that holds its weights.
-    weights "average" or "raw": which of them where the file has both; a file with one kind needs no such choice.
+    weights: "average" or "raw", which weights to load where the file has both kinds.
     amp: its precision, "" as run.amp has it. own_stream: on a GPU it runs beside the student's forward pass.
 
     cache: a folder of the teacher's logits, which lrds-fast cache writes and training reads; "" runs the teacher.
@@ -82,8 +82,8 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """checkpoint: weights to start from, "" for fresh ones. weights "average" or "raw": which of them where that file,
-    or score.base, has both."""
+    """checkpoint: weights to start from, "" for fresh ones. weights: "average" or "raw", which weights to load
+    where that file, or score.base, has both kinds."""
 
     model: str = "mlp"
     checkpoint: str = ""
@@ -205,8 +205,8 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """device "auto" is CUDA where there is one. amp "off", "bf16" or "fp16"; on a CPU that has no instructions for the
-    type it is "off", unless amp_emulated. ema_decay 0 is off. out "" is runs/NAME.
+    """device "auto" is CUDA where there is one. amp "off", "bf16" or "fp16"; on a CPU without instructions for the
+    16-bit type it falls back to "off", unless amp_emulated is set. ema_decay 0 is off. out "" is runs/NAME.
     save_every: epochs between checkpoints; the last epoch always has one. save_every_steps: also within an epoch, 0 is
     off. compile: torch.compile's mode for student and teacher, or "off". accumulate: parts that a batch is computed in.
     timeout: seconds that a process waits for the others. tensorboard: events are written where it is installed. wandb:
@@ -360,8 +360,8 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file in UTF-8, with or without a byte-order mark, with any ends of lines; ValueError names the byte
-    that is none. what: what to call the file."""
+    """The text of a UTF-8 file, with or without a byte-order mark. Raises ValueError naming the first byte that is not
+    UTF-8. what: the kind of file, for the error."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -87,11 +87,11 @@ def tabulate(runs: Sequence[Run], *, baseline: str | None = None) -> list[Row]:
 
 
 def check_baseline(baseline: str | None, names: Sequence[str]) -> None:
-    """ValueError where there is no run of that name to compare with; None compares with none."""
+    """ValueError unless baseline is None or one of names."""
     if baseline is not None and baseline not in names:
         near = difflib.get_close_matches(baseline, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"there is no run named {baseline!r} to compare with; {hint}these are: {', '.join(names)}")
+        raise ValueError(f"baseline must be the name of a run; got {baseline!r}: {hint}there are {', '.join(names)}")
 
 
 def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
@@ -226,10 +226,10 @@ _MEASURES = (("accuracy", 100.0, " points", 2), ("cross-entropy", 1.0, "", 4))
 
 
 def verdicts(comparisons: Sequence[tuple[Sequence[Row], str]]) -> list[str]:
-    """One sentence per row and baseline: which way, how far, or that it cannot be told from noise.
+    """One sentence per row and baseline: the difference, and whether it is better, worse or within noise.
 
-    comparisons: rows, and the baseline that their differences are to. All differences are judged together: p-values of
-    paired t tests, corrected for their number (Holm), at 5%; a last sentence says so. One seed is no test.
+    comparisons: pairs of rows and the name of their baseline. All differences are tested together by paired t tests at
+    5%, corrected for their number (Holm); the last sentence says so. Differences of one seed are not tested.
     """
     found = [
         (row, baseline, (row.accuracy_difference, row.cross_entropy_difference))
@@ -259,8 +259,8 @@ def verdicts(comparisons: Sequence[tuple[Sequence[Row], str]]) -> list[str]:
     tests = sum(not math.isnan(p) for p in p_values)
     if tests:
         sentences.append(
-            f"Better, worse and noise are judged over these {tests} differences together: paired t tests at"
-            f" {LEVEL:.0%}, corrected for their number (Holm)."
+            f"'Better', 'worse' and 'within noise' are results of paired t tests at {LEVEL:.0%} over these {tests}"
+            " differences, corrected for their number (Holm)."
         )
     return sentences
 

@@ -158,7 +158,7 @@ def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
     """Scores every training sample from the last layer of a trained student (score.base, else this recipe's own run).
 
     The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched. Raises
-    FileExistsError where this recipe's own run is still being trained.
+    FileExistsError while this recipe's own run is still training.
     """
     own = not recipe.score.base and os.access(recipe.out, os.W_OK)
     with holding(recipe.out, shared=True) if own else nullcontext():

@@ -74,9 +74,9 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
 
 
 def available_amp(amp: str, device: torch.device, *, emulated: bool = False) -> str:
-    """`amp`, or "off" where it is 16 bits on a CPU that has no instructions for them, which a note then says.
+    """`amp`, or "off" with a note where this CPU has no instructions for the 16-bit type.
 
-    PyTorch's convolutions are some ten times slower than in float32 there. emulated: as asked for all the same.
+    There PyTorch's convolutions are about ten times slower in 16 bits than in float32. emulated: always return `amp`.
     """
     if amp == "off" or emulated or device.type != "cpu" or _computes(amp):
         return amp
@@ -89,7 +89,7 @@ def _computes(amp: str) -> bool:
     if not torch._C._has_mkldnn:
         return False
     if amp == "bf16" and platform.machine() in ("x86_64", "AMD64"):
-        # What oneDNN supports includes AVX-512 without them.
+        # oneDNN also reports support on AVX-512 CPUs without these instructions.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     ask: Any = getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported")
     return bool(ask())
@@ -100,7 +100,7 @@ def _note_fall_back(amp: str) -> None:
     needs = "AVX512_BF16 or AMX" if amp == "bf16" else "AVX512_FP16"
     note(
         f"this CPU has no instructions for run.amp={amp} ({needs}): computing in float32, which is faster;"
-        " run.amp_emulated=true insists"
+        f" to compute in {amp} anyway, set run.amp_emulated=true"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a handful of seeds can say: means, standard errors, paired differences, and which are more than noise."""
+"""Statistics over seeds: means, standard errors, paired differences, t tests and Holm's correction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: Differences count as real at this probability of seeing them, or larger ones, where there are none.
+#: The significance level of the tests.
 LEVEL = 0.05
 
 
@@ -19,14 +19,14 @@ class Estimate(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """Two-sided, of Student's t test that the mean is 0; nan from one value, which says nothing about noise."""
+        """The two-sided p-value of Student's t test that the mean is 0; nan for one value."""
         if self.error == 0:
             return 1.0 if self.mean == 0 else 0.0
         return two_sided(abs(self.mean / self.error), self.n - 1) if self.n > 1 else math.nan
 
     @property
     def within_noise(self) -> bool:
-        """Whether the 95% t interval holds 0; False from one value, which has no interval."""
+        """Whether the 95% t interval contains 0; False for one value, which has no interval."""
         return self.p_value > LEVEL
 
 
@@ -50,7 +50,7 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
 
 
 def two_sided(t: float, degrees: int) -> float:
-    """The probability of a Student's t beyond +-t, for whole degrees of freedom (Abramowitz and Stegun, 26.7.3-4)."""
+    """P(|T| > |t|) of Student's t distribution with integer degrees of freedom (Abramowitz and Stegun, 26.7.3-4)."""
     angle = math.atan(t / math.sqrt(degrees))
     sine, square = math.sin(angle), math.cos(angle) ** 2
     term = total = math.cos(angle) if degrees % 2 else 1.0
@@ -62,7 +62,7 @@ def two_sided(t: float, degrees: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number: comparing each with LEVEL errs in any of them with at most that probability.
+    """p-values corrected for their number. Compared with LEVEL, the family-wise error rate is at most LEVEL.
 
     Holm, "A simple sequentially rejective multiple test procedure", 1979. nan stays nan and is not counted.
     """

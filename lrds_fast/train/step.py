@@ -148,8 +148,8 @@ class Step:
             self.totals.load_state_dict(state["totals"], self.ranks)
 
     def __call__(self, batch: Batch, number: int) -> None:
-        """One step. batch: this process's rows; none in the last batch of an epoch that is too small to be divided.
-        number: of the step, from 0, over all epochs."""
+        """One step. batch: this process's rows; empty where the last batch of an epoch is too small to be divided among
+        the processes. number: the step's number over all epochs, from 0."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, number / self._steps_per_epoch)
         if self.recipe.run.compile not in ("off", "default"):
@@ -170,7 +170,7 @@ class Step:
                 self._forward_backward(part, number, place, denominator, self._student if divided else self.student)
         with record_function("optimizer"):
             if not divided:
-                self.scaler.scale(torch.zeros((), device=self.device))  # a scaler that has seen no loss takes no step
+                self.scaler.scale(torch.zeros((), device=self.device))  # GradScaler.step needs a scaled loss
                 sum_gradients([p for group in self.optimizer.param_groups for p in group["params"]], self.ranks)
             elif self.features is not None:
                 average_gradients(self.features.parameters(), self.ranks)

@@ -29,8 +29,8 @@ def listed(sources: Sequence[str]) -> list[str]:
 def planned(recipes: Sequence[Recipe], seeds: Sequence[int] | None = None) -> list[Recipe]:
     """The runs of a sweep: each recipe as it is, or once per seed in OUT/seedN.
 
-    ValueError, before anything is trained, where two runs have one name and seed (a table could not tell them apart) or
-    one folder, or where a folder cannot be written or holds a run that this one cannot go on with.
+    Raises ValueError where two runs have the same name and seed or the same folder, and where a folder is not writable
+    or contains another run, which cannot be resumed.
     """
     runs = (
         list(recipes)
@@ -46,13 +46,13 @@ def planned(recipes: Sequence[Recipe], seeds: Sequence[int] | None = None) -> li
     for recipe in runs:
         where = _where(recipe)
         if where in names:
-            raise ValueError(f"{where} is there twice; name each recipe and each seed once")
+            raise ValueError(f"{where} is given twice; give each recipe and each seed once")
         names.add(where)
         folder = recipe.out.resolve()
         if folder in folders:
             raise ValueError(
-                f"run.out: {folders[folder]} and {where} would both write to {recipe.out}; without run.out each goes to"
-                " runs/NAME"
+                f"run.out must differ between runs; {folders[folder]} and {where} have {recipe.out}: leave it out to"
+                " write to runs/NAME"
             )
         folders[folder] = where
         check_writable(recipe.out, "run.out")
@@ -62,13 +62,14 @@ def planned(recipes: Sequence[Recipe], seeds: Sequence[int] | None = None) -> li
 
 
 def check_writable(path: Path, key: str, *, folder: bool = True) -> None:
-    """ValueError, naming `key`, where `path` cannot become a folder, or a file, that is written to."""
+    """ValueError, naming `key`, unless `path` is or can become a writable folder, or with folder=False a file."""
     if path.exists() and path.is_dir() != folder:
-        raise ValueError(f"{key}: {path} must be a {'folder' if folder else 'file'}, and is none; name another path")
+        kind, other = ("folder", "file") if folder else ("file", "folder")
+        raise ValueError(f"{key}: {path} must be a {kind}; it is a {other}: choose another path")
     wanted = (path if folder else path.parent).absolute()
     there = next(place for place in (wanted, *wanted.parents) if place.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"{key}: {path} cannot be written: {there} is no folder that this user may write to")
+        raise ValueError(f"{key}: {path} cannot be written: {there} is not a writable folder")
 
 
 def _check_earlier_run(recipe: Recipe) -> None:
@@ -85,7 +86,7 @@ def _check_earlier_run(recipe: Recipe) -> None:
     for key, value in identity(recipe, "", None).items():
         if before[key] != value:
             raise ValueError(
-                f"{recipe.out} is of another run: its {key} is {before[key]}, that of {_where(recipe)} is {value}; set"
+                f"{recipe.out} contains another run, with {key} {before[key]}; {_where(recipe)} has {value}: set"
                 " another run.out, or move the older run away"
             )
 
@@ -104,9 +105,9 @@ def sweep(
 ) -> tuple[list[Run], list[tuple[str, str]]]:
     """Trains planned(recipes, seeds) and returns (finished runs, (name, reason) of failed ones).
 
-    A run whose folder has all of its epochs is not touched; any other goes on after its last checkpoint. say: is told
-    of each run; say_epoch: of each epoch. Raises what planned raises, before the first run, and nothing that a single
-    run raises for its own data or checkpoint.
+    Finished runs are kept; the others resume from their last checkpoint. say is called with a line per run, say_epoch
+    with a line per epoch. Raises what planned raises, before the first run. Errors of a single run are not raised: they
+    are returned.
     """
     from lrds_fast.train import run
     from lrds_fast.train.report import read_run

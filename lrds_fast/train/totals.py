@@ -65,13 +65,13 @@ class Totals:
         self._bad_step = torch.where(torch.isfinite(loss), self._bad_step, self._bad_step.clamp(max=step))
 
     def check_finite(self, recipe: Recipe, checkpoint: Path) -> None:
-        """FloatingPointError naming the first step whose loss was not finite. checkpoint: the run's, if there is."""
+        """FloatingPointError naming the first step whose loss was not finite. checkpoint: need not exist."""
         step = int(self._bad_step)
         if step != NO_STEP:
             hints = [f"lower optimizer.lr ({recipe.optimizer.lr})", "set run.clip_grad_norm"]
             if recipe.run.amp == "fp16":
                 hints.append("try run.amp=bf16")
-            left = f"{checkpoint} is from before it" if checkpoint.exists() else "no checkpoint is from before it"
+            left = f"{checkpoint} is older than this step" if checkpoint.exists() else "there is no older checkpoint"
             raise FloatingPointError(
                 f"the loss is not finite at step {step} (counted from 0); {', or '.join(hints)}; {left}"
             )

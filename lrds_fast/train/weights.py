@@ -1,4 +1,4 @@
-"""Weights of any file: found wherever they lie in it, read without running code, refused by name where none fit."""
+"""Weights from checkpoint files of any layout, read without running code."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from lrds_fast.influence.ranks import Ranks
 
-# What published checkpoints hold beside tensors: options as argparse leaves them, accuracies as NumPy scalars. None of
-# these runs anything when it is unpickled.
+# What published checkpoints contain beside tensors: argparse options, NumPy scalars. Unpickling them runs no code.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
@@ -42,10 +41,10 @@ _COUNTER = "num_batches_tracked"
 
 _PREFIX_OF_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save's before 1.6
 _FOREIGN = {
-    b"\x1f\x8b": "a gzip archive: unpack it, and name the file that was in it",
-    b"BZh": "a bzip2 archive: unpack it, and name the file that was in it",
-    b"\xfd7zXZ": "an xz archive: unpack it, and name the file that was in it",
-    b"7z\xbc\xaf": "a 7z archive: unpack it, and name the file that was in it",
+    b"\x1f\x8b": "a gzip archive: unpack it, and name the file in it",
+    b"BZh": "a bzip2 archive: unpack it, and name the file in it",
+    b"\xfd7zXZ": "an xz archive: unpack it, and name the file in it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it, and name the file in it",
     b"\x89HDF": "an HDF5 file (of Keras?): save the network's state_dict() from PyTorch",
     b"\x93NUMPY": "a NumPy array: save the network's state_dict() from PyTorch",
 }
@@ -55,13 +54,13 @@ _SAVE_THE_STATE = "in the program that made it, save the weights alone: torch.sa
 def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "average") -> None:
     """Fills `model` from a file of torch.save or safetensors that holds all of its weights, under whatever names.
 
-    The weights may lie at any depth of dicts and lists, and their names may have any prefix in common. Where raw and
-    averaged weights (EMA, SWA) fit, `weights` says which are taken, and a line on stderr how to have the others.
-    key: the recipe key that named the file. Raises FileNotFoundError where there is none, ValueError for a file of
-    another kind or another model, and where several sets of weights fit.
+    The weights may be nested in dicts and lists at any depth, and their names may have a common prefix. `weights`
+    chooses between raw and averaged weights (EMA, SWA) where both fit; a line on stderr reports the choice. key: the
+    recipe key of the file, for messages. Raises FileNotFoundError for a missing file, and ValueError for a file of
+    another kind, for another model, and where several different sets of weights fit.
     """
     if path.is_dir():
-        raise ValueError(f"{key}: {path} is a folder; name the file of weights in it")
+        raise ValueError(f"{key}: {path} must be a file of weights; it is a folder: name the file in it")
     if not path.is_file():
         raise FileNotFoundError(f"{key}: there is no file {path}; train it first, or correct the path")
     where = f"{key}: {path}"
@@ -70,33 +69,32 @@ def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "aver
     sets = _fitting(model, content, where)
     averages, raw = [found for found in sets if found.average], [found for found in sets if not found.average]
     if weights == "raw" and not raw:
-        raise ValueError(f"{where} holds averaged weights alone ({averages[0].place}); set {option}=average")
+        raise ValueError(f"{where} contains only averaged weights ({averages[0].place}); set {option}=average")
     taken, others = (raw, averages) if weights == "raw" or not averages else (averages, raw)
     if any(not taken[0].equals(another) for another in taken[1:]):
         raise ValueError(
-            f"{where} holds several sets of weights that fit ({', '.join(found.place for found in taken)});"
-            " take the one that you mean out of what torch.load(FILE) gives, and torch.save it in a file of its own"
+            f"{where} contains several sets of weights that fit ({', '.join(found.place for found in taken)});"
+            " load the file with torch.load, and save the right set alone with torch.save"
         )
     if others and Ranks.current().first:
         kinds = ("average", "raw") if taken is averages else ("raw", "average")
         print(
-            f"lrds-fast: {where} holds raw and averaged weights: took the {kinds[0]} ({taken[0].place});"
-            f" {option}={kinds[1]} takes the other ({others[0].place})",
+            f"lrds-fast: {where} contains raw and averaged weights: loaded the {kinds[0]} ({taken[0].place});"
+            f" {option}={kinds[1]} loads the other ({others[0].place})",
             file=sys.stderr,
         )
     taken[0].fill(model)
 
 
 def load_state(model: nn.Module, state: Any, where: str) -> None:
-    """Fills `model` from a state dict, or raises ValueError, which begins with `where`, with what differs."""
+    """Fills `model` from a state dict. Raises ValueError, beginning with `where`, that names the differences."""
     _fitting(model, state, where)[0].fill(model)
 
 
 def read(path: Path, *, named: str, otherwise: str) -> Any:
-    """What is in a file of torch.save or safetensors, on the CPU; no code in it is run.
+    """The content of a file of torch.save or safetensors, on the CPU. Code in the file is not run.
 
-    Raises ValueError, which begins with `named`, with what the file is instead; `otherwise`: what to do about a damaged
-    one.
+    Raises ValueError, beginning with `named`, that says what another file is. otherwise: the advice for a damaged file.
     """
     with path.open("rb") as file:
         head = file.read(1024)
@@ -105,21 +103,21 @@ def read(path: Path, *, named: str, otherwise: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        # An open file: by a path, torch.load goes by its suffix.
+        # Passed as an open file, because torch.load interprets the suffix of a path.
         with path.open("rb") as file, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are refused below
+            warnings.simplefilter("ignore")  # pickles that are errors below
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged zip raises RuntimeError, EOFError, OSError or KeyError, by where it was cut
+    except Exception as error:  # damaged zips raise RuntimeError, EOFError, OSError or KeyError
         try:
             kind = _kind(path, head, error, otherwise)
-        except Exception:  # a zip directory that is damaged raises as many types
+        except Exception:  # of a zip whose directory is damaged
             kind = f"damaged; {otherwise}"
         raise ValueError(f"{named} is {kind}") from error
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A tensor of the file. container: the dict that it lies in. name: from the file's root, the container included."""
+    """A tensor of the file. container: the name of its dict. name: its full name, which begins with the container."""
 
     container: str
     name: str
@@ -128,7 +126,8 @@ class _Entry:
 
 @dataclass
 class _Weights:
-    """What a file has of the model under one prefix. entries: by the model's names. surplus: what else is there."""
+    """The tensors of a file whose names are a prefix and the model's names. entries: by the model's names. missing,
+    surplus: names that only the model, or only the file, has. average: whether the weights are averaged."""
 
     prefix: str
     entries: dict[str, _Entry] = field(default_factory=dict)
@@ -138,22 +137,22 @@ class _Weights:
 
     @property
     def place(self) -> str:
-        """Where in the file they are."""
+        """The prefix, for messages."""
         return self.prefix.rstrip(".") or "its top level"
 
     def equals(self, other: _Weights) -> bool:
-        """Whether both are the same numbers, as those of a network that the file has under two names."""
+        """Whether both have the same names, dtypes and values."""
         if self.entries.keys() != other.entries.keys():
             return False
         pairs = [(entry.tensor, other.entries[name].tensor) for name, entry in self.entries.items()]
         return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in pairs)
 
     def unlike(self, own: Mapping[str, Tensor]) -> list[str]:
-        """Names of the tensors that have another shape than the model's."""
+        """Names of the tensors whose shape differs from the model's."""
         return [name for name, entry in self.entries.items() if entry.tensor.shape != own[name].shape]
 
     def fill(self, model: nn.Module) -> None:
-        """load_state_dict, by the names that the model itself has."""
+        """Loads the weights into the model."""
         names = {_plain(name): name for name in model.state_dict()}
         # A plain dict has no layout version; PyTorch's batch norms then accept a state without their counters.
         model.load_state_dict({names[name]: entry.tensor for name, entry in self.entries.items()})
@@ -164,7 +163,7 @@ def _fitting(model: nn.Module, content: Any, where: str) -> list[_Weights]:
     own = {_plain(name): value for name, value in model.state_dict().items()}
     entries = list(_tensors(content))
     if not entries:
-        raise ValueError(f"{where} holds no state dict of tensors; it holds {_outline(content)}")
+        raise ValueError(f"{where} contains no state dict of tensors but {_outline(content)}")
     found = _by_prefix(entries, own)
     complete = [weights for weights in found if not weights.missing]
     claimed = {entry for weights in complete for entry in weights.entries.values()}
@@ -176,18 +175,18 @@ def _fitting(model: nn.Module, content: Any, where: str) -> list[_Weights]:
     if fitting:
         return fitting
     if named:
-        raise ValueError(f"{where} is of another model: {_shapes(named[0], own)}")
+        raise ValueError(f"{where} is for another model: {_shapes(named[0], own)}")
     nearest = min(candidates, key=lambda weights: len(weights.surplus))
     differences = [f"lacks {_some(nearest.missing)}"] if nearest.missing else []
-    differences += [f"has {_some(nearest.surplus)}, which the model has not"] if nearest.surplus else []
+    differences += [f"has {_some(nearest.surplus)}, which the model does not have"] if nearest.surplus else []
     raise ValueError(
-        f"{where} is of another model: it {' and '.join(differences)}; the file holds {_inventory(entries)};"
-        " name the model it was saved from"
+        f"{where} is for another model: it {' and '.join(differences)}; the file contains {_inventory(entries)};"
+        " set the model that it was saved from"
     )
 
 
 def _tensors(content: Any) -> Iterator[_Entry]:
-    """Every tensor in dicts and lists; a dict that is there twice comes once."""
+    """Every tensor in nested dicts and lists. A dict that occurs twice is read once."""
     seen: set[int] = set()
     waiting = deque([("", content)])
     while waiting:
@@ -203,7 +202,7 @@ def _tensors(content: Any) -> Iterator[_Entry]:
 
 
 def _by_prefix(entries: list[_Entry], own: Mapping[str, Tensor]) -> list[_Weights]:
-    """By every prefix that names in the file have before one of the model's names."""
+    """One _Weights for every prefix that occurs in the file before a name of the model."""
     found: dict[str, _Weights] = {}
     for entry in entries:
         start = 0
@@ -213,21 +212,18 @@ def _by_prefix(entries: list[_Entry], own: Mapping[str, Tensor]) -> list[_Weight
                 prefix = entry.name[:start]
                 found.setdefault(prefix, _Weights(prefix)).entries.setdefault(name, entry)
             start = entry.name.find(".", start) + 1 or -1
-    if not found:  # no name in common: the differences are told of the largest dict
+    if not found:  # no common name: the error compares the model with the largest dict
         containers = [entry.container for entry in entries]
         largest = max(containers, key=containers.count)
         found[largest] = _Weights(largest)
     for weights in found.values():
-        # PyTorch loads files without these counters too; only batch norms with a momentum of None read them.
+        # PyTorch also loads files without these counters; only batch norms with momentum=None read them.
         weights.missing = [name for name in own if name not in weights.entries and name.rpartition(".")[2] != _COUNTER]
     return list(found.values())
 
 
 def _judge(weights: _Weights, entries: list[_Entry], claimed: set[_Entry]) -> None:
-    """Fills in whether the weights are an average, and what else their dicts have under their prefix.
-
-    claimed: the entries of this set of weights, and of others that the model could be filled from.
-    """
+    """Sets `average` and `surplus`. claimed: the entries of this and of other complete sets of weights."""
     prefix = weights.prefix
     averaged = prefix.removesuffix("module.") + "n_averaged"  # torch.optim.swa_utils.AveragedModel's
     weights.average = _AVERAGE.search(prefix) is not None or any(entry.name == averaged for entry in entries)
@@ -244,7 +240,7 @@ def _plain(name: str) -> str:
 
 
 def _shapes(weights: _Weights, own: Mapping[str, Tensor]) -> str:
-    """The first tensor of another shape, and the likely reason."""
+    """An error text with the first tensor of another shape and the likely reason."""
     names = weights.unlike(own)
     shapes = [(tuple(weights.entries[name].tensor.shape), tuple(own[name].shape)) for name in names]
     theirs, ours = shapes[0]
@@ -252,10 +248,10 @@ def _shapes(weights: _Weights, own: Mapping[str, Tensor]) -> str:
     said += f", and {len(names) - 1} more differ" if len(names) > 1 else ""
     if theirs and ours and all((a[:1], b[:1], a[1:]) == (theirs[:1], ours[:1], b[1:]) for a, b in shapes):
         return (
-            f"{said}; the class counts differ: it was trained on {theirs[0]} classes, and the model here has {ours[0]};"
-            " take weights for the same classes"
+            f"{said}; the class counts differ: the file has {theirs[0]} classes, the model {ours[0]};"
+            " use weights with the model's classes"
         )
-    return f"{said}; the widths or the input sizes differ: name the model it was saved from"
+    return f"{said}; the widths or the input sizes differ: set the model that it was saved from"
 
 
 def _some(names: list[str], limit: int = 3) -> str:
@@ -264,7 +260,7 @@ def _some(names: list[str], limit: int = 3) -> str:
 
 
 def _inventory(entries: list[_Entry]) -> str:
-    """The largest dicts of tensors in the file, with the first name in each."""
+    """The largest dicts of tensors in the file, each with its first name, for an error."""
     groups: dict[str, list[_Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.container, []).append(entry)
@@ -284,18 +280,18 @@ def _outline(content: Any) -> str:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    """The length of its header, at most 100 MB, and the header: JSON."""
+    """Whether the file begins with a header length of at most 100 MB and a JSON header."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
 
 
 def _kind(path: Path, head: bytes, error: Exception, otherwise: str) -> str:
-    """What a file is that could not be read, and the way out."""
+    """An error text that says what an unreadable file is and what to do."""
     if not head:
         return f"empty (0 bytes); {otherwise}"
     if _is_safetensors(head):
-        return f"a damaged safetensors file (cut short?); {otherwise}"
+        return f"a damaged or truncated safetensors file; {otherwise}"
     if head.startswith(b"version https://git-lfs"):
-        return "a git-LFS pointer, which stands for the weights; fetch them: git lfs pull"
+        return "a git-LFS pointer instead of the weights; fetch them: git lfs pull"
     if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         return "a web page (HTML or XML), not weights; download the file itself, by its raw or direct link"
     for magic, name in _FOREIGN.items():
@@ -305,8 +301,8 @@ def _kind(path: Path, head: bytes, error: Exception, otherwise: str) -> str:
     if unsafe:
         what = "a whole pickled module" if _is_module(path) else "a pickled object"
         return (
-            f"not a checkpoint of tensors alone: it holds {what}, which needs the code of {unsafe[1]}, and no code is"
-            f" run from a file; {_SAVE_THE_STATE}"
+            f"not a checkpoint of tensors alone: it holds {what}, which needs the code of {unsafe[1]}, and code in"
+            f" a file is not run; {_SAVE_THE_STATE}"
         )
     if head.startswith(b"PK"):
         return _kind_of_zip(path, error, otherwise)
@@ -315,12 +311,12 @@ def _kind(path: Path, head: bytes, error: Exception, otherwise: str) -> str:
     text = _text(head)
     if text:
         return f"a text file, which begins {text.strip().splitlines()[0][:40]!r}, not weights; correct the path"
-    return f"damaged (cut short?), or neither a file of torch.save nor safetensors; {otherwise}"
+    return f"damaged, truncated, or neither a file of torch.save nor safetensors; {otherwise}"
 
 
 def _kind_of_zip(path: Path, error: Exception, otherwise: str) -> str:
     if not zipfile.is_zipfile(path):
-        return f"damaged: it is a zip archive that is cut short; {otherwise}"
+        return f"a truncated zip archive; {otherwise}"
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
@@ -329,14 +325,14 @@ def _kind_of_zip(path: Path, error: Exception, otherwise: str) -> str:
             " torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
         )
     if not any(name.endswith("/data.pkl") for name in names):
-        return f"a zip archive of other files ({_some(names)}); unpack it, and name the file of weights"
+        return f"a zip archive of other files ({_some(names)}); unpack it and name the file of weights"
     if isinstance(error, pickle.UnpicklingError):
         return f"not a checkpoint of tensors alone, or damaged; {_SAVE_THE_STATE}"
     return f"damaged; {otherwise}"
 
 
 def _is_module(path: Path) -> bool:
-    """Whether an nn.Module was pickled, by the names of what each of them has."""
+    """Whether the file is a pickled nn.Module: one contains the names of its attributes."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -347,7 +343,7 @@ def _is_module(path: Path) -> bool:
 
 
 def _text(head: bytes) -> str:
-    """The beginning of a text file; "" where it is none."""
+    """The beginning of a text file; "" for other files."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
