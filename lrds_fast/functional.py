@@ -354,7 +354,8 @@ def _scalar(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | N
 
 
 def transforms_active() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
 
 
 def _named(codes: dict[Any, int], code: int) -> Any:

@@ -559,6 +559,32 @@ def test_compiles_fullgraph(dtype: torch.dtype, arguments: dict[str, Any]) -> No
     torch.testing.assert_close(torch.autograd.grad(traced, student), torch.autograd.grad(eager, student))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_with_the_teacher_under_inference_mode(reduction: str) -> None:
+    """A step of which the teacher's forward pass is a part."""
+    torch.compiler.reset()
+    student, teacher, target = kd_cases.rows(8, 33)
+    student.requires_grad_()
+
+    def taught(student: Tensor, features: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits = 2.0 * features
+        return kd_loss(student, logits, target, reduction=reduction).sum()
+
+    traced = torch.compile(taught, fullgraph=True, backend="aot_eager")(student, teacher)
+    eager = kd_loss(student, 2.0 * teacher, target, reduction=reduction).sum()
+    torch.testing.assert_close(traced, eager)
+    torch.testing.assert_close(torch.autograd.grad(traced, student), torch.autograd.grad(eager, student))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
+def test_transforms_compile(transform: Callable[..., Any]) -> None:
+    torch.compiler.reset()
+    student, teacher, target = kd_cases.rows(4, 5)
+    f = transform(lambda z: kd_loss(z, teacher[:3], target, teacher_rows=3))
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(student), f(student))
+
+
 def test_compiles_fullgraph_dynamic() -> None:
     """One graph for every batch size, an empty prefix included."""
     torch.compiler.reset()
