@@ -202,8 +202,9 @@ def gram_terms(
             p = revise_labels(v, target, eta=eta, temperature=t, policy=revise)
         if w is not None:
             q, p = torch.where(w > 0, w * q, 0.0), w * p
-        if batch:
-            by_batch = by_batch + (q @ q.T - p @ p.T).square().sum() / count
-        if classes:
-            by_class = by_class + (q.T @ q - p.T @ p).square().sum() / z.shape[1]
+        with torch.autocast(z.device.type, enabled=False):  # which multiplies float32 matrices as 16-bit ones
+            if batch:
+                by_batch = by_batch + (q @ q.T - p @ p.T).square().sum() / count
+            if classes:
+                by_class = by_class + (q.T @ q - p.T @ p).square().sum() / z.shape[1]
     return by_batch, by_class

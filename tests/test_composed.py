@@ -123,6 +123,17 @@ def test_mlkd_loss_of_selected_rows(revise: str | None) -> None:
     torch.testing.assert_close(ours - whole, part - rows, rtol=1e-10, atol=1e-12)
 
 
+def test_mlkd_loss_under_autocast() -> None:
+    """The products of the float32 matrices are not made of 16-bit ones."""
+    student, teacher, target = kd_cases.family_rows(30, 12, torch.float32)
+    z = student.requires_grad_()
+    expected = mlkd_loss(z, teacher, target, temperature=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = mlkd_loss(z, teacher, target, temperature=1.0)
+    assert torch.equal(ours, expected)
+    assert torch.equal(*(torch.autograd.grad(x, z)[0] for x in (ours, expected)))
+
+
 def test_mlkd_loss_gradcheck() -> None:
     student, teacher, target = (x[4:] for x in kd_cases.family_rows(10, 4, DOUBLE))
     assert torch.autograd.gradcheck(lambda z: mlkd_loss(z, teacher, target), student.clone().requires_grad_())
