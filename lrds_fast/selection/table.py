@@ -231,7 +231,7 @@ def prefix(*batch: Tensor) -> tuple[Any, ...]:
 
     batch: tensors with B rows each, the last one (B,) bool, as a DataLoader over Selection.dataset gives them. Within
     the selected, and within the others, the order is kept. The teacher then sees x[:K] alone, and kd_loss takes its
-    logits as a teacher of K rows. Raises ValueError or TypeError for what is no such batch.
+    logits with teacher_rows=K. Raises ValueError or TypeError for what is no such batch.
     """
     selected = batch[-1] if batch else None
     if not isinstance(selected, Tensor) or selected.dtype != torch.bool or selected.dim() != 1:
