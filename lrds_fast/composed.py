@@ -100,8 +100,8 @@ def dist_loss(
     class; the second is over the rows of this call.
 
     student_logits, teacher_logits: (N, C) floating; the teacher gets no gradient. beta, gamma >= 0; temperature > 0.
-    Returns a 0-d float32 tensor (float64 for float64 logits). Raises ValueError or TypeError naming the argument.
-    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
+    Returns a 0-d float32 tensor (float64 for float64 logits), 0 for no rows. Raises ValueError or TypeError naming the
+    argument. Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
     """
     beta, gamma = _weight("beta", beta), _weight("gamma", gamma)
     (t,) = temperatures([temperature])
@@ -109,6 +109,8 @@ def dist_loss(
     dtype = compute_dtype(student_logits, teacher_logits)
     q = F.softmax(student_logits.to(dtype) / t, dim=-1)
     p = F.softmax(teacher_logits.detach().to(dtype) / t, dim=-1)
+    if q.shape[0] == 0:
+        return q.sum()
     between_classes = 1.0 - _correlation(q, p, 1).mean()
     between_samples = 1.0 - _correlation(q, p, 0).mean()
     return t**2 * (beta * between_classes + gamma * between_samples)
@@ -202,8 +204,9 @@ def gram_terms(
             p = revise_labels(v, target, eta=eta, temperature=t, policy=revise)
         if w is not None:
             q, p = torch.where(w > 0, w * q, 0.0), w * p
-        if batch:
-            by_batch = by_batch + (q @ q.T - p @ p.T).square().sum() / count
-        if classes:
-            by_class = by_class + (q.T @ q - p.T @ p).square().sum() / z.shape[1]
+        with torch.autocast(z.device.type, enabled=False):  # which multiplies float32 matrices as 16-bit ones
+            if batch:
+                by_batch = by_batch + (q @ q.T - p @ p.T).square().sum() / count
+            if classes:
+                by_class = by_class + (q.T @ q - p.T @ p).square().sum() / z.shape[1]
     return by_batch, by_class

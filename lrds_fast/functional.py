@@ -308,6 +308,38 @@ def _check_tensors(
         raise ValueError(f"selected must be on {student_logits.device} like student_logits; got {selected.device}")
 
 
+def _readable(tensor: Tensor) -> bool:
+    """Can its values be looked at? Not without waiting on CUDA, not under a tracer, and not those of a vmap's batch."""
+    # A subclass may hold no data (fake tensors).
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return not functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def check_values(target: Tensor, selected: Tensor | None, classes: int, ignore_index: int | None) -> None:
+    """ValueError for a class or a weight out of range, where it can be read: the kernel's, with its flattened row."""
+    valid: Tensor | bool = True
+    if not target.is_floating_point():
+        if not _readable(target):
+            return
+        target = target.reshape(-1)
+        valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+        outside = valid & ((target < 0) | (target >= classes))
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            ignored = "" if ignore_index is None else f" and not ignore_index = {ignore_index}"
+            raise ValueError(f"target[{row}] is {int(target[row])}, outside [0, {classes}){ignored}")
+    if selected is not None and selected.dtype != torch.bool and _readable(selected):
+        selected = selected.reshape(-1)
+        bad = valid & ~((selected >= 0) & (selected <= 1))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"selected[{row}] is not a weight in [0, 1]: {float(selected[row])}")
+
+
 def _check_matrices(student_logits: Tensor, teacher_logits: Tensor) -> None:
     """Checks that both logits are (N, C) and of one shape."""
     _check_logits("student_logits", student_logits)
@@ -330,6 +362,7 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | 
         _check_target(target, student_logits, None)
         if target.dtype.is_floating_point:
             raise TypeError(f"target must hold int64 or int32 class indices; got {target.dtype}")
+        check_values(target, None, student_logits.shape[-1], None)
 
 
 def _scalar(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | None:
@@ -354,7 +387,8 @@ def _scalar(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | N
 
 
 def transforms_active() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
 
 
 def _named(codes: dict[Any, int], code: int) -> Any:
@@ -386,6 +420,7 @@ def composite(
     standardize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator kd_loss in PyTorch ops, for torch.func and for forward-mode and higher-order derivatives."""
+    check_values(target, selected, student.shape[-1], ignore_index)
     given: Tensor | TopKTeacher = teacher
     if teacher_indices is not None and teacher_rest is not None:
         log_sum = torch.logaddexp((teacher / temperature[0]).logsumexp(dim=-1), teacher_rest)
@@ -693,13 +728,7 @@ def revise_labels(
     _choice("policy", policy, {name: code for name, code in REVISE.items() if name is not None})
     _check_logits("teacher_logits", teacher_logits)
     _check_target(target, teacher_logits, policy, "teacher_logits")
-    classes = teacher_logits.shape[-1]
-    indices = not target.dtype.is_floating_point
-    if indices and target.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active():
-        outside = ((target < 0) | (target >= classes)).flatten()
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise ValueError(f"target[{row}] is {int(target.flatten()[row])}, outside [0, {classes})")
+    check_values(target, None, teacher_logits.shape[-1], None)
     (temperature,) = checked.temperature
     return reference.revise_labels(teacher_logits, target, eta=checked.eta, temperature=temperature, policy=policy)
 

@@ -21,6 +21,7 @@ from lrds_fast.functional import (
     _scalar,
     check_class_dimension,
     check_hyperparameters,
+    check_values,
     class_dimension_hint,
     composite,
     transforms_active,
@@ -205,9 +206,7 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, row
     The gradient of hidden has hidden's dtype; those of weight and bias are the accumulators, float32 or float64.
     """
     classes = weight.shape[0]
-    # A subclass may hold no data (fake tensors).
-    if hidden.device.type == "cpu" and type(rows.target) is Tensor:
-        _check_values(rows.target, rows.selected, classes, rows.options.ignore_index)
+    check_values(rows.target, rows.selected, classes, rows.options.ignore_index)
     if rows.chunk_rows == 0:
         bytes_per_class = rows.student_dtype.itemsize + rows.teacher_dtype.itemsize
         rows = rows._replace(
@@ -484,22 +483,6 @@ def _check_rows(student: Tensor, teacher: Tensor, target: object, selected: obje
     for name, tensor in others:
         if tensor.device != student.device:
             raise ValueError(f"{name} must be on {student.device} like student_hidden; got {tensor.device}")
-
-
-def _check_values(target: Tensor, selected: Tensor | None, classes: int, ignore_index: int) -> None:
-    """What the kernel would find in its chunk, said with the row of the whole batch. CPU only: CUDA would wait."""
-    valid = target != ignore_index
-    outside = valid & ((target < 0) | (target >= classes))
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"target[{row}] is {int(target[row])}, outside [0, {classes}) and not ignore_index = {ignore_index}"
-        )
-    if selected is not None and selected.dtype != torch.bool:
-        bad = valid & ~((selected >= 0) & (selected <= 1))
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"selected[{row}] is not a weight in [0, 1]: {float(selected[row])}")
 
 
 def _weight_sum(class_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -89,6 +89,14 @@ def mlkd_by_hand(z: Tensor, v: Tensor, y: Tensor, temperatures: tuple[float, ...
     return loss
 
 
+@pytest.mark.parametrize("loss", [lambda z, v, _: dist_loss(z, v), revision_loss, mlkd_loss])
+def test_of_no_rows_is_0(loss: Callable[..., Tensor]) -> None:
+    student, teacher, target = (x[:0] for x in kd_cases.family_rows(3, 4, DOUBLE))
+    value = loss(student.requires_grad_(), teacher, target)
+    assert value.item() == 0.0
+    assert torch.autograd.grad(value, student)[0].shape == (0, 4)
+
+
 def test_mlkd_loss_is_the_published_loss() -> None:
     student, teacher, target = kd_cases.family_rows(30, 12, DOUBLE)
     z = student.requires_grad_()
@@ -121,6 +129,26 @@ def test_mlkd_loss_of_selected_rows(revise: str | None) -> None:
         ce_weight_unselected=0.7,
     )
     torch.testing.assert_close(ours - whole, part - rows, rtol=1e-10, atol=1e-12)
+
+
+def test_mlkd_loss_under_autocast() -> None:
+    """The products of the float32 matrices are not made of 16-bit ones."""
+    student, teacher, target = kd_cases.family_rows(30, 12, torch.float32)
+    z = student.requires_grad_()
+    expected = mlkd_loss(z, teacher, target, temperature=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = mlkd_loss(z, teacher, target, temperature=1.0)
+    assert torch.equal(ours, expected)
+    assert torch.equal(*(torch.autograd.grad(x, z)[0] for x in (ours, expected)))
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 12])
+@pytest.mark.parametrize("loss", [revision_loss, mlkd_loss, lambda *rows: mlkd_loss(*rows, revise=None)])
+def test_classes_out_of_range_are_named(loss: Callable[..., Tensor], wrong: int) -> None:
+    student, teacher, target = kd_cases.family_rows(6, 12, DOUBLE)
+    target[4] = wrong
+    with pytest.raises(ValueError, match=rf"target\[4\] is {wrong}, outside \[0, 12\)"):
+        loss(student, teacher, target)
 
 
 def test_mlkd_loss_gradcheck() -> None:

@@ -57,6 +57,13 @@ def test_narrow_features_are_scored_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(narrow["kd_gain"], influence.last_layer_scores(**arguments)["kd_gain"])
 
 
+def test_scores_under_autocast_are_the_same() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = score(dtype=torch.float32)
+    for name, expected in score(dtype=torch.float32).items():
+        assert torch.equal(ours[name], expected), name
+
+
 def test_baselines_are_their_definitions() -> None:
     case = make_case(1, bias=True)
     arguments = case.arguments(torch.float64)

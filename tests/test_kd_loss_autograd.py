@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 import weakref
 from collections import deque
@@ -17,7 +18,7 @@ from tolerances import assert_matches_reference
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lrds_fast import DKD, divergences, functional, kd_loss, kd_loss_parts, reference
+from lrds_fast import DKD, divergences, functional, kd_loss, kd_loss_parts, linear_kd_loss, reference
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "elementmean"])
@@ -557,6 +558,50 @@ def test_compiles_fullgraph(dtype: torch.dtype, arguments: dict[str, Any]) -> No
     eager, traced = (f(student, teacher, target, **arguments) for f in (step, compiled))
     torch.testing.assert_close(eager, traced)
     torch.testing.assert_close(torch.autograd.grad(traced, student), torch.autograd.grad(eager, student))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_with_the_teacher_under_inference_mode(reduction: str) -> None:
+    """A step of which the teacher's forward pass is a part."""
+    torch.compiler.reset()
+    student, teacher, target = kd_cases.rows(8, 33)
+    student.requires_grad_()
+
+    def taught(student: Tensor, features: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits = 2.0 * features
+        return kd_loss(student, logits, target, reduction=reduction).sum()
+
+    traced = torch.compile(taught, fullgraph=True, backend="aot_eager")(student, teacher)
+    eager = kd_loss(student, 2.0 * teacher, target, reduction=reduction).sum()
+    torch.testing.assert_close(traced, eager)
+    torch.testing.assert_close(torch.autograd.grad(traced, student), torch.autograd.grad(eager, student))
+
+
+def test_transforms_find_the_values_that_the_kernel_refuses() -> None:
+    """Also through linear_kd_loss and in forward mode; a batch of targets (vmap) cannot be read."""
+    student, teacher, target = kd_cases.rows(4, 5)
+    hidden, weight = torch.ones(4, 3), torch.ones(5, 3)
+    bad_target = target.index_fill(0, torch.tensor(2), 7)
+    bad_weights = torch.tensor([1.0, 0.5, 1.5, math.nan])
+    for name, y, selected in (("target", bad_target, None), ("selected", target, bad_weights)):
+        losses: list[tuple[Callable[[Tensor], Tensor], Tensor]] = [
+            (lambda z, y=y, w=selected: kd_loss(z, teacher, y, selected=w), student),  # type: ignore[misc]
+            (lambda h, y=y, w=selected: linear_kd_loss(h, weight, h, weight, y, selected=w), hidden),  # type: ignore[misc]
+        ]
+        for loss, at in losses:
+            with pytest.raises(ValueError, match=rf"{name}\[2\] is"):
+                torch.func.grad(loss)(at)
+            with forward_ad.dual_level(), pytest.raises(ValueError, match=rf"{name}\[2\] is"):
+                loss(forward_ad.make_dual(at, torch.ones_like(at)))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
+def test_transforms_compile(transform: Callable[..., Any]) -> None:
+    torch.compiler.reset()
+    student, teacher, target = kd_cases.rows(4, 5)
+    f = transform(lambda z: kd_loss(z, teacher[:3], target, teacher_rows=3))
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(student), f(student))
 
 
 def test_compiles_fullgraph_dynamic() -> None:

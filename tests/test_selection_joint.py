@@ -166,6 +166,15 @@ def test_set_shift_bad_input() -> None:
         influence.set_shift(student, teacher, data, factors=factors, dim=0)
     with pytest.raises(ValueError, match="gradient must be one of gt, kd, delta; got 'ce'"):
         influence.set_shift(student, teacher, data, factors=factors, gradient="ce")
+    shared: dict[str, Any] = {"layers": "last", "labels": "all"}
+    for selected, error, message in (
+        (torch.ones(130), ValueError, r"selected must have shape \(120,\).*got \(130,\)"),
+        (torch.ones(120, dtype=torch.int64), TypeError, "selected must be bool, or floats.*got torch.int64"),
+        ([True] * 120, TypeError, "selected must be a torch.Tensor; got list"),
+    ):
+        for given in (data, [(data[:60]), (data[60:])]):
+            with pytest.raises(error, match=message):
+                influence.set_shift(student, teacher, given, selected=selected, **shared)  # type: ignore[arg-type]
     without = influence.set_shift(student, None, data, factors=factors, gradient="gt")
     assert torch.equal(without, influence.set_shift(student, teacher, data, factors=factors, gradient="gt"))
 

@@ -727,6 +727,8 @@ OptionalTensor optional(const Tensor& tensor) {
 // detection of later changes.
 bool uncounted(const Tensor& tensor) { return tensor.defined() && tensor.is_inference(); }
 
+bool is_traced(const Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); }
+
 Tensor view_of_storage(const Tensor& tensor) {
   return at::empty({0}, tensor.options())
       .set_(tensor.storage(), tensor.storage_offset(), tensor.sizes(), tensor.strides());
@@ -738,12 +740,14 @@ Tensor view_of_storage(const Tensor& tensor) {
 class Kept : public torch::CustomClassHolder {
  public:
   // copies: copies tensors without a version counter, because changes of them are not detected.
+  // Traced tensors have no storage to share and are copied too.
   Kept(Problem&& problem, bool copies) : options_(std::move(problem.options)) {
     tensors_.reserve(3);  // the usual number
     const auto keep = [&](Tensor tensor) {
       if (uncounted(tensor)) {
-        unversioned_ |= !copies;
-        tensor = copies ? tensor.clone() : view_of_storage(tensor);
+        const bool copy = copies || is_traced(tensor);
+        unversioned_ |= !copy;
+        tensor = copy ? tensor.clone() : view_of_storage(tensor);
       }
       tensors_.emplace_back(tensor, /*is_output=*/false);
     };
@@ -895,8 +899,7 @@ class KdLossFunction : public torch::autograd::Function<KdLossFunction> {
     const OptionalTensor grad_scale = optional(saved[1]);
     // In place only for a plain tensor that nobody will ask for again: a tracer needs the
     // functional form.
-    const bool plain = !gradient.key_set().has(c10::DispatchKey::Python);
-    if (plain && !keep_graph) {
+    if (!is_traced(gradient) && !keep_graph) {
       static const auto in_place =
           find<void(Tensor&, const Tensor&, const OptionalTensor&)>("lrds_fast::scale_gradient_");
       in_place.call(gradient, grad_output, grad_scale);

@@ -211,7 +211,8 @@ class LastLayer:
             switch=_switch(self.rows, part, self._hessian, self._selected, self._dtype),
             fused=any(name.kind in FUSED for name in names),
         )
-        found = {name.key: SCORERS[name.kind](batch, name) for name in names if name.kind != "random"}
+        with torch.autocast(batch.h.device.type, enabled=False):  # its 16-bit products would be felt in the scores
+            found = {name.key: SCORERS[name.kind](batch, name) for name in names if name.kind != "random"}
         return found, batch.teacher_pred()
 
 

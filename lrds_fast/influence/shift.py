@@ -17,7 +17,7 @@ from lrds_fast.influence.last_layer import HESSIANS, _checked_loss
 from lrds_fast.influence.layers import SampleGradients, layer_names
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import GRADIENTS
-from lrds_fast.influence.whole import _checked_factors, _eval_mode, _Scored, _Terms
+from lrds_fast.influence.whole import _check_selected, _checked_factors, _eval_mode, _Scored, _Terms
 from lrds_fast.nn import KDLoss
 
 
@@ -70,6 +70,7 @@ def set_shift(
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     models = [student] if teacher is None else [student, teacher]
     batches = Batches(data, parameter, batch_size, progress, batch=batch)
+    _check_selected(selected, batches.samples)
     learner = Classifier(student, "student", logits)
     other = learner if teacher is None else Classifier(teacher, "teacher", logits)
     found = []
@@ -91,7 +92,9 @@ def set_shift(
             scored = _Scored(learner, other, part.x, part.y, chosen, loss, factors, {}, dtype, gradient)
             found.append(sketch(scored._of(gradient)).cpu())
             check_scores("set_shift", found[-1], part.start)
-    return torch.cat(found)
+    shifts = torch.cat(found)
+    _check_selected(selected, len(shifts))
+    return shifts
 
 
 class _Sketch:

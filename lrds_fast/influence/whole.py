@@ -121,12 +121,7 @@ def score(
     held_out = None
     if val_data is not None:
         held_out = Batches(val_data, parameter, batch_size, shown, name="val_data", batch=batch)
-    if selected is not None:
-        check_selected_values(selected)
-        if train.samples is not None and selected.shape != (train.samples,):
-            raise ValueError(
-                f"selected must have shape ({train.samples},), one value per sample; got {tuple(selected.shape)}"
-            )
+    _check_selected(selected, train.samples)
     meta: dict[str, object] = {
         "layers": chosen,
         "curvature": curvature if factors is None else factors.curvature,
@@ -168,11 +163,19 @@ def score(
             more = _score_layers(
                 learner, other, chosen, train, held_out, shards, names, factors=factors, labels=labels, **common
             )
-    if selected is not None and len(selected) != more["num_samples"]:
-        raise ValueError(
-            f"selected must have shape ({more['num_samples']},), one value per sample; got {tuple(selected.shape)}"
-        )
+    samples = more["num_samples"]
+    assert isinstance(samples, int)
+    _check_selected(selected, samples)
     return shards.finish({**meta, **more})
+
+
+def _check_selected(selected: Tensor | None, samples: int | None) -> None:
+    """TypeError or ValueError unless selected is None or has a weight for each of the samples; None: not known yet."""
+    if selected is None:
+        return
+    check_selected_values(selected)
+    if samples is not None and selected.shape != (samples,):
+        raise ValueError(f"selected must have shape ({samples},), one value per sample; got {tuple(selected.shape)}")
 
 
 def _score_layers(
