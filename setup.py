@@ -2,7 +2,7 @@
 
 Environment: LRDS_FAST_CUDA=1 builds the CUDA kernels also where there is no GPU and fails without nvcc, 0 never builds
 them; TORCH_CUDA_ARCH_LIST names the architectures, with or without a GPU. CUDA_HOME, CXX and MAX_JOBS mean what they
-mean to every PyTorch extension; ccache is used where it is installed. Everything else is in pyproject.toml.
+mean to every PyTorch extension, which from torch 2.13 on also uses an installed ccache. The rest is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -114,22 +114,6 @@ def cuda_build() -> tuple[Path, str] | None:
     return None
 
 
-def use_ccache() -> None:
-    """Compiles through ccache where it is installed and the environment does not set the compiler."""
-    ccache = shutil.which("ccache")
-    if ccache is None:
-        return
-    if "CXX" not in os.environ:
-        # torch needs CXX to be one word: ccache under the name c++ runs the compiler c++.
-        link = ROOT / "build" / "ccache" / "c++"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(ccache)
-        os.environ["CXX"] = str(link)
-    if "PYTORCH_NVCC" not in os.environ and "CUDA_HOME" in os.environ:
-        os.environ["PYTORCH_NVCC"] = f"{ccache} {os.environ['CUDA_HOME']}/bin/nvcc"
-
-
 def nvcc_version(home: Path) -> str:
     """The release of nvcc, such as "13.0.88"; it may differ from the CUDA version of torch."""
     output = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
@@ -169,7 +153,6 @@ def extension() -> cpp_extension.CppExtension:
         "extra_link_args": ["-fopenmp"],
     }
     if cuda is None:
-        use_ccache()
         return cpp_extension.CppExtension(
             "lrds_fast._C", files, define_macros=macros, extra_compile_args=compile_args, **options
         )
@@ -178,7 +161,6 @@ def extension() -> cpp_extension.CppExtension:
     # torch reads CUDA_HOME when it is imported; what was found may be a place that it does not look in.
     cpp_extension.CUDA_HOME = str(home)
     os.environ["CUDA_HOME"] = str(home)
-    use_ccache()
     macros += [
         ("LRDS_WITH_CUDA", None),
         ("LRDS_CUDA_VERSION", f'"{nvcc_version(home)}"'),
