@@ -90,6 +90,10 @@ def test_resume_and_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
     assert "runs/digits_alone holds a run already" in fails(capsys, "train", "digits_alone", *SMALL)
     succeeds("train", "digits_alone", *SMALL, "--resume")
     assert Path("runs/digits_alone/log.jsonl").read_text() == log
+    Path("runs/digits_alone/log.jsonl").write_text("")
+    assert "log.jsonl has 0 of the" in fails(capsys, "train", "digits_alone", *SMALL, "--resume")
+    Path("runs/digits_alone/recipe.json").write_text("[]")
+    assert "must hold a recipe's tables; got list" in fails(capsys, "sweep", "digits_alone", *SMALL)
     succeeds("train", "digits_alone", *SMALL, "--overwrite", "--set", "seed=1")
     assert Path("runs/digits_alone/log.jsonl").read_text() != log
 

@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "aver
     The weights may lie at any depth of dicts and lists, and their names may have any prefix in common. Where raw and
     averaged weights (EMA, SWA) fit, `weights` says which are taken, and a line on stderr how to have the others.
     key: the recipe key that named the file. Raises FileNotFoundError where there is none, ValueError for a file of
-    another kind or another model, and where several sets of weights fit.
+    another kind or another model, with numbers that are not finite, and where several sets of weights fit.
     """
     if path.is_dir():
         raise ValueError(f"{key}: {path} is a folder; name the file of weights in it")
@@ -83,6 +83,12 @@ def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "aver
             f"lrds-fast: {where} holds raw and averaged weights: took the {kinds[0]} ({taken[0].place});"
             f" {option}={kinds[1]} takes the other ({others[0].place})",
             file=sys.stderr,
+        )
+    broken = [entry.name for entry in taken[0].entries.values() if not bool(entry.tensor.isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"{where} has NaN or infinite numbers in {_some(broken)}: its training diverged, or the file is damaged;"
+            " take an earlier checkpoint"
         )
     taken[0].fill(model)
 
