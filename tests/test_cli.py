@@ -84,12 +84,25 @@ def test_a_selection_of_other_data_is_refused(capsys: pytest.CaptureFixture[str]
     assert "selection.parquet" in fails(capsys, "train", "digits_kd_ds", *SMALL)
 
 
+def test_a_sweep_reads_finished_runs_that_it_may_not_write(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeeds("train", "digits_alone", *SMALL)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    succeeds("sweep", "digits_alone", *SMALL)
+    assert "cannot be written" in fails(capsys, "sweep", "digits_alone", *SMALL, "--set", "seed=5", "--set", "name=b")
+
+
 def test_resume_and_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
     succeeds("train", "digits_alone", *SMALL)
     log = Path("runs/digits_alone/log.jsonl").read_text()
     assert "runs/digits_alone holds a run already" in fails(capsys, "train", "digits_alone", *SMALL)
     succeeds("train", "digits_alone", *SMALL, "--resume")
     assert Path("runs/digits_alone/log.jsonl").read_text() == log
+    Path("runs/digits_alone/log.jsonl").write_text("")
+    assert "log.jsonl has 0 of the" in fails(capsys, "train", "digits_alone", *SMALL, "--resume")
+    Path("runs/digits_alone/recipe.json").write_text("[]")
+    assert "must hold a recipe's tables; got list" in fails(capsys, "sweep", "digits_alone", *SMALL)
     succeeds("train", "digits_alone", *SMALL, "--overwrite", "--set", "seed=1")
     assert Path("runs/digits_alone/log.jsonl").read_text() != log
 

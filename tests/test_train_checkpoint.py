@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -278,6 +279,15 @@ def test_weights_must_not_be_missing_surplus_or_ambiguous(tmp_path: Path, change
     message = {"missing": "it lacks 'bn1.running_var'; ", "surplus": "it has 'extra', ", "twice": "it has 'fc.bias', "}
     with pytest.raises(ValueError, match=f"is for another model: {message[change]}"):
         loaded(tmp_path / "t.pt", models.create("resnet8", num_classes=3))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    state = models.create("mlp", num_classes=10).state_dict()
+    name = next(iter(state))
+    state[name][0] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match=f"NaN or infinite numbers in '{name}'"):
+        loaded(tmp_path / "nan.pt", models.create("mlp", num_classes=10))
 
 
 def test_a_refused_checkpoint_leaves_the_model_as_it_was(trained: Path) -> None:

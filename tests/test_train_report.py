@@ -29,6 +29,12 @@ def write_run(folder: Path, name: str, seed: int, accuracies: list[float], **mor
     return folder
 
 
+def test_a_run_given_twice_is_no_second_seed(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / folder, "a", 0, [0.5])) for folder in ("x", "y")]
+    with pytest.raises(ValueError, match=r"x and .*y are both a, seed 0: runs of one name are averaged"):
+        tabulate(runs)
+
+
 def test_p_values_are_those_of_the_t_distribution() -> None:
     for degrees in (1, 2, 3, 4, 7, 10, 31, 500):
         for t in (0.0, 0.3, 2.2, 9.0):

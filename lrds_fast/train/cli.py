@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Stopped as stopped:
-        print(f"lrds-fast: {stopped}", file=sys.stderr)
+        print(f"lrds-fast: {stopped}{options.again}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print(f"lrds-fast: interrupted{options.again}", file=sys.stderr)
@@ -414,6 +414,8 @@ def _select(options: argparse.Namespace) -> int:
 
     if not options.scores.is_file():
         raise FileNotFoundError(f"there is no file {options.scores}; lrds-fast score writes one")
+    if options.leave is not None and options.previous is None:
+        raise ValueError("--leave says until when what an earlier selection kept stays; name that with --previous")
     table = Selection.load(options.scores)
     if table.labels is None or table.teacher_pred is None:
         raise ValueError(f"{options.scores} has no labels or teacher's predictions; lrds-fast score writes them")
@@ -485,6 +487,8 @@ def _bench(options: argparse.Namespace) -> int:
     if options.list:
         print("\n".join(suites()))
         return OK
+    import lrds_fast.functional  # noqa: F401  what is not built is one line here, in the suites' processes a traceback
+
     pages = run_suites(
         options.suites or list(suites()),
         device=options.device,

@@ -249,7 +249,7 @@ def _part_of(begun: int, ranks: Ranks) -> dict[str, Any]:
 def _stopped(request: Request, epochs: int, steps: int, out: Path) -> Stopped:
     name = signal.Signals(request.signal).name if request.signal else "another process's signal"
     where = f"{epochs} epochs" + (f" and {steps} steps" if steps else "")
-    return Stopped(request.signal, f"stopped by {name} after {where}; {out / CHECKPOINT} is saved: --resume goes on")
+    return Stopped(request.signal, f"stopped by {name} after {where}; {out / CHECKPOINT} is saved")
 
 
 def _line(recipe: Recipe, record: Mapping[str, Any]) -> str:
@@ -295,6 +295,11 @@ class _Folder:
             self._best = position.state["best"]
             self._step.load_state_dict(position.state, within_epoch=False)
             self.records = [r for r in read_records(self._out / LOG) if r["epoch"] <= position.epochs]
+            if [r["epoch"] for r in self.records] != list(range(1, position.epochs + 1)):
+                raise ValueError(
+                    f"{self._out / LOG} has {len(self.records)} of the {position.epochs} epochs that {path} has done;"
+                    " restore it from a copy, or start afresh (--overwrite)"
+                )
         elif there and not overwrite:
             raise FileExistsError(
                 f"{self._out} holds a run already; go on with it (--resume), replace it (--overwrite), or set another"

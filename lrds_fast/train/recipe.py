@@ -374,6 +374,8 @@ def read_text(path: Path, what: str) -> str:
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     """A Recipe of nested plain values; ValueError names the first key or value that does not fit."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must hold a recipe's tables; got {type(values).__name__}: the file is damaged")
     recipe: Recipe = _build(Recipe, values, prefix="", where=where)
     return recipe
 

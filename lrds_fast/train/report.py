@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -75,12 +76,19 @@ def read_run(folder: Path) -> Run:
 
 
 def tabulate(runs: Sequence[Run], *, baseline: str | None = None) -> list[Row]:
-    """A row per recipe name, in order of appearance; differences to the row named `baseline`."""
+    """A row per recipe name, in order of appearance; differences to the row named `baseline`. ValueError where two runs
+    have one name and seed: they are no two seeds."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.recipe.name, []).append(run)
-    for group in groups.values():
+    for name, group in groups.items():
         group.sort(key=lambda run: run.recipe.seed)
+        for run, other in itertools.pairwise(group):
+            if run.recipe.seed == other.recipe.seed:
+                raise ValueError(
+                    f"{run.folder} and {other.folder} are both {name}, seed {run.recipe.seed}: runs of one name are"
+                    " averaged over their seeds; name one of them, or train one under another name"
+                )
     check_baseline(baseline, list(groups))
     base = groups[baseline] if baseline is not None else []
     return [_row(name, group, [] if name == baseline else base) for name, group in groups.items()]
@@ -96,7 +104,7 @@ def check_baseline(baseline: str | None, names: Sequence[str]) -> None:
 
 def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
     seeds = tuple(run.recipe.seed for run in group)
-    comparable = bool(base) and seeds == tuple(run.recipe.seed for run in base) and len(set(seeds)) == len(seeds)
+    comparable = bool(base) and seeds == tuple(run.recipe.seed for run in base)
 
     def difference(key: str) -> Estimate | None:
         return paired(_last(group, key), _last(base, key)) if comparable else None

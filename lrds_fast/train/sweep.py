@@ -55,7 +55,8 @@ def planned(recipes: Sequence[Recipe], seeds: Sequence[int] | None = None) -> li
                 " write to runs/NAME"
             )
         folders[folder] = where
-        check_writable(recipe.out, "run.out")
+        if not (recipe.out.is_dir() and _is_finished(recipe)):  # what is finished is only read
+            check_writable(recipe.out, "run.out")
     for recipe in runs:
         _check_earlier_run(recipe)
     return runs

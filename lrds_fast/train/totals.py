@@ -64,14 +64,18 @@ class Totals:
     def _note(self, loss: Tensor, step: int) -> None:
         self._bad_step = torch.where(torch.isfinite(loss), self._bad_step, self._bad_step.clamp(max=step))
 
-    def check_finite(self, recipe: Recipe, checkpoint: Path) -> None:
-        """FloatingPointError naming the first step whose loss was not finite. checkpoint: need not exist."""
+    def check_finite(self, recipe: Recipe, checkpoint: Path | None = None) -> None:
+        """FloatingPointError naming the first step whose loss was not finite. checkpoint: the run's, if it exists."""
         step = int(self._bad_step)
         if step != NO_STEP:
             hints = [f"lower optimizer.lr ({recipe.optimizer.lr})", "set run.clip_grad_norm"]
             if recipe.run.amp == "fp16":
                 hints.append("try run.amp=bf16")
-            left = f"{checkpoint} is older than this step" if checkpoint.exists() else "there is no older checkpoint"
+            left = (
+                f"{checkpoint} is older than this step"
+                if checkpoint and checkpoint.exists()
+                else "there is no older checkpoint"
+            )
             raise FloatingPointError(
                 f"the loss is not finite at step {step} (counted from 0); {', or '.join(hints)}; {left}"
             )

@@ -57,7 +57,7 @@ def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "aver
     The weights may be nested in dicts and lists at any depth, and their names may have a common prefix. `weights`
     chooses between raw and averaged weights (EMA, SWA) where both fit; a line on stderr reports the choice. key: the
     recipe key of the file, for messages. Raises FileNotFoundError for a missing file, and ValueError for a file of
-    another kind, for another model, and where several different sets of weights fit.
+    another kind, for another model, with numbers that are not finite, and where several different sets of weights fit.
     """
     if path.is_dir():
         raise ValueError(f"{key}: {path} must be a file of weights; it is a folder: name the file in it")
@@ -82,6 +82,12 @@ def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "aver
             f"lrds-fast: {where} contains raw and averaged weights: loaded the {kinds[0]} ({taken[0].place});"
             f" {option}={kinds[1]} loads the other ({others[0].place})",
             file=sys.stderr,
+        )
+    broken = [entry.name for entry in taken[0].entries.values() if not bool(entry.tensor.isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"{where} has NaN or infinite numbers in {_some(broken)}: its training diverged, or the file is damaged;"
+            " take an earlier checkpoint"
         )
     taken[0].fill(model)
 
