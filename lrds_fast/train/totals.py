@@ -71,11 +71,8 @@ class Totals:
             hints = [f"lower optimizer.lr ({recipe.optimizer.lr})", "set run.clip_grad_norm"]
             if recipe.run.amp == "fp16":
                 hints.append("try run.amp=bf16")
-            left = (
-                f"{checkpoint} is older than this step"
-                if checkpoint and checkpoint.exists()
-                else "there is no older checkpoint"
-            )
+            saved = checkpoint is not None and checkpoint.exists()
+            left = f"{checkpoint} is older than this step" if saved else "there is no older checkpoint"
             raise FloatingPointError(
                 f"the loss is not finite at step {step} (counted from 0); {', or '.join(hints)}; {left}"
             )
