@@ -49,11 +49,3 @@ fi
 requirements=$("$venv/bin/python" tools/requirements.py "$extra")
 mapfile -t packages <<<"$requirements"
 install -c "$constraints" "${packages[@]}"
-
-# Without an nvcc on the machine, install the one that exists as wheels, of torch's CUDA version.
-if [ "${LRDS_FAST_CUDA:-}" = 1 ] && ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
-  cuda=$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "")')
-  [ -n "$cuda" ] || need "LRDS_FAST_CUDA=1, but this torch is a CPU-only build"
-  echo "lrds-fast: installing nvcc $cuda into $venv"
-  install "nvidia-cuda-nvcc==$cuda.*" "nvidia-cuda-crt==$cuda.*" "nvidia-nvvm==$cuda.*"
-fi
