@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,11 +43,27 @@ def joined(device: str, timeout: float) -> Iterator[torch.device]:
         return
     # Numbers on the host are agreed upon by gloo: nothing waits for the device.
     backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(backend, store=_new_store(limit), rank=rank, world_size=count, timeout=limit)
     try:
         yield chosen
     finally:
         dist.destroy_process_group()
+
+
+#: Where the processes meet, once they have met.
+_meeting: list[Any] = []
+_groups = itertools.count()
+_dist: Any = dist  # has names without types
+
+
+def _new_store(timeout: timedelta) -> Any:
+    """A store without keys. A process group that was destroyed leaves its addresses in its store, and the next group
+    of these processes would connect to them."""
+    if not _meeting:
+        _meeting.append(next(_dist.rendezvous("env://", timeout=timeout))[0])
+    return _dist.PrefixStore(f"lrds_fast/{next(_groups)}", _meeting[0])
 
 
 def same_buffers(models: Iterable[nn.Module | None], ranks: Ranks) -> None:
