@@ -122,11 +122,14 @@ def whole(path: Path) -> None:
         np.load(path)
 
 
+def finished(folder: Path) -> list[Path]:
+    """The files in a folder. Locks and temporary files, whose names begin with a dot, are left out."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+
+
 def check_whole(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        # A file that was being written when its process was killed; it never took its name.
-        if path.is_file() and not path.name.startswith(".") and ".tmp" not in path.name:
-            whole(path)
+    for path in finished(folder):
+        whole(path)
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
@@ -147,23 +150,32 @@ def train_arguments(out: str) -> list[str]:
     return ["train", "digits_kd_lr", "--quiet", f"--set=run.out={out}", *TRAIN]
 
 
-@slow
-def test_training(attempts: Attempts, record_property: Callable[[str, object], None]) -> None:
-    draws = random.Random(SEED)
-    seconds = attempts.finish(*train_arguments("runs/undisturbed"))
+def kill_and_resume(
+    attempts: Attempts,
+    arguments: Callable[[str], list[str]],
+    folder: str,
+    same: Callable[[Path, Path], None],
+    seed: int,
+) -> None:
+    """Kills each run six times and resumes it to its end, until KILLS processes were killed."""
+    draws = random.Random(seed)
+    undisturbed = f"{folder}/undisturbed"
+    seconds = attempts.finish(*arguments(undisturbed))
     killed, runs = 0, 0
     while killed < KILLS:
-        out = f"runs/killed{runs}"
-        # Six kills a run on average: early ones hit the start, later ones the middle and the end.
+        out = f"{folder}/killed{runs}"
         for _ in range(6):
-            killed += attempts.kill(1.2 * seconds, draws, *train_arguments(out), "--resume")
-            if (attempts.folder / out).exists():
-                check_whole(attempts.folder / out)
-        attempts.finish(*train_arguments(out), "--resume")
-        same_run(attempts.folder / out, attempts.folder / "runs" / "undisturbed")
+            killed += attempts.kill(1.2 * seconds, draws, *arguments(out), "--resume")
+            check_whole(attempts.folder / out)
+        attempts.finish(*arguments(out), "--resume")
+        same(attempts.folder / out, attempts.folder / undisturbed)
         runs += 1
-    record_property("kills", killed)
-    print(f"training: {killed} kills in {runs} runs")
+    print(f"{folder}: {killed} kills in {runs} runs")
+
+
+@slow
+def test_training(attempts: Attempts) -> None:
+    kill_and_resume(attempts, train_arguments, "runs", same_run, SEED)
 
 
 def cache_arguments(out: str) -> list[str]:
@@ -171,28 +183,16 @@ def cache_arguments(out: str) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and ".tmp" not in path.name
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in finished(folder)}
+
+
+def same_files(found: Path, expected: Path) -> None:
+    assert files(found) == files(expected)
 
 
 @slow
 def test_caching(attempts: Attempts) -> None:
-    draws = random.Random(SEED + 1)
-    seconds = attempts.finish(*cache_arguments("cache/undisturbed"))
-    killed, runs = 0, 0
-    while killed < KILLS:
-        out = f"cache/killed{runs}"
-        for _ in range(6):
-            killed += attempts.kill(1.2 * seconds, draws, *cache_arguments(out), "--resume")
-            if (attempts.folder / out).exists():
-                check_whole(attempts.folder / out)
-        attempts.finish(*cache_arguments(out), "--resume")
-        assert files(attempts.folder / out) == files(attempts.folder / "cache" / "undisturbed")
-        runs += 1
-    print(f"caching: {killed} kills in {runs} runs")
+    kill_and_resume(attempts, cache_arguments, "cache", same_files, SEED + 1)
 
 
 @slow
@@ -233,9 +233,8 @@ def test_two_at_once(attempts: Attempts) -> None:
         # -9: killed; 2: refused; 0: it was done.
         assert set(codes) <= {-9, 0, 2}, attempts.log.read_text()[-3000:]
         refused += 2 in codes
-        if (attempts.folder / out).exists():
-            check_whole(attempts.folder / out)
-        if codes.count(0) == 1 and 2 in codes:  # done: another one
+        check_whole(attempts.folder / out)
+        if 0 in codes:  # this run is done: nobody locks its folder again
             out = f"runs/contested{rounds}"
     attempts.finish(*train_arguments(out), "--resume")
     same_run(attempts.folder / out, attempts.folder / "runs" / "alone")
@@ -278,8 +277,7 @@ def test_full_disk(attempts: Attempts) -> None:
                 assert begun.exitcode in (0, 1, 2) and "Traceback" not in text, text
                 full += begun.exitcode == 1 and "No space left" in text
             (small / "filler").unlink()
-            if (attempts.folder / out).exists():
-                check_whole(attempts.folder / out)
+            check_whole(attempts.folder / out)
         assert full > 0
         for out in sorted(small.iterdir()):
             attempts.finish(*train_arguments(f"small/{out.name}"), "--resume")
