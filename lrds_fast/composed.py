@@ -204,7 +204,7 @@ def gram_terms(
             p = revise_labels(v, target, eta=eta, temperature=t, policy=revise)
         if w is not None:
             q, p = torch.where(w > 0, w * q, 0.0), w * p
-        with torch.autocast(z.device.type, enabled=False):  # which multiplies float32 matrices as 16-bit ones
+        with torch.autocast(z.device.type, enabled=False):  # autocast multiplies float32 matrices in 16 bits
             if batch:
                 by_batch = by_batch + (q @ q.T - p @ p.T).square().sum() / count
             if classes:

@@ -169,7 +169,7 @@ def check_class_dimension(name: str, shape: Sequence[int], target: Tensor) -> No
         raise ValueError(
             f"{name} must have its classes last; with shape {tuple(shape)} they may be in dimension 1: pass rows, "
             f"{name}.movedim(1, -1).flatten(0, -2) for (N, C, H, W) or {name}.flatten(0, -2) for (N, H, W, C), and "
-            "and teacher and target in the same way"
+            "the teacher and the target in the same way"
         )
 
 
@@ -309,8 +309,8 @@ def _check_tensors(
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Can its values be looked at? Not without waiting on CUDA, not under a tracer, and not those of a vmap's batch."""
-    # A subclass may hold no data (fake tensors).
+    """Whether the values can be read: not on CUDA, where reading synchronises, not while tracing, not under vmap."""
+    # Fake tensors are a subclass without data.
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     functorch = torch._C._functorch
@@ -320,7 +320,7 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def check_values(target: Tensor, selected: Tensor | None, classes: int, ignore_index: int | None) -> None:
-    """ValueError for a class or a weight out of range, where it can be read: the kernel's, with its flattened row."""
+    """ValueError for a class index or a weight out of range, with its flattened row, if the values can be read."""
     valid: Tensor | bool = True
     if not target.is_floating_point():
         if not _readable(target):

@@ -66,7 +66,7 @@ def _taken(path: Path, shared: bool) -> int:
             note(f"{path.parent} is on a file system without locks ({error.strerror}); start no second run there")
         if _is_at(handle, path):
             break
-        os.close(handle)  # the previous holder has deleted the file
+        os.close(handle)  # the process that held the lock has deleted the file
     _held.add(handle)
     with suppress(OSError):  # a full disk
         os.ftruncate(handle, 0)

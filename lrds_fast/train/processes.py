@@ -52,15 +52,15 @@ def joined(device: str, timeout: float) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-#: Where the processes meet, once they have met.
+#: The store of the rendezvous, created once per process.
 _meeting: list[Any] = []
 _groups = itertools.count()
-_dist: Any = dist  # has names without types
+_dist: Any = dist  # torch.distributed does not export all names to type checkers
 
 
 def _new_store(timeout: timedelta) -> Any:
-    """A store without keys. A process group that was destroyed leaves its addresses in its store, and the next group
-    of these processes would connect to them."""
+    """A store without keys. A destroyed process group leaves addresses in its store, and the next group of the same
+    processes would connect to them."""
     if not _meeting:
         _meeting.append(next(_dist.rendezvous("env://", timeout=timeout))[0])
     return _dist.PrefixStore(f"lrds_fast/{next(_groups)}", _meeting[0])
