@@ -1,0 +1,474 @@
+"""Label revision and data selection on convolutional networks: paired trainings on CIFAR-100.
+
+    python benchmarks/lab_networks.py --cache DIR                  # all jobs, one after the other
+    python benchmarks/lab_networks.py --cache DIR --regimes unseen # some of them
+
+The protocol is in docs/benchmarks/method.md. A pair is a teacher and a student's initialisation; its arms differ in
+nothing else: same samples, same augmented views in the same order. Arms with a selection continue from the checkpoint
+of the arm without one. Every finished run is a row of results/method_networks.csv, and its job is not run again. Several
+processes may share one cache: each takes the next pair that no other process has. The teachers' weights are in teachers/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fcntl
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lrds_fast
+from benchmarks.bench_kd_loss import commit, cpu_name
+from lrds_fast import influence, models
+from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
+from lrds_fast.files import replacing
+from lrds_fast.train.setup import available_amp
+
+HERE = Path(__file__).resolve().parent
+STORED = HERE / "results" / "method_networks.csv"
+TEACHERS = HERE / "teachers"
+
+CLASSES = 100
+TEMPERATURE, CE_WEIGHT, KD_WEIGHT, ETA = 4.0, 0.1, 0.9, 0.8
+#: Samples of the teacher, the student and the held-out slice, of the 50,000.
+SPLIT = (25_000, 10_000, 5_000)
+VIEWS, BATCH, EPOCHS, TEACHER_EPOCHS = 8, 128, 40, 20
+#: A selection is made after so many epochs, from the standard errors over so many parts of the held-out slice.
+SELECT_AFTER, FOLDS = 13, 10
+CONFIDENCE, MAX_DROP = 2.0, 0.1
+REGIMES = ("unseen", "clean", "noise")
+
+
+class Arm(NamedTuple):
+    """How a student is trained. revise: None, "published" (at T) or "one" (at temperature 1). deny: None, "ds" or
+    "random"."""
+
+    ce_weight: float = CE_WEIGHT
+    kd_weight: float = KD_WEIGHT
+    revise: str | None = None
+    deny: str | None = None
+
+
+ARMS = {
+    "kd": Arm(),
+    "ds": Arm(deny="ds"),
+    "random": Arm(deny="random"),
+    "lr": Arm(revise="one"),
+    "lr+ds": Arm(revise="one", deny="ds"),
+    "lr-published": Arm(revise="published"),
+    "kd-ce0.3": Arm(ce_weight=0.3),
+    "kd-ce1": Arm(ce_weight=1.0),
+    "alone": Arm(ce_weight=1.0, kd_weight=0.0),
+}
+
+FIELDS = (
+    "regime", "teacher", "student", "arm", "test_acc", "test_nll", "test_ece", "val_acc", "val_nll", "teacher_test_acc",
+    "teacher_wrong", "denied", "denied_wrong", "revised_label", "right_label", "epochs", "seconds", "precision", "cpu",
+    "torch", "commit",
+)  # fmt: skip
+
+
+class Split(NamedTuple):
+    """Indices of the training pictures."""
+
+    teacher: Tensor
+    student: Tensor
+    held_out: Tensor
+
+
+class Trained(NamedTuple):
+    """A student between two epochs."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    epoch: int
+
+
+def generator(*key: object) -> torch.Generator:
+    """A generator of its own for every use."""
+    return torch.Generator().manual_seed(int.from_bytes(repr(key).encode(), "little") % (2**61 - 1))
+
+
+def split_of(teacher: int) -> Split:
+    order = torch.randperm(50_000, generator=generator("split", teacher))
+    return Split(*order[: sum(SPLIT)].split(SPLIT))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 (N, 3, 32, 32) to float32, channels last."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def augmented(images: Tensor, random: torch.Generator) -> Tensor:
+    """uint8 (N, 3, 32, 32): padded by 4, cropped at a random place, flipped with probability 1/2; pixels of the padding
+    are the mean."""
+    count = len(images)
+    padded = (
+        torch.tensor([round(255 * value) for value in MEAN], dtype=torch.uint8)
+        .view(1, 3, 1, 1)
+        .repeat(count, 1, 40, 40)
+    )
+    padded[:, :, 4:36, 4:36] = images
+    rows = torch.randint(0, 9, (count, 1), generator=random) + torch.arange(32)
+    columns = torch.randint(0, 9, (count, 1), generator=random) + torch.arange(32)
+    flip = torch.rand(count, generator=random) < 0.5
+    columns[flip] = columns[flip].flip(1)
+    return padded[
+        torch.arange(count)[:, None, None, None],
+        torch.arange(3)[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+def revised_at_one(teacher_logits: Tensor, target: Tensor, eta: float = ETA) -> Tensor:
+    """Logits whose softmax is the label revision of softmax(teacher_logits); only the labels' logits differ.
+
+    p'_y = beta p_y + 1 - beta and p'_k = beta p_k give v'_y = logsumexp(v) + log(p_y + (1 - beta) / beta).
+    """
+    v = teacher_logits.double()
+    p = v.softmax(1)
+    label = target[:, None]
+    p_y, top = p.gather(1, label), p.amax(1, keepdim=True)
+    revised = v.logsumexp(1, keepdim=True) + (p_y + (1 + top - p_y - eta) / eta).log()
+    wrong = v.gather(1, label) < v.amax(1, keepdim=True)
+    return v.scatter(1, label, torch.where(wrong, revised, v.gather(1, label))).to(teacher_logits)
+
+
+def precision() -> str:
+    return available_amp("bf16", torch.device("cpu"))
+
+
+def run_network(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision() == "bf16"):
+        return model(images).float()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    model.eval()
+    return torch.cat([run_network(model, normalised(part)) for part in images.split(500)])
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, images: Tensor) -> Tensor:
+    model.eval()
+    return torch.cat([model.features(normalised(part)).float() for part in images.split(500)])
+
+
+def measures(logits: Tensor, target: Tensor) -> tuple[float, float, float]:
+    """Accuracy in %, mean cross-entropy, expected calibration error in % over 15 equal bins."""
+    confidence, predicted = logits.softmax(1).max(1)
+    right = (predicted == target).double()
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = torch.zeros(15, dtype=torch.float64).index_add(0, bins, right - confidence.double())
+    return (
+        100 * float(right.mean()),
+        float(F.cross_entropy(logits, target)),
+        100 * float(gaps.abs().sum()) / len(target),
+    )
+
+
+def one_epoch(
+    state: Trained, order: Tensor, epochs: int, batches: int, loss_of: Callable[[nn.Module, Tensor], Tensor]
+) -> Trained:
+    """The steps of one epoch: cosine from 0.1, the first epoch is the warm-up. loss_of: from (model, row numbers) to the
+    mean loss."""
+    state.model.train()
+    for number, rows in enumerate(order.split(BATCH)):
+        at = state.epoch + number / batches
+        warm, half_cosine = (
+            min(1.0, (at + 1 / batches)),
+            0.5 * (1 + torch.cos(torch.tensor(at / epochs * torch.pi)).item()),
+        )
+        for group in state.optimizer.param_groups:
+            group["lr"] = 0.1 * warm * half_cosine
+        state.optimizer.zero_grad(set_to_none=True)
+        loss_of(state.model, rows).backward()
+        state.optimizer.step()
+    return state._replace(epoch=state.epoch + 1)
+
+
+def fresh(name: str, *seed: object) -> Trained:
+    with torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator("init", name, *seed))))
+        model = models.create(name, num_classes=CLASSES).to(memory_format=torch.channels_last)
+    return Trained(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4), 0)
+
+
+def saved(path: Path, state: Trained) -> None:
+    with replacing(path) as name:
+        torch.save(
+            {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(), "epoch": state.epoch}, name
+        )
+
+
+def loaded(path: Path, state: Trained) -> Trained:
+    kept = torch.load(path, weights_only=True)
+    state.model.load_state_dict(kept["model"])
+    state.optimizer.load_state_dict(kept["optimizer"])
+    return state._replace(epoch=kept["epoch"])
+
+
+def teacher_labels(regime: str, teacher: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the teacher's samples: which it is trained on (bool), and the labels that it is given."""
+    random = generator("regime", regime, teacher)
+    keep = torch.ones(len(labels), dtype=torch.bool)
+    if regime == "unseen":
+        keep = ~torch.isin(labels, torch.randperm(CLASSES, generator=random)[:25])
+    elif regime == "noise":
+        wrong = torch.rand(len(labels), generator=random) < 0.4
+        shift = torch.randint(1, CLASSES, (len(labels),), generator=random)
+        labels = torch.where(wrong, (labels + shift) % CLASSES, labels)
+    return keep, labels
+
+
+def teacher_of(regime: str, number: int, data: Pictures, cache: Path) -> nn.Module:
+    """A resnet20 of the regime, from teachers/ or trained; a training that was interrupted goes on after its last epoch."""
+    path = TEACHERS / f"resnet20_{regime}_{number}.safetensors"
+    state = fresh("resnet20", regime, number)
+    if not path.exists():
+        index = split_of(number).teacher
+        keep, labels = teacher_labels(regime, number, data.train_labels[index])
+        images, labels = data.train_images[index[keep]], labels[keep]
+        half_done = cache / f"teacher_{regime}_{number}.pt"
+        if half_done.exists():
+            state = loaded(half_done, state)
+        while state.epoch < TEACHER_EPOCHS:
+            random = generator("teacher", regime, number, state.epoch)
+            view = augmented(images, random)
+
+            def loss_of(model: nn.Module, rows: Tensor, view: Tensor = view) -> Tensor:
+                return F.cross_entropy(run_network(model, normalised(view[rows])), labels[rows])
+
+            order = torch.randperm(len(images), generator=random)
+            state = one_epoch(state, order, TEACHER_EPOCHS, -(-len(images) // BATCH), loss_of)
+            saved(half_done, state)
+        # Students see the stored weights, rounded to 16 bits, so that anybody can repeat them.
+        half = {k: v.half() if v.is_floating_point() else v for k, v in state.model.state_dict().items()}
+        TEACHERS.mkdir(exist_ok=True)
+        with replacing(path) as name:
+            save_file({k: v.contiguous() for k, v in half.items()}, name)
+        half_done.unlink(missing_ok=True)
+    state.model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    return state.model
+
+
+class Pair:
+    """The data, views and teacher's logits that all arms of a pair share."""
+
+    def __init__(self, regime: str, teacher: int, student: int, data: Pictures, cache: Path) -> None:
+        self.regime, self.teacher, self.student, self.cache, self.data = regime, teacher, student, cache, data
+        split = split_of(teacher)
+        self.images, self.labels = data.train_images[split.student], data.train_labels[split.student]
+        self.held_out, self.held_out_labels = data.train_images[split.held_out], data.train_labels[split.held_out]
+        with claimed(cache / f"teacher_{regime}_{teacher}.lock", wait=True):
+            network = teacher_of(regime, teacher, data, cache)
+        # View VIEWS is the picture itself, which is scored.
+        self.views = [augmented(self.images, generator("view", teacher, view)) for view in range(VIEWS)] + [self.images]
+        path = cache / f"logits_{regime}_{teacher}.pt"
+        if not path.exists():
+            logits = torch.stack([logits_of(network, view) for view in self.views]).half()
+            with replacing(path) as name:
+                torch.save({"views": logits, "test": logits_of(network, data.test_images)}, name)
+        kept = torch.load(path, weights_only=True)
+        self.answers = kept["views"].float()
+        self.teacher_test_acc = measures(kept["test"], data.test_labels)[0]
+        self.wrong = self.answers[VIEWS].argmax(1) != self.labels
+
+    def checkpoint(self, arm: Arm) -> Path:
+        return self.cache / f"student_{self.regime}_{self.teacher}_{self.student}_{arm.revise}.pt"
+
+    def told(self, arm: Arm, view: int) -> Tensor:
+        """The teacher's logits, already revised where the arm revises at temperature 1."""
+        return revised_at_one(self.answers[view], self.labels) if arm.revise == "one" else self.answers[view]
+
+    def train(self, arm: Arm, state: Trained, epochs: int, selected: Tensor | None) -> Trained:
+        batches = -(-len(self.images) // BATCH)
+        while state.epoch < epochs:
+            view = state.epoch % VIEWS
+            told = self.told(arm, view)
+
+            def loss_of(model: nn.Module, rows: Tensor, view: int = view, told: Tensor = told) -> Tensor:
+                return lrds_fast.kd_loss(
+                    run_network(model, normalised(self.views[view][rows])),
+                    told[rows],
+                    self.labels[rows],
+                    temperature=TEMPERATURE,
+                    ce_weight=arm.ce_weight,
+                    kd_weight=arm.kd_weight,
+                    ce_weight_unselected=1.0,
+                    revise="lr" if arm.revise == "published" else None,
+                    eta=ETA,
+                    selected=None if selected is None else selected[rows],
+                )
+
+            order = torch.randperm(
+                len(self.images), generator=generator("order", self.teacher, self.student, state.epoch)
+            )
+            state = one_epoch(state, order, EPOCHS, batches, loss_of)
+        return state
+
+    def gain(self, arm: Arm, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """kd_gain of every sample and its standard error over FOLDS parts of the held-out slice."""
+        features, logits = features_of(model, self.images), logits_of(model, self.images)
+        val_features, val_logits = features_of(model, self.held_out), logits_of(model, self.held_out)
+        loss = lrds_fast.KDLoss(
+            temperature=TEMPERATURE,
+            ce_weight=arm.ce_weight,
+            kd_weight=arm.kd_weight,
+            ce_weight_unselected=1.0,
+            revise=None,
+        )
+        folds = []
+        for fold in range(FOLDS):
+            part = slice(fold, None, FOLDS)
+            found = influence.last_layer_scores(
+                features=features,
+                student_logits=logits,
+                teacher_logits=self.told(arm, VIEWS),
+                target=self.labels,
+                val_features=val_features[part],
+                val_logits=val_logits[part],
+                val_target=self.held_out_labels[part],
+                loss=loss,
+            )
+            folds.append(found["kd_gain"])
+        values = torch.stack(folds).double()
+        return values.mean(0), values.std(0) / FOLDS**0.5
+
+    def selection(self, arm: Arm, model: nn.Module) -> Tensor:
+        """Who keeps the teacher: all but those whose kd_gain exceeds CONFIDENCE standard errors, at most MAX_DROP."""
+        score, error = self.gain(arm, model)
+        count = len(score)
+        worst = torch.zeros(count, dtype=torch.bool)
+        worst[score.argsort(descending=True, stable=True)[: int(MAX_DROP * count + 0.5)]] = True
+        denied = worst & (score > CONFIDENCE * error)
+        if arm.deny == "random":
+            chosen = torch.randperm(count, generator=generator("random", self.regime, self.teacher, self.student))[
+                : int(denied.sum())
+            ]
+            denied = torch.zeros(count, dtype=torch.bool)
+            denied[chosen] = True
+        return ~denied
+
+    def run(self, name: str) -> dict[str, object]:
+        """One arm from start to end: a row of the table."""
+        arm, began = ARMS[name], time.monotonic()
+        state, selected = fresh("resnet8", "student", self.teacher, self.student), None
+        branch = self.checkpoint(arm)
+        shared = arm == Arm(revise=arm.revise, deny=arm.deny) and arm.revise != "published"
+        if shared and branch.exists():
+            state = loaded(branch, state)
+        if shared:
+            state = self.train(arm, state, SELECT_AFTER, None)
+            if not branch.exists():
+                saved(branch, state)
+            if arm.deny:
+                selected = self.selection(arm, state.model)
+        state = self.train(arm, state, EPOCHS, selected)
+        acc, nll, ece = measures(logits_of(state.model, self.data.test_images), self.data.test_labels)
+        val_acc, val_nll, _ = measures(logits_of(state.model, self.held_out), self.held_out_labels)
+        told = self.told(arm, 0)
+        if arm.revise == "published":
+            told = lrds_fast.revise_labels(told, self.labels, temperature=TEMPERATURE, eta=ETA).log() * TEMPERATURE
+        p_y = (told / TEMPERATURE).softmax(1).gather(1, self.labels[:, None])[:, 0]
+        wrong_view = self.answers[0].argmax(1) != self.labels
+        denied = torch.zeros_like(self.wrong) if selected is None else ~selected
+        return {
+            "regime": self.regime, "teacher": self.teacher, "student": self.student, "arm": name,
+            "test_acc": round(acc, 2), "test_nll": round(nll, 5), "test_ece": round(ece, 3),
+            "val_acc": round(val_acc, 2), "val_nll": round(val_nll, 5),
+            "teacher_test_acc": round(self.teacher_test_acc, 2), "teacher_wrong": round(float(self.wrong.float().mean()), 4),
+            "denied": int(denied.sum()), "denied_wrong": int((denied & self.wrong).sum()),
+            "revised_label": round(float(p_y[wrong_view].mean()), 4), "right_label": round(float(p_y[~wrong_view].mean()), 4),
+            "epochs": EPOCHS, "seconds": round(time.monotonic() - began), "precision": precision(), "cpu": cpu_name(),
+            "torch": torch.__version__, "commit": commit(),
+        }  # fmt: skip
+
+
+def stored_rows(path: Path = STORED) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(row: dict[str, object]) -> None:
+    """Adds a row, under a lock that the processes of one machine share."""
+    with STORED.open("a+", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        file.seek(0, 2)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+@contextmanager
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether no other process holds path's lock; it is then this process's until the block ends or the process dies.
+
+    wait: for another process to let go of it; the answer is then always True.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]]:
+    """(regime, teacher, student, arms) in the order of their importance: the primary comparison before the rest."""
+    primary, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-ce0.3", "kd-ce1", "lr-published", "alone")
+    pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
+    for regime in regimes[:1]:
+        yield from ((regime, *pair, primary) for pair in pairs)
+    for wanted in (pairs[:4], pairs[4:]):
+        for regime in regimes:
+            yield from ((regime, *pair, (*primary, *rest)) for pair in wanted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="folder for logits and checkpoints")
+    parser.add_argument(
+        "--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="the first one's primary arms come first"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", default="", help="folder of CIFAR-100 (default: in LRDS_DATA)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    data = cifar(CLASSES, options.data)
+    for regime, teacher, student, arms in jobs(options.regimes):
+        with claimed(options.cache / f"{regime}_{teacher}_{student}.lock") as mine:
+            if not mine:
+                continue
+            pair = None
+            for name in arms:
+                done = {(row["regime"], int(row["teacher"]), int(row["student"]), row["arm"]) for row in stored_rows()}
+                if (regime, teacher, student, name) in done:
+                    continue
+                pair = pair or Pair(regime, teacher, student, data, options.cache)
+                row = pair.run(name)
+                append(row)
+                print(*row.values(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
