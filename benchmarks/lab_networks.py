@@ -5,8 +5,8 @@
 
 The protocol is in docs/benchmarks/method.md. A pair is a teacher and a student's initialisation; its arms differ in
 nothing else: same samples, same augmented views in the same order. Arms with a selection continue from the checkpoint
-of the arm without one. Every finished run is a row of results/method_networks.csv, and its job is not run again. Several
-processes may share one cache: each takes the next pair that no other process has. The teachers' weights are in teachers/.
+of the arm without one. A finished run is a row of results/method_networks.csv and is not run again. Several processes
+may share one cache: each takes the next pair that no other process has. The teachers' weights are in teachers/.
 """
 
 from __future__ import annotations
@@ -184,8 +184,10 @@ def measures(logits: Tensor, target: Tensor) -> tuple[float, float, float]:
 def one_epoch(
     state: Trained, order: Tensor, epochs: int, batches: int, loss_of: Callable[[nn.Module, Tensor], Tensor]
 ) -> Trained:
-    """The steps of one epoch: cosine from 0.1, the first epoch is the warm-up. loss_of: from (model, row numbers) to the
-    mean loss."""
+    """The steps of one epoch; the learning rate follows a cosine from 0.1, with a warm-up in the first epoch.
+
+    loss_of: from (model, row numbers) to the mean loss.
+    """
     state.model.train()
     for number, rows in enumerate(order.split(BATCH)):
         at = state.epoch + number / batches
@@ -236,7 +238,7 @@ def teacher_labels(regime: str, teacher: int, labels: Tensor) -> tuple[Tensor, T
 
 
 def teacher_of(regime: str, number: int, data: Pictures, cache: Path) -> nn.Module:
-    """A resnet20 of the regime, from teachers/ or trained; a training that was interrupted goes on after its last epoch."""
+    """A resnet20 of the regime, from teachers/ or trained; an interrupted training goes on after its last epoch."""
     path = TEACHERS / f"resnet20_{regime}_{number}.safetensors"
     state = fresh("resnet20", regime, number)
     if not path.exists():
@@ -391,11 +393,13 @@ class Pair:
             "regime": self.regime, "teacher": self.teacher, "student": self.student, "arm": name,
             "test_acc": round(acc, 2), "test_nll": round(nll, 5), "test_ece": round(ece, 3),
             "val_acc": round(val_acc, 2), "val_nll": round(val_nll, 5),
-            "teacher_test_acc": round(self.teacher_test_acc, 2), "teacher_wrong": round(float(self.wrong.float().mean()), 4),
+            "teacher_test_acc": round(self.teacher_test_acc, 2),
+            "teacher_wrong": round(float(self.wrong.float().mean()), 4),
             "denied": int(denied.sum()), "denied_wrong": int((denied & self.wrong).sum()),
-            "revised_label": round(float(p_y[wrong_view].mean()), 4), "right_label": round(float(p_y[~wrong_view].mean()), 4),
-            "epochs": EPOCHS, "seconds": round(time.monotonic() - began), "precision": precision(), "cpu": cpu_name(),
-            "torch": torch.__version__, "commit": commit(),
+            "revised_label": round(float(p_y[wrong_view].mean()), 4),
+            "right_label": round(float(p_y[~wrong_view].mean()), 4),
+            "epochs": EPOCHS, "seconds": round(time.monotonic() - began), "precision": precision(),
+            "cpu": cpu_name(), "torch": torch.__version__, "commit": commit(),
         }  # fmt: skip
 
 

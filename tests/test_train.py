@@ -511,7 +511,8 @@ def test_the_family_of_losses_in_a_recipe(tmp_path: Path, loss: dict[str, Any]) 
 def test_other_objectives_over_the_selected(tmp_path: Path, method: str, compose: str) -> None:
     """One epoch of the loop, half of the samples selected, against the objective written out row by row."""
     chosen = recipe(
-        **{"schedule.epochs": 1, "schedule.name": "constant", "loss.method": method, "selection.compose": compose}
+        **{"schedule.epochs": 1, "schedule.name": "constant", "loss.method": method, "selection.compose": compose},
+        **{"loss.lambda1": 3.0, "loss.lambda2": 2.0},
     )
     data = blobs()
     selected = selection_of(data)
@@ -530,7 +531,8 @@ def test_other_objectives_over_the_selected(tmp_path: Path, method: str, compose
         elif method == "mlkd":
             loss = lrds_fast.mlkd_loss(z, v, y, temperature=4.0, selected=heard, ce_weight_unselected=1.0)
         else:
-            loss = 0.9 * share * lrds_fast.revision_loss(z[heard], v[heard], y[heard]) + rows[~heard].sum() / len(z)
+            revision = lrds_fast.revision_loss(z[heard], v[heard], y[heard], lambda1=3.0, lambda2=2.0)
+            loss = 0.9 * share * revision + rows[~heard].sum() / len(z)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()

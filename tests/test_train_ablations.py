@@ -50,20 +50,20 @@ def test_mistakes_are_named() -> None:
         cells(base, [parse_axis("loss.etta=0.5,0.6")])
     with pytest.raises(ValueError, match=r"loss.eta must be in \(0, 1\); got 1.5"):
         cells(base, [parse_axis("loss.eta=0.5,1.5")])
-    with pytest.raises(ValueError, match="--ablation must be one of eta, weights, ratio, score; got 'etta'"):
+    with pytest.raises(ValueError, match="--ablation must be one of eta, weights, lambdas, ratio, score; got 'etta'"):
         ablation("etta", base)
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ready_grids_vary_what_they_say(name: str) -> None:
-    base = load_recipe(f"{PAIR}/kd+lr+ds")
+    base = load_recipe(f"{PAIR}/revision" if name == "lambdas" else f"{PAIR}/kd+lr+ds")
     found = ablation(f"ablations/{name}", base)
     assert found == ablation(name, base)
     varied = {key for cell in found for key, value in cell.flat().items() if value != base.flat()[key]}
     keys = {axis.partition("=")[0] for axis in ABLATIONS[name].axes}
     assert varied - {"name"} == keys | ({"selection.ratio"} if name == "score" else set())
     assert len({cell.name for cell in found}) == len(found) >= 6
-    sizes = {"eta": 6, "weights": 9, "ratio": 10, "score": 12}
+    sizes = {"eta": 6, "weights": 9, "lambdas": 16, "ratio": 10, "score": 12}
     assert len(found) == sizes[name]
     if name == "score":
         assert {cell.selection.ratio for cell in found} == {0.7}
@@ -72,7 +72,8 @@ def test_ready_grids_vary_what_they_say(name: str) -> None:
 
 
 def test_ready_grids_refuse_recipes_that_lack_what_they_vary() -> None:
-    for name, recipe in (("eta", "kd"), ("ratio", "kd+lr"), ("score", "kd"), ("weights", "revision")):
+    lacking = {"eta": "kd", "ratio": "kd+lr", "score": "kd", "weights": "revision", "lambdas": "kd+lr"}
+    for name, recipe in lacking.items():
         with pytest.raises(
             ValueError, match=f"--ablation {name} needs a recipe with .*; {PAIR}/{recipe.split('+')[0]}"
         ):

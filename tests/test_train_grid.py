@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lrds_fast import models
-from lrds_fast.divergences import DKD, NKD
+from lrds_fast.divergences import DKD, NKD, RLD
 from lrds_fast.train import cli, grid, load_recipe
 from lrds_fast.train import recipe as recipe_module
 from lrds_fast.train.recipe import from_mapping
@@ -59,9 +59,9 @@ def test_every_network_exists() -> None:
 def test_the_grid_is_complete() -> None:
     names = grid.names()
     assert len(set(names)) == len(names)
-    # Pairs, methods, and those of them that "+lr" does not change: revision, and features alone.
-    sizes = {"cifar100": (16, 25, 11), "cifar100-short": (16, 25, 11), "imagenet": (2, 7, 1)}
-    sizes |= {"imagenet-modern": (6, 6, 1), "imagenet-adamw": (6, 5, 0)}
+    # Pairs, methods, and those of them that "+lr" does not change: revision, rld, and features alone.
+    sizes = {"cifar100": (17, 27, 12), "cifar100-short": (17, 27, 12), "imagenet": (2, 8, 2)}
+    sizes |= {"imagenet-modern": (6, 7, 2), "imagenet-adamw": (6, 6, 1)}
     for prefix, (pairs, methods, fixed) in sizes.items():
         protocol = grid.PROTOCOLS[prefix]
         assert (len(protocol.pairs), len(protocol.methods)) == (pairs, methods)
@@ -178,6 +178,12 @@ def test_protocols_are_the_published_ones() -> None:
         dkd = load_recipe(f"cifar100/{pair}/dkd")
         assert dkd.loss.chosen_divergence() == DKD(alpha=1.0, beta=beta)
         assert (dkd.loss.ce_weight, dkd.loss.kd_weight, dkd.loss.kd_warmup_epochs) == (1.0, 1.0, 20)
+        rld = load_recipe(f"cifar100/{pair}/rld")
+        assert rld.loss.chosen_divergence() == RLD(alpha=1.0, beta=beta, confidence_temperature=1.0)
+        assert (rld.loss.ce_weight, rld.loss.kd_weight, rld.loss.kd_warmup_epochs) == (1.0, 1.0, 20)
+        assert rld.loss.temperature == 4.0 and rld.loss.revise == "none"
+    lskd = load_recipe("cifar100/resnet56-resnet20/kd-lskd").loss
+    assert (lskd.standardize, lskd.temperature, lskd.ce_weight, lskd.kd_weight) == (True, 2.0, 0.1, 9.0)
     for student in ("ShuffleV1", "ShuffleV2"):
         assert load_recipe(f"cifar100/resnet32x4-{student}/kd").optimizer.lr == pytest.approx(0.01)
         assert load_recipe(f"cifar100/{student}").optimizer.lr == pytest.approx(0.01)

@@ -91,7 +91,7 @@ def test_many_pairs_stay_readable(tmp_path: Path) -> None:
     names = [f"cifar100/{pair}/kd" for pair in grid.PROTOCOLS["cifar100"].pairs]
     runs = [read_run(write_run(tmp_path / str(i), name, 0, [0.5])) for i, name in enumerate(names)]
     (table,) = paper_tables(runs)
-    assert len(table.columns) == 16
+    assert len(table.columns) == 17
     shown = text(table)
     assert max(map(len, shown.splitlines())) < 130
     assert all(f"{teacher} -> {student}" in shown for teacher, student in table.columns)

@@ -90,6 +90,10 @@ def _weights(recipe: Recipe) -> str:
     return "" if taught else "a teacher and both weights, as .../kd has"
 
 
+def _revision_loss(recipe: Recipe) -> str:
+    return "" if recipe.loss.method == "revision" else "the loss method 'revision', as .../revision has"
+
+
 def _selection(recipe: Recipe) -> str:
     return "" if recipe.selection.after else "a selection while training (selection.after), as .../kd+ds has"
 
@@ -98,6 +102,11 @@ ABLATIONS: Mapping[str, Ablation] = {
     "eta": Ablation("the margin of label revision", ("loss.eta=0.5,0.6,0.7,0.8,0.9,0.95",), _revision),
     "weights": Ablation(
         "cross-entropy against distillation", ("loss.ce_weight=0.1,0.5,1.0", "loss.kd_weight=0.5,0.9,2.0"), _weights
+    ),
+    "lambdas": Ablation(
+        "revision_loss's weights on the rows where the teacher is right and where it is wrong",
+        ("loss.lambda1=1.0,2.0,4.0,8.0", "loss.lambda2=0.5,1.0,2.0,4.0"),
+        _revision_loss,
     ),
     "ratio": Ablation(
         "the share of the samples that keep the teacher",

@@ -68,6 +68,8 @@ def check_values(recipe: Recipe) -> None:
         "loss.ce_weight": recipe.loss.ce_weight,
         "loss.kd_weight": recipe.loss.kd_weight,
         "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected,
+        "loss.lambda1": recipe.loss.lambda1,
+        "loss.lambda2": recipe.loss.lambda2,
         "optimizer.momentum": recipe.optimizer.momentum,
         "optimizer.weight_decay": recipe.optimizer.weight_decay,
         "schedule.warmup_epochs": recipe.schedule.warmup_epochs,

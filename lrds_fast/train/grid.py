@@ -49,7 +49,10 @@ _FEATURES: Mapping[str, Values] = feature_recipes.METHODS
 _TAUGHT: Values = {"loss": {"ce_weight_unselected": 1.0}}
 _CIFAR_METHODS: Mapping[str, Values] = {
     "kd": {"loss": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9}},
+    # Sun et al. 2024. They choose T and the weight by pair; these are their program's.
+    "kd-lskd": {"loss": {"standardize": True, "temperature": 2.0, "ce_weight": 0.1, "kd_weight": 9.0}},
     "dkd": {"loss": {"divergence": "dkd", "temperature": 4.0, "ce_weight": 1.0, "kd_weight": 1.0}},
+    "rld": {"loss": {"divergence": "rld", "temperature": 4.0, "ce_weight": 1.0, "kd_weight": 1.0}},
     "mlkd": {
         "data": {"second_view": "strong"},
         "loss": {"method": "mlkd", "temperatures": [2.0, 3.0, 4.0, 5.0, 6.0], "ce_weight": 0.1, "kd_weight": 0.9},
@@ -64,6 +67,7 @@ _IMAGENET_METHODS: Mapping[str, Values] = {
     # The baseline to beat.
     "kd-tuned": {"loss": {"temperature": 1.0, "ce_weight": 1.0, "kd_weight": 3.0}},
     "dkd": {"loss": {"divergence": "dkd", "temperature": 1.0, "ce_weight": 1.0, "kd_weight": 1.0}},
+    "rld": {"loss": {"divergence": "rld", "temperature": 1.0, "ce_weight": 1.0, "kd_weight": 1.0}},
     "nkd": {
         "loss": {
             "divergence": "nkd",
@@ -185,7 +189,7 @@ def names() -> list[str]:
 
 def _can_revise(method: str) -> bool:
     """Whether "+lr" changes it: not what revises by itself, nor what has none of the teacher's labels."""
-    return method != "revision" and (method not in _FEATURES or _FEATURES[method]["loss"]["kd_weight"] > 0)
+    return method not in ("revision", "rld") and (method not in _FEATURES or _FEATURES[method]["loss"]["kd_weight"] > 0)
 
 
 def models_of(protocol: Protocol) -> list[str]:
@@ -239,7 +243,7 @@ def compose(source: str, base: Values) -> dict[str, Any]:
     recipe["schedule"] = dict(own.get("schedule", {}))
     recipe["loss"] = {"revise": "lr" if "lr" in parts.switches else "none"}
     layers = [_TAUGHT, protocol.methods[parts.method]]
-    if parts.method == "dkd":
+    if parts.method in ("dkd", "rld"):
         beta = protocol.pairs[f"{parts.teacher}-{parts.student}"].beta
         warm_up = max(1, schedule["epochs"] // 12) if protocol.base.startswith("cifar") else 1
         layers.append({"loss": {"divergence_options": {"beta": beta}, "kd_warmup_epochs": warm_up}})

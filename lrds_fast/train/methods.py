@@ -221,7 +221,10 @@ def _revision(options: LossOptions) -> Objective:
         student, teacher, target = _taught(z, v, y, selected)
         ce = kd = counted.loss.new_zeros(())
         if len(student):
-            kd = kd_weight * len(student) / len(z) * lrds_fast.revision_loss(student, teacher, target, eta=options.eta)
+            revised = lrds_fast.revision_loss(
+                student, teacher, target, lambda1=options.lambda1, lambda2=options.lambda2, eta=options.eta
+            )
+            kd = kd_weight * len(student) / len(z) * revised
         if len(student) < len(z):
             rest = z[len(v) :] if selected is None else z[~selected]
             labels = y[len(v) :] if selected is None else y[~selected]

@@ -18,7 +18,9 @@ ALONE = "student alone"
 METHODS = {
     "kd": "KD",
     "kd-tuned": "KD (tuned)",
+    "kd-lskd": "KD+LSKD",
     "dkd": "DKD",
+    "rld": "RLD",
     "nkd": "NKD",
     "mlkd": "MLKD",
     "dist": "DIST",

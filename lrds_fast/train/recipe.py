@@ -97,7 +97,8 @@ class LossOptions:
     of "dkd"; what is not given is as published. kd_warmup_epochs: kd_weight grows over so many epochs.
 
     method "kd" is kd_loss; "dist", "mlkd" and "revision" put lrds_fast.dist_loss, mlkd_loss or revision_loss in its
-    place (see lrds_fast.train.methods), and take no divergence."""
+    place (see lrds_fast.train.methods), and take no divergence. lambda1, lambda2: revision_loss's weights on right rows
+    and on wrong rows; no other method has them."""
 
     temperature: float = 4.0
     temperatures: tuple[float, ...] = ()
@@ -111,6 +112,8 @@ class LossOptions:
     ce_weight_unselected: float = 1.0
     revise: str = "lr"
     eta: float = 0.8
+    lambda1: float = 4.0
+    lambda2: float = 1.0
     label_smoothing: float = 0.0
 
     def chosen_divergence(self) -> divergences.Divergence:
