@@ -133,7 +133,7 @@ def _one_seed(folder: Path, seed: int, settings: Sequence[str], bar: tqdm[None])
         if arm.scored:
             base = chosen.with_values(**{"run.out": str(folder / arm.scored), "selection.path": ""})
             scores = runs.score(base, progress=False)
-            selection = lrds_fast.select(scores, by="kd_gain", threshold=0.0)
+            selection = lrds_fast.select(scores, by="kd_gain", confidence=2.0, max_drop=0.1)
             if arm.by != "kd_gain":
                 share = len(selection.indices) / len(selection)
                 selection = lrds_fast.select(scores, by=arm.by, ratio=share)

@@ -131,6 +131,7 @@ def train(
                     data,
                     student,
                     teacher,
+                    epoch=epoch,
                     path=rescoring.path_of(out, epoch),
                     fingerprint=fingerprint,
                     selected=selected,
