@@ -117,6 +117,11 @@ class LossOptions:
     lambda2: float = 1.0
     label_smoothing: float = 0.0
 
+    @property
+    def revises(self) -> bool:
+        """Whether kd_loss revises the teacher's labels: there is a revision, and "rld" does not replace it."""
+        return self.method == "kd" and self.revise != "none" and self.divergence != "rld"
+
     def chosen_divergence(self) -> divergences.Divergence:
         """The divergence with its options; ValueError for an option that it has not, or a value out of its range."""
         default = divergences.resolve(self.divergence)
