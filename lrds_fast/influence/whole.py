@@ -19,7 +19,15 @@ from lrds_fast.influence.curvature import CURVATURES, Identity
 from lrds_fast.influence.factors import Factors, fingerprint, fit_placed, tensors_fingerprint
 from lrds_fast.influence.head import score_head, with_random
 from lrds_fast.influence.inputs import check_choice, check_damping, check_logits, check_selected_values
-from lrds_fast.influence.last_layer import DIRECTED, HESSIANS, SCORERS, _Batch, _checked_loss, _loss_facts
+from lrds_fast.influence.last_layer import (
+    DIRECTED,
+    HESSIANS,
+    SCORERS,
+    _Batch,
+    _checked_loss,
+    _loss_facts,
+    as_trained,
+)
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names
@@ -157,6 +165,8 @@ def score(
         "curvature": curvature,
     }
     with _eval_mode(student, teacher):
+        if not head:
+            common["loss"] = as_trained(loss, ranks, train.targets(ranks))
         if head:
             more = score_head(learner, other, chosen[0], train, held_out, shards, names, **common)
         else:

@@ -67,7 +67,7 @@ def check_values(recipe: Recipe) -> None:
         "data.cutmix": recipe.data.cutmix,
         "loss.ce_weight": recipe.loss.ce_weight,
         "loss.kd_weight": recipe.loss.kd_weight,
-        "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected,
+        "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected or 0.0,
         "optimizer.momentum": recipe.optimizer.momentum,
         "optimizer.weight_decay": recipe.optimizer.weight_decay,
         "schedule.warmup_epochs": recipe.schedule.warmup_epochs,

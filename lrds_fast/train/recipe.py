@@ -95,6 +95,7 @@ class LossOptions:
     """kd_loss's arguments; without a teacher only label_smoothing counts. revise "none" is no revision. temperatures:
     several at once, instead of temperature. divergence_options: the divergence's own parameters, such as alpha and beta
     of "dkd"; what is not given is as published. kd_warmup_epochs: kd_weight grows over so many epochs.
+    ce_weight_unselected: left out or "none", kd_loss's default for ce_weight and the full kd_weight.
 
     method "kd" is kd_loss; "dist", "mlkd" and "revision" put lrds_fast.dist_loss, mlkd_loss or revision_loss in its
     place (see lrds_fast.train.methods), and take no divergence."""
@@ -108,7 +109,7 @@ class LossOptions:
     kd_warmup_epochs: int = 0
     ce_weight: float = 0.1
     kd_weight: float = 0.9
-    ce_weight_unselected: float = 1.0
+    ce_weight_unselected: float | None = None
     revise: str = "lr"
     eta: float = 0.8
     label_smoothing: float = 0.0
@@ -429,7 +430,12 @@ def all_keys() -> list[str]:
 
 
 def _typed(value: Any, hint: Any, key: str, where: str) -> Any:
-    """`value` as the field's type: an integer may stand for a float, a list for a tuple, nothing else for another."""
+    """`value` as the field's type: an integer may stand for a float, a list for a tuple, nothing else for another.
+    Where the type has None, "none" is None as well: TOML has no such value."""
+    if isinstance(hint, types.UnionType):
+        if value is None or value == "none":
+            return None
+        hint = typing.get_args(hint)[0]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if typing.get_origin(hint) is dict:
