@@ -22,9 +22,17 @@ from lrds_fast.train.methods import objective
 from lrds_fast.train.mix import Mix
 from lrds_fast.train.processes import any_process, average_gradients, rows_of_all, sum_gradients
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory, available_amp, build_optimizer, kd_factor, lr_factor, moving_average
+from lrds_fast.train.setup import (
+    autocast_factory,
+    available_amp,
+    build_optimizer,
+    kd_factor,
+    loss_arguments,
+    lr_factor,
+    moving_average,
+)
 from lrds_fast.train.teaching import CachedAnswers, Teacher
-from lrds_fast.train.totals import Totals
+from lrds_fast.train.totals import MEASURED_ROWS, Totals
 
 
 class Step:
@@ -62,6 +70,9 @@ class Step:
         self.amp = available_amp(options.amp, device, emulated=options.amp_emulated)
         self.autocast = autocast_factory(self.amp, device)
         self._measure = objective(recipe.loss)
+        self._loss_arguments = loss_arguments(recipe.loss)
+        self._revises = recipe.loss.revise != "none" and recipe.loss.divergence != "rld"
+        self._measured = -(-MEASURED_ROWS // recipe.data.batch_size)
         self.features = features
         self.optimizer = build_optimizer(
             recipe.optimizer, student if features is None else nn.ModuleList([student, features])
@@ -230,6 +241,10 @@ class Step:
                     logits, taught = logits[:rows], taught[:first_view]
                 taught = first(taught, heard)
                 selected = None if mask is None else mask.to(self.device, non_blocking=True)
+                if self._revises and labels is target and heard and number % self._steps_per_epoch < self._measured:
+                    dense = taught.dense(logits.shape[1]) if isinstance(taught, TopKTeacher) else taught
+                    chosen = None if selected is None else selected[:heard]
+                    self.totals.add_revised(dense, target[:heard], chosen, self._loss_arguments)
                 measured = self._measure(
                     logits,
                     taught,
