@@ -9,7 +9,9 @@ import pytest
 
 from lrds_fast import models
 from lrds_fast.divergences import DKD, KL
+from lrds_fast.reference import default_ce_weight_unselected
 from lrds_fast.train.recipe import Recipe, all_keys, builtin_recipes, from_mapping, load_recipe
+from lrds_fast.train.setup import resolved
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -27,8 +29,10 @@ def test_recipes_of_the_library_load_and_name_networks_that_exist(name: str) -> 
         if model and not model.startswith(("torchvision:", "timm:")):
             assert model in models.names()
     if recipe.teacher.model:
-        # What the loss does with rows without teacher is written out, never left to a default.
-        assert recipe.loss.ce_weight_unselected == 1.0
+        # A default that is written in one place, and resolved in the run's own recipe.json.
+        weights = recipe.loss.ce_weight, recipe.loss.kd_weight
+        assert recipe.loss.ce_weight_unselected is None
+        assert resolved(recipe).loss.ce_weight_unselected == default_ce_weight_unselected(*weights)
 
 
 def test_a_recipe_survives_json() -> None:

@@ -108,38 +108,13 @@ def test_by_default_who_is_denied_is_harmed_beyond_its_error(tmp_path: Path) -> 
     assert bool((late[0][~second.mask] > limit[~second.mask] * late[1][~second.mask]).all())
 
 
-@pytest.mark.parametrize(("epoch", "factor"), [(0, 0.25), (1, 0.5), (7, 1.0)])
-def test_what_is_scored_is_the_objective_of_that_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, factor: float
-) -> None:
-    """kd_warmup_epochs makes the teacher's weight grow; the scored loss has the weight of the epoch."""
-    seen: list[lrds_fast.KDLoss] = []
-    scored = influence.score
-
-    def watched(*arguments: Any, **options: Any) -> influence.Scores:
-        seen.append(options["loss"])
-        return scored(*arguments, **options)
-
-    monkeypatch.setattr(influence, "score", watched)
-    chosen = recipe(**RESCORED | {"loss.kd_warmup_epochs": 4, "loss.kd_weight": 0.8})
-    rescoring.rescore(
-        chosen,
-        blobs(),
-        student(),
-        teacher(),
-        epoch=epoch,
-        path=tmp_path / "s.parquet",
-        fingerprint="",
-        selected=None,
-        progress=False,
-    )
-    assert seen[0].kd_weight == pytest.approx(0.8 * factor)
-    assert seen[0].ce_weight_unselected == chosen.loss.ce_weight_unselected
-
-
 def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
     """Everyone is heard until the first scoring, and as many as were selected after it."""
-    chosen = recipe(**RESCORED | {"selection.ratio": 0.5, "selection.margin": 0.0, "selection.by": "el2n"})
+    chosen = recipe(
+        **RESCORED
+        | {"selection.threshold": math.inf}
+        | {"selection.ratio": 0.5, "selection.margin": 0.0, "selection.by": "el2n"}
+    )
     result, _ = run(tmp_path, chosen)
     size = len(blobs().train.labels)
     heard = [record["n_selected"] for record in result.records]
@@ -149,7 +124,12 @@ def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
 def test_joint_selection_in_training(tmp_path: Path) -> None:
     chosen = recipe(
         **RESCORED
-        | {"selection.by": "set_shift", "selection.ratio": 0.5, "selection.margin": 0.0}
+        | {
+            "selection.threshold": math.inf,
+            "selection.by": "set_shift",
+            "selection.ratio": 0.5,
+            "selection.margin": 0.0,
+        }
         | {"schedule.epochs": 2, "selection.every": 0}
     )
     result, _ = run(tmp_path, chosen)

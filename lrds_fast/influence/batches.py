@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from tqdm import tqdm
 
 from lrds_fast.influence.adapters import BatchHook, pair, tensors
+from lrds_fast.influence.ranks import Ranks
 
 Data = Dataset[Any] | Iterable[Any]
 """A dataset of (input, target, ...) samples, or an iterable of their batches that can be iterated again."""
@@ -151,6 +152,11 @@ class Batches:
                     bar.update(len(x))
         if self._sizes is None and start == 0 or self._sizes == []:
             raise ValueError(f"{self._name} must contain samples; got none")
+
+    def targets(self, ranks: Ranks) -> Iterator[Tensor]:
+        """Of this process's batches, (B,) int64 each, in a pass of its own."""
+        for batch in self("labels", lambda number: number % ranks.count == ranks.rank):
+            yield batch.y
 
     def _read(self, raw: Any, start: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of an item of the data."""

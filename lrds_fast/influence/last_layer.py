@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from lrds_fast.influence.inputs import (
     check_scores,
     check_selected,
 )
+from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import (
     ERROR_SUFFIX,
     ScoreName,
@@ -172,7 +174,8 @@ class LastLayer:
         hessian: str,
         selected: Tensor | None,
     ) -> None:
-        self.rows, self._teacher, self._y, self._dtype, self._loss = rows, teacher, y, dtype, loss
+        self.rows, self._teacher, self._y, self._dtype = rows, teacher, y, dtype
+        self._loss = as_trained(loss, rows.ranks, [y])
         self._hessian, self._selected = hessian, selected
         self._curvature: Curvature = Identity(None)
         self._direction = torch.empty(0, dtype=dtype, device=rows.features.device)
@@ -472,6 +475,25 @@ def _loss_facts(loss: KDLoss) -> dict[str, object]:
         "divergence": repr(resolve(loss.divergence)),
         "class_weight": None if weight is None else weight.tolist(),
     }
+
+
+def as_trained(loss: KDLoss, ranks: Ranks, targets: Iterable[Tensor]) -> KDLoss:
+    """The loss with its class weights divided by their mean over the samples: reduction="mean" divides the sum of the
+    cross-entropies by the sum of the weights, not by the number of rows, as it does with the divergences.
+
+    targets: of this process's samples, (B,) int64 each; read only where there are class weights.
+    """
+    weight = loss.class_weight
+    if weight is None or loss.reduction != "mean":
+        return loss
+    total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for y in targets:
+        total[0] += weight[y.to(weight.device)].double().sum()
+        total[1] += len(y)
+    sum_of_weights, count = ranks.sum(total).unbind()
+    own = copy.deepcopy(loss)
+    own.class_weight = (weight.double() * (count / sum_of_weights)).to(weight.dtype) if sum_of_weights > 0 else weight
+    return own
 
 
 def _checked_loss(loss: KDLoss | None) -> KDLoss:

@@ -13,7 +13,7 @@ from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.factors import CURVATURES, Factors, _seed, fit_placed
 from lrds_fast.influence.inputs import check_choice, check_damping, check_scores
-from lrds_fast.influence.last_layer import HESSIANS, _checked_loss
+from lrds_fast.influence.last_layer import HESSIANS, _checked_loss, as_trained
 from lrds_fast.influence.layers import SampleGradients, layer_names
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import GRADIENTS
@@ -75,6 +75,7 @@ def set_shift(
     other = learner if teacher is None else Classifier(teacher, "teacher", logits)
     found = []
     with _eval_mode(*models):
+        loss = as_trained(loss, Ranks(), batches.targets(Ranks()))
         if factors is None:
             terms = _Terms(hessian, selected, loss, batches, Ranks())
             factors = fit_placed(

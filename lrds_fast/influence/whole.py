@@ -25,7 +25,16 @@ from lrds_fast.influence.inputs import (
     check_logits,
     check_selected_values,
 )
-from lrds_fast.influence.last_layer import DIRECTED, FOLDS, HESSIANS, SCORERS, _Batch, _checked_loss, _loss_facts
+from lrds_fast.influence.last_layer import (
+    DIRECTED,
+    FOLDS,
+    HESSIANS,
+    SCORERS,
+    _Batch,
+    _checked_loss,
+    _loss_facts,
+    as_trained,
+)
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, Scores, parse_score_names
@@ -169,6 +178,8 @@ def score(
         "curvature": curvature,
     }
     with _eval_mode(student, teacher):
+        if not head:
+            common["loss"] = as_trained(loss, ranks, train.targets(ranks))
         if head:
             more = score_head(learner, other, chosen[0], train, held_out, shards, names, **common)
         else:

@@ -68,7 +68,7 @@ def check_values(recipe: Recipe) -> None:
         "data.cutmix": recipe.data.cutmix,
         "loss.ce_weight": recipe.loss.ce_weight,
         "loss.kd_weight": recipe.loss.kd_weight,
-        "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected,
+        "loss.ce_weight_unselected": recipe.loss.ce_weight_unselected or 0.0,
         "loss.lambda1": recipe.loss.lambda1,
         "loss.lambda2": recipe.loss.lambda2,
         "optimizer.momentum": recipe.optimizer.momentum,

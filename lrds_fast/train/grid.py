@@ -46,7 +46,6 @@ class Protocol(NamedTuple):
 
 #: Features of the inner layers, alone ("crd") and beside KD ("kd-crd").
 _FEATURES: Mapping[str, Values] = feature_recipes.METHODS
-_TAUGHT: Values = {"loss": {"ce_weight_unselected": 1.0}}
 _CIFAR_METHODS: Mapping[str, Values] = {
     "kd": {"loss": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9}},
     # Sun et al. 2024. They choose T and the weight by pair; these are their program's.
@@ -242,7 +241,7 @@ def compose(source: str, base: Values) -> dict[str, Any]:
         recipe["teacher"]["checkpoint"] = f"runs/{parts.protocol}/{parts.teacher}/last.pt"
     recipe["schedule"] = dict(own.get("schedule", {}))
     recipe["loss"] = {"revise": "lr" if "lr" in parts.switches else "none"}
-    layers = [_TAUGHT, protocol.methods[parts.method]]
+    layers = [protocol.methods[parts.method]]
     if parts.method in ("dkd", "rld"):
         beta = protocol.pairs[f"{parts.teacher}-{parts.student}"].beta
         warm_up = max(1, schedule["epochs"] // 12) if protocol.base.startswith("cifar") else 1

@@ -6,7 +6,7 @@ import hashlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from lrds_fast.train.lock import holding
 from lrds_fast.train.notes import note
 from lrds_fast.train.processes import any_process, joined, same_buffers
 from lrds_fast.train.recipe import Recipe
+from lrds_fast.train.setup import resolved
 from lrds_fast.train.step import Step
 from lrds_fast.train.stopping import Request, Stopped, stop_requests
 from lrds_fast.train.teaching import CachedAnswers
@@ -121,7 +122,7 @@ def train(
             disable=not progress or not ranks.first or sys.stderr is None,
             leave=False,
         )
-        told, warned = 0, False
+        told = 0
         for epoch in range(position.epochs, recipe.schedule.epochs):
             started = time.perf_counter()
             begun = position.steps if epoch == position.epochs else 0
@@ -170,7 +171,7 @@ def train(
                 **step.totals.means(ranks),
                 "lr": step.optimizer.param_groups[0]["lr"],
             }
-            warned = warned or _warned_of_revision(record, recipe)
+            _warn_of_revision(recipe, folder.records, record)
             unreadable = getattr(data.train, "errors", [])
             for _, where, reason in unreadable[told:]:
                 note(f"{where} was replaced by a grey picture: {reason}", of_all=True)
@@ -238,6 +239,21 @@ def _features(
     return FeatureDistillation(recipe.features, student, teacher, images, len(labels), labels)
 
 
+def _warn_of_revision(recipe: Recipe, earlier: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> None:
+    """Tells once a run that corrected rows are surer of their label than rows that needed no correction."""
+
+    def too_sure(epoch: Mapping[str, Any]) -> bool:
+        return bool(epoch.get("p_label_revised", 0.0) > epoch.get("p_label_right", 0.0))
+
+    if too_sure(record) and not any(map(too_sure, earlier)):
+        note(
+            f"label revision gives the label a probability of {record['p_label_revised']:.2f} where the teacher is"
+            f" wrong, {record['p_label_right']:.2f} is the teacher's own where it is right (means at the loss's"
+            " temperature): the hardest samples become the surest targets. Revise at T = 1"
+            f" (loss.revise_temperature=1), or set loss.eta near 0.95 (it is {recipe.loss.eta:g})"
+        )
+
+
 def _part_of(begun: int, ranks: Ranks) -> dict[str, Any]:
     """What a loader is asked for beyond a whole epoch."""
     part: dict[str, Any] = {}
@@ -262,21 +278,6 @@ def _line(recipe: Recipe, record: Mapping[str, Any]) -> str:
         f"{recipe.name}: epoch {record['epoch']}/{recipe.schedule.epochs}, loss {record['train_loss']:.4f},"
         f" test {record['test_acc']:.2%}{kept}, {record['seconds']:.1f} s, {_duration(left)} left"
     )
-
-
-def _warned_of_revision(record: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Notes once that revised rows ask for the label more strongly than the teacher does where it is right."""
-    revised, right = record.get("revised_label_p", 0.0), record.get("right_label_p", 1.0)
-    if revised <= right:
-        return False
-    options = recipe.loss
-    note(
-        f"label revision gives the label a mean probability of {revised:.2f} where the teacher is wrong, and the"
-        f" teacher gives it {right:.2f} where it is right (temperature {options.temperatures or options.temperature}, eta"
-        f" {options.eta}): the student learns its hardest samples as the most certain ones, which has cost accuracy;"
-        " raise loss.eta towards 1"
-    )
-    return True
 
 
 def _duration(seconds: float) -> str:
@@ -330,7 +331,7 @@ class _Folder:
                 rescoring.forget(self._out)
             rewrite_records(self._out / LOG, self.records)
             remove_partial(self._out)
-            write_text(self._out / RECIPE, self._recipe.to_json())
+            write_text(self._out / RECIPE, resolved(self._recipe).to_json())
         self._ranks.wait()
         return position
 
@@ -387,7 +388,7 @@ def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[
         "data.workers",
         "selection.path",
     )
-    facts = {key: repr(value) for key, value in recipe.flat().items() if key not in free}
+    facts = {key: repr(value) for key, value in resolved(recipe).flat().items() if key not in free}
     facts["data's fingerprint"] = fingerprint
     mask = b"" if selected is None else selected.cpu().numpy().tobytes()
     facts["selection"] = hashlib.sha256(mask).hexdigest()[:16]

@@ -14,7 +14,7 @@ from lrds_fast import KDLossParts
 from lrds_fast.composed import gram_terms
 from lrds_fast.topk import TopKTeacher
 from lrds_fast.train.recipe import LossOptions
-from lrds_fast.train.setup import loss_arguments
+from lrds_fast.train.setup import ce_weight_unselected, loss_arguments
 
 Objective = Callable[..., KDLossParts]
 """(student logits (N, C), teacher logits (K, C), target (N,), *, selected, kd_weight, grad_scale, num_valid) -> parts.
@@ -93,7 +93,7 @@ def _counted(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, options: 
         y,
         **_teacher_keywords(v, selected),
         ce_weight=options.ce_weight,
-        ce_weight_unselected=options.ce_weight_unselected,
+        ce_weight_unselected=ce_weight_unselected(options),
         kd_weight=0.0,
         label_smoothing=options.label_smoothing,
         revise=options.revise,
@@ -228,7 +228,7 @@ def _revision(options: LossOptions) -> Objective:
         if len(student) < len(z):
             rest = z[len(v) :] if selected is None else z[~selected]
             labels = y[len(v) :] if selected is None else y[~selected]
-            ce = options.ce_weight_unselected * F.cross_entropy(rest.to(ce.dtype), labels) * len(rest) / len(z)
+            ce = ce_weight_unselected(options) * F.cross_entropy(rest.to(ce.dtype), labels) * len(rest) / len(z)
         return counted._replace(loss=ce + kd, ce=ce.detach(), kd=kd.detach())
 
     return parts

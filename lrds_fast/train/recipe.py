@@ -96,6 +96,7 @@ class LossOptions:
     """kd_loss's arguments; without a teacher only label_smoothing counts. revise "none" is no revision. temperatures:
     several at once, instead of temperature. divergence_options: the divergence's own parameters, such as alpha and beta
     of "dkd"; what is not given is as published. kd_warmup_epochs: kd_weight grows over so many epochs.
+    ce_weight_unselected: left out or "none", kd_loss's default for ce_weight and the full kd_weight.
 
     method "kd" is kd_loss; "dist", "mlkd" and "revision" put lrds_fast.dist_loss, mlkd_loss or revision_loss in its
     place (see lrds_fast.train.methods), and take no divergence. lambda1, lambda2: revision_loss's weights on right rows
@@ -110,17 +111,12 @@ class LossOptions:
     kd_warmup_epochs: int = 0
     ce_weight: float = 0.1
     kd_weight: float = 0.9
-    ce_weight_unselected: float = 1.0
+    ce_weight_unselected: float | None = None
     revise: str = "lr"
     eta: float = 0.8
     lambda1: float = 4.0
     lambda2: float = 1.0
     label_smoothing: float = 0.0
-
-    @property
-    def revises(self) -> bool:
-        """Whether kd_loss revises the teacher's labels: there is a revision, and "rld" does not replace it."""
-        return self.method == "kd" and self.revise != "none" and self.divergence != "rld"
 
     def chosen_divergence(self) -> divergences.Divergence:
         """The divergence with its options; ValueError for an option that it has not, or a value out of its range."""
@@ -448,7 +444,12 @@ def all_keys() -> list[str]:
 
 
 def _typed(value: Any, hint: Any, key: str, where: str) -> Any:
-    """`value` as the field's type: an integer may stand for a float, a list for a tuple, nothing else for another."""
+    """`value` as the field's type: an integer may stand for a float, a list for a tuple, nothing else for another.
+    Where the type has None, "none" is None as well: TOML has no such value."""
+    if isinstance(hint, types.UnionType):
+        if value is None or value == "none":
+            return None
+        hint = typing.get_args(hint)[0]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if typing.get_origin(hint) is dict:

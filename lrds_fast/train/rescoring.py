@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import lrds_fast
 from lrds_fast import influence
 from lrds_fast.data import Batch, Data, Loader
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.selection import Selection, select, select_jointly
 from lrds_fast.train.recipe import Recipe, SelectionOptions
-from lrds_fast.train.setup import kd_factor, loss_arguments
+from lrds_fast.train.setup import scored_loss
 
 FOLDER = "selections"
 #: The "score" that is not ranked: the denied are chosen together.
@@ -79,19 +78,17 @@ def rescore(
 ) -> Tensor:
     """(N,) bool, who keeps the teacher from now on; the selection is written to `path` before it counts.
 
-    epoch: the one that is trained next, from 0; its objective is scored. selected: who had the teacher so far, which
+    epoch: the one that comes, counted from 0; samples are scored by its objective. selected: who had it so far, which
     the objective's Hessian and the hysteresis go by.
     """
     options, how = recipe.selection, recipe.score
-    weights = loss_arguments(recipe.loss)
-    weights["kd_weight"] *= kd_factor(recipe.loss, epoch)
     curvature: dict[str, Any] = {
         "curvature": how.curvature,
         "hessian": how.hessian,
         "damping": None if how.damping < 0 else how.damping,
         "damping_scale": how.damping_scale,
         "selected": selected,
-        "loss": lrds_fast.KDLoss(**weights),
+        "loss": scored_loss(recipe.loss, epoch),
         "progress": progress,
     }
     names = [name for name in dict.fromkeys((options.by, *how.scores)) if name != JOINTLY]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lrds_fast
 from lrds_fast import data as data_sets
 from lrds_fast import influence, models
 from lrds_fast.data import Data, SoftLabels
@@ -27,7 +26,7 @@ from lrds_fast.train.lock import holding
 from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
 from lrds_fast.train.processes import joined
 from lrds_fast.train.recipe import Recipe, from_mapping
-from lrds_fast.train.setup import loss_arguments, pick_device
+from lrds_fast.train.setup import pick_device, scored_loss
 from lrds_fast.train.weights import load_weights
 
 GALLERY = "gallery.json"
@@ -195,7 +194,7 @@ def _scored(recipe: Recipe, progress: bool) -> influence.Scores:
         damping_scale=recipe.score.damping_scale,
         selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
         bias=student.head.bias is not None,
-        loss=lrds_fast.KDLoss(**loss_arguments(recipe.loss)),
+        loss=scored_loss(recipe.loss),
     )
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lrds_fast.nn import KDLoss
+from lrds_fast.reference import default_ce_weight_unselected
 from lrds_fast.train.notes import note
-from lrds_fast.train.recipe import LossOptions, OptimizerOptions, ScheduleOptions
+from lrds_fast.train.recipe import LossOptions, OptimizerOptions, Recipe, ScheduleOptions
 
 
 def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
@@ -132,13 +134,36 @@ def kd_factor(options: LossOptions, epoch: int) -> float:
     return min((epoch + 1) / options.kd_warmup_epochs, 1.0) if options.kd_warmup_epochs else 1.0
 
 
+def ce_weight_unselected(options: LossOptions) -> float:
+    """The cross-entropy weight of samples without teacher; the default goes by the full kd_weight, also while that
+    warms up."""
+    given = options.ce_weight_unselected
+    return default_ce_weight_unselected(options.ce_weight, options.kd_weight) if given is None else given
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe with the numbers that its defaults stand for: what a run's files say, whatever defaults become."""
+    return recipe.with_values(**{"loss.ce_weight_unselected": ce_weight_unselected(recipe.loss)})
+
+
+def scored_loss(options: LossOptions, epoch: int | None = None) -> KDLoss:
+    """What influence scores samples by: kd_loss as it is trained in `epoch`, counted from 0, its kd_weight warmed up
+    that far; None: fully.
+
+    Of loss.method "dist", "mlkd" and "revision" only the weights, the temperature and the revision: these relate rows
+    to each other, and what one sample's teacher contributes is no term of their own.
+    """
+    factor = 1.0 if epoch is None else kd_factor(options, epoch)
+    return KDLoss(**(loss_arguments(options) | {"kd_weight": options.kd_weight * factor}))
+
+
 def loss_arguments(options: LossOptions) -> dict[str, Any]:
     """Keywords for lrds_fast.kd_loss, kd_loss_parts and KDLoss."""
     return {
         "temperature": options.temperatures or options.temperature,
         "ce_weight": options.ce_weight,
         "kd_weight": options.kd_weight,
-        "ce_weight_unselected": options.ce_weight_unselected,
+        "ce_weight_unselected": ce_weight_unselected(options),
         "revise": options.revise,
         "eta": options.eta,
         "label_smoothing": options.label_smoothing,

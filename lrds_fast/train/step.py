@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-import lrds_fast
 from lrds_fast.data import Batch, prefix_rows
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.topk import TopKTeacher
@@ -23,9 +22,17 @@ from lrds_fast.train.methods import objective
 from lrds_fast.train.mix import Mix
 from lrds_fast.train.processes import any_process, average_gradients, rows_of_all, sum_gradients
 from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory, available_amp, build_optimizer, kd_factor, lr_factor, moving_average
+from lrds_fast.train.setup import (
+    autocast_factory,
+    available_amp,
+    build_optimizer,
+    kd_factor,
+    loss_arguments,
+    lr_factor,
+    moving_average,
+)
 from lrds_fast.train.teaching import CachedAnswers, Teacher
-from lrds_fast.train.totals import Totals
+from lrds_fast.train.totals import MEASURED_ROWS, Totals
 
 
 class Step:
@@ -63,6 +70,9 @@ class Step:
         self.amp = available_amp(options.amp, device, emulated=options.amp_emulated)
         self.autocast = autocast_factory(self.amp, device)
         self._measure = objective(recipe.loss)
+        self._loss_arguments = loss_arguments(recipe.loss)
+        self._revises = recipe.loss.revise != "none" and recipe.loss.divergence != "rld"
+        self._measured = -(-MEASURED_ROWS // recipe.data.batch_size)
         self.features = features
         self.optimizer = build_optimizer(
             recipe.optimizer, student if features is None else nn.ModuleList([student, features])
@@ -231,6 +241,10 @@ class Step:
                     logits, taught = logits[:rows], taught[:first_view]
                 taught = first(taught, heard)
                 selected = None if mask is None else mask.to(self.device, non_blocking=True)
+                if self._revises and labels is target and heard and number % self._steps_per_epoch < self._measured:
+                    dense = taught.dense(logits.shape[1]) if isinstance(taught, TopKTeacher) else taught
+                    chosen = None if selected is None else selected[:heard]
+                    self.totals.add_revised(dense, target[:heard], chosen, self._loss_arguments)
                 measured = self._measure(
                     logits,
                     taught,
@@ -250,32 +264,13 @@ class Step:
                     loss = loss + inner
                 self.totals.add(measured, rows, asked, number, denominator=share, features=inner)
                 if heard and self._mix is None:
-                    if self.recipe.loss.revises:
-                        self._watch_labels(taught, target[:heard])
                     place_of = batch.indices[:heard].to(self.device, non_blocking=True)
                     self._seen[place_of] = predicted(taught, target[:heard])
         with record_function("backward"):
             torch.autograd.backward(self.scaler.scale(loss))
 
-    def _watch_labels(self, taught: Tensor | TopKTeacher, target: Tensor) -> None:
-        """Counts the label's probability, revised and not, on the first rows of a batch: a sample of them is enough."""
-        rows = min(len(target), _WATCHED)
-        some, target = first(taught, rows), target[:rows]
-        logits = some.dense(self._num_classes) if isinstance(some, TopKTeacher) else some
-        options = self.recipe.loss
-        temperature = options.temperatures[0] if options.temperatures else options.temperature
-        revised = lrds_fast.revise_labels(
-            logits, target, temperature=temperature, eta=options.eta, policy=options.revise
-        )
-        teacher = torch.softmax(logits.to(revised.dtype) / temperature, dim=1)
-        self.totals.add_label_probability(revised, teacher, target, predicted(logits, target) == target)
-
     def _placed(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True, memory_format=self._memory_format)
-
-
-#: Rows of each batch whose label's probability is logged.
-_WATCHED = 32
 
 
 class Listeners(NamedTuple):

@@ -141,10 +141,11 @@ def _prefixed(say: Callable[[str], object] | None, prefix: str) -> Callable[[str
 def _is_finished(recipe: Recipe) -> bool:
     """Whether the folder holds this recipe's run with all of its epochs."""
     from lrds_fast.train.report import read_run
+    from lrds_fast.train.setup import resolved
 
     try:
         found = read_run(recipe.out)
     except (FileNotFoundError, ValueError):
         return False
-    same = found.recipe.with_values(**{"run.out": recipe.run.out}) == recipe
+    same = resolved(found.recipe.with_values(**{"run.out": recipe.run.out})) == resolved(recipe)
     return same and found.last["epoch"] == recipe.schedule.epochs

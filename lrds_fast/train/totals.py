@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import lrds_fast
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train.recipe import Recipe
 
+#: Rows of an epoch, its first ones, that the label's probability is measured on: a second look at their logits.
+MEASURED_ROWS = 4096
+#: Rows of each kind without which means are not worth a number.
+_ENOUGH = 32
 NO_STEP = torch.iinfo(torch.int64).max
 
 
@@ -19,7 +24,8 @@ class Totals:
     """Sums of one epoch over the rows of this process."""
 
     def __init__(self, device: torch.device) -> None:
-        # loss, ce, kd, features, valid rows, selected, revised; then what add_label_probability counts
+        # loss, ce, kd, features, valid rows, selected, revised; of measured rows: right ones, their p_y, revised ones,
+        # their p'_y
         self._sums = torch.zeros(11, dtype=torch.float64, device=device)
         self._rows = 0
         self._teacher_rows = 0
@@ -53,12 +59,25 @@ class Totals:
         self._teacher_rows += teacher_rows
         self._note(loss + extra, step)
 
-    def add_label_probability(self, revised: Tensor, teacher: Tensor, target: Tensor, right: Tensor) -> None:
-        """revised, teacher: (R, C) probabilities of some rows with and without label revision; target (R,), right (R,)
-        bool: whether the teacher is right. Counts the label's probability on revised rows, and on the right ones."""
-        label = target[:, None]
-        values = torch.where(right, teacher.gather(1, label)[:, 0], revised.gather(1, label)[:, 0]).double()
-        self._sums[7:] += torch.stack([values[~right].sum(), (~right).sum(), values[right].sum(), right.sum()])
+    def add_revised(self, answers: Tensor, target: Tensor, selected: Tensor | None, options: Mapping[str, Any]) -> None:
+        """What label revision makes of a batch's labels: their probability in the teacher's softened distribution on
+        rows where it is right, and in the revised one where it is wrong.
+
+        answers: (K, C) teacher logits. target: (K,) int64. selected: (K,) bool, who counts; None is all. options:
+        kd_loss's keywords.
+        """
+        several = options["temperature"]
+        temperature = several[0] if isinstance(several, (tuple, list)) else several
+        how = {name: options[name] for name in ("eta", "revise_temperature") if name in options}
+        v, place = answers.detach().float(), target[:, None]
+        revised = lrds_fast.revise_labels(v, target, policy=options["revise"], temperature=temperature, **how)
+        plain = torch.softmax(v / temperature, dim=1).gather(1, place)[:, 0]
+        right = v.gather(1, place)[:, 0] >= v.amax(dim=1)
+        counts = torch.ones_like(right) if selected is None else selected
+        found = []
+        for rows, values in ((right & counts, plain), (~right & counts, revised.gather(1, place)[:, 0])):
+            found += [rows.sum().double(), torch.where(rows, values, 0.0).double().sum()]
+        self._sums[7:] += torch.stack(found)
 
     def add_cross_entropy(self, loss: Tensor, rows: int, step: int, *, denominator: Tensor | float) -> None:
         """A batch without a teacher."""
@@ -91,7 +110,8 @@ class Totals:
 
     def means(self, ranks: Ranks) -> dict[str, Any]:
         """The log's values over the rows of all processes: means over valid rows, and counts."""
-        loss, ce, kd, features, valid, selected, revised, *labels, rows, teacher_rows = self._together(ranks).tolist()
+        *sums, rows, teacher_rows = self._together(ranks).tolist()
+        loss, ce, kd, features, valid, selected, revised, n_right, p_right, n_wrong, p_wrong = sums
         per_row = 1.0 / max(valid, 1.0)
         values: dict[str, Any] = {"train_loss": loss * per_row, "rows": int(rows)}
         if self._with_teacher:
@@ -103,9 +123,8 @@ class Totals:
                 "n_revised": int(revised),
                 "teacher_rows": int(teacher_rows),
             }
-            on_revised, n_revised, on_right, n_right = labels
-            if n_revised and n_right:
-                values |= {"revised_label_p": on_revised / n_revised, "right_label_p": on_right / n_right}
+            if min(n_right, n_wrong) >= _ENOUGH:
+                values |= {"p_label_right": p_right / n_right, "p_label_revised": p_wrong / n_wrong}
         return values
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:
