@@ -17,11 +17,12 @@ import lrds_fast
 
 def provenance(device: torch.device, processes: int = 1) -> dict[str, str]:
     """What a run was made with and by, as a reader sees it."""
+    threads = torch.get_num_threads()
     facts = {
         "lrds-fast": f"{lrds_fast.__version__}, commit {commit()}",
         "torch": torch.__version__,
         "Python": platform.python_version(),
-        "processor": f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "processor": f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}",
         "kernels": f"{lrds_fast._ops.build_info()['cpu_isa']} here, {torch.backends.cpu.get_cpu_capability()} in torch",
     }
     if device.type == "cuda":
