@@ -21,9 +21,7 @@ import csv
 import dataclasses
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lrds_fast
 from benchmarks import baselines, rivals
 from lrds_fast import reference
+from lrds_fast.train.provenance import commit, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [(64, 10), (1024, 10), (65536, 10)]
@@ -305,24 +304,6 @@ def facts(device: str) -> Row:
         "isa": lrds_fast._ops.build_info()["cpu_isa"] if device == "cpu" else "",
         "command": " ".join(["python", str(program), *sys.argv[1:]]),
     }
-
-
-def commit() -> str:
-    """git's name of these sources; LRDS_COMMIT where there is no git or no history, else "unknown"."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        found = ""
-    return found or os.environ.get("LRDS_COMMIT", "") or "unknown"
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def run_case(case: Case, device: str, names: list[str], rounds: int) -> list[Row]:

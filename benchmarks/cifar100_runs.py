@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_kd_loss import commit as checkout_commit
-from benchmarks.bench_kd_loss import cpu_name
 from lrds_fast.train import paper
 from lrds_fast.train.files import write_text
+from lrds_fast.train.provenance import commit as checkout_commit
+from lrds_fast.train.provenance import cpu_name
 from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.report import Run, markdown_report, read_run
 

@@ -8,16 +8,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,15 +24,15 @@ from benchmarks import (
     cifar100_runs,
 )
 from benchmarks.bench_kd_loss import Row, is_headline, table
+from lrds_fast import charts
+from lrds_fast.charts import INK, MUTED, SERIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "docs" / "benchmarks"
-# Distinct in print and to most colour-blind readers (Okabe and Ito).
-COLOURS = {"eager": "#d55e00", "lean": "#e69f00", "compile": "#009e73", "compile-autotune": "#56b4e9"}
-PARTS = {"teacher": "#d55e00", "student": "#56b4e9", "backward": "#0072b2", "optimizer": "#009e73", "loss": "#000000"}
-PARTS |= {"loader": "#f0e442", "other": "#999999", "idle": "#dddddd"}
-COLOURS |= {"liger": "#cc79a7", "triton": "#666666", "ours": "#0072b2"}
+COLOURS = dict(zip(("ours", "eager", "compile", "liger", "lean", "compile-autotune", "triton"), SERIES, strict=False))
+PARTS = dict(zip(("teacher", "student", "backward", "optimizer", "loss", "loader"), SERIES, strict=False))
+PARTS |= {"other": MUTED, "idle": charts.GRID}
 
 
 def read(path: Path) -> list[Row]:
@@ -47,6 +40,7 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+@charts.styled
 def plot_kd_loss(rows: list[Row], path: Path) -> None:
     """Two panels over the shapes: how many times slower each contender is, and kd_loss's percent of the roofline."""
     headline = [row for row in rows if is_headline(row) or (int(row["classes"]) < 100 and row["divergence"] == "kl")]
@@ -54,7 +48,8 @@ def plot_kd_loss(rows: list[Row], path: Path) -> None:
     shapes = list(dict.fromkeys((int(row["rows"]), int(row["classes"])) for row in headline))
     shapes.sort(key=lambda shape: (shape[1], shape[0]))
     labels = [f"{n} x {c}" for n, c in shapes]
-    figure, (ratios, roof) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 2))
+    figure, axes = charts.figure(640, 500, 2, 1, sharex=True, height_ratios=(3, 2))
+    ratios, roof = axes[:, 0]
     for name in dict.fromkeys(row["contender"] for row in headline):
         if name == "ours":
             continue
@@ -64,38 +59,28 @@ def plot_kd_loss(rows: list[Row], path: Path) -> None:
         ratios.plot(labels, [found.get(shape) for shape in shapes], marker="o", color=COLOURS[name], label=name)
     ratios.axhline(1.0, color=COLOURS["ours"], label="kd_loss")
     ratios.set_yscale("log")
+    ratios.yaxis.set_major_formatter("{x:g}")
     ratios.set_ylabel("time / time of kd_loss")
-    ratios.legend(ncols=4, fontsize="small")
+    ratios.legend(ncols=4)
     ours = {(int(r["rows"]), int(r["classes"])): r for r in headline if r["contender"] == "ours"}
     percent = [
         12e-9 * n * c / (float(ours[n, c]["median_ms"]) / 1e3) / float(ours[n, c]["triad_gb_s"]) * 100
         for n, c in shapes
     ]
     roof.bar(labels, percent, color=COLOURS["ours"])
-    roof.axhline(100.0, color="#000000", linewidth=0.8)
+    roof.axhline(100.0, color=INK, linewidth=0.8)
     roof.set_ylabel("% of triad\n(read, read, write)")
     roof.tick_params(axis="x", rotation=60)
-    figure.suptitle(f"forward + backward, float32, T = 4: {rows[0]['device']}", fontsize="medium")
-    save(figure, path)
+    figure.suptitle(f"forward + backward, float32, T = 4: {rows[0]['device']}", fontsize=10)
+    charts.save(figure, path, "time over that of kd_loss, and percent of the roofline, by shape")
 
 
-def save(figure: Any, path: Path, *, tight: bool = True) -> None:
-    """Writes an SVG: the same numbers are the same file, without a date or random ids."""
-    if tight:
-        figure.tight_layout()
-    temporary = path.with_name(path.name + ".tmp")
-    matplotlib.rcParams["svg.hashsalt"] = "lrds-fast"
-    figure.savefig(temporary, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    os.replace(temporary, path)
-
-
+@charts.styled
 def plot_train(rows: list[Row], path: Path) -> None:
     """A panel per case: milliseconds an image by arm, a bar in the parts where the time goes."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     counts = [sum(row["case"] == case for row in rows) for case in cases]
-    height = 0.26 * sum(counts) + 1.1 * len(cases)
-    figure, axes = plt.subplots(len(cases), 1, figsize=(9, height), height_ratios=counts, squeeze=False)
+    figure, axes = charts.figure(640, 17 * sum(counts) + 60 * len(cases) + 24, len(cases), 1, height_ratios=counts)
     for axis, case in zip(axes[:, 0], cases, strict=True):
         mine = [row for row in rows if row["case"] == case][::-1]
         labels = [row["arm"] + ("" if row["loader"] == "synthetic" else f", {row['loader']}") for row in mine]
@@ -105,13 +90,12 @@ def plot_train(rows: list[Row], path: Path) -> None:
             widths = [ms * float(row[f"share_{name}"]) for ms, row in zip(whole, mine, strict=True)]
             axis.barh(range(len(mine)), widths, left=left, color=PARTS[name], label=name, height=0.75)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axis.set_yticks(range(len(mine)), labels, fontsize="small")
+        axis.set_yticks(range(len(mine)), labels)
         axis.set_xlabel("ms an image")
-        axis.set_title(f"{case}, batch {mine[0]['batch']}", fontsize="medium")
+        axis.set_title(f"{case}, batch {mine[0]['batch']}")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, ncols=len(names), fontsize="small", loc="lower center")
-    figure.tight_layout(rect=(0.0, 0.3 / height, 1.0, 1.0))
-    save(figure, path, tight=False)
+    figure.legend(handles, names, ncols=len(names), loc="outside lower center")
+    charts.save(figure, path, "milliseconds an image by arm, in parts")
 
 
 def page_kd_loss(path: Path, out: Path) -> Path:

@@ -44,11 +44,11 @@ CSS = "".join(
     for start, dark, end in (("", 0, "}"), ("@media (prefers-color-scheme:dark){", 1, "}}"))
 )
 _STYLE: Any = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.labelsize": 9.0,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
+    "font.size": 10.0,
+    "axes.titlesize": 10.0,
+    "axes.labelsize": 10.0,
+    "xtick.labelsize": 9.0,
+    "ytick.labelsize": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": MUTED,
@@ -64,13 +64,13 @@ _STYLE: Any = {
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 8.0,
+    "legend.fontsize": 9.0,
     "figure.constrained_layout.use": True,
     # Names are text, whatever is in them; text stays text.
     "text.parse_math": False,
     "svg.fonttype": "none",
 }
-#: Width of a chart in points. It is shown at 360 to 480 pixels, so that its text is 9 to 12.
+#: Width of a chart in points. It is shown at 360 to 480 pixels, so that its text is 9 to 13.
 _WIDTH = 360.0
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -224,7 +224,7 @@ def forest_plot(
         axis.spines["left"].set_visible(False)
     axes[0, 0].set_yticks(range(len(names)), [short(name) for name in names])
     axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
-    made.supxlabel(f"{x_label} ({better} is better)", fontsize=9)
+    made.supxlabel(f"{x_label} ({better} is better)", fontsize=10)
     return made
 
 
@@ -235,3 +235,280 @@ def short(name: str, width: int = 26) -> str:
         return name
     head = (width - 1) // 3
     return f"{name[:head]}…{name[head + 1 - width :]}"
+
+
+class Style(NamedTuple):
+    """How a name is drawn in every chart of a page. colour: a key of PALETTE; dash: matplotlib's and CSS's name."""
+
+    colour: str
+    dash: str = "solid"
+
+    @property
+    def light(self) -> str:
+        """What matplotlib draws it in."""
+        return PALETTE[self.colour][0]
+
+
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """A style per name, the first eight in solid lines."""
+    count = len(SERIES)
+    dashes = ("solid", "dashed", "dotted")
+    return {name: Style(f"c{i % count}", dashes[i // count % 3]) for i, name in enumerate(names)}
+
+
+#: Whether a sample keeps its teacher.
+KEPT = {True: Style("c0"), False: Style("c1")}
+
+
+@styled
+def curves(
+    series: Mapping[str, Mapping[float, Sequence[float]]],
+    look: Mapping[str, Style],
+    *,
+    y_label: str,
+    x_label: str = "epoch",
+    percent: bool = False,
+    levels: Mapping[str, float] | None = None,
+) -> Any:
+    """A line per name through the means, and a band from the lowest to the highest value.
+
+    series: name -> x -> values (one per seed). Values that are not finite are left out. The y axis covers the bands but
+    for their first fifth: the first steps of a training run would press everything else into one line. levels: name ->
+    a value to compare with, a line where it lies in that range, else a number above the chart.
+    """
+    made, axes = figure(_WIDTH, 210)
+    axis = axes[0, 0]
+    settled: list[float] = []
+    for name, points in series.items():
+        found = {x: [y for y in values if math.isfinite(y)] for x, values in sorted(points.items())}
+        xs = [x for x, values in found.items() if values]
+        if not xs:
+            continue
+        means = [math.fsum(found[x]) / len(found[x]) for x in xs]
+        low, high = [min(found[x]) for x in xs], [max(found[x]) for x in xs]
+        colour, dash = look[name].light, look[name].dash
+        axis.plot(xs, means, color=colour, linestyle=dash, linewidth=1.5, marker="o" if len(xs) == 1 else None)
+        axis.fill_between(xs, low, high, color=colour, alpha=0.16, linewidth=0)
+        settled += low[len(xs) // 5 :] + high[len(xs) // 5 :]
+    if settled:
+        pad = 0.06 * (max(settled) - min(settled)) or 0.05 * abs(settled[0]) or 0.05
+        axis.set_ylim(min(settled) - pad, max(settled) + pad)
+    _levels(axis, levels or {}, percent)
+    axis.grid(axis="y")
+    axis.set(xlabel=x_label, ylabel=y_label)
+    _whole_numbers(axis.xaxis)
+    if percent:
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
+    return made
+
+
+def _levels(axis: Any, levels: Mapping[str, float], percent: bool) -> None:
+    low, high = axis.get_ylim()
+    beyond = []
+    for name, value in levels.items():
+        text = f"{short(name)} {100 * value:.1f}%" if percent else f"{short(name)} {value:.3g}"
+        if low <= value <= high:
+            axis.axhline(value, color=MUTED, linewidth=0.9, linestyle="dashed")
+            axis.annotate(text, (0.99, value), (0, 2), ("axes fraction", "data"), "offset points", ha="right", size=9)
+        else:
+            beyond.append(f"{text}, {'above' if value > high else 'below'}")
+    axis.set_title("; ".join(beyond), loc="right", fontsize=9)
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+@styled
+def reliability(series: Mapping[str, Sequence[tuple[float, float, float]]], look: Mapping[str, Style]) -> Any:
+    """Accuracy over confidence, and how many rows have that confidence.
+
+    series: name -> (rows, mean confidence, accuracy) of each bin, shares in [0, 1]. A dot's area is the share of the
+    rows; bins of fewer than 10 have none. A calibrated network lies on the diagonal, an overconfident one below it.
+    """
+    made, axes = figure(_WIDTH, 300, 2, 1, sharex=True, height_ratios=(3, 1))
+    top, bottom = axes[:, 0]
+    top.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle="dashed")
+    for name, bins in series.items():
+        total = sum(rows for rows, _, _ in bins) or 1.0
+        colour, dash = look[name].light, look[name].dash
+        line = {"color": colour, "linestyle": dash, "linewidth": 1.1}
+        sure = [(rows / total, x, y) for rows, x, y in bins if rows >= 10]
+        top.plot([x for _, x, _ in sure], [y for _, _, y in sure], **line)
+        top.scatter(*([part[i] for part in sure] for i in (1, 2)), [6 + 60 * part[0] for part in sure], color=colour)
+        bottom.plot([x for _, x, _ in bins], [100 * rows / total for rows, _, _ in bins], **line)
+    for axis in (top, bottom):
+        axis.grid()
+        axis.set_xlim(0, 1)
+    top.set(ylim=(0, 1), ylabel="accuracy")
+    bottom.set(xlabel="confidence (highest probability)", ylabel="% of rows")
+    return made
+
+
+@styled
+def heat_map(
+    counts: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, x_label: str, y_label: str
+) -> Any:
+    """A table of numbers >= 0 as shades: counts[row][column], the number in each cell where there is room."""
+    from matplotlib.patches import Rectangle
+
+    cell = min(24.0, 270 / max(len(columns), 1))
+    made, axes = figure(_WIDTH, 84 + cell * len(rows))
+    axis = axes[0, 0]
+    largest = max((value for row in counts for value in row), default=0) or 1
+    for y, row in enumerate(counts):
+        for x, value in enumerate(row):
+            if value:
+                shade = 0.08 + 0.62 * value / largest
+                axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=SERIES[0], alpha=shade, linewidth=0))
+                if cell >= 18:
+                    axis.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8)
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=x_label, ylabel=y_label)
+    axis.set_xticks(range(len(columns)), [short(name, 14) for name in columns], rotation=60, ha="right")
+    axis.set_xticks([x + 0.5 for x in range(len(columns))], minor=True)
+    axis.set_yticks(range(len(rows)), [short(name, 14) for name in rows])
+    axis.set_yticks([y + 0.5 for y in range(len(rows))], minor=True)
+    axis.tick_params(which="both", length=0)
+    axis.grid(which="minor")
+    return made
+
+
+@styled
+def dots(
+    rows: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    look: Mapping[str, Style],
+    *,
+    x_label: str,
+    aside: Sequence[str] = (),
+) -> Any:
+    """A line per row from its lowest to its highest value, and a dot per name: series[name][row], nan is left out.
+
+    aside: names that do not count for the lines and the axis; their dots may fall outside.
+    """
+    made, axes = figure(_WIDTH, 48 + 15 * len(rows))
+    axis = axes[0, 0]
+    for y in range(len(rows)):
+        found = [values[y] for name, values in series.items() if name not in aside and math.isfinite(values[y])]
+        if found:
+            axis.plot([min(found), max(found)], [y, y], color=GRID, linewidth=3, zorder=1)
+    axis.autoscale_view()
+    axis.set_xlim(axis.get_xlim())
+    for name, values in series.items():
+        hollow = look[name].dash != "solid"
+        fill = PAPER if hollow else look[name].light
+        axis.scatter(values, range(len(rows)), 20, facecolor=fill, edgecolor=look[name].light, linewidths=1, zorder=2)
+    axis.set_yticks(range(len(rows)), [short(name) for name in rows])
+    axis.set(xlabel=x_label, ylim=(len(rows) - 0.4, -0.6))
+    axis.grid(axis="x")
+    axis.set_axisbelow(True)
+    axis.tick_params(axis="y", length=0)
+    return made
+
+
+@styled
+def histogram(
+    groups: Mapping[str, Sequence[float]],
+    look: Mapping[str, Style],
+    *,
+    x_label: str,
+    threshold: float | None = None,
+    bins: int = 40,
+) -> Any:
+    """Stacked counts of finite values per group; threshold: where a vertical line is drawn.
+
+    The outermost half per cent at either side is in the outermost bins: a few samples would press all others into one.
+    """
+    import numpy as np
+
+    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in groups.items()}
+    arrays = {name: values[np.isfinite(values)] for name, values in arrays.items()}
+    everything = np.sort(np.concatenate([*arrays.values(), np.empty(0)]))
+    made, axes = figure(_WIDTH, 190)
+    axis = axes[0, 0]
+    if len(everything):
+        cut = len(everything) // 200
+        low, high = everything[cut], everything[-1 - cut]
+        low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
+        edges = np.linspace(low, high, bins + 1)
+        if threshold is not None and low < threshold < high:  # no bin has samples of both sides
+            step = edges[1] - edges[0]
+            first, last = math.floor((low - threshold) / step), math.ceil((high - threshold) / step)
+            edges = threshold + step * np.arange(first, last + 1)
+        below = np.zeros(len(edges) - 1)
+        for name, values in arrays.items():
+            counts = np.histogram(values.clip(edges[0], edges[-1]), edges)[0]
+            axis.bar(edges[:-1], counts, edges[1] - edges[0], below, align="edge", color=look[name].light, linewidth=0)
+            below = below + counts
+    _threshold(axis.axvline, axis, threshold)
+    axis.set(xlabel=x_label, ylabel="samples")
+    _whole_numbers(axis.yaxis)
+    return made
+
+
+def _threshold(line: Callable[..., Any], axis: Any, threshold: float | None) -> None:
+    if threshold is None or not math.isfinite(threshold):
+        return
+    line(threshold, color=INK, linewidth=1.1, linestyle="dashed")
+    axis.set_title(f"dashed: the threshold {threshold:.4g}", loc="right", fontsize=9)
+
+
+@styled
+def ranked(
+    scores: Sequence[float],
+    errors: Sequence[float],
+    kept: Sequence[bool],
+    look: Mapping[bool, Style],
+    *,
+    y_label: str,
+    width: float,
+    threshold: float | None = None,
+) -> Any:
+    """Scores in ascending order with error bars of `width` standard errors, at 60 evenly spaced ranks at most.
+
+    errors: a score's standard error. kept: whether its sample keeps the teacher, which look gives a style.
+    """
+    order = sorted((i for i, score in enumerate(scores) if math.isfinite(score)), key=lambda i: scores[i])
+    count = min(len(order), 60)
+    made, axes = figure(_WIDTH, 210)
+    axis = axes[0, 0]
+    for value in (True, False):
+        ranks = [round(k * (len(order) - 1) / max(count - 1, 1)) for k in range(count)]
+        ranks = [rank for rank in ranks if kept[order[rank]] is value]
+        axis.errorbar(
+            [rank + 1 for rank in ranks],
+            [scores[order[rank]] for rank in ranks],
+            [width * errors[order[rank]] for rank in ranks],
+            fmt="o",
+            markersize=3,
+            linewidth=0.9,
+            color=look[value].light,
+        )
+    _threshold(axis.axhline, axis, threshold)
+    axis.grid(axis="y")
+    axis.set(xlabel="rank of the sample", ylabel=f"{y_label} ± {width:.3g} standard errors")
+    return made
+
+
+@styled
+def spreads(rows: Mapping[str, Sequence[float]], look: Style, *, x_label: str, threshold: float | None = None) -> Any:
+    """How each row's finite values are spread: 5% to 95% as a thin line, the middle half thick, the median a dot."""
+    import numpy as np
+
+    made, axes = figure(_WIDTH, 56 + 14 * len(rows))
+    axis = axes[0, 0]
+    for y, values in enumerate(rows.values()):
+        array = np.asarray(values, dtype=np.float64)
+        if np.isfinite(array).any():
+            low, first, middle, third, high = np.quantile(array[np.isfinite(array)], (0.05, 0.25, 0.5, 0.75, 0.95))
+            axis.plot([low, high], [y, y], color=look.light, linewidth=1)
+            axis.plot([first, third], [y, y], color=look.light, linewidth=4)
+            axis.plot([middle], [y], "o", color=look.light, mfc=PAPER, markersize=4)
+    _threshold(axis.axvline, axis, threshold)
+    axis.set_yticks(range(len(rows)), [short(name) for name in rows])
+    axis.set(xlabel=x_label, ylim=(len(rows) - 0.4, -0.6))
+    axis.grid(axis="x")
+    axis.tick_params(axis="y", length=0)
+    return made

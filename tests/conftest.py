@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from lrds_fast import charts
 
 
 @pytest.fixture
@@ -16,6 +19,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Title -> matplotlib's Figure, of every chart that a page gets during the test."""
+    found: dict[str, Any] = {}
+    svg = charts.svg
+
+    def noted(made: Any, title: str) -> str:
+        assert title not in found, "ids in the page would clash"
+        found[title] = made
+        return svg(made, title)
+
+    monkeypatch.setattr(charts, "svg", noted)
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -411,6 +411,6 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
 
     assert records("killed") == records("whole")
     names = sorted(path.name for path in Path("killed").iterdir() if path.is_file())
-    assert names == ["best.safetensors", "last.pt", "log.jsonl", "recipe.json"]
+    assert names == ["best.safetensors", "last.pt", "log.jsonl", "recipe.json", "summary.json"]
     weights = [torch.load(f"{folder}/last.pt", weights_only=True)["student"] for folder in ("killed", "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

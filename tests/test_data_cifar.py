@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrds_fast import data as data_sets
 from lrds_fast.data import MemoryLoader
-from lrds_fast.data.cifar import MEAN, STD, Pictures, _Plain, cifar
+from lrds_fast.data.cifar import MEAN, STD, Pictures, _Plain, cifar, class_names
 
 
 def write_official(folder: Path, classes: int, *, protocol: int = 2) -> Pictures:
@@ -45,6 +45,22 @@ def test_official_files(tmp_path: Path, classes: int, inside: bool) -> None:
     found = cifar(classes, str(tmp_path / name if inside else tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert found.train_images.shape == ((35 if classes == 10 else 7), 3, 32, 32)
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_names_of_the_classes(tmp_path: Path, classes: int, as_text: bool) -> None:
+    folder = tmp_path / {10: "cifar-10-batches-py", 100: "cifar-100-python"}[classes]
+    write_official(folder, classes)
+    assert class_names(classes, str(tmp_path)) == (), "the file that names them is not there"
+    names = [f"class {k}" for k in range(classes)]
+    file, key = {10: ("batches.meta", "label_names"), 100: ("meta", "fine_label_names")}[classes]
+    content = {key: names} if as_text else {key.encode(): [name.encode() for name in names]}
+    (folder / file).write_bytes(pickle.dumps(content))
+    assert class_names(classes, str(tmp_path)) == class_names(classes, str(folder)) == tuple(names)
+    assert data_sets.load(f"cifar{classes}", root=str(tmp_path)).class_names == tuple(names)
+    (folder / file).write_bytes(pickle.dumps({key: names[:-1]}))
+    assert class_names(classes, str(tmp_path)) == ()
 
 
 def test_files_of_numpy_1(tmp_path: Path) -> None:
@@ -146,6 +162,7 @@ def test_the_archive_of_webp_sheets() -> None:
     if not os.environ.get("LRDS_DATA") or not folder.is_dir():
         pytest.skip("LRDS_DATA is not set, or has no cifar100")
     found = cifar(100)
+    assert class_names(100)[:2] == ("apple", "aquarium_fish") and len(set(class_names(100))) == 100
     assert found.train_images.shape == (50000, 3, 32, 32) and found.test_images.shape == (10000, 3, 32, 32)
     assert torch.bincount(found.train_labels).tolist() == [500] * 100
     assert torch.bincount(found.test_labels).tolist() == [100] * 100

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
-import re
-import zlib
-from html.parser import HTMLParser
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import pytest
 import torch
+from html_page import Page
+from PIL import Image
 
 from lrds_fast.data import digits
 from lrds_fast.selection import Selection
@@ -130,56 +131,27 @@ def test_the_text_says_how_unreliable_the_teacher_is(result: DemoResult) -> None
     assert torch.backends.cpu.get_cpu_capability() in result.introduction[-1]
 
 
-class Page(HTMLParser):
-    """What the tests need to know of a page; an unclosed or foreign element is an error."""
-
-    VOID = frozenset({"meta", "img", "line", "rect", "polyline"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.counts: dict[str, int] = {}
-        self.sources: list[str] = []
-        self.cells: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.sources += [value for name, value in attrs if name in ("src", "href") and value]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, text: str) -> None:
-        if self.open and self.open[-1] == "td":
-            self.cells.append(text)
-
-
-def test_the_report_is_one_file_with_curves_histograms_and_digits(result: DemoResult) -> None:
+def test_the_report_is_one_file_with_charts_tables_and_digits(result: DemoResult) -> None:
     text = result.report.read_text()
-    page = Page()
-    page.feed(text)
-    assert page.open == []
-    assert page.sources
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources), "nothing may be fetched"
-    assert "<script" not in text
-    # Three charts of curves, one line per name; a histogram per selection (random, DS, LR + DS).
-    assert page.counts["svg"] == 3 + 3
-    assert page.counts["polyline"] == 3 * len(result.rows)
-    for row in result.rows:
-        assert row.name in page.cells
-    assert "KD + LR, seed 0: revised" in text
-    assert "KD + DS, seed 0: deselected" in text
+    page = Page(text)
+    names = [row.name for row in result.rows]
+    assert [row[0] for row in page.table("run", "seeds")] == names
+    assert [heading for heading in page.headings if heading.startswith("Differences to")] == [
+        f"Differences to {base}" for base in ("KD", "KD + random", "student alone")
+    ]
+    assert "over all 20 differences" in text
+    # Two forests a baseline, three charts of curves, calibration, classes, two heat maps, three histograms of scores.
+    assert page.tags["svg"] == 6 + 3 + 1 + 1 + 2 + 3
+    assert "KD + LR, seed 0: revised" in page.headings and "KD + DS, seed 0: deselected" in page.headings
     # The pictures are the digits: the first revised one, decoded, is the sample its caption names.
-    gallery = json.loads((result.report.parent / "seed0" / "kd_lr" / "gallery.json").read_text())
-    entry = gallery["revised"][0]
+    folder = result.report.parent / "seed0" / "kd_lr"
+    entry = json.loads((folder / "gallery.json").read_text())["revised"][0]
     assert entry["label"] != entry["teacher"]
-    assert entry["png"] in page.sources
-    recipe = from_mapping(json.loads((result.report.parent / "seed0" / "kd_lr" / "recipe.json").read_text()))
+    pixels = list(base64.b64decode(entry["pixels"]))
+    shown = next(source for source in page.sources if source.startswith("data:image/png;base64,"))
+    assert list(Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))).tobytes()) == pixels
+    recipe = from_mapping(json.loads((folder / "recipe.json").read_text()))
     data = run.load_data(recipe)
-    pixels = decoded(entry["png"])
     assert pixels == data.train.picture(entry["index"]).flatten().tolist()
     assert int(data.train.labels[entry["index"]]) == entry["label"]
     assert any(
@@ -188,19 +160,28 @@ def test_the_report_is_one_file_with_curves_histograms_and_digits(result: DemoRe
     )
 
 
-def decoded(uri: str) -> list[int]:
-    """The pixels of an 8-bit grey PNG without row filters."""
-    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    width = int.from_bytes(content[16:20], "big")
-    (start,) = [match.end() for match in re.finditer(rb"IDAT", content)]
-    length = int.from_bytes(content[start - 8 : start - 4], "big")
-    body = content[start : start + length]
-    assert zlib.crc32(b"IDAT" + body) == int.from_bytes(content[start + length : start + length + 4], "big")
-    raw = zlib.decompress(body)
-    lines = [raw[i : i + width + 1] for i in range(0, len(raw), width + 1)]
-    assert all(line[0] == 0 for line in lines)
-    return [value for line in lines for value in line[1:]]
+def test_a_summary_is_that_of_the_last_epoch(result: DemoResult) -> None:
+    """Against the log, and against the networks and the teacher asked anew."""
+    folder = result.report.parent / "seed0" / "kd_lr_ds"
+    summary = json.loads((folder / "summary.json").read_text())
+    record = last(result, 0, "KD + LR + DS")
+    assert summary["test"]["accuracy"] == record["test_acc"] and summary["test"]["ece"] == record["test_ece"]
+    assert summary["test"]["cross_entropy"] == record["test_ce"]
+    assert summary["teacher"]["asked"] == record["n_selected"] and summary["teacher"]["wrong"] == record["n_revised"]
+    recipe = from_mapping(json.loads((folder / "recipe.json").read_text()))
+    data = run.load_data(recipe)
+    teacher = run.build_teacher(recipe, data)
+    assert teacher is not None
+    teacher.eval()
+    with torch.no_grad():
+        answers = torch.cat([teacher(batch.images) for batch in data.score.epoch(0)])
+    mask, labels = Selection.load(folder / "selection.parquet").mask, data.train.labels
+    pairs = Counter(zip(labels[mask].tolist(), predicted(answers, labels)[mask].tolist(), strict=True))
+    wrong = {(label, found): count for (label, found), count in pairs.items() if label != found}
+    assert {(label, found): count for label, found, count in summary["teacher"]["pairs"]} == wrong
+    counts = [count for _, _, count in summary["teacher"]["pairs"]]
+    assert counts == sorted(counts, reverse=True) and sum(counts) == record["n_revised"]
+    assert summary["made"]["torch"] == torch.__version__
 
 
 def test_nothing_temporary_is_left(result: DemoResult) -> None:

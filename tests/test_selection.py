@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
-import re
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from html_page import Page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from influence_oracle import make_case
+from matplotlib.colors import to_hex
 from torch.utils.data import DataLoader, TensorDataset
 
 import lrds_fast
-from lrds_fast import influence
+from lrds_fast import charts, influence
 from lrds_fast.selection import Selection, dataset_fingerprint, prefix, select
+from lrds_fast.selection.report import overlap, threshold
 
 
 @pytest.fixture
@@ -537,28 +540,82 @@ def test_fingerprint_refuses_what_is_no_label() -> None:
         dataset_fingerprint([0], 0)
 
 
+def page_of(chosen: Selection, folder: Path, **options: Any) -> Page:
+    chosen.report(folder / "report.html", **options)
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
 def test_report_is_one_page_that_counts(scores: influence.Scores, tmp_path: Path) -> None:
     chosen = select(scores, threshold=0.0)
-    chosen.report(tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert f"{int(chosen.mask.sum())} of 60 samples keep the teacher" in page
-    assert "<p>by = kd_gain, threshold = 0</p>" in page
+    page = page_of(chosen, tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.headings[0] == f"{int(chosen.mask.sum())} of 60 samples keep the teacher"
+    assert "<p>by = kd_gain, threshold = 0.</p>" in text
     assert "by='kd_gain', threshold=0.0)" in repr(chosen)
-    for name in scores:
-        assert f"<h2>{name}</h2>" in page
-    for label in range(5):
-        rows = scores.target == label
-        assert f"<tr><td>{label}<td>{int(rows.sum())}<td>{int((rows & chosen.mask).sum())}" in page
-    assert "http" not in page
+    assert page.headings[1] == "kd_gain" and set(scores) <= set(page.headings)
+    for label, row in enumerate(page.table("class", "samples")):
+        members = scores.target == label
+        kept = int((members & chosen.mask).sum())
+        assert row == [str(label), str(int(members.sum())), str(kept), f"{kept / int(members.sum()):.0%}"]
+    right = scores.teacher_pred == scores.target
+    assert f"on {float(right[chosen.mask].double().mean()):.1%} of the kept" in text
 
 
 def test_report_survives_odd_scores(tmp_path: Path) -> None:
     odd = {"<b>": torch.tensor([1.0, 1.0, math.inf]), "nan": torch.full((3,), math.nan)}
-    select(odd, "<b>", ratio=0.5).report(tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<h2>&lt;b&gt;</h2>" in page
-    assert "1 infinite or NaN left out" in page
-    assert "No finite value" in page
+    page = page_of(select(odd, "<b>", ratio=0.5), tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.headings[1:3] == ["<b>", "nan"] and "<b>" not in text
+    assert "1 infinite or NaN left out" in text and "No finite value" in text
+
+
+def test_report_draws_thresholds_and_standard_errors(tmp_path: Path, figures: dict[str, Any]) -> None:
+    values = torch.linspace(-1, 1, 200)
+    table = {"kd_gain": values, "kd_gain_standard_error": torch.full((200,), 0.25)}
+    chosen = dataclasses.replace(select(table, "kd_gain", ratio=0.8), policy={"by": "kd_gain", "confidence": 2.0})
+    page = page_of(chosen, tmp_path)
+    cut = float(values[159] + values[160]) / 2
+    assert threshold(chosen) == pytest.approx(cut)
+    assert "kd_gain_standard_error" not in page.headings, "it is no score of its own"
+    (histogram,) = figures["samples by kd_gain"].axes
+    assert histogram.lines[0].get_xdata()[0] == pytest.approx(cut) and histogram.get_xlabel() == "kd_gain"
+    heights = {colour: 0.0 for colour in charts.SERIES[:2]}
+    for bar in histogram.patches:
+        heights[to_hex(bar.get_facecolor())] += bar.get_height()
+        left, right = bar.get_x(), bar.get_x() + bar.get_width()
+        assert right <= cut + 1e-6 or left >= cut - 1e-6, "no bin has both sides of the threshold"
+    assert heights == {charts.SERIES[0]: 160, charts.SERIES[1]: 40}
+    (ranks,) = figures["kd_gain with standard errors, by rank"].axes
+    bars = [segment for part in ranks.containers for segment in part[2][0].get_segments()]
+    assert len(bars) == 60 and all(bar[1][1] - bar[0][1] == pytest.approx(1.0) for bar in bars), "2 errors each side"
+    assert sum(float(bar[0][0]) for bar in bars) / 60 == pytest.approx(100.5, abs=1), "ranks 1 to 200"
+    assert "± 2 standard errors" in ranks.get_ylabel()
+
+
+def test_thresholds_that_parts_overlap_at_are_none() -> None:
+    scores = {"s": torch.tensor([0.0, 1.0, 2.0, 3.0])}
+    assert threshold(select(scores, "s", ratio=0.5)) == 1.5
+    assert threshold(select(scores, "s", ratio=0.5, largest=True)) == 1.5
+    assert threshold(select(scores, "s", threshold=2.5)) == 2.5
+    assert threshold(select(scores, "s", ratio=1.0)) is None
+    mixed = dataclasses.replace(select(scores, "s", ratio=0.5), mask=torch.tensor([True, False, True, False]))
+    assert threshold(mixed) is None
+
+
+def test_overlap_is_jaccard_and_kappa() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    draws = torch.Generator().manual_seed(5)
+    one, other = torch.rand(4000, generator=draws) < 0.3, torch.rand(4000, generator=draws) < 0.6
+    found = overlap(one, other)
+    assert found.jaccard == pytest.approx(metrics.jaccard_score(one, other))
+    assert found.kappa == pytest.approx(metrics.cohen_kappa_score(one, other), abs=1e-12)
+    assert found.chance == pytest.approx(found.jaccard, abs=0.02), "these are independent"
+    assert found.kept == pytest.approx(float(one.double().mean() + other.double().mean()) / 2)
+    same = overlap(one, one)
+    assert same.jaccard == same.kappa == 1
+    everything = torch.ones(4, dtype=torch.bool)
+    assert math.isnan(overlap(everything, everything).kappa)
+    assert math.isnan(overlap(~everything, ~everything).jaccard)
 
 
 class Pictures:
@@ -605,7 +662,7 @@ def test_report_shows_both_ends(make: Any, scores: influence.Scores, tmp_path: P
     helpful, harmful = page.index("Most helpful teacher, by kd_gain"), page.index("Most harmful teacher, by kd_gain")
     assert helpful < page.index(f"#{int(order[0])}: ") < harmful < page.index(f"#{int(order[-1])}: ")
     assert "label ant &amp; bee" in page
-    assert page.count("<figure>") == page.count("</figure>") == 48
+    assert Page(page).tags["img"] == 48
     chosen.report(tmp_path / "called.html", pictures=lambda index: make(index))
     assert (tmp_path / "called.html").read_text(encoding="utf-8").count("<img") == 48
 
@@ -624,24 +681,23 @@ def test_report_measures_agreement(tmp_path: Path) -> None:
     a = torch.randn(500, generator=draws)
     table = {"a": a, "b": (a + torch.randn(500, generator=draws)).round(), "flat": torch.ones(500)}
     chosen = select(table, "a", ratio=0.4)
-    chosen.report(tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    section = page[page.index("Agreement between scores") : page.index("Most helpful")]
-    cells = re.findall(r"<td[^>]*>([^<]+)", section)
+    rows = [row for table in page_of(chosen, tmp_path).tables if table[0] == ["", "a", "b"] for row in table[1:]]
+    cells = [cell for row in rows for cell in row[1:]]
     rho = spearmanr(table["a"].numpy(), table["b"].numpy()).statistic
     both = chosen.mask & select(table, "b", ratio=0.4).mask
     assert cells == ["1.00", f"{rho:.2f}", f"{rho:.2f}", "1.00", "100%", *[f"{int(both.sum()) / 200:.0%}"] * 2, "100%"]
 
 
-def test_report_has_a_histogram_for_every_class(scores: influence.Scores, tmp_path: Path) -> None:
+def test_report_shows_how_the_score_is_spread_in_every_class(
+    scores: influence.Scores, tmp_path: Path, figures: dict[str, Any]
+) -> None:
     chosen = select(scores, threshold=0.0)
-    chosen.report(tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    rows = page[page.index("<h2>Classes") :].split("<tr>")[2:]
-    assert len(rows) == 5
-    for label, row in enumerate(rows):
-        members = scores.target == label
-        kept, denied = int((members & chosen.mask).sum()), int((members & ~chosen.mask).sum())
-        assert ("class=kept" in row) == (kept > 0) and ("class=denied" in row) == (denied > 0)
-    right = scores.teacher_pred == scores.target
-    assert f"on {float(right[chosen.mask].double().mean()):.1%} of the kept" in page
+    page_of(chosen, tmp_path, class_names=["ant", "bee", "cat", "dog", "eel"])
+    (axis,) = figures["kd_gain by class"].axes
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    shares = {n: float(chosen.mask[scores.target == k].double().mean()) for k, n in enumerate(sorted(names))}
+    assert names == sorted(names, key=lambda name: (shares[name], name))
+    medians = {line.get_ydata()[0]: line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1}
+    for place, name in enumerate(names):
+        members = scores["kd_gain"][scores.target == sorted(names).index(name)]
+        assert medians[place] == pytest.approx(float(members.double().quantile(0.5)))

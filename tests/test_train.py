@@ -284,11 +284,27 @@ def outputs_of(model: nn.Module, data: Data, split: str = "score") -> Tensor:
 def test_evaluation_covers_short_batches_and_restores_the_mode() -> None:
     data, model = blobs(), student()
     model.train()
-    accuracy, cross_entropy = evaluate(model, data.score, CPU)
+    found = evaluate(model, data.score, CPU)
     assert model.training
-    logits = outputs_of(model, data)
-    assert accuracy == pytest.approx(float((logits.argmax(1) == data.score.labels).double().mean()))
-    assert cross_entropy == pytest.approx(float(F.cross_entropy(logits, data.score.labels)), rel=1e-5)
+    logits, labels = outputs_of(model, data), data.score.labels
+    right = (logits.argmax(1) == labels).double()
+    assert found.accuracy == pytest.approx(float(right.mean()))
+    assert found.cross_entropy == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+    confidence = logits.softmax(1).amax(1).double()
+    ece = 0.0
+    for k in range(15):
+        inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
+        expected = [inside.sum(), confidence[inside].sum(), right[inside].sum()]
+        assert found.bins[k].tolist() == pytest.approx(list(map(float, expected)))
+        if inside.any():
+            ece += float(inside.double().mean() * (right[inside].mean() - confidence[inside].mean()).abs())
+    assert found.ece == pytest.approx(ece) and ece > 0.01
+    for label, (rows, correct) in enumerate(found.classes.tolist()):
+        members = labels == label
+        assert (rows, correct) == (float(members.sum()), float(right[members].sum()))
+    parts = found.parts()
+    assert sum(rows for rows, _, _ in parts["bins"]) == sum(rows for rows, _ in parts["classes"]) == len(labels)
+    assert json.loads(json.dumps(parts))["ece"] == found.ece
 
 
 def test_outputs_are_in_index_order() -> None:

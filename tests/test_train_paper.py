@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_page import Page
 from test_train_report import write_run
 
 from lrds_fast.train import cli, grid, load_recipe
-from lrds_fast.train.paper import NOTE, html, markdown, paper_tables, text
-from lrds_fast.train.report import Run, html_report, read_run
+from lrds_fast.train.page import html_report
+from lrds_fast.train.paper import NOTE, markdown, paper_tables, text
+from lrds_fast.train.report import Run, read_run
 
 RESNET, VGG = "cifar100/resnet56-resnet20", "cifar100/vgg13-vgg8"
 
@@ -104,41 +105,13 @@ def test_markdown_is_a_table(runs: list[Run]) -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-class _Rows(HTMLParser):
-    """The cells of every row, a cell as often as it has columns; and whether tags close."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.open: list[str] = []
-        self.span = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("meta", "br", "img"):
-            return
-        self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        self.span = int(dict(attrs).get("colspan") or 1)
-        if tag in ("td", "th"):
-            self.rows[-1] += [""] * self.span
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-
-
-def test_html_is_whole_and_has_three_columns_a_pair(runs: list[Run]) -> None:
-    parser = _Rows()
-    parser.feed(html(paper_tables(runs)[0]))
-    assert parser.open == [] and {len(row) for row in parser.rows} == {7}
-    assert parser.rows[1] == ["", *("best", "last", "published") * 2]
-    assert ["KD", "73.00 (1)", "72.00", "72.98", "71.16 ± 0.50 (2)", "70.50 ± 0.50", "70.66"] in parser.rows
-    page = html_report(runs, title="t")
-    assert "As the literature has it" in page and page.count("class='paper'") == 2
+def test_the_page_has_three_columns_a_pair(runs: list[Run]) -> None:
+    page = Page(html_report(runs, title="t"))
+    assert page.headings[1] == "As the literature has it"
+    first, second = (table for table in page.tables if table[1][:2] == ["", "best"])
+    assert {len(row) for row in first} == {7} and first[1] == ["", *("best", "last", "published") * 2]
+    assert ["KD", "73.00 (1)", "72.00", "72.98", "71.16 ± 0.50 (2)", "70.50 ± 0.50", "70.66"] in first
+    assert second != first
     assert "As the literature" not in html_report([run for run in runs if "/" not in run.recipe.name], title="t")
 
 
@@ -152,7 +125,7 @@ def test_report_writes_them_all(
     )
     out = capsys.readouterr().out
     assert "resnet56 -> resnet20" in out and NOTE in out
-    assert "class='paper'" in Path("r.html").read_text()
+    assert "As the literature has it" in Path("r.html").read_text()
     found = Path("r.md").read_text()
     assert found.startswith("# lrds-fast report\n") and "### cifar100: best / last / published" in found
     assert f"| {RESNET}/kd | 2 |" in found and NOTE in found

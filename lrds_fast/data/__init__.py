@@ -121,6 +121,7 @@ def load(
             f"data.first_label must be at least 0, or -1 for the default, and applies to data {', '.join(NUMBERED)};"
             f" got {first_label} with data {name!r}"
         )
+    class_names: tuple[str, ...] = ()
     strongly: dict[str, Any] = {"strong": Strong(rand_augment, erasing), "second": described(second_view)}
     if name == "digits":
         images, targets = digits()
@@ -130,6 +131,7 @@ def load(
     elif name in ("cifar10", "cifar100"):
         num_classes = int(name.removeprefix("cifar"))
         splits = cifar_files.cifar(num_classes, root)
+        class_names = cifar_files.class_names(num_classes, root)
         mean, std = mean or cifar_files.MEAN, std or cifar_files.STD
     elif name == "npz":
         splits = from_npz(Path(root), first_label=max(first_label, 0))
@@ -180,6 +182,7 @@ def load(
         device=device,
         least=least,
         views=views,
+        class_names=class_names,
         **strongly,
     )
 
@@ -208,6 +211,7 @@ def in_memory(
     device: torch.device | str | None = None,
     least: int = 2,
     views: int = 0,
+    class_names: tuple[str, ...] = (),
 ) -> Data:
     """Data from tensors; see MemoryLoader for images and targets, load for the rest. second: what the training samples'
     second view goes through, None for none."""
@@ -252,6 +256,7 @@ def in_memory(
         score=loader(images, targets),
         val=loader(train_images[held_out], train_targets[held_out]) if len(held_out) else None,
         test=loader(test_images[tested], test_targets[tested]),
+        class_names=class_names,
     )
 
 
@@ -310,6 +315,7 @@ def _encoded(
             f"{root}: train/ has {len(train.classes)} classes, val/ {len(test.classes)};"
             f" in one only: {', '.join(odd[:5])}"
         )
+    numbered = train.classes == [str(k) for k in range(len(train.classes))]
     kept, held_out = hold_out(len(train.labels), val_fraction, seed=split_seed)
     kept = _limited("train_limit", kept, train_limit, seed=split_seed)
     tested = _limited("test_limit", torch.arange(len(test.labels)), test_limit, seed=split_seed)
@@ -342,4 +348,5 @@ def _encoded(
         score=loader(train, kept),
         val=loader(train, held_out) if len(held_out) else None,
         test=loader(test, tested),
+        class_names=() if numbered else tuple(train.classes),
     )

@@ -50,10 +50,32 @@ def cifar(classes: int, root: str = "") -> Pictures:
     folder = Path(root) if root else _default(classes)
     if classes == 100 and (folder / "labels.npz").is_file():
         return _from_sheets(folder)
-    official = folder if (folder / _FILES[classes][0][0]).is_file() else folder / _FOLDERS[classes]
+    official = _official(classes, folder)
     if not (official / _FILES[classes][0][0]).is_file():
         _download(classes, folder)
     return _from_pickles(classes, official)
+
+
+def class_names(classes: int, root: str = "") -> tuple[str, ...]:
+    """The classes' names, from the files that `cifar` reads; () where these do not tell them. Arguments as cifar's."""
+    folder = Path(root) if root else _default(classes)
+    names: Any = ()
+    try:
+        if classes == 100 and (folder / "labels.npz").is_file():
+            with np.load(folder / "labels.npz") as arrays:
+                names = arrays["names"].tolist()
+        else:
+            file, key = {10: ("batches.meta", "label_names"), 100: ("meta", "fine_label_names")}[classes]
+            content = _Plain(io.BytesIO((_official(classes, folder) / file).read_bytes()), encoding="bytes").load()
+            names = content.get(key.encode()) or content[key]
+        found = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    except (OSError, pickle.UnpicklingError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError):
+        return ()
+    return found if len(found) == classes else ()
+
+
+def _official(classes: int, folder: Path) -> Path:
+    return folder if (folder / _FILES[classes][0][0]).is_file() else folder / _FOLDERS[classes]
 
 
 def _default(classes: int) -> Path:

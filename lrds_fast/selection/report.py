@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrds_fast.picture import png
+from lrds_fast import charts
+from lrds_fast.pages import Figure, Gallery, Section, Table, page, png
 from lrds_fast.selection.table import Pictures, Selection
 
 #: Pictures of each kind.
 _GALLERY = 24
 #: Samples that agreement is measured on, at most: ranks of more tell nothing new.
 _RANKED = 200_000
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse}td,th{padding:.15rem .8rem;text-align:right;border-bottom:1px solid #ddd}"
-    "svg{width:100%;height:9rem}td svg{width:14rem;height:1.6rem;vertical-align:middle}"
-    ".kept{fill:#2a6fb0}.denied{fill:#d9822b}h2{margin-top:2rem;font-size:1.1rem}"
-    ".pictures{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;width:6.4rem;font-size:12px;line-height:1.3}"
-    "figure img{width:6.4rem;height:6.4rem;object-fit:contain;image-rendering:pixelated;background:#eee}"
-)
+#: Classes that are drawn, at most.
+_CLASSES = 40
+#: What the name of a score's standard error ends in.
+_ERROR = "_standard_error"
 
 
-def page(selection: Selection, pictures: Pictures | None, class_names: Sequence[str] | None) -> str:
+def selection_page(selection: Selection, pictures: Pictures | None, class_names: Sequence[str] | None) -> str:
     """The page's HTML; arguments as Selection.report's."""
     kept, total = int(selection.mask.sum()), len(selection)
     rule = ", ".join(
@@ -36,20 +31,14 @@ def page(selection: Selection, pictures: Pictures | None, class_names: Sequence[
         if value is not None and value is not False
     )
     by = str(selection.policy.get("by", ""))
-    names = sorted(selection.scores, key=lambda name: name != by)
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Selection</title>",
-        f"<style>{_STYLE}</style><h1>{kept} of {total} samples keep the teacher</h1>",
-        f"<p>{escape(rule)}</p><p>Blue: the teacher is kept. Orange: the label alone.</p>",
-        *_teacher(selection),
-    ]
-    parts += [f"<h2>{escape(name)}</h2>{_histogram(selection.scores[name].double(), selection.mask)}" for name in names]
-    parts += _agreement(selection, names)
+    names = sorted((name for name in selection.scores if not name.endswith(_ERROR)), key=lambda name: name != by)
+    sections = [_score(selection, name) for name in names]
+    sections += _agreement(selection, names)
     if by in selection.scores:
-        parts += _extremes(selection, by, pictures, class_names)
-    if selection.labels is not None:
-        parts += _classes(selection, by, class_names)
-    return "\n".join(parts) + "\n"
+        sections += _extremes(selection, by, pictures, class_names)
+    if selection.labels is not None and total:
+        sections.append(_classes(selection, by, class_names))
+    return page(f"{kept} of {total} samples keep the teacher", sections, [f"{rule}.", *_teacher(selection)])
 
 
 def _text(value: object) -> str:
@@ -65,10 +54,103 @@ def _teacher(selection: Selection) -> list[str]:
     for what, rows in (("kept", selection.mask), ("denied", ~selection.mask)):
         if rows.any():
             shares.append(f"on {float(right[rows].double().mean()):.1%} of the {what}")
-    return [f"<p>The teacher's top class is the label {', '.join(shares)}.</p>"]
+    return [f"The teacher's top class is the label {', '.join(shares)}."]
 
 
-def _agreement(selection: Selection, names: Sequence[str]) -> list[str]:
+def threshold(selection: Selection) -> float | None:
+    """Where the score that decided parts the kept from the denied: the policy's threshold, else the middle between the
+    two sides; None where they overlap (a share per class, hysteresis) or one is empty."""
+    given = selection.policy.get("threshold")
+    if isinstance(given, (int, float)):
+        return float(given)
+    score = selection.scores.get(str(selection.policy.get("by")))
+    if score is None or selection.mask.all() or not selection.mask.any():
+        return None
+    sides = score[selection.mask].double(), score[~selection.mask].double()
+    low, high = reversed(sides) if selection.policy.get("largest") else sides
+    ends = float(low.max()), float(high.min())
+    return sum(ends) / 2 if ends[0] <= ends[1] else None
+
+
+def standard_error(selection: Selection, name: str) -> Tensor | None:
+    """(N,) the standard error of each sample's score; None where it was not stored."""
+    return selection.scores.get(f"{name}{_ERROR}")
+
+
+def score_figures(selection: Selection, prefix: str = "", name: str = "") -> list[str]:
+    """SVGs of a score (the one that decided, by default): its histogram by who keeps the teacher and, where the
+    standard errors are known, the score with them by rank. prefix: of the charts' titles. [] without a finite value."""
+    by = str(selection.policy.get("by"))
+    name = name or by
+    score = selection.scores.get(name)
+    if score is None or not score.isfinite().any():
+        return []
+    decided = name == by
+    confidence = selection.policy.get("confidence") if decided else None
+    width = float(confidence) if isinstance(confidence, (int, float)) else 1.96
+    groups = {kept: score[selection.mask == kept].tolist() for kept in (True, False)}
+    cut = threshold(selection) if decided else None
+    made = charts.histogram(
+        {str(kept): values for kept, values in groups.items()},
+        {str(kept): style for kept, style in charts.KEPT.items()},
+        x_label=name,
+        threshold=cut,
+    )
+    found = [charts.svg(made, f"{prefix}samples by {name}")]
+    error = standard_error(selection, name)
+    if error is not None:
+        made = charts.ranked(
+            score.tolist(),
+            error.tolist(),
+            selection.mask.tolist(),
+            charts.KEPT,
+            y_label=name,
+            width=width,
+            threshold=cut if cut is not None or confidence is None else 0.0,
+        )
+        found.append(charts.svg(made, f"{prefix}{name} with standard errors, by rank"))
+    return found
+
+
+_LEGEND = [("keeps the teacher", charts.KEPT[True]), ("label alone", charts.KEPT[False])]
+
+
+def _score(selection: Selection, name: str) -> Section:
+    score = selection.scores[name].double()
+    finite = score.isfinite()
+    if not finite.any():
+        return Section(name, ["No finite value."])
+    text = f"From {float(score[finite].min()):.4g} to {float(score[finite].max()):.4g}"
+    left_out = f"; {int((~finite).sum())} infinite or NaN left out" if not finite.all() else ""
+    figures = [Figure(svg, "") for svg in score_figures(selection, name=name)]
+    return Section(name, legend=_LEGEND, figures=figures, notes=[f"{text}{left_out}."])
+
+
+class Overlap(NamedTuple):
+    """How far two selections of the same samples agree. kept: the mean share of both; jaccard: samples that both keep
+    over those that either keeps, and chance: what independent ones of these sizes have; kappa: Cohen's, nan where one
+    of them keeps all or none."""
+
+    kept: float
+    jaccard: float
+    chance: float
+    kappa: float
+
+
+def overlap(one: Tensor, other: Tensor) -> Overlap:
+    """The overlap of two masks, (N,) bool each, N > 0."""
+    p, q = float(one.double().mean()), float(other.double().mean())
+    both, either = float((one & other).double().mean()), float((one | other).double().mean())
+    agreed, expected = 1 - (either - both), p * q + (1 - p) * (1 - q)
+    return Overlap(
+        (p + q) / 2,
+        both / either if either else float("nan"),
+        p * q / (p + q - p * q) if p + q else float("nan"),
+        (agreed - expected) / (1 - expected) if 0 < p < 1 and 0 < q < 1 else float("nan"),
+    )
+
+
+def _agreement(selection: Selection, names: Sequence[str]) -> list[Section]:
     """Tables of rank correlations and of overlaps between the sets of D_t's size with the lowest scores."""
     step = -(-len(selection) // _RANKED) or 1
     columns = {name: selection.scores[name].double()[::step] for name in names}
@@ -76,22 +158,24 @@ def _agreement(selection: Selection, names: Sequence[str]) -> list[str]:
     if len(columns) < 2:
         return []
     ranks = torch.stack([_ranks(values) for values in columns.values()])
-    correlations = torch.corrcoef(ranks)
     size = int(selection.mask[::step].sum())
     largest = bool(selection.policy.get("largest"))
     lowest = torch.zeros(len(columns), ranks.shape[1], dtype=torch.bool)
     for row, values in zip(lowest, columns.values(), strict=True):
         row[values.argsort(stable=True, descending=largest)[:size]] = True
-    both = lowest.double() @ lowest.double().T
-    overlaps = both / max(size, 1)
+    overlaps = lowest.double() @ lowest.double().T / max(size, 1)
     end = "highest" if largest else "lowest"
-    return [
-        "<h2>Agreement between scores</h2><p>Rank correlation (Spearman).</p>",
-        _matrix(list(columns), correlations, "{:.2f}"),
-        f"<p>Of the {size} samples with the {end} values of one score, the share that is also among those of the"
-        " other.</p>",
-        _matrix(list(columns), overlaps, "{:.0%}"),
+
+    def table(values: Tensor, form: str, caption: str) -> Table:
+        rows = [[name, *(form.format(v) for v in row)] for name, row in zip(columns, values.tolist(), strict=True)]
+        return Table(["", *columns], rows, caption)
+
+    shared = f"Of the {size} samples with the {end} values of one score, the share that is among those of the other"
+    tables = [
+        table(torch.corrcoef(ranks), "{:.2f}", "Rank correlation (Spearman)"),
+        table(overlaps, "{:.0%}", shared),
     ]
+    return [Section("Agreement between scores", tables=tables)]
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -102,20 +186,9 @@ def _ranks(values: Tensor) -> Tensor:
     return middle[inverse]
 
 
-def _matrix(names: Sequence[str], values: Tensor, form: str) -> str:
-    head = "".join(f"<th>{escape(name)}" for name in names)
-    rows = []
-    for name, row in zip(names, values.tolist(), strict=True):
-        cells = "".join(
-            f'<td style="background:rgba({"42,111,176" if value >= 0 else "217,130,43"},{abs(value) * 0.6:.2f})">'
-            + form.format(value)
-            for value in row
-        )
-        rows.append(f"<tr><th>{escape(name)}{cells}")
-    return f"<table><tr><th>{head}{''.join(rows)}</table>"
-
-
-def _extremes(selection: Selection, by: str, pictures: Pictures | None, class_names: Sequence[str] | None) -> list[str]:
+def _extremes(
+    selection: Selection, by: str, pictures: Pictures | None, class_names: Sequence[str] | None
+) -> list[Section]:
     """The samples at both ends of the score that decided."""
     score = selection.scores[by].double()
     finite = score.isfinite().nonzero()[:, 0]
@@ -123,30 +196,28 @@ def _extremes(selection: Selection, by: str, pictures: Pictures | None, class_na
     count = min(_GALLERY, len(order) // 2)
     if not count:
         return []
-    ends = (("Most helpful teacher", order[:count]), ("Most harmful teacher", order.flip(0)[:count]))
-    parts = []
-    for title, rows in ends:
-        parts.append(f"<h2>{title}, by {escape(by)}</h2><div class=pictures>")
-        for index in rows.tolist():
-            image = "" if pictures is None else f'<img src="{_png(pictures, index)}" alt="sample {index}">'
-            parts.append(
-                f"<figure>{image}<figcaption>{_caption(selection, index, score, class_names)}</figcaption></figure>"
-            )
-        parts.append("</div>")
-    return parts
+    galleries = []
+    for title, rows in (("Most helpful teacher", order[:count]), ("Most harmful teacher", order.flip(0)[:count])):
+        shown = [
+            ("" if pictures is None else _png(pictures, index), _caption(selection, index, score, class_names))
+            for index in rows.tolist()
+        ]
+        galleries.append(Gallery(f"{title}, by {by}", "", shown))
+    return [Section("Samples", galleries=galleries)]
 
 
-def _caption(selection: Selection, index: int, score: Tensor, class_names: Sequence[str] | None) -> str:
-    lines = [f"#{index}: {float(score[index]):.4g}"]
+def _caption(selection: Selection, index: int, score: Tensor, class_names: Sequence[str] | None) -> list[str]:
+    error = standard_error(selection, str(selection.policy.get("by")))
+    lines = [f"#{index}: {float(score[index]):.4g}" + (f" ± {float(error[index]):.2g}" if error is not None else "")]
     if selection.labels is not None:
         lines.append(f"label {_class(int(selection.labels[index]), class_names)}")
     if selection.teacher_pred is not None:
         lines.append(f"teacher {_class(int(selection.teacher_pred[index]), class_names)}")
-    return "<br>".join(lines)
+    return lines
 
 
 def _class(label: int, class_names: Sequence[str] | None) -> str:
-    return escape(class_names[label]) if class_names is not None and 0 <= label < len(class_names) else str(label)
+    return class_names[label] if class_names is not None and 0 <= label < len(class_names) else str(label)
 
 
 def _png(pictures: Pictures, index: int) -> str:
@@ -170,54 +241,32 @@ def _png(pictures: Pictures, index: int) -> str:
     if picture.dtype != torch.uint8:
         low, high = float(picture.min()), float(picture.max())
         picture = ((picture.double() - low) / ((high - low) or 1.0) * 255).round().to(torch.uint8)
-    return png(picture)
+    return png(picture.contiguous().numpy())
 
 
-def _classes(selection: Selection, by: str, class_names: Sequence[str] | None) -> list[str]:
-    """Every class's share of D_t, and its histogram of the score that decided, all on one axis."""
+def _classes(selection: Selection, by: str, class_names: Sequence[str] | None) -> Section:
+    """Every class's share of D_t, and how the score that decided is spread in it."""
     assert selection.labels is not None
-    head = "<h2>Classes</h2><table><tr><th>class<th>samples<th>kept<th>share"
-    score = selection.scores[by].double() if by in selection.scores else None
-    ends: tuple[float, float] | None = None
-    if score is not None and score.isfinite().any():
-        # Without the last half per cent at either side: one sample would press all others into one bar.
-        finite = score[score.isfinite()].sort().values
-        cut = len(finite) // 200
-        ends = (float(finite[cut]), float(finite[-1 - cut]))
-        head += f"<th>{escape(by)}, {ends[0]:.3g} to {ends[1]:.3g} (what lies beyond at the ends)"
-    parts = [head]
+    rows, shares, members = [], {}, {}
     for label in torch.unique(selection.labels).tolist():
-        rows = selection.labels == label
-        size, inside = int(rows.sum()), int((rows & selection.mask).sum())
-        cells = f"<tr><td>{_class(label, class_names)}<td>{size}<td>{inside}<td>{inside / size:.0%}"
-        if score is not None and ends is not None:
-            own = rows & score.isfinite()
-            cells += f"<td>{_bars(score[own].clamp(*ends), selection.mask[own], 30, *ends)}"
-        parts.append(cells)
-    return [*parts, "</table>"]
-
-
-def _histogram(score: Tensor, mask: Tensor, bins: int = 60) -> str:
-    """Stacked bars over the finite values, with the ends of the axis in text."""
-    finite = score.isfinite()
-    values, kept = score[finite], mask[finite]
-    if not len(values):
-        return "<p>No finite value.</p>"
-    low, high = float(values.min()), float(values.max())
-    left_out = f"; {int((~finite).sum())} infinite or NaN left out" if not finite.all() else ""
-    return f"{_bars(values, kept, bins, low, high)}<p>from {low:.4g} to {high:.4g}{left_out}</p>"
-
-
-def _bars(values: Tensor, kept: Tensor, bins: int, low: float, high: float) -> str:
-    """An SVG of counts between low and high, the kept below the denied."""
-    place = ((values - low) / ((high - low) or 1.0) * bins).long().clamp(0, bins - 1)
-    below = torch.bincount(place[kept], minlength=bins)
-    above = torch.bincount(place[~kept], minlength=bins)
-    scale = 100.0 / max(int((below + above).max()), 1)
-    bars = []
-    for i, (k, d) in enumerate(zip(below.tolist(), above.tolist(), strict=True)):
-        for cls, count, base in (("kept", k, 0), ("denied", d, k)):
-            if count:
-                top = 100 - (base + count) * scale
-                bars.append(f'<rect class={cls} x={i} y="{top:.2f}" width=.92 height="{count * scale:.2f}" />')
-    return f'<svg viewBox="0 0 {bins} 100" preserveAspectRatio=none>{"".join(bars)}</svg>'
+        members[label] = selection.labels == label
+        size, inside = int(members[label].sum()), int((members[label] & selection.mask).sum())
+        shares[label] = inside / size
+        rows.append([_class(label, class_names), str(size), str(inside), f"{inside / size:.0%}"])
+    tables = [Table(["class", "samples", "kept", "share"], rows, "All classes", folded=len(rows) > _CLASSES)]
+    score = selection.scores.get(by)
+    if score is None or not score.isfinite().any():
+        return Section("Classes", tables=tables)
+    order = sorted(shares, key=lambda label: (shares[label], label))
+    text = []
+    if len(order) > _CLASSES:
+        order = order[: _CLASSES // 2] + order[-_CLASSES // 2 :]
+        text = [f"Shown: the {_CLASSES // 2} classes of which least is kept and the {_CLASSES // 2} of which most is."]
+    made = charts.spreads(
+        {_class(label, class_names): score[members[label]].tolist() for label in order},
+        charts.KEPT[True],
+        x_label=by,
+        threshold=threshold(selection),
+    )
+    caption = "By the share that is kept. Thin: 5% to 95% of the class; thick: the middle half; dot: the median."
+    return Section("Classes", text, figures=[Figure(charts.svg(made, f"{by} by class"), caption)], tables=tables)

@@ -192,18 +192,19 @@ class Selection:
     ) -> None:
         """Writes one self-contained HTML page on what was kept and why.
 
-        A histogram of every score; how far the scores agree (rank correlation, and overlap of what each would keep);
-        every class's share of D_t with its own histogram of the score that decided; the samples that this score calls
-        most helpful and most harmful.
+        A histogram of every score, with its threshold and, where they are known, standard errors; how far the scores
+        agree (rank correlation, and overlap of what each would keep); every class's share of D_t and how the score that
+        decided is spread in it; the samples that this score calls most helpful and most harmful.
         pictures: what shows them: a function from a sample's index to its picture, or a dataset whose items are
         pictures or begin with one. A picture is a PIL image, or an array or tensor (H, W), (H, W, 1 or 3) or (1 or 3,
         H, W): uint8, or floating and then stretched from its lowest to its highest value. None: numbers only.
         class_names: of the classes 0, 1, ...
-        Raises OSError where it cannot be written, ValueError or TypeError for a picture that is none.
+        Raises OSError where it cannot be written, ValueError or TypeError for a picture that is none, ImportError
+        without matplotlib and Jinja2.
         """
-        from lrds_fast.selection.report import page
+        from lrds_fast.selection.report import selection_page
 
-        text = page(self, pictures, class_names)
+        text = selection_page(self, pictures, class_names)
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
 

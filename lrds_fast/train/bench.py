@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lrds_fast
+from lrds_fast import charts
 
 _CHECKOUT = Path(lrds_fast.__file__).resolve().parent.parent
 
@@ -38,8 +39,9 @@ def run_suites(names: Sequence[str], *, device: str, threads: int, quick: bool, 
             raise ValueError(f"there is no suite {name!r}; there are: {', '.join(known)}")
     if threads < 1:
         raise ValueError(f"--threads must be >= 1; got {threads}")
-    if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("pytest") is None:
-        raise ImportError("the benchmarks need pytest and matplotlib: pip install pytest pytest-benchmark matplotlib")
+    charts.require()
+    if importlib.util.find_spec("pytest") is None:
+        raise ImportError("the benchmarks need pytest: pip install pytest pytest-benchmark")
     out.mkdir(parents=True, exist_ok=True)
     rendered = []
     for name in names:

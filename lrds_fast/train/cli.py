@@ -379,11 +379,15 @@ def _sweep(options: argparse.Namespace) -> int:
         print("\n".join(recipe.name for recipe in recipes))
         return OK
 
+    from lrds_fast import charts
     from lrds_fast.train.files import write_text
-    from lrds_fast.train.report import check_baseline, html_report, markdown_report, printed
+    from lrds_fast.train.page import html_report
+    from lrds_fast.train.report import check_baseline, markdown_report, printed
 
     # Checked before training: these errors would otherwise appear after it.
     check_baseline(options.baseline, [recipe.name for recipe in recipes])
+    if options.report:
+        charts.require()
     for key, path in (("--report", options.report), ("--markdown", options.markdown)):
         if path is not None:
             check_writable(path, key, folder=False)
@@ -423,11 +427,14 @@ def _score(options: argparse.Namespace) -> int:
 
 def _select(options: argparse.Namespace) -> int:
     import lrds_fast
+    from lrds_fast import charts
     from lrds_fast.influence import Scores
     from lrds_fast.influence.scores import split_errors
     from lrds_fast.selection import Selection
     from lrds_fast.train import run
 
+    if options.report:
+        charts.require()
     if not options.scores.is_file():
         raise FileNotFoundError(f"there is no file {options.scores}; lrds-fast score writes one")
     if options.leave is not None and options.previous is None:
@@ -456,19 +463,22 @@ def _select(options: argparse.Namespace) -> int:
         raise ValueError(f"--out {path} would replace the scores; name another file")
     selection.save(path)
     if options.report:
-        selection.report(options.report, pictures=run.pictures_beside(options.scores, selection))
+        selection.report(options.report, **run.shown_beside(options.scores, selection))
     print(f"{int(selection.mask.sum())} of {len(selection)} samples keep the teacher: {path}")
     return OK
 
 
 def _report(options: argparse.Namespace) -> int:
+    from lrds_fast import charts
     from lrds_fast.train.files import write_text
-    from lrds_fast.train.report import html_report, markdown_report, printed, read_run, tabulate, verdicts
+    from lrds_fast.train.page import html_report
+    from lrds_fast.train.report import markdown_report, printed, read_run, tabulate, verdicts
 
+    charts.require()
     runs = [read_run(folder) for folder in options.runs]
     rows = tabulate(runs, baseline=options.baseline)
     conclusions = verdicts([(rows, options.baseline)]) if options.baseline else []
-    page = html_report(runs, title="lrds-fast report", baseline=options.baseline, conclusions=conclusions)
+    page = html_report(runs, title="lrds-fast report", baseline=options.baseline)
     write_text(options.out, page)
     if options.markdown:
         write_text(options.markdown, markdown_report(runs, title="lrds-fast report", baseline=options.baseline))

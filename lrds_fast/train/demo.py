@@ -13,10 +13,12 @@ import torch
 from tqdm import tqdm
 
 import lrds_fast
+from lrds_fast import charts
 from lrds_fast.train import run as runs
 from lrds_fast.train.files import write_text
+from lrds_fast.train.page import html_report
 from lrds_fast.train.recipe import Recipe, load_recipe
-from lrds_fast.train.report import Row, Run, html_report, read_run, tabulate, verdicts
+from lrds_fast.train.report import Row, Run, read_run, tabulate, verdicts
 from lrds_fast.train.statistics import estimate
 
 REPORT = "report.html"
@@ -49,6 +51,14 @@ ARMS = (
     Arm("KD + LR + DS", "kd_lr_ds", "digits_kd_lr_ds", "kd_lr"),
 )
 
+#: Baseline -> whom it is compared with: every student with KD, selection by kd_gain with a random one of as many
+#: samples, every other student with the student alone.
+COMPARED = {
+    BASELINE: [arm.name for arm in ARMS],
+    RANDOM: ["KD + DS"],
+    ALONE: [arm.name for arm in ARMS if arm.name != BASELINE],
+}
+
 
 @dataclass(frozen=True)
 class DemoResult:
@@ -77,6 +87,7 @@ def demo(
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, 5 or more to say anything; got {seeds}")
+    charts.require()
     settings = tuple(settings)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these networks are smaller than the cost of waking a second thread
@@ -101,7 +112,8 @@ def demo(
         title="lrds-fast demo",
         baseline=BASELINE,
         introduction=introduction,
-        conclusions=conclusions,
+        conclusions=_cost(finished),
+        comparisons=COMPARED,
     )
     write_text(out / REPORT, page)
     return DemoResult(rows, finished, out / REPORT, introduction, conclusions)
@@ -145,27 +157,26 @@ def _one_seed(folder: Path, seed: int, settings: Sequence[str], bar: tqdm[None])
 
 
 def _conclusions(finished: Sequence[Run]) -> list[str]:
-    """Sentences that compare every student with KD, selection by kd_gain with a random selection of as many samples,
-    and every other student with the student alone."""
-    against = {name: tabulate(finished, baseline=name) for name in (BASELINE, RANDOM, ALONE)}
-    sentences = verdicts(
-        [
-            ([row for row in against[BASELINE] if row.name != TEACHER], BASELINE),
-            ([row for row in against[RANDOM] if row.name == "KD + DS"], RANDOM),
-            ([row for row in against[ALONE] if row.name not in (TEACHER, BASELINE)], ALONE),
-        ]
-    )
-    differences = {row.name: row.accuracy_difference for row in against[ALONE]}
+    """Sentences on what is COMPARED, and on what KD costs."""
+    against = {
+        base: [row for row in tabulate(finished, baseline=base) if row.name in names]
+        for base, names in COMPARED.items()
+    }
+    return [*verdicts([(rows, base) for base, rows in against.items()]), *_cost(finished)]
+
+
+def _cost(finished: Sequence[Run]) -> list[str]:
+    """What plain KD costs against the student alone, and how much of it is recovered; [] where it costs nothing."""
+    differences = {row.name: row.accuracy_difference for row in tabulate(finished, baseline=ALONE)}
     cost = differences[BASELINE]
     if cost is None or not cost.mean < 0:
-        return sentences
+        return []
     recovered = ", ".join(
         f"{name} {100 * (value.mean - cost.mean):.2f}"
         for name, value in differences.items()
         if name.startswith("KD +") and value is not None
     )
     return [
-        *sentences,
         f"On average, plain KD from this teacher costs {-100 * cost.mean:.2f} points of accuracy against the student"
         f" alone. Points recovered: {recovered}. The student alone learns from labels that are all right, and the"
         " teacher is less accurate than they are: the demo shows how much LR and DS recover, not that this teacher is"

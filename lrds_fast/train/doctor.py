@@ -32,6 +32,8 @@ OPTIONAL = (
     ("torchvision", "ImageFolder data and torchvision: models", "pip install torchvision"),
     ("timm", "timm: models", "pip install timm"),
     ("scikit-learn", "the demo's digits", "pip install scikit-learn"),
+    ("matplotlib", "reports", "pip install matplotlib"),
+    ("jinja2", "reports", "pip install jinja2"),
     ("torchdistill", "distillation of features", "pip install torchdistill"),
     ("tensorboard", "the log as TensorBoard's events", "pip install tensorboard"),
     ("nvidia-dali-cuda130", "twice as fast photographs, on the GPU too", "pip install nvidia-dali-cuda130"),

@@ -15,6 +15,9 @@ from tqdm import tqdm
 from lrds_fast.data import Data, Loader
 from lrds_fast.influence.ranks import Ranks
 
+#: Bins of confidence.
+BINS = 15
+
 
 class FeatureModel(Protocol):
     """A classifier that also gives the input of its last linear layer; see lrds_fast.models.create."""
@@ -28,6 +31,38 @@ class Outputs(NamedTuple):
 
     logits: Tensor
     features: Tensor
+
+
+class Evaluation(NamedTuple):
+    """A network on a split. accuracy: in [0, 1]; cross_entropy: mean, in nats.
+
+    bins: (15, 3) float64 on the CPU, of the rows whose confidence, the highest probability, lies in (k / 15,
+    (k + 1) / 15]: how many they are, the sum of their confidences, how many are right. classes: (C, 2) float64, the
+    rows of every class and how many of them are right.
+    """
+
+    accuracy: float
+    cross_entropy: float
+    bins: Tensor
+    classes: Tensor
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error in [0, 1]: mean |accuracy - confidence| of the bins, weighted by their rows (Guo
+        et al., "On Calibration of Modern Neural Networks", 2017)."""
+        return float((self.bins[:, 2] - self.bins[:, 1]).abs().sum() / self.bins[:, 0].sum().clamp(min=1))
+
+    def parts(self) -> dict[str, Any]:
+        """All of it, for JSON: accuracy, cross_entropy and ece; bins as (rows, mean confidence, accuracy), those
+        without rows left out; classes as (rows, right)."""
+        used = self.bins[self.bins[:, 0] > 0]
+        return {
+            "accuracy": self.accuracy,
+            "cross_entropy": self.cross_entropy,
+            "ece": self.ece,
+            "bins": [[int(rows), total / rows, right / rows] for rows, total, right in used.tolist()],
+            "classes": [[int(rows), int(right)] for rows, right in self.classes.tolist()],
+        }
 
 
 def check_class_counts(
@@ -70,15 +105,17 @@ def evaluate(
     memory_format: torch.memory_format = torch.contiguous_format,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ranks: Ranks | None = None,
-) -> tuple[float, float]:
-    """(accuracy in [0, 1], mean cross-entropy in nats) over every sample of a split; restores the training mode.
+) -> Evaluation:
+    """Accuracy, cross-entropy and calibration over every sample of a split; restores the training mode.
 
     ranks: the processes that divide the split among them; all get the same numbers."""
     ranks = ranks or Ranks()
     own: dict[str, Any] = {} if ranks.count == 1 else {"share": (ranks.rank, ranks.count)}
     was_training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
+    classes = torch.zeros(loader.num_classes, 2, dtype=torch.float64, device=device)
     with torch.inference_mode():
         for batch in loader.epoch(0, **own):
             if not len(batch.indices):  # fewer samples than processes
@@ -87,12 +124,21 @@ def evaluate(
             with autocast():
                 logits = model(batch.images.to(device, non_blocking=True, memory_format=memory_format))
             logits = logits.float()
-            sums[0] += (logits.argmax(dim=1) == target).sum()
-            sums[1] += F.cross_entropy(logits, target, reduction="sum")
+            right = (logits.argmax(dim=1) == target).double()
+            totals[0] += right.sum()
+            totals[1] += F.cross_entropy(logits, target, reduction="sum")
+            confidence = logits.softmax(dim=1).amax(dim=1).double().nan_to_num(0.0)
+            place = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+            ones = torch.ones_like(right)
+            bins.index_add_(0, place, torch.stack([ones, confidence, right], dim=1))
+            classes.index_add_(0, target, torch.stack([ones, right], dim=1))
     model.train(was_training)
-    correct, total = ranks.sum(sums).tolist()
+    flat = ranks.sum(torch.cat([totals, bins.flatten(), classes.flatten()])).cpu()
     rows = max(len(loader.labels), 1)
-    return correct / rows, total / rows
+    correct, total = flat[:2].tolist()
+    return Evaluation(
+        correct / rows, total / rows, flat[2 : 2 + 3 * BINS].view(BINS, 3), flat[2 + 3 * BINS :].view(-1, 2)
+    )
 
 
 def outputs(model: Any, loader: Loader, device: torch.device, *, progress: bool = False, desc: str = "") -> Outputs:

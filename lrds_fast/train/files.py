@@ -32,7 +32,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """One more line of a JSON-lines log. NaN and infinities become null, which is all that JSON has for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        file.write(json.dumps(plain(record), allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -56,14 +56,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def rewrite_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """A log of exactly these records, whole or as it was before."""
-    write_text(path, "".join(json.dumps(_plain(record), allow_nan=False) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: null where a number is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

@@ -30,6 +30,7 @@ from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import resolved
 from lrds_fast.train.step import Step
 from lrds_fast.train.stopping import Request, Stopped, stop_requests
+from lrds_fast.train.summary import SUMMARY, write_summary
 from lrds_fast.train.teaching import CachedAnswers
 from lrds_fast.train.trackers import Trackers
 
@@ -69,7 +70,8 @@ def train(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Trains `student` in place; log.jsonl, last.pt, best.safetensors and recipe.json go to the folder `out`.
+    """Trains `student` in place; log.jsonl, last.pt, best.safetensors, recipe.json and, at the end, summary.json go to
+    the folder `out`.
 
     selected: (N,) bool over data.train's samples, those that keep the teacher; None is all. With
     recipe.selection.after it counts until the first scoring; what is selected then goes to selections/.
@@ -123,6 +125,7 @@ def train(
             leave=False,
         )
         told = 0
+        taught = teacher is not None or cached is not None
         for epoch in range(position.epochs, recipe.schedule.epochs):
             started = time.perf_counter()
             begun = position.steps if epoch == position.epochs else 0
@@ -180,15 +183,18 @@ def train(
             same_buffers((student, step.ema), ranks)
             for split, loader in (("val", data.val), ("test", data.test)):
                 if loader is not None:
-                    record[f"{split}_acc"], record[f"{split}_ce"] = evaluate(
-                        step.judged, loader, device, memory_format, step.autocast, ranks
-                    )
+                    judged = evaluate(step.judged, loader, device, memory_format, step.autocast, ranks)
+                    record[f"{split}_acc"], record[f"{split}_ce"] = judged.accuracy, judged.cross_entropy
+                    record[f"{split}_ece"] = judged.ece
             record["seconds"] = round(time.perf_counter() - started, 4)
             folder.add(record)
             if trackers is not None:
                 trackers.log(record)
             stop = any_process(request.signal != 0, ranks)
             last = epoch + 1 == recipe.schedule.epochs
+            if last and ranks.first:
+                answers = step.predicted if taught else None
+                write_summary(out, data, judged, answers, selected, device, ranks.count)
             if last or stop or (epoch + 1) % recipe.run.save_every == 0:
                 folder.save(Position(epoch + 1, 0, {}))
             bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_acc']:.2%}")
@@ -204,7 +210,6 @@ def train(
             features.close()
         if step.ema is not None:
             student.load_state_dict(step.ema.module.state_dict())
-        taught = teacher is not None or cached is not None
         return TrainResult(folder.records, step.predicted.cpu() if taught else None, selected)
 
 
@@ -327,7 +332,8 @@ class _Folder:
         if self._ranks.first:
             if not there or not resume:
                 path.unlink(missing_ok=True)
-                (self._out / BEST).unlink(missing_ok=True)
+                for name in (BEST, SUMMARY):
+                    (self._out / name).unlink(missing_ok=True)
                 rescoring.forget(self._out)
             rewrite_records(self._out / LOG, self.records)
             remove_partial(self._out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import Any, NamedTuple, Protocol
 
 from lrds_fast.train import grid
@@ -185,31 +184,3 @@ def markdown(table: PaperTable) -> str:
     lines += [[label, *(" / ".join(cell.texts()) for cell in cells)] for label, cells in table.rows]
     body = "\n".join("| " + " | ".join(part.replace("|", "\\|") for part in line) + " |" for line in lines)
     return f"### {table.protocol}: best / last / published\n\n{body}\n"
-
-
-def html(table: PaperTable) -> str:
-    """A heading and a <table>: three columns per pair, our best and last and what is published."""
-    heads = "".join(
-        f'<th colspan="3" scope="colgroup">{escape(teacher)} → {escape(student)}</th>'
-        for teacher, student in table.columns
-    )
-    kinds = "".join(f'<th scope="col">{kind}</th>' for _ in table.columns for kind in ("best", "last", "published"))
-    rows = []
-    for label, cells in table.rows:
-        values = "".join(
-            f'<td class="pair">{best}</td><td>{last}</td><td class="published">{published}</td>'
-            for best, last, published in (map(escape, cell.texts()) for cell in cells)
-        )
-        rows.append(f'<tr><th scope="row">{escape(label)}</th>{values}</tr>')
-    return (
-        f"<h3>{escape(table.protocol)}</h3><div class='wide'><table class='paper'><thead>"
-        f"<tr><th></th>{heads}</tr><tr><th></th>{kinds}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-STYLE = """
-.wide{overflow-x:auto}.paper tbody tr:nth-child(odd){background:#fff}
-.paper th[scope=row]{text-align:left;font-weight:normal;white-space:nowrap;position:sticky;left:0;background:inherit}
-.paper td{white-space:nowrap}.paper th[scope=colgroup]{text-align:center}
-.paper .pair,.paper th[scope=colgroup]{border-left:1px solid #ccc}.paper .published{color:#666;font-style:italic}
-"""

@@ -1,4 +1,4 @@
-"""Runs, read back from their folders, as a table and as one HTML file that needs nothing beside it."""
+"""Runs, read back from their folders: averages over seeds, paired differences, and these as text."""
 
 from __future__ import annotations
 
@@ -6,29 +6,27 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lrds_fast.picture import histogram, line_chart
-from lrds_fast.selection import Selection
 from lrds_fast.train import grid, paper
 from lrds_fast.train.files import read_records
 from lrds_fast.train.loop import LOG, RECIPE
 from lrds_fast.train.recipe import Recipe, from_mapping
-from lrds_fast.train.run import GALLERY
 from lrds_fast.train.statistics import LEVEL, Estimate, estimate, holm, paired
+from lrds_fast.train.summary import read_summary
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder, recipe and log."""
+    """One run's folder, recipe, log and summary ({} where it has none, as runs that have not ended)."""
 
     folder: Path
     recipe: Recipe
     records: list[dict[str, Any]]
+    summary: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -72,7 +70,7 @@ def read_run(folder: Path) -> Run:
     records = read_records(folder / LOG)
     if not records:
         raise ValueError(f"{folder} has no finished epoch yet; go on with lrds-fast train --resume")
-    return Run(folder, from_mapping(values, where=str(path)), records)
+    return Run(folder, from_mapping(values, where=str(path)), records, read_summary(folder))
 
 
 def tabulate(runs: Sequence[Run], *, baseline: str | None = None) -> list[Row]:
@@ -107,25 +105,26 @@ def _row(name: str, group: Sequence[Run], base: Sequence[Run]) -> Row:
     comparable = bool(base) and seeds == tuple(run.recipe.seed for run in base)
 
     def difference(key: str) -> Estimate | None:
-        return paired(_last(group, key), _last(base, key)) if comparable else None
+        return paired(last_values(group, key), last_values(base, key)) if comparable else None
 
     taught = all("n_selected" in run.last for run in group)
     percent = grid.published(name)
     return Row(
         name=name,
         seeds=seeds,
-        accuracy=estimate(_last(group, "test_acc")),
+        accuracy=estimate(last_values(group, "test_acc")),
         best_accuracy=estimate([max(record["test_acc"] for record in run.records) for run in group]),
-        cross_entropy=estimate(_last(group, "test_ce")),
+        cross_entropy=estimate(last_values(group, "test_ce")),
         accuracy_difference=difference("test_acc"),
         cross_entropy_difference=difference("test_ce"),
-        revised=estimate(_last(group, "n_revised")) if taught else None,
+        revised=estimate(last_values(group, "n_revised")) if taught else None,
         deselected=estimate([run.last["rows"] - run.last["n_selected"] for run in group]) if taught else None,
         published=None if percent is None else percent / 100,
     )
 
 
-def _last(group: Sequence[Run], key: str) -> list[float]:
+def last_values(group: Sequence[Run], key: str) -> list[float]:
+    """`key` after the last epoch, of each run."""
     # The log has null where a number was not finite.
     return [math.nan if run.last[key] is None else run.last[key] for run in group]
 
@@ -231,13 +230,23 @@ NOTES = (
 )
 
 _MEASURES = (("accuracy", 100.0, " points", 2), ("cross-entropy", 1.0, "", 4))
+Comparisons = Sequence[tuple[Sequence[Row], str]]
 
 
-def verdicts(comparisons: Sequence[tuple[Sequence[Row], str]]) -> list[str]:
-    """One sentence per row and baseline: the difference, and whether it is better, worse or within noise.
+class Verdict(NamedTuple):
+    """A row against a baseline: each measure is "better", "worse", "within noise", "not finite" or, of one seed, ""."""
+
+    row: Row
+    baseline: str
+    accuracy: str
+    cross_entropy: str
+
+
+def judged(comparisons: Comparisons) -> list[Verdict]:
+    """The verdict on every row that has differences.
 
     comparisons: pairs of rows and the name of their baseline. All differences are tested together by paired t tests at
-    5%, corrected for their number (Holm); the last sentence says so. Differences of one seed are not tested.
+    5%, corrected for their number (Holm). Differences of one seed are not tested.
     """
     found = [
         (row, baseline, (row.accuracy_difference, row.cross_entropy_difference))
@@ -245,161 +254,43 @@ def verdicts(comparisons: Sequence[tuple[Sequence[Row], str]]) -> list[str]:
         for row in rows
         if row.accuracy_difference is not None and row.cross_entropy_difference is not None
     ]
-    p_values = [value.p_value for _, _, values in found for value in values if value is not None]
-    corrected = iter(holm(p_values))
+    corrected = iter(holm([value.p_value for _, _, values in found for value in values if value is not None]))
+
+    def word(value: Estimate | None, better: float) -> str:
+        p = next(corrected)
+        assert value is not None
+        if value.n == 1:
+            return ""
+        if math.isnan(p):
+            return "not finite"
+        return "within noise" if p > LEVEL else "better" if value.mean * better > 0 else "worse"
+
+    return [Verdict(row, baseline, word(values[0], 1.0), word(values[1], -1.0)) for row, baseline, values in found]
+
+
+def what_was_tested(comparisons: Comparisons, which: str = "these") -> str:
+    """A sentence on the tests that the verdicts are results of, `which` differences; "" where there were none."""
+    tests = sum(word not in ("", "not finite") for verdict in judged(comparisons) for word in verdict[2:])
+    if not tests:
+        return ""
+    return (
+        f"'Better', 'worse' and 'within noise' are results of paired t tests at {LEVEL:.0%} over {which} {tests}"
+        " differences, corrected for their number (Holm)."
+    )
+
+
+def verdicts(comparisons: Comparisons) -> list[str]:
+    """`judged` as a sentence per row and baseline, and what was tested as the last one."""
     sentences = []
-    for row, baseline, values in found:
+    for row, baseline, *words in judged(comparisons):
         parts = []
-        for value, (what, scale, unit, digits) in zip(values, _MEASURES, strict=True):
+        values = (row.accuracy_difference, row.cross_entropy_difference)
+        for value, word, (what, scale, unit, digits) in zip(values, words, _MEASURES, strict=True):
             assert value is not None
-            p = next(corrected)
             amount = f"{what} {scale * value.mean:+.{digits}f}{unit}"
-            if value.n == 1:
-                parts.append(amount)
-            elif math.isnan(p):
-                parts.append(f"{what} not finite")
-            elif p > LEVEL:
-                parts.append(f"{what} within noise")
-            else:
-                parts.append(f"{amount} ({'better' if (value.mean > 0) == (what == 'accuracy') else 'worse'})")
+            if word in ("better", "worse"):
+                amount = f"{amount} ({word})"
+            parts.append(f"{what} {word}" if word in ("within noise", "not finite") else amount)
         alone = "; one seed gives no estimate of the noise" if len(row.seeds) == 1 else ""
         sentences.append(f"{row.name} against {baseline}: {', '.join(parts)}{alone}.")
-    tests = sum(not math.isnan(p) for p in p_values)
-    if tests:
-        sentences.append(
-            f"'Better', 'worse' and 'within noise' are results of paired t tests at {LEVEL:.0%} over these {tests}"
-            " differences, corrected for their number (Holm)."
-        )
-    return sentences
-
-
-def html_report(
-    runs: Sequence[Run],
-    *,
-    title: str,
-    baseline: str | None = None,
-    introduction: Sequence[str] = (),
-    conclusions: Sequence[str] = (),
-) -> str:
-    """One self-contained page: the table, curves, score histograms, and pictures of revised and deselected samples."""
-    rows = tabulate(runs, baseline=baseline)
-    body = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(text)}</p>" for text in introduction)]
-    first, *others = table_lines(rows, baseline)
-    titles = "".join(f"<th>{escape(text)}</th>" for text in first)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in others)
-    tables = paper.paper_tables(runs)
-    if tables:
-        body += ["<h2>As the literature has it</h2>", *map(paper.html, tables)]
-        body.append(f"<p class='note'>{escape(paper.NOTE)}</p>")
-    body.append(
-        f"<h2>Results</h2><div class='wide'><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>"
-    )
-    body.append(f"<p class='note'>{escape(NOTES)}</p>")
-    if conclusions:
-        items = "".join(f"<li>{escape(text)}</li>" for text in conclusions)
-        body.append(f"<ul>{items}</ul>")
-    body.append("<h2>Curves</h2><div class='charts'>")
-    for key, label, percent in (
-        ("test_acc", "test accuracy", True),
-        ("test_ce", "test cross-entropy", False),
-        ("train_loss", "training loss (each run's own)", False),
-    ):
-        chart = line_chart(mean_curves(runs, key), x_label="epoch", y_label=label, percent=percent)
-        body.append(f"<figure>{chart}<figcaption>{escape(label)}, mean over seeds</figcaption></figure>")
-    body.append("</div>")
-    body += _selections(runs)
-    body += _galleries(runs)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}{paper.STYLE}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
-
-
-def mean_curves(runs: Sequence[Run], key: str) -> dict[str, list[tuple[float, float]]]:
-    """(epoch, mean of `key` over the seeds that reached it), by name."""
-    sums: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
-        for record in run.records:
-            if record.get(key) is not None:
-                sums.setdefault(run.recipe.name, {}).setdefault(record["epoch"], []).append(record[key])
-    return {
-        name: [(float(epoch), math.fsum(values) / len(values)) for epoch, values in sorted(epochs.items())]
-        for name, epochs in sums.items()
-    }
-
-
-def _selections(runs: Sequence[Run]) -> list[str]:
-    """A histogram per run name of the scores that its first run's selection was made from."""
-    body: list[str] = []
-    done: set[str] = set()
-    for run in runs:
-        path = Path(run.recipe.selection.path)
-        if not run.recipe.selection.path or run.recipe.name in done or not path.is_file():
-            continue
-        done.add(run.recipe.name)
-        chart = _score_histogram(Selection.load(path))
-        body.append(
-            f"<figure>{chart}<figcaption>{escape(run.recipe.name)}, seed {run.recipe.seed}</figcaption></figure>"
-        )
-    return ["<h2>Scores</h2><div class='charts'>", *body, "</div>"] if body else []
-
-
-def _score_histogram(selection: Selection) -> str:
-    by = str(selection.policy.get("by"))
-    scores = selection.scores[by]
-    threshold = selection.policy.get("threshold")
-    groups = {
-        "keeps the teacher": scores[selection.mask].tolist(),
-        "label alone": scores[~selection.mask].tolist(),
-    }
-    return histogram(groups, x_label=by, mark=float(threshold) if isinstance(threshold, (int, float)) else None)
-
-
-def _galleries(runs: Sequence[Run]) -> list[str]:
-    """The pictures each name's first run kept."""
-    body: list[str] = []
-    done: set[str] = set()
-    for run in runs:
-        path = run.folder / GALLERY
-        if run.recipe.name in done or not path.is_file():
-            continue
-        done.add(run.recipe.name)
-        kinds: Mapping[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
-        for kind, explanation in (
-            ("revised", "the teacher was wrong; its distribution was corrected towards the label"),
-            ("deselected", "denied the teacher; the label alone is taught"),
-        ):
-            if kinds.get(kind):
-                pictures = "".join(map(_picture, kinds[kind]))
-                body.append(
-                    f"<h3>{escape(run.recipe.name)}, seed {run.recipe.seed}: {kind}</h3>"
-                    f"<p class='note'>{explanation}</p><div class='gallery'>{pictures}</div>"
-                )
-    return ["<h2>Samples</h2>", *body] if body else []
-
-
-def _picture(entry: Mapping[str, Any]) -> str:
-    teacher = "" if entry["teacher"] is None else f", teacher {entry['teacher']}"
-    caption = f"label {entry['label']}{teacher}"
-    return (
-        f"<figure><img src='{escape(entry['png'])}' alt='{escape(caption)}'>"
-        f"<figcaption>#{entry['index']}: {escape(caption)}</figcaption></figure>"
-    )
-
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.6rem}h2{margin-top:2rem;border-bottom:1px solid #ccc}h3{margin-bottom:0}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .7rem;text-align:right}
-td:not(:first-child){white-space:nowrap}th:first-child,td:first-child{text-align:left}
-thead th{border-bottom:2px solid #222}
-tbody tr:nth-child(even){background:#f4f4f4}
-.note{color:#555;font-size:.9rem}.charts{display:flex;flex-wrap:wrap;gap:1rem}
-.charts figure{margin:0;width:480px;max-width:100%}
-svg{width:100%;font-size:11px}svg .grid{stroke:#ddd}svg .mark{stroke:#000;stroke-dasharray:4 3}
-.legend span{margin-right:1rem;font-size:.85rem}
-.legend i{display:inline-block;width:.8rem;height:.8rem;margin-right:.3rem}
-.gallery{display:flex;flex-wrap:wrap;gap:.6rem}.gallery figure{margin:0;width:96px}
-.gallery img{width:96px;height:96px;image-rendering:pixelated;object-fit:contain}.gallery figcaption{font-size:.75rem}
-"""
+    return [*sentences, *filter(None, [what_was_tested(comparisons)])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from lrds_fast import data as data_sets
 from lrds_fast import influence, models
 from lrds_fast.data import Data, SoftLabels
 from lrds_fast.influence.ranks import Ranks
-from lrds_fast.picture import png
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import rescoring
 from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
@@ -223,19 +223,22 @@ def cache(
     )
 
 
-def pictures_beside(scores: Path, selection: Selection) -> Callable[[int], Tensor] | None:
-    """What draws the samples of a file of scores, by the recipe of the run it lies with; None where that is not there
-    or its data is not the selection's.
+def shown_beside(scores: Path, selection: Selection) -> dict[str, Any]:
+    """Selection.report's pictures and class_names for a file of scores, by the recipe of the run it lies with; {} where
+    that is not there or its data is not the selection's.
     """
     path = scores.with_name(RECIPE)
     if not path.is_file():
-        return None
+        return {}
     data = load_data(from_mapping(json.loads(path.read_text(encoding="utf-8")), where=str(path)))
-    return data.train.picture if fingerprint(data) == selection.fingerprint else None
+    if fingerprint(data) != selection.fingerprint:
+        return {}
+    return {"pictures": data.train.picture, "class_names": data.class_names or None}
 
 
 def write_gallery(recipe: Recipe, data: Data, teacher_pred: Tensor, selection: Selection | None) -> None:
-    """Pictures of samples whose labels were revised and of those denied the teacher, for reports."""
+    """Samples whose labels were revised and those denied the teacher, for reports: index, label, the teacher's class
+    (None where it was not asked), and the picture: shape, and its uint8 pixels in base64."""
     labels = data.train.labels
     mask = torch.ones_like(labels, dtype=torch.bool) if selection is None else torch.as_tensor(selection.mask).cpu()
     wrong = (teacher_pred >= 0) & (teacher_pred != labels)
@@ -255,10 +258,15 @@ def write_gallery(recipe: Recipe, data: Data, teacher_pred: Tensor, selection: S
                 "index": index,
                 "label": int(labels[index]),
                 "teacher": int(teacher_pred[index]) if teacher_pred[index] >= 0 else None,
-                "png": png(data.train.picture(index)),
+                **_pixels(data.train.picture(index)),
             }
             for index in indices[:GALLERY_SIZE].tolist()
         ]
 
     kinds = {"revised": entries(revised), "deselected": entries(denied)}
     write_text(recipe.out / GALLERY, json.dumps(kinds))
+
+
+def _pixels(picture: Tensor) -> dict[str, Any]:
+    raw = picture.contiguous().cpu().numpy().tobytes()
+    return {"shape": list(picture.shape), "pixels": base64.b64encode(raw).decode()}

@@ -1,0 +1,56 @@
+"""What a result was made with: versions, commit, processor, command."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import lrds_fast
+
+
+def provenance(device: torch.device, processes: int = 1) -> dict[str, str]:
+    """What a run was made with and by, as a reader sees it."""
+    threads = torch.get_num_threads()
+    facts = {
+        "lrds-fast": f"{lrds_fast.__version__}, commit {commit()}",
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "processor": f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}",
+        "kernels": f"{lrds_fast._ops.build_info()['cpu_isa']} here, {torch.backends.cpu.get_cpu_capability()} in torch",
+    }
+    if device.type == "cuda":
+        facts["device"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    if processes > 1:
+        facts["processes"] = str(processes)
+    facts["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return facts
+
+
+@functools.cache
+def commit() -> str:
+    """git's name of these sources; LRDS_COMMIT where there is no git or no history, else "unknown"."""
+    root = Path(lrds_fast.__file__).resolve().parents[1]
+    found = ""
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty"]
+        try:
+            found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            found = ""
+    return found or os.environ.get("LRDS_COMMIT", "") or "unknown"
+
+
+def cpu_name() -> str:
+    """The processor's name as Linux has it, elsewhere what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
