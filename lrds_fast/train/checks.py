@@ -149,6 +149,12 @@ def check_values(recipe: Recipe) -> None:
         raise ValueError("selection.by = 'set_shift' takes score.curvature 'identity', 'kfac' or 'ekfac'; got 'exact'")
     if not 0 < recipe.loss.eta < 1:
         raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
+    revise_temperature = recipe.loss.revise_temperature
+    if revise_temperature is not None and not 0 < revise_temperature < math.inf:
+        raise ValueError(
+            'loss.revise_temperature must be above 0 and finite, or "none" for the temperature of the divergence; got'
+            f" {revise_temperature}"
+        )
 
 
 def _check_selection(options: SelectionOptions) -> None:

@@ -97,6 +97,7 @@ class LossOptions:
     several at once, instead of temperature. divergence_options: the divergence's own parameters, such as alpha and beta
     of "dkd"; what is not given is as published. kd_warmup_epochs: kd_weight grows over so many epochs.
     ce_weight_unselected: left out or "none", kd_loss's default for ce_weight and the full kd_weight.
+    revise_temperature: "none" revises at the divergence's temperature, the published form.
 
     method "kd" is kd_loss; "dist", "mlkd" and "revision" put lrds_fast.dist_loss, mlkd_loss or revision_loss in its
     place (see lrds_fast.train.methods), and take no divergence. lambda1, lambda2: revision_loss's weights on right rows
@@ -114,6 +115,7 @@ class LossOptions:
     ce_weight_unselected: float | None = None
     revise: str = "lr"
     eta: float = 0.8
+    revise_temperature: float | None = divergences.REVISE_TEMPERATURE
     lambda1: float = 4.0
     lambda2: float = 1.0
     label_smoothing: float = 0.0

@@ -166,6 +166,7 @@ def loss_arguments(options: LossOptions) -> dict[str, Any]:
         "ce_weight_unselected": ce_weight_unselected(options),
         "revise": options.revise,
         "eta": options.eta,
+        "revise_temperature": options.revise_temperature,
         "label_smoothing": options.label_smoothing,
         "divergence": options.chosen_divergence(),
         "standardize": options.standardize,
