@@ -194,9 +194,8 @@ LRDS_HOST_DEVICE inline bool teacher_is_wrong(A v_y, A max_v) {
 // exponentials of the row's sums are relative to.
 //   z_shift, v_shift   z_y and v_y
 //   v_term, max_v_term their exponentials over T: of v_y (if wrong) and of max v
-//   revised_shift      the logit that a revision at another temperature gives the target, over T
-//   and
-//                      relative to max v (if wrong)
+//   revised_shift      the target's logit after a revision at another temperature, less max v and
+//                      over T (if wrong)
 //   wrong              is the row to be revised?
 template <typename A>
 struct RowTarget {
