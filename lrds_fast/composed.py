@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast._numbers import number
-from lrds_fast.divergences import resolve_revise
+from lrds_fast.divergences import REVISE_TEMPERATURE, resolve_revise
 from lrds_fast.functional import check_pair, kd_loss, revise_labels, temperatures
 from lrds_fast.reference import compute_dtype
 
@@ -76,6 +76,7 @@ def revision_loss(
         temperature=1.0,
         ce_weight_unselected=0.0,
         eta=eta,
+        revise_temperature=None,
     )
     return on_right + on_wrong
 
@@ -128,6 +129,7 @@ def mlkd_loss(
     category_weight: float = 1.0,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     selected: Tensor | None = None,
     ce_weight_unselected: float | None = None,
 ) -> Tensor:
@@ -138,10 +140,10 @@ def mlkd_loss(
     kd_loss; revise=None is the published loss.
 
     student_logits, teacher_logits: (N, C) floating; the teacher gets no gradient. target: (N,) int64/int32 in [0, C).
-    temperature: one or several T > 0. revise, eta, selected, ce_weight_unselected: as in kd_loss; a row outside
-    `selected` is in neither matrix, weights scale its row. Returns a 0-d float32 tensor (float64 for float64 logits).
-    Raises ValueError or TypeError naming the argument. Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", CVPR
-    2023, without its masks by confidence.
+    temperature: one or several T > 0. revise, eta, revise_temperature, selected, ce_weight_unselected: as in kd_loss; a
+    row outside `selected` is in neither matrix, weights scale its row. Returns a 0-d float32 tensor (float64 for
+    float64 logits). Raises ValueError or TypeError naming the argument. Source: Jin, Wang, Lin, "Multi-Level Logit
+    Distillation", CVPR 2023, without its masks by confidence.
     """
     batch_weight = _weight("batch_weight", batch_weight)
     category_weight = _weight("category_weight", category_weight)
@@ -156,6 +158,7 @@ def mlkd_loss(
         kd_weight=kd_weight,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         selected=selected,
         ce_weight_unselected=ce_weight_unselected,
     )
@@ -166,6 +169,7 @@ def mlkd_loss(
         temperature=temperature,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         selected=selected,
         batch=batch_weight > 0,
         classes=category_weight > 0,
@@ -181,6 +185,7 @@ def gram_terms(
     temperature: float | Sequence[float],
     revise: str | None,
     eta: float,
+    revise_temperature: float | None,
     selected: Tensor | None = None,
     batch: bool = True,
     classes: bool = True,
@@ -201,7 +206,7 @@ def gram_terms(
         if revise is None:
             p = F.softmax(v / t, dim=-1)
         else:
-            p = revise_labels(v, target, eta=eta, temperature=t, policy=revise)
+            p = revise_labels(v, target, eta=eta, revise_temperature=revise_temperature, temperature=t, policy=revise)
         if w is not None:
             q, p = torch.where(w > 0, w * q, 0.0), w * p
         with torch.autocast(z.device.type, enabled=False):  # autocast multiplies float32 matrices in 16 bits

@@ -16,6 +16,9 @@ from lrds_fast._numbers import number
 REVISE: dict[str | None, int] = {None: 0, "lr": 1, "mft": 2, "swap": 3}
 """Revision policies and their codes (csrc/core/kd_loss.h: Revise)."""
 
+REVISE_TEMPERATURE: float | None = None
+"""The default of every revise_temperature: None revises at the divergence's own temperature, as published."""
+
 MAX_PARAMETERS = 3
 """Numbers that the operators take for a divergence."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lrds_fast import _ops, reference
 from lrds_fast._numbers import integer, number
 from lrds_fast.arguments import check_teacher_rows, check_tensor, unknown_keyword
-from lrds_fast.divergences import REVISE, Divergence, from_code, resolve, resolve_revise
+from lrds_fast.divergences import REVISE, REVISE_TEMPERATURE, Divergence, from_code, resolve, resolve_revise
 from lrds_fast.reference import KDLossParts, default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
 
@@ -37,7 +37,10 @@ def _choice(name: str, value: object, choices: dict[Any, int]) -> int:
 
 
 class Hyperparameters(NamedTuple):
-    """kd_loss's keywords, checked, defaults filled in, names except policy replaced by the operators' codes."""
+    """kd_loss's keywords, checked, defaults filled in, names except policy replaced by the operators' codes.
+
+    revise_temperature: 0 stands for None.
+    """
 
     temperature: list[float]
     ce_weight: float
@@ -45,6 +48,7 @@ class Hyperparameters(NamedTuple):
     ce_weight_unselected: float
     policy: str | None
     eta: float
+    revise_temperature: float
     label_smoothing: float
     revise: int
     reduction: int
@@ -82,6 +86,7 @@ def check_hyperparameters(
     ce_weight_unselected: float | None,
     revise: str | None,
     eta: float,
+    revise_temperature: float | None,
     divergence: str | Divergence,
     standardize: bool = False,
     label_smoothing: float,
@@ -111,6 +116,12 @@ def check_hyperparameters(
         raise ValueError(f"eta must be inside (0, 1), the paper's default is 0.8; got {eta!r}")
     if not label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing!r}")
+    if revise_temperature is not None:
+        revise_temperature = _finite("revise_temperature", revise_temperature)
+        if not revise_temperature > 0:
+            raise ValueError(
+                f"revise_temperature must be > 0, or None for the divergence's temperature; got {revise_temperature!r}"
+            )
     ignore_index = integer("ignore_index", ignore_index)
     if not isinstance(standardize, bool):
         raise TypeError(f"standardize must be a bool; got {standardize!r}")
@@ -122,6 +133,7 @@ def check_hyperparameters(
         ce_weight_unselected,
         policy,
         eta,
+        revise_temperature or 0.0,
         label_smoothing,
         REVISE[policy],
         _choice("reduction", reduction, _REDUCTION),
@@ -411,6 +423,7 @@ def composite(
     kd_weight: float,
     ce_weight_unselected: float,
     eta: float,
+    revise_temperature: float,
     label_smoothing: float,
     revise: int,
     reduction: int,
@@ -435,6 +448,7 @@ def composite(
         ce_weight_unselected=ce_weight_unselected,
         revise=_named(REVISE, revise),
         eta=eta,
+        revise_temperature=revise_temperature or None,
         selected=selected,
         # The caller has checked that a teacher with fewer rows is given with teacher_rows.
         teacher_rows=None if selected is not None else math.prod(teacher.shape[:-1]),
@@ -465,6 +479,7 @@ def _call(
     ce_weight_unselected: float | None,
     revise: str | None,
     eta: float,
+    revise_temperature: float | None,
     selected: Tensor | None,
     teacher_rows: int | None,
     divergence: str | Divergence,
@@ -484,6 +499,7 @@ def _call(
         ce_weight_unselected=ce_weight_unselected,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         divergence=divergence,
         standardize=standardize,
         label_smoothing=label_smoothing,
@@ -513,6 +529,7 @@ def _call(
         checked.kd_weight,
         checked.ce_weight_unselected,
         checked.eta,
+        checked.revise_temperature,
         checked.label_smoothing,
         checked.revise,
         checked.reduction,
@@ -535,6 +552,7 @@ def kd_loss(
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     selected: Tensor | None = None,
     teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
@@ -561,7 +579,7 @@ def kd_loss(
         CutMix, soft labels). An index out of range: ValueError on the CPU; on CUDA (no synchronisation) that row's
         loss and gradient are NaN. Classes come last: pass logits (N, C, H, W) as movedim(1, -1). Four dimensions are an
         error where the layout is ambiguous (a floating target, or H = W = C): flatten the rows.
-    temperature: T > 0; of several, the terms are added, each with its own revision.
+    temperature: T > 0; of several, the terms are added, each with its own revision (without revise_temperature).
     ce_weight, kd_weight: independent weights >= 0; a term of weight 0 is not computed.
     ce_weight_unselected: CE weight of rows without teacher. Default: ce_weight + kd_weight if that is <= 1, else
         max(ce_weight, 1), so that a row's supervision does not shrink when the teacher is silent.
@@ -572,6 +590,9 @@ def kd_loss(
         them: beta = eta m / (m + p_max - p_y), m the difference of the target's two largest probabilities. For this the
         target is clamped to >= 0 and normalised; rows of zeros are not revised. The cross-entropy uses the target
         unchanged, like F.cross_entropy. Where "mft" reaches p'_y = 1, "rkl" and "mse_logits" are infinite.
+    revise_temperature: R > 0: "lr" and "mft" revise softmax(v / R), and p' is softmax(v' / T) of the revised logits v'
+        (of which "lr" moves the target's alone), so that the margin 1 - eta does not grow with T. The same v' at every
+        temperature. None: p' is made at each T itself, as published; the same as R = T.
     selected: (...) or (N,), bool or weights w in [0, 1]. A row's CE weight is w * ce_weight + (1 - w) *
         ce_weight_unselected, its KD weight w * kd_weight. None: every row.
     teacher_rows: int K >= 0 if teacher_logits has only the first K of the N flattened rows, (K, C) or (B', ..., C).
@@ -625,6 +646,7 @@ def kd_loss(
         ce_weight_unselected=ce_weight_unselected,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         selected=selected,
         teacher_rows=teacher_rows,
         divergence=divergence,
@@ -650,6 +672,7 @@ def kd_loss_parts(
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     selected: Tensor | None = None,
     teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
@@ -680,6 +703,7 @@ def kd_loss_parts(
         ce_weight_unselected=ce_weight_unselected,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         selected=selected,
         teacher_rows=teacher_rows,
         divergence=divergence,
@@ -701,6 +725,7 @@ def revise_labels(
     target: Tensor,
     *,
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     temperature: float = 1.0,
     policy: str = "lr",
 ) -> Tensor:
@@ -710,8 +735,9 @@ def revise_labels(
     policy "lr" (normalised, as in kd_loss). policy: "lr", "mft" or "swap", kd_loss's `revise`. Returns (..., C)
     probabilities, float32 (float64 for float64 logits), without gradient. On rows that "lr" corrects the target wins by
     exactly 1 - eta and the other classes keep their ratios; kd_loss applies the same revision inside its kernel,
-    without forming this tensor. Raises ValueError for eta outside (0, 1), temperature <= 0, mismatched shapes or, on
-    the CPU, a target outside [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
+    without forming this tensor. revise_temperature: as in kd_loss. Raises ValueError for eta outside (0, 1),
+    temperature <= 0, revise_temperature <= 0, mismatched shapes or, on the CPU, a target outside [0, C); TypeError for
+    wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
     """
     checked = check_hyperparameters(
         temperature=[temperature],
@@ -720,6 +746,7 @@ def revise_labels(
         ce_weight_unselected=1.0,
         revise="lr",
         eta=eta,
+        revise_temperature=revise_temperature,
         divergence="kl",
         label_smoothing=0.0,
         ignore_index=-100,
@@ -730,7 +757,14 @@ def revise_labels(
     _check_target(target, teacher_logits, policy, "teacher_logits")
     check_values(target, None, teacher_logits.shape[-1], None)
     (temperature,) = checked.temperature
-    return reference.revise_labels(teacher_logits, target, eta=checked.eta, temperature=temperature, policy=policy)
+    return reference.revise_labels(
+        teacher_logits,
+        target,
+        eta=checked.eta,
+        revise_temperature=checked.revise_temperature or None,
+        temperature=temperature,
+        policy=policy,
+    )
 
 
 def kd_logit_gradient(
@@ -743,6 +777,7 @@ def kd_logit_gradient(
     kd_weight: float = 0.9,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     divergence: str | Divergence = "kl",
     standardize: bool = False,
     label_smoothing: float = 0.0,
@@ -763,6 +798,7 @@ def kd_logit_gradient(
         ce_weight_unselected=1.0,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         divergence=divergence,
         standardize=standardize,
         label_smoothing=label_smoothing,
@@ -783,6 +819,7 @@ def kd_logit_gradient(
         kd_weight,
         ce_weight,
         checked.eta,
+        checked.revise_temperature,
         checked.label_smoothing,
         checked.revise,
         checked.reduction,
@@ -821,6 +858,7 @@ def kd_moments(
     temperature: float | Sequence[float] = 4.0,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     divergence: str | Divergence = "kl",
     standardize: bool = False,
 ) -> KDMoments:
@@ -841,6 +879,7 @@ def kd_moments(
         ce_weight_unselected=1.0,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         divergence=divergence,
         standardize=standardize,
         label_smoothing=0.0,
@@ -863,6 +902,7 @@ def kd_moments(
         1.0,
         1.0,
         checked.eta,
+        checked.revise_temperature,
         0.0,
         checked.revise,
         checked.reduction,

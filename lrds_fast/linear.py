@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from lrds_fast import _ops
 from lrds_fast._numbers import integer
 from lrds_fast.arguments import check_teacher_rows, check_tensor, unknown_keyword
-from lrds_fast.divergences import MSE, Divergence
+from lrds_fast.divergences import MSE, REVISE_TEMPERATURE, Divergence
 from lrds_fast.functional import (
     SELECTED_TWICE,
     _check_class_weight,
@@ -47,6 +47,7 @@ class _Options(NamedTuple):
     kd_weight: float
     ce_weight_unselected: float
     eta: float
+    revise_temperature: float
     label_smoothing: float
     revise: int
     reduction: int
@@ -259,7 +260,7 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, row
         "Tensor? teacher_bias, Tensor target, Tensor? selected, Tensor? class_weight, Tensor? num_valid, "
         "Tensor? weight_sum, Tensor? grad_scale, ScalarType student_dtype, ScalarType teacher_dtype, int chunk_rows, "
         "float[] temperature, float ce_weight, float kd_weight, float ce_weight_unselected, float eta, "
-        "float label_smoothing, int revise, int reduction, int ignore_index, int divergence, "
+        "float revise_temperature, float label_smoothing, int revise, int reduction, int ignore_index, int divergence, "
         "float[] divergence_parameters, bool standardize, bool hidden_gradient, bool weight_gradient, "
         "bool bias_gradient) "
         "-> (Tensor loss, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)"
@@ -514,6 +515,7 @@ def linear_kd_loss(
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     selected: Tensor | None = None,
     teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
@@ -568,6 +570,7 @@ def linear_kd_loss(
         ce_weight_unselected=ce_weight_unselected,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         divergence=divergence,
         standardize=standardize,
         label_smoothing=label_smoothing,
@@ -628,6 +631,7 @@ def linear_kd_loss(
             checked.kd_weight,
             checked.ce_weight_unselected,
             checked.eta,
+            checked.revise_temperature,
             checked.label_smoothing,
             checked.revise,
             checked.reduction,

@@ -8,7 +8,7 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from lrds_fast.arguments import unknown_keyword
-from lrds_fast.divergences import Divergence
+from lrds_fast.divergences import REVISE_TEMPERATURE, Divergence
 from lrds_fast.functional import check_hyperparameters, kd_loss
 from lrds_fast.reference import default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
@@ -32,6 +32,7 @@ class KDLoss(nn.Module):
         ce_weight_unselected: float | None = None,
         revise: str | None = "lr",
         eta: float = 0.8,
+        revise_temperature: float | None = REVISE_TEMPERATURE,
         divergence: str | Divergence = "kl",
         standardize: bool = False,
         label_smoothing: float = 0.0,
@@ -50,6 +51,7 @@ class KDLoss(nn.Module):
             ce_weight_unselected=ce_weight_unselected,
             revise=revise,
             eta=eta,
+            revise_temperature=revise_temperature,
             divergence=divergence,
             standardize=standardize,
             label_smoothing=label_smoothing,
@@ -64,6 +66,7 @@ class KDLoss(nn.Module):
         self.ce_weight_unselected = None if ce_weight_unselected is None else checked.ce_weight_unselected
         self.revise = checked.policy
         self.eta = checked.eta
+        self.revise_temperature = checked.revise_temperature or None
         self.divergence = divergence
         self.standardize = standardize
         self.label_smoothing = checked.label_smoothing
@@ -103,6 +106,7 @@ class KDLoss(nn.Module):
             ce_weight_unselected=self.ce_weight_unselected,
             revise=self.revise,
             eta=self.eta,
+            revise_temperature=self.revise_temperature,
             selected=selected,
             teacher_rows=teacher_rows,
             divergence=self.divergence,
@@ -118,7 +122,7 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         names = (
-            "temperature ce_weight kd_weight ce_weight_unselected revise eta divergence standardize label_smoothing "
-            "ignore_index reduction"
+            "temperature ce_weight kd_weight ce_weight_unselected revise eta revise_temperature divergence standardize "
+            "label_smoothing ignore_index reduction"
         )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())

@@ -16,7 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast.arguments import check_teacher_rows, check_tensor
-from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD, Divergence, resolve, resolve_revise
+from lrds_fast.divergences import (
+    DKD,
+    JSD,
+    KL,
+    MSE,
+    NKD,
+    REVISE_TEMPERATURE,
+    RKL,
+    RLD,
+    Divergence,
+    resolve,
+    resolve_revise,
+)
 from lrds_fast.topk import TopKTeacher
 
 
@@ -125,13 +137,43 @@ def _distribution(soft: Tensor) -> Tensor:
     return soft / torch.where(total > 0, total, 1.0)
 
 
+def _softened(revised: Revised, temperature: float) -> Revised:
+    """A teacher that was revised at another temperature: p' = softmax(v' / temperature).
+
+    v'_y is infinite where that revision has left the other classes nothing; there p' is one-hot.
+    """
+    v = revised.v
+    certain = v == torch.inf
+    log_p = F.log_softmax(torch.where(certain.any(dim=-1, keepdim=True), 0.0, v) / temperature, dim=-1)
+    one_hot = torch.where(certain, 0.0, -torch.inf)
+    log_p = torch.where(certain.any(dim=-1, keepdim=True), one_hot, log_p)
+    return Revised(log_p.exp(), log_p, v, revised.changed)
+
+
 def _revise(
-    v: Tensor, raw_v: Tensor, y: Tensor, soft: Tensor | None, temperature: float, eta: float, policy: str | None
+    v: Tensor,
+    raw_v: Tensor,
+    y: Tensor,
+    soft: Tensor | None,
+    temperature: float,
+    eta: float,
+    policy: str | None,
+    revise_temperature: float | None,
 ) -> Revised:
     """The teacher's logits v (N, C) revised towards y (N,), or towards the distributions soft (N, C) around y.
 
     raw_v: v before standardisation, which may round different logits to equal ones. It decides which rows are wrong.
+    revise_temperature: that of the revision; None: `temperature`, at which p' is.
     """
+    if policy in ("lr", "mft") and revise_temperature not in (None, temperature):
+        anchor = v.amax(dim=-1, keepdim=True)  # a common offset must not round v'
+        revised = _revise(v - anchor, raw_v, y, soft, revise_temperature, eta, policy, None)
+        softened = _softened(revised, temperature)
+        # What was not revised stays as it is, to the bit.
+        plain = _revise(v, raw_v, y, soft, temperature, eta, None, None)
+        pairs = zip(softened[:3], (plain.p, plain.log_p, plain.v - anchor), strict=True)
+        p, log_p, moved = (torch.where(revised.changed[:, None], new, old) for new, old in pairs)
+        return Revised(p, log_p, moved + anchor, revised.changed)
     wrong = _wrong(raw_v, y)
     if policy == "swap":
         top = raw_v.argmax(dim=-1)
@@ -167,6 +209,7 @@ def revise_labels(
     target: Tensor,
     *,
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     temperature: float = 1.0,
     policy: str = "lr",
 ) -> Tensor:
@@ -175,13 +218,15 @@ def revise_labels(
     teacher_logits: (..., C) floating. target: (...) int32/int64 in [0, C), or (..., C) probabilities with policy "lr".
     Returns (..., C) probabilities, float32 (float64 for float64 logits). On rows that "lr" corrects,
     beta = eta / (1 + p_max - p_y) and the result is beta * p + (1 - beta) * one_hot(target): the target wins by exactly
-    1 - eta, the other classes keep their ratios. Lan et al. 2024 (arXiv 2404.03693), label revision.
+    1 - eta, the other classes keep their ratios. With revise_temperature this happens to softmax(teacher_logits /
+    revise_temperature), whose revised logits are then divided by `temperature`. Lan et al. 2024 (arXiv 2404.03693),
+    label revision.
     """
     check_tensor("teacher_logits", teacher_logits)
     classes = teacher_logits.shape[-1]
     v = teacher_logits.detach().to(compute_dtype(teacher_logits, teacher_logits)).reshape(-1, classes)
     y, soft = _targets(target, classes, v.dtype)
-    return _revise(v, v, y, soft, temperature, eta, policy).p.reshape(teacher_logits.shape)
+    return _revise(v, v, y, soft, temperature, eta, policy, revise_temperature).p.reshape(teacher_logits.shape)
 
 
 # --- Divergences ----------------------------------------------------------------------------------------------------
@@ -348,6 +393,7 @@ def _distillation(
     temperatures: Sequence[float],
     revise: str | None,
     eta: float,
+    revise_temperature: float | None,
     divergence: Divergence,
     standardize: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -362,7 +408,7 @@ def _distillation(
     loss, changed = torch.zeros_like(z[:, 0]), none
 
     def revise_at(temperature: float) -> Revised:
-        return _revise(v, raw_v, y, soft, temperature, eta, policy)
+        return _revise(v, raw_v, y, soft, temperature, eta, policy, revise_temperature)
 
     for temperature in temperatures:
         teacher = revise_at(temperature)
@@ -392,6 +438,7 @@ def kd_loss_parts(
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     selected: Tensor | None = None,
     teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
@@ -452,6 +499,7 @@ def kd_loss_parts(
         temperatures=_temperatures(temperature),
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         divergence=resolve(divergence),
         standardize=standardize,
     )
@@ -498,6 +546,7 @@ def kd_loss(
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     selected: Tensor | None = None,
     teacher_rows: int | None = None,
     divergence: str | Divergence = "kl",
@@ -521,6 +570,7 @@ def kd_loss(
         ce_weight_unselected=ce_weight_unselected,
         revise=revise,
         eta=eta,
+        revise_temperature=revise_temperature,
         selected=selected,
         teacher_rows=teacher_rows,
         divergence=divergence,
@@ -545,6 +595,7 @@ def kd_logit_gradient(
     kd_weight: float = 0.9,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = REVISE_TEMPERATURE,
     divergence: str | Divergence = "kl",
     standardize: bool = False,
     label_smoothing: float = 0.0,
@@ -576,6 +627,7 @@ def kd_logit_gradient(
                 temperatures=_temperatures(temperature),
                 revise=revise,
                 eta=eta,
+                revise_temperature=revise_temperature,
                 divergence=resolve(divergence),
                 standardize=standardize,
             )

@@ -186,4 +186,22 @@ LRDS_HOST_DEVICE inline Revision<A> revise(const Split<A>& p, bool wrong, A gap,
   return out;
 }
 
+// A revision at the temperature R moves the target's logit alone: to this, less the anchor of p,
+// where p and its revision are at R. Infinite where nothing is left for the others.
+template <typename A>
+LRDS_HOST_DEVICE inline A revised_logit(const Split<A>& p, const Revision<A>& revision, A r) {
+  return r * (revision.log_target - revision.log_beta + p.total);
+}
+
+// That revision at another temperature, where p is the teacher: from the sum over the others, and
+// the target's new logit less the anchor, over that temperature.
+template <typename A>
+LRDS_HOST_DEVICE inline Revision<A> softened(const Split<A>& p, A sum_others, A target_shift) {
+  const Split<A> revised = split(sum_others, target_shift);
+  const A log_beta = p.total - revised.total;
+  return Revision<A>{
+      row_exp(log_beta), log_beta, revised.log_target, revised.log_others, revised.target,
+      revised.others,    true};
+}
+
 }  // namespace lrds

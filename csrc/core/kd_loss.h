@@ -48,6 +48,10 @@ struct RowParams {
   A eta;
   A label_smoothing;
   Revise revise;
+  // Label revision at a temperature R of its own. revision_ratio is R / T, or 0 where R is T: then
+  // neither is used.
+  A inv_revise_temperature;
+  A revision_ratio;
 };
 
 // The statistics of one row, or of a part of it. Fields that a row's weights make unnecessary stay
@@ -190,6 +194,9 @@ LRDS_HOST_DEVICE inline bool teacher_is_wrong(A v_y, A max_v) {
 // exponentials of the row's sums are relative to.
 //   z_shift, v_shift   z_y and v_y
 //   v_term, max_v_term their exponentials over T: of v_y (if wrong) and of max v
+//   revised_shift      the logit that a revision at another temperature gives the target, over T
+//   and
+//                      relative to max v (if wrong)
 //   wrong              is the row to be revised?
 template <typename A>
 struct RowTarget {
@@ -197,17 +204,38 @@ struct RowTarget {
   A v_shift;
   A v_term;
   A max_v_term;
+  A revised_shift;
   bool wrong;
 };
 
-// Relative to the maxima themselves.
+// Is a row with these logits revised at a temperature of its own, for which sum_vr is needed?
 template <typename A>
-LRDS_HOST_DEVICE inline RowTarget<A> row_target(const RowStats<A>& stats, A z_y, A v_y,
+LRDS_HOST_DEVICE inline bool needs_sum_vr(const RowParams<A>& params, A v_y, A max_v) {
+  return params.revision_ratio > A(0) && teacher_is_wrong(v_y, max_v);
+}
+
+// RowTarget::revised_shift. gap: v_y - max v. sum_vr: sum exp((v_k - max v) / R). The revision
+// moves the target's logit alone, to where softmax(v' / R) = p'.
+template <typename A>
+LRDS_HOST_DEVICE inline A revised_target(A gap, A sum_vr, const RowParams<A>& params) {
+  const A e_y = row_exp(gap * params.inv_revise_temperature);
+  const A lifted = e_y + (sum_vr * (A(1) - params.eta) + (A(1) - e_y)) / params.eta;
+  return params.revision_ratio * row_log(lifted);
+}
+
+// Relative to the maxima themselves. sum_vr: where needs_sum_vr.
+template <typename A>
+LRDS_HOST_DEVICE inline RowTarget<A> row_target(const RowStats<A>& stats, A z_y, A v_y, A sum_vr,
                                                 const RowParams<A>& params) {
   const A v_shift = v_y - stats.max_v;
   const bool wrong = params.revise != Revise::kNone && teacher_is_wrong(v_y, stats.max_v);
-  return RowTarget<A>{z_y - stats.max_z, v_shift,
-                      wrong ? row_exp(v_shift * params.inv_temperature) : A(0), A(1), wrong};
+  return RowTarget<A>{
+      z_y - stats.max_z,
+      v_shift,
+      wrong ? row_exp(v_shift * params.inv_temperature) : A(0),
+      A(1),
+      wrong && params.revision_ratio > A(0) ? revised_target(v_shift, sum_vr, params) : A(0),
+      wrong};
 }
 
 // The sums of stats must be complete for the terms whose weight is not 0 (of target all but z_shift
@@ -245,16 +273,22 @@ LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats,
       const A log_q_y = target.z_shift * inv_t - log_sum_z;
       const A p_y = row_divide(target.v_term, stats.sum_vt);
       const A p_max = row_divide(target.max_v_term, stats.sum_vt);
-      beta = params.eta / (A(1) + p_max - p_y);
+      if (params.revision_ratio > A(0)) {
+        // Z / (Z - E_y + E'_y), over E'_y, which may be too large for A.
+        const A down = row_divide(row_exp(-target.revised_shift), target.max_v_term);
+        beta = row_divide(stats.sum_vt * down, A(1) + (stats.sum_vt - target.v_term) * down);
+      } else {
+        beta = params.eta / (A(1) + p_max - p_y);
+      }
       const A revised_y = beta * p_y + (A(1) - beta);
       // The target's own term leaves K and comes back revised. Its probability may have underflown
       // (0 log 0 = 0), and a student that excludes the target (q_y = 0) has an infinite loss
       // however large K is.
       const A teacher_term = p_y > A(0) ? p_y * (log_p_y - log_q_y) : A(0);
-      kl = log_q_y == negative_infinity<A>()
-               ? static_cast<A>(INFINITY)
-               : beta * (A(1) - p_y) * row_log(beta) + beta * (kl - teacher_term) +
-                     revised_y * (row_log(revised_y) - log_q_y);
+      const A others =
+          beta > A(0) ? beta * (A(1) - p_y) * row_log(beta) + beta * (kl - teacher_term) : A(0);
+      kl = log_q_y == negative_infinity<A>() ? static_cast<A>(INFINITY)
+                                             : others + revised_y * (row_log(revised_y) - log_q_y);
       out.revised = true;
     }
     out.kd = weights.kd * t * t * kl;
@@ -267,12 +301,12 @@ LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats,
 }
 
 // The same, where the exponentials are relative to the maxima of stats; z_y, v_y are the logits at
-// the target.
+// the target; sum_vr as row_target takes it.
 template <typename A>
-LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats, A z_y, A v_y,
+LRDS_HOST_DEVICE inline RowResult<A> finish_row(const RowStats<A>& stats, A z_y, A v_y, A sum_vr,
                                                 const RowParams<A>& params, RowWeights<A> weights,
                                                 A classes, A gradient_scale) {
-  return finish_row(stats, row_target(stats, z_y, v_y, params), params, weights, classes,
+  return finish_row(stats, row_target(stats, z_y, v_y, sum_vr, params), params, weights, classes,
                     gradient_scale);
 }
 
@@ -338,6 +372,7 @@ struct KdLossArgs {
   double eta;
   double label_smoothing;
   Revise revise;
+  double revise_temperature;  // of the revision, over which p' is then softened; 0: each T itself
   Reduction reduction;
   DType accumulate;
 
@@ -401,13 +436,25 @@ LRDS_HOST_DEVICE inline bool weighs_rows(const KdLossArgs& args) {
          args.soft_target == nullptr;
 }
 
+// Is p' made at another temperature than T?
+LRDS_HOST_DEVICE inline bool revises_elsewhere(const KdLossArgs& args, double temperature) {
+  return args.revise_temperature > 0.0 && args.revise_temperature != temperature &&
+         (args.revise == Revise::kLabelRevision || args.revise == Revise::kMft);
+}
+
 template <typename A>
 LRDS_HOST_DEVICE inline RowParams<A> row_params(const KdLossArgs& args) {
-  return RowParams<A>{
-      static_cast<A>(args.temperature),     static_cast<A>(1.0 / args.temperature),
-      static_cast<A>(args.ce_weight),       static_cast<A>(args.ce_weight_unselected),
-      static_cast<A>(args.kd_weight),       static_cast<A>(args.eta),
-      static_cast<A>(args.label_smoothing), args.revise};
+  const bool elsewhere = revises_elsewhere(args, args.temperature);
+  return RowParams<A>{static_cast<A>(args.temperature),
+                      static_cast<A>(1.0 / args.temperature),
+                      static_cast<A>(args.ce_weight),
+                      static_cast<A>(args.ce_weight_unselected),
+                      static_cast<A>(args.kd_weight),
+                      static_cast<A>(args.eta),
+                      static_cast<A>(args.label_smoothing),
+                      args.revise,
+                      static_cast<A>(elsewhere ? 1.0 / args.revise_temperature : 0.0),
+                      static_cast<A>(elsewhere ? args.revise_temperature / args.temperature : 0.0)};
 }
 
 }  // namespace lrds

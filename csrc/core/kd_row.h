@@ -23,6 +23,7 @@ struct DistillParams {
   A temperature[kMaxTemperatures];
   Revise revise;
   A eta;
+  A revise_temperature;  // 0: each temperature itself
   A label_smoothing;
   A classes;
   bool standardize;
@@ -42,6 +43,7 @@ LRDS_HOST_DEVICE inline DistillParams<A> distill_params(const KdLossArgs& args) 
   }
   out.revise = args.revise;
   out.eta = static_cast<A>(args.eta);
+  out.revise_temperature = static_cast<A>(args.revise_temperature);
   out.label_smoothing = static_cast<A>(args.label_smoothing);
   out.classes = static_cast<A>(args.classes);
   out.standardize = args.standardize;
@@ -104,9 +106,10 @@ struct Affine {
 
 constexpr double kStandardizeEpsilon = 1e-7;
 
-// A soft target's revision changes every class. With dv_k the teacher's logits less their anchor,
-// dv'_k = T log(exp(dv_k / T) + t_k exp(offset)): dv_k where the target has no probability, and no
-// probability is formed. With beta = 0, dv'_k = T (log t_k + offset).
+// A soft target's revision changes every class. With dv_k the teacher's logits less their anchor
+// and T the temperature of the revision, dv'_k = T log(exp(dv_k / T) + t_k exp(offset)): dv_k where
+// the target has no probability, and no probability is formed. With beta = 0, dv'_k = T (log t_k +
+// offset).
 template <typename A>
 struct SoftTeacher {
   bool on;
@@ -363,6 +366,12 @@ class RowProgram {
     affine_v_ = affine_of([&](auto k) { return exec_.v(k); }, row_.v_y, max_v_);
     anchor_z_ = anchor_of(max_z_, row_.z_y);
     anchor_v_ = anchor_of(max_v_, row_.v_y);
+    if constexpr (D::kRevised) {
+      lifts_ = params_.revise_temperature > A(0) && !soft() &&
+               (params_.revise == Revise::kMft ||
+                (params_.revise == Revise::kLabelRevision && teacher_is_wrong(row_.v_y, max_v_)));
+      if (collective(lifts_)) lift_target();
+    }
     A loss = A(0), at_target = A(0);
     for (int i = 0; i < temperatures(); ++i) {
       const bool revised = at_temperature(params_.temperature[i], at_[i]);
@@ -376,6 +385,28 @@ class RowProgram {
       if (params_.gradient && params_.standardize) at_target = standardized_gradient(at_target);
     }
     out.at_target += kd_scale_ * at_target;
+  }
+
+  // Is the teacher revised at another temperature than this one?
+  LRDS_DEVICE_MEMBER bool elsewhere(A temperature) const {
+    return params_.revise_temperature > A(0) && params_.revise_temperature != temperature;
+  }
+
+  // The revision at a temperature of its own, once for all temperatures.
+  LRDS_DEVICE_MEMBER void lift_target() {
+    const A r = params_.revise_temperature, inv_r = A(1) / r;
+    A sum[1];
+    exec_.template sum<1>(
+        [&](auto k, X* into) {
+          into[0] += M::exp(scaled(exec_.v(k) - anchor_v_, affine_v_), inv_r);
+        },
+        sum);
+    const Split<A> p = split(sum[0], scaled(row_.v_y - anchor_v_, affine_v_) * inv_r);
+    const A gap = scaled(max_v_ - row_.v_y, affine_v_) * inv_r;
+    const Revision<A> revision =
+        revise(p, teacher_is_wrong(row_.v_y, max_v_), gap, params_.revise, params_.eta, A(1), A(1));
+    lifts_ = lifts_ && revision.revised;
+    lifted_ = revised_logit(p, revision, r);
   }
 
   // The gradient through the standardisation; returns the target's.
@@ -448,8 +479,12 @@ class RowProgram {
       s.second_sum_z = sums[0];
       s.second_student = split(sums[0], scaled(row_.z_y - anchor_z_, affine_z_) * at.inv_second);
       s.second_teacher = split(sum_v, scaled(row_.v_y - anchor_v_, affine_v_) * at.inv_second);
-      s.second_revision = revise(s.second_teacher, wrong, gap * at.inv_second, params_.revise,
-                                 params_.eta, mass, margin);
+      if (lifts_ && elsewhere(s.second_temperature)) {
+        s.second_revision = softened(s.second_teacher, sum_v, lifted_ * at.inv_second);
+      } else {
+        s.second_revision = revise(s.second_teacher, wrong, gap * at.inv_second, params_.revise,
+                                   params_.eta, mass, margin);
+      }
     }
 
     bool revised = false;
@@ -486,6 +521,9 @@ class RowProgram {
       s.teacher = split(s.sum_v, dv_y * s.inv_temperature);
       if (revised) {
         s.revision = unrevised(s.teacher);
+      } else if (lifts_ && elsewhere(s.temperature)) {
+        s.revision = softened(s.teacher, s.sum_v, lifted_ * s.inv_temperature);
+        revised = true;
       } else {
         s.revision = revise(s.teacher, wrong, gap * s.inv_temperature,
                             soft() ? Revise::kNone : params_.revise, params_.eta, mass, margin);
@@ -509,22 +547,35 @@ class RowProgram {
   // of the unrevised one; returns the target's new logit relative to the largest new one.
   LRDS_DEVICE_MEMBER A revise_soft(AtTemperature<A>& at, DistillStats<A>& s, A gap, A mass,
                                    A margin) {
+    const A own = params_.revise_temperature > A(0) ? params_.revise_temperature : s.temperature;
+    const A inv_own = A(1) / own;
     A sum[1];
     exec_.template sum<1>(
         [&](auto k, X* into) {
-          into[0] += M::exp(scaled(exec_.v(k) - anchor_v_, affine_v_), s.inv_temperature);
+          into[0] += M::exp(scaled(exec_.v(k) - anchor_v_, affine_v_), inv_own);
         },
         sum);
-    const Split<A> p = split(sum[0], scaled(row_.v_y - anchor_v_, affine_v_) * s.inv_temperature);
+    const Split<A> p = split(sum[0], scaled(row_.v_y - anchor_v_, affine_v_) * inv_own);
     const Revision<A> r =
-        revise(p, true, gap * s.inv_temperature, Revise::kLabelRevision, params_.eta, mass, margin);
+        revise(p, true, gap * inv_own, Revise::kLabelRevision, params_.eta, mass, margin);
     const A total = r.beta > A(0) ? p.total - r.log_beta : A(0);
     const A offset = row_log(A(1) - r.beta) - row_log(row_.t_sum) + total;
-    at.soft = SoftTeacher<A>{true, s.temperature, s.inv_temperature, r.beta, offset, A(0)};
+    at.soft = SoftTeacher<A>{true, own, inv_own, r.beta, offset, A(0)};
     s.z_y = standing(row_.z_y, affine_z_, s.anchor_v);
-    s.v_y = s.temperature * (r.log_target + total);
+    s.v_y = own * (r.log_target + total);
     at.soft.top = anchor_of(exec_.max([&](auto k) { return soft_teacher(k, at.soft); }), s.v_y);
-    return s.v_y - at.soft.top;
+    const A shift = s.v_y - at.soft.top;
+    if constexpr (D::kSecondTemperature == SecondTemperature::kOne) {
+      if (elsewhere(s.second_temperature)) {
+        exec_.template sum<1>(
+            [&](auto k, X* into) {
+              into[0] += M::exp(soft_teacher(k, at.soft) - at.soft.top, at.inv_second);
+            },
+            sum);
+        s.second_revision = unrevised(split(sum[0], shift * at.inv_second));
+      }
+    }
+    return shift;
   }
 
   // The KD terms' gradient with respect to the (standardised) logits, unweighted.
@@ -556,6 +607,8 @@ class RowProgram {
   Affine<A> affine_z_, affine_v_;
   A max_v_;  // of the others
   A anchor_z_, anchor_v_;
+  bool lifts_ = false;  // is the row revised at a temperature of its own,
+  A lifted_;            // and where to is the target's (standardised) logit moved, less the anchor?
   A kd_scale_;
   A gradient_mean_, gradient_slope_;
   AtTemperature<A> at_[kSimple ? 1 : kMaxTemperatures];

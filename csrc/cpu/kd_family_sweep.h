@@ -266,6 +266,14 @@ class FamilySweep {
     const A others_v = others_v_;
     const A max_z = others_z > z_y ? others_z : z_y, max_v = others_v > v_y ? others_v : v_y;
     const V shift_z = V{} + max_z, shift_v = V{} + max_v, scale = V{} + inv_t;
+    const bool revised = params_.revise != lrds::Revise::kNone && v_y < others_v;
+    const bool elsewhere = revised && lrds::revises_elsewhere(args_, args_.temperature);
+    A others_r[1] = {};
+    if (elsewhere) {
+      const V inv_r = V{} + A(1) / params_.revise_temperature;
+      exec.template sum<1>(
+          [&](int k, V* into) { into[0] += Lanes::exp((exec.v(k) - shift_v) * inv_r); }, others_r);
+    }
     A sums[4];
     exec.template sum<4>(
         [&](int k, V* into) {
@@ -285,15 +293,22 @@ class FamilySweep {
     const double dz_y = static_cast<double>(z_y) - max_z, dv_y = static_cast<double>(v_y) - max_v;
     const double e_y = std::exp(dz_y), f_y = std::exp(dz_y * inv_t), t_y = std::exp(dv_y * inv_t);
     const double e_sum = e_others + e_y, f_sum = f_others + f_y, t_sum = t_others + t_y;
-    const bool revised = params_.revise != lrds::Revise::kNone && v_y < others_v;
-    const double beta =
-        revised ? params_.eta /
-                      (1.0 + std::exp((static_cast<double>(others_v) - max_v) * inv_t) / t_sum -
-                       t_y / t_sum)
-                : 1.0;
+    double beta = 1.0;
+    if (elsewhere) {
+      const double r = params_.revise_temperature, eta = params_.eta, y_r = std::exp(dv_y / r);
+      const double lifted = y_r + ((others_r[0] + y_r) * (1.0 - eta) + (1.0 - y_r)) / eta;
+      const double down = std::pow(lifted, -r * inv_t);
+      beta = t_sum * down / (1.0 + t_others * down);
+    } else if (revised) {
+      const double p_max = std::exp((static_cast<double>(others_v) - max_v) * inv_t) / t_sum;
+      beta = params_.eta / (1.0 + p_max - t_y / t_sum);
+    }
     const double p_y = beta * t_y / t_sum + (1.0 - beta);
     const double log_f = std::log(f_sum), log_t = std::log(t_sum), log_beta = std::log(beta);
-    double kl = beta / t_sum * (sums[3] * inv_t + t_others * (log_beta - log_t + log_f));
+    double kl = 0.0;
+    if (beta > 0.0) {
+      kl = beta / t_sum * (sums[3] * inv_t + t_others * (log_beta - log_t + log_f));
+    }
     if (p_y > 0.0) {
       // With beta = 1 the target's own logarithm, which may be of a p_y that has underflown.
       const double log_p_y = revised ? std::log(p_y) : dv_y * inv_t - log_t;

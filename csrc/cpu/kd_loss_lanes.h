@@ -9,6 +9,7 @@ namespace {
 struct Lanes {
   Simd::V ce_weight, kd_weight, scale;
   Simd::V z_y, v_y;
+  Simd::V sum_vr;  // as row_target of core/kd_loss.h takes it
 };
 
 struct LaneTerms {
@@ -52,12 +53,21 @@ inline LaneTerms finish_lanes(const RowStats<Simd::V>& s, const Lanes& row,
     const V log_p_y = v_shift - log_sum_v, log_q_y = z_shift * inv_t - log_sum_z;
     const V p_y = Simd::exp(v_shift) / s.sum_vt, p_max = one / s.sum_vt;
     const auto wrong = row.v_y < s.max_v;
-    const V candidate = set(params.eta) / (one + p_max - p_y);
+    V candidate;
+    if (params.revision_ratio > 0.0f) {
+      const V eta = set(params.eta);
+      const V e_y = Simd::exp((row.v_y - s.max_v) * set(params.inv_revise_temperature));
+      const V lifted = e_y + (row.sum_vr * (one - eta) + (one - e_y)) / eta;
+      const V down = Simd::exp(set(-params.revision_ratio) * log(lifted));
+      candidate = s.sum_vt * down / (one + (s.sum_vt - p_y * s.sum_vt) * down);
+    } else {
+      candidate = set(params.eta) / (one + p_max - p_y);
+    }
     const V revised_y = candidate * p_y + (one - candidate);
     const V own = p_y > zero ? p_y * (log_p_y - log_q_y) : zero;
     const V infinity = set(__builtin_inff());
-    const V revised = candidate * (one - p_y) * log(candidate) + candidate * (kl - own) +
-                      revised_y * (log(revised_y) - log_q_y);
+    const V others = candidate * (one - p_y) * log(candidate) + candidate * (kl - own);
+    const V revised = (candidate > zero ? others : zero) + revised_y * (log(revised_y) - log_q_y);
     kl = wrong ? (log_q_y == -infinity ? infinity : revised) : kl;
     beta = wrong ? candidate : one;
     out.revised = wrong ? one : zero;

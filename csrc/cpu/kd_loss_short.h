@@ -51,6 +51,8 @@ RowError sweep_short_rows(const KdLossArgs& args, double gradient_scale, std::in
   const std::int64_t classes = args.classes;
   const bool smoothing = params.label_smoothing != 0.0f;
   const V inv_t = Simd::set(params.inv_temperature);
+  const bool elsewhere = params.revision_ratio > 0.0f;
+  const V inv_r = Simd::set(params.inv_revise_temperature);
   const float* const grad_output = static_cast<const float*>(args.grad_output);
   ShortRows rows;
 
@@ -113,6 +115,7 @@ RowError sweep_short_rows(const KdLossArgs& args, double gradient_scale, std::in
       rows.z[k] = ez;
       if (any_teacher) {
         const V ev = Simd::exp(dv * inv_t);
+        if (elsewhere) lanes.sum_vr += Simd::exp(dv * inv_r);
         stats.sum_vt += ev;
         stats.dot = Simd::fma_where_positive(ev, dv - dz, stats.dot);
         rows.v[k] = ev;

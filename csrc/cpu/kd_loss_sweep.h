@@ -3,10 +3,9 @@
 // leaks into another.
 //
 // A row is read from memory once and stays in cache for three short passes: maxima; exponentials
-// and sums; gradient. What a row does once is done for a group of short rows in
-// the lanes of a vector.
-// Power P > 0 says that T is that integer, so exp(z) is exp(z / T) raised to it instead of a second
-// exponential.
+// and sums; gradient. A row to be revised at a temperature of its own has one more, of its sum.
+// What a row does once is done for a group of short rows in the lanes of a vector. Power P > 0 says
+// that T is that integer, so exp(z) is exp(z / T) raised to it instead of a second exponential.
 #pragma once
 
 #include "cpu/simd_log.h"
@@ -106,6 +105,7 @@ struct Hyper {
   float inv_t;
   bool smoothing;
   std::int64_t classes;
+  int revision_power;  // T over the temperature of the revision, where power knows it; else 0
 };
 
 // Where a row's exponentials are kept for its gradient; null where it has none.
@@ -182,6 +182,50 @@ RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, A
   return stats;
 }
 
+// sum exp((v_k - max_v) / R). kept: the exponentials over T, or null.
+template <class V>
+float revision_sum(const Hyper& hyper, const V* v, const float* kept, float max_v) {
+  const auto sum = [&](auto term) {
+    float total = 0.0f;
+    for (std::int64_t block = 0; block < hyper.classes; block += kBlock) {
+      const std::int64_t end = block + kBlock < hyper.classes ? block + kBlock : hyper.classes;
+      Simd::V first = Simd::set(0.0f), second = first;
+      std::int64_t k = block;
+      for (; k + 2 * kWidth <= end; k += 2 * kWidth) {
+        first = Simd::add(first, term(k, std::integral_constant<int, kWidth>()));
+        second = Simd::add(second, term(k + kWidth, std::integral_constant<int, kWidth>()));
+      }
+      for_each_vector(k, end,
+                      [&](std::int64_t i, auto n) { first = Simd::add(first, term(i, n)); });
+      total += Simd::reduce_add(Simd::add(first, second));
+    }
+    return total;
+  };
+  // What is kept past the end of a row is 0.
+  const auto of_kept = [&](auto exponent) {
+    return sum([&](std::int64_t k, auto) { return power<exponent()>(Simd::load(kept + k)); });
+  };
+  if (kept != nullptr) {
+    switch (hyper.revision_power) {
+      case 2:
+        return of_kept(std::integral_constant<int, 2>());
+      case 3:
+        return of_kept(std::integral_constant<int, 3>());
+      case 4:
+        return of_kept(std::integral_constant<int, 4>());
+      case 8:
+        return of_kept(std::integral_constant<int, 8>());
+      default:
+        break;
+    }
+  }
+  const Simd::V shift = Simd::set(lrds::anchor(max_v));
+  const Simd::V scale = Simd::set(hyper.params.inv_revise_temperature);
+  return sum([&](std::int64_t k, auto n) {
+    return Simd::exp(Simd::mul(Simd::sub(load(v + k, n), shift), scale));
+  });
+}
+
 // What the gradient of one row is made of.
 struct RowGradient {
   float on_z, on_zt, on_vt, smoothing, at_target;
@@ -251,6 +295,7 @@ struct PendingRow {
   RowWeights<float> weights;
   float scale;  // of the gradient
   RowStats<float> stats;
+  float sum_vr;  // as row_target takes it
   // Of finish_rows:
   float ce, kd;
   RowGradient made;
@@ -262,7 +307,7 @@ struct PendingRow {
 template <class Row>
 void finish_single(const Hyper& hyper, Row& row) {
   const lrds::RowResult<float> result =
-      lrds::finish_row(row.stats, row.z_y, row.v_y, hyper.params, row.weights,
+      lrds::finish_row(row.stats, row.z_y, row.v_y, row.sum_vr, hyper.params, row.weights,
                        static_cast<float>(hyper.classes), row.scale);
   const float shift_z = lrds::anchor(row.stats.max_z), shift_v = lrds::anchor(row.stats.max_v);
   const float dz = row.z_y - shift_z, dv = row.v_y - shift_v;
@@ -304,6 +349,7 @@ void finish_group(const Hyper& hyper, Row* rows, int count) {
     lanes.scale[lane] = row.scale;
     lanes.z_y[lane] = row.z_y;
     lanes.v_y[lane] = row.v_y;
+    lanes.sum_vr[lane] = row.sum_vr;
   }
   const LaneTerms terms =
       finish_lanes(stats, lanes, hyper.params, static_cast<float>(hyper.classes));
@@ -318,6 +364,15 @@ void finish_group(const Hyper& hyper, Row* rows, int count) {
         RowGradient{terms.on_z[lane], terms.on_zt[lane], terms.on_vt[lane], terms.smoothing[lane],
                     at_target[lane],  shift_z[lane],     shift_v[lane]};
   }
+}
+
+inline int revision_power(const KdLossArgs& args) {
+  if (!lrds::revises_elsewhere(args, args.temperature)) return 0;
+  constexpr int kPowers[] = {2, 3, 4, 8};
+  for (const int power : kPowers) {
+    if (args.temperature == power * args.revise_temperature) return power;
+  }
+  return 0;
 }
 
 // Calls with_terms with the constants (P, CE, KD) that the row's weights ask for.
@@ -359,7 +414,8 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
     return sweep_short_rows<P, Z>(args, gradient_scale, begin, end);
   }
   const RowParams<float> params = lrds::row_params<float>(args);
-  const Hyper hyper{params, params.inv_temperature, params.label_smoothing != 0.0f, args.classes};
+  const Hyper hyper{params, params.inv_temperature, params.label_smoothing != 0.0f, args.classes,
+                    revision_power(args)};
   const std::int64_t classes = args.classes;
   const std::int64_t padded = lrds::cpu::detail::scratch_padded(classes);
   const std::int64_t fit = lrds::cpu::detail::group_rows(classes);
@@ -404,7 +460,12 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
         return sum_row<p(), ce(), kd(), Z, V>(hyper, row.z, row.v, kept_of(lane), ahead);
       });
       row.z_y = lrds::cpu::to_float(row.z[row.y]);
-      if (row.v != nullptr) row.v_y = lrds::cpu::to_float(row.v[row.y]);
+      if (row.v != nullptr) {
+        row.v_y = lrds::cpu::to_float(row.v[row.y]);
+        if (lrds::needs_sum_vr(params, row.v_y, row.stats.max_v)) {
+          row.sum_vr = revision_sum(hyper, row.v, kept_of(lane).v, row.stats.max_v);
+        }
+      }
       double scale = gradient_scale;
       if (grad_output != nullptr) scale *= grad_output[index * args.grad_output_stride];
       row.scale = static_cast<float>(scale);

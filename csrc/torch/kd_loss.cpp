@@ -60,6 +60,7 @@ struct KdLossOptions {
   double kd_weight;
   double ce_weight_unselected;
   double eta;
+  double revise_temperature;  // 0: that of the divergence
   double label_smoothing;
   std::int64_t revise;
   std::int64_t reduction;
@@ -82,14 +83,15 @@ struct Problem {
           const OptionalTensor& teacher_indices, const OptionalTensor& teacher_rest,
           const OptionalTensor& num_valid, const OptionalTensor& weight_sum,
           const OptionalTensor& grad_scale, Numbers temperature, double ce_weight, double kd_weight,
-          double ce_weight_unselected, double eta, double label_smoothing, std::int64_t revise,
-          std::int64_t reduction, std::int64_t ignore_index, std::int64_t divergence,
-          Numbers divergence_parameters, bool standardize)
+          double ce_weight_unselected, double eta, double revise_temperature,
+          double label_smoothing, std::int64_t revise, std::int64_t reduction,
+          std::int64_t ignore_index, std::int64_t divergence, Numbers divergence_parameters,
+          bool standardize)
       : Problem(student, teacher, target, selected, class_weight, teacher_indices, teacher_rest,
                 num_valid, weight_sum, grad_scale,
                 KdLossOptions{temperature.vec(), ce_weight, kd_weight, ce_weight_unselected, eta,
-                              label_smoothing, revise, reduction, ignore_index, divergence,
-                              divergence_parameters.vec(), standardize}) {}
+                              revise_temperature, label_smoothing, revise, reduction, ignore_index,
+                              divergence, divergence_parameters.vec(), standardize}) {}
 
   Problem(const Tensor& student, const Tensor& teacher, const Tensor& target,
           const OptionalTensor& selected, const OptionalTensor& class_weight,
@@ -113,8 +115,8 @@ struct Problem {
     const KdLossOptions& o = options;
     return f(student, teacher, target, selected, class_weight, teacher_indices, teacher_rest,
              num_valid, weight_sum, grad_scale, o.temperature, o.ce_weight, o.kd_weight,
-             o.ce_weight_unselected, o.eta, o.label_smoothing, o.revise, o.reduction,
-             o.ignore_index, o.divergence, o.divergence_parameters, o.standardize);
+             o.ce_weight_unselected, o.eta, o.revise_temperature, o.label_smoothing, o.revise,
+             o.reduction, o.ignore_index, o.divergence, o.divergence_parameters, o.standardize);
   }
 
   // Index targets have the rows' shape, soft targets one dimension more.
@@ -125,14 +127,15 @@ template <template <class...> class T>
 using WithParameters =
     T<const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&, Numbers, double, double, double, double, double, std::int64_t,
+      const OptionalTensor&, Numbers, double, double, double, double, double, double, std::int64_t,
       std::int64_t, std::int64_t, std::int64_t, Numbers, bool>;
 
 constexpr const char* kParameters =
     "Tensor student, Tensor teacher, Tensor target, Tensor? selected, Tensor? class_weight, "
     "Tensor? teacher_indices, Tensor? teacher_rest, Tensor? num_valid, Tensor? weight_sum, "
     "Tensor? grad_scale, float[] temperature, float ce_weight, float kd_weight, "
-    "float ce_weight_unselected, float eta, float label_smoothing, int revise, int reduction, "
+    "float ce_weight_unselected, float eta, float revise_temperature, float label_smoothing, int "
+    "revise, int reduction, "
     "int ignore_index, int divergence, float[] divergence_parameters, bool standardize";
 
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -289,7 +292,12 @@ void set_options(KdLossArgs& args, const KdLossOptions& options) {
   args.ce_weight = options.ce_weight;
   args.ce_weight_unselected = options.ce_weight_unselected;
   args.kd_weight = options.kd_weight;
+  TORCH_CHECK_VALUE(
+      options.revise_temperature >= 0.0,
+      "revise_temperature must be > 0, or 0 for the temperature of the divergence; got ",
+      options.revise_temperature);
   args.eta = options.eta;
+  args.revise_temperature = options.revise_temperature;
   args.label_smoothing = options.label_smoothing;
   args.revise = static_cast<Revise>(options.revise);
   args.reduction = static_cast<Reduction>(options.reduction);

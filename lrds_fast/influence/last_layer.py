@@ -260,6 +260,7 @@ class _Batch:
                 kd_weight=weights[1],
                 revise=loss.revise,
                 eta=loss.eta,
+                revise_temperature=loss.revise_temperature,
                 divergence=loss.divergence,
                 standardize=loss.standardize,
                 label_smoothing=smoothing,
@@ -287,6 +288,7 @@ class _Batch:
             temperature=loss.temperature,
             revise=loss.revise,
             eta=loss.eta,
+            revise_temperature=loss.revise_temperature,
             divergence=loss.divergence,
             standardize=loss.standardize,
         )
@@ -374,6 +376,7 @@ class _Batch:
             kd_weight=1.0,
             revise=self._loss.revise,
             eta=self._loss.eta,
+            revise_temperature=self._loss.revise_temperature,
             divergence=self._loss.divergence,
             standardize=self._loss.standardize,
             reduction="none",
@@ -412,6 +415,7 @@ _LOSS_FACTS = (
     "resolved_ce_weight_unselected",
     "revise",
     "eta",
+    "revise_temperature",
     "standardize",
     "label_smoothing",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -151,6 +152,11 @@ def check_values(recipe: Recipe) -> None:
         raise ValueError("selection.per_class needs selection.ratio, the share of every class")
     if not 0 < recipe.loss.eta < 1:
         raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
+    if not (math.isfinite(recipe.loss.revise_temperature) and recipe.loss.revise_temperature != 0):
+        raise ValueError(
+            "loss.revise_temperature must be finite and above 0, or below 0 for the divergence's temperature; "
+            f"got {recipe.loss.revise_temperature}"
+        )
 
 
 def _check_epochs(recipe: Recipe) -> None:

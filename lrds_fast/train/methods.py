@@ -98,6 +98,7 @@ def _counted(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, options: 
         label_smoothing=options.label_smoothing,
         revise=options.revise,
         eta=options.eta,
+        revise_temperature=options.chosen_revise_temperature,
     )
 
 
@@ -118,7 +119,9 @@ def _dist(options: LossOptions) -> Objective:
             return counted
         t = options.temperature
         if options.revise != "none":
-            revised = lrds_fast.revise_labels(teacher, target, eta=options.eta, temperature=t)
+            revised = lrds_fast.revise_labels(
+                teacher, target, eta=options.eta, revise_temperature=options.chosen_revise_temperature, temperature=t
+            )
             teacher = t * revised.clamp_min(torch.finfo(revised.dtype).tiny).log()
         share = len(student) / len(z)
         kd = kd_weight * share * lrds_fast.dist_loss(student, teacher, temperature=t)
@@ -157,6 +160,7 @@ def _mlkd(options: LossOptions) -> Objective:
             kd_weight=kd_weight,
             revise=options.revise,
             eta=options.eta,
+            revise_temperature=options.chosen_revise_temperature,
             selected=selected,
         )
         return counted._replace(loss=counted.loss + kd, kd=kd.detach())
@@ -199,6 +203,7 @@ def mlkd_views(
         "temperature": options.temperatures or options.temperature,
         "revise": options.revise,
         "eta": options.eta,
+        "revise_temperature": options.chosen_revise_temperature,
     }
     p = teacher.softmax(dim=1, dtype=torch.promote_types(teacher.dtype, torch.float32))
     confidence, mass = p.amax(dim=1), p.mean(dim=0)

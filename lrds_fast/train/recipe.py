@@ -95,6 +95,7 @@ class LossOptions:
     """kd_loss's arguments; without a teacher only label_smoothing counts. revise "none" is no revision. temperatures:
     several at once, instead of temperature. divergence_options: the divergence's own parameters, such as alpha and beta
     of "dkd"; what is not given is as published. kd_warmup_epochs: kd_weight grows over so many epochs.
+    revise_temperature < 0: the divergence's own temperature, kd_loss's None.
 
     method "kd" is kd_loss; "dist", "mlkd" and "revision" put lrds_fast.dist_loss, mlkd_loss or revision_loss in its
     place (see lrds_fast.train.methods), and take no divergence. lambda1, lambda2: revision_loss's weights on right rows
@@ -114,7 +115,13 @@ class LossOptions:
     eta: float = 0.8
     lambda1: float = 4.0
     lambda2: float = 1.0
+    revise_temperature: float = -1.0 if divergences.REVISE_TEMPERATURE is None else divergences.REVISE_TEMPERATURE
     label_smoothing: float = 0.0
+
+    @property
+    def chosen_revise_temperature(self) -> float | None:
+        """kd_loss's revise_temperature."""
+        return None if self.revise_temperature < 0 else self.revise_temperature
 
     def chosen_divergence(self) -> divergences.Divergence:
         """The divergence with its options; ValueError for an option that it has not, or a value out of its range."""

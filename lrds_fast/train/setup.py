@@ -141,6 +141,7 @@ def loss_arguments(options: LossOptions) -> dict[str, Any]:
         "ce_weight_unselected": options.ce_weight_unselected,
         "revise": options.revise,
         "eta": options.eta,
+        "revise_temperature": options.chosen_revise_temperature,
         "label_smoothing": options.label_smoothing,
         "divergence": options.chosen_divergence(),
         "standardize": options.standardize,
