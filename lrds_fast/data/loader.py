@@ -65,7 +65,8 @@ class Data:
     """The splits of one data set.
 
     train: shuffled and augmented. score: the same samples, in order and as they are. val: a slice held out from the
-    training samples (None where there is none). test: never used to decide anything.
+    training samples (None where there is none). test: never used to decide anything. class_names: of the classes 0, 1,
+    ..., empty where they have only numbers.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Data:
     score: Loader
     val: Loader | None
     test: Loader
+    class_names: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
