@@ -29,6 +29,14 @@ class Estimate(NamedTuple):
         """Whether the 95% t interval contains 0; False for one value, which has no interval."""
         return self.p_value > LEVEL
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of the 95% t interval; nan for one value."""
+        if self.n < 2:
+            return math.nan, math.nan
+        width = quantile(1 - LEVEL / 2, self.n - 1) * self.error
+        return self.mean - width, self.mean + width
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and standard error (sample standard deviation / sqrt(n))."""
@@ -59,6 +67,17 @@ def two_sided(t: float, degrees: int) -> float:
         total += term
     inside = 2 / math.pi * (angle + sine * (total if degrees > 1 else 0.0)) if degrees % 2 else sine * total
     return max(1.0 - inside, 0.0)
+
+
+def quantile(p: float, degrees: int) -> float:
+    """The t with P(T < t) = p, for p in (0.5, 1), of Student's t distribution with integer degrees of freedom."""
+    low, high = 0.0, 1.0
+    while two_sided(high, degrees) > 2 * (1 - p):
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle, degrees) > 2 * (1 - p) else (low, middle)
+    return (low + high) / 2
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
