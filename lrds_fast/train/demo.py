@@ -69,8 +69,8 @@ COMPARED = {
 }
 
 NOTE = (
-    "Means over the seeds, after the last epoch. Differences are paired by seed; ± is half of the 95% t interval, of each\n"
-    "by itself. Revised and denied are training samples; in brackets those of the denied that the teacher has wrong."
+    "Means over the seeds, after the last epoch. Differences are paired by seed; ± is half of their 95% t interval, each"
+    " by itself. Revised and denied: training samples; in brackets those of the denied that the teacher has wrong."
 )
 NOT_SHOWN = "What this does not show: a tuned KD from a good teacher, where revision and selection have little to do."
 
