@@ -1,4 +1,4 @@
-"""Promises of lrds_fast.influence and of the demo, measured: thresholds in gates.toml, what was measured on standard output (-s)."""
+"""Promises of lrds_fast.influence and of the demo: thresholds in gates.toml, measured values on stdout (-s)."""
 
 from __future__ import annotations
 

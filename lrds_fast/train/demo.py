@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import lrds_fast
+from lrds_fast.influence import Scores
 from lrds_fast.selection import Selection
 from lrds_fast.train import run as runs
 from lrds_fast.train.files import write_text
@@ -69,7 +70,7 @@ COMPARED = {
 }
 
 NOTE = (
-    "Means over the seeds, after the last epoch. Differences are paired by seed; ± is half of their 95% t interval, each"
+    "Means over the seeds, after the last epoch. Differences are paired by seed, ± half of their 95% t interval, each"
     " by itself. Revised and denied: training samples; in brackets those of the denied that the teacher has wrong."
 )
 NOT_SHOWN = "What this does not show: a tuned KD from a good teacher, where revision and selection have little to do."
@@ -156,26 +157,29 @@ def _one_seed(folder: Path, seed: int, settings: Sequence[str], bar: tqdm[None])
         runs.fit(chosen, overwrite=True, progress=False)
         bar.update()
 
-    def selected(base: Recipe, by: str) -> Selection:
-        scores = runs.score(base, progress=False)
-        selection = lrds_fast.select(scores, by="kd_gain", confidence=CONFIDENCE, max_drop=MAX_DROP)
-        if by != "kd_gain":
-            selection = lrds_fast.select(scores, by=by, ratio=len(selection.indices) / len(selection))
-        return selection
-
     teacher = folder / "teacher"
     fit(recipe("digits_teacher", TEACHER, teacher))
+    scores: dict[str, Scores] = {}
     for arm in ARMS:
         chosen = recipe(arm.recipe, arm.name, folder / arm.folder)
         if chosen.teacher.model:
             chosen = chosen.with_values(**{"teacher.checkpoint": str(teacher / "last.pt")})
         if arm.scored:
-            base = chosen.with_values(**{"run.out": str(folder / arm.scored), "selection.path": ""})
             path = folder / arm.folder / "selection.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
-            selected(base, arm.by).save(path)
+            _selected(scores[arm.scored], arm.by).save(path)
             chosen = chosen.with_values(**{"selection.path": str(path)})
         fit(chosen)
+        if any(other.scored == arm.folder for other in ARMS):
+            scores[arm.folder] = runs.score(chosen, progress=False)
+
+
+def _selected(scores: Scores, by: str) -> Selection:
+    """What kd_gain keeps, or as many by another score."""
+    selection = lrds_fast.select(scores, by="kd_gain", confidence=CONFIDENCE, max_drop=MAX_DROP)
+    if by == "kd_gain":
+        return selection
+    return lrds_fast.select(scores, by=by, ratio=len(selection.indices) / len(selection))
 
 
 def _table(rows: Sequence[Row], finished: Sequence[Run]) -> str:
