@@ -73,6 +73,7 @@ class Case:
             kd_weight=float(of == "kd"),
             revise=self.loss.revise,
             eta=self.loss.eta,
+            revise_temperature=self.loss.revise_temperature,
         )
 
         def loss(weight: Tensor, h: Tensor, v: Tensor, y: Tensor, w: Tensor) -> Tensor:
@@ -163,6 +164,7 @@ def _loss(loss: KDLoss, z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None
         ce_weight_unselected=loss.ce_weight_unselected,
         revise=loss.revise,
         eta=loss.eta,
+        revise_temperature=loss.revise_temperature,
         selected=selected,
         label_smoothing=loss.label_smoothing,
     )

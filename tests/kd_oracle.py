@@ -62,6 +62,8 @@ class Rows:
         self.divergence: Divergence = options["divergence"]
         self.revise, self.eta = options["revise"], np.longdouble(options["eta"])
         self.t = np.longdouble(options["temperature"])
+        at = options.get("revise_temperature")
+        self.revise_temperature = None if at is None else np.longdouble(at)
         self.at_y = np.arange(z.shape[1]) == self.y
         self.raw, self.soft = v, soft
         self.ill = np.zeros(len(z), dtype=bool)
@@ -98,6 +100,14 @@ class Rows:
 
     def revised(self, t: Array) -> tuple[Array, Array]:
         """log p' at the temperature t, and v'."""
+        r = self.revise_temperature
+        if r is None or r == t or self.revise not in ("lr", "mft"):
+            return self.revised_at(t)
+        log_p, v = self.revised_at(r)  # p' to the power of r / t, normalised
+        return distribution(log_p * (r / t)), v
+
+    def revised_at(self, t: Array) -> tuple[Array, Array]:
+        """log p' of a revision at the temperature t, and v'."""
         v, eta = self.v, self.eta
         raw_y, raw_top = self.of(self.raw), self.raw.max(axis=1, keepdims=True)
         wrong = raw_y < raw_top
@@ -473,6 +483,8 @@ def compare(z: Tensor, v: Tensor, target: Tensor, function: Callable[..., Tensor
 
 # Classes, temperature, standardize.
 SHAPES = ((2, 1.0, False), (3, 4.0, False), (9, 0.5, False), (5, 2.0, True), (33, 1.0, False), (100, 4.0, False))
+# revise_temperature, in turn.
+REVISE_TEMPERATURES = (None, 1.0, 2.5)
 
 
 def scan(
@@ -515,6 +527,7 @@ def scan(
                 temperature=temperature,
                 standardize=standardize,
                 eta=0.75,
+                revise_temperature=REVISE_TEMPERATURES[(number + classes) % len(REVISE_TEMPERATURES)],
             )
     return dict(checked)
 

@@ -408,7 +408,7 @@ def test_numbers_of_numpy_and_tensors_without_dimensions(kind: Callable[[float],
     given = arguments()
     student, teacher, target = given.values()
     numbers: dict[str, Any] = dict(temperature=4.0, ce_weight=0.25, kd_weight=0.5, ce_weight_unselected=0.75)
-    numbers |= dict(eta=0.625, label_smoothing=0.125, num_valid=8.0, grad_scale=2.0)
+    numbers |= dict(eta=0.625, revise_temperature=2.0, label_smoothing=0.125, num_valid=8.0, grad_scale=2.0)
 
     def of(kind: Callable[[float], Any]) -> dict[str, Any]:
         return {name: kind(value) for name, value in numbers.items()}
@@ -473,6 +473,8 @@ def test_accepted() -> None:
         {"grad_scale": None, "num_valid": None},
         {"selected": torch.ones(6, 1).bool()[:, 0]},
         {"eta": 1e-6},
+        {"revise_temperature": 1},
+        {"revise_temperature": 1e3},
         {"eta": 1.0 - 1e-6},
     ):
         assert kd_loss(*given.values(), **extra).isfinite(), extra

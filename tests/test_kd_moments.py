@@ -79,6 +79,7 @@ def test_every_divergence(dtype: torch.dtype, divergence: str, device: str) -> N
         {"revise": None},
         {"revise": "mft"},
         {"revise": "lr", "eta": 0.3, "temperature": 1.0},
+        {"revise_temperature": 1.0},
         {"temperature": (1.0, 4.0)},
         {"standardize": True, "temperature": 2.0},
     ],
@@ -136,7 +137,7 @@ def test_strides_and_threads() -> None:
 
 def test_shapes_without_data() -> None:
     z, v, y, r = problem(5, 7, torch.float32, "cpu")
-    arguments = (z, v, y, *[None] * 7, [4.0], 1.0, 1.0, 1.0, 0.8, 0.0, 1, 2, -100, 0, [0.0, 0.0, 0.0], False, r)
+    arguments = (z, v, y, *[None] * 7, [4.0], 1.0, 1.0, 1.0, 0.8, 1.0, 0.0, 1, 2, -100, 0, [0.0, 0.0, 0.0], False, r)
     torch.library.opcheck(_ops.kd_moments, arguments)
 
 

@@ -117,6 +117,7 @@ def assert_matches(p: Problem, accuracy: float, **arguments: Any) -> None:
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "default": {},
     "sum": {"reduction": "sum"},
+    "revised at 1": {"revise_temperature": 1.0},
     "elementmean": {"reduction": "elementmean"},
     "mask": {"selected": torch.arange(23) % 3 > 0},
     "weights": {"selected": torch.linspace(0, 1, 23)},
@@ -723,7 +724,7 @@ def test_opcheck() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         head = [tensor.to(dtype) for tensor in p[:3]]
         teacher = [p.teacher_hidden[:11], p.teacher_weight, None]
-        numbers = [[4.0], 0.1, 0.9, 1.0, 0.8, 0.0, 1, 1, -100, 0, [0.0, 0.0, 0.0], False]
+        numbers = [[4.0], 0.1, 0.9, 1.0, 0.8, 1.0, 0.0, 1, 1, -100, 0, [0.0, 0.0, 0.0], False]
         for wanted in ([True, True, True], [True, False, False], [False, False, False]):
             arguments = [*head, *teacher, p.target, None, None, torch.tensor(21), None, None]
             arguments += [dtype, torch.float64, 7]

@@ -78,6 +78,10 @@ def test_circles_are_named(tmp_path: Path) -> None:
         ("[schedule]\nmilestones = 30\n", r"schedule.milestones must be a list of int; got 30"),
         ('[schedule]\nmilestones = ["a"]\n', r"schedule.milestones must be int; got 'a' \(str\)"),
         ("[loss]\neta = 1.0\n", r"loss.eta must be in \(0, 1\); got 1.0"),
+        (
+            "[loss]\nrevise_temperature = 0\n",
+            r"loss.revise_temperature must be finite and above 0, .*; got 0.0",
+        ),
         ("[loss]\ntemperature = 0\n", r"loss.temperature must be above 0 and finite; got 0.0"),
         ("[loss]\nkd_weight = -1\n", r"loss.kd_weight must be at least 0 and finite; got -1.0"),
         ("[loss]\nce_weight = inf\n", r"loss.ce_weight must be at least 0 and finite; got inf"),

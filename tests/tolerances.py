@@ -60,6 +60,7 @@ def sizes(
     ce_weight_unselected: float | None = None,
     revise: str | None = "lr",
     eta: float = 0.8,
+    revise_temperature: float | None = None,
     selected: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
@@ -92,7 +93,7 @@ def sizes(
     smoothed = (1 - label_smoothing) * one_hot + label_smoothing / classes
     p = torch.softmax(v / temperature, -1)
     if revise is not None:
-        p = reference.revise_labels(v, y, eta=eta, temperature=temperature)
+        p = reference.revise_labels(v, y, eta=eta, revise_temperature=revise_temperature, temperature=temperature)
     log_q = torch.log_softmax(z_kd / temperature, -1)
     log_softmax = torch.log_softmax(z_ce, -1)
     ce = (smoothed * torch.where(smoothed > 0, log_softmax, 0.0)).abs().sum(-1)

@@ -52,6 +52,7 @@ RowError sweep_short_rows(const KdLossArgs& args, double gradient_scale, std::in
   const bool smoothing = params.label_smoothing != 0.0f;
   const V inv_t = Simd::set(params.inv_temperature);
   const bool elsewhere = params.revision_ratio > 0.0f;
+  const int ratio = revision_power(args);
   const V inv_r = Simd::set(params.inv_revise_temperature);
   const float* const grad_output = static_cast<const float*>(args.grad_output);
   ShortRows rows;
@@ -103,6 +104,11 @@ RowError sweep_short_rows(const KdLossArgs& args, double gradient_scale, std::in
       stats.max_v = Simd::max(stats.max_v, rows.v[k]);
     }
     const V shift_z = anchor_lanes(stats.max_z), shift_v = anchor_lanes(stats.max_v);
+    if (elsewhere && any_teacher && ratio == 0) {
+      for (std::int64_t k = 0; k < classes; ++k) {
+        lanes.sum_vr += Simd::exp((rows.v[k] - shift_v) * inv_r);
+      }
+    }
     V exp_z[P == 0 ? kShortClasses : 1];
     for (std::int64_t k = 0; k < classes; ++k) {
       const V dz = rows.z[k] - shift_z, dv = rows.v[k] - shift_v;
@@ -115,11 +121,15 @@ RowError sweep_short_rows(const KdLossArgs& args, double gradient_scale, std::in
       rows.z[k] = ez;
       if (any_teacher) {
         const V ev = Simd::exp(dv * inv_t);
-        if (elsewhere) lanes.sum_vr += Simd::exp(dv * inv_r);
         stats.sum_vt += ev;
         stats.dot = Simd::fma_where_positive(ev, dv - dz, stats.dot);
         rows.v[k] = ev;
       }
+    }
+    if (any_teacher) {
+      with_power(ratio, [&](auto n) {
+        for (std::int64_t k = 0; k < classes; ++k) lanes.sum_vr += power<n()>(rows.v[k]);
+      });
     }
     const LaneTerms terms = finish_lanes(stats, lanes, params, static_cast<float>(classes));
     if (args.counts != nullptr) {

@@ -35,6 +35,37 @@ inline Simd::V power(Simd::V x) {
   return Simd::mul(fourth, fourth);
 }
 
+// Calls body with the constant n, if power knows it; says whether.
+template <class Body>
+inline bool with_power(int n, Body body) {
+  switch (n) {
+    case 2:
+      body(std::integral_constant<int, 2>());
+      return true;
+    case 3:
+      body(std::integral_constant<int, 3>());
+      return true;
+    case 4:
+      body(std::integral_constant<int, 4>());
+      return true;
+    case 8:
+      body(std::integral_constant<int, 8>());
+      return true;
+    default:
+      return false;
+  }
+}
+
+// What with_power makes exp(x / R), R the temperature of the revision, of exp(x / T); else 0.
+inline int revision_power(const KdLossArgs& args) {
+  if (!lrds::revises_elsewhere(args, args.temperature)) return 0;
+  constexpr int kPowers[] = {2, 3, 4, 8};
+  for (const int power : kPowers) {
+    if (args.temperature == power * args.revise_temperature) return power;
+  }
+  return 0;
+}
+
 // Calls body(k, n) for every vector of a row: n = kWidth, and once less for the tail.
 template <class Body>
 inline void for_each_vector(std::int64_t begin, std::int64_t end, Body body) {
@@ -105,7 +136,7 @@ struct Hyper {
   float inv_t;
   bool smoothing;
   std::int64_t classes;
-  int revision_power;  // T over the temperature of the revision, where power knows it; else 0
+  int revision_power;
 };
 
 // Where a row's exponentials are kept for its gradient; null where it has none.
@@ -202,22 +233,11 @@ float revision_sum(const Hyper& hyper, const V* v, const float* kept, float max_
     return total;
   };
   // What is kept past the end of a row is 0.
-  const auto of_kept = [&](auto exponent) {
-    return sum([&](std::int64_t k, auto) { return power<exponent()>(Simd::load(kept + k)); });
-  };
-  if (kept != nullptr) {
-    switch (hyper.revision_power) {
-      case 2:
-        return of_kept(std::integral_constant<int, 2>());
-      case 3:
-        return of_kept(std::integral_constant<int, 3>());
-      case 4:
-        return of_kept(std::integral_constant<int, 4>());
-      case 8:
-        return of_kept(std::integral_constant<int, 8>());
-      default:
-        break;
-    }
+  float of_kept = 0.0f;
+  if (kept != nullptr && with_power(hyper.revision_power, [&](auto n) {
+        of_kept = sum([&](std::int64_t k, auto) { return power<n()>(Simd::load(kept + k)); });
+      })) {
+    return of_kept;
   }
   const Simd::V shift = Simd::set(lrds::anchor(max_v));
   const Simd::V scale = Simd::set(hyper.params.inv_revise_temperature);
@@ -364,15 +384,6 @@ void finish_group(const Hyper& hyper, Row* rows, int count) {
         RowGradient{terms.on_z[lane], terms.on_zt[lane], terms.on_vt[lane], terms.smoothing[lane],
                     at_target[lane],  shift_z[lane],     shift_v[lane]};
   }
-}
-
-inline int revision_power(const KdLossArgs& args) {
-  if (!lrds::revises_elsewhere(args, args.temperature)) return 0;
-  constexpr int kPowers[] = {2, 3, 4, 8};
-  for (const int power : kPowers) {
-    if (args.temperature == power * args.revise_temperature) return power;
-  }
-  return 0;
 }
 
 // Calls with_terms with the constants (P, CE, KD) that the row's weights ask for.

@@ -108,24 +108,40 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       if (reads_v) v_edge = load_one_v(v_row, layout.edge(thread));
     }
     // This thread's vector i, from where it is. A teacher that is not read is 0.
-    const auto fetch = [&](auto case_of, int i, ZVec& z, VVec& v) {
+    const auto fetch_v = [&](int i) -> VVec {
       const int n = i * threads + thread;
       const int k = layout.head + n * kWidth;
       const bool kept = i < resident;
-      z = load_either(kept, z_slots + n, reinterpret_cast<const ZVec*>(z_row + k));
+      if constexpr (kSameTeacher) {
+        return load_either(kept, v_slots + n,
+                           reinterpret_cast<const VVec*>(reinterpret_cast<const S*>(v_row) + k));
+      } else {
+        return kept ? v_slots[n] : load_v(v_row, k);
+      }
+    };
+    const auto fetch = [&](auto case_of, int i, ZVec& z, VVec& v) {
+      const int n = i * threads + thread;
+      const int k = layout.head + n * kWidth;
+      z = load_either(i < resident, z_slots + n, reinterpret_cast<const ZVec*>(z_row + k));
       v = VVec{};
       if (decltype(case_of)::value == kHuge ? reads_v : kHasTeacher<decltype(case_of)::value>) {
-        if constexpr (kSameTeacher) {
-          v = load_either(kept, v_slots + n,
-                          reinterpret_cast<const VVec*>(reinterpret_cast<const S*>(v_row) + k));
-        } else {
-          v = kept ? v_slots[n] : load_v(v_row, k);
-        }
+        v = fetch_v(i);
       }
     };
 
+    // What the block's warps know of a row, put together.
+    const auto merge_block = [&](const OnlineStats<A>& part) {
+      const int lane = thread % kWarpSize, warps = threads / kWarpSize;
+      if (lane == 0) packets[turn][thread / kWarpSize] = part;
+      __syncthreads();
+      OnlineStats<A> whole = lane < warps ? packets[turn][lane] : empty_online_stats<A>();
+      merge_lanes(sweep, whole);
+      turn ^= 1;
+      return whole;
+    };
+
     OnlineStats<A> stats = empty_online_stats<A>();
-    A z_y = A(0), v_y = A(0);
+    A z_y = A(0), v_y = A(0), sum_vr = A(0);
     __pipeline_wait_prior(0);
     if (reads_z) {
       with_case<kSquares>(sweep, reads_v, [&](auto case_of) {
@@ -146,16 +162,17 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       // Loaded here, so that the merge hides the latency.
       z_y = widen<A>(z_row[row.y]);
       if (reads_v) v_y = load_one_v(v_row, row.y);
-      const int lane = thread % kWarpSize, warps = threads / kWarpSize;
-      if (lane == 0) packets[turn][thread / kWarpSize] = stats;
-      __syncthreads();
-      stats = lane < warps ? packets[turn][lane] : empty_online_stats<A>();
-      merge_lanes(sweep, stats);
-      turn ^= 1;
+      stats = merge_block(stats);
+      if (reads_v && needs_sum_vr(sweep.params, v_y, stats.row.max_v)) {
+        A part = has_edge ? revision_part(sweep, stats.row, Vector<A, 1>{{v_edge}}) : A(0);
+#pragma unroll 1
+        for (int i = 0; i < slots; ++i) part += revision_part(sweep, stats.row, fetch_v(i));
+        sum_vr = merge_block(revision_stats(stats.row, part)).row.sum_vt;
+      }
     }
 
     const RowResult<A> result =
-        close_row(sweep, row, stats.row, z_y, v_y, scale.get(sweep, valid_rows), index);
+        close_row(sweep, row, stats.row, z_y, v_y, sum_vr, scale.get(sweep, valid_rows), index);
     if (thread == 0) write_row(sweep, row, result, index);
 
     const std::int64_t next_index = index + gridDim.x;

@@ -145,12 +145,13 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
   // fence: between the warps of a block through a barrier of the block, between blocks as stores
   // that a barrier counts in bytes, announced by the receiver's first warp.
   //
-  // Two sets in turn are enough. A warp that has a row's statistics knows that every warp of every
-  // block has sent its packet of that row, hence has read those of the row before; so what a block
-  // or a warp sends next, of the other set, overwrites nothing that is still to be read. And its
-  // bytes cannot be taken for those of a phase before: of a set they count for the row two before,
-  // which all blocks had finished when they sent the row between. No block leaves before it has its
-  // last row's packets, and nothing is sent to it after them.
+  // Two sets in turn are enough. A warp that has merged knows that every warp of every block has sent
+  // its packet of that merge, hence has read those of the merge before; so what a block or a warp
+  // sends next, of the other set, overwrites nothing that is still to be read. And its bytes cannot
+  // be taken for those of a phase before: of a set they count for the merge two before, which all
+  // blocks had finished when they sent the one between. Whether a row is merged a second time all of
+  // them decide alike. No block leaves before it has its last merge's packets, and nothing is sent to
+  // it after them.
   RingPlace set;
   const auto merge_cluster = [&](OnlineStats<A> stats) {
     OnlineStats<A>* const of_warps = shared.warp_packets[set.tile];
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     const Row<A> next = open_row(sweep, index + step);
     // The elements outside the vectors are the first block's.
     const bool has_edge = rank == 0 && thread < layout.edges && reads_z;
-    A z_edge = A(0), v_edge = A(0), z_y = A(0), v_y = A(0);
+    A z_edge = A(0), v_edge = A(0), z_y = A(0), v_y = A(0), sum_vr = A(0);
     if (has_edge) {
       z_edge = widen<A>(z_row[layout.edge(thread)]);
       if (reads_v) v_edge = widen<A>(v_row[layout.edge(thread)]);
@@ -228,6 +229,8 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
 
     OnlineStats<A> stats = empty_online_stats<A>();
     const RingPlace row_place = place;
+    // Is the row read once and no more?
+    const bool once = sweep.gradient == nullptr && !(reads_v && sweep.exp_r_scale != A(0));
     if (reads_z) {
       with_case<true>(sweep, reads_v, [&](auto case_of) {
         constexpr int kCase = decltype(case_of)::value;
@@ -241,17 +244,30 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
             };
             add_vectors<kCase, 1, Vec, Vec>(sweep, 1, fetch_next, own);
           }
-          if (sweep.gradient == nullptr) release(place.tile);
+          if (once) release(place.tile);
           place.advance(tiles);
         }
         stats = warp_stats<kCase>(sweep, own);
       });
       add_lanes(sweep, stats);
       stats = merge_cluster(stats);
+      if (reads_v && sweep.exp_r_scale != A(0)) {
+        const bool wrong = needs_sum_vr(sweep.params, v_y, stats.row.max_v);
+        A part = has_edge ? revision_part(sweep, stats.row, Vector<A, 1>{{v_edge}}) : A(0);
+        RingPlace again = row_place;
+        for (int done = 0; done < slice_vectors; done += kBulkThreads) {
+          if (wrong && done + thread < slice_vectors) {
+            part += revision_part(sweep, stats.row, teacher_tile(again.tile)[thread]);
+          }
+          if (sweep.gradient == nullptr) release(again.tile);
+          again.advance(tiles);
+        }
+        if (wrong) sum_vr = merge_cluster(revision_stats(stats.row, part)).row.sum_vt;
+      }
     }
 
     const RowResult<A> result =
-        close_row(sweep, row, stats.row, z_y, v_y, scale.get(sweep, valid_rows), index);
+        close_row(sweep, row, stats.row, z_y, v_y, sum_vr, scale.get(sweep, valid_rows), index);
     if (rank == 0 && thread == 0) write_row(sweep, row, result, index);
     const int y = row.y;
     row = next;

@@ -278,6 +278,31 @@ __device__ inline void merge_lanes(const Sweep<A>& sweep, OnlineStats<A>& stats)
   add_lanes<kLanes>(sweep, stats);
 }
 
+// --- A revision at a temperature of its own ---
+
+// A thread's vector of v, or one element, of the sum that needs_sum_vr asks for, where all of the
+// row's statistics are there.
+template <class A, class V, int kWidth>
+__device__ inline A revision_part(const Sweep<A>& sweep, const RowStats<A>& stats,
+                                  const Vector<V, kWidth>& v_vector) {
+  A v[kWidth], sum = A(0);
+  widen_vector(v_vector, v);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    sum += exp_unit((v[j] - anchor(stats.max_v)) * sweep.exp_r_scale);
+  }
+  return sum;
+}
+
+// The threads' parts as statistics of a warp, which add up as those of any part of a row do.
+template <class A>
+__device__ inline OnlineStats<A> revision_stats(const RowStats<A>& stats, A part) {
+  OnlineStats<A> out = empty_online_stats<A>();
+  out.row.max_v = stats.max_v;
+  out.row.sum_vt = group_sum(part, kWarpSize);
+  return out;
+}
+
 // --- The gradient ---
 
 // dL/dz_k = coefficient_z * exp_unit(z_k * exp_scale - scaled_z) + ... - smoothing, without the

@@ -30,6 +30,7 @@ struct Sweep {
   RowParams<A> params;
   A exp_scale;    // exp_scaled(x, exp_scale) = exp(x)
   A exp_t_scale;  // exp_scaled(x, exp_t_scale) = exp(x / T)
+  A exp_r_scale;  // exp_scaled(x, exp_r_scale) = exp(x / R), of a revision at R; 0: it is at T
   int squarings;  // T = 2^squarings: exp(x) is exp(x / T) squared so many times; -1: any other T
   Reduction reduction;
   const A* num_valid;
@@ -73,6 +74,8 @@ Sweep<A> make_sweep(const KdLossArgs& args, ValidRows valid_rows) {
       row_params<A>(args),
       static_cast<A>(kUnit),
       static_cast<A>(kUnit / args.temperature),
+      static_cast<A>(revises_elsewhere(args, args.temperature) ? kUnit / args.revise_temperature
+                                                               : 0.0),
       squarings,
       args.reduction,
       static_cast<const A*>(args.num_valid),
@@ -266,10 +269,11 @@ __device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& ro
 }
 template <class A>
 __device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& row,
-                                         const RowStats<A>& stats, A z_y, A v_y, A scale,
+                                         const RowStats<A>& stats, A z_y, A v_y, A sum_vr, A scale,
                                          std::int64_t index) {
-  return close_row(sweep, row, row.weights(sweep), stats, row_target(stats, z_y, v_y, sweep.params),
-                   scale, index, index < sweep.rows);
+  return close_row(sweep, row, row.weights(sweep), stats,
+                   row_target(stats, z_y, v_y, sum_vr, sweep.params), scale, index,
+                   index < sweep.rows);
 }
 
 template <class A>

@@ -199,6 +199,12 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     stats.sum_shift = group_sum(stats.sum_shift, lanes) * unit;
   }
 
+  A sum_vr = A(0);
+  if (sweep.exp_r_scale != A(0) && __any_sync(kWholeWarp, wrong)) {
+    each([&](A, A v_k) { sum_vr += exp2_approximate((v_k - shift_v) * sweep.exp_r_scale); });
+    sum_vr = group_sum(sum_vr, lanes);
+  }
+
   // z and v become exp((z - max z) / T) and exp((v - max v) / T). Where exp(z - max z) is no power
   // of that, z becomes the exponent.
   with_squarings(sweep, [&](auto squarings) {
@@ -225,8 +231,12 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
 
   const A e_z_y = fmaf(z_y, scale, -base_z), e_v_y = fmaf(v_y, scale, -base_v);
   const A exp_vt_y = exp2_approximate(e_v_y);
-  const RowTarget<A> target{e_z_y * unit, e_v_y * unit, exp_vt_y,
-                            exp2_approximate(fmaf(shift_v, scale, -base_v)), wrong};
+  RowTarget<A> target{e_z_y * unit, e_v_y * unit,
+                      exp_vt_y,     exp2_approximate(fmaf(shift_v, scale, -base_v)),
+                      A(0),         wrong};
+  if (sweep.exp_r_scale != A(0) && wrong) {
+    target.revised_shift = revised_target(v_y - shift_v, sum_vr, sweep.params);
+  }
   const RowResult<A> result =
       close_row(sweep, row, weights, stats, target, scale_of(), index, exists);
   if (!exists) return;

@@ -17,6 +17,7 @@ struct Options {
   double eta;
   double label_smoothing;
   bool revise;
+  double revise_temperature;  // 0: temperature
 };
 
 struct RowResult {
@@ -63,11 +64,23 @@ inline RowResult kd_loss_row(const std::vector<double>& z, const std::vector<dou
     std::vector<double> p;
     for (const double value : log_p) p.push_back(std::exp(value));
     if (options.revise && v[y] < top) {
+      const double r = options.revise_temperature > 0.0 ? options.revise_temperature : t;
+      const std::vector<double> log_p_r = log_softmax(v, r);
       double p_top = 0.0;
-      for (const double value : p) p_top = std::fmax(p_top, value);
-      const double beta = options.eta / (1.0 + (p_top - p[y]));
-      for (double& value : p) value *= beta;
+      for (const double value : log_p_r) p_top = std::fmax(p_top, std::exp(value));
+      const double beta = options.eta / (1.0 + (p_top - std::exp(log_p_r[y])));
+      for (std::size_t k = 0; k < classes; ++k) p[k] = beta * std::exp(log_p_r[k]);
       p[y] += 1.0 - beta;
+      if (r != t) {
+        // p to the power of R / T, normalised; the others' from their logarithms, which may be of
+        // what has underflown.
+        std::vector<double> logits;
+        for (std::size_t k = 0; k < classes; ++k) {
+          logits.push_back(r * (k == y ? std::log(p[k]) : std::log(beta) + log_p_r[k]));
+        }
+        p = log_softmax(logits, t);
+        for (double& value : p) value = std::exp(value);
+      }
       out.revised = true;
     }
     double kl = 0.0;

@@ -97,6 +97,7 @@ class Buffer {
 struct Case {
   int divergence = 0;
   Revise revise = Revise::kLabelRevision;
+  double revise_temperature = 0.0;
   DType student = DType::kFloat32;
   DType teacher = DType::kFloat32;
   std::size_t classes = 33;
@@ -116,14 +117,15 @@ struct Case {
   std::string text() const {
     char line[256];
     std::snprintf(line, sizeof line,
-                  "divergence %d revise %d %s/%s C=%zu%s%s%s smoothing %g T=%g x%zu kept %zu "
+                  "divergence %d revise %d at %g %s/%s C=%zu%s%s%s smoothing %g T=%g x%zu kept %zu "
                   "reduction %d%s%s%s "
                   "prefix %d device %d",
-                  divergence, static_cast<int>(revise), name_of(student), name_of(teacher), classes,
-                  soft ? " soft" : "", standardize ? " standardized" : "",
-                  weighted ? " weighted" : "", label_smoothing, temperatures[0],
-                  temperatures.size(), kept, static_cast<int>(reduction), given ? " given" : "",
-                  per_row ? " per row" : "", in_place ? " in place" : "", teacher_rows, device);
+                  divergence, static_cast<int>(revise), revise_temperature, name_of(student),
+                  name_of(teacher), classes, soft ? " soft" : "",
+                  standardize ? " standardized" : "", weighted ? " weighted" : "", label_smoothing,
+                  temperatures[0], temperatures.size(), kept, static_cast<int>(reduction),
+                  given ? " given" : "", per_row ? " per row" : "", in_place ? " in place" : "",
+                  teacher_rows, device);
     return line;
   }
 };
@@ -265,6 +267,7 @@ void run(const Case& c) {
   args.eta = 0.7;
   args.label_smoothing = c.label_smoothing;
   args.revise = c.revise;
+  args.revise_temperature = c.revise_temperature;
   args.reduction = c.reduction;
   args.divergence = c.divergence;
   const double parameters[] = {1.5, 2.5, 2.0};
@@ -443,7 +446,7 @@ std::vector<Case> cases() {
   int turn = 0;
   for (int divergence = 0; divergence < lrds::Divergences::kCount; ++divergence) {
     // Every divergence meets every option; the types, sizes and reductions take turns.
-    for (int option = 0; option < 14; ++option, ++turn) {
+    for (int option = 0; option < 18; ++option, ++turn) {
       Case c;
       c.divergence = divergence;
       c.student = c.teacher = types[turn % 4];
@@ -515,6 +518,26 @@ std::vector<Case> cases() {
           c.teacher = c.student == DType::kFloat32 ? DType::kBFloat16 : DType::kFloat32;
           c.revise = Revise::kMft;
           break;
+        case 14:
+          c.revise_temperature = 1.0;
+          c.temperatures = {1.0, 4.0};
+          break;
+        case 15:
+          c.revise = Revise::kMft;
+          c.revise_temperature = 6.0;
+          c.standardize = true;
+          c.classes = 33;
+          break;
+        case 16:
+          c.soft = true;
+          c.revise_temperature = 1.5;
+          c.classes = 33;
+          break;
+        case 17:
+          c.classes = 33;
+          c.kept = 4;
+          c.revise_temperature = 1.0;
+          break;
       }
       // The plain loss has kernels of its own; label revision of KL alone would not come here.
       if (divergence == 0 && c.revise == Revise::kLabelRevision && c.temperatures.size() == 1 &&
@@ -533,6 +556,7 @@ std::vector<Case> cases() {
       c.device = option >= 4 ? 2 : 0;
       c.student = c.teacher = types[turn % 3];
       c.revise = divergence == 0 || option == 2 ? Revise::kMft : Revise::kLabelRevision;
+      c.revise_temperature = option % 2 == 1 ? 1.0 : 0.0;
       c.in_place = option == 3;
       c.teacher_rows = option == 1 ? 5 : -1;
       c.reduction = static_cast<Reduction>(turn % 4);

@@ -164,6 +164,7 @@ struct Case {
   double eta = 0.8;
   std::int64_t ignore_index = -100;
   bool revise = true;
+  double revise_temperature = 0.0;
   double num_valid = -1.0;  // negative: not given
   double grad_scale = 0.0;  // 0: not given
   GradOutput grad_output = GradOutput::kNone;
@@ -182,7 +183,7 @@ struct Case {
     std::snprintf(
         line, sizeof line,
         "%s: %s/%s C=%lld N=%lld K=%lld offsets %lld,%lld,%lld padding %lld,%lld %s selected %d "
-        "reduction %d T=%g weights %g,%g,%g smoothing %g eta %g ignore %lld%s num_valid %g "
+        "reduction %d T=%g weights %g,%g,%g smoothing %g eta %g ignore %lld%s at %g num_valid %g "
         "grad_scale %g grad_output %d%s%s%s shift %g spread %g slope %g%s device %d",
         group, name_of(student), name_of(teacher), static_cast<long long>(classes),
         static_cast<long long>(rows), static_cast<long long>(teacher_rows),
@@ -191,9 +192,10 @@ struct Case {
         static_cast<long long>(teacher_padding), target_is_int64 ? "int64" : "int32",
         static_cast<int>(selected), static_cast<int>(reduction), temperature, ce_weight,
         ce_weight_unselected, kd_weight, label_smoothing, eta, static_cast<long long>(ignore_index),
-        revise ? " revised" : "", num_valid, grad_scale, static_cast<int>(grad_output),
-        with_gradient ? "" : " no gradient", with_loss ? "" : " no loss", hard ? " hard" : "",
-        shift, spread, slope, masked ? " masked" : "", device);
+        revise ? " revised" : "", revise_temperature, num_valid, grad_scale,
+        static_cast<int>(grad_output), with_gradient ? "" : " no gradient",
+        with_loss ? "" : " no loss", hard ? " hard" : "", shift, spread, slope,
+        masked ? " masked" : "", device);
     return line;
   }
 };
@@ -353,9 +355,9 @@ void run(const Case& c, std::uint32_t seed) {
   for (std::size_t i = 0; i < n; ++i) grad_output.set(i, uniform(random) - 0.5);
 
   // --- Expected ---
-  const reference::Options options{c.temperature, c.ce_weight, c.ce_weight_unselected,
-                                   c.kd_weight,   c.eta,       c.label_smoothing,
-                                   c.revise};
+  const reference::Options options{
+      c.temperature,     c.ce_weight, c.ce_weight_unselected, c.kd_weight, c.eta,
+      c.label_smoothing, c.revise,    c.revise_temperature};
   const double valid = static_cast<double>(std::count_if(
       target.begin(), target.end(), [&](std::int64_t y) { return y != c.ignore_index; }));
   const double denominator = c.num_valid >= 0.0 ? c.num_valid : valid;
@@ -426,6 +428,7 @@ void run(const Case& c, std::uint32_t seed) {
     args.ce_weight_unselected = c.ce_weight_unselected;
     args.kd_weight = c.kd_weight;
     args.eta = c.eta;
+    args.revise_temperature = c.revise_temperature;
     args.label_smoothing = c.label_smoothing;
     args.revise = c.revise ? Revise::kLabelRevision : Revise::kNone;
     args.reduction = c.reduction;
@@ -706,6 +709,54 @@ std::vector<Case> kd_loss_cases() {
         c.spread = 1e30;
         add(c);
       }
+    }
+  }
+  // The sum of a revision at a temperature of its own, on every path: flat, vectors, elements,
+  // blocks that keep a row and that read it again, one block of a ring and a cluster.
+  group = "revision";
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
+    const std::int64_t bulk = type == DType::kFloat32 ? 8201 : 16403;
+    for (const std::int64_t classes :
+         {std::int64_t{10}, std::int64_t{200}, std::int64_t{513}, std::int64_t{1029}, bulk}) {
+      if (classes == bulk && type == DType::kFloat64) continue;
+      for (const double r : {1.0, 6.0}) {
+        Case c = make(type, type, classes, classes > 1024 ? 5 : 13);
+        c.device = classes == bulk ? 3 : classes > 1024 ? 2 : 0;
+        c.selected = SelectedType::kBool;
+        c.revise_temperature = r;
+        c.temperature = r == 1.0 ? 4.0 : 2.5;
+        add(c);
+        c.with_gradient = false;
+        add(c);
+        c.with_gradient = true;
+        c.hard = false;
+        c.teacher_padding = 1;
+        if (classes == bulk) continue;
+        add(c);
+        c.device = 2;
+        c.teacher_padding = 0;
+        c.shift = type == DType::kBFloat16 ? 1e7 : 1e6;
+        c.spread = type == DType::kBFloat16 ? 2e5 : 200.0;
+        add(c);
+        c.shift = 0.0;
+        c.masked = true;
+        c.spread = 1.0;
+        c.eta = 0.999;
+        add(c);
+      }
+    }
+    if (type == DType::kFloat64) continue;
+    for (const bool with_gradient : {true, false}) {
+      Case c = make(type, type, 2 * bulk, 7);
+      c.device = 3;
+      c.revise_temperature = 1.0;
+      c.with_gradient = with_gradient;
+      add(c);
+      c.device = 5;
+      add(c);
+      c.device = 2;
+      c.rows = 2;
+      add(c);
     }
   }
   // Rows further apart than 32 bits count.

@@ -33,6 +33,7 @@ struct Case {
   std::size_t classes;
   std::vector<double> temperatures;
   bool standardize, direction;
+  double revise_temperature = 0.0;
 };
 
 int failures = 0;
@@ -132,6 +133,7 @@ void run(const Case& c) {
   args.ce_weight = args.ce_weight_unselected = args.kd_weight = 1.0;
   args.eta = 0.7;
   args.revise = c.revise;
+  args.revise_temperature = c.revise_temperature;
   args.reduction = lrds::Reduction::kSum;
   args.divergence = c.divergence;
   const double parameters[] = {c.divergence == 7 ? 0.3 : 1.5, 2.5, 2.0};
@@ -217,6 +219,7 @@ int main() {
       add({divergence, Revise::kLabelRevision, f32, f32, classes, {4.0}, false, true});
     }
     add({divergence, Revise::kNone, f64, f32, 70, {2.0}, false, true});
+    add({divergence, Revise::kLabelRevision, f32, f32, 65, {4.0}, false, true, 1.0});
   }
   for (const Revise revise : {Revise::kNone, Revise::kLabelRevision, Revise::kMft}) {
     add({0, revise, bf16, f16, 100, {4.0}, false, true});
