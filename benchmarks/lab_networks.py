@@ -1,7 +1,8 @@
 """Label revision and data selection on convolutional networks: paired trainings on CIFAR-100.
 
-    python benchmarks/lab_networks.py --cache DIR                  # all jobs, one after the other
-    python benchmarks/lab_networks.py --cache DIR --regimes unseen # some of them
+    python benchmarks/lab_networks.py run --cache DIR                   # all trainings, one after the other
+    python benchmarks/lab_networks.py run --cache DIR --regimes unseen  # those of one regime
+    python benchmarks/lab_networks.py page                              # docs/benchmarks/method.md and its plots
 
 The protocol is in docs/benchmarks/method.md. A pair is a teacher and a student's initialisation; its arms differ in
 nothing else: same samples, same augmented views in the same order. Arms with a selection continue from the checkpoint
@@ -16,10 +17,10 @@ import csv
 import fcntl
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lrds_fast
 from benchmarks.bench_kd_loss import commit, cpu_name
-from lrds_fast import influence, models
+from lrds_fast import charts, influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
 from lrds_fast.files import replacing
+from lrds_fast.train.files import write_text
 from lrds_fast.train.setup import available_amp
+from lrds_fast.train.statistics import estimate
 
 HERE = Path(__file__).resolve().parent
 STORED = HERE / "results" / "method_networks.csv"
@@ -403,7 +406,7 @@ class Pair:
         }  # fmt: skip
 
 
-def stored_rows(path: Path = STORED) -> list[dict[str, str]]:
+def stored_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -447,31 +450,171 @@ def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]
             yield from ((regime, *pair, (*primary, *rest)) for pair in wanted)
 
 
+# --- The page -------------------------------------------------------------------------------------------------------
+
+PAGE = HERE.parent / "docs" / "benchmarks" / "method.md"
+BEGIN, END = "<!-- networks:begin -->", "<!-- networks:end -->"
+#: Not trained: of a pair's plain KDs the one that is most accurate on the held-out pictures.
+TUNED = "kd-tuned"
+Results = dict[str, dict[tuple[int, int], dict[str, str]]]
+
+
+def results_of(rows: Sequence[dict[str, str]], regime: str) -> Results:
+    """The regime's rows by arm and pair, with those of tuned KD where a pair has all three weights."""
+    found: Results = {}
+    for row in rows:
+        if row["regime"] == regime:
+            found.setdefault(row["arm"], {})[int(row["teacher"]), int(row["student"])] = row
+    weights = [found.get(arm, {}) for arm in ("kd", "kd-ce0.3", "kd-ce1")]
+    for pair in set.intersection(*(set(each) for each in weights)):
+        tuned = max((each[pair] for each in weights), key=lambda row: float(row["val_acc"]))
+        found.setdefault(TUNED, {})[pair] = tuned
+    return found
+
+
+def differences(results: Results, arm: str, baseline: str, key: str) -> list[float]:
+    """arm - baseline for each pair that has both, in the pairs' order."""
+    ours, theirs = results.get(arm, {}), results.get(baseline, {})
+    return [float(ours[pair][key]) - float(theirs[pair][key]) for pair in sorted(ours.keys() & theirs.keys())]
+
+
+def signed(values: Sequence[float], digits: int) -> str:
+    """Mean and half-width of the 95% t interval, in bold where it excludes 0; the mean alone of one pair."""
+    if not values:
+        return "-"
+    found = estimate(values)
+    if found.n == 1:
+        return f"{found.mean:+.{digits}f}"
+    text = f"{found.mean:+.{digits}f} ± {(found.interval[1] - found.interval[0]) / 2:.{digits}f}"
+    return text if found.within_noise else f"**{text}**"
+
+
+def table(results: Results) -> str:
+    """Markdown: a row an arm."""
+    lines = [
+        "| arm | pairs | accuracy, % | NLL | ECE, % | accuracy - kd | NLL - kd | accuracy - tuned | NLL - tuned"
+        " | denied (teacher wrong) |",
+        "|---" * 10 + "|",
+    ]
+    for arm in [*ARMS, TUNED]:
+        rows = results.get(arm, {}).values()
+        if not rows:
+            continue
+        level = [estimate([float(row[key]) for row in rows]).mean for key in ("test_acc", "test_nll", "test_ece")]
+        denied, wrong = (sum(int(row[key]) for row in rows) for key in ("denied", "denied_wrong"))
+        cells = [arm, len(rows), f"{level[0]:.2f}", f"{level[1]:.3f}", f"{level[2]:.1f}"]
+        for baseline in ("kd", TUNED):
+            for key, digits in (("test_acc", 2), ("test_nll", 3)):
+                same = arm == baseline
+                cells.append("" if same else signed(differences(results, arm, baseline, key), digits))
+        cells.append(f"{denied / len(rows):.0f} ({wrong / denied:.0%})" if denied else "0")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def registered(results: Mapping[str, Results]) -> list[str]:
+    """The registered comparisons, with their numbers."""
+    unseen, clean = results["unseen"], results["clean"]
+    lines = [
+        f"1. Primary, *unseen*, `lr+ds` - `kd`: accuracy {signed(differences(unseen, 'lr+ds', 'kd', 'test_acc'), 2)},"
+        f" NLL {signed(differences(unseen, 'lr+ds', 'kd', 'test_nll'), 3)};"
+        f" {len(differences(unseen, 'lr+ds', 'kd', 'test_acc'))} of 8 pairs.",
+        f"2. Gate, *unseen*, `ds` - `random`: accuracy {signed(differences(unseen, 'ds', 'random', 'test_acc'), 2)},"
+        f" NLL {signed(differences(unseen, 'ds', 'random', 'test_nll'), 3)}.",
+    ]
+    parts = [f"`{arm}` {signed(differences(clean, arm, 'kd', 'test_acc'), 2)}" for arm in ("lr", "ds", "lr+ds")]
+    lines.append(f"3. Safety, *clean*, accuracy - `kd`: {', '.join(parts)}.")
+    parts = [
+        f"*{regime}* {signed(differences(found, 'lr+ds', TUNED, 'test_acc'), 2)} (NLL"
+        f" {signed(differences(found, 'lr+ds', TUNED, 'test_nll'), 3)})"
+        for regime, found in results.items()
+    ]
+    lines.append(f"4. `lr+ds` - tuned KD, accuracy: {', '.join(parts)}.")
+    return lines
+
+
+def forest(results: Mapping[str, Results], key: str) -> Any:
+    """Differences to plain KD, a panel a regime."""
+    panels = {}
+    for regime, found in results.items():
+        lines = []
+        for arm in [*ARMS, TUNED]:
+            pairs = differences(found, arm, "kd", key)
+            if arm not in ("kd", "alone") and len(pairs) > 1:
+                mean = estimate(pairs)
+                lines.append(charts.Interval(arm, mean.mean, *mean.interval, pairs))
+        if lines:
+            panels[regime] = lines
+    label, better = ("accuracy - kd, points", "higher") if key == "test_acc" else ("NLL - kd", "lower")
+    return charts.forest_plot(panels, x_label=label, better=better) if panels else None
+
+
+def section(rows: Sequence[dict[str, str]]) -> str:
+    """The results as Markdown."""
+    results = {regime: results_of(rows, regime) for regime in REGIMES}
+    places = sorted({f"{row['cpu']}, {row['precision']}, torch {row['torch']}, commit {row['commit']}" for row in rows})
+    parts = ["## On convolutional networks: the results", "\n".join(registered(results))]
+    for regime, found in results.items():
+        if found:
+            some = next(iter(found.values()))
+            accuracy, wrong = (
+                estimate([float(row[key]) for row in some.values()]).mean
+                for key in ("teacher_test_acc", "teacher_wrong")
+            )
+            parts += [
+                f"### {regime}",
+                f"The teachers are right on {accuracy:.1f}% of the test pictures and wrong on {wrong:.1%} of the"
+                " students'.",
+                table(found),
+            ]
+    parts += [f"![Paired differences: {name}](method_networks_{name}.svg)" for name in ("acc", "nll")]
+    parts.append(f"± is the half-width of a 95% t interval over pairs, bold where it excludes 0. {'; '.join(places)}.")
+    return "\n\n".join(parts)
+
+
+def write_page(page: Path, csv_path: Path) -> None:
+    """The page's section between its marks, and the plots beside it."""
+    rows = stored_rows(csv_path)
+    text = page.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} must have {BEGIN} and {END} once")
+    results = {regime: results_of(rows, regime) for regime in REGIMES}
+    for name in ("acc", "nll"):
+        made = forest(results, f"test_{name}")
+        if made is not None:
+            charts.save(made, page.parent / f"method_networks_{name}.svg", f"Paired differences to plain KD: {name}")
+    write_text(page, f"{before}{BEGIN}\n{section(rows)}\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder for logits and checkpoints")
-    parser.add_argument(
-        "--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="the first one's primary arms come first"
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("run", help="the trainings that have no row yet")
+    run.add_argument("--cache", type=Path, required=True, help="folder for logits and checkpoints")
+    run.add_argument(
+        "--regimes", nargs="+", choices=REGIMES, default=REGIMES, help="the first one's primary arms first"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data", default="", help="folder of CIFAR-100 (default: in LRDS_DATA)")
+    run.add_argument("--threads", type=int, default=1)
+    run.add_argument("--data", default="", help="folder of CIFAR-100 (default: in LRDS_DATA)")
+    actions.add_parser("page", help="docs/benchmarks/method.md and its plots, from the stored rows")
     options = parser.parse_args()
+    if options.action == "page":
+        write_page(PAGE, STORED)
+        return
     torch.set_num_threads(options.threads)
     options.cache.mkdir(parents=True, exist_ok=True)
     data = cifar(CLASSES, options.data)
     for regime, teacher, student, arms in jobs(options.regimes):
         with claimed(options.cache / f"{regime}_{teacher}_{student}.lock") as mine:
-            if not mine:
-                continue
             pair = None
-            for name in arms:
-                done = {(row["regime"], int(row["teacher"]), int(row["student"]), row["arm"]) for row in stored_rows()}
-                if (regime, teacher, student, name) in done:
-                    continue
-                pair = pair or Pair(regime, teacher, student, data, options.cache)
-                row = pair.run(name)
-                append(row)
-                print(*row.values(), flush=True)
+            for name in arms if mine else ():
+                rows = stored_rows(STORED)
+                done = {(row["regime"], int(row["teacher"]), int(row["student"]), row["arm"]) for row in rows}
+                if (regime, teacher, student, name) not in done:
+                    pair = pair or Pair(regime, teacher, student, data, options.cache)
+                    append(pair.run(name))
 
 
 if __name__ == "__main__":

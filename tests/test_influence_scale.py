@@ -94,7 +94,8 @@ def test_a_folder_holds_what_memory_does(tmp_path: Path, layers: str) -> None:
     again = influence.load_scores(tmp_path / "scores")
     assert torch.equal(again["kd_gain"], found["kd_gain"]) and torch.equal(again.target, found.target)
     table = pd.read_parquet(tmp_path / "scores").sort_values("index")
-    assert list(table.columns) == ["index", "label", "teacher_pred", *NAMES] and len(table) == SAMPLES
+    errors = ["kd_gain_standard_error"] if layers == "last" else []
+    assert set(table.columns) == {"index", "label", "teacher_pred", *NAMES, *errors} and len(table) == SAMPLES
     assert table["kd_gain"].tolist() == found["kd_gain"].tolist()
     # What resuming would have needed is gone.
     files = {path.name for path in (tmp_path / "scores").iterdir() if path.suffix != ".parquet"}

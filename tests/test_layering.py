@@ -31,6 +31,7 @@ PYTHON_MAY_IMPORT = {
     "reference": {"reference", "arguments", "divergences", "topk"},
     "_version": {"_version"},
     "files": {"files"},
+    "charts": {"charts", "files"},
     "_build": {"_build"},
     "rand_augment": {"rand_augment"},
     "_ops": {"_ops", "_C", "_build", "_version"},

@@ -225,7 +225,7 @@ def test_pandas_reads_the_table(scores: influence.Scores, tmp_path: Path) -> Non
     chosen = select(scores, threshold=0.0)
     chosen.save(tmp_path / "d_t.parquet")
     frame = pd.read_parquet(tmp_path / "d_t.parquet")
-    assert list(frame.columns) == ["index", "label", "teacher_pred", *scores, "selected"]
+    assert list(frame.columns) == ["index", "label", "teacher_pred", *scores, "kd_gain_standard_error", "selected"]
     assert frame["index"].tolist() == list(range(60))
     assert frame["label"].tolist() == scores.target.tolist()
     assert frame["teacher_pred"].tolist() == scores.teacher_pred.tolist()
@@ -465,8 +465,8 @@ def test_scores_of_another_dataset_are_refused(scores: influence.Scores) -> None
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "nothing asked": ({}, ValueError, "exactly one of ratio and threshold"),
-    "both asked": ({"ratio": 0.5, "threshold": 0.0}, ValueError, "exactly one of ratio and threshold"),
+    "nothing asked": ({}, ValueError, "exactly one of confidence, ratio and threshold"),
+    "both asked": ({"ratio": 0.5, "threshold": 0.0}, ValueError, "exactly one of confidence, ratio and threshold"),
     "ratio above 1": ({"ratio": 1.5}, ValueError, r"ratio must lie in \[0, 1\]; got 1.5"),
     "nan ratio": ({"ratio": math.nan}, ValueError, r"ratio must lie in \[0, 1\]"),
     "nan threshold": ({"threshold": math.nan}, ValueError, "threshold must be a number"),

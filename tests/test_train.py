@@ -506,6 +506,30 @@ def test_the_family_of_losses_in_a_recipe(tmp_path: Path, loss: dict[str, Any]) 
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("eta", "warns"), [(0.3, True), (0.999, False)])
+def test_revised_labels_are_watched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], eta: float, warns: bool
+) -> None:
+    """The log has the label's probability on revised and on right rows; a run warns once where the first is larger."""
+    data, guide = blobs(), teacher()
+    chosen = recipe(**{"loss.eta": eta, "schedule.epochs": 2, "data.batch_size": 20})
+    records, _ = run(tmp_path, recipe=chosen, teacher=guide, data=data)
+    images, labels = data.score.images, data.score.labels
+    with torch.no_grad():
+        v = guide(images.float())
+    wrong = predicted(v, labels) != labels
+    assert 0 < int(wrong.sum()) < len(labels)
+    p = (v / 4).softmax(1).gather(1, labels[:, None])[:, 0]
+    revised = lrds_fast.reference.revise_labels(v, labels, eta=eta, temperature=4.0).gather(1, labels[:, None])[:, 0]
+    for record in records:  # batches of 20 rows are counted whole
+        assert record["right_label_p"] == pytest.approx(float(p[~wrong].mean()), rel=1e-5)
+        assert record["revised_label_p"] == pytest.approx(float(revised[wrong].mean()), rel=1e-5)
+    told = capsys.readouterr().err
+    assert told.count("label revision gives the label a mean probability of") == int(warns)
+    unrevised, _ = run(tmp_path, "none", recipe=recipe(**{"loss.revise": "none"}), teacher=guide, data=data)
+    assert "revised_label_p" not in unrevised[0]
+
+
 @pytest.mark.parametrize("compose", ["prefix", "mask"])
 @pytest.mark.parametrize("method", ["dist", "mlkd", "revision"])
 def test_other_objectives_over_the_selected(tmp_path: Path, method: str, compose: str) -> None:

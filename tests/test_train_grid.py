@@ -77,7 +77,7 @@ def test_the_short_protocol_trains_every_run_on_the_same_samples() -> None:
     runs = [load_recipe(name) for name in ("cifar100-short/resnet20", "cifar100-short/resnet8", f"{pair}/kd")]
     runs += [load_recipe(f"{pair}/{method}") for method in ("kd+lr", "kd+ds", "kd+lr+ds")]
     for recipe in runs:
-        assert recipe.data == runs[0].data and recipe.data.val_fraction == 0.02
+        assert recipe.data == runs[0].data and recipe.data.val_fraction == 0.05
         assert (recipe.schedule, recipe.optimizer, recipe.run.amp) == (runs[0].schedule, runs[0].optimizer, "bf16")
     schedule, optimizer = runs[0].schedule, runs[0].optimizer
     assert (schedule.name, schedule.epochs, schedule.warmup_epochs) == ("cosine", 10, 1.0)

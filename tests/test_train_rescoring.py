@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ RESCORED = {
     "optimizer.lr": 0.02,
     "selection.after": 1,
     "selection.every": 2,
+    "selection.threshold": 0.0,
     "selection.margin": 0.05,
     "score.scores": ["kd_gain", "el2n"],
 }
@@ -83,8 +85,56 @@ def test_selections_are_scores_of_the_student_of_that_moment(tmp_path: Path) -> 
     again = select(expected, threshold=0.0, leave=0.05, previous=first)
     assert torch.equal(second.scores["kd_gain"], again.scores["kd_gain"])
     assert torch.equal(second.mask, again.mask)
-    assert set(second.scores) == {"kd_gain", "el2n"}
+    assert set(second.scores) == {"kd_gain", "kd_gain_standard_error", "el2n"}
     assert 0 < int(second.mask.sum()) < len(second)
+
+
+def test_by_default_who_is_denied_is_harmed_beyond_its_error(tmp_path: Path) -> None:
+    chosen = recipe(
+        **RESCORED | {"selection.threshold": math.inf, "selection.confidence": 0.5, "selection.max_drop": 0.2}
+    )
+    assert SelectionOptions().by_confidence and SelectionOptions().confidence == 2.0
+    run(tmp_path, chosen, blobs())
+    first, second = (Selection.load(tmp_path / "selections" / f"epoch_000{k}.parquet") for k in (1, 3))
+    gain, error = first.scores["kd_gain"], first.scores["kd_gain_standard_error"]
+    cap = int(0.2 * len(gain) + 0.5)
+    denied = ~first.mask
+    assert 0 < int(denied.sum()) <= cap and bool((gain[denied] > 0.5 * error[denied]).all())
+    spared = first.mask & (gain > 0.5 * error)
+    assert not spared.any() or (int(denied.sum()) == cap and float(gain[spared].max()) <= float(gain[denied].min()))
+    # The second time the limit of those that had it is confidence + margin.
+    limit = torch.where(first.mask, 0.5 + chosen.selection.margin, 0.5)
+    late = second.scores["kd_gain"], second.scores["kd_gain_standard_error"]
+    assert bool((late[0][~second.mask] > limit[~second.mask] * late[1][~second.mask]).all())
+
+
+@pytest.mark.parametrize(("epoch", "factor"), [(0, 0.25), (1, 0.5), (7, 1.0)])
+def test_what_is_scored_is_the_objective_of_that_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int, factor: float
+) -> None:
+    """kd_warmup_epochs makes the teacher's weight grow; the scored loss has the weight of the epoch."""
+    seen: list[lrds_fast.KDLoss] = []
+    scored = influence.score
+
+    def watched(*arguments: Any, **options: Any) -> influence.Scores:
+        seen.append(options["loss"])
+        return scored(*arguments, **options)
+
+    monkeypatch.setattr(influence, "score", watched)
+    chosen = recipe(**RESCORED | {"loss.kd_warmup_epochs": 4, "loss.kd_weight": 0.8})
+    rescoring.rescore(
+        chosen,
+        blobs(),
+        student(),
+        teacher(),
+        epoch=epoch,
+        path=tmp_path / "s.parquet",
+        fingerprint="",
+        selected=None,
+        progress=False,
+    )
+    assert seen[0].kd_weight == pytest.approx(0.8 * factor)
+    assert seen[0].ce_weight_unselected == chosen.loss.ce_weight_unselected
 
 
 def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
@@ -166,8 +216,14 @@ def test_what_scoring_needs_is_asked_for_before_training(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="selection.every needs selection.after"):
         recipe(**{"selection.every": 2})
-    with pytest.raises(ValueError, match="selection.per_class needs selection.ratio"):
-        recipe(**{"selection.after": 2, "selection.per_class": True})
+    with pytest.raises(ValueError, match="selection.per_class needs a share of every class"):
+        recipe(**{"selection.after": 2, "selection.per_class": True, "selection.threshold": 0.0})
+    with pytest.raises(ValueError, match="selection.by = 'el2n' has no standard error"):
+        recipe(**{"selection.after": 2, "selection.by": "el2n"})
+    with pytest.raises(ValueError, match="selection.ratio and selection.threshold exclude each other"):
+        recipe(**{"selection.ratio": 0.5, "selection.threshold": 0.0})
+    with pytest.raises(ValueError, match=r"selection.max_drop must be in \[0, 1\]"):
+        recipe(**{"selection.max_drop": 1.5})
     with pytest.raises(ValueError, match="selection.ratio must be at most 1"):
         recipe(**{"selection.ratio": 1.5})
 

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lrds_fast import functional
 from lrds_fast.influence.adapters import Classifier
 from lrds_fast.influence.batches import Batch, Batches
 from lrds_fast.influence.curvature import Pieces, Rows
 from lrds_fast.influence.inputs import check_finite, check_logits
-from lrds_fast.influence.last_layer import CURVED, DIRECTED, LastLayer
-from lrds_fast.influence.scores import ScoreName, uniform_scores
+from lrds_fast.influence.last_layer import CURVED, DIRECTED, LastLayer, add_gradients
+from lrds_fast.influence.ranks import Ranks
+from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, uniform_scores
 from lrds_fast.influence.shards import OnDisk, Shards
 from lrds_fast.nn import KDLoss
 
@@ -95,6 +95,7 @@ def score_head(
     damping: float | None,
     damping_scale: float,
     hessian: str,
+    folds: int,
     selected: Tensor | None,
     loss: KDLoss,
 ) -> dict[str, object]:
@@ -121,7 +122,7 @@ def score_head(
     if not kinds.isdisjoint(CURVED):
         layer.fit(curvature, damping=damping, damping_scale=damping_scale, where=f"layer {name!r}")
     if held_out is not None and not kinds.isdisjoint(DIRECTED):
-        layer.aim(_held_out_gradient(Head(student, None, name), held_out, shards))
+        layer.aim(*_fold_gradients(Head(student, None, name), held_out, shards.ranks, folds))
 
     slices = list(layer.parts(names))
     step = max((part.stop - part.start for part in slices), default=1)
@@ -144,6 +145,7 @@ def score_head(
         "num_features": head.width,
         "bias": head.bias,
         "damping": layer.damping,
+        "folds": layer.folds,
     }
 
 
@@ -154,6 +156,9 @@ def with_random(columns: dict[str, Tensor], names: Sequence[ScoreName], start: i
     for name in names:
         random = name.kind == "random"
         ordered[name.key] = uniform_scores(start, stop, name.seed, like) if random else columns[name.key]
+        error = name.key + ERROR_SUFFIX
+        if error in columns:
+            ordered[error] = columns[error]
     return ordered
 
 
@@ -198,18 +203,15 @@ def _by_shard(head: Head, batches: Iterator[Batch], shards: Shards) -> Iterator[
         yield shard, rows()
 
 
-def _held_out_gradient(head: Head, held_out: Batches, shards: Shards) -> Tensor:
-    """g_val: the gradient of the mean cross-entropy in the layer's weights, (C, D) float64."""
-    ranks = shards.ranks
-    total, count = None, 0
+def _fold_gradients(head: Head, held_out: Batches, ranks: Ranks, folds: int) -> tuple[Tensor, Tensor]:
+    """As last_layer's, over the held-out samples of all processes: sums (F, C, D) float64, counts (F,)."""
+    parts = max(1, folds)
+    sums = torch.zeros(parts, head.classes, head.width + int(head.bias), dtype=torch.float64, device=head.device)
+    counts = torch.zeros(parts, dtype=torch.float64, device=head.device)
     for batch in held_out("validation", lambda number: number % ranks.count == ranks.rank):
         seen = head.see(batch)
-        z = seen.z.double()
-        delta = functional.kd_logit_gradient(z, z, batch.y, temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None)
-        h = Rows(seen.h, seen.z, head.bias).augmented(slice(0, len(z)), torch.float64)
-        total = delta.T @ h if total is None else total.addmm_(delta.T, h)
-        count += len(z)
-    if total is None:
-        total = torch.zeros(head.classes, head.width + int(head.bias), dtype=torch.float64, device=head.device)
-    counted = ranks.sum(torch.tensor([count], device=total.device))
-    return ranks.sum(total) / int(counted)
+        h = Rows(seen.h, seen.z, head.bias).augmented(slice(0, len(seen.z)), torch.float64)
+        add_gradients(sums, h, seen.z, batch.y, batch.start)
+        counts += torch.bincount((batch.start + torch.arange(len(seen.z), device=head.device)) % parts, minlength=parts)
+    sums, counts = ranks.sum(sums), ranks.sum(counts)
+    return sums[counts > 0], counts[counts > 0]

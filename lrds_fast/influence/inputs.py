@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lrds_fast._numbers import number
+from lrds_fast._numbers import integer, number
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 # Rows looked at in one go when searching for non-finite values: bounds the temporary mask.
@@ -153,3 +153,13 @@ def _check_matrix(name: str, tensor: Tensor, shape: str) -> None:
 
 def _first(mask: Tensor) -> int:
     return int(mask.nonzero()[0, 0])
+
+
+def check_folds(folds: int | None, default: int) -> int:
+    """Parts of the held-out slice that a standard error is taken over: `default` for None, 0 for no standard error."""
+    if folds is None:
+        return default
+    found = integer("folds", folds, "None, 0 (no standard error) or an int >= 2")
+    if found < 0 or found == 1:
+        raise ValueError(f"folds must be None, 0 (no standard error) or an int >= 2; got {folds!r}")
+    return found

@@ -27,13 +27,21 @@ from lrds_fast.influence.inputs import (
     check_choice,
     check_damping,
     check_device,
+    check_folds,
     check_like,
     check_logits,
     check_samples,
     check_scores,
     check_selected,
 )
-from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names, uniform_scores
+from lrds_fast.influence.scores import (
+    ERROR_SUFFIX,
+    ScoreName,
+    Scores,
+    parse_score_names,
+    split_errors,
+    uniform_scores,
+)
 from lrds_fast.nn import KDLoss
 
 HESSIANS = ("objective", "gt")
@@ -54,6 +62,7 @@ def last_layer_scores(
     damping: float | None = None,
     damping_scale: float = 0.1,
     hessian: str = "objective",
+    folds: int | None = None,
     selected: Tensor | None = None,
     bias: bool = True,
     loss: KDLoss | None = None,
@@ -81,6 +90,9 @@ def last_layer_scores(
     has memorised its training set, is an error unless damping > 0 is given.
     hessian: "objective", that of the training objective, sample i's cross-entropy and divergence weighted as `loss`
     does; or "gt", that of the cross-entropy alone.
+    folds: the standard error of kd_gain (Scores.standard_error) is taken over so many parts of the held-out slice, row
+    j in part j modulo folds; None: 10. 0: no standard error. H is the same for all parts, so that it is the error from
+    the choice of the held-out samples alone. There are at most as many parts as held-out samples.
     selected: (N,) bool or floats in [0, 1], who had the teacher in the training so far (None: all). Enters H alone.
     bias: whether the layer has one. loss: a KDLoss; None: KDLoss().
 
@@ -95,6 +107,7 @@ def last_layer_scores(
     check_choice("hessian", hessian, HESSIANS)
     damping = None if damping is None else check_damping("damping", damping)
     damping_scale = check_damping("damping_scale", damping_scale)
+    folds = check_folds(folds, FOLDS)
     loss = _checked_loss(loss)
     check_samples(features, student_logits, target)
     check_like("teacher_logits", teacher_logits, "student_logits", student_logits)
@@ -113,17 +126,18 @@ def last_layer_scores(
         layer.fit(curvature, damping=damping, damping_scale=damping_scale)
     if not kinds.isdisjoint(DIRECTED):
         validation = _checked_validation((features, student_logits), val_features, val_logits, val_target)
-        layer.aim(_mean_gradient(*validation, bias=bias))
-    result = {name.key: features.new_empty(layer.rows.count, dtype=dtype) for name in names}
+        layer.aim(*_fold_gradients(*validation, bias=bias, folds=folds))
+    result: dict[str, Tensor] = {}
     teacher_pred = torch.empty_like(y)
     for part in layer.parts(names):
         found, teacher_pred[part] = layer.scores(part, names)
-        for key, values in found.items():
-            check_scores(key, values, part.start)
-            result[key][part] = values
+        for key, column in found.items():
+            check_scores(key, column, part.start)
+            result.setdefault(key, features.new_empty(layer.rows.count, dtype=dtype))[part] = column
+    values, errors = split_errors(result)
     for name in names:
         if name.kind == "random":
-            result[name.key] = uniform_scores(0, layer.rows.count, name.seed, like=features.new_empty(0, dtype=dtype))
+            values[name.key] = uniform_scores(0, layer.rows.count, name.seed, like=features.new_empty(0, dtype=dtype))
     meta = {
         "num_samples": layer.rows.count,
         "num_classes": layer.rows.classes,
@@ -132,10 +146,12 @@ def last_layer_scores(
         "curvature": curvature,
         "hessian": hessian,
         "damping": layer.damping,
+        "folds": layer.folds,
         "loss": _loss_facts(loss),
         "library_version": __version__,
     }
-    return Scores(result, target=y, teacher_pred=teacher_pred, meta=meta)
+    ordered = {name.key: values[name.key] for name in names}
+    return Scores(ordered, target=y, teacher_pred=teacher_pred, meta=meta, standard_error=errors)
 
 
 class LastLayer:
@@ -160,6 +176,7 @@ class LastLayer:
         self._hessian, self._selected = hessian, selected
         self._curvature: Curvature = Identity(None)
         self._direction = torch.empty(0, dtype=dtype, device=rows.features.device)
+        self._spread: Tensor | None = None
         self.damping: float | None = None
 
     def fit(
@@ -184,15 +201,30 @@ class LastLayer:
         """Takes an H that was fitted elsewhere."""
         self._curvature, self.damping = curvature, curvature.damping
 
-    def aim(self, gradient: Tensor) -> None:
-        """Sets H^-1 g_val; gradient: g_val (C, D) float64."""
-        self._direction = self._curvature.solve(gradient).to(self._dtype)
+    @property
+    def folds(self) -> int:
+        """The parts of the held-out slice that standard errors are taken over; 0 where there are none."""
+        return 0 if self._spread is None else len(self._spread)
+
+    def aim(self, sums: Tensor, counts: Tensor) -> None:
+        """Sets H^-1 g_val, and what the standard error needs where there are several parts of the held-out slice.
+
+        sums: (F, C, D) float64, the gradient of the cross-entropy summed over each part. counts: (F,) its samples.
+        """
+        total = counts.sum()
+        mean = sums.sum(dim=0) / total
+        self._direction = self._curvature.solve(mean).to(self._dtype)
+        if len(sums) > 1:
+            # Differences to the mean, so that sums of squares lose no digits; sqrt(w / (F - 1)) is in them.
+            scale = (counts / total / (len(sums) - 1)).sqrt()
+            apart = (sums / counts[:, None, None] - mean) * scale[:, None, None]
+            self._spread = torch.stack([self._curvature.solve(part) for part in apart]).to(self._dtype)
 
     def parts(self, names: Sequence[ScoreName]) -> Iterator[slice]:
         """Slices of the rows whose scoring stays within the chunk's memory; on a CPU, within its caches."""
         classes = self.rows.classes
         square = classes**2 if any(name.kind == "kd_gain_ns" for name in names) else 0
-        bytes_per_row = 8 * (6 * classes + 4 * self.rows.inputs + 5 * square)
+        bytes_per_row = 8 * ((6 + self.folds) * classes + 4 * self.rows.inputs + 5 * square)
         step = max(1, CHUNK_BYTES // bytes_per_row)
         if self.rows.features.device.type == "cpu":
             step = min(step, max(_CACHED_ROWS, _CACHED_BYTES // bytes_per_row))
@@ -208,11 +240,14 @@ class LastLayer:
             loss=self._loss,
             curvature=self._curvature,
             direction=self._direction,
+            spread=self._spread,
             switch=_switch(self.rows, part, self._hessian, self._selected, self._dtype),
             fused=any(name.kind in FUSED for name in names),
         )
         with torch.autocast(batch.h.device.type, enabled=False):  # its 16-bit products would be felt in the scores
             found = {name.key: SCORERS[name.kind](batch, name) for name in names if name.kind != "random"}
+            if self.folds and "kd_gain" in found:
+                found["kd_gain" + ERROR_SUFFIX] = batch.gain_error()
         return found, batch.teacher_pred()
 
 
@@ -229,12 +264,13 @@ class _Batch:
         loss: KDLoss,
         curvature: Curvature,
         direction: Tensor,
+        spread: Tensor | None = None,
         switch: Tensor | None = None,
         fused: bool = False,
     ) -> None:
         self.h, self.z, self.v, self.y = h, z, v, y
         self._loss, self._curvature, self._direction = loss, curvature, direction
-        self._switch = switch
+        self._switch, self._spread = switch, spread
         self._gradients: dict[str, Tensor] = {}
         self._prepared: dict[int, Tensor] = {}
         self._fused = fused
@@ -303,6 +339,14 @@ class _Batch:
         if loss.class_weight is not None:
             ce = ce * loss.class_weight.to(ce)[self.y]
         return -((loss.ce_weight - loss.resolved_ce_weight_unselected) * ce + loss.kd_weight * m.kd_along)
+
+    def gain_error(self) -> Tensor:
+        """(B,) the standard error of gain: sqrt(sum_f w_f (s_f - s)^2 / (F - 1)), s_f the gain by part f alone."""
+        assert self._spread is not None
+        parts, classes, width = self._spread.shape
+        along = (self.h @ self._spread.reshape(parts * classes, width).T).view(-1, parts, classes)
+        error: Tensor = (along @ self.gradient("delta")[:, :, None])[:, :, 0].norm(dim=1)
+        return error
 
     def conflict(self) -> Tensor:
         """-cos of the label's and the divergence's gradient, (B,); 0 where one of them is 0."""
@@ -404,6 +448,8 @@ SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
     "el2n": lambda batch, _: batch.el2n(),
     "grand": lambda batch, _: batch.el2n() * batch.h.norm(dim=1),
 }
+#: Parts of the held-out slice where nothing is said.
+FOLDS = 10
 CURVED = ("kd_gain", "kd_gain_ns", "self_influence", "param_shift")
 DIRECTED = ("kd_gain", "kd_gain_ns")
 # Scores that functional.kd_moments has at hand.
@@ -505,14 +551,23 @@ def _checked_validation(
     return features, logits, target.long()
 
 
-def _mean_gradient(features: Tensor, logits: Tensor, target: Tensor, *, bias: bool) -> Tensor:
-    """g_val: the gradient of the mean cross-entropy in the layer's weights, (C, D) float64."""
+def _fold_gradients(
+    features: Tensor, logits: Tensor, target: Tensor, *, bias: bool, folds: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the cross-entropy in the layer's weights, summed over each part: (F, C, D), and (F,) counts."""
     rows = Rows(features, logits, bias)
-    total = torch.zeros(rows.classes, rows.inputs, dtype=torch.float64, device=features.device)
-    for part in rows.chunks():
-        z = logits[part].double()
-        delta = functional.kd_logit_gradient(
-            z, z, target[part], temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None
-        )
-        total.addmm_(delta.T, rows.augmented(part, torch.float64))
-    return total / rows.count
+    parts = max(1, min(folds, rows.count))
+    sums = torch.zeros(parts, rows.classes, rows.inputs, dtype=torch.float64, device=features.device)
+    for chunk in rows.chunks():
+        add_gradients(sums, rows.augmented(chunk, torch.float64), logits[chunk], target[chunk], chunk.start)
+    counts = torch.bincount(torch.arange(rows.count, device=features.device) % parts, minlength=parts)
+    return sums, counts.double()
+
+
+def add_gradients(sums: Tensor, h: Tensor, logits: Tensor, target: Tensor, start: int) -> None:
+    """Adds rows' gradients of the cross-entropy to sums (F, C, D), row j to part j modulo F; start: the first row."""
+    z = logits.double()
+    delta = functional.kd_logit_gradient(z, z, target, temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None)
+    for number, part in enumerate(sums):
+        first = (number - start) % len(sums)
+        part.addmm_(delta[first :: len(sums)].T, h[first :: len(sums)])

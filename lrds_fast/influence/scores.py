@@ -31,6 +31,10 @@ SCORES: Mapping[str, str] = {
 }
 
 
+#: What a column of standard errors is called: the score's name and this.
+ERROR_SUFFIX = "_standard_error"
+
+
 class ScoreName(NamedTuple):
     """A requested score: its key as asked for, the score proper, and what followed the colon."""
 
@@ -81,8 +85,10 @@ class Scores(Mapping[str, Tensor]):
     """Scores by name, each (N,), one value per sample in the order of the rows that were scored.
 
     target: (N,) int64 labels. teacher_pred: (N,) int64, the teacher's top class (the label where it takes part in a
-    tie). meta: how they were computed: num_samples, num_classes, num_features, bias, curvature, hessian, damping (the
-    absolute value that was used, None where no score needed a curvature), loss and library_version; JSON-ready.
+    tie). standard_error: from the name of a score to its (N,) standard errors, each sample's over the held-out slice;
+    it has kd_gain where that was computed with folds. meta: how they were computed: num_samples, num_classes,
+    num_features, bias, curvature, hessian, damping (the absolute value that was used, None where no score needed a
+    curvature), folds, loss and library_version; JSON-ready.
     """
 
     def __init__(
@@ -92,8 +98,14 @@ class Scores(Mapping[str, Tensor]):
         target: Tensor,
         teacher_pred: Tensor,
         meta: Mapping[str, object],
+        standard_error: Mapping[str, Tensor] | None = None,
     ) -> None:
-        for name, score in scores.items():
+        errors = dict(standard_error or {})
+        for name in errors:
+            if name not in scores:
+                raise ValueError(f"standard_error has {name!r}, which is none of the scores: {', '.join(scores)}")
+        named_errors = {name + ERROR_SUFFIX: error for name, error in errors.items()}
+        for name, score in {**scores, **named_errors}.items():
             if score.shape != target.shape or score.dim() != 1:
                 raise ValueError(
                     f"score {name!r} must have shape ({target.shape[0]},), one value per target; got"
@@ -104,6 +116,7 @@ class Scores(Mapping[str, Tensor]):
                 f"teacher_pred must have target's shape {tuple(target.shape)}; got {tuple(teacher_pred.shape)}"
             )
         self._scores = dict(scores)
+        self.standard_error: Mapping[str, Tensor] = errors
         self.target = target
         self.teacher_pred = teacher_pred
         self.meta = dict(meta)
@@ -125,6 +138,13 @@ class Scores(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Scores({', '.join(self._scores)}; {self.target.shape[0]} samples)"
+
+
+def split_errors(columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Columns by name as scores, and as the standard errors of those scores by the score's name."""
+    scores = {name: column for name, column in columns.items() if not name.endswith(ERROR_SUFFIX)}
+    errors = {name: columns[name + ERROR_SUFFIX] for name in scores if name + ERROR_SUFFIX in columns}
+    return scores, errors
 
 
 # Samples whose random scores come from one generator: any range of them can be drawn alone.

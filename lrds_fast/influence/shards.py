@@ -26,7 +26,7 @@ from torch import Tensor
 from lrds_fast.files import remove_partial, replacing
 from lrds_fast.influence.inputs import check_scores
 from lrds_fast.influence.ranks import Ranks
-from lrds_fast.influence.scores import Scores
+from lrds_fast.influence.scores import Scores, split_errors
 
 FORMAT = 1
 #: Batches that make up a shard, at most.
@@ -265,8 +265,10 @@ def load_scores(path: str | os.PathLike[str]) -> Scores:
 
 def _joined(parts: list[dict[str, Tensor]], meta: Mapping[str, object]) -> Scores:
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    scores = {name: column for name, column in columns.items() if name not in _FIXED}
-    return Scores(scores, target=columns["label"], teacher_pred=columns["teacher_pred"], meta=meta)
+    scores, errors = split_errors({name: column for name, column in columns.items() if name not in _FIXED})
+    return Scores(
+        scores, target=columns["label"], teacher_pred=columns["teacher_pred"], meta=meta, standard_error=errors
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

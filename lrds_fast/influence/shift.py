@@ -89,7 +89,7 @@ def set_shift(
             )
         sketch = _Sketch(factors, dim, seed, dtype, parameter.device)
         for part in batches("set_shift"):
-            scored = _Scored(learner, other, part.x, part.y, chosen, loss, factors, {}, dtype, gradient)
+            scored = _Scored(learner, other, part.x, part.y, chosen, loss, factors, [], dtype, gradient)
             found.append(sketch(scored._of(gradient)).cpu())
             check_scores("set_shift", found[-1], part.start)
     shifts = torch.cat(found)

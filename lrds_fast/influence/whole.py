@@ -18,11 +18,17 @@ from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.curvature import CURVATURES, Identity
 from lrds_fast.influence.factors import Factors, fingerprint, fit_placed, tensors_fingerprint
 from lrds_fast.influence.head import score_head, with_random
-from lrds_fast.influence.inputs import check_choice, check_damping, check_logits, check_selected_values
-from lrds_fast.influence.last_layer import DIRECTED, HESSIANS, SCORERS, _Batch, _checked_loss, _loss_facts
+from lrds_fast.influence.inputs import (
+    check_choice,
+    check_damping,
+    check_folds,
+    check_logits,
+    check_selected_values,
+)
+from lrds_fast.influence.last_layer import DIRECTED, FOLDS, HESSIANS, SCORERS, _Batch, _checked_loss, _loss_facts
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
 from lrds_fast.influence.ranks import Ranks
-from lrds_fast.influence.scores import ScoreName, Scores, parse_score_names
+from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, Scores, parse_score_names
 from lrds_fast.influence.shards import Shards, load_scores
 from lrds_fast.nn import KDLoss
 
@@ -45,6 +51,7 @@ def score(
     damping: float | None = None,
     damping_scale: float = 0.1,
     hessian: str = "objective",
+    folds: int | None = None,
     labels: int | str = 1,
     selected: Tensor | None = None,
     loss: KDLoss | None = None,
@@ -83,6 +90,8 @@ def score(
     damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue, which is an error
     where the curvature is zero up to rounding (a student that has memorised its training set).
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
+    folds: as in last_layer_scores, for the standard error of kd_gain; None: 10 for the last layer, 0 for more layers,
+    where each part costs a JVP per batch.
     factors: Factors.fit or .load of this student's layers, instead of fitting them here; layers, curvature, damping,
     damping_scale, hessian and labels are then theirs.
     out: a folder for the scores, one Parquet file per shard of the data (load_scores and any Parquet reader take it as
@@ -106,6 +115,7 @@ def score(
     loss = _checked_loss(loss)
     chosen = layer_names(student, layers) if factors is None else _checked_factors(student, factors, layers)
     head = layers == "last" and factors is None
+    folds = check_folds(folds, FOLDS if head else 0)
     if not head and "kd_gain_ns" in kinds:
         raise ValueError("kd_gain_ns is a score of the last layer alone: pass layers='last'")
     if not head and curvature == "exact":
@@ -135,6 +145,7 @@ def score(
         "scores": [name.key for name in names],
         "damping": damping,
         "damping_scale": damping_scale,
+        "folds": folds,
         "dtype": str(dtype),
         "student": tensors_fingerprint(student.state_dict()),
         "teacher": tensors_fingerprint(teacher.state_dict()),
@@ -152,6 +163,7 @@ def score(
         "damping": damping,
         "damping_scale": damping_scale,
         "hessian": hessian,
+        "folds": folds,
         "selected": selected,
         "loss": loss,
         "curvature": curvature,
@@ -192,6 +204,7 @@ def _score_layers(
     damping: float | None,
     damping_scale: float,
     hessian: str,
+    folds: int,
     labels: int | str,
     selected: Tensor | None,
     loss: KDLoss,
@@ -221,18 +234,19 @@ def _score_layers(
                 if ranks.first:
                     factors.save(kept)
                 ranks.wait()
-    direction: dict[str, Tensor] = {}
+    directions: list[dict[str, Tensor]] = []
     if "kd_gain" in kinds and factors is not None and held_out is not None:
-        path = shards.kept_path("direction")
+        path = shards.kept_path("directions")
         if path is not None and ranks.agree(path.exists()):
-            direction = shards.kept("direction") or {}
+            directions = _listed(shards.kept("directions") or {})
         else:
-            direction = _unpacked(student, factors.solve(_mean_gradient(learner, chosen, held_out, ranks)))
+            wanted = _deviations(*_fold_gradients(learner, chosen, held_out, ranks, folds))
+            directions = [_unpacked(student, factors.solve(_packed(student, chosen, sums))) for sums in wanted]
             if path is not None and ranks.first:
-                shards.keep("direction", direction)
+                shards.keep("directions", _numbered(directions))
             ranks.wait()
         device = next(student.parameters()).device
-        direction = {name: tensor.to(device) for name, tensor in direction.items()}
+        directions = [{name: tensor.to(device) for name, tensor in each.items()} for each in directions]
     needed = [_GRADIENT_OF.get(name.kind, name.gradient) for name in names if name.kind in _PER_SAMPLE]
     first = needed[0] if needed else None
     like = torch.empty(0, dtype=dtype)
@@ -249,8 +263,10 @@ def _score_layers(
         if not columns:
             shard, start = shards.of(batch.number), batch.start
         try:
-            scored = _Scored(learner, teacher, batch.x, batch.y, chosen, loss, factors, direction, dtype, first)
+            scored = _Scored(learner, teacher, batch.x, batch.y, chosen, loss, factors, directions, dtype, first)
             found = {name.key: scored.score(name).to(dtype) for name in names if name.kind != "random"}
+            if len(directions) > 1:
+                found["kd_gain" + ERROR_SUFFIX] = scored.gain_error().to(dtype)
         except ValueError as error:
             raise ValueError(f"{error} (the batch begins at sample {batch.start})") from error
         classes = scored.rows.z.shape[1]
@@ -268,6 +284,7 @@ def _score_layers(
         "num_samples": written,
         "num_classes": classes,
         "damping": None if factors is None else factors.damping,
+        "folds": max(len(directions) - 1, 0),
     }
 
 
@@ -344,12 +361,12 @@ class _Scored:
         layers: Sequence[str],
         loss: KDLoss,
         factors: Factors | None,
-        direction: Mapping[str, Tensor],
+        directions: Sequence[Mapping[str, Tensor]],
         dtype: torch.dtype,
         first: str | None,
     ) -> None:
         self._student, self._x, self._layers, self._factors = student, x, layers, factors
-        self._direction, self._loss, self._dtype = direction, loss, dtype
+        self._directions, self._loss, self._dtype = directions, loss, dtype
         self._gradients: dict[str, Any] = {}
         with torch.no_grad():
             v = teacher(x).to(dtype)
@@ -399,46 +416,97 @@ class _Scored:
         return self._factors.quadratic(self._of(name.gradient), 2).sqrt()
 
     def _gain(self) -> Tensor:
-        """-ddelta . dz, dz the derivative of the logits along the direction."""
+        return -self._along(self._directions[0])
+
+    def gain_error(self) -> Tensor:
+        """(B,) the standard error of the gain; see last_layer."""
+        parts = torch.stack([self._along(direction) for direction in self._directions[1:]])
+        error: Tensor = torch.linalg.vector_norm(parts, dim=0)
+        return error
+
+    def _along(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """ddelta . dz, dz the derivative of the logits along the direction."""
         student, x = self._student.module, self._x
 
         def outward(parameters: dict[str, Tensor]) -> Tensor:
             return self._student.read(functional_call(student, parameters, (x,)), len(x))
 
-        moved = {name: tensor.detach() for name, tensor in student.named_parameters() if name in self._direction}
+        moved = {name: tensor.detach() for name, tensor in student.named_parameters() if name in direction}
         with torch.no_grad():
-            towards = {name: self._direction[name] for name in moved}
-            dz = jvp(outward, (moved,), (towards,))[1]
-        gain: Tensor = torch.linalg.vecdot(self.rows.gradient("delta"), dz.to(self.rows.z))
-        return -gain
+            dz = jvp(outward, (moved,), ({name: direction[name] for name in moved},))[1]
+        product: Tensor = torch.linalg.vecdot(self.rows.gradient("delta"), dz.to(self.rows.z))
+        return product
 
 
-def _mean_gradient(learner: Classifier, layers: Sequence[str], batches: Batches, ranks: Ranks) -> dict[str, Tensor]:
-    """g_val, flattened layer by layer as SampleGradients are: the gradient of the mean cross-entropy."""
+def _fold_gradients(
+    learner: Classifier, layers: Sequence[str], batches: Batches, ranks: Ranks, folds: int
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """The gradient of the cross-entropy by parameter name, summed over each part of the held-out slice (sample j is in
+    part j modulo folds), float64; and how many samples each part has, (F,). Parts without samples are left out."""
     student = learner.module
     parameters = {n: p for n, p in parameters_of(student, layers).items() if p.requires_grad}
-    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-    count = torch.zeros(1, dtype=torch.int64, device=next(student.parameters()).device)
+    device = next(student.parameters()).device
+    parts = max(1, folds)
+    sums = [{n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()} for _ in range(parts)]
+    counts = torch.zeros(parts, dtype=torch.float64, device=device)
     for batch in batches("validation", lambda number: number % ranks.count == ranks.rank):
+        of = (batch.start + torch.arange(len(batch.x), device=device)) % parts
         with torch.enable_grad():
-            total = F.cross_entropy(learner(batch.x), batch.y, reduction="sum")
-            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-        count += len(batch.x)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                sums[name] += gradient
-    for part in (count, *sums.values()):
-        ranks.sum(part)
+            each = F.cross_entropy(learner(batch.x), batch.y, reduction="none")
+            for number in sorted(set(of.tolist())):
+                # The graph is kept for the next part.
+                gradients = torch.autograd.grad(
+                    each[of == number].sum(), list(parameters.values()), allow_unused=True, retain_graph=True
+                )
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        sums[number][name] += gradient
+        counts += torch.bincount(of, minlength=parts)
+    for tensor in (counts, *(tensor for part in sums for tensor in part.values())):
+        ranks.sum(tensor)
+    return [part for part, count in zip(sums, counts.tolist(), strict=True) if count], counts[counts > 0]
+
+
+def _deviations(sums: Sequence[Mapping[str, Tensor]], counts: Tensor) -> list[dict[str, Tensor]]:
+    """The mean gradient g_val first; then, where there are several parts, each part's difference to it times
+    sqrt(w_f / (F - 1)): the squares of the scores that these give add up to the squared standard error."""
+    total = counts.sum()
+    mean = {name: torch.stack([part[name] for part in sums]).sum(dim=0) / total for name in sums[0]}
+    if len(sums) == 1:
+        return [mean]
+    scales = (counts / total / (len(sums) - 1)).sqrt()
+    return [mean] + [
+        {name: (part[name] / count - mean[name]) * scale for name in mean}
+        for part, count, scale in zip(sums, counts, scales, strict=True)
+    ]
+
+
+def _packed(student: nn.Module, layers: Sequence[str], gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By parameter name, flattened layer by layer as SampleGradients are."""
     packed = {}
     for layer in layers:
         module = student.get_submodule(layer)
-        own = {kind: sums[f"{layer}.{kind}" if layer else kind] / count for kind, _ in _own(module)}
+        own = {kind: gradient[f"{layer}.{kind}" if layer else kind] for kind, _ in _own(module)}
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             columns = [own["weight"].flatten(1)] + ([own["bias"][:, None]] if "bias" in own else [])
             packed[layer] = torch.cat(columns, dim=1).flatten()
         else:
             packed[layer] = torch.cat([tensor.flatten() for tensor in own.values()])
     return packed
+
+
+def _numbered(directions: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Several directions in one mapping, for one file."""
+    return {f"{number}:{name}": t for number, each in enumerate(directions) for name, t in each.items()}
+
+
+def _listed(numbered: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The reverse of _numbered."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in numbered.items():
+        number, _, name = key.partition(":")
+        found.setdefault(int(number), {})[name] = tensor
+    return [found[number] for number in sorted(found)]
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lrds_fast.selection.choose import select, select_jointly
+from lrds_fast.selection.choose import select, select_jointly, shrinkage_weights
 from lrds_fast.selection.table import Selection, dataset_fingerprint, prefix
 
-__all__ = ["Selection", "dataset_fingerprint", "prefix", "select", "select_jointly"]
+__all__ = ["Selection", "dataset_fingerprint", "prefix", "select", "select_jointly", "shrinkage_weights"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from lrds_fast._numbers import number
 from lrds_fast._version import __version__
 from lrds_fast.influence import Scores
+from lrds_fast.influence.scores import ERROR_SUFFIX
 from lrds_fast.selection.joint import least_sum
 from lrds_fast.selection.table import (
     ARROW_FLOATS,
@@ -28,6 +29,8 @@ def select(
     *,
     ratio: float | None = None,
     threshold: float | None = None,
+    confidence: float | None = None,
+    max_drop: float = 1.0,
     per_class: bool = False,
     largest: bool = False,
     leave: float | None = None,
@@ -39,14 +42,21 @@ def select(
 
     scores: Scores, or a mapping from names to (N,) values. by: the score to go by.
     Exactly one of
+        confidence: z >= 0; a sample loses its teacher only where score > z * its standard error, and, of the N samples,
+            only if it is among the floor(max_drop * N + 0.5) with the highest score (ties to the higher index). The
+            error is Scores.standard_error[by], or the entry "<by>_standard_error" of a plain mapping; kd_gain has one.
+            2 and max_drop=0.1 are the recipes' (docs/benchmarks/method.md). With per_class=True max_drop is a share of
+            every class.
         ratio: in [0, 1]; keeps the floor(ratio * N + 0.5) lowest, ties to the lower index. per_class=True keeps that
             share of every class instead.
-        threshold: keeps score < threshold, strictly. 0 is the meaningful one for kd_gain: the teacher helps there.
-    largest=True turns the order around: the highest, or score > threshold.
+        threshold: keeps score < threshold, strictly. On kd_gain, 0 denies the teacher to about half of the samples,
+            most of whose gains differ from 0 by noise alone.
+    largest=True turns the order around: the highest, score > threshold, or score >= -z * its standard error.
     leave, previous: hysteresis for scores that are taken again and again. What `previous` (a Selection, or (N,) bool)
-        kept stays until it is out of the lowest `leave` share (leave >= ratio), or its score is >= leave (leave >=
-        threshold; <= with largest); what it left out must meet ratio or threshold as ever. Without a previous
-        selection, as at the first scoring, leave changes nothing.
+        kept stays until score > leave * its standard error (leave >= confidence), it is out of the lowest `leave` share
+        (leave >= ratio), or its score is >= leave (leave >= threshold; <= with largest); what it left out must meet
+        confidence, ratio or threshold as ever. Without a previous selection, as at the first scoring, leave changes
+        nothing.
     labels: (N,) class indices, needed for per_class where scores is a plain mapping.
     dataset: what the selection is for: a fingerprint (see dataset_fingerprint), or an object that has a `fingerprint`,
         or `targets` and (for a plain mapping of scores) `classes`. Scores know theirs; if both are given they must
@@ -58,8 +68,14 @@ def select(
         raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
     if by not in scores:
         raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
-    ratio, threshold = _checked_budget(ratio, threshold)
-    table = {name: _score_tensor(name, values) for name, values in scores.items()}
+    ratio, threshold, confidence = _checked_budget(ratio, threshold, confidence)
+    max_drop = _checked_share("max_drop", max_drop)
+    if confidence is None and max_drop != 1.0:
+        raise ValueError(f"max_drop goes with confidence; got max_drop={max_drop} without it")
+    columns: dict[str, Tensor] = dict(scores)
+    if isinstance(scores, Scores):
+        columns |= {name + ERROR_SUFFIX: error for name, error in scores.standard_error.items()}
+    table = {name: _score_tensor(name, values) for name, values in columns.items()}
     size = len(table[by])
     for name, values in table.items():
         if len(values) != size:
@@ -73,16 +89,23 @@ def select(
         raise ValueError("per_class=True needs labels=, the class of each sample, where scores is a plain mapping")
 
     groups = [torch.arange(size)]
-    if per_class and ratio is not None and y is not None:
+    if per_class and threshold is None and y is not None:
         groups = [(y == label).nonzero()[:, 0] for label in torch.unique(y)]
-    mask = _kept(score, groups, ratio, threshold, largest)
     if leave is not None:
-        leave = _checked_leave(leave, ratio, threshold, largest)
-        held = _previous_mask(previous, size, fingerprint)
+        leave = _checked_leave(leave, ratio, threshold, confidence, largest)
+    held = None if leave is None else _previous_mask(previous, size, fingerprint)
+    if confidence is not None:
+        error = _standard_error(by, table)
+        limits = torch.full_like(error, confidence)
+        if held is not None and leave is not None:
+            limits[held] = leave
+        mask = ~_harmed(-score if largest else score, error, limits, groups, max_drop)
+    else:
+        mask = _kept(score, groups, ratio, threshold, largest)
         if held is not None:
             share, limit = (leave, None) if threshold is None else (None, leave)
             mask = mask | (held & _kept(score, groups, share, limit, largest))
-    elif previous is not None:
+    if leave is None and previous is not None:
         raise ValueError("previous needs leave=, the limit at which its samples leave")
     return Selection(
         mask=mask,
@@ -93,6 +116,7 @@ def select(
             "by": by,
             "ratio": ratio,
             "threshold": threshold,
+            **({} if confidence is None else {"confidence": confidence, "max_drop": max_drop}),
             "per_class": per_class,
             "largest": largest,
             **({} if leave is None else {"leave": leave}),
@@ -136,8 +160,7 @@ def select_jointly(
         raise ValueError(f"shift is not finite at sample {int(bad[0])}; score again without it")
     if scores is not None and not isinstance(scores, Mapping):
         raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
-    checked, _ = _checked_budget(ratio, None)
-    assert checked is not None
+    checked = _checked_share("ratio", ratio)
     size = len(shift)
     table = {name: _score_tensor(name, values) for name, values in (scores or {}).items()}
     for name, values in table.items():
@@ -197,9 +220,96 @@ def _kept(
     return mask
 
 
-def _checked_leave(leave: float, ratio: float | None, threshold: float | None, largest: bool) -> float:
+def _harmed(score: Tensor, error: Tensor, limits: Tensor, groups: Sequence[Tensor], max_drop: float) -> Tensor:
+    """(N,) bool: score > limit * error, and among the highest max_drop share of the group."""
+    worst = torch.zeros(len(score), dtype=torch.bool)
+    for group in groups:
+        order = group[torch.argsort(score[group], stable=True)]
+        worst[order[len(order) - math.floor(max_drop * len(group) + 0.5) :]] = True
+    return worst & (score > limits * error)
+
+
+def _standard_error(by: str, table: Mapping[str, Tensor]) -> Tensor:
+    """(N,) float64. ValueError where the scores have none for `by`, or it is not finite or negative."""
+    error = table.get(by + ERROR_SUFFIX)
+    if error is None:
+        raise ValueError(
+            f"confidence needs the standard error of {by!r}: kd_gain has one where it was computed with folds > 0 and"
+            f" at least 2 held-out samples; a plain mapping needs the entry {by + ERROR_SUFFIX!r}"
+        )
+    error = error.double()
+    bad = (~(error.isfinite() & (error >= 0))).nonzero()[:, 0]
+    if len(bad):
+        sample = int(bad[0])
+        raise ValueError(
+            f"{by + ERROR_SUFFIX!r} must be finite and >= 0; got {float(error[sample])} at sample {sample}"
+        )
+    return error
+
+
+def shrinkage_weights(scores: Scores | Mapping[str, Tensor], by: str = "kd_gain") -> Tensor:
+    """How likely each sample's teacher is to help: P(true score < 0), (N,) float32 on the CPU, for `selected=`.
+
+    Sample i's true score is drawn from N(m, t^2), and its estimate from N(true score, error_i^2). m and t^2 have the
+    maximum likelihood over all samples; given the estimate, the true score is normal with mean m + b_i (score_i - m)
+    and variance b_i error_i^2, b_i = t^2 / (t^2 + error_i^2). A gain that its error does not tell from the others' is
+    moved towards their mean. With an error of 0 the weight is 1 below 0, 1/2 at 0, 0 above.
+
+    scores, by: as in select with confidence. Raises ValueError or TypeError as select does. Source: Efron and Morris,
+    "Data analysis using Stein's estimator and its generalizations", 1975.
+    """
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
+    columns = dict(scores)
+    if isinstance(scores, Scores):
+        columns |= {name + ERROR_SUFFIX: error for name, error in scores.standard_error.items()}
+    if by not in columns:
+        raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
+    table = {name: _score_tensor(name, columns[name]) for name in (by, by + ERROR_SUFFIX) if name in columns}
+    score, variance = table[by].double(), _standard_error(by, table).square()
+    bad = (~score.isfinite()).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(f"score {by!r} is not finite at sample {int(bad[0])}; score again without it")
+    if len(score) == 0:
+        return score.float()
+    mean, spread = _prior(score, variance)
+    total = variance + spread
+    share = torch.where(total > 0, spread / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+    posterior = mean + share * (score - mean)
+    deviation = (share * variance).sqrt()
+    # 0 / 0, a true score that is certainly 0, helps as much as it harms.
+    z = torch.where(posterior == 0, 0.0, posterior / deviation)
+    weights: Tensor = torch.special.ndtr(-z).float()
+    return weights
+
+
+def _prior(score: Tensor, variance: Tensor) -> tuple[float, float]:
+    """m and t^2 of the greatest likelihood of score_i ~ N(m, t^2 + variance_i), by bisection on its slope in t^2."""
+
+    def at(spread: float) -> tuple[float, float]:
+        total = variance + spread
+        if not (total > 0).all():
+            return float(score[total <= 0].mean()), math.inf
+        weight = 1 / total
+        mean = float((weight * score).sum() / weight.sum())
+        return mean, float((weight.square() * (score - mean).square() - weight).sum())
+
+    low, high = 0.0, float((score - score.mean()).square().max())
+    if high == 0 or at(0.0)[1] <= 0:
+        return at(low)[0], low
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] > 0 else (low, middle)
+    return at(high)[0], high
+
+
+def _checked_leave(
+    leave: float, ratio: float | None, threshold: float | None, confidence: float | None, largest: bool
+) -> float:
     """The limit at which the kept leave, on the far side of the one at which others enter."""
     leave = float(number("leave", leave))
+    if confidence is not None and not leave >= confidence:
+        raise ValueError(f"leave must be >= confidence, {confidence}; got {leave}")
     if ratio is not None and not ratio <= leave <= 1:
         raise ValueError(f"leave must lie in [ratio, 1], {ratio} to 1; got {leave}")
     if threshold is not None and not (leave <= threshold if largest else leave >= threshold):
@@ -220,17 +330,30 @@ def _previous_mask(previous: Selection | Tensor | None, size: int, fingerprint: 
     return previous.cpu()
 
 
-def _checked_budget(ratio: float | None, threshold: float | None) -> tuple[float | None, float | None]:
+def _checked_budget(
+    ratio: float | None, threshold: float | None, confidence: float | None
+) -> tuple[float | None, float | None, float | None]:
     """Exactly one of them, as a float within its range."""
-    if (ratio is None) == (threshold is None):
-        raise ValueError(f"exactly one of ratio and threshold must be given; got ratio={ratio}, threshold={threshold}")
-    ratio = None if ratio is None else float(number("ratio", ratio))
+    if sum(value is not None for value in (ratio, threshold, confidence)) != 1:
+        raise ValueError(
+            "exactly one of confidence, ratio and threshold must be given; got"
+            f" confidence={confidence}, ratio={ratio}, threshold={threshold}"
+        )
+    ratio = None if ratio is None else _checked_share("ratio", ratio)
     threshold = None if threshold is None else float(number("threshold", threshold))
-    if ratio is not None and not 0 <= ratio <= 1:
-        raise ValueError(f"ratio must lie in [0, 1]; got {ratio!r}")
+    confidence = None if confidence is None else float(number("confidence", confidence))
     if threshold is not None and math.isnan(threshold):
         raise ValueError(f"threshold must be a number; got {threshold!r}")
-    return ratio, threshold
+    if confidence is not None and not 0 <= confidence < math.inf:
+        raise ValueError(f"confidence must be >= 0 and finite, in standard errors; got {confidence!r}")
+    return ratio, threshold, confidence
+
+
+def _checked_share(name: str, value: float) -> float:
+    found = float(number(name, value))
+    if not 0 <= found <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {found!r}")
+    return found
 
 
 def _facts(

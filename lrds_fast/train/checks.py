@@ -11,7 +11,7 @@ from lrds_fast import divergences
 from lrds_fast.rand_augment import parse_rand_augment
 
 if TYPE_CHECKING:
-    from lrds_fast.train.recipe import LossOptions, Recipe, TeacherOptions
+    from lrds_fast.train.recipe import LossOptions, Recipe, SelectionOptions, TeacherOptions
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.reader": ("auto", "dali", "torchvision"),
@@ -80,6 +80,7 @@ def check_values(recipe: Recipe) -> None:
         "selection.after": recipe.selection.after,
         "selection.every": recipe.selection.every,
         "selection.margin": recipe.selection.margin,
+        "selection.confidence": recipe.selection.confidence,
     }
     for key, number in at_least_zero.items():
         if not 0 <= number < float("inf"):
@@ -105,6 +106,7 @@ def check_values(recipe: Recipe) -> None:
     for key, number in {
         "data.erasing": recipe.data.erasing,
         "data.mix_probability": recipe.data.mix_probability,
+        "selection.max_drop": recipe.selection.max_drop,
     }.items():
         if not 0 <= number <= 1:
             raise ValueError(f"{key} must be in [0, 1]; got {number}")
@@ -141,24 +143,41 @@ def check_values(recipe: Recipe) -> None:
         raise ValueError(f"loss.temperatures must be above 0 and finite; got {recipe.loss.temperatures}")
     if recipe.selection.every and not recipe.selection.after:
         raise ValueError("selection.every needs selection.after, the epochs before the first scoring, to be above 0")
-    if not recipe.selection.ratio <= 1:
-        raise ValueError(
-            f"selection.ratio must be at most 1, or below 0 for the threshold; got {recipe.selection.ratio}"
-        )
+    _check_selection(recipe.selection)
     if recipe.selection.by == "set_shift" and (recipe.selection.ratio < 0 or recipe.selection.margin):
         raise ValueError(
             "selection.by = 'set_shift' chooses a share of the samples together: set selection.ratio, no margin"
         )
     if recipe.selection.by == "set_shift" and recipe.score.curvature == "exact":
         raise ValueError("selection.by = 'set_shift' takes score.curvature 'identity', 'kfac' or 'ekfac'; got 'exact'")
-    if recipe.selection.per_class and recipe.selection.after and recipe.selection.ratio < 0:
-        raise ValueError("selection.per_class needs selection.ratio, the share of every class")
     if not 0 < recipe.loss.eta < 1:
         raise ValueError(f"loss.eta must be in (0, 1); got {recipe.loss.eta}")
     if not (math.isfinite(recipe.loss.revise_temperature) and recipe.loss.revise_temperature != 0):
         raise ValueError(
             "loss.revise_temperature must be finite and above 0, or below 0 for the divergence's temperature; "
             f"got {recipe.loss.revise_temperature}"
+        )
+
+
+def _check_selection(options: SelectionOptions) -> None:
+    """How a selection that is made while training chooses: by confidence, by a ratio or by a threshold."""
+    if not options.ratio <= 1:
+        raise ValueError(f"selection.ratio must be at most 1, or below 0 for no ratio; got {options.ratio}")
+    if math.isnan(options.threshold):
+        raise ValueError("selection.threshold must be a number, or inf for no threshold; got nan")
+    if options.ratio >= 0 and options.threshold < math.inf:
+        raise ValueError(
+            f"selection.ratio and selection.threshold exclude each other; got {options.ratio} and {options.threshold}:"
+            " leave one of them out"
+        )
+    if options.by_confidence and options.after and options.by not in ("kd_gain", "set_shift"):
+        raise ValueError(
+            f"selection.by = {options.by!r} has no standard error, which selection.confidence needs: set"
+            " selection.ratio or selection.threshold"
+        )
+    if options.per_class and options.after and options.threshold < math.inf:
+        raise ValueError(
+            "selection.per_class needs a share of every class: selection.ratio, or confidence and max_drop"
         )
 
 

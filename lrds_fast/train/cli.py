@@ -235,12 +235,27 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument("scores", metavar="SCORES", type=Path, help="a file that `lrds-fast score` has written")
     sub.add_argument("--by", default="kd_gain", help="the score to go by; lower = keep (default: %(default)s)")
     how = sub.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--confidence",
+        type=float,
+        metavar="Z",
+        help="deny the teacher where the score is above Z of its standard errors",
+    )
     how.add_argument("--threshold", type=float, help="keep samples whose score is below")
     how.add_argument("--ratio", type=float, help="keep this share of the samples, in [0, 1]")
+    sub.add_argument(
+        "--max-drop",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="with --confidence: of all samples deny at most this share, those with the highest score",
+    )
     sub.add_argument("--per-class", action="store_true", help="the share of every class")
     sub.add_argument("--largest", action="store_true", help="keep high scores instead of low ones")
     sub.add_argument("--previous", type=Path, metavar="SELECTION", help="an earlier selection, for --leave")
-    sub.add_argument("--leave", type=float, help="what --previous kept stays until beyond this threshold, or ratio")
+    sub.add_argument(
+        "--leave", type=float, help="what --previous kept stays until beyond this confidence, ratio or threshold"
+    )
     sub.add_argument("--out", type=Path, help="Parquet file to write (default: selection.parquet beside SCORES)")
     sub.add_argument(
         "--report", type=Path, help="also write an HTML report; with pictures, where SCORES lies in its run's folder"
@@ -407,6 +422,7 @@ def _score(options: argparse.Namespace) -> int:
 def _select(options: argparse.Namespace) -> int:
     import lrds_fast
     from lrds_fast.influence import Scores
+    from lrds_fast.influence.scores import split_errors
     from lrds_fast.selection import Selection
     from lrds_fast.train import run
 
@@ -417,12 +433,17 @@ def _select(options: argparse.Namespace) -> int:
     table = Selection.load(options.scores)
     if table.labels is None or table.teacher_pred is None:
         raise ValueError(f"{options.scores} has no labels or teacher's predictions; lrds-fast score writes them")
-    scores = Scores(table.scores, target=table.labels, teacher_pred=table.teacher_pred, meta=table.meta)
+    values, errors = split_errors(table.scores)
+    scores = Scores(
+        values, target=table.labels, teacher_pred=table.teacher_pred, meta=table.meta, standard_error=errors
+    )
     selection = lrds_fast.select(
         scores,
         by=options.by,
         ratio=options.ratio,
         threshold=options.threshold,
+        confidence=options.confidence,
+        max_drop=options.max_drop,
         per_class=options.per_class,
         largest=options.largest,
         leave=options.leave,

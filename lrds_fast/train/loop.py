@@ -121,7 +121,7 @@ def train(
             disable=not progress or not ranks.first or sys.stderr is None,
             leave=False,
         )
-        told = 0
+        told, warned = 0, False
         for epoch in range(position.epochs, recipe.schedule.epochs):
             started = time.perf_counter()
             begun = position.steps if epoch == position.epochs else 0
@@ -131,6 +131,7 @@ def train(
                     data,
                     student,
                     teacher,
+                    epoch=epoch,
                     path=rescoring.path_of(out, epoch),
                     fingerprint=fingerprint,
                     selected=selected,
@@ -169,6 +170,7 @@ def train(
                 **step.totals.means(ranks),
                 "lr": step.optimizer.param_groups[0]["lr"],
             }
+            warned = warned or _warned_of_revision(record, recipe)
             unreadable = getattr(data.train, "errors", [])
             for _, where, reason in unreadable[told:]:
                 note(f"{where} was replaced by a grey picture: {reason}", of_all=True)
@@ -260,6 +262,21 @@ def _line(recipe: Recipe, record: Mapping[str, Any]) -> str:
         f"{recipe.name}: epoch {record['epoch']}/{recipe.schedule.epochs}, loss {record['train_loss']:.4f},"
         f" test {record['test_acc']:.2%}{kept}, {record['seconds']:.1f} s, {_duration(left)} left"
     )
+
+
+def _warned_of_revision(record: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Notes once that revised rows ask for the label more strongly than the teacher does where it is right."""
+    revised, right = record.get("revised_label_p", 0.0), record.get("right_label_p", 1.0)
+    if revised <= right:
+        return False
+    options = recipe.loss
+    note(
+        f"label revision gives the label a mean probability of {revised:.2f} where the teacher is wrong, and the"
+        f" teacher gives it {right:.2f} where it is right (temperature {options.temperatures or options.temperature}, eta"
+        f" {options.eta}): the student learns its hardest samples as the most certain ones, which has cost accuracy;"
+        " raise loss.eta towards 1"
+    )
+    return True
 
 
 def _duration(seconds: float) -> str:

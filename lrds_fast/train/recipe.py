@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import sys
 import types
 import typing
@@ -127,6 +128,11 @@ class LossOptions:
         """kd_loss's revise_temperature."""
         return None if self.revise_temperature < 0 else self.revise_temperature
 
+    @property
+    def revises(self) -> bool:
+        """Whether kd_loss revises the teacher's labels: there is a revision, and "rld" does not replace it."""
+        return self.method == "kd" and self.revise != "none" and self.divergence != "rld"
+
     def chosen_divergence(self) -> divergences.Divergence:
         """The divergence with its options; ValueError for an option that it has not, or a value out of its range."""
         default = divergences.resolve(self.divergence)
@@ -164,20 +170,30 @@ class SelectionOptions:
     up to rounding.
 
     after > 0: the student is scored when so many epochs are done and the selection made from that, again every `every`
-    epochs after (0: once). by: the score, lower = keep the teacher, as [score] says how. ratio >= 0: that share keeps
-    it; below 0, those with a score < threshold. margin: samples that have the teacher lose it only beyond
-    ratio + margin, or threshold + margin. per_class: the ratio in every class. by "set_shift": those are denied that
-    together move the student the least (select_jointly); it takes a ratio."""
+    epochs after (0: once). by: the score, lower = keep the teacher, as [score] says how. A sample loses its teacher
+    where its score is above `confidence` standard errors, and of all samples at most the share max_drop, those with the
+    highest scores. Instead of that, ratio >= 0: this share keeps the teacher; or threshold < inf: those with a score <
+    threshold do. Scores other than kd_gain have no standard error and need one of these two. margin: samples that have
+    the teacher lose it only beyond confidence + margin standard errors, ratio + margin, or threshold + margin.
+    per_class: ratio or max_drop in every class. by "set_shift": those are denied that together move the student the
+    least (select_jointly); it takes a ratio."""
 
     path: str = ""
     compose: str = "prefix"
     after: int = 0
     every: int = 0
     by: str = "kd_gain"
+    confidence: float = 2.0
+    max_drop: float = 0.1
     ratio: float = -1.0
-    threshold: float = 0.0
+    threshold: float = math.inf
     margin: float = 0.0
     per_class: bool = False
+
+    @property
+    def by_confidence(self) -> bool:
+        """Whether a sample is denied by its standard error, rather than by ratio or threshold."""
+        return self.ratio < 0 and self.threshold == math.inf
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lrds_fast.data import Batch, Data, Loader
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.selection import Selection, select, select_jointly
 from lrds_fast.train.recipe import Recipe, SelectionOptions
-from lrds_fast.train.setup import loss_arguments
+from lrds_fast.train.setup import kd_factor, loss_arguments
 
 FOLDER = "selections"
 #: The "score" that is not ranked: the denied are chosen together.
@@ -71,6 +71,7 @@ def rescore(
     student: nn.Module,
     teacher: nn.Module,
     *,
+    epoch: int,
     path: Path,
     fingerprint: str,
     selected: Tensor | None,
@@ -78,16 +79,19 @@ def rescore(
 ) -> Tensor:
     """(N,) bool, who keeps the teacher from now on; the selection is written to `path` before it counts.
 
-    selected: who had it so far, which the objective's Hessian and the hysteresis go by.
+    epoch: the one that is trained next, from 0; its objective is scored. selected: who had the teacher so far, which
+    the objective's Hessian and the hysteresis go by.
     """
     options, how = recipe.selection, recipe.score
+    weights = loss_arguments(recipe.loss)
+    weights["kd_weight"] *= kd_factor(recipe.loss, epoch)
     curvature: dict[str, Any] = {
         "curvature": how.curvature,
         "hessian": how.hessian,
         "damping": None if how.damping < 0 else how.damping,
         "damping_scale": how.damping_scale,
         "selected": selected,
-        "loss": lrds_fast.KDLoss(**loss_arguments(recipe.loss)),
+        "loss": lrds_fast.KDLoss(**weights),
         "progress": progress,
     }
     names = [name for name in dict.fromkeys((options.by, *how.scores)) if name != JOINTLY]
@@ -118,13 +122,18 @@ def _ranked(
     options: SelectionOptions, scores: influence.Scores, selected: Tensor | None, fingerprint: str
 ) -> Selection:
     """By one score, with what was selected before kept within the margin."""
-    by_ratio = options.ratio >= 0
+    if options.by_confidence:
+        rule: dict[str, Any] = {"confidence": options.confidence, "max_drop": options.max_drop}
+        leave = options.confidence + options.margin
+    elif options.ratio >= 0:
+        rule, leave = {"ratio": options.ratio}, min(options.ratio + options.margin, 1.0)
+    else:
+        rule, leave = {"threshold": options.threshold}, options.threshold + options.margin
     return select(
         scores,
         options.by,
-        ratio=options.ratio if by_ratio else None,
-        threshold=None if by_ratio else options.threshold,
-        leave=min(options.ratio + options.margin, 1.0) if by_ratio else options.threshold + options.margin,
+        **rule,
+        leave=leave,
         previous=None if selected is None else selected.cpu(),
         per_class=options.per_class,
         dataset=fingerprint or None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
+import lrds_fast
 from lrds_fast.data import Batch, prefix_rows
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.topk import TopKTeacher
@@ -249,13 +250,32 @@ class Step:
                     loss = loss + inner
                 self.totals.add(measured, rows, asked, number, denominator=share, features=inner)
                 if heard and self._mix is None:
+                    if self.recipe.loss.revises:
+                        self._watch_labels(taught, target[:heard])
                     place_of = batch.indices[:heard].to(self.device, non_blocking=True)
                     self._seen[place_of] = predicted(taught, target[:heard])
         with record_function("backward"):
             torch.autograd.backward(self.scaler.scale(loss))
 
+    def _watch_labels(self, taught: Tensor | TopKTeacher, target: Tensor) -> None:
+        """Counts the label's probability, revised and not, on the first rows of a batch: a sample of them is enough."""
+        rows = min(len(target), _WATCHED)
+        some, target = first(taught, rows), target[:rows]
+        logits = some.dense(self._num_classes) if isinstance(some, TopKTeacher) else some
+        options = self.recipe.loss
+        temperature = options.temperatures[0] if options.temperatures else options.temperature
+        revised = lrds_fast.revise_labels(
+            logits, target, temperature=temperature, eta=options.eta, policy=options.revise
+        )
+        teacher = torch.softmax(logits.to(revised.dtype) / temperature, dim=1)
+        self.totals.add_label_probability(revised, teacher, target, predicted(logits, target) == target)
+
     def _placed(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True, memory_format=self._memory_format)
+
+
+#: Rows of each batch whose label's probability is logged.
+_WATCHED = 32
 
 
 class Listeners(NamedTuple):

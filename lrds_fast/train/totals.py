@@ -19,8 +19,8 @@ class Totals:
     """Sums of one epoch over the rows of this process."""
 
     def __init__(self, device: torch.device) -> None:
-        # loss, ce, kd, features, valid rows, selected, revised
-        self._sums = torch.zeros(7, dtype=torch.float64, device=device)
+        # loss, ce, kd, features, valid rows, selected, revised; then what add_label_probability counts
+        self._sums = torch.zeros(11, dtype=torch.float64, device=device)
         self._rows = 0
         self._teacher_rows = 0
         self._with_teacher = False
@@ -41,7 +41,7 @@ class Totals:
         """A batch of the distillation loss, whose parts are sums over its rows divided by `denominator`."""
         loss = parts.loss.detach()
         extra = torch.zeros_like(loss) if features is None else features.detach()
-        self._sums += torch.stack(
+        self._sums[:7] += torch.stack(
             [
                 *((value.double() * denominator) for value in (loss + extra, parts.ce, parts.kd, extra)),
                 *(count.double() for count in (parts.n_valid, parts.n_selected, parts.n_revised)),
@@ -52,6 +52,13 @@ class Totals:
         self._rows += rows
         self._teacher_rows += teacher_rows
         self._note(loss + extra, step)
+
+    def add_label_probability(self, revised: Tensor, teacher: Tensor, target: Tensor, right: Tensor) -> None:
+        """revised, teacher: (R, C) probabilities of some rows with and without label revision; target (R,), right (R,)
+        bool: whether the teacher is right. Counts the label's probability on revised rows, and on the right ones."""
+        label = target[:, None]
+        values = torch.where(right, teacher.gather(1, label)[:, 0], revised.gather(1, label)[:, 0]).double()
+        self._sums[7:] += torch.stack([values[~right].sum(), (~right).sum(), values[right].sum(), right.sum()])
 
     def add_cross_entropy(self, loss: Tensor, rows: int, step: int, *, denominator: Tensor | float) -> None:
         """A batch without a teacher."""
@@ -84,7 +91,7 @@ class Totals:
 
     def means(self, ranks: Ranks) -> dict[str, Any]:
         """The log's values over the rows of all processes: means over valid rows, and counts."""
-        loss, ce, kd, features, valid, selected, revised, rows, teacher_rows = self._together(ranks).tolist()
+        loss, ce, kd, features, valid, selected, revised, *labels, rows, teacher_rows = self._together(ranks).tolist()
         per_row = 1.0 / max(valid, 1.0)
         values: dict[str, Any] = {"train_loss": loss * per_row, "rows": int(rows)}
         if self._with_teacher:
@@ -96,6 +103,9 @@ class Totals:
                 "n_revised": int(revised),
                 "teacher_rows": int(teacher_rows),
             }
+            on_revised, n_revised, on_right, n_right = labels
+            if n_revised and n_right:
+                values |= {"revised_label_p": on_revised / n_revised, "right_label_p": on_right / n_right}
         return values
 
     def state_dict(self, ranks: Ranks) -> dict[str, Any]:

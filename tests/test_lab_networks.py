@@ -1,0 +1,159 @@
+"""The laboratory on networks, on a handful of random pictures: its arms, its rows, how it goes on, its page."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lrds_fast
+from benchmarks import lab_networks as lab
+from lrds_fast.data.cifar import Pictures
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pictures:
+    """A laboratory in which a training takes a second, with its files in tmp_path."""
+    for name, value in {
+        "SPLIT": (160, 96, 60),
+        "BATCH": 32,
+        "VIEWS": 2,
+        "EPOCHS": 3,
+        "TEACHER_EPOCHS": 2,
+        "SELECT_AFTER": 1,
+        "CONFIDENCE": 0.5,
+        "STORED": tmp_path / "rows.csv",
+        "TEACHERS": tmp_path / "teachers",
+    }.items():
+        monkeypatch.setattr(lab, name, value)
+    monkeypatch.setattr(lab, "precision", lambda: "off")
+    random = torch.Generator().manual_seed(0)
+    size = 50_000
+    images = torch.randint(0, 256, (1, 3, 32, 32), generator=random, dtype=torch.uint8).expand(size, -1, -1, -1)
+    labels = torch.randint(0, 100, (size,), generator=random)
+    test = torch.randint(0, 256, (40, 3, 32, 32), generator=random, dtype=torch.uint8)
+    return Pictures(images, labels, test, labels[:40])
+
+
+@pytest.mark.parametrize("eta", [0.5, 0.8])
+def test_revision_at_temperature_one(eta: float) -> None:
+    random = torch.Generator().manual_seed(1)
+    v = 4 * torch.randn(200, 10, generator=random, dtype=torch.float64)
+    y = torch.randint(0, 10, (200,), generator=random)
+    revised = lab.revised_at_one(v, y, eta)
+    torch.testing.assert_close(revised.softmax(1), lrds_fast.reference.revise_labels(v, y, temperature=1.0, eta=eta))
+    others = F.one_hot(y, 10) == 0
+    assert torch.equal(revised[others], v[others]), "only the label's logit moves"
+    right = v.argmax(1) == y
+    assert torch.equal(revised[right], v[right]) and not torch.equal(revised[~right], v[~right])
+
+
+def test_augmentation_is_a_crop_of_the_padded_picture() -> None:
+    random = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (50, 3, 32, 32), generator=random, dtype=torch.uint8)
+    found = lab.augmented(images, random)
+    mean = torch.tensor([round(255 * value) for value in lab.MEAN], dtype=torch.uint8).view(3, 1, 1)
+    for image, view in zip(images, found, strict=True):
+        padded = mean.repeat(1, 40, 40)
+        padded[:, 4:36, 4:36] = image
+        crops = [padded[:, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
+        assert any(torch.equal(view, crop) or torch.equal(view, crop.flip(2)) for crop in crops)
+
+
+def test_teachers_see_what_their_regime_says() -> None:
+    labels = torch.randint(0, 100, (20_000,), generator=torch.Generator().manual_seed(3))
+    keep, same = lab.teacher_labels("clean", 0, labels)
+    assert keep.all() and torch.equal(same, labels)
+    keep, same = lab.teacher_labels("unseen", 0, labels)
+    assert len(labels[keep].unique()) == 75 and len(labels[~keep].unique()) == 25 and torch.equal(same, labels)
+    keep, noisy = lab.teacher_labels("noise", 0, labels)
+    assert keep.all() and float((noisy != labels).float().mean()) == pytest.approx(0.4, abs=0.01)
+    assert set(lab.split_of(1).student.tolist()).isdisjoint(lab.split_of(1).teacher.tolist())
+    assert set(lab.split_of(1).student.tolist()).isdisjoint(lab.split_of(1).held_out.tolist())
+
+
+def test_measures_are_those_of_a_known_case() -> None:
+    p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    acc, nll, ece = lab.measures(p.log(), torch.tensor([0, 1, 1, 1]))
+    assert acc == pytest.approx(75.0)
+    assert nll == pytest.approx(-(math.log(0.9) + math.log(0.1) + 2 * math.log(0.6)) / 4)
+    assert ece == pytest.approx(100 * (0.5 * abs(0.5 - 0.9) + 0.5 * abs(1.0 - 0.6)), rel=1e-5)
+
+
+def test_arms_share_their_start_and_runs_are_not_repeated(
+    small: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab, "cifar", lambda *_: small)
+    monkeypatch.setattr(lab, "jobs", lambda _: iter([("unseen", 0, 0, tuple(lab.ARMS))]))
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("sys.argv", ["lab", "run", "--cache", str(cache)])
+    lab.main()
+    rows = lab.stored_rows(lab.STORED)
+    assert [row["arm"] for row in rows] == list(lab.ARMS)
+    by_arm = {row["arm"]: row for row in rows}
+    assert by_arm["ds"]["denied"] == by_arm["random"]["denied"] and 0 < int(by_arm["ds"]["denied"]) <= 10
+    assert float(by_arm["lr-published"]["revised_label"]) > float(by_arm["lr"]["revised_label"])
+    assert float(by_arm["lr"]["revised_label"]) > float(by_arm["kd"]["revised_label"])
+    assert all(float(row["test_nll"]) > 0 for row in rows)
+    before = lab.STORED.read_bytes()
+    lab.main()
+    assert lab.STORED.read_bytes() == before, "finished runs are not run again"
+
+    # The arm that went on from the other's checkpoint is the arm that starts by itself.
+    (tmp_path / "another").mkdir()
+    pair = lab.Pair("unseen", 0, 0, small, tmp_path / "another")
+    alone = pair.run("ds")
+    assert {key: str(alone[key]) for key in ("test_acc", "test_nll", "denied")} == {
+        key: by_arm["ds"][key] for key in ("test_acc", "test_nll", "denied")
+    }
+
+
+def test_an_interrupted_teacher_goes_on(small: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = lab.teacher_of("noise", 0, small, tmp_path).state_dict()
+    monkeypatch.setattr(lab, "TEACHERS", tmp_path / "others")
+    trained = lab.one_epoch
+
+    def fails_in_the_second(state: lab.Trained, *rest: object) -> lab.Trained:
+        if state.epoch == 1:
+            raise KeyboardInterrupt
+        return trained(state, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(lab, "one_epoch", fails_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        lab.teacher_of("noise", 0, small, tmp_path)
+    monkeypatch.setattr(lab, "one_epoch", trained)
+    resumed = lab.teacher_of("noise", 0, small, tmp_path).state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_the_page_has_the_paired_differences(tmp_path: Path) -> None:
+    accuracy = {"kd": [30, 32, 34], "lr+ds": [31, 33.5, 35.1], "kd-ce0.3": [29, 33, 30], "kd-ce1": [28, 30, 36]}
+    held_out = {"kd": [5, 1, 1], "lr+ds": [0, 0, 0], "kd-ce0.3": [1, 5, 1], "kd-ce1": [1, 1, 5]}
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lab.FIELDS, restval="1")
+        writer.writeheader()
+        for arm, values in accuracy.items():
+            for teacher, value in enumerate(values):
+                own = {"test_acc": value, "val_acc": held_out[arm][teacher], "test_nll": value / 10}
+                writer.writerow({"regime": "unseen", "teacher": teacher, "student": 0, "arm": arm, **own})
+    found = lab.results_of(lab.stored_rows(path), "unseen")
+    assert lab.differences(found, "lr+ds", "kd", "test_acc") == pytest.approx([1.0, 1.5, 1.1])
+    assert lab.differences(found, "lr+ds", lab.TUNED, "test_acc") == pytest.approx([1.0, 0.5, -0.9])
+    # Mean 1.2, standard deviation .2646, t(2) at 97.5%: 4.3027.
+    assert lab.signed([1.0, 1.5, 1.1], 2) == "**+1.20 ± 0.66**"
+    page = tmp_path / "method.md"
+    shutil.copy(lab.PAGE, page)
+    lab.write_page(page, path)
+    text = page.read_text(encoding="utf-8")
+    assert "accuracy **+1.20 ± 0.66**" in text and "3 of 8 pairs" in text and "Registered before" in text
+    for name in ("acc", "nll"):
+        assert "lr+ds" in (tmp_path / f"method_networks_{name}.svg").read_text()
+    (tmp_path / "bare.md").write_text("# no marks")
+    with pytest.raises(ValueError, match="must have"):
+        lab.write_page(tmp_path / "bare.md", path)
