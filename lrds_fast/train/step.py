@@ -265,7 +265,12 @@ class Step:
         options = self.recipe.loss
         temperature = options.temperatures[0] if options.temperatures else options.temperature
         revised = lrds_fast.revise_labels(
-            logits, target, temperature=temperature, eta=options.eta, policy=options.revise
+            logits,
+            target,
+            temperature=temperature,
+            eta=options.eta,
+            policy=options.revise,
+            revise_temperature=options.chosen_revise_temperature,
         )
         teacher = torch.softmax(logits.to(revised.dtype) / temperature, dim=1)
         self.totals.add_label_probability(revised, teacher, target, predicted(logits, target) == target)
