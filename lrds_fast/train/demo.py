@@ -141,13 +141,14 @@ def demo(
 
 def _one_seed(folder: Path, seed: int, settings: Sequence[str], bar: tqdm[None]) -> None:
     def recipe(source: str, name: str, out: Path) -> Recipe:
-        # The teacher's numbers are other ones than the students'. Only the last state is of use: nobody resumes a run
-        # of a second.
+        # The teacher's numbers are other ones than the students'. Only the last state is of use: nobody resumes or
+        # watches a run of a second.
         own = [
             f"seed={seed}",
             f"data.split_seed={2 * seed + (name == TEACHER)}",
             "run.device=cpu",
             "run.save_every=1000000",
+            "run.tensorboard=false",
         ]
         chosen = load_recipe(source, [*settings, *own])
         return chosen.with_values(**{"name": name, "run.out": str(out)})
