@@ -1,4 +1,4 @@
-# make demo      a student distilled on real digits, a table and a report (a few minutes)
+# make demo      students distilled on real digits, a table and a report (under a minute once it is built)
 # make test      linters, the C++ and CUDA kernels without a GPU, Python tests
 # make test-full make test, the slow tests, comparisons with other packages, and the two targets below
 # make test-cuda   compiles the CUDA kernels for every architecture; checks registers and machine code, loads the extension

@@ -117,7 +117,7 @@ def test_resume_and_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits_alone", "--set", "student.model=mpl"], "unknown model 'mpl'; did you mean 'mlp'?"),
         (
             ["train", "digits_alone", "--set", "data.name=cifar"],
-            "data.name must be 'digits', 'cifar100', 'cifar10', 'npz'",
+            "data.name must be 'digits', 'two_digit_numbers', 'cifar100', 'cifar10', 'npz'",
         ),
         (["train", "digits_alone", "--set", "run.device=tpu9"], "run.device must be auto, cpu, cuda or cuda:N"),
         (["train", "digits_kd"], "teacher.checkpoint: there is no file runs/digits_teacher/last.pt; train it first"),
@@ -193,7 +193,7 @@ def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monk
 def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     succeeds("recipes")
     listed = capsys.readouterr().out
-    assert re.search(r"^digits_kd_lr +the MLP taught", listed, re.MULTILINE)
+    assert re.search(r"^digits_kd_lr +the small MLP taught", listed, re.MULTILINE)
     succeeds("recipes", "show", "digits_kd_lr")
     text = capsys.readouterr().out
     assert 'extends = "digits_kd"' in text

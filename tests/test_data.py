@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from lrds_fast import data as data_sets
-from lrds_fast.data import MemoryLoader, batch_count, epoch_batches, folder, hold_out, mislabelled, prefix_rows
+from lrds_fast.data import (
+    MemoryLoader,
+    answer_sources,
+    batch_count,
+    epoch_batches,
+    folder,
+    hold_out,
+    mislabelled,
+    prefix_rows,
+)
 from lrds_fast.data.pictures import Unreadable, reading
 from lrds_fast.data.sources import MOST_CLASSES, Folder, Tars, TFRecords
 from lrds_fast.data.sources import numbered as class_numbers
@@ -221,6 +230,50 @@ def test_digits_test_split_does_not_depend_on_any_seed() -> None:
     first, second = (next(iter(split.test.epoch(0))).images for split in splits)
     assert torch.equal(first, second)
     assert sum(len(part.labels) for part in (splits[0].train, splits[0].test)) + len(splits[0].val.labels) == 1797  # type: ignore[union-attr]
+
+
+def test_two_digit_numbers_are_two_digits_of_their_own_split_side_by_side() -> None:
+    """Every half of every picture is one of the digits, with the label's tens or units, and of the right split."""
+    pictures, digit = data_sets.digits()
+    trained, tested = hold_out(len(pictures), data_sets.DIGITS_TEST_FRACTION, seed=0)
+    label_of = {picture.numpy().tobytes(): int(label) for picture, label in zip(pictures, digit, strict=True)}
+    of_training = {picture.numpy().tobytes() for picture in pictures[trained]}
+    assert of_training.isdisjoint(picture.numpy().tobytes() for picture in pictures[tested])
+    data = data_sets.load("two_digit_numbers", val_fraction=0.03, train_limit=300)
+    assert data.val is not None
+    assert [len(part.labels) for part in (data.train, data.val, data.test)] == [300, 150, 4000]
+    assert data.class_names[:2] == ("00", "01") and data.class_names[37] == "37" and len(data.class_names) == 100
+    for part, training in ((data.score, True), (data.val, True), (data.test, False)):
+        for batch in part.epoch(0):
+            assert batch.images.shape[1:] == (1, 8, 16)
+            for image, label in zip(batch.images, batch.targets.tolist(), strict=True):
+                halves = [half.contiguous().numpy().tobytes() for half in image.split(8, dim=2)]
+                assert [label_of[half] for half in halves] == [label // 10, label % 10]
+                assert all((half in of_training) == training for half in halves)
+
+
+def test_two_digit_numbers_are_drawn_by_split_seed_and_the_test_numbers_are_fixed() -> None:
+    first, again, other = (
+        data_sets.load("two_digit_numbers", split_seed=split_seed, seed=seed)
+        for split_seed, seed in ((0, 0), (0, 1), (1, 0))
+    )
+    assert torch.equal(first.score.labels, again.score.labels) and torch.equal(first.test.labels, other.test.labels)
+    mine, theirs = (
+        {image.numpy().tobytes() for batch in data.score.epoch(0) for image in batch.images} for data in (first, other)
+    )
+    assert len(mine & theirs) < 50, "of 5,000, from more than a million pairs"
+
+
+def test_answer_noise_gives_exactly_its_share_another_samples_answer() -> None:
+    source = answer_sources(200, 0.25, seed=0)
+    assert int((source != torch.arange(200)).sum()) == 50
+    assert torch.equal(source, answer_sources(200, 0.25, seed=0))
+    assert not torch.equal(source, answer_sources(200, 0.25, seed=1))
+    assert torch.equal(answer_sources(200, 0.0, seed=0), torch.arange(200))
+    assert answer_sources(2, 0.5, seed=0).tolist() in ([1, 1], [0, 0])
+    for size, fraction in ((200, 1.0), (200, -0.1), (1, 0.9)):
+        with pytest.raises(ValueError, match=r"answer_noise must be in \[0, 1\), over at least 2 samples; got"):
+            answer_sources(size, fraction, seed=0)
 
 
 @pytest.mark.parametrize("augment", ["shift", "crop-flip"])

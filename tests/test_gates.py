@@ -1,8 +1,9 @@
-"""Promises of lrds_fast.influence, measured: thresholds in gates.toml, what was measured on standard output (-s)."""
+"""Promises of lrds_fast.influence and of the demo: thresholds in gates.toml, measured values on stdout (-s)."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from convex_head import DigitsProblem, Head, cross_entropy, digits_problem
 from influence_oracle import make_case, relative_error
+from scipy import stats
 from torch import Tensor
 
 from lrds_fast import influence
 from lrds_fast.nn import KDLoss
+from lrds_fast.train import demo
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -223,3 +226,23 @@ def test_selection_by_kd_gain_finds_the_teachers_mistakes() -> None:
         )
         failed += [] if passed else [name]
     assert not failed
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_is_for(tmp_path: Path) -> None:
+    """KD is worth having, LR and DS are worth more, within the time that is promised."""
+    gate = GATES["demo"]
+    started = time.process_time()
+    result = demo(tmp_path, seeds=gate["seeds"], progress=False)
+    seconds = time.process_time() - started
+    print(f"gate demo: {seconds:.1f} s of CPU", result.table, sep="\n")
+    accuracy: dict[str, list[float]] = {}
+    for run in sorted(result.runs, key=lambda run: run.recipe.seed):
+        accuracy.setdefault(run.recipe.name, []).append(100 * run.last["test_acc"])
+    ends = {}
+    for better, worse in gate["better"]:
+        paired = [a - b for a, b in zip(accuracy[better], accuracy[worse], strict=True)]
+        ends[better, worse] = stats.ttest_1samp(paired, 0).confidence_interval(0.95)
+        print(f"gate demo: {better} - {worse}: {ends[better, worse].low:.2f} to {ends[better, worse].high:.2f} points")
+    assert not {pair: end for pair, end in ends.items() if end.low <= 0}
+    assert seconds <= gate["cpu_seconds"]

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from lrds_fast import models
 
-CIFAR = [name for name in models.names() if name not in ("mlp", "small_cnn")]
+SMALL = {"mlp": (8, 8), "mlp_8x16_32": (8, 16), "mlp_8x16_128": (8, 16), "small_cnn": (8, 8)}
+CIFAR = [name for name in models.names() if name not in SMALL]
 
 
 def images_for(name: str) -> Tensor:
-    shape = (3, 1, 8, 8) if name in ("mlp", "small_cnn") else (2, 3, 32, 32)
+    shape = (3, 1, *SMALL[name]) if name in SMALL else (2, 3, 32, 32)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "mlp",
-        "small_cnn",
+        *SMALL,
         "resnet8",
         "resnet8x4",
         "wrn_16_1",

@@ -46,7 +46,7 @@ def test_the_default_is_the_published_form() -> None:
     assert REVISE_TEMPERATURE is None
     rows = kd_cases.rows(12, 10)
     assert torch.equal(kd_loss(*rows), kd_loss(*rows, revise_temperature=None))
-    assert LossOptions().chosen_revise_temperature is None
+    assert LossOptions().revise_temperature is None
 
 
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrds_fast.data import SoftLabels
+from lrds_fast.data import SoftLabels, answer_sources
 from lrds_fast.models import create
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import cli, run
@@ -170,6 +170,52 @@ def test_only_the_selected_samples_are_cached_on_request(capsys: pytest.CaptureF
     assert torch.equal(found.cached(0), mask)
     with pytest.raises(ValueError, match=r"soft has no soft labels of sample 1 and 29 others that have the teacher"):
         opened(recipe())
+
+
+def test_a_share_of_the_samples_gets_the_answer_to_another_one() -> None:
+    """What training and scoring take for the teacher's answers, against the teacher asked here; live and cached."""
+    values: dict[str, Any] = {"data.augment": "none", "teacher.answer_noise": 0.3, "schedule.epochs": 2}
+    live = recipe(**(values | {"teacher.cache": "", "run.out": "live", "data.val_fraction": 0.1}))
+    data = run.load_data(live)
+    teacher = run.build_teacher(live, data)
+    assert teacher is not None
+    with torch.no_grad():
+        own = torch.cat([teacher(batch.images) for batch in data.score.epoch(0)]).argmax(dim=1)
+    source = answer_sources(90, 0.3, seed=0)
+    assert int((source != torch.arange(90)).sum()) == 27 and not torch.equal(own[source], own)
+    result = run.fit(live, progress=False)
+    assert result.teacher_pred is not None
+    assert torch.equal(result.teacher_pred, own[source])
+    assert result.records[-1]["n_revised"] == int((own[source] != data.train.labels).sum())
+    scores = run.score(live, progress=False)
+    assert torch.equal(scores["teacher_correct"] < 0.5, own[source] == data.train.labels)
+    clean = run.score(live.with_values(**{"teacher.answer_noise": 0.0}), progress=False)
+    assert torch.equal(clean["teacher_correct"] < 0.5, own == data.train.labels)
+
+    values |= {"data.val_fraction": 0.1, "teacher.cache_dtype": "float32", "teacher.cache_views": 1}
+    assert command(**values) == cli.OK
+    cached = run.fit(recipe(**(values | {"run.out": "cached"})), progress=False)
+    assert cached.teacher_pred is not None and torch.equal(cached.teacher_pred, own[source])
+    for a, b in zip(result.records, cached.records, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher.model": ""}, r"answer_noise is 0.25, but there is no teacher; set teacher.model"),
+        ({"teacher.answer_noise": 1.0}, r"teacher.answer_noise must be in \[0, 1\); got 1.0"),
+        ({"data.augment": "shift"}, "stores one answer a sample, .*: set data.augment to 'none', or teacher.cache"),
+        ({"data.erasing": 0.5}, "set data.erasing to 0.0, or teacher.cache"),
+        ({"data.mixup": 0.5}, "teacher.answer_noise takes answers to single pictures: it goes without data.mixup"),
+        ({"selection.after": 1}, "selection.after scores with the teacher's own answers"),
+        ({"features.method": "at"}, "features.method 'at' needs teacher.answer_noise=0.0; got 0.25"),
+    ],
+)
+def test_answer_noise_is_refused_where_no_answer_is_stored(values: dict[str, Any], message: str) -> None:
+    noisy: dict[str, Any] = {"teacher.cache": "", "teacher.answer_noise": 0.25, "data.augment": "none"}
+    with pytest.raises(ValueError, match=message):
+        recipe(**(noisy | values))
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_extends_takes_names_and_relative_paths_and_the_file_wins(tmp_path: Path
     recipe = load_recipe(path)
     assert recipe.name == "base"
     assert (recipe.loss.eta, recipe.loss.temperature) == (0.5, 2.0)
-    assert recipe.teacher.model == "small_cnn"
+    assert recipe.teacher.model == "mlp_8x16_128"
 
 
 def test_circles_are_named(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lrds_fast.data.loader import (
     hold_out,
     prefix_rows,
 )
-from lrds_fast.data.memory import MemoryLoader, as_labels, digits, from_npz
+from lrds_fast.data.memory import MemoryLoader, as_labels, digits, from_npz, two_digit_numbers
 from lrds_fast.data.soft_labels import SoftLabels, write_soft_labels
 from lrds_fast.data.sources import Source, open_split
 from lrds_fast.data.strong import PLAIN, Strong, TwoViews
@@ -39,6 +39,7 @@ __all__ = [
     "Source",
     "Strong",
     "TwoViews",
+    "answer_sources",
     "batch_count",
     "derived_seed",
     "digits",
@@ -51,6 +52,7 @@ __all__ = [
     "mislabelled",
     "open_split",
     "prefix_rows",
+    "two_digit_numbers",
     "write_soft_labels",
 ]
 
@@ -62,6 +64,8 @@ NUMBERED = ("npz", "webdataset", "tfrecord")
 
 #: Share of the digits that are the test split; which ones is fixed for good.
 DIGITS_TEST_FRACTION = 1 / 3
+#: Two-digit numbers in the training split (of the training digits) and in the test split (of the test digits).
+NUMBERS = 5000, 4000
 
 
 def load(
@@ -92,7 +96,8 @@ def load(
 ) -> Data:
     """The data set `name`, split and ready to train on.
 
-    name: "digits" (scikit-learn's, needs no root), "cifar100" or "cifar10" (root: see lrds_fast.data.cifar; downloaded
+    name: "digits" (scikit-learn's, needs no root), "two_digit_numbers" (100 classes, two digits of one split side by
+    side; split_seed draws the training numbers), "cifar100" or "cifar10" (root: see lrds_fast.data.cifar; downloaded
     where it is not there), "npz" (root is a file, see from_npz), "folder" (root holds train/ and val/, each with one
     folder per class; val/ is the test split), "webdataset" or "tfrecord" (archives of the two splits, see
     lrds_fast.data.sources.open_split). val_fraction of the training samples is held out, by split_seed;
@@ -123,11 +128,17 @@ def load(
         )
     class_names: tuple[str, ...] = ()
     strongly: dict[str, Any] = {"strong": Strong(rand_augment, erasing), "second": described(second_view)}
-    if name == "digits":
+    if name in ("digits", "two_digit_numbers"):
         images, targets = digits()
         train, test = hold_out(len(images), DIGITS_TEST_FRACTION, seed=0)
         splits = images[train], targets[train], images[test], targets[test]
         num_classes = 10
+        if name == "two_digit_numbers":
+            splits = (
+                *two_digit_numbers(*splits[:2], NUMBERS[0], draws=generator("numbers", split_seed)),
+                *two_digit_numbers(*splits[2:], NUMBERS[1], draws=generator("test numbers")),
+            )
+            num_classes, class_names = 100, tuple(f"{k:02d}" for k in range(100))
     elif name in ("cifar10", "cifar100"):
         num_classes = int(name.removeprefix("cifar"))
         splits = cifar_files.cifar(num_classes, root)
@@ -161,8 +172,8 @@ def load(
         )
     else:
         raise ValueError(
-            "data.name must be 'digits', 'cifar100', 'cifar10', 'npz', 'folder', 'webdataset' or 'tfrecord'; got"
-            f" {name!r}"
+            "data.name must be 'digits', 'two_digit_numbers', 'cifar100', 'cifar10', 'npz', 'folder', 'webdataset' or"
+            f" 'tfrecord'; got {name!r}"
         )
     return in_memory(
         *splits,
@@ -269,6 +280,18 @@ def mislabelled(targets: Tensor, fraction: float, *, num_classes: int, seed: int
     noisy = targets.clone()
     noisy[rows] = (targets[rows] + torch.randint(1, num_classes, (len(rows),), generator=draws)) % num_classes
     return noisy
+
+
+def answer_sources(size: int, fraction: float, *, seed: int) -> Tensor:
+    """(size,) int64: whose answer each sample gets. floor(fraction * size + .5) samples, drawn by seed, get another
+    one's; the others their own. ValueError for a fraction outside [0, 1), or where there is no other sample."""
+    if not 0.0 <= fraction < 1.0 or (fraction and size < 2):
+        raise ValueError(f"answer_noise must be in [0, 1), over at least 2 samples; got {fraction} over {size}")
+    order = torch.randperm(size, generator=generator("answer noise", seed))
+    count = int(fraction * size + 0.5)
+    source = torch.arange(size)
+    source[order[:count]] = order.roll(1)[:count]
+    return source
 
 
 def _limited(name: str, rows: Tensor, limit: int, *, seed: int) -> Tensor:

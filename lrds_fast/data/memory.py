@@ -1,4 +1,4 @@
-"""Data sets that fit in memory: tensors, .npz files, the digits of scikit-learn."""
+"""Data sets that fit in memory: tensors, .npz files, the digits of scikit-learn and numbers made of them."""
 
 from __future__ import annotations
 
@@ -165,6 +165,16 @@ def digits() -> tuple[Tensor, Tensor]:
     bunch = load_digits()
     images = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32) / 16.0)
     return images[:, None], torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+
+
+def two_digit_numbers(images: Tensor, targets: Tensor, count: int, *, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers from 00 to 99, each made of two digits side by side.
+
+    images (n, 1, 8, 8), targets (n,) in [0, 10): the digits, which are drawn with replacement. Returns images
+    (count, 1, 8, 16) and targets (count,) int64, 10 * tens + units.
+    """
+    tens, units = torch.randint(len(images), (2, count), generator=draws)
+    return torch.cat([images[tens], images[units]], dim=3), 10 * targets[tens] + targets[units]
 
 
 def from_npz(path: Path, *, first_label: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ __all__ = ["Classifier", "External", "create", "names"]
 
 _BUILDERS: dict[str, Callable[..., Classifier]] = {
     "mlp": MLP,
+    **{f"mlp_8x16_{width}": partial(MLP, inputs=8 * 16, width=width) for width in (32, 128)},
     "small_cnn": SmallCNN,
     **{f"resnet{depth}": partial(CifarResNet, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(CifarResNet, depth, (32, 64, 128, 256)) for depth in (8, 32)},

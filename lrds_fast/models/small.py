@@ -1,4 +1,4 @@
-"""Two networks for 8 x 8 pictures: quick enough for a laptop core, large enough to disagree with each other."""
+"""Two networks for small pictures: quick enough for a laptop core, large enough to disagree with each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lrds_fast.models.classifier import Classifier
 
 
 class MLP(Classifier):
-    """One hidden layer of ReLU units on the flattened picture."""
+    """One hidden layer of `width` ReLU units on the flattened picture of `inputs` pixels."""
 
     def __init__(self, num_classes: int = 10, *, inputs: int = 64, width: int = 32) -> None:
         super().__init__()

@@ -88,6 +88,7 @@ def check_values(recipe: Recipe) -> None:
     for key, number in {
         "data.val_fraction": recipe.data.val_fraction,
         "data.label_noise": recipe.data.label_noise,
+        "teacher.answer_noise": recipe.teacher.answer_noise,
         "loss.label_smoothing": recipe.loss.label_smoothing,
         "run.ema_decay": recipe.run.ema_decay,
     }.items():
@@ -99,8 +100,9 @@ def check_values(recipe: Recipe) -> None:
         ("data.cutmix", recipe.data.cutmix),
         ("data.second_view", recipe.data.second_view),
     ):
-        if recipe.teacher.cache and given:
-            raise ValueError(f"teacher.cache has the answers to single pictures: it goes without {key}; got {given!r}")
+        stored = "cache" if recipe.teacher.cache else "answer_noise" if recipe.teacher.answer_noise else ""
+        if stored and given:
+            raise ValueError(f"teacher.{stored} takes answers to single pictures: it goes without {key}; got {given!r}")
     for key, number in {
         "data.erasing": recipe.data.erasing,
         "data.mix_probability": recipe.data.mix_probability,
@@ -126,6 +128,7 @@ def check_values(recipe: Recipe) -> None:
             f" set run.accumulate to 1, or run.compile to 'default'; got {recipe.run.accumulate}"
         )
     _check_epochs(recipe)
+    _check_answer_noise(recipe)
     _check_features(recipe)
     recipe.loss.chosen_divergence()
     if recipe.loss.method != "kd" and (recipe.loss.divergence != "kl" or recipe.loss.standardize):
@@ -206,6 +209,31 @@ def _check_epochs(recipe: Recipe) -> None:
             )
 
 
+def _check_answer_noise(recipe: Recipe) -> None:
+    """Mixed-up answers are stored ones: of pictures as they are, or of a cache's views."""
+    if not recipe.teacher.answer_noise:
+        return
+    if not recipe.teacher.model:
+        raise ValueError(
+            f"teacher.answer_noise is {recipe.teacher.answer_noise}, but there is no teacher; set teacher.model"
+        )
+    for key, given, plain in (
+        ("data.augment", recipe.data.augment, "none"),
+        ("data.rand_augment", recipe.data.rand_augment, ""),
+        ("data.erasing", recipe.data.erasing, 0.0),
+    ):
+        if given != plain and not recipe.teacher.cache:
+            raise ValueError(
+                f"teacher.answer_noise stores one answer a sample, which {key}={given!r} would not fit: set {key} to"
+                f" {plain!r}, or teacher.cache, which has an answer to every view"
+            )
+    if recipe.selection.after:
+        raise ValueError(
+            "selection.after scores with the teacher's own answers: it goes without teacher.answer_noise; use"
+            " lrds-fast score and select"
+        )
+
+
 def _check_features(recipe: Recipe) -> None:
     """What reads the networks' inner features needs their plain passes, of one picture a sample."""
     if not recipe.features.method:
@@ -213,6 +241,7 @@ def _check_features(recipe: Recipe) -> None:
     for key, given, plain in (
         ("run.compile", recipe.run.compile, "off"),
         ("teacher.cache", recipe.teacher.cache, ""),
+        ("teacher.answer_noise", recipe.teacher.answer_noise, 0.0),
         ("data.second_view", recipe.data.second_view, ""),
     ):
         if given != plain:

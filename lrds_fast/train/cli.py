@@ -140,7 +140,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub = add(
         "demo",
         _demo,
-        "teacher, student alone, KD, KD+LR, KD+DS and KD+LR+DS on scikit-learn's digits: a table and a report",
+        "few labels and a teacher that errs: the student alone, KD, KD+LR, KD+DS, KD+LR+DS: a table and a report",
         "lrds-fast demo --out runs/demo",
     )
     sub.add_argument(
@@ -308,13 +308,11 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from lrds_fast.train.demo import BASELINE, demo
-    from lrds_fast.train.report import NOTES, text_table
+    from lrds_fast.train.demo import NOTE, demo
 
     result = demo(options.out, seeds=options.seeds, settings=options.settings, progress=_progress(options))
     print("\n".join(result.introduction), end="\n\n")
-    print(text_table(result.rows, baseline=BASELINE), end="\n\n")
-    print(NOTES)
+    print(f"{result.table}\n{NOTE}", end="\n\n")
     print("\n".join(result.conclusions))
     print(f"\nreport: {result.report}")
     return OK

@@ -65,6 +65,9 @@ class TeacherOptions:
     """model "" trains without a teacher. checkpoint: any file of torch.save or safetensors that holds its weights.
     weights: "average" or "raw", which weights to load where the file has both kinds.
     amp: its precision, "" as run.amp has it. own_stream: on a GPU it runs beside the student's forward pass.
+    answer_noise: that share of the training samples, by data.split_seed, gets the teacher's answer to another sample,
+    as from a file whose rows were mixed up; for experiments. The teacher is then asked once about every sample, or
+    cached.
 
     cache: a folder of the teacher's logits, which lrds-fast cache writes and training reads; "" runs the teacher.
     cache_views: how many augmented views of each sample it holds; epoch e trains on view e modulo that. cache_top_k:
@@ -75,6 +78,7 @@ class TeacherOptions:
     weights: str = "average"
     amp: str = ""
     own_stream: bool = False
+    answer_noise: float = 0.0
     cache: str = ""
     cache_views: int = 1
     cache_top_k: int = 0

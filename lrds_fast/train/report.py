@@ -178,7 +178,11 @@ def _difference(value: Estimate | None, scale: float, digits: int) -> str:
 
 def text_table(rows: Sequence[Row], *, baseline: str | None = None) -> str:
     """The table for a terminal."""
-    lines = table_lines(rows, baseline)
+    return aligned(table_lines(rows, baseline))
+
+
+def aligned(lines: Sequence[tuple[str, ...]]) -> str:
+    """A header and rows in columns as wide as their cells; the first column is flush left."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rendered = [
         "  ".join(

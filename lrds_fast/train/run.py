@@ -27,6 +27,7 @@ from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
 from lrds_fast.train.processes import joined
 from lrds_fast.train.recipe import Recipe, from_mapping
 from lrds_fast.train.setup import pick_device, scored_loss
+from lrds_fast.train.teaching import CachedAnswers, MixedUp, Stored
 from lrds_fast.train.weights import load_weights
 
 GALLERY = "gallery.json"
@@ -93,6 +94,12 @@ def build_teacher(recipe: Recipe, data: Data) -> nn.Module | None:
     return teacher
 
 
+def _sources(recipe: Recipe, data: Data) -> Tensor:
+    """(N,) int64: the training sample whose answer of the teacher each training sample gets."""
+    options = recipe.teacher
+    return data_sets.answer_sources(len(data.train.labels), options.answer_noise, seed=recipe.data.split_seed)
+
+
 def fingerprint(data: Data) -> str:
     """The training split's fingerprint, which selections and checkpoints carry."""
     return dataset_fingerprint(data.train.labels, data.num_classes)
@@ -126,12 +133,18 @@ def fit(
         selection = load_selection(recipe, data)
         teacher = build_teacher(recipe, data)
         mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
-        cached = None
+        cached: CachedAnswers | None = None
         if teacher is not None and recipe.teacher.cache:
-            # With a mask, and before samples are scored, the teacher is asked about every row.
-            alone = recipe.selection.compose == "prefix" and not recipe.selection.after
+            # With a mask, and before samples are scored, the teacher is asked about every row; with mixed-up answers,
+            # about samples that are not selected too.
+            options = recipe.selection
+            alone = options.compose == "prefix" and not options.after and not recipe.teacher.answer_noise
             facts = teacher_facts(recipe, teacher)
             cached = open_cache(recipe, data, facts, selected=mask if alone else None, verify=ranks.first)
+        if teacher is not None and recipe.teacher.answer_noise:
+            if cached is None:
+                cached = Stored(outputs(teacher, data.score, pick_device(recipe.run.device)).logits)
+            cached = MixedUp(cached, _sources(recipe, data))
         result = train(
             recipe,
             data,
@@ -182,7 +195,7 @@ def _scored(recipe: Recipe, progress: bool) -> influence.Scores:
     return influence.last_layer_scores(
         features=own.features,
         student_logits=own.logits,
-        teacher_logits=taught.logits,
+        teacher_logits=taught.logits[_sources(recipe, data)],
         target=data.score.labels,
         val_features=None if held_out is None else held_out.features,
         val_logits=None if held_out is None else held_out.logits,

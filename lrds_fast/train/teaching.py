@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +16,38 @@ from lrds_fast.topk import TopKTeacher
 class CachedAnswers(Protocol):
     """What a teacher said of a view of each sample; lrds_fast.data.soft_labels.SoftLabels is one."""
 
-    views: int
+    @property
+    def views(self) -> int:
+        """How many views of each sample there are."""
 
     def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor | TopKTeacher:
         """The logits of these samples, (K, C) or their top k."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A teacher's CachedAnswers in memory. logits: (N, C), of every sample as it is."""
+
+    logits: Tensor
+    views: int = 1
+
+    def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor:
+        return self.logits[indices].to(device)
+
+
+@dataclass(frozen=True)
+class MixedUp:
+    """CachedAnswers some of which are those to other samples. source: (N,) int64, whose answer each sample gets."""
+
+    answers: CachedAnswers
+    source: Tensor
+
+    @property
+    def views(self) -> int:
+        return self.answers.views
+
+    def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor | TopKTeacher:
+        return self.answers.batch(view, self.source[indices], device)
 
 
 class Teacher:
