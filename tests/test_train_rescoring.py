@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +89,7 @@ def test_selections_are_scores_of_the_student_of_that_moment(tmp_path: Path) -> 
 
 
 def test_by_default_who_is_denied_is_harmed_beyond_its_error(tmp_path: Path) -> None:
-    chosen = recipe(
-        **RESCORED | {"selection.threshold": math.inf, "selection.confidence": 0.5, "selection.max_drop": 0.2}
-    )
+    chosen = recipe(**RESCORED | {"selection.threshold": None, "selection.confidence": 0.5, "selection.max_drop": 0.2})
     assert SelectionOptions().by_confidence and SelectionOptions().confidence == 2.0
     run(tmp_path, chosen, blobs())
     first, second = (Selection.load(tmp_path / "selections" / f"epoch_000{k}.parquet") for k in (1, 3))
@@ -112,7 +109,7 @@ def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
     """Everyone is heard until the first scoring, and as many as were selected after it."""
     chosen = recipe(
         **RESCORED
-        | {"selection.threshold": math.inf}
+        | {"selection.threshold": None}
         | {"selection.ratio": 0.5, "selection.margin": 0.0, "selection.by": "el2n"}
     )
     result, _ = run(tmp_path, chosen)
@@ -125,7 +122,7 @@ def test_joint_selection_in_training(tmp_path: Path) -> None:
     chosen = recipe(
         **RESCORED
         | {
-            "selection.threshold": math.inf,
+            "selection.threshold": None,
             "selection.by": "set_shift",
             "selection.ratio": 0.5,
             "selection.margin": 0.0,

@@ -164,9 +164,9 @@ def _check_selection(options: SelectionOptions) -> None:
     """How a selection that is made while training chooses: by confidence, by a ratio or by a threshold."""
     if not options.ratio <= 1:
         raise ValueError(f"selection.ratio must be at most 1, or below 0 for no ratio; got {options.ratio}")
-    if math.isnan(options.threshold):
-        raise ValueError("selection.threshold must be a number, or inf for no threshold; got nan")
-    if options.ratio >= 0 and options.threshold < math.inf:
+    if options.threshold is not None and math.isnan(options.threshold):
+        raise ValueError('selection.threshold must be a number, or "none"; got nan')
+    if options.ratio >= 0 and options.threshold is not None:
         raise ValueError(
             f"selection.ratio and selection.threshold exclude each other; got {options.ratio} and {options.threshold}:"
             " leave one of them out"
@@ -176,7 +176,7 @@ def _check_selection(options: SelectionOptions) -> None:
             f"selection.by = {options.by!r} has no standard error, which selection.confidence needs: set"
             " selection.ratio or selection.threshold"
         )
-    if options.per_class and options.after and options.threshold < math.inf:
+    if options.per_class and options.after and options.threshold is not None:
         raise ValueError(
             "selection.per_class needs a share of every class: selection.ratio, or confidence and max_drop"
         )

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import sys
 import types
 import typing
@@ -163,8 +162,8 @@ class SelectionOptions:
     after > 0: the student is scored when so many epochs are done and the selection made from that, again every `every`
     epochs after (0: once). by: the score, lower = keep the teacher, as [score] says how. A sample loses its teacher
     where its score is above `confidence` standard errors, and of all samples at most the share max_drop, those with the
-    highest scores. Instead of that, ratio >= 0: this share keeps the teacher; or threshold < inf: those with a score <
-    threshold do. Scores other than kd_gain have no standard error and need one of these two. margin: samples that have
+    highest scores. Instead of that, ratio >= 0: this share keeps the teacher; or a threshold: those with a score below
+    it do. Scores other than kd_gain have no standard error and need one of these two. margin: samples that have
     the teacher lose it only beyond confidence + margin standard errors, ratio + margin, or threshold + margin.
     per_class: ratio or max_drop in every class. by "set_shift": those are denied that together move the student the
     least (select_jointly); it takes a ratio."""
@@ -177,14 +176,14 @@ class SelectionOptions:
     confidence: float = 2.0
     max_drop: float = 0.1
     ratio: float = -1.0
-    threshold: float = math.inf
+    threshold: float | None = None
     margin: float = 0.0
     per_class: bool = False
 
     @property
     def by_confidence(self) -> bool:
         """Whether a sample is denied by its standard error, rather than by ratio or threshold."""
-        return self.ratio < 0 and self.threshold == math.inf
+        return self.ratio < 0 and self.threshold is None
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ def _ranked(
     elif options.ratio >= 0:
         rule, leave = {"ratio": options.ratio}, min(options.ratio + options.margin, 1.0)
     else:
+        assert options.threshold is not None
         rule, leave = {"threshold": options.threshold}, options.threshold + options.margin
     return select(
         scores,
