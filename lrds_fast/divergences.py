@@ -16,8 +16,8 @@ from lrds_fast._numbers import number
 REVISE: dict[str | None, int] = {None: 0, "lr": 1, "mft": 2, "swap": 3}
 """Revision policies and their codes (csrc/core/kd_loss.h: Revise)."""
 
-REVISE_TEMPERATURE: float | None = None
-"""The default of every revise_temperature: None revises at the divergence's own temperature, as published."""
+REVISE_TEMPERATURE: float | None = 1.0
+"""The default of every revise_temperature (docs/benchmarks/method.md). None: the divergence's own, as published."""
 
 MAX_PARAMETERS = 3
 """Numbers that the operators take for a divergence."""

@@ -82,7 +82,7 @@ def test_the_short_protocol_trains_every_run_on_the_same_samples() -> None:
     schedule, optimizer = runs[0].schedule, runs[0].optimizer
     assert (schedule.name, schedule.epochs, schedule.warmup_epochs) == ("cosine", 10, 1.0)
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, optimizer.nesterov) == (0.1, 0.9, 5e-4, False)
-    assert [recipe.selection.after for recipe in runs] == [0, 0, 0, 0, 2, 2]
+    assert [recipe.selection.after for recipe in runs] == [0, 0, 0, 0, 3, 3]
     assert {recipe.teacher.checkpoint for recipe in runs[2:]} == {"runs/cifar100-short/resnet20/last.pt"}
     assert {recipe.student.model for recipe in runs[1:]} == {"resnet8"}
     assert load_recipe("cifar100-short/vgg13-MobileNetV2/kd").optimizer.lr == pytest.approx(0.02)
@@ -137,7 +137,7 @@ def test_imagenet_protocols_are_the_published_ones() -> None:
     assert load_recipe(f"{pair}/dkd").loss.kd_warmup_epochs == 1
     dist = load_recipe(f"{pair}/dist+lr+ds")
     assert (dist.loss.method, dist.loss.kd_weight, dist.optimizer.lr, dist.data.batch_size) == ("dist", 2.0, 0.2, 512)
-    assert (dist.selection.after, dist.data.val_fraction, dist.score.curvature) == (5, 0.01, "ekfac")
+    assert (dist.selection.after, dist.data.val_fraction, dist.score.curvature) == (33, 0.01, "ekfac")
     assert (dist.schedule.milestones, dist.optimizer.weight_decay, dist.run.channels_last) == ((30, 60, 90), 1e-4, True)
     for old, new in (
         ("imagenet_resnet34_resnet18", f"{pair}/kd+lr"),
@@ -189,7 +189,7 @@ def test_protocols_are_the_published_ones() -> None:
         assert load_recipe(f"cifar100/{student}").optimizer.lr == pytest.approx(0.01)
     assert load_recipe("cifar100/vgg13-MobileNetV2/mlkd").optimizer.lr == pytest.approx(0.005)
     mlkd = load_recipe("cifar100/vgg13-vgg8/mlkd+lr+ds")
-    assert (mlkd.schedule.epochs, mlkd.optimizer.lr, mlkd.selection.after) == (480, 0.025, 40)
+    assert (mlkd.schedule.epochs, mlkd.optimizer.lr, mlkd.selection.after) == (480, 0.025, 160)
     assert mlkd.loss.temperatures == (2.0, 3.0, 4.0, 5.0, 6.0)
 
 
@@ -343,7 +343,7 @@ def test_feature_methods_are_published_ones_with_their_weights() -> None:
     assert alone.features.method == beside.features.method == "reviewkd"
     assert alone.features.weight == beside.features.weight == 8.0
     assert (alone.loss.kd_weight, beside.loss.kd_weight, beside.loss.revise) == (0.0, 1.0, "lr")
-    assert alone.loss.kd_warmup_epochs == 20 and beside.selection.after == 20
+    assert alone.loss.kd_warmup_epochs == 20 and beside.selection.after == 80
     assert load_recipe("cifar100-short/resnet20-resnet8/reviewkd").loss.kd_warmup_epochs == 1
     with pytest.raises(ValueError, match=r"there is no recipe 'cifar100/resnet32x4-ShuffleV2/crd\+lr'"):
         load_recipe(f"{pair}/crd+lr")

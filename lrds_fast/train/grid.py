@@ -25,8 +25,8 @@ class Protocol(NamedTuple):
     base: the recipe that they extend. title: the data, for descriptions. pairs, methods: by name; a method's values go
     on top of the base's. alone: published accuracies (%) of networks by themselves. compares: whether the published
     accuracies are of this protocol. models: the full names of networks that are called by a short one.
-    selected: what "+ds" says beyond the epoch of the scoring, which is after_share of the epochs. small_steps: networks
-    that train with a fifth of the learning rate. overrides: by method, what the protocol has otherwise than `base`.
+    selected: what "+ds" says beyond the epoch of the scoring. small_steps: networks that train with a fifth of the
+    learning rate. overrides: by method, what the protocol has otherwise than `base`.
     checkpoints: whether teachers are trained by the protocol too, and looked for where that leaves them.
     """
 
@@ -37,13 +37,14 @@ class Protocol(NamedTuple):
     alone: Mapping[str, float]
     compares: bool
     selected: Values
-    after_share: float
     models: Mapping[str, str] = {}
     small_steps: tuple[str, ...] = ()
     overrides: Mapping[str, Values] = {}
     checkpoints: bool = True
 
 
+#: "+ds" scores once, after this share of the epochs (docs/benchmarks/method.md).
+_SCORED_AFTER = 1 / 3
 #: Features of the inner layers, alone ("crd") and beside KD ("kd-crd").
 _FEATURES: Mapping[str, Values] = feature_recipes.METHODS
 _CIFAR_METHODS: Mapping[str, Values] = {
@@ -111,7 +112,6 @@ _CIFAR = Protocol(
     alone=literature.CIFAR100_ALONE,
     compares=True,
     selected=_CIFAR_SELECTED,
-    after_share=1 / 12,
     small_steps=("MobileNetV2", "ShuffleV1", "ShuffleV2"),
     # Twice the epochs, half the learning rate.
     overrides={
@@ -126,7 +126,6 @@ _IMAGENET = Protocol(
     alone=literature.IMAGENET_ALONE,
     compares=True,
     selected=_IMAGENET_SELECTED,
-    after_share=1 / 20,
     models=_IMAGENET_MODELS,
     # The teachers' weights are torchvision's and timm's: teacher.checkpoint says where they are.
     checkpoints=False,
@@ -252,7 +251,7 @@ def compose(source: str, base: Values) -> dict[str, Any]:
             layers.append({"loss": {"kd_warmup_epochs": max(1, schedule["epochs"] // 12)}})
     if "ds" in parts.switches:
         # Scored once.
-        after = max(2, int(schedule["epochs"] * protocol.after_share + 1e-6))
+        after = max(2, int(schedule["epochs"] * _SCORED_AFTER + 1e-6))
         layers += [protocol.selected, {"selection": {"after": after}}]
     for layer in layers:
         for table, values in layer.items():
