@@ -228,12 +228,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Training:
-    """How students are trained: an MLP, SGD with momentum 0.9, weight decay, a cosine schedule."""
+    """How students are trained: an MLP, AdamW, a cosine schedule.
+
+    Adam's steps do not grow with the loss, so that a larger weight of a term is no larger learning rate.
+    """
 
     hidden: int = 64
     batch: int = 128
-    rate: float = 0.1
-    decay: float = 5e-4
+    rate: float = 5e-3
+    decay: float = 0.01
     together: int = 16
 
 
@@ -247,7 +250,7 @@ class Objective:
 
 
 State = list[Tensor]
-"""An MLP's weights and biases, layer by layer, then their momenta."""
+"""An MLP's weights and biases, layer by layer; then Adam's first moments, then its second moments."""
 
 
 def initial(problem: Problem, training: Training) -> State:
@@ -257,7 +260,7 @@ def initial(problem: Problem, training: Training) -> State:
     state = []
     for inputs, outputs in zip(sizes, sizes[1:], strict=False):
         state += [torch.randn(inputs, outputs, generator=generator) * (2 / inputs) ** 0.5, torch.zeros(outputs)]
-    return state + [torch.zeros_like(tensor) for tensor in state]
+    return state + [torch.zeros_like(tensor) for tensor in state + state]
 
 
 def orders(problem: Problem) -> Tensor:
@@ -333,18 +336,20 @@ def _train_group(
     span: tuple[int, int],
 ) -> list[State]:
     weights = stacked([state[:6] for state in states])
-    optimizer = torch.optim.SGD(weights, lr=training.rate, momentum=0.9, weight_decay=training.decay, fused=True)
-    for weight, momentum in zip(weights, stacked([state[6:] for state in states]), strict=True):
-        optimizer.state[weight.requires_grad_()]["momentum_buffer"] = momentum
+    optimizer = torch.optim.AdamW(weights, lr=training.rate, weight_decay=training.decay, fused=True)
+    firsts, seconds = (stacked([state[part] for state in states]) for part in (slice(6, 12), slice(12, 18)))
+    per_epoch = -(-len(problem.y) // training.batch)
+    step = per_epoch * span[0]
+    for weight, mean, square in zip(weights, firsts, seconds, strict=True):
+        moments = {"step": torch.tensor(float(step)), "exp_avg": mean, "exp_avg_sq": square}
+        optimizer.state[weight.requires_grad_()].update(moments)
     temperature = problem.temperature
     ce, kd = (torch.stack([getattr(o, key) for o in objectives])[..., None] for key in ("ce", "kd"))
     kd = temperature * kd
     # c e_y + k T p', what does not depend on the student.
     fixed = kd * torch.stack([o.target for o in objectives]) + ce * F.one_hot(problem.y, problem.classes)
-    per_epoch = -(-len(problem.y) // training.batch)
     steps = per_epoch * problem.epochs
     order = orders(problem)
-    step = per_epoch * span[0]
     for epoch in range(*span):
         for rows in order[epoch].split(training.batch):
             optimizer.param_groups[0]["lr"] = training.rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
@@ -357,9 +362,9 @@ def _train_group(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-    momenta = [optimizer.state[weight]["momentum_buffer"] for weight in weights]
-    plain = unstacked([weight.detach() for weight in weights])
-    return [mine + theirs for mine, theirs in zip(plain, unstacked(momenta), strict=True)]
+    moments = ([optimizer.state[weight][key] for weight in weights] for key in ("exp_avg", "exp_avg_sq"))
+    parts = [unstacked(tensors) for tensors in ([weight.detach() for weight in weights], *moments)]
+    return [sum(state, []) for state in zip(*parts, strict=True)]
 
 
 def objective_of(arm: Arm, problem: Problem, weight: Tensor | None) -> Objective:
@@ -402,13 +407,15 @@ def scores(arm: Arm, problem: Problem, state: State, folds: int = FOLDS) -> tupl
 
 def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
     """acc and ece in percent, nll, brier of logits (M, C)."""
-    p = z.double().softmax(dim=1)
+    log_p = z.log_softmax(dim=1)
+    p = log_p.exp()
     confidence, found = p.max(dim=1)
-    right = (found == y).double()
+    right = (found == y).float()
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, confidence - right)
-    brier = (p - F.one_hot(y, z.shape[1])).square().sum(dim=1).mean()
-    nll = F.cross_entropy(z.double(), y)
+    gap = torch.zeros(bins).index_add_(0, place, confidence - right)
+    # |p - e_y|^2 = |p|^2 - 2 p_y + 1
+    brier = p.square().sum(dim=1).mean() - 2 * p.gather(1, y[:, None]).mean() + 1
+    nll = F.nll_loss(log_p, y)
     return {
         "acc": 100 * float(right.mean()),
         "nll": float(nll),

@@ -125,7 +125,7 @@ def test_models_trained_together_are_the_models_trained_alone_in_plain_pytorch()
             for layer, weight, bias in zip(layers, start[0:6:2], start[1:6:2], strict=True):
                 layer.weight.copy_(weight.T)
                 layer.bias.copy_(bias)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6 * 4)
         for order in lab_students.orders(case):
             for rows in order.split(32):
