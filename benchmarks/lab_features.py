@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 import sys
 import time
@@ -341,13 +342,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Adds rows, the header where the file is new, in one write."""
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    """Adds rows, the header where the file is new, in one write: two processes may share the file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows(rows)
+    with path.open("ab", buffering=0) as file:
+        file.write(text.getvalue().encode())
 
 
 def tuned_ce(held: dict[str, float]) -> float:

@@ -346,8 +346,11 @@ def _train_group(
     temperature = problem.temperature
     ce, kd = (torch.stack([getattr(o, key) for o in objectives])[..., None] for key in ("ce", "kd"))
     kd = temperature * kd
-    # c e_y + k T p', what does not depend on the student.
-    fixed = kd * torch.stack([o.target for o in objectives]) + ce * F.one_hot(problem.y, problem.classes)
+    # c e_y + k T p', what does not depend on the student, (N, A, C): a batch's rows are gathered in long pieces.
+    fixed = (kd * torch.stack([o.target for o in objectives]) + ce * F.one_hot(problem.y, problem.classes)).transpose(
+        0, 1
+    )
+    fixed = fixed.contiguous()
     steps = per_epoch * problem.epochs
     order = orders(problem)
     for epoch in range(*span):
@@ -357,7 +360,7 @@ def _train_group(
             z = logits.detach()
             gradient = torch.softmax(z, dim=-1).mul_(ce[:, rows])
             gradient.addcmul_(torch.softmax(z / temperature, dim=-1), kd[:, rows])
-            gradient -= fixed[:, rows]
+            gradient -= fixed.index_select(0, rows).transpose(0, 1)
             logits.backward(gradient.div_(len(rows)))
             optimizer.step()
             optimizer.zero_grad()
