@@ -307,7 +307,41 @@ def baselines() -> list[Arm]:
     return [Arm(kd_name(ce), ce=ce) for ce in CE_WEIGHTS]
 
 
-SUITES = {"first": first_suite}
+def search_suite() -> list[Arm]:
+    """The variants that docs/benchmarks/method.md foretells."""
+    capped = Selection("confidence", 2, cap=0.1)
+    outlier = Selection("outlier", 3.0)
+    margin = Revision("margin")
+    arms = [
+        Arm("margin", revision=margin),
+        Arm("lr2_0.8", revision=Revision(at=2.0)),
+        Arm("posterior1", revision=Revision("posterior", strength=1.0)),
+        Arm("posterior2", revision=Revision("posterior", strength=2.0)),
+        Arm("ce_wrong1", ce_wrong=1.0),
+        Arm("soft", selection=Selection("soft")),
+        Arm("soft_uce", selection=Selection("soft"), unselected=None),
+        Arm("soft_z", selection=Selection("soft_z", 2.0)),
+        Arm("z2cap_by_z", selection=replace(capped, ranked="z")),
+        Arm("z2cap_class", selection=replace(capped, per_class=True)),
+        Arm("z2cap_again", selection=capped, rescored=True),
+        Arm("z2cap_raise", selection=capped, keeps_teacher=True),
+        Arm("z2cap_scored_ce1", selection=capped, score_ce=1.0),
+        Arm("z2cap_folds5", selection=capped, folds=5),
+        Arm("z2cap_folds20", selection=capped, folds=20),
+        Arm("divergence0.9", selection=Selection("divergence", 0.9)),
+        Arm("outlier3", selection=outlier),
+        Arm("outlier3_uce", selection=outlier, unselected=None),
+        Arm("margin+z2cap", revision=margin, selection=capped),
+        Arm("lr1+outlier3", revision=Revision(), selection=outlier),
+        Arm("oracle", selection=Selection("oracle")),
+    ]
+    wanted = ("margin", "posterior1", "ce_wrong1", "soft", "soft_z", "z2cap_raise", "outlier3", "margin+z2cap")
+    wanted += ("lr1+outlier3", "oracle")
+    tuned = [replace(arm, name=f"tuned+{arm.name}", ce=None) for arm in arms if arm.name in wanted]
+    return arms + tuned
+
+
+SUITES = {"first": first_suite, "search": search_suite}
 
 
 # --- Running --------------------------------------------------------------------------------------------------------

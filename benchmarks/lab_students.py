@@ -87,8 +87,10 @@ class Selection:
 
     by: "threshold": gain < value. "confidence": all but gain > value standard errors. "ratio": that share, lowest gain
     first. "random": as many as `like` keeps. "teacher_correct". "teacher_loss": that share, lowest cross-entropy of the
-    teacher first. "soft": everyone, weighted by the probability that the true gain is below 0 (`shrunk`). "oracle": all
-    whose answer was not corrupted.
+    teacher first. "divergence": that share, lowest divergence of student and teacher first; "outlier": all but those
+    whose divergence lies more than `value` robust standard deviations above the median. "soft": everyone, weighted by
+    the probability that the true gain is below 0 (`shrunk`); "soft_z": by that of a normal variable below
+    value - gain / error. "oracle": all whose answer was not corrupted.
     cap: the largest share that is denied, worst first; per_class: of each class by itself. ranked: "gain" or "z", what
     ratio and cap call worst.
     """
@@ -103,10 +105,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scored:
-    """What selections know: gain and its standard error (N,), labels, teacher, a random order, corrupted rows."""
+    """What selections know: gain and its standard error (N,), the divergence of student and teacher, labels, teacher,
+    a random order, corrupted rows."""
 
     gain: Tensor
     error: Tensor
+    divergence: Tensor
     y: Tensor
     v: Tensor
     order: Tensor
@@ -132,6 +136,8 @@ def kept(selection: Selection, scored: Scored) -> Tensor:
     gain = scored.gain
     if selection.by == "soft":
         return shrunk(gain, scored.error)
+    if selection.by == "soft_z":
+        return torch.special.ndtr(selection.value - gain / scored.error.clamp(min=1e-30))
     if selection.by == "random":
         assert selection.like is not None
         count = int((kept(selection.like, scored) > 0).sum())
@@ -147,9 +153,15 @@ def kept(selection: Selection, scored: Scored) -> Tensor:
         denied = ~(gain < selection.value)
     elif selection.by == "confidence":
         denied = gain > selection.value * scored.error
-    elif selection.by in ("ratio", "teacher_loss"):
+    elif selection.by == "outlier":
+        away = scored.divergence - scored.divergence.median()
+        # The normal distribution's median absolute deviation is 0.6745 standard deviations.
+        denied = away > selection.value / 0.6745 * away.abs().median()
+    elif selection.by in ("ratio", "teacher_loss", "divergence"):
         if selection.by == "teacher_loss":
             worst = F.cross_entropy(scored.v, scored.y, reduction="none")
+        if selection.by == "divergence":
+            worst = scored.divergence
         denied = torch.zeros(size, dtype=torch.bool)
         denied[worst.argsort(stable=True)[math.floor(selection.value * size + 0.5) :]] = True
     else:
@@ -174,7 +186,7 @@ class Arm:
     ce: of rows with the teacher; None: that of CE_WEIGHTS with which plain KD has the lowest NLL on the held-out slice.
     unselected: of the denied; None: `ce`. ce_wrong: of rows where the teacher is wrong. keeps_teacher: the denied keep
     the teacher as well, only their cross-entropy weight changes. rescored: scored a second time after two thirds of the
-    epochs. score_ce: in the objective of the scores, where that is not the trained one.
+    epochs. score_ce: in the objective of the scores, where that is not the trained one. folds: of the standard error.
     """
 
     name: str
@@ -187,6 +199,7 @@ class Arm:
     keeps_teacher: bool = False
     rescored: bool = False
     score_ce: float | None = None
+    folds: int = FOLDS
 
     def at(self, ce: float) -> Arm:
         """The arm with its cross-entropy weight known."""
@@ -384,8 +397,8 @@ def objective_of(arm: Arm, problem: Problem, weight: Tensor | None) -> Objective
     return Objective(ce, kd, target)
 
 
-def scores(arm: Arm, problem: Problem, state: State, folds: int = FOLDS) -> tuple[Tensor, Tensor]:
-    """The library's kd_gain (N,) under the arm's objective, and its standard error over held-out folds."""
+def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """The library's kd_gain (N,) under the arm's objective, its standard error over held-out folds, the divergence."""
     assert arm.ce is not None and arm.unselected is not None
     ce = arm.ce if arm.score_ce is None else arm.score_ce
     weights = stacked([state[:6]])
@@ -396,7 +409,7 @@ def scores(arm: Arm, problem: Problem, state: State, folds: int = FOLDS) -> tupl
     loss = KDLoss(
         problem.temperature, ce_weight=ce, kd_weight=arm.kd, ce_weight_unselected=max(arm.unselected, ce), revise=None
     )
-    names = parse_score_names("kd_gain")
+    names, folds = parse_score_names("kd_gain"), arm.folds
     layer = LastLayer(Rows(h, z, True), v, problem.y, torch.float32, loss, hessian="objective", selected=None)
     layer.fit("ekfac", damping=None, damping_scale=0.1)
     found = []
@@ -405,7 +418,9 @@ def scores(arm: Arm, problem: Problem, state: State, folds: int = FOLDS) -> tupl
         layer.aim(_mean_gradient(val_h[rows], val_z[rows], problem.val_y[rows], bias=True))
         found.append(torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)]))
     each = torch.stack(found).double()
-    return each.mean(dim=0).float(), (each.std(dim=0) / folds**0.5).float()
+    log_q, log_p = ((x / problem.temperature).log_softmax(dim=1) for x in (z, v))
+    divergence = problem.temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    return each.mean(dim=0).float(), (each.std(dim=0) / folds**0.5).float(), divergence
 
 
 def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
@@ -441,12 +456,12 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     at_first = dict(zip(trunks, states, strict=True))
 
     order = torch.randperm(len(problem.y), generator=torch.Generator().manual_seed(problem.seed * 7919 + 3))
-    cached: dict[object, tuple[Tensor, Tensor]] = {}
+    cached: dict[object, tuple[Tensor, Tensor, Tensor]] = {}
 
     def weight_of(arm: Arm, state: State, when: object) -> Tensor | None:
         if arm.selection is None:
             return None
-        key = (when, arm.unselected, arm.score_ce)
+        key = (when, arm.unselected, arm.score_ce, arm.folds)
         if key not in cached:
             cached[key] = scores(arm, problem, state)
         return kept(arm.selection, Scored(*cached[key], problem.y, problem.v, order, problem.corrupted))

@@ -153,7 +153,7 @@ def test_scores_are_the_definition() -> None:
     state = lab_students.train(
         case, [lab_students.initial(case, TINY)], [lab_students.objective_of(arm, case, None)], TINY, (0, 2)
     )[0]
-    gain, error = lab_students.scores(arm, case, state, folds=4)
+    gain, error, divergence = lab_students.scores(replace(arm, folds=4), case, state)
     v = lab_students.revised_logits(case.v, case.y, arm.revision, 4.0)
     loss = KDLoss(ce_weight=0.1, kd_weight=0.9, ce_weight_unselected=0.7, revise=None)
     weights = lab_students.stacked([state[:6]])
@@ -179,6 +179,8 @@ def test_scores_are_the_definition() -> None:
         loss=loss,
     )["kd_gain"]
     assert relative_error(gain, whole.double()) < 1e-4
+    plain = reference.kd_loss(z, v, case.y, ce_weight=0.0, kd_weight=1.0, revise=None, reduction="none")
+    torch.testing.assert_close(divergence, plain, rtol=1e-4, atol=1e-5)
 
 
 def scored(size: int = 200) -> Scored:
@@ -186,9 +188,9 @@ def scored(size: int = 200) -> Scored:
     gain = torch.randn(size, generator=generator)
     y = torch.randint(0, 4, (size,), generator=generator)
     v = torch.randn(size, 4, generator=generator)
-    return Scored(
-        gain, torch.rand(size, generator=generator) + 0.1, y, v, torch.randperm(size, generator=generator), gain > 1.5
-    )
+    error, divergence = torch.rand(2, size, generator=generator) + 0.1
+    divergence[7] = 9.0
+    return Scored(gain, error, divergence, y, v, torch.randperm(size, generator=generator), gain > 1.5)
 
 
 def test_selections() -> None:
@@ -212,6 +214,10 @@ def test_selections() -> None:
     random = kept(Selection("random", like=significant))
     assert random.sum() == kept(significant).sum() and not torch.equal(random, kept(significant))
     assert torch.equal(kept(Selection("oracle")), (gain <= 1.5).float())
+    assert (kept(Selection("outlier", 5.0)) == 0).nonzero().tolist() == [[7]]
+    assert facts.divergence[kept(Selection("divergence", 0.9)) == 0].min() > facts.divergence.quantile(0.89)
+    soft = kept(Selection("soft_z", 2.0))
+    assert torch.equal(soft >= 0.5, gain / error <= 2.0) and 0 < float(soft.min()) < 0.5 < float(soft.max()) < 1
     losses = torch.nn.functional.cross_entropy(facts.v, facts.y, reduction="none")
     assert (
         losses[kept(Selection("teacher_loss", 0.8)) == 1].max()
