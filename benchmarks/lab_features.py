@@ -328,15 +328,21 @@ def search_suite() -> list[Arm]:
         Arm("z2cap_scored_ce1", selection=capped, score_ce=1.0),
         Arm("z2cap_folds5", selection=capped, folds=5),
         Arm("z2cap_folds20", selection=capped, folds=20),
+        Arm("z2_train", selection=Selection("confidence", 2), on_training=True),
+        Arm("z2cap_train", selection=capped, on_training=True),
+        Arm("z3_train", selection=Selection("confidence", 3), on_training=True),
+        Arm("below0_train", selection=Selection("threshold"), on_training=True),
         Arm("divergence0.9", selection=Selection("divergence", 0.9)),
         Arm("outlier3", selection=outlier),
         Arm("outlier3_uce", selection=outlier, unselected=None),
         Arm("margin+z2cap", revision=margin, selection=capped),
         Arm("lr1+outlier3", revision=Revision(), selection=outlier),
+        Arm("lr1_0.95+outlier3", revision=Revision(eta=0.95), selection=outlier),
+        Arm("lr1_0.95+z2_train", revision=Revision(eta=0.95), selection=Selection("confidence", 2), on_training=True),
         Arm("oracle", selection=Selection("oracle")),
     ]
     wanted = ("margin", "posterior1", "ce_wrong1", "soft", "soft_z", "z2cap_raise", "outlier3", "margin+z2cap")
-    wanted += ("lr1+outlier3", "oracle")
+    wanted += ("lr1+outlier3", "lr1_0.95+outlier3", "lr1_0.95+z2_train", "z2_train", "z2cap_train", "oracle")
     tuned = [replace(arm, name=f"tuned+{arm.name}", ce=None) for arm in arms if arm.name in wanted]
     return arms + tuned
 

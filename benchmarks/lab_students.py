@@ -187,6 +187,7 @@ class Arm:
     unselected: of the denied; None: `ce`. ce_wrong: of rows where the teacher is wrong. keeps_teacher: the denied keep
     the teacher as well, only their cross-entropy weight changes. rescored: scored a second time after two thirds of the
     epochs. score_ce: in the objective of the scores, where that is not the trained one. folds: of the standard error.
+    on_training: the training samples are the held-out slice, for each sample the folds that it is not in.
     """
 
     name: str
@@ -200,6 +201,7 @@ class Arm:
     rescored: bool = False
     score_ce: float | None = None
     folds: int = FOLDS
+    on_training: bool = False
 
     def at(self, ce: float) -> Arm:
         """The arm with its cross-entropy weight known."""
@@ -413,14 +415,17 @@ def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Te
     layer = LastLayer(Rows(h, z, True), v, problem.y, torch.float32, loss, hessian="objective", selected=None)
     layer.fit("ekfac", damping=None, damping_scale=0.1)
     found = []
+    held = (h, z, problem.y) if arm.on_training else (val_h, val_z, problem.val_y)
     for fold in range(folds):
-        rows = slice(fold, None, folds)
-        layer.aim(_mean_gradient(val_h[rows], val_z[rows], problem.val_y[rows], bias=True))
+        layer.aim(_mean_gradient(*(part[fold::folds] for part in held), bias=True))
         found.append(torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)]))
     each = torch.stack(found).double()
+    if arm.on_training:
+        others = torch.arange(len(h)) % folds != torch.arange(folds)[:, None]
+        each = each.T[others.T].reshape(len(h), folds - 1).T
     log_q, log_p = ((x / problem.temperature).log_softmax(dim=1) for x in (z, v))
     divergence = problem.temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    return each.mean(dim=0).float(), (each.std(dim=0) / folds**0.5).float(), divergence
+    return each.mean(dim=0).float(), (each.std(dim=0) / len(each) ** 0.5).float(), divergence
 
 
 def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
@@ -461,7 +466,7 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     def weight_of(arm: Arm, state: State, when: object) -> Tensor | None:
         if arm.selection is None:
             return None
-        key = (when, arm.unselected, arm.score_ce, arm.folds)
+        key = (when, arm.unselected, arm.score_ce, arm.folds, arm.on_training)
         if key not in cached:
             cached[key] = scores(arm, problem, state)
         return kept(arm.selection, Scored(*cached[key], problem.y, problem.v, order, problem.corrupted))
