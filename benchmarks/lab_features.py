@@ -311,6 +311,7 @@ def search_suite() -> list[Arm]:
     """The variants that docs/benchmarks/method.md foretells."""
     capped = Selection("confidence", 2, cap=0.1)
     outlier = Selection("outlier", 3.0)
+    match = Selection("match")
     margin = Revision("margin")
     arms = [
         Arm("margin", revision=margin),
@@ -339,15 +340,24 @@ def search_suite() -> list[Arm]:
         Arm("lr1+outlier3", revision=Revision(), selection=outlier),
         Arm("lr1_0.95+outlier3", revision=Revision(eta=0.95), selection=outlier),
         Arm("lr1_0.95+z2_train", revision=Revision(eta=0.95), selection=Selection("confidence", 2), on_training=True),
+        Arm("agreement0.9", selection=Selection("agreement", 0.9)),
+        Arm("match", selection=match),
+        Arm("random_match", selection=Selection("random", like=match)),
+        Arm("match_uce", selection=match, unselected=None),
+        Arm("match_soft", selection=Selection("match_soft")),
+        Arm("match_again", selection=match, rescored=True),
+        Arm("lr1_0.8+match", revision=Revision(), selection=match),
+        Arm("lr1_0.95+match", revision=Revision(eta=0.95), selection=match),
         Arm("oracle", selection=Selection("oracle")),
     ]
     wanted = ("margin", "posterior1", "ce_wrong1", "soft", "soft_z", "z2cap_raise", "outlier3", "margin+z2cap")
     wanted += ("lr1+outlier3", "lr1_0.95+outlier3", "lr1_0.95+z2_train", "z2_train", "z2cap_train", "oracle")
+    wanted += ("match", "random_match", "match_uce", "match_soft", "lr1_0.8+match", "lr1_0.95+match")
     tuned = [replace(arm, name=f"tuned+{arm.name}", ce=None) for arm in arms if arm.name in wanted]
     return arms + tuned
 
 
-SUITES = {"first": first_suite, "search": search_suite}
+SUITES = {"first": first_suite, "search": search_suite, "all": lambda: first_suite() + search_suite()}
 
 
 # --- Running --------------------------------------------------------------------------------------------------------

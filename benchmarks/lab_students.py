@@ -90,7 +90,9 @@ class Selection:
     teacher first. "divergence": that share, lowest divergence of student and teacher first; "outlier": all but those
     whose divergence lies more than `value` robust standard deviations above the median. "soft": everyone, weighted by
     the probability that the true gain is below 0 (`shrunk`); "soft_z": by that of a normal variable below
-    value - gain / error. "oracle": all whose answer was not corrupted.
+    value - gain / error. "agreement": that share, highest correlation of student's and teacher's logits first;
+    "match": all but those whose answer is more likely another sample's (`mismatch`); "match_soft": everyone, weighted
+    by the probability that it is not. "oracle": all whose answer was not corrupted.
     cap: the largest share that is denied, worst first; per_class: of each class by itself. ranked: "gain" or "z", what
     ratio and cap call worst.
     """
@@ -105,12 +107,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scored:
-    """What selections know: gain and its standard error (N,), the divergence of student and teacher, labels, teacher,
-    a random order, corrupted rows."""
+    """What selections know: gain and its standard error (N,), the divergence of student and teacher, their logits
+    z and v, labels, a random order, corrupted rows."""
 
     gain: Tensor
     error: Tensor
     divergence: Tensor
+    z: Tensor
     y: Tensor
     v: Tensor
     order: Tensor
@@ -130,12 +133,47 @@ def shrunk(gain: Tensor, error: Tensor, rounds: int = 200) -> Tensor:
     return torch.special.ndtr(-mean / spread.clamp(min=1e-30).sqrt()).float()
 
 
+def agreement(z: Tensor, v: Tensor) -> Tensor:
+    """Pearson's correlation of two rows of logits over the classes, (N,)."""
+    return F.cosine_similarity(z - z.mean(dim=1, keepdim=True), v - v.mean(dim=1, keepdim=True))
+
+
+def mismatch(z: Tensor, v: Tensor, order: Tensor, rounds: int = 100) -> Tensor:
+    """The probability (N,) that the teacher's answer v is another sample's, from student's logits z.
+
+    Agreement, made normal by Fisher's z, of two kinds of rows: answers of others, distributed as the agreement with
+    randomly exchanged answers is (`order`, a permutation, pairs them), and own answers, of unknown mean and variance.
+    Their shares, mean and variance by EM.
+    """
+
+    def fisher(other: Tensor) -> Tensor:
+        return agreement(z, other).double().clamp(-0.999, 0.999).atanh()
+
+    found, exchanged = fisher(v), fisher(v[order])
+    share = torch.tensor(0.1, dtype=torch.float64)
+    mean, std = found.median(), found.std()
+    density = torch.distributions.Normal(exchanged.mean(), exchanged.std()).log_prob(found)
+    for _ in range(rounds):
+        own = torch.distributions.Normal(mean, std).log_prob(found)
+        foreign = torch.sigmoid(share.logit() + density - own)
+        # Above the own answers' mean nothing is foreign, however wide the other kind is.
+        foreign = torch.where(found > mean, 0.0, foreign)
+        share = foreign.mean().clamp(1e-6, 0.9)
+        total = (1.0 - foreign).sum()
+        mean = ((1.0 - foreign) * found).sum() / total
+        std = (((1.0 - foreign) * (found - mean).square()).sum() / total).sqrt()
+    return foreign.float()
+
+
 def kept(selection: Selection, scored: Scored) -> Tensor:
     """(N,) float32 in [0, 1], the teacher's weight."""
     size = len(scored.gain)
     gain = scored.gain
     if selection.by == "soft":
         return shrunk(gain, scored.error)
+    if selection.by.startswith("match"):
+        foreign = mismatch(scored.z, scored.v, scored.order)
+        return 1.0 - foreign if selection.by == "match_soft" else (foreign <= 0.5).float()
     if selection.by == "soft_z":
         return torch.special.ndtr(selection.value - gain / scored.error.clamp(min=1e-30))
     if selection.by == "random":
@@ -157,9 +195,11 @@ def kept(selection: Selection, scored: Scored) -> Tensor:
         away = scored.divergence - scored.divergence.median()
         # The normal distribution's median absolute deviation is 0.6745 standard deviations.
         denied = away > selection.value / 0.6745 * away.abs().median()
-    elif selection.by in ("ratio", "teacher_loss", "divergence"):
+    elif selection.by in ("ratio", "teacher_loss", "divergence", "agreement"):
         if selection.by == "teacher_loss":
             worst = F.cross_entropy(scored.v, scored.y, reduction="none")
+        if selection.by == "agreement":
+            worst = -agreement(scored.z, scored.v)
         if selection.by == "divergence":
             worst = scored.divergence
         denied = torch.zeros(size, dtype=torch.bool)
@@ -399,8 +439,9 @@ def objective_of(arm: Arm, problem: Problem, weight: Tensor | None) -> Objective
     return Objective(ce, kd, target)
 
 
-def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Tensor]:
-    """The library's kd_gain (N,) under the arm's objective, its standard error over held-out folds, the divergence."""
+def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The library's kd_gain (N,) under the arm's objective, its standard error over held-out folds;
+    the divergence (N,) and the student's logits."""
     assert arm.ce is not None and arm.unselected is not None
     ce = arm.ce if arm.score_ce is None else arm.score_ce
     weights = stacked([state[:6]])
@@ -425,7 +466,7 @@ def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Te
         each = each.T[others.T].reshape(len(h), folds - 1).T
     log_q, log_p = ((x / problem.temperature).log_softmax(dim=1) for x in (z, v))
     divergence = problem.temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    return each.mean(dim=0).float(), (each.std(dim=0) / len(each) ** 0.5).float(), divergence
+    return each.mean(dim=0).float(), (each.std(dim=0) / len(each) ** 0.5).float(), divergence, z
 
 
 def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
@@ -461,7 +502,7 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     at_first = dict(zip(trunks, states, strict=True))
 
     order = torch.randperm(len(problem.y), generator=torch.Generator().manual_seed(problem.seed * 7919 + 3))
-    cached: dict[object, tuple[Tensor, Tensor, Tensor]] = {}
+    cached: dict[object, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def weight_of(arm: Arm, state: State, when: object) -> Tensor | None:
         if arm.selection is None:

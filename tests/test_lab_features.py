@@ -153,7 +153,7 @@ def test_scores_are_the_definition() -> None:
     state = lab_students.train(
         case, [lab_students.initial(case, TINY)], [lab_students.objective_of(arm, case, None)], TINY, (0, 2)
     )[0]
-    gain, error, divergence = lab_students.scores(replace(arm, folds=4), case, state)
+    gain, error, divergence, _ = lab_students.scores(replace(arm, folds=4), case, state)
     v = lab_students.revised_logits(case.v, case.y, arm.revision, 4.0)
     loss = KDLoss(ce_weight=0.1, kd_weight=0.9, ce_weight_unselected=0.7, revise=None)
     weights = lab_students.stacked([state[:6]])
@@ -190,13 +190,13 @@ def test_scores_on_training_folds_leave_the_row_out() -> None:
     state = lab_students.train(
         case, [lab_students.initial(case, TINY)], [lab_students.objective_of(arm, case, None)], TINY, (0, 2)
     )[0]
-    gain, error, _ = lab_students.scores(replace(arm, on_training=True), case, state)
+    gain, error, *_ = lab_students.scores(replace(arm, on_training=True), case, state)
     for fold in range(4):
         rest = torch.arange(40) % 4 != fold
         # As a held-out slice, ordered so that its folds are the training folds.
         order = torch.arange(40)[rest].reshape(10, 3).flatten()
         other = replace(case, val_x=case.x[order], val_y=case.y[order])
-        expected, expected_error, _ = lab_students.scores(replace(arm, folds=3), other, state)
+        expected, expected_error, *_ = lab_students.scores(replace(arm, folds=3), other, state)
         torch.testing.assert_close(gain[~rest], expected[~rest], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(error[~rest], expected_error[~rest], rtol=1e-3, atol=1e-5)
 
@@ -208,7 +208,7 @@ def scored(size: int = 200) -> Scored:
     v = torch.randn(size, 4, generator=generator)
     error, divergence = torch.rand(2, size, generator=generator) + 0.1
     divergence[7] = 99.0
-    return Scored(gain, error, divergence, y, v, torch.randperm(size, generator=generator), gain > 1.5)
+    return Scored(gain, error, divergence, -v, y, v, torch.randperm(size, generator=generator), gain > 1.5)
 
 
 def test_selections() -> None:
@@ -252,6 +252,21 @@ def test_soft_weights_are_probabilities_of_the_model() -> None:
     for low in (0.0, 0.2, 0.4, 0.6, 0.8):
         rows = (weight >= low) & (weight < low + 0.2)
         assert float((true[rows] < 0).float().mean()) == pytest.approx(float(weight[rows].mean()), abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_mismatched_answers_are_found(share: float) -> None:
+    """Rows whose teacher answers for another sample; with none, none is found."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3000, 20, generator=generator)
+    v = 3 * z + 2 * torch.randn(3000, 20, generator=generator)
+    foreign = torch.rand(3000, generator=generator) < share
+    v[foreign] = v[foreign].roll(1, 0)
+    found = lab_students.mismatch(z, v, torch.randperm(3000, generator=generator))
+    assert float(found.mean()) == pytest.approx(share, abs=0.02)
+    assert float(((found > 0.5) == foreign).float().mean()) > 0.97
+    exact = torch.stack([torch.corrcoef(torch.stack([a, b]))[0, 1] for a, b in zip(z[:9], v[:9], strict=True)])
+    torch.testing.assert_close(lab_students.agreement(z[:9], v[:9]), exact)
 
 
 def test_runs_resume(tmp_path: Path) -> None:
