@@ -92,7 +92,8 @@ class Selection:
     the probability that the true gain is below 0 (`shrunk`); "soft_z": by that of a normal variable below
     value - gain / error. "agreement": that share, highest correlation of student's and teacher's logits first;
     "match": all but those whose answer is more likely another sample's (`mismatch`); "match_soft": everyone, weighted
-    by the probability that it is not. "robust": those whom "match" and "outlier" keep. "oracle": all whose answer was not corrupted.
+    by the probability that it is not. "robust": those whom "match" and "outlier" keep. "oracle": all whose answer was
+    not corrupted.
     cap: the largest share that is denied, worst first; per_class: of each class by itself. ranked: "gain" or "z", what
     ratio and cap call worst.
     """
