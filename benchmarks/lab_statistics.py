@@ -140,12 +140,17 @@ class Runs:
         return paired([ours[seed][key] for seed in both], [theirs[seed][key] for seed in both])
 
 
+#: Seeds that a cell has; one of fewer says how many it has.
+FULL = 10
+
+
 def signed(found: Estimate, digits: int = 2) -> str:
-    """ "+0.71 ± 0.16", the half-width of the 95% interval; in bold where the interval excludes 0."""
-    if found.n == 0:
+    """ "+0.71 ± 0.16", the half-width of the 95% interval; in bold where it excludes 0; " (3)" of 3 seeds."""
+    if found.n < 2:
         return "-"
     text = f"{found.mean:+.{digits}f} ± {half_width(found):.{digits}f}"
-    return f"**{text}**" if not found.within_noise and found.n > 1 else text
+    text = text if found.within_noise else f"**{text}**"
+    return text if found.n >= FULL else f"{text} ({found.n})"
 
 
 def averaged(runs: Runs, arm: str, baseline: str, key: str, regimes: Sequence[str], seeds: range) -> Estimate:
@@ -169,7 +174,7 @@ def matrix(runs: Runs, arms: Sequence[str], baseline: str, key: str, seeds: rang
     lines.append(f"| {baseline} itself | | " + " | ".join(level) + " |")
     for arm in arms:
         found = [runs.difference(regime, arm, baseline, key, seeds) for regime in regimes]
-        if arm != baseline and any(each.n for each in found):
+        if arm != baseline and any(each.n > 1 for each in found):
             mean = averaged(runs, arm, baseline, key, broken, seeds)
             lines.append(f"| {arm} | " + " | ".join(signed(each, digits) for each in (mean, *found)) + " |")
     return "\n".join(lines)
@@ -263,9 +268,9 @@ INTRODUCTION = """## On frozen features
 {count} paired trainings ([the runs](../../benchmarks/results/method_features.csv), `benchmarks/lab_features.py`):
 students are MLPs on frozen features of CIFAR-100, teachers larger MLPs on richer features. Every seed has its own
 split, teacher, initial weights and order, which all arms of the seed share. Differences are paired over seeds; ± is
-the half-width of a 95% t interval, bold where it excludes 0. {cells} cells have an interval; one in twenty would
-exclude 0 by chance, so that what was chosen here was run again on seeds that nothing was chosen on (Confirmation). It
-ranks ideas cheaply and proves nothing for deep networks.
+the half-width of a 95% t interval, bold where it excludes 0, (n) where a cell has fewer than ten seeds. {cells} cells
+have an interval; one in twenty would exclude 0 by chance, so that what was chosen here was run again on seeds that
+nothing was chosen on (Confirmation). It ranks ideas cheaply and proves nothing for deep networks.
 
 Plain KD: T 4, cross-entropy weight 0.1, divergence 0.9. kd_ceX: cross-entropy weight X. tuned: the weight of 0.1, 0.3,
 1, 3 with the lowest NLL on the held-out slice, seed by seed; tuned+: on top of it. lrT_E: label revision as published,
