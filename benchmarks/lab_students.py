@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lrds_fast import KDLoss, revise_labels
 from lrds_fast.influence.curvature import Rows
-from lrds_fast.influence.last_layer import LastLayer, _mean_gradient
+from lrds_fast.influence.last_layer import LastLayer
 from lrds_fast.influence.scores import parse_score_names
 
 #: Folds of the held-out slice that the standard error is made of.
@@ -461,7 +461,10 @@ def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Te
     found = []
     held = (h, z, problem.y) if arm.on_training else (val_h, val_z, problem.val_y)
     for fold in range(folds):
-        layer.aim(_mean_gradient(*(part[fold::folds] for part in held), bias=True))
+        fold_h, fold_z, fold_y = (part[fold::folds] for part in held)
+        # The gradient of the fold's mean cross-entropy in the last layer.
+        errors = (fold_z.double().softmax(dim=1) - F.one_hot(fold_y, problem.classes)) / len(fold_y)
+        layer.aim(errors.T @ F.pad(fold_h.double(), (0, 1), value=1.0))
         found.append(torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)]))
     each = torch.stack(found).double()
     if arm.on_training:

@@ -322,3 +322,16 @@ def test_statistics() -> None:
     assert found.mean == pytest.approx(7 / 6) and found.n == 3
     assert lab_statistics.half_width(found) == pytest.approx(4.30265 * math.sqrt(7 / 36), rel=1e-5)
     assert lab_statistics.signed(found) == "+1.17 ± 1.90 (3)"
+
+
+def test_the_page_is_of_the_stored_runs() -> None:
+    """docs/benchmarks/method.md says what the CSV says, and shows the plots that lie beside it."""
+    page = lab_statistics.PAGE.read_text(encoding="utf-8")
+    runs = lab_statistics.Runs(lab_features.read_rows(lab_features.STORED))
+    assert lab_statistics.page_with(page, runs) == page
+    assert set(runs.regimes()) == set(lab_features.REGIMES)
+    for regime in runs.regimes():
+        assert f"](method_features_{regime}.svg)" in page
+        assert (lab_statistics.PAGE.parent / f"method_features_{regime}.svg").is_file()
+    with pytest.raises(ValueError, match="must have <!-- features:begin -->"):
+        lab_statistics.page_with("no marks", runs)
