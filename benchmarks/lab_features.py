@@ -340,6 +340,7 @@ def search_suite() -> list[Arm]:
         Arm("random_outlier3", selection=Selection("random", like=outlier)),
         Arm("outlier2", selection=Selection("outlier", 2.0)),
         Arm("robust", selection=robust),
+        Arm("robust_late", selection=robust, late=True),
         Arm("lr1_0.95+robust", revision=Revision(eta=0.95), selection=robust),
         Arm("lr1+outlier3", revision=Revision(), selection=outlier),
         Arm("lr1_0.95+outlier3", revision=Revision(eta=0.95), selection=outlier),
@@ -356,7 +357,7 @@ def search_suite() -> list[Arm]:
     ]
     wanted = ("margin", "posterior1", "ce_wrong1", "soft", "soft_z", "z2cap_raise", "outlier3", "margin+z2cap")
     wanted += ("lr1+outlier3", "lr1_0.95+outlier3", "lr1_0.95+z2_train", "z2_train", "z2cap_train", "oracle")
-    wanted += ("random_outlier3", "outlier2", "robust", "lr1_0.95+robust")
+    wanted += ("random_outlier3", "outlier2", "robust", "robust_late", "lr1_0.95+robust")
     wanted += ("match", "random_match", "match_uce", "match_soft", "lr1_0.8+match", "lr1_0.95+match")
     tuned = [replace(arm, name=f"tuned+{arm.name}", ce=None) for arm in arms if arm.name in wanted]
     return arms + tuned

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -230,7 +231,7 @@ class Arm:
     unselected: of the denied; None: `ce`. ce_wrong: of rows where the teacher is wrong. keeps_teacher: the denied keep
     the teacher as well, only their cross-entropy weight changes. rescored: scored a second time after two thirds of the
     epochs. score_ce: in the objective of the scores, where that is not the trained one. folds: of the standard error.
-    on_training: the training samples are the held-out slice, for each sample the folds that it is not in.
+    late: scored for the first time after two thirds of the epochs. on_training: the training samples are the held-out slice, for each sample the folds that it is not in.
     """
 
     name: str
@@ -242,6 +243,7 @@ class Arm:
     ce_wrong: float | None = None
     keeps_teacher: bool = False
     rescored: bool = False
+    late: bool = False
     score_ce: float | None = None
     folds: int = FOLDS
     on_training: bool = False
@@ -494,11 +496,20 @@ def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
     }
 
 
+class Trunk(NamedTuple):
+    """What an arm's objective depends on before there are scores."""
+
+    ce: float | None
+    kd: float
+    ce_wrong: float | None
+    revision: Revision | None
+
+
 def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[str, float]]:
     """One dict of results an arm, in their order. Every arm's cross-entropy weight is known."""
     first, second = problem.epochs // 3, 2 * problem.epochs // 3
     # Before there are scores, arms with one objective are one student.
-    trunk_of = [(arm.ce, arm.kd, arm.ce_wrong, arm.revision) for arm in arms]
+    trunk_of = [Trunk(arm.ce, arm.kd, arm.ce_wrong, arm.revision) for arm in arms]
     trunks = list(dict.fromkeys(trunk_of))
     leaders = [arms[trunk_of.index(trunk)] for trunk in trunks]
     start = initial(problem, training)
@@ -511,7 +522,7 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     cached: dict[object, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def weight_of(arm: Arm, state: State, when: object) -> Tensor | None:
-        if arm.selection is None:
+        if arm.selection is None or (arm.late and isinstance(when, Trunk)):
             return None
         key = (when, arm.unselected, arm.score_ce, arm.folds, arm.on_training)
         if key not in cached:
@@ -522,7 +533,7 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     objectives = [objective_of(arm, problem, weight) for arm, weight in zip(arms, weights, strict=True)]
     # Arms that choose the same go on as one student.
     keys = [
-        (trunk, o.ce.numpy().tobytes(), o.kd.numpy().tobytes(), arm.name if arm.rescored else "")
+        (trunk, o.ce.numpy().tobytes(), o.kd.numpy().tobytes(), arm.name if arm.rescored or arm.late else "")
         for trunk, arm, o in zip(trunk_of, arms, objectives, strict=True)
     ]
     distinct = {key: place for place, key in reversed(list(enumerate(keys)))}
@@ -531,7 +542,7 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
         problem, [at_first[trunk_of[i]] for i in branches], [objectives[i] for i in branches], training, (first, second)
     )
     for at, i in enumerate(branches):
-        if arms[i].rescored:
+        if arms[i].rescored or arms[i].late:
             weights[i] = weight_of(arms[i], states[at], (i, "again"))
             objectives[i] = objective_of(arms[i], problem, weights[i])
     states = train(problem, states, [objectives[i] for i in branches], training, (second, problem.epochs))

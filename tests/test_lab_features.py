@@ -275,6 +275,7 @@ def test_runs_resume(tmp_path: Path) -> None:
         Arm("alone", ce=1.0, kd=0.0),
         Arm("z1", selection=Selection("confidence", 1.0)),
         Arm("again", selection=Selection("confidence", 1.0), rescored=True),
+        Arm("late", selection=Selection("oracle"), late=True),
         Arm("tuned+lr1", ce=None, revision=Revision()),
         Arm("oracle", selection=Selection("oracle")),
     ]
@@ -284,6 +285,7 @@ def test_runs_resume(tmp_path: Path) -> None:
     assert lab_features.run_seed(case, "tiny", arms, path, "abc", TINY) == 0
     by_arm = {row["arm"]: row for row in rows}
     assert len(by_arm) == len(rows) and float(by_arm["oracle"]["denied_corrupted"]) == 1.0
+    assert by_arm["late"]["kept"] == by_arm["oracle"]["kept"] and by_arm["late"]["nll"] != by_arm["oracle"]["nll"]
     assert float(by_arm["oracle"]["kept"]) == pytest.approx(0.75) and by_arm["z1"]["commit"] == "abc"
     tuned = min(lab_students.CE_WEIGHTS, key=lambda ce: float(by_arm[lab_students.kd_name(ce)]["val_nll"]))
     assert float(by_arm["tuned+lr1"]["ce_weight"]) == tuned
