@@ -229,9 +229,10 @@ class Arm:
 
     ce: of rows with the teacher; None: that of CE_WEIGHTS with which plain KD has the lowest NLL on the held-out slice.
     unselected: of the denied; None: `ce`. ce_wrong: of rows where the teacher is wrong. keeps_teacher: the denied keep
-    the teacher as well, only their cross-entropy weight changes. rescored: scored a second time after two thirds of the
-    epochs. score_ce: in the objective of the scores, where that is not the trained one. folds: of the standard error.
-    late: scored for the first time after two thirds of the epochs. on_training: the training samples are the held-out slice, for each sample the folds that it is not in.
+    the teacher as well, only their cross-entropy weight changes.
+    rescored: scored a second time after two thirds of the epochs; late: for the first time. score_ce: in the objective
+    of the scores, where that is not the trained one. folds: of the standard error. on_training: the training samples
+    are the held-out slice, for each sample the folds that it is not in.
     """
 
     name: str
