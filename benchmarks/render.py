@@ -22,6 +22,7 @@ from benchmarks import (
     bench_linear_kd_loss,
     bench_train,
     cifar100_runs,
+    lab_statistics,
 )
 from benchmarks.bench_kd_loss import Row, is_headline, table
 from lrds_fast import charts
@@ -258,6 +259,8 @@ def render(path: Path, out: Path) -> Path:
         return page_influence_scale(path, out)
     if path.stem.startswith("cifar100"):
         return page_cifar100(path, out)
+    if path.stem.startswith("method_features"):
+        return lab_statistics.render(path, out)
     if path.stem.startswith("train"):
         return page_train(path, out)
     if path.stem.startswith("influence"):

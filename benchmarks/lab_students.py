@@ -1,0 +1,575 @@
+"""Students of the laboratory (lab_features.py): what an arm is, how its objective is made, many MLPs trained at once.
+
+Every arm is, in the end, three tensors: a cross-entropy weight and a divergence weight a sample, c and k, and the
+teacher's distribution p' at temperature T. The gradient of sample i in its logits z is
+
+    c_i (softmax(z) - e_y) + k_i T (softmax(z / T) - p'_i).
+
+Selections follow scores of the last layer, as the library makes them: EK-FAC, its H fitted once, one direction for each
+fold of the held-out slice; a score's standard error is that of the mean over the folds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrds_fast import KDLoss, revise_labels
+from lrds_fast.influence.curvature import Rows
+from lrds_fast.influence.last_layer import LastLayer
+from lrds_fast.influence.scores import parse_score_names
+
+#: Folds of the held-out slice that the standard error is made of.
+FOLDS = 10
+
+
+# --- Revision -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Revision:
+    """How a teacher's answer is changed where it is wrong.
+
+    kind: "lr" (arXiv 2404.03693) at temperature `at` (None: the divergence's own, the published form), "swap", "mft";
+    "margin": as lr, with the row's own eta: the label wins by the margin that it lost by; "posterior": on all rows the
+    label's logit rises by `strength`, Bayes' rule for a label whose odds of being right are e^strength to any other's.
+    """
+
+    kind: str = "lr"
+    at: float | None = 1.0
+    eta: float = 0.8
+    strength: float = 0.0
+
+
+def revise_logits(v: Tensor, y: Tensor, at: float, eta: float | Tensor) -> Tensor:
+    """v (N, C) with the label's logit moved on wrong rows, so that softmax(v' / at) is the revised distribution.
+
+    eta: a number, or one a row, (N,). With beta = eta / (1 + p_max - p_y),
+    v'_y = at (logsumexp(v / at) + log(p_y + (1 - beta) / beta)).
+    """
+    scaled = v.double() / at
+    p = scaled.softmax(dim=1)
+    p_y, top = p.gather(1, y[:, None])[:, 0], p.amax(dim=1)
+    beta = eta / (1.0 + top - p_y)
+    moved = at * (scaled.logsumexp(dim=1) + (p_y + (1.0 - beta) / beta).log())
+    wrong = v.gather(1, y[:, None])[:, 0] < v.amax(dim=1)
+    revised = v.double().scatter(1, y[:, None], moved[:, None])
+    return torch.where(wrong[:, None], revised, v.double()).to(v.dtype)
+
+
+def revised_logits(v: Tensor, y: Tensor, revision: Revision | None, temperature: float) -> Tensor:
+    """Logits v' (N, C) with softmax(v' / temperature) the distribution that the student is to imitate."""
+    if revision is None:
+        return v
+    if revision.kind == "lr" and revision.at is not None:
+        return revise_logits(v, y, revision.at, revision.eta)
+    if revision.kind == "margin":
+        p = (v.double() / (revision.at or temperature)).softmax(dim=1)
+        lost_by = p.amax(dim=1) - p.gather(1, y[:, None])[:, 0]
+        return revise_logits(v, y, revision.at or temperature, (1.0 - lost_by).clamp(min=0.02))
+    if revision.kind == "posterior":
+        return v + revision.strength * F.one_hot(y, v.shape[1])
+    p = revise_labels(v.double(), y, eta=revision.eta, temperature=temperature, policy=revision.kind)
+    return (temperature * p.log()).to(v.dtype)
+
+
+# --- Selection ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Who keeps the teacher.
+
+    by: "threshold": gain < value. "confidence": all but gain > value standard errors. "ratio": that share, lowest gain
+    first. "random": as many as `like` keeps. "teacher_correct". "teacher_loss": that share, lowest cross-entropy of the
+    teacher first. "divergence": that share, lowest divergence of student and teacher first; "outlier": all but those
+    whose divergence lies more than `value` robust standard deviations above the median. "soft": everyone, weighted by
+    the probability that the true gain is below 0 (`shrunk`); "soft_z": by that of a normal variable below
+    value - gain / error. "agreement": that share, highest correlation of student's and teacher's logits first;
+    "match": all but those whose answer is more likely another sample's (`mismatch`); "match_soft": everyone, weighted
+    by the probability that it is not. "robust": those whom "match" and "outlier" keep. "oracle": all whose answer was
+    not corrupted.
+    cap: the largest share that is denied, worst first; per_class: of each class by itself. ranked: "gain" or "z", what
+    ratio and cap call worst.
+    """
+
+    by: str
+    value: float = 0.0
+    cap: float = 1.0
+    per_class: bool = False
+    ranked: str = "gain"
+    like: Selection | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What selections know: gain and its standard error (N,), the divergence of student and teacher, their logits
+    z and v, labels, a random order, corrupted rows."""
+
+    gain: Tensor
+    error: Tensor
+    divergence: Tensor
+    z: Tensor
+    y: Tensor
+    v: Tensor
+    order: Tensor
+    corrupted: Tensor
+
+
+def shrunk(gain: Tensor, error: Tensor, rounds: int = 200) -> Tensor:
+    """P(true gain < 0 | gain) where gain ~ N(true, error^2), true ~ N(mu, tau^2); mu, tau by EM. (N,)."""
+    gain, noise = gain.double(), error.double().square()
+    mu, tau2 = gain.mean(), (gain.var() - noise.mean()).clamp(min=0.05 * float(gain.var()))
+    for _ in range(rounds):
+        spread = tau2 * noise / (tau2 + noise)
+        mean = (gain * tau2 + mu * noise) / (tau2 + noise)
+        mu, tau2 = mean.mean(), (spread + (mean - mean.mean()).square()).mean()
+    spread = tau2 * noise / (tau2 + noise)
+    mean = (gain * tau2 + mu * noise) / (tau2 + noise)
+    return torch.special.ndtr(-mean / spread.clamp(min=1e-30).sqrt()).float()
+
+
+def agreement(z: Tensor, v: Tensor) -> Tensor:
+    """Pearson's correlation of two rows of logits over the classes, (N,)."""
+    return F.cosine_similarity(z - z.mean(dim=1, keepdim=True), v - v.mean(dim=1, keepdim=True))
+
+
+def mismatch(z: Tensor, v: Tensor, order: Tensor, rounds: int = 100) -> Tensor:
+    """The probability (N,) that the teacher's answer v is another sample's, from student's logits z.
+
+    Agreement, made normal by Fisher's z, of two kinds of rows: answers of others, distributed as the agreement with
+    randomly exchanged answers is (`order`, a permutation, pairs them), and own answers, of unknown mean and variance.
+    Their shares, mean and variance by EM.
+    """
+
+    def fisher(other: Tensor) -> Tensor:
+        return agreement(z, other).double().clamp(-0.999, 0.999).atanh()
+
+    found, exchanged = fisher(v), fisher(v[order])
+    share = torch.tensor(0.1, dtype=torch.float64)
+    mean, std = found.median(), found.std()
+    density = torch.distributions.Normal(exchanged.mean(), exchanged.std()).log_prob(found)
+    for _ in range(rounds):
+        own = torch.distributions.Normal(mean, std).log_prob(found)
+        foreign = torch.sigmoid(share.logit() + density - own)
+        # Above the own answers' mean nothing is foreign, however wide the other kind is.
+        foreign = torch.where(found > mean, 0.0, foreign)
+        share = foreign.mean().clamp(1e-6, 0.9)
+        total = (1.0 - foreign).sum()
+        mean = ((1.0 - foreign) * found).sum() / total
+        std = (((1.0 - foreign) * (found - mean).square()).sum() / total).sqrt()
+    return foreign.float()
+
+
+def kept(selection: Selection, scored: Scored) -> Tensor:
+    """(N,) float32 in [0, 1], the teacher's weight."""
+    size = len(scored.gain)
+    gain = scored.gain
+    if selection.by == "soft":
+        return shrunk(gain, scored.error)
+    if selection.by == "robust":
+        return kept(Selection("match"), scored) * kept(replace(selection, by="outlier"), scored)
+    if selection.by.startswith("match"):
+        foreign = mismatch(scored.z, scored.v, scored.order)
+        return 1.0 - foreign if selection.by == "match_soft" else (foreign <= 0.5).float()
+    if selection.by == "soft_z":
+        return torch.special.ndtr(selection.value - gain / scored.error.clamp(min=1e-30))
+    if selection.by == "random":
+        assert selection.like is not None
+        count = int((kept(selection.like, scored) > 0).sum())
+        found = torch.zeros(size)
+        found[scored.order[:count]] = 1.0
+        return found
+    if selection.by == "oracle":
+        return (~scored.corrupted).float()
+    if selection.by == "teacher_correct":
+        return (scored.v.gather(1, scored.y[:, None])[:, 0] >= scored.v.amax(dim=1)).float()
+    worst = gain / scored.error.clamp(min=1e-30) if selection.ranked == "z" else gain
+    if selection.by == "threshold":
+        denied = ~(gain < selection.value)
+    elif selection.by == "confidence":
+        denied = gain > selection.value * scored.error
+    elif selection.by == "outlier":
+        away = scored.divergence - scored.divergence.median()
+        # The normal distribution's median absolute deviation is 0.6745 standard deviations.
+        denied = away > selection.value / 0.6745 * away.abs().median()
+    elif selection.by in ("ratio", "teacher_loss", "divergence", "agreement"):
+        if selection.by == "teacher_loss":
+            worst = F.cross_entropy(scored.v, scored.y, reduction="none")
+        if selection.by == "agreement":
+            worst = -agreement(scored.z, scored.v)
+        if selection.by == "divergence":
+            worst = scored.divergence
+        denied = torch.zeros(size, dtype=torch.bool)
+        denied[worst.argsort(stable=True)[math.floor(selection.value * size + 0.5) :]] = True
+    else:
+        raise ValueError(f"there is no selection by {selection.by!r}")
+    if selection.cap < 1.0:
+        groups = scored.y if selection.per_class else torch.zeros_like(scored.y)
+        for group in groups.unique():
+            members = (groups == group).nonzero()[:, 0]
+            most = math.floor(selection.cap * len(members) + 0.5)
+            mine = members[denied[members]]
+            denied[mine[worst[mine].argsort(descending=True, stable=True)[most:]]] = False
+    return (~denied).float()
+
+
+# --- Arms -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train a student; cross-entropy weights by row.
+
+    ce: of rows with the teacher; None: that of CE_WEIGHTS with which plain KD has the lowest NLL on the held-out slice.
+    unselected: of the denied; None: `ce`. ce_wrong: of rows where the teacher is wrong. keeps_teacher: the denied keep
+    the teacher as well, only their cross-entropy weight changes.
+    rescored: scored a second time after two thirds of the epochs; late: for the first time. score_ce: in the objective
+    of the scores, where that is not the trained one. folds: of the standard error. on_training: the training samples
+    are the held-out slice, for each sample the folds that it is not in.
+    """
+
+    name: str
+    ce: float | None = 0.1
+    kd: float = 0.9
+    revision: Revision | None = None
+    selection: Selection | None = None
+    unselected: float | None = 1.0
+    ce_wrong: float | None = None
+    keeps_teacher: bool = False
+    rescored: bool = False
+    late: bool = False
+    score_ce: float | None = None
+    folds: int = FOLDS
+    on_training: bool = False
+
+    def at(self, ce: float) -> Arm:
+        """The arm with its cross-entropy weight known."""
+        known = ce if self.ce is None else self.ce
+        unselected = known if self.unselected is None else max(self.unselected, known)
+        return replace(self, ce=known, unselected=unselected)
+
+
+#: Cross-entropy weights among which "tuned" chooses.
+CE_WEIGHTS = (0.1, 0.3, 1.0, 3.0)
+
+
+def kd_name(ce: float) -> str:
+    """The arm of plain KD with this cross-entropy weight."""
+    return "kd" if ce == 0.1 else f"kd_ce{ce:g}"
+
+
+# --- Problems and training ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One seed of one regime: inputs x (N, D), labels y (N,), the teacher's logits v (N, C), whose answer was corrupted
+    (N,) bool; the held-out slice and the test set; the seed of initial weights and orders."""
+
+    x: Tensor
+    y: Tensor
+    v: Tensor
+    corrupted: Tensor
+    val_x: Tensor
+    val_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+    seed: int
+    epochs: int
+    temperature: float = 4.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """How students are trained: an MLP, AdamW, a cosine schedule.
+
+    Adam's steps do not grow with the loss, so that a larger weight of a term is no larger learning rate.
+    """
+
+    hidden: int = 64
+    batch: int = 128
+    rate: float = 5e-3
+    decay: float = 0.01
+    together: int = 16
+
+
+@dataclass
+class Objective:
+    """c, k (N,) and p' (N, C) of the module's formula."""
+
+    ce: Tensor
+    kd: Tensor
+    target: Tensor
+
+
+State = list[Tensor]
+"""An MLP's weights and biases, layer by layer; then Adam's first moments, then its second moments."""
+
+
+def initial(problem: Problem, training: Training) -> State:
+    """He's initialisation, from the problem's seed."""
+    generator = torch.Generator().manual_seed(problem.seed * 7919 + 1)
+    sizes = (problem.x.shape[1], training.hidden, training.hidden, problem.classes)
+    state = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        state += [torch.randn(inputs, outputs, generator=generator) * (2 / inputs) ** 0.5, torch.zeros(outputs)]
+    return state + [torch.zeros_like(tensor) for tensor in state + state]
+
+
+def orders(problem: Problem) -> Tensor:
+    """(epochs, N): the order of the samples, from the problem's seed."""
+    generator = torch.Generator().manual_seed(problem.seed * 7919 + 2)
+    return torch.stack([torch.randperm(len(problem.y), generator=generator) for _ in range(problem.epochs)])
+
+
+def hidden_of(weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """(A, B, hidden): what the last layers of A stacked MLPs see; weights as `stacked` lays them out."""
+    models, width = weights[2].shape[0], weights[2].shape[1]
+    first = torch.addmm(weights[1], x, weights[0]).relu().view(len(x), models, width).transpose(0, 1)
+    return torch.baddbmm(weights[3], first, weights[2]).relu()
+
+
+def logits_of(weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """(A, B, C)."""
+    return torch.baddbmm(weights[5], hidden_of(weights, x), weights[4])
+
+
+def stacked(tensors: Sequence[State]) -> State:
+    """Weights of A models; the first layer as one matrix (D, A * hidden), since all see the same x."""
+    columns = [torch.stack(list(column)) for column in zip(*tensors, strict=True)]
+    first = columns[0].permute(1, 0, 2).reshape(columns[0].shape[1], -1)
+    return [first.contiguous(), columns[1].flatten(), columns[2], columns[3][:, None], columns[4], columns[5][:, None]]
+
+
+def unstacked(weights: State) -> list[State]:
+    """The inverse of stacked."""
+    models, width = weights[2].shape[0], weights[2].shape[1]
+    first = weights[0].view(-1, models, width)
+    bias = weights[1].view(models, width)
+    return [
+        [
+            first[:, a].clone(),
+            bias[a].clone(),
+            weights[2][a].clone(),
+            weights[3][a, 0].clone(),
+            weights[4][a].clone(),
+            weights[5][a, 0].clone(),
+        ]
+        for a in range(models)
+    ]
+
+
+def logit_gradient(z: Tensor, y: Tensor, ce: Tensor, kd: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """The gradient of the module's formula, (..., B, C); z, target (..., B, C), y (B,), ce, kd (..., B)."""
+    gradient = torch.softmax(z, dim=-1).mul_(ce[..., None])
+    gradient -= ce[..., None] * F.one_hot(y, z.shape[-1])
+    return gradient.add_((torch.softmax(z / temperature, dim=-1) - target).mul_(temperature * kd[..., None]))
+
+
+def train(
+    problem: Problem,
+    states: Sequence[State],
+    objectives: Sequence[Objective],
+    training: Training,
+    span: tuple[int, int],
+) -> list[State]:
+    """The states after the epochs span[0] to span[1]; models share each batch."""
+    found: list[State] = []
+    for first in range(0, len(states), training.together):
+        group = slice(first, first + training.together)
+        found += _train_group(problem, states[group], objectives[group], training, span)
+    return found
+
+
+def _train_group(
+    problem: Problem,
+    states: Sequence[State],
+    objectives: Sequence[Objective],
+    training: Training,
+    span: tuple[int, int],
+) -> list[State]:
+    weights = stacked([state[:6] for state in states])
+    optimizer = torch.optim.AdamW(weights, lr=training.rate, weight_decay=training.decay, fused=True)
+    firsts, seconds = (stacked([state[part] for state in states]) for part in (slice(6, 12), slice(12, 18)))
+    per_epoch = -(-len(problem.y) // training.batch)
+    step = per_epoch * span[0]
+    for weight, mean, square in zip(weights, firsts, seconds, strict=True):
+        moments = {"step": torch.tensor(float(step)), "exp_avg": mean, "exp_avg_sq": square}
+        optimizer.state[weight.requires_grad_()].update(moments)
+    temperature = problem.temperature
+    ce, kd = (torch.stack([getattr(o, key) for o in objectives])[..., None] for key in ("ce", "kd"))
+    kd = temperature * kd
+    # c e_y + k T p', what does not depend on the student, (N, A, C): a batch's rows are gathered in long pieces.
+    fixed = (kd * torch.stack([o.target for o in objectives]) + ce * F.one_hot(problem.y, problem.classes)).transpose(
+        0, 1
+    )
+    fixed = fixed.contiguous()
+    steps = per_epoch * problem.epochs
+    order = orders(problem)
+    for epoch in range(*span):
+        for rows in order[epoch].split(training.batch):
+            optimizer.param_groups[0]["lr"] = training.rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+            logits = logits_of(weights, problem.x[rows])
+            z = logits.detach()
+            gradient = torch.softmax(z, dim=-1).mul_(ce[:, rows])
+            gradient.addcmul_(torch.softmax(z / temperature, dim=-1), kd[:, rows])
+            gradient -= fixed.index_select(0, rows).transpose(0, 1)
+            logits.backward(gradient.div_(len(rows)))
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    moments = ([optimizer.state[weight][key] for weight in weights] for key in ("exp_avg", "exp_avg_sq"))
+    parts = [unstacked(tensors) for tensors in ([weight.detach() for weight in weights], *moments)]
+    return [sum(state, []) for state in zip(*parts, strict=True)]
+
+
+def objective_of(arm: Arm, problem: Problem, weight: Tensor | None) -> Objective:
+    """weight: (N,) the teacher's, None before there are scores: everyone has it. The arm's ce is known."""
+    assert arm.ce is not None and arm.unselected is not None
+    v, y = problem.v, problem.y
+    w = torch.ones(len(y)) if weight is None else weight
+    ce = torch.full_like(w, arm.ce)
+    if arm.ce_wrong is not None:
+        ce[v.gather(1, y[:, None])[:, 0] < v.amax(dim=1)] = arm.ce_wrong
+    ce = w * ce + (1.0 - w) * arm.unselected
+    kd = torch.full_like(w, arm.kd) if arm.keeps_teacher else arm.kd * w
+    target = torch.softmax(revised_logits(v, y, arm.revision, problem.temperature) / problem.temperature, dim=1)
+    return Objective(ce, kd, target)
+
+
+def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The library's kd_gain (N,) under the arm's objective, its standard error over held-out folds;
+    the divergence (N,) and the student's logits."""
+    assert arm.ce is not None and arm.unselected is not None
+    ce = arm.ce if arm.score_ce is None else arm.score_ce
+    weights = stacked([state[:6]])
+    with torch.no_grad():
+        h, val_h = hidden_of(weights, problem.x)[0], hidden_of(weights, problem.val_x)[0]
+        z, val_z = (torch.addmm(state[5], part, state[4]) for part in (h, val_h))
+    v = revised_logits(problem.v, problem.y, arm.revision, problem.temperature)
+    loss = KDLoss(
+        problem.temperature, ce_weight=ce, kd_weight=arm.kd, ce_weight_unselected=max(arm.unselected, ce), revise=None
+    )
+    names, folds = parse_score_names("kd_gain"), arm.folds
+    layer = LastLayer(Rows(h, z, True), v, problem.y, torch.float32, loss, hessian="objective", selected=None)
+    layer.fit("ekfac", damping=None, damping_scale=0.1)
+    found = []
+    held = (h, z, problem.y) if arm.on_training else (val_h, val_z, problem.val_y)
+    for fold in range(folds):
+        fold_h, fold_z, fold_y = (part[fold::folds] for part in held)
+        # The gradient of the fold's mean cross-entropy in the last layer.
+        errors = (fold_z.double().softmax(dim=1) - F.one_hot(fold_y, problem.classes)) / len(fold_y)
+        layer.aim(errors.T @ F.pad(fold_h.double(), (0, 1), value=1.0))
+        found.append(torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)]))
+    each = torch.stack(found).double()
+    if arm.on_training:
+        others = torch.arange(len(h)) % folds != torch.arange(folds)[:, None]
+        each = each.T[others.T].reshape(len(h), folds - 1).T
+    log_q, log_p = ((x / problem.temperature).log_softmax(dim=1) for x in (z, v))
+    divergence = problem.temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    return each.mean(dim=0).float(), (each.std(dim=0) / len(each) ** 0.5).float(), divergence, z
+
+
+def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
+    """acc and ece in percent, nll, brier of logits (M, C)."""
+    log_p = z.log_softmax(dim=1)
+    p = log_p.exp()
+    confidence, found = p.max(dim=1)
+    right = (found == y).float()
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins).index_add_(0, place, confidence - right)
+    # |p - e_y|^2 = |p|^2 - 2 p_y + 1
+    brier = p.square().sum(dim=1).mean() - 2 * p.gather(1, y[:, None]).mean() + 1
+    nll = F.nll_loss(log_p, y)
+    return {
+        "acc": 100 * float(right.mean()),
+        "nll": float(nll),
+        "ece": 100 * float(gap.abs().sum() / len(y)),
+        "brier": float(brier),
+    }
+
+
+class Trunk(NamedTuple):
+    """What an arm's objective depends on before there are scores."""
+
+    ce: float | None
+    kd: float
+    ce_wrong: float | None
+    revision: Revision | None
+
+
+def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[str, float]]:
+    """One dict of results an arm, in their order. Every arm's cross-entropy weight is known."""
+    first, second = problem.epochs // 3, 2 * problem.epochs // 3
+    # Before there are scores, arms with one objective are one student.
+    trunk_of = [Trunk(arm.ce, arm.kd, arm.ce_wrong, arm.revision) for arm in arms]
+    trunks = list(dict.fromkeys(trunk_of))
+    leaders = [arms[trunk_of.index(trunk)] for trunk in trunks]
+    start = initial(problem, training)
+    states = train(
+        problem, [start] * len(trunks), [objective_of(arm, problem, None) for arm in leaders], training, (0, first)
+    )
+    at_first = dict(zip(trunks, states, strict=True))
+
+    order = torch.randperm(len(problem.y), generator=torch.Generator().manual_seed(problem.seed * 7919 + 3))
+    cached: dict[object, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+    def weight_of(arm: Arm, state: State, when: object) -> Tensor | None:
+        if arm.selection is None or (arm.late and isinstance(when, Trunk)):
+            return None
+        key = (when, arm.unselected, arm.score_ce, arm.folds, arm.on_training)
+        if key not in cached:
+            cached[key] = scores(arm, problem, state)
+        return kept(arm.selection, Scored(*cached[key], problem.y, problem.v, order, problem.corrupted))
+
+    weights = [weight_of(arm, at_first[trunk], trunk) for arm, trunk in zip(arms, trunk_of, strict=True)]
+    objectives = [objective_of(arm, problem, weight) for arm, weight in zip(arms, weights, strict=True)]
+    # Arms that choose the same go on as one student.
+    keys = [
+        (trunk, o.ce.numpy().tobytes(), o.kd.numpy().tobytes(), arm.name if arm.rescored or arm.late else "")
+        for trunk, arm, o in zip(trunk_of, arms, objectives, strict=True)
+    ]
+    distinct = {key: place for place, key in reversed(list(enumerate(keys)))}
+    branches = list(distinct.values())
+    states = train(
+        problem, [at_first[trunk_of[i]] for i in branches], [objectives[i] for i in branches], training, (first, second)
+    )
+    for at, i in enumerate(branches):
+        if arms[i].rescored or arms[i].late:
+            weights[i] = weight_of(arms[i], states[at], (i, "again"))
+            objectives[i] = objective_of(arms[i], problem, weights[i])
+    states = train(problem, states, [objectives[i] for i in branches], training, (second, problem.epochs))
+    ends = dict(zip(distinct, states, strict=True))
+
+    results = {}
+    wrong = problem.v.gather(1, problem.y[:, None])[:, 0] < problem.v.amax(dim=1)
+    with torch.no_grad():
+        for key, state in ends.items():
+            stack = stacked([state[:6]])
+            found = measures(logits_of(stack, problem.test_x)[0], problem.test_y)
+            held = measures(logits_of(stack, problem.val_x)[0], problem.val_y)
+            results[key] = found | {"val_acc": held["acc"], "val_nll": held["nll"]}
+    rows = []
+    for key, objective, weight in zip(keys, objectives, weights, strict=True):
+        p_y = objective.target.gather(1, problem.y[:, None])[:, 0]
+        w = torch.ones(len(problem.y)) if weight is None else weight
+        denied = (1.0 - w).double()
+        total = float(denied.sum())
+        facts = {
+            "kept": float(w.double().mean()),
+            "teacher_wrong": float(wrong.double().mean()),
+            "p_wrong": float(p_y[wrong].mean()) if wrong.any() else math.nan,
+            "p_right": float(p_y[~wrong].mean()) if not wrong.all() else math.nan,
+            "denied_wrong": float(denied[wrong].sum()) / total if total else math.nan,
+            "denied_corrupted": float(denied[problem.corrupted].sum()) / total if total else math.nan,
+        }
+        rows.append(results[key] | facts)
+    return rows
