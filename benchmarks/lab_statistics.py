@@ -10,22 +10,17 @@ NLL on the held-out slice.
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.lab_features import REGIMES, STORED, baselines, read_rows, tuned_ce
 from benchmarks.lab_students import kd_name
-from lrds_fast.train.statistics import LEVEL, Estimate, estimate, holm, paired, two_sided
+from lrds_fast import charts
+from lrds_fast.train.statistics import LEVEL, Estimate, estimate, holm, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks" / "method.md"
@@ -83,19 +78,9 @@ SHOWN = (
 )
 
 
-@functools.cache
-def quantile(degrees: int, level: float = 0.05) -> float:
-    """t with P(|T| > t) = level, T of Student's distribution; by bisection on two_sided."""
-    low, high = 0.0, 1e6
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, degrees) > level else (low, middle)
-    return high
-
-
-def half_width(found: Estimate, level: float = 0.05) -> float:
-    """Half the width of the t interval of this level; inf for one value."""
-    return found.error * quantile(found.n - 1, level) if found.n > 1 else math.inf
+def half_width(found: Estimate) -> float:
+    """Half the width of the 95% t interval; inf for one value."""
+    return (found.interval[1] - found.interval[0]) / 2 if found.n > 1 else math.inf
 
 
 class Runs:
@@ -198,38 +183,21 @@ def matrix(
 # --- The page -------------------------------------------------------------------------------------------------------
 
 
+#: Far away from the others, which they would flatten.
+FAR = ("alone", "kd_ce3", "lrT_0.5")
+
+
 def plot(runs: Runs, regime: str, path: Path, seeds: range = SEARCH) -> None:
-    """A forest plot: each arm's paired difference to plain KD with its 95% interval; tuned KD's as a dashed line."""
-    shown = [arm for arm in SHOWN if runs.difference(regime, arm, "kd", "acc", seeds).n > 1]
-    if not shown:
+    """A forest plot: each arm's paired differences to plain KD, in accuracy."""
+    lines = []
+    for arm in SHOWN:
+        found = runs.difference(regime, arm, "kd", "acc", seeds)
+        if arm not in FAR and found.n > 1:
+            lines.append(charts.Interval(arm, found.mean, *found.interval))
+    if not lines:
         raise ValueError(f"{regime} has no two seeds of any arm; a plot needs intervals")
-    figure, panels = plt.subplots(1, 2, figsize=(9, 0.19 * len(shown) + 1.2), sharey=True)
-    places = range(len(shown), 0, -1)
-    for axis, key, label in zip(panels, ("acc", "nll"), ("accuracy, points", "NLL"), strict=True):
-        found = [runs.difference(regime, arm, "kd", key, seeds) for arm in shown]
-        centre = {arm: each.mean for arm, each in zip(shown, found, strict=True)}
-        if "tuned" in centre:
-            axis.axvline(centre["tuned"], color="#d55e00", linewidth=0.9, linestyle="--")
-        axis.axvline(0.0, color="#777777", linewidth=0.9)
-        better = [each.mean > 0 if key == "acc" else each.mean < 0 for each in found]
-        for place, each, good in zip(places, found, better, strict=True):
-            colour = "#777777" if each.within_noise else "#0072b2" if good else "#cc3311"
-            axis.errorbar(each.mean, place, xerr=half_width(each), fmt="o", color=colour, markersize=3, linewidth=1)
-        # The students without a teacher are far away and would flatten the rest.
-        near = [each for arm, each in zip(shown, found, strict=True) if arm not in ("alone", "kd_ce3", "lrT_0.5")]
-        low, high = (f(each.mean + sign * half_width(each) for each in near) for f, sign in ((min, -1), (max, 1)))
-        margin = 0.05 * (high - low)
-        axis.set_xlim(min(low, 0) - margin, max(high, 0) + margin)
-        axis.set_xlabel(f"{label}, minus plain KD", fontsize="small")
-        axis.tick_params(labelsize="small")
-        axis.grid(axis="x", alpha=0.25)
-    panels[0].set_yticks(list(places), shown, fontsize="small")
-    panels[0].set_ylim(0.3, len(shown) + 0.7)
-    panels[0].set_title(f"{regime}: {REGIMES[regime].about}", fontsize="small", loc="left")
-    figure.tight_layout()
-    with matplotlib.rc_context({"svg.hashsalt": "lrds-fast", "svg.fonttype": "none"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
-    plt.close(figure)
+    made = charts.forest_plot({f"{regime}: {REGIMES[regime].about}": lines}, x_label="accuracy - kd, points")
+    charts.save(made, path, f"Paired differences of accuracy to plain KD, {regime}")
 
 
 def regime_table(runs: Runs, seeds: range = SEARCH) -> str:

@@ -301,9 +301,7 @@ def test_runs_resume(tmp_path: Path) -> None:
 
 
 def test_statistics() -> None:
-    """Known quantiles of t; a paired difference by hand; tuned KD picked in each seed."""
-    for degrees, value in ((1, 12.7062), (2, 4.30265), (9, 2.26216), (30, 2.04227)):
-        assert lab_statistics.quantile(degrees) == pytest.approx(value, rel=1e-5)
+    """A paired difference by hand; tuned KD picked in each seed."""
     rows = []
     for seed, (kd, other, arm) in enumerate([(20.0, 21.0, 20.5), (22.0, 21.5, 23.0), (24.0, 24.0, 26.0)]):
         names = [lab_students.kd_name(ce) for ce in lab_students.CE_WEIGHTS]
