@@ -196,7 +196,7 @@ def plot(runs: Runs, regime: str, path: Path, seeds: range = SEARCH) -> None:
             lines.append(charts.Interval(arm, found.mean, *found.interval))
     if not lines:
         raise ValueError(f"{regime} has no two seeds of any arm; a plot needs intervals")
-    made = charts.forest_plot({f"{regime}: {REGIMES[regime].about}": lines}, x_label="accuracy - kd, points")
+    made = charts.forest_plot({regime: lines}, x_label="accuracy - kd, points")
     charts.save(made, path, f"Paired differences of accuracy to plain KD, {regime}")
 
 
