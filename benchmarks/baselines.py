@@ -19,13 +19,15 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The hyperparameters that all contenders share, with the names of lrds_fast.kd_loss."""
+    """The hyperparameters that all contenders share, with the names of lrds_fast.kd_loss. Labels are revised as
+    published, at the divergence's temperature."""
 
     temperature: float = 4.0
     ce_weight: float = 0.1
     kd_weight: float = 0.9
     ce_weight_unselected: float = 1.0
     eta: float = 0.8
+    revise_temperature: float | None = None
 
 
 Baseline = Callable[[Tensor, Tensor, Tensor, Objective, "Tensor | None"], Tensor]

@@ -177,6 +177,7 @@ def check(case: Case, inputs: Inputs, losses: dict[str, Loss]) -> None:
         part.target,
         temperature=case.temperature,
         selected=part.selected,
+        revise_temperature=None,
         divergence=case.divergence,
     )
     expected.backward(torch.full_like(expected, case.grad_output))

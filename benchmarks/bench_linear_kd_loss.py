@@ -127,7 +127,12 @@ class Contender:
 
 
 def contenders(case: Case, device: str) -> dict[str, Contender]:
-    revised = {"temperature": TEMPERATURE, "ce_weight": CE_WEIGHT, "kd_weight": KD_WEIGHT}
+    revised: dict[str, Any] = {
+        "temperature": TEMPERATURE,
+        "ce_weight": CE_WEIGHT,
+        "kd_weight": KD_WEIGHT,
+        "revise_temperature": None,
+    }
 
     def ours(inputs: Inputs, chunk_rows: int | None = None) -> Tensor:
         return linear_kd_loss(

@@ -317,6 +317,7 @@ class Pair:
                     ce_weight_unselected=1.0,
                     revise="lr" if arm.revise == "published" else None,
                     eta=ETA,
+                    revise_temperature=None,
                     selected=None if selected is None else selected[rows],
                 )
 
@@ -388,7 +389,12 @@ class Pair:
         val_acc, val_nll, _ = measures(logits_of(state.model, self.held_out), self.held_out_labels)
         told = self.told(arm, 0)
         if arm.revise == "published":
-            told = lrds_fast.revise_labels(told, self.labels, temperature=TEMPERATURE, eta=ETA).log() * TEMPERATURE
+            told = (
+                lrds_fast.revise_labels(
+                    told, self.labels, temperature=TEMPERATURE, eta=ETA, revise_temperature=None
+                ).log()
+                * TEMPERATURE
+            )
         p_y = (told / TEMPERATURE).softmax(1).gather(1, self.labels[:, None])[:, 0]
         wrong_view = self.answers[0].argmax(1) != self.labels
         denied = torch.zeros_like(self.wrong) if selected is None else ~selected

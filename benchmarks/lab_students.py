@@ -75,7 +75,9 @@ def revised_logits(v: Tensor, y: Tensor, revision: Revision | None, temperature:
         return revise_logits(v, y, revision.at or temperature, (1.0 - lost_by).clamp(min=0.02))
     if revision.kind == "posterior":
         return v + revision.strength * F.one_hot(y, v.shape[1])
-    p = revise_labels(v.double(), y, eta=revision.eta, temperature=temperature, policy=revision.kind)
+    p = revise_labels(
+        v.double(), y, eta=revision.eta, temperature=temperature, revise_temperature=None, policy=revision.kind
+    )
     return (temperature * p.log()).to(v.dtype)
 
 
@@ -467,7 +469,7 @@ def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Te
         fold_h, fold_z, fold_y = (part[fold::folds] for part in held)
         # The gradient of the fold's mean cross-entropy in the last layer.
         errors = (fold_z.double().softmax(dim=1) - F.one_hot(fold_y, problem.classes)) / len(fold_y)
-        layer.aim(errors.T @ F.pad(fold_h.double(), (0, 1), value=1.0))
+        layer.aim((errors.T @ F.pad(fold_h.double(), (0, 1), value=1.0))[None], torch.ones(1, dtype=torch.float64))
         found.append(torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)]))
     each = torch.stack(found).double()
     if arm.on_training:

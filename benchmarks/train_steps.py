@@ -204,6 +204,7 @@ def recipe_of(arm: Arm, case: Case) -> Recipe:
             "ce_weight_unselected": case.objective.ce_weight_unselected,
             "revise": "lr",
             "eta": case.objective.eta,
+            "revise_temperature": None,
         },
         "selection": {"compose": arm.compose},
         "optimizer": {"name": "sgd", "lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY},
