@@ -96,7 +96,8 @@ def test_is_its_formula(divergence: Divergence, revise: str | None, function: Ca
         z, v = (2.0 * torch.randn(20, classes, generator=generator, dtype=torch.float64) for _ in range(2))
         y = torch.randint(classes, (20,), generator=generator)
         for t in (1.0, 4.0):
-            got = kd_term(function, z, v, y, divergence=divergence, revise=revise, temperature=t, eta=0.7)
+            options = {"revise": revise, "revise_temperature": None, "temperature": t, "eta": 0.7}
+            got = kd_term(function, z, v, y, divergence=divergence, **options)
             eta = 0.7 if revise else None
             want = [
                 by_hand(divergence, a, b, c, t, eta) for a, b, c in zip(z.tolist(), v.tolist(), y.tolist(), strict=True)

@@ -58,6 +58,7 @@ def test_baseline_matches_reference(name: str, temperature: float, share: float 
         "kd_weight": 1.1,
         "ce_weight_unselected": 0.7,
         "eta": 0.6,
+        "revise_temperature": None,
         "selected": selected,
     }
     assert_matches_reference(parts, student, teacher, target, **arguments)
@@ -79,7 +80,8 @@ for classes in (10, 300):
         z = student.clone().requires_grad_()
         loss = rivals.triton_two_pass(z, teacher, target, baselines.Objective(temperature=2.5), mask)
         exact = student.double().requires_grad_()
-        expected = reference.kd_loss(exact, teacher.double(), target, temperature=2.5, selected=mask)
+        options = {"temperature": 2.5, "revise_temperature": None, "selected": mask}
+        expected = reference.kd_loss(exact, teacher.double(), target, **options)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
         gradients = (torch.autograd.grad(x, y)[0].double() for x, y in ((loss, z), (expected, exact)))
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)

@@ -254,6 +254,7 @@ def test_the_label_wins_by_exactly_one_minus_eta(temperature: float, eta: float)
         kd_weight=1.0 / temperature,
         temperature=temperature,
         eta=eta,
+        revise_temperature=None,
         reduction="sum",
     )
     q = torch.softmax(student.detach() / temperature, -1)

@@ -21,7 +21,7 @@ STORED: dict[str, Any] = {
     "ce_weight_unselected": 0.6,
     "revise": None,
     "eta": 0.55,
-    "revise_temperature": 1.0,
+    "revise_temperature": 2.0,
     "divergence": DKD(beta=2.0),
     "standardize": True,
     "label_smoothing": 0.05,

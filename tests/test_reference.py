@@ -136,6 +136,7 @@ def test_matches_the_formulas(
         ce_weight_unselected=unselected,
         revise=revise,
         eta=eta,
+        revise_temperature=None,
         selected=selected,
         teacher_rows=teacher_rows,
         label_smoothing=smoothing,
@@ -190,7 +191,7 @@ def test_kd_is_torch_kl_div_to_the_revised_labels() -> None:
 
 def test_revise_labels_matches_the_formulas() -> None:
     _, v, y = batch(30, 7)
-    actual = reference.revise_labels(v, y, eta=0.6, temperature=1.5)
+    actual = reference.revise_labels(v, y, eta=0.6, temperature=1.5, revise_temperature=None)
     expected = [revised(v[i].tolist(), int(y[i]), 1.5, 0.6) for i in range(30)]
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
 

@@ -30,7 +30,7 @@ def margins(p: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 def test_facts_of_the_revision(dtype: torch.dtype, eta: float, temperature: float) -> None:
     _, teacher, target = kd_cases.rows(200, 33, dtype)
-    p = revise_labels(teacher, target, eta=eta, temperature=temperature)
+    p = revise_labels(teacher, target, eta=eta, temperature=temperature, revise_temperature=None)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     accuracy = 1e-13 if compute == torch.float64 else 1e-6
     assert p.dtype == compute and p.shape == teacher.shape and not p.requires_grad
