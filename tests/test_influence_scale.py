@@ -21,7 +21,7 @@ from lrds_fast import KDLoss, influence
 from lrds_fast.influence import shards
 
 CLASSES, WIDTH, SAMPLES = 5, 12, 131
-NAMES = ("kd_gain", "self_influence", "param_shift:delta", "el2n", "random:4")
+NAMES = ("kd_gain", "self_influence", "param_shift:delta", "el2n", "random:4", "mismatch")
 LAYERS = ("last", "all")
 
 
