@@ -42,14 +42,15 @@ def agreement(z: Tensor, v: Tensor) -> Tensor:
     """
     both = z.isfinite() & v.isfinite()
     count = both.sum(dim=1, keepdim=True)
-    centred = []
-    for logits in (z, v):
-        x = logits.double()
+
+    def centred(logits: Tensor) -> Tensor:
         # The largest difference becomes 1: no square overflows, and of a constant row 0 / 0 remains.
+        x = logits.double()
         x = x - x.masked_fill(~both, -torch.inf).amax(dim=1, keepdim=True)
         x = (x / -x.masked_fill(~both, 0.0).amin(dim=1, keepdim=True)).masked_fill(~both, 0.0)
-        centred.append((x - x.sum(dim=1, keepdim=True) / count).masked_fill(~both, 0.0))
-    found: Tensor = F.cosine_similarity(*centred, eps=0.0)
+        return (x - x.sum(dim=1, keepdim=True) / count).masked_fill(~both, 0.0)
+
+    found: Tensor = F.cosine_similarity(centred(z), centred(v), eps=0.0)
     return found.masked_fill(count[:, 0] < 3, torch.nan)
 
 
