@@ -23,6 +23,7 @@ from torch import Tensor
 from lrds_fast import KDLoss, revise_labels
 from lrds_fast.influence.curvature import Rows
 from lrds_fast.influence.last_layer import LastLayer
+from lrds_fast.influence.mismatch import agreement, mixture
 from lrds_fast.influence.scores import parse_score_names
 
 #: Folds of the held-out slice that the standard error is made of.
@@ -137,36 +138,9 @@ def shrunk(gain: Tensor, error: Tensor, rounds: int = 200) -> Tensor:
     return torch.special.ndtr(-mean / spread.clamp(min=1e-30).sqrt()).float()
 
 
-def agreement(z: Tensor, v: Tensor) -> Tensor:
-    """Pearson's correlation of two rows of logits over the classes, (N,)."""
-    return F.cosine_similarity(z - z.mean(dim=1, keepdim=True), v - v.mean(dim=1, keepdim=True))
-
-
-def mismatch(z: Tensor, v: Tensor, order: Tensor, rounds: int = 100) -> Tensor:
-    """The probability (N,) that the teacher's answer v is another sample's, from student's logits z.
-
-    Agreement, made normal by Fisher's z, of two kinds of rows: answers of others, distributed as the agreement with
-    randomly exchanged answers is (`order`, a permutation, pairs them), and own answers, of unknown mean and variance.
-    Their shares, mean and variance by EM.
-    """
-
-    def fisher(other: Tensor) -> Tensor:
-        return agreement(z, other).double().clamp(-0.999, 0.999).atanh()
-
-    found, exchanged = fisher(v), fisher(v[order])
-    share = torch.tensor(0.1, dtype=torch.float64)
-    mean, std = found.median(), found.std()
-    density = torch.distributions.Normal(exchanged.mean(), exchanged.std()).log_prob(found)
-    for _ in range(rounds):
-        own = torch.distributions.Normal(mean, std).log_prob(found)
-        foreign = torch.sigmoid(share.logit() + density - own)
-        # Above the own answers' mean nothing is foreign, however wide the other kind is.
-        foreign = torch.where(found > mean, 0.0, foreign)
-        share = foreign.mean().clamp(1e-6, 0.9)
-        total = (1.0 - foreign).sum()
-        mean = ((1.0 - foreign) * found).sum() / total
-        std = (((1.0 - foreign) * (found - mean).square()).sum() / total).sqrt()
-    return foreign.float()
+def mismatch(z: Tensor, v: Tensor, order: Tensor) -> Tensor:
+    """The library's mismatch (N,), the teacher's answers exchanged in an order of the problem's own."""
+    return mixture(agreement(z, v), agreement(z, v[order])).float()
 
 
 def kept(selection: Selection, scored: Scored) -> Tensor:

@@ -44,7 +44,7 @@ def test_every_score_has_the_shape_dtype_and_facts_it_promises() -> None:
 
 
 def test_one_scorer_per_score() -> None:
-    assert set(SCORERS) | {"random"} == set(influence.SCORES)
+    assert set(SCORERS) | {"random", "mismatch"} == set(influence.SCORES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

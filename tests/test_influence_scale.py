@@ -21,7 +21,7 @@ from lrds_fast import KDLoss, influence
 from lrds_fast.influence import shards
 
 CLASSES, WIDTH, SAMPLES = 5, 12, 131
-NAMES = ("kd_gain", "self_influence", "param_shift:delta", "el2n", "random:4")
+NAMES = ("kd_gain", "self_influence", "param_shift:delta", "el2n", "random:4", "mismatch")
 LAYERS = ("last", "all")
 
 
@@ -104,8 +104,8 @@ def test_a_folder_holds_what_memory_does(tmp_path: Path, layers: str) -> None:
 
 @pytest.mark.parametrize(
     ("layers", "dies_at", "dies_at_pass"),
-    [("last", 100, 1), ("all", 20, 1), ("all", 60, 2), ("all", 100, 3)],
-    ids=["features", "factors", "eigenvalues", "scores"],
+    [("last", 100, 1), ("all", 20, 1), ("all", 60, 2), ("all", 60, 3), ("all", 100, 4)],
+    ids=["features", "factors", "eigenvalues", "mismatch", "scores"],
 )
 def test_a_killed_run_goes_on_to_the_same_scores(tmp_path: Path, layers: str, dies_at: int, dies_at_pass: int) -> None:
     out = tmp_path / "scores"
@@ -153,7 +153,7 @@ dist.destroy_process_group()
 """
     done = run(tmp_path, code, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    for layers, passes in (("last", 1), ("all", 3)):
+    for layers, passes in (("last", 1), ("all", 4)):
         expected = scored(layers=layers)
         asked: list[int] = []
         for rank in range(processes):
@@ -201,7 +201,7 @@ class Stream:
 def test_streams_and_loaders_with_workers(tmp_path: Path, layers: str) -> None:
     expected = scored(layers=layers)
     stream = scored(tmp_path / "stream", layers=layers, train_data=Stream())
-    names = NAMES if layers == "last" else ("el2n", "random:4")  # draws of labels depend on the batches
+    names = NAMES if layers == "last" else ("el2n", "random:4", "mismatch")  # draws of labels depend on the batches
     loader = DataLoader(Samples(SAMPLES, 1), 8, num_workers=1)
     workers = scored(tmp_path / "workers", layers=layers, train_data=loader)
     for name in NAMES:

@@ -265,8 +265,6 @@ def test_mismatched_answers_are_found(share: float) -> None:
     found = lab_students.mismatch(z, v, torch.randperm(3000, generator=generator))
     assert float(found.mean()) == pytest.approx(share, abs=0.02)
     assert float(((found > 0.5) == foreign).float().mean()) > 0.97
-    exact = torch.stack([torch.corrcoef(torch.stack([a, b]))[0, 1] for a, b in zip(z[:9], v[:9], strict=True)])
-    torch.testing.assert_close(lab_students.agreement(z[:9], v[:9]), exact)
 
 
 def test_runs_resume(tmp_path: Path) -> None:

@@ -468,8 +468,12 @@ def test_scores_of_another_dataset_are_refused(scores: influence.Scores) -> None
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "nothing asked": ({}, ValueError, "exactly one of confidence, ratio and threshold"),
-    "both asked": ({"ratio": 0.5, "threshold": 0.0}, ValueError, "exactly one of confidence, ratio and threshold"),
+    "nothing asked": ({}, ValueError, "exactly one of confidence, outliers, ratio and threshold"),
+    "both asked": (
+        {"ratio": 0.5, "threshold": 0.0},
+        ValueError,
+        "exactly one of confidence, outliers, ratio and threshold",
+    ),
     "ratio above 1": ({"ratio": 1.5}, ValueError, r"ratio must lie in \[0, 1\]; got 1.5"),
     "nan ratio": ({"ratio": math.nan}, ValueError, r"ratio must lie in \[0, 1\]"),
     "nan threshold": ({"threshold": math.nan}, ValueError, "threshold must be a number"),

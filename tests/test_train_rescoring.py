@@ -118,6 +118,23 @@ def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
     assert heard == [size, *[int(0.5 * size + 0.5)] * 4]
 
 
+def test_outliers_and_foreign_answers_need_no_held_out_samples(tmp_path: Path) -> None:
+    data = blobs()
+    without = Data("blobs", data.train, data.score, None, data.test)
+    how = {"selection.by": "kd", "selection.threshold": None, "selection.outliers": 1.0, "selection.max_drop": 0.5}
+    chosen = recipe(**RESCORED | how | {"score.scores": ["mismatch"]})
+    run(tmp_path / "outliers", chosen, without)
+    first, second = (Selection.load(tmp_path / "outliers" / "selections" / f"epoch_000{k}.parquet") for k in (1, 3))
+    assert torch.equal(first.mask, select(first.scores, "kd", outliers=1.0, max_drop=0.5).mask)
+    again = select(second.scores, "kd", outliers=1.0, max_drop=0.5, leave=1.05, previous=first)
+    assert torch.equal(second.mask, again.mask) and 0 < int(first.mask.sum()) < len(first)
+    assert {"kd", "mismatch"} == set(first.scores)
+    chosen = recipe(**RESCORED | {"selection.by": "mismatch", "selection.threshold": 0.5, "score.scores": ["el2n"]})
+    run(tmp_path / "mismatch", chosen, without)
+    selection = Selection.load(tmp_path / "mismatch" / "selections" / "epoch_0001.parquet")
+    assert torch.equal(selection.mask, selection.scores["mismatch"] < 0.5)
+
+
 def test_joint_selection_in_training(tmp_path: Path) -> None:
     chosen = recipe(
         **RESCORED
@@ -199,6 +216,12 @@ def test_what_scoring_needs_is_asked_for_before_training(tmp_path: Path) -> None
         recipe(**{"selection.after": 2, "selection.by": "el2n"})
     with pytest.raises(ValueError, match="selection.ratio and selection.threshold exclude each other"):
         recipe(**{"selection.ratio": 0.5, "selection.threshold": 0.0})
+    with pytest.raises(ValueError, match="selection.outliers excludes selection.ratio and selection.threshold"):
+        recipe(**{"selection.outliers": 3.0, "selection.threshold": 0.0})
+    with pytest.raises(ValueError, match="selection.outliers must be at least 0 and finite"):
+        recipe(**{"selection.outliers": -1.0})
+    with pytest.raises(ValueError, match="selection.per_class needs a share of every class"):
+        recipe(**{"selection.after": 2, "selection.per_class": True, "selection.by": "kd", "selection.outliers": 3.0})
     with pytest.raises(ValueError, match=r"selection.max_drop must be in \[0, 1\]"):
         recipe(**{"selection.max_drop": 1.5})
     with pytest.raises(ValueError, match="selection.ratio must be at most 1"):

@@ -13,6 +13,7 @@ from lrds_fast.influence.batches import Batch, Batches
 from lrds_fast.influence.curvature import Pieces, Rows
 from lrds_fast.influence.inputs import check_finite, check_logits
 from lrds_fast.influence.last_layer import CURVED, DIRECTED, LastLayer, add_gradients
+from lrds_fast.influence.mismatch import Agreements
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, uniform_scores
 from lrds_fast.influence.shards import OnDisk, Shards
@@ -126,6 +127,7 @@ def score_head(
 
     slices = list(layer.parts(names))
     step = max((part.stop - part.start for part in slices), default=1)
+    mismatch = _mismatch(own, z, v, step, shards.ranks) if "mismatch" in kinds else None
     first = 0
     for shard, rows in own.items():
         count = len(rows.y)
@@ -137,7 +139,7 @@ def score_head(
                 for key, column in {"label": y[part], "teacher_pred": predicted, **found}.items():
                     columns.setdefault(key, []).append(column)
             whole = {key: torch.cat(parts) for key, parts in columns.items()}
-            shards.write(shard, rows.start, with_random(whole, names, rows.start, like.to(dtype)))
+            shards.write(shard, rows.start, completed(whole, names, rows.start, like.to(dtype), mismatch))
         first += count
     return {
         "num_samples": layer.rows.total,
@@ -149,13 +151,33 @@ def score_head(
     }
 
 
-def with_random(columns: dict[str, Tensor], names: Sequence[ScoreName], start: int, like: Tensor) -> dict[str, Tensor]:
-    """A shard's columns in the order of the names, random scores among them."""
+def _mismatch(own: dict[int, _Rows], z: Pieces, v: Pieces, step: int, ranks: Ranks) -> Tensor:
+    """The score of all processes' samples, (N,); z, v: this process's rows, read `step` at a time."""
+    agreements = Agreements()
+    first = 0
+    for rows in own.values():
+        count = len(rows.y)
+        for at in range(0, count, step):
+            part = slice(first + at, first + min(at + step, count))
+            agreements.add(rows.start + at, z[part], v[part])
+        first += count
+    return agreements.probabilities(ranks)
+
+
+def completed(
+    columns: dict[str, Tensor], names: Sequence[ScoreName], start: int, like: Tensor, mismatch: Tensor | None
+) -> dict[str, Tensor]:
+    """A shard's columns in the order of the names, with random scores and, of all samples, mismatch (N,)."""
     stop = start + len(columns["label"])
     ordered = {key: columns[key] for key in ("label", "teacher_pred")}
     for name in names:
-        random = name.kind == "random"
-        ordered[name.key] = uniform_scores(start, stop, name.seed, like) if random else columns[name.key]
+        if name.kind == "random":
+            ordered[name.key] = uniform_scores(start, stop, name.seed, like)
+        elif name.kind == "mismatch":
+            assert mismatch is not None
+            ordered[name.key] = mismatch[start:stop].to(like)
+        else:
+            ordered[name.key] = columns[name.key]
         error = name.key + ERROR_SUFFIX
         if error in columns:
             ordered[error] = columns[error]

@@ -35,6 +35,7 @@ from lrds_fast.influence.inputs import (
     check_scores,
     check_selected,
 )
+from lrds_fast.influence.mismatch import Agreements
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import (
     ERROR_SUFFIX,
@@ -83,8 +84,12 @@ def last_layer_scores(
 
     scores: among kd_gain, kd_gain_ns (one Newton step of the retraining instead of its derivative: a C x C solve per
     sample, for small heads and audits), self_influence, param_shift (of the label's gradient; or param_shift:gt, :kd,
-    :delta), conflict, and the baselines random (seed 0; or random:<seed>), all, none, teacher_correct, ce, kd, el2n,
-    grand.
+    :delta), conflict, mismatch, and the baselines random (seed 0; or random:<seed>), all, none, teacher_correct, ce,
+    kd, el2n, grand.
+    mismatch, in [0, 1], is the probability that the teacher's answer belongs to another sample: select with
+    threshold=0.5. From all samples' logits as they are, without label revision, held-out slice or curvature. 0 where a
+    sample's logits say nothing (all equal, or fewer than 3 classes that neither model excludes), and, with a warning,
+    for all where fewer than 20 samples' logits say something.
     curvature: H is "identity", "kfac", "ekfac", or "exact" (dense up to 5000 parameters of the layer; beyond that
     conjugate gradients, for kd_gain only).
     damping: >= 0, added to every eigenvalue (to identity's 1 only if given); None: damping_scale * mean eigenvalue.
@@ -140,6 +145,11 @@ def last_layer_scores(
     for name in names:
         if name.kind == "random":
             values[name.key] = uniform_scores(0, layer.rows.count, name.seed, like=features.new_empty(0, dtype=dtype))
+        elif name.kind == "mismatch":
+            agreements = Agreements()
+            for part in layer.rows.chunks():
+                agreements.add(part.start, student_logits[part], teacher_logits[part])
+            values[name.key] = agreements.probabilities(layer.rows.ranks).to(features.device, dtype)
     meta = {
         "num_samples": layer.rows.count,
         "num_classes": layer.rows.classes,
@@ -234,7 +244,7 @@ class LastLayer:
         return self.rows.slices(step)
 
     def scores(self, part: slice, names: Sequence[ScoreName]) -> tuple[dict[str, Tensor], Tensor]:
-        """The slice's scores by key, but for random ones, and the teacher's predictions."""
+        """The slice's scores by key, those that SCORERS makes, and the teacher's predictions."""
         batch = _Batch(
             h=self.rows.augmented(part, self._dtype),
             z=self.rows.logits[part].to(self._dtype),
@@ -248,7 +258,7 @@ class LastLayer:
             fused=any(name.kind in FUSED for name in names),
         )
         with torch.autocast(batch.h.device.type, enabled=False):  # its 16-bit products would be felt in the scores
-            found = {name.key: SCORERS[name.kind](batch, name) for name in names if name.kind != "random"}
+            found = {name.key: SCORERS[name.kind](batch, name) for name in names if name.kind in SCORERS}
             if self.folds and "kd_gain" in found:
                 found["kd_gain" + ERROR_SUFFIX] = batch.gain_error()
         return found, batch.teacher_pred()
@@ -437,6 +447,7 @@ _CACHED_ROWS = 256
 _CACHED_BYTES = 4 << 20
 # Divides a zero gradient, so that its cosine is 0, and no other.
 _TINY = torch.finfo(torch.float32).tiny
+# What is made of a sample by itself: all scores but random and mismatch.
 SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
     "kd_gain": lambda batch, _: batch.gain(),
     "kd_gain_ns": lambda batch, _: batch.newton_gain(),

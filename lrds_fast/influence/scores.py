@@ -24,6 +24,7 @@ SCORES: Mapping[str, str] = {
     "all": "0 for every sample",
     "none": "1 for every sample",
     "teacher_correct": "0 where the teacher's top class is the label, else 1",
+    "mismatch": "probability that the teacher's answer is another sample's, from its correlation with the student's",
     "ce": "cross-entropy of the student",
     "kd": "T^2 KL(p' || q) of the student",
     "el2n": "|softmax(z) - onehot(y)|",

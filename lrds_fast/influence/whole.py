@@ -17,7 +17,7 @@ from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.curvature import CURVATURES, Identity
 from lrds_fast.influence.factors import Factors, fingerprint, fit_placed, tensors_fingerprint
-from lrds_fast.influence.head import score_head, with_random
+from lrds_fast.influence.head import completed, score_head
 from lrds_fast.influence.inputs import (
     check_choice,
     check_damping,
@@ -36,6 +36,7 @@ from lrds_fast.influence.last_layer import (
     as_trained,
 )
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
+from lrds_fast.influence.mismatch import Agreements
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, Scores, parse_score_names
 from lrds_fast.influence.shards import Shards, load_scores
@@ -83,9 +84,9 @@ def score(
     device is where everything runs. train_data, val_data: a Dataset of (input, target, ...) samples (or a list of
     them), read in order in batches of batch_size, or an iterable of such batches (a DataLoader without shuffling);
     targets are integers in [0, C). val_data, held out of the training set and never the test set, is needed by kd_gain.
-    Data are read up to three times and must give exactly the same tensors each time: pass them with the evaluation
-    transform, never with random augmentation. To check this, the first 16 samples of a dataset, or the first batch of
-    other data, are read twice; ValueError if they differ.
+    Data are read up to three times (four for mismatch over more layers than the last) and must give exactly the same
+    tensors each time: pass them with the evaluation transform, never with random augmentation. To check this, the first
+    16 samples of a dataset, or the first batch of other data, are read twice; ValueError if they differ.
     batch: a function from a loader's batch to (inputs, targets), needed unless batches are (inputs, targets, ...):
     batch=lambda b: (b["pixel_values"], b["labels"]). logits: a function from a model's output to its logits
     (B, C), for student and teacher alike: logits=lambda out: out[0]. None: a tensor, or the `logits` of an object that
@@ -258,6 +259,16 @@ def _score_layers(
             ranks.wait()
         device = next(student.parameters()).device
         directions = [{name: tensor.to(device) for name, tensor in each.items()} for each in directions]
+    mismatch = None
+    if "mismatch" in kinds:
+        path = shards.kept_path("mismatch")
+        if path is not None and ranks.agree(path.exists()):
+            mismatch = (shards.kept("mismatch") or {})["mismatch"]
+        else:
+            mismatch = _mismatch(learner, teacher, train, shards)
+            if path is not None and ranks.first:
+                shards.keep("mismatch", {"mismatch": mismatch})
+            ranks.wait()
     needed = [_GRADIENT_OF.get(name.kind, name.gradient) for name in names if name.kind in _PER_SAMPLE]
     first = needed[0] if needed else None
     like = torch.empty(0, dtype=dtype)
@@ -267,7 +278,7 @@ def _score_layers(
     def flush() -> None:
         if columns:
             whole = {key: torch.cat(parts) for key, parts in columns.items()}
-            shards.write(shard, start, with_random(whole, names, start, like))
+            shards.write(shard, start, completed(whole, names, start, like, mismatch))
             columns.clear()
 
     for batch in train("scores", lambda n: shards.mine(shards.of(n)) and not shards.done(shards.of(n))):
@@ -275,7 +286,7 @@ def _score_layers(
             shard, start = shards.of(batch.number), batch.start
         try:
             scored = _Scored(learner, teacher, batch.x, batch.y, chosen, loss, factors, directions, dtype, first)
-            found = {name.key: scored.score(name).to(dtype) for name in names if name.kind != "random"}
+            found = {name.key: scored.score(name).to(dtype) for name in names if name.kind in SCORERS}
             if len(directions) > 1:
                 found["kd_gain" + ERROR_SUFFIX] = scored.gain_error().to(dtype)
         except ValueError as error:
@@ -297,6 +308,25 @@ def _score_layers(
         "damping": None if factors is None else factors.damping,
         "folds": max(len(directions) - 1, 0),
     }
+
+
+@torch.no_grad()
+def _mismatch(learner: Classifier, teacher: Classifier, train: Batches, shards: Shards) -> Tensor:
+    """The score of all processes' samples, (N,), from a pass of both models over them."""
+    agreements = Agreements()
+    for batch in train("mismatch", lambda number: shards.mine(shards.of(number))):
+        z, v = learner(batch.x), teacher(batch.x)
+        _check_pair(z, v, batch.start)
+        agreements.add(batch.start, z, v)
+    return agreements.probabilities(shards.ranks)
+
+
+def _check_pair(z: Tensor, v: Tensor, first: int = 0) -> None:
+    """Student's and teacher's logits (B, C) of the samples from `first` on: legal, of the same classes."""
+    check_logits("student_logits", z, first)
+    check_logits("teacher_logits", v, first)
+    if z.shape != v.shape:
+        raise ValueError(f"student and teacher must give the same classes; got {tuple(z.shape)}, {tuple(v.shape)}")
 
 
 def _checked_factors(student: nn.Module, factors: Factors, layers: str | Sequence[str]) -> list[str]:
@@ -394,10 +424,7 @@ class _Scored:
 
     def _opened(self, logits: Tensor, v: Tensor, y: Tensor) -> _Batch:
         z = logits.to(self._dtype)
-        check_logits("student_logits", z)
-        check_logits("teacher_logits", v)
-        if z.shape != v.shape:
-            raise ValueError(f"student and teacher must give the same classes; got {tuple(z.shape)}, {tuple(v.shape)}")
+        _check_pair(z, v)
         if y.min() < 0 or y.max() >= z.shape[1]:
             raise ValueError(f"targets must lie in [0, {z.shape[1]}); got {int(y.min())} to {int(y.max())}")
         nothing = z.new_empty(len(z), 0)

@@ -30,6 +30,7 @@ def select(
     ratio: float | None = None,
     threshold: float | None = None,
     confidence: float | None = None,
+    outliers: float | None = None,
     max_drop: float = 1.0,
     per_class: bool = False,
     largest: bool = False,
@@ -47,16 +48,21 @@ def select(
             error is Scores.standard_error[by], or the entry "<by>_standard_error" of a plain mapping; kd_gain has one.
             2 and max_drop=0.1 are the recipes' (docs/benchmarks/method.md). With per_class=True max_drop is a share of
             every class.
+        outliers: k >= 0; a sample loses its teacher only where score > median + k * 1.4826 * MAD, MAD the median
+            absolute deviation of all N scores from their median, and max_drop as above. For normal scores 1.4826 * MAD
+            is the standard deviation. Where the MAD is 0, as of a score that is 0 for most samples, there is no such
+            limit, and scores above the median are an error. Not by class.
         ratio: in [0, 1]; keeps the floor(ratio * N + 0.5) lowest, ties to the lower index. per_class=True keeps that
             share of every class instead.
         threshold: keeps score < threshold, strictly. On kd_gain, 0 denies the teacher to about half of the samples,
-            most of whose gains differ from 0 by noise alone.
-    largest=True turns the order around: the highest, score > threshold, or score >= -z * its standard error.
+            most of whose gains differ from 0 by noise alone. On mismatch, a probability, it is 0.5.
+    largest=True turns the order around: the highest, score > threshold, score >= -z * its standard error, or score >=
+        median - k * 1.4826 * MAD.
     leave, previous: hysteresis for scores that are taken again and again. What `previous` (a Selection, or (N,) bool)
-        kept stays until score > leave * its standard error (leave >= confidence), it is out of the lowest `leave` share
-        (leave >= ratio), or its score is >= leave (leave >= threshold; <= with largest); what it left out must meet
-        confidence, ratio or threshold as ever. Without a previous selection, as at the first scoring, leave changes
-        nothing.
+        kept stays until score > leave * its standard error (leave >= confidence), score > median + leave * 1.4826 * MAD
+        (leave >= outliers), it is out of the lowest `leave` share (leave >= ratio), or its score is >= leave (leave >=
+        threshold; <= with largest); what it left out must meet confidence, outliers, ratio or threshold as ever.
+        Without a previous selection, as at the first scoring, leave changes nothing.
     labels: (N,) class indices, needed for per_class where scores is a plain mapping.
     dataset: what the selection is for: a fingerprint (see dataset_fingerprint), or an object that has a `fingerprint`,
         or `targets` and (for a plain mapping of scores) `classes`. Scores know theirs; if both are given they must
@@ -68,10 +74,12 @@ def select(
         raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
     if by not in scores:
         raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
-    ratio, threshold, confidence = _checked_budget(ratio, threshold, confidence)
+    ratio, threshold, confidence, outliers = _checked_budget(ratio, threshold, confidence, outliers)
     max_drop = _checked_share("max_drop", max_drop)
-    if confidence is None and max_drop != 1.0:
-        raise ValueError(f"max_drop goes with confidence; got max_drop={max_drop} without it")
+    if confidence is None and outliers is None and max_drop != 1.0:
+        raise ValueError(f"max_drop goes with confidence and outliers; got max_drop={max_drop} without them")
+    if outliers is not None and per_class:
+        raise ValueError("outliers are those of all samples together: leave per_class out, or use confidence or ratio")
     columns: dict[str, Tensor] = dict(scores)
     if isinstance(scores, Scores):
         columns |= {name + ERROR_SUFFIX: error for name, error in scores.standard_error.items()}
@@ -92,14 +100,16 @@ def select(
     if per_class and threshold is None and y is not None:
         groups = [(y == label).nonzero()[:, 0] for label in torch.unique(y)]
     if leave is not None:
-        leave = _checked_leave(leave, ratio, threshold, confidence, largest)
+        leave = _checked_leave(leave, ratio, threshold, confidence, outliers, largest)
     held = None if leave is None else _previous_mask(previous, size, fingerprint)
-    if confidence is not None:
-        error = _standard_error(by, table)
-        limits = torch.full_like(error, confidence)
+    multiple = confidence if outliers is None else outliers
+    if multiple is not None:
+        bad = -score if largest else score
+        bad, error = (bad, _standard_error(by, table)) if outliers is None else _robust(by, bad)
+        limits = torch.full_like(score, multiple)
         if held is not None and leave is not None:
             limits[held] = leave
-        mask = ~_harmed(-score if largest else score, error, limits, groups, max_drop)
+        mask = ~_harmed(bad, error, limits, groups, max_drop)
     else:
         mask = _kept(score, groups, ratio, threshold, largest)
         if held is not None:
@@ -117,6 +127,7 @@ def select(
             "ratio": ratio,
             "threshold": threshold,
             **({} if confidence is None else {"confidence": confidence, "max_drop": max_drop}),
+            **({} if outliers is None else {"outliers": outliers, "max_drop": max_drop}),
             "per_class": per_class,
             "largest": largest,
             **({} if leave is None else {"leave": leave}),
@@ -229,6 +240,35 @@ def _harmed(score: Tensor, error: Tensor, limits: Tensor, groups: Sequence[Tenso
     return worst & (score > limits * error)
 
 
+# The standard deviation of a normal distribution by its median absolute deviation.
+_NORMAL_MAD = 1.4826
+
+
+def _robust(by: str, score: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the scores (N,) lie above their median, and their robust standard deviation, as (N,) both.
+
+    ValueError where either is not finite, or the deviation is 0 and yet scores lie above the median.
+    """
+    if not len(score):
+        return score, score
+    away = score - _median(score)
+    deviation = _NORMAL_MAD * _median(away.abs())
+    if not deviation.isfinite():
+        raise ValueError(f"outliers needs a score that is finite for more than half of the samples; {by!r} is not")
+    if deviation == 0 and (away > 0).any():
+        raise ValueError(
+            f"outliers: the median absolute deviation of {by!r} is 0, half of the samples have the same score: use"
+            " threshold"
+        )
+    return away, deviation.expand_as(away)
+
+
+def _median(values: Tensor) -> Tensor:
+    """The middle value, or the mean of the two."""
+    ordered = values.sort().values
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
 def _standard_error(by: str, table: Mapping[str, Tensor]) -> Tensor:
     """(N,) float64. ValueError where the scores have none for `by`, or it is not finite or negative."""
     error = table.get(by + ERROR_SUFFIX)
@@ -304,12 +344,19 @@ def _prior(score: Tensor, variance: Tensor) -> tuple[float, float]:
 
 
 def _checked_leave(
-    leave: float, ratio: float | None, threshold: float | None, confidence: float | None, largest: bool
+    leave: float,
+    ratio: float | None,
+    threshold: float | None,
+    confidence: float | None,
+    outliers: float | None,
+    largest: bool,
 ) -> float:
     """The limit at which the kept leave, on the far side of the one at which others enter."""
     leave = float(number("leave", leave))
     if confidence is not None and not leave >= confidence:
         raise ValueError(f"leave must be >= confidence, {confidence}; got {leave}")
+    if outliers is not None and not leave >= outliers:
+        raise ValueError(f"leave must be >= outliers, {outliers}; got {leave}")
     if ratio is not None and not ratio <= leave <= 1:
         raise ValueError(f"leave must lie in [ratio, 1], {ratio} to 1; got {leave}")
     if threshold is not None and not (leave <= threshold if largest else leave >= threshold):
@@ -331,13 +378,13 @@ def _previous_mask(previous: Selection | Tensor | None, size: int, fingerprint: 
 
 
 def _checked_budget(
-    ratio: float | None, threshold: float | None, confidence: float | None
-) -> tuple[float | None, float | None, float | None]:
+    ratio: float | None, threshold: float | None, confidence: float | None, outliers: float | None
+) -> tuple[float | None, float | None, float | None, float | None]:
     """Exactly one of them, as a float within its range."""
-    if sum(value is not None for value in (ratio, threshold, confidence)) != 1:
+    if sum(value is not None for value in (ratio, threshold, confidence, outliers)) != 1:
         raise ValueError(
-            "exactly one of confidence, ratio and threshold must be given; got"
-            f" confidence={confidence}, ratio={ratio}, threshold={threshold}"
+            "exactly one of confidence, outliers, ratio and threshold must be given; got"
+            f" confidence={confidence}, outliers={outliers}, ratio={ratio}, threshold={threshold}"
         )
     ratio = None if ratio is None else _checked_share("ratio", ratio)
     threshold = None if threshold is None else float(number("threshold", threshold))
@@ -346,7 +393,10 @@ def _checked_budget(
         raise ValueError(f"threshold must be a number; got {threshold!r}")
     if confidence is not None and not 0 <= confidence < math.inf:
         raise ValueError(f"confidence must be >= 0 and finite, in standard errors; got {confidence!r}")
-    return ratio, threshold, confidence
+    outliers = None if outliers is None else float(number("outliers", outliers))
+    if outliers is not None and not 0 <= outliers < math.inf:
+        raise ValueError(f"outliers must be >= 0 and finite, in robust standard deviations; got {outliers!r}")
+    return ratio, threshold, confidence, outliers
 
 
 def _checked_share(name: str, value: float) -> float:

@@ -161,7 +161,7 @@ def check_values(recipe: Recipe) -> None:
 
 
 def _check_selection(options: SelectionOptions) -> None:
-    """How a selection that is made while training chooses: by confidence, by a ratio or by a threshold."""
+    """How a selection that is made while training chooses: by confidence, a ratio, a threshold or outliers."""
     if not options.ratio <= 1:
         raise ValueError(f"selection.ratio must be at most 1, or below 0 for no ratio; got {options.ratio}")
     if options.threshold is not None and math.isnan(options.threshold):
@@ -171,12 +171,19 @@ def _check_selection(options: SelectionOptions) -> None:
             f"selection.ratio and selection.threshold exclude each other; got {options.ratio} and {options.threshold}:"
             " leave one of them out"
         )
+    if options.outliers is not None and not 0 <= options.outliers < math.inf:
+        raise ValueError(f'selection.outliers must be at least 0 and finite, or "none"; got {options.outliers}')
+    if options.outliers is not None and (options.ratio >= 0 or options.threshold is not None):
+        raise ValueError(
+            f"selection.outliers excludes selection.ratio and selection.threshold; got {options.outliers},"
+            f" {options.ratio} and {options.threshold}: leave the others out"
+        )
     if options.by_confidence and options.after and options.by not in ("kd_gain", "set_shift"):
         raise ValueError(
             f"selection.by = {options.by!r} has no standard error, which selection.confidence needs: set"
-            " selection.ratio or selection.threshold"
+            " selection.ratio, selection.threshold or selection.outliers"
         )
-    if options.per_class and options.after and options.threshold is not None:
+    if options.per_class and options.after and not (options.by_confidence or options.ratio >= 0):
         raise ValueError(
             "selection.per_class needs a share of every class: selection.ratio, or confidence and max_drop"
         )

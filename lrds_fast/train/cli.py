@@ -241,6 +241,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         metavar="Z",
         help="deny the teacher where the score is above Z of its standard errors",
     )
+    how.add_argument(
+        "--outliers",
+        type=float,
+        metavar="K",
+        help="deny the teacher where the score is above the median by K robust standard deviations",
+    )
     how.add_argument("--threshold", type=float, help="keep samples whose score is below")
     how.add_argument("--ratio", type=float, help="keep this share of the samples, in [0, 1]")
     sub.add_argument(
@@ -248,13 +254,15 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="with --confidence: of all samples deny at most this share, those with the highest score",
+        help="with --confidence or --outliers: of all samples deny at most this share, those with the highest score",
     )
     sub.add_argument("--per-class", action="store_true", help="the share of every class")
     sub.add_argument("--largest", action="store_true", help="keep high scores instead of low ones")
     sub.add_argument("--previous", type=Path, metavar="SELECTION", help="an earlier selection, for --leave")
     sub.add_argument(
-        "--leave", type=float, help="what --previous kept stays until beyond this confidence, ratio or threshold"
+        "--leave",
+        type=float,
+        help="what --previous kept stays until beyond this confidence, number of deviations, ratio or threshold",
     )
     sub.add_argument("--out", type=Path, help="Parquet file to write (default: selection.parquet beside SCORES)")
     sub.add_argument(
@@ -450,6 +458,7 @@ def _select(options: argparse.Namespace) -> int:
         ratio=options.ratio,
         threshold=options.threshold,
         confidence=options.confidence,
+        outliers=options.outliers,
         max_drop=options.max_drop,
         per_class=options.per_class,
         largest=options.largest,

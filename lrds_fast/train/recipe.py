@@ -162,11 +162,12 @@ class SelectionOptions:
     after > 0: the student is scored when so many epochs are done and the selection made from that, again every `every`
     epochs after (0: once). by: the score, lower = keep the teacher, as [score] says how. A sample loses its teacher
     where its score is above `confidence` standard errors, and of all samples at most the share max_drop, those with the
-    highest scores. Instead of that, ratio >= 0: this share keeps the teacher; or a threshold: those with a score below
-    it do. Scores other than kd_gain have no standard error and need one of these two. margin: samples that have
-    the teacher lose it only beyond confidence + margin standard errors, ratio + margin, or threshold + margin.
-    per_class: ratio or max_drop in every class. by "set_shift": those are denied that together move the student the
-    least (select_jointly); it takes a ratio."""
+    highest scores. Instead of that, ratio >= 0: this share keeps the teacher; a threshold: those with a score below it
+    do; or outliers: those do whose score is at most so many robust standard deviations above the median, max_drop as
+    before. Scores other than kd_gain have no standard error and need one of these three. margin: samples that have the
+    teacher lose it only beyond confidence + margin standard errors, ratio + margin, threshold + margin, or outliers +
+    margin. per_class: ratio or max_drop in every class, not with outliers. by "set_shift": those are denied that
+    together move the student the least (select_jointly); it takes a ratio."""
 
     path: str = ""
     compose: str = "prefix"
@@ -177,13 +178,14 @@ class SelectionOptions:
     max_drop: float = 0.1
     ratio: float = -1.0
     threshold: float | None = None
+    outliers: float | None = None
     margin: float = 0.0
     per_class: bool = False
 
     @property
     def by_confidence(self) -> bool:
-        """Whether a sample is denied by its standard error, rather than by ratio or threshold."""
-        return self.ratio < 0 and self.threshold is None
+        """Whether a sample is denied by its standard error, rather than by ratio, threshold or outliers."""
+        return self.ratio < 0 and self.threshold is None and self.outliers is None
 
 
 @dataclass(frozen=True)

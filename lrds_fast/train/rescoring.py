@@ -124,6 +124,9 @@ def _ranked(
         leave = options.confidence + options.margin
     elif options.ratio >= 0:
         rule, leave = {"ratio": options.ratio}, min(options.ratio + options.margin, 1.0)
+    elif options.outliers is not None:
+        rule = {"outliers": options.outliers, "max_drop": options.max_drop}
+        leave = options.outliers + options.margin
     else:
         assert options.threshold is not None
         rule, leave = {"threshold": options.threshold}, options.threshold + options.margin
