@@ -418,6 +418,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "ce_weight_unselected": None,
         "revise": "lr",
         "eta": 0.8,
+        "revise_temperature": None,
         "selected": None,
         "teacher_rows": None,
         "divergence": "kl",
