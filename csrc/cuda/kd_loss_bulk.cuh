@@ -145,13 +145,13 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
   // fence: between the warps of a block through a barrier of the block, between blocks as stores
   // that a barrier counts in bytes, announced by the receiver's first warp.
   //
-  // Two sets in turn are enough. A warp that has merged knows that every warp of every block has sent
-  // its packet of that merge, hence has read those of the merge before; so what a block or a warp
-  // sends next, of the other set, overwrites nothing that is still to be read. And its bytes cannot
-  // be taken for those of a phase before: of a set they count for the merge two before, which all
-  // blocks had finished when they sent the one between. Whether a row is merged a second time all of
-  // them decide alike. No block leaves before it has its last merge's packets, and nothing is sent to
-  // it after them.
+  // Two sets in turn are enough. A warp that has merged knows that every warp of every block has
+  // sent its packet of that merge, hence has read those of the merge before; so what a block or a
+  // warp sends next, of the other set, overwrites nothing that is still to be read. And its bytes
+  // cannot be taken for those of a phase before: of a set they count for the merge two before,
+  // which all blocks had finished when they sent the one between. Whether a row is merged a second
+  // time all of them decide alike. No block leaves before it has its last merge's packets, and
+  // nothing is sent to it after them.
   RingPlace set;
   const auto merge_cluster = [&](OnlineStats<A> stats) {
     OnlineStats<A>* const of_warps = shared.warp_packets[set.tile];
