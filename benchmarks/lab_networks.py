@@ -140,6 +140,8 @@ def revised_at_one(teacher_logits: Tensor, target: Tensor, eta: float = ETA) -> 
     """Logits whose softmax is the label revision of softmax(teacher_logits); only the labels' logits differ.
 
     p'_y = beta p_y + 1 - beta and p'_k = beta p_k give v'_y = logsumexp(v) + log(p_y + (1 - beta) / beta).
+    The same as kd_loss's revise_temperature=1, with which a test compares it. It stays because the stored runs were
+    trained with it, once over all logits of a view, before the keyword existed.
     """
     v = teacher_logits.double()
     p = v.softmax(1)

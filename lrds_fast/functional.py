@@ -579,20 +579,20 @@ def kd_loss(
         CutMix, soft labels). An index out of range: ValueError on the CPU; on CUDA (no synchronisation) that row's
         loss and gradient are NaN. Classes come last: pass logits (N, C, H, W) as movedim(1, -1). Four dimensions are an
         error where the layout is ambiguous (a floating target, or H = W = C): flatten the rows.
-    temperature: T > 0; of several, the terms are added, each with its own revision (without revise_temperature).
+    temperature: T > 0; of several, the terms are added.
     ce_weight, kd_weight: independent weights >= 0; a term of weight 0 is not computed.
     ce_weight_unselected: CE weight of rows without teacher. Default: ce_weight + kd_weight if that is <= 1, else
         max(ce_weight, 1), so that a row's supervision does not shrink when the teacher is silent.
-    revise: what happens to p where the teacher's top class is not the target (a tie that the target takes part in
-        counts as right). "lr": beta = eta / (1 + p_max - p_y), p' = beta p + (1 - beta) one_hot(y), so the target wins
-        by exactly 1 - eta. "mft": the same there, and on right rows p'_y = min(1, p_y + 1 - eta). "swap": the target's
-        logit and the top one change places. None or "none": p' = p. With probabilities as target, "lr" mixes towards
-        them: beta = eta m / (m + p_max - p_y), m the difference of the target's two largest probabilities. For this the
-        target is clamped to >= 0 and normalised; rows of zeros are not revised. The cross-entropy uses the target
-        unchanged, like F.cross_entropy. Where "mft" reaches p'_y = 1, "rkl" and "mse_logits" are infinite.
+    revise: what happens to p, made at revise_temperature, where the teacher's top class is not the target (a tie that
+        the target takes part in counts as right). "lr": beta = eta / (1 + p_max - p_y), p' = beta p + (1 - beta)
+        one_hot(y), so the target wins by exactly 1 - eta. "mft": the same there, and on right rows p'_y = min(1, p_y +
+        1 - eta). "swap": the target's logit and the top one change places. None or "none": p' = p. With probabilities
+        as target, "lr" mixes towards them: beta = eta m / (m + p_max - p_y), m the difference of the target's two
+        largest probabilities. For this the target is clamped to >= 0 and normalised; rows of zeros are not revised. The
+        cross-entropy uses the target unchanged, like F.cross_entropy. Where "mft" reaches p'_y = 1, "rkl" and "mse_logits" are infinite.
     revise_temperature: R > 0: "lr" and "mft" revise softmax(v / R), and p' is softmax(v' / T) of the revised logits v'
-        (of which "lr" moves the target's alone), so that the margin 1 - eta does not grow with T. The same v' at every
-        temperature. None: p' is made at each T itself, as published; the same as R = T.
+        (of which "lr" moves the target's alone), so that the margin 1 - eta does not grow with T. All temperatures have
+        the same v'. Default: 1. None: p' is made at each T itself, as published; the same as R = T.
     selected: (...) or (N,), bool or weights w in [0, 1]. A row's CE weight is w * ce_weight + (1 - w) *
         ce_weight_unselected, its KD weight w * kd_weight. None: every row.
     teacher_rows: int K >= 0 if teacher_logits has only the first K of the N flattened rows, (K, C) or (B', ..., C).
@@ -733,11 +733,11 @@ def revise_labels(
 
     teacher_logits: (..., C) floating. target: (...) int64/int32 in [0, C), or (..., C) floating probabilities with
     policy "lr" (normalised, as in kd_loss). policy: "lr", "mft" or "swap", kd_loss's `revise`. Returns (..., C)
-    probabilities, float32 (float64 for float64 logits), without gradient. On rows that "lr" corrects the target wins by
-    exactly 1 - eta and the other classes keep their ratios; kd_loss applies the same revision inside its kernel,
-    without forming this tensor. revise_temperature: as in kd_loss. Raises ValueError for eta outside (0, 1),
-    temperature <= 0, revise_temperature <= 0, mismatched shapes or, on the CPU, a target outside [0, C); TypeError for
-    wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
+    probabilities, float32 (float64 for float64 logits), without gradient. On rows that "lr" corrects the other classes
+    keep their ratios, and at revise_temperature (1; None: `temperature`) the target wins by exactly 1 - eta; the result
+    is then softened to `temperature`. kd_loss applies the same revision without forming this tensor. Raises ValueError
+    for eta outside (0, 1), temperature <= 0, revise_temperature <= 0, mismatched shapes or, on the CPU, a target
+    outside [0, C); TypeError for wrong dtypes. Source: Lan et al., arXiv 2404.03693, label revision.
     """
     checked = check_hyperparameters(
         temperature=[temperature],

@@ -217,10 +217,10 @@ def revise_labels(
 
     teacher_logits: (..., C) floating. target: (...) int32/int64 in [0, C), or (..., C) probabilities with policy "lr".
     Returns (..., C) probabilities, float32 (float64 for float64 logits). On rows that "lr" corrects,
-    beta = eta / (1 + p_max - p_y) and the result is beta * p + (1 - beta) * one_hot(target): the target wins by exactly
-    1 - eta, the other classes keep their ratios. With revise_temperature this happens to softmax(teacher_logits /
-    revise_temperature), whose revised logits are then divided by `temperature`. Lan et al. 2024 (arXiv 2404.03693),
-    label revision.
+    beta = eta / (1 + p_max - p_y) and p' = beta * p + (1 - beta) * one_hot(target), p = softmax(teacher_logits /
+    revise_temperature): the target wins by exactly 1 - eta, the other classes keep their ratios. The logits of p' are
+    then divided by `temperature`. revise_temperature: 1 by default; None: `temperature`, the published form. Lan et
+    al. 2024 (arXiv 2404.03693), label revision.
     """
     check_tensor("teacher_logits", teacher_logits)
     classes = teacher_logits.shape[-1]

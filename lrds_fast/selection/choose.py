@@ -46,8 +46,8 @@ def select(
         confidence: z >= 0; a sample loses its teacher only where score > z * its standard error, and, of the N samples,
             only if it is among the floor(max_drop * N + 0.5) with the highest score (ties to the higher index). The
             error is Scores.standard_error[by], or the entry "<by>_standard_error" of a plain mapping; kd_gain has one.
-            2 and max_drop=0.1 are the recipes' (docs/benchmarks/method.md). With per_class=True max_drop is a share of
-            every class.
+            The recipes have confidence=2, max_drop=0.1 (docs/benchmarks/method.md). With per_class=True max_drop is a
+            share of every class.
         outliers: k >= 0; a sample loses its teacher only where score > median + k * 1.4826 * MAD, MAD the median
             absolute deviation of all N scores from their median, and max_drop as above. For normal scores 1.4826 * MAD
             is the standard deviation. Where the MAD is 0, as of a score that is 0 for most samples, there is no such
@@ -56,12 +56,12 @@ def select(
             share of every class instead.
         threshold: keeps score < threshold, strictly. On kd_gain, 0 denies the teacher to about half of the samples,
             most of whose gains differ from 0 by noise alone. On mismatch, a probability, it is 0.5.
-    largest=True turns the order around: the highest, score > threshold, score >= -z * its standard error, or score >=
-        median - k * 1.4826 * MAD.
+    largest=True: high scores keep the teacher. ratio keeps the highest, threshold keeps score > threshold, confidence
+        denies score < -z * its standard error, outliers deny score < median - k * 1.4826 * MAD.
     leave, previous: hysteresis for scores that are taken again and again. What `previous` (a Selection, or (N,) bool)
         kept stays until score > leave * its standard error (leave >= confidence), score > median + leave * 1.4826 * MAD
         (leave >= outliers), it is out of the lowest `leave` share (leave >= ratio), or its score is >= leave (leave >=
-        threshold; <= with largest); what it left out must meet confidence, outliers, ratio or threshold as ever.
+        threshold; <= with largest). What it left out must meet confidence, outliers, ratio or threshold itself.
         Without a previous selection, as at the first scoring, leave changes nothing.
     labels: (N,) class indices, needed for per_class where scores is a plain mapping.
     dataset: what the selection is for: a fingerprint (see dataset_fingerprint), or an object that has a `fingerprint`,
@@ -292,8 +292,9 @@ def shrinkage_weights(scores: Scores | Mapping[str, Tensor], by: str = "kd_gain"
 
     Sample i's true score is drawn from N(m, t^2), and its estimate from N(true score, error_i^2). m and t^2 have the
     maximum likelihood over all samples; given the estimate, the true score is normal with mean m + b_i (score_i - m)
-    and variance b_i error_i^2, b_i = t^2 / (t^2 + error_i^2). A gain that its error does not tell from the others' is
-    moved towards their mean. With an error of 0 the weight is 1 below 0, 1/2 at 0, 0 above.
+    and variance b_i error_i^2, b_i = t^2 / (t^2 + error_i^2). The larger its error, the more a score is moved towards
+    the mean of all. With an error of 0 the weight is 1 below 0, 1/2 at 0, 0 above. No default: with good teachers these
+    weights cost accuracy (docs/benchmarks/method.md).
 
     scores, by: as in select with confidence. Raises ValueError or TypeError as select does. Source: Efron and Morris,
     "Data analysis using Stein's estimator and its generalizations", 1975.

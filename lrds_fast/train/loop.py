@@ -251,11 +251,13 @@ def _warn_of_revision(recipe: Recipe, earlier: Sequence[Mapping[str, Any]], reco
         return bool(epoch.get("p_label_revised", 0.0) > epoch.get("p_label_right", 0.0))
 
     if too_sure(record) and not any(map(too_sure, earlier)):
+        at_one = recipe.loss.revise_temperature == 1.0
+        advice = "Set" if at_one else "Revise at T = 1 (loss.revise_temperature=1), or set"
         note(
             f"label revision gives the label a probability of {record['p_label_revised']:.2f} where the teacher is"
             f" wrong, {record['p_label_right']:.2f} is the teacher's own where it is right (means at the loss's"
-            " temperature): the hardest samples become the surest targets. Revise at T = 1"
-            f" (loss.revise_temperature=1), or set loss.eta near 0.95 (it is {recipe.loss.eta:g})"
+            f" temperature): the hardest samples become the surest targets. {advice} loss.eta near 0.95 (it is"
+            f" {recipe.loss.eta:g})"
         )
 
 

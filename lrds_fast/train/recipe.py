@@ -100,7 +100,7 @@ class LossOptions:
     several at once, instead of temperature. divergence_options: the divergence's own parameters, such as alpha and beta
     of "dkd"; what is not given is as published. kd_warmup_epochs: kd_weight grows over so many epochs.
     ce_weight_unselected: left out or "none", kd_loss's default for ce_weight and the full kd_weight.
-    revise_temperature: "none" revises at the divergence's temperature, the published form.
+    revise_temperature: 1 unless set; "none" revises at the divergence's temperature, the published form.
 
     method "kd" is kd_loss; "dist", "mlkd" and "revision" put lrds_fast.dist_loss, mlkd_loss or revision_loss in its
     place (see lrds_fast.train.methods), and take no divergence. lambda1, lambda2: revision_loss's weights on right rows
@@ -159,15 +159,16 @@ class SelectionOptions:
     and the teacher sees these alone; "mask": it sees all, and the loss leaves the others out. The numbers are the same
     up to rounding.
 
-    after > 0: the student is scored when so many epochs are done and the selection made from that, again every `every`
-    epochs after (0: once). by: the score, lower = keep the teacher, as [score] says how. A sample loses its teacher
-    where its score is above `confidence` standard errors, and of all samples at most the share max_drop, those with the
-    highest scores. Instead of that, ratio >= 0: this share keeps the teacher; a threshold: those with a score below it
-    do; or outliers: those do whose score is at most so many robust standard deviations above the median, max_drop as
-    before. Scores other than kd_gain have no standard error and need one of these three. margin: samples that have the
-    teacher lose it only beyond confidence + margin standard errors, ratio + margin, threshold + margin, or outliers +
-    margin. per_class: ratio or max_drop in every class, not with outliers. by "set_shift": those are denied that
-    together move the student the least (select_jointly); it takes a ratio."""
+    after > 0: when so many epochs are done the student is scored and the selection is made, and again every `every`
+    epochs (0: once). by: the score, lower = keep the teacher; [score] says how it is computed. A sample loses its
+    teacher where its score is above `confidence` standard errors; of all samples at most the share max_drop do, those
+    with the highest scores. One of three rules may replace this one. ratio >= 0: this share keeps the teacher, the
+    lowest scores. threshold: samples with a score below it keep the teacher. outliers: samples with a score more than
+    so many robust standard deviations above the median lose it, at most max_drop of all. Scores other than kd_gain have
+    no standard error and need one of the three. margin: samples that have the teacher lose it only beyond confidence +
+    margin standard errors, ratio + margin, threshold + margin, or outliers + margin. per_class: ratio or max_drop in
+    every class, not with outliers. by "set_shift": those are denied that together move the student the least
+    (select_jointly); it takes a ratio."""
 
     path: str = ""
     compose: str = "prefix"
