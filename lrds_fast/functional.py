@@ -589,7 +589,8 @@ def kd_loss(
         1 - eta). "swap": the target's logit and the top one change places. None or "none": p' = p. With probabilities
         as target, "lr" mixes towards them: beta = eta m / (m + p_max - p_y), m the difference of the target's two
         largest probabilities. For this the target is clamped to >= 0 and normalised; rows of zeros are not revised. The
-        cross-entropy uses the target unchanged, like F.cross_entropy. Where "mft" reaches p'_y = 1, "rkl" and "mse_logits" are infinite.
+        cross-entropy uses the target unchanged, like F.cross_entropy. Where "mft" reaches p'_y = 1, "rkl" and
+        "mse_logits" are infinite.
     revise_temperature: R > 0: "lr" and "mft" revise softmax(v / R), and p' is softmax(v' / T) of the revised logits v'
         (of which "lr" moves the target's alone), so that the margin 1 - eta does not grow with T. All temperatures have
         the same v'. Default: 1. None: p' is made at each T itself, as published; the same as R = T.

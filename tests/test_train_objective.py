@@ -197,16 +197,17 @@ def test_a_run_tells_when_revised_rows_are_the_surest(tmp_path: Path, capfd: pyt
     def run(out: Path, **values: Any) -> list[dict[str, Any]]:
         return train(recipe(**values), data, student(), guide, out=out, progress=False).records
 
-    records = run(tmp_path / "hot")
+    records = run(tmp_path / "hot", **{"loss.revise_temperature": None})
     for record in records:
         found = (record["p_label_right"], record["p_label_revised"])
         assert found == pytest.approx(expected, rel=1e-5)
     told = capfd.readouterr().err
     assert told.count("label revision gives the label a probability of") == 1, "once a run"
     assert f"{expected[1]:.2f} where the teacher is wrong, {expected[0]:.2f} is" in told
+    assert "Revise at T = 1 (loss.revise_temperature=1), or set loss.eta near 0.95 (it is 0.8)" in told
+    run(tmp_path / "at one")
+    told = capfd.readouterr().err
     assert "Set loss.eta near 0.95 (it is 0.8)" in told and "loss.revise_temperature=1" not in told
-    run(tmp_path / "published", **{"loss.revise_temperature": None})
-    assert "Revise at T = 1 (loss.revise_temperature=1), or set loss.eta" in capfd.readouterr().err
     run(tmp_path / "plain", **{"loss.revise": "none"})
     assert "label revision" not in capfd.readouterr().err
 
