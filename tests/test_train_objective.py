@@ -217,7 +217,7 @@ def test_probabilities_of_the_label_are_of_the_rows_that_count() -> None:
     draws = torch.Generator().manual_seed(0)
     v, y = 3 * torch.randn(400, 5, generator=draws), torch.randint(0, 5, (400,), generator=draws)
     mask = torch.rand(400, generator=draws) < 0.8
-    arguments = {"temperature": 4.0, "revise": "lr", "eta": 0.8}
+    arguments = {"temperature": 4.0, "revise": "lr", "eta": 0.8, "revise_temperature": None}
 
     def measured(*rows: Any) -> list[float]:
         totals = Totals(torch.device("cpu"))
