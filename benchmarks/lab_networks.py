@@ -580,20 +580,21 @@ def section(rows: Sequence[dict[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
-def write_page(page: Path, csv_path: Path) -> None:
-    """The page's section between its marks, and the plots beside it."""
-    rows = stored_rows(csv_path)
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+def render(path: Path, out: Path) -> Path:
+    """Writes the plots of stored rows into the folder, and method.md with their section between its marks."""
+    rows = stored_rows(path)
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{page} must have {BEGIN} and {END} once")
+        raise ValueError(f"{PAGE} must have {BEGIN} and {END} once")
     results = {regime: results_of(rows, regime) for regime in REGIMES}
     for name in ("acc", "nll"):
         made = forest(results, f"test_{name}")
         if made is not None:
-            charts.save(made, page.parent / f"method_networks_{name}.svg", f"Paired differences to plain KD: {name}")
+            charts.save(made, out / f"method_networks_{name}.svg", f"Paired differences to plain KD: {name}")
+    page = out / PAGE.name
     write_text(page, f"{before}{BEGIN}\n{section(rows)}\n{END}{after}")
+    return page
 
 
 def main() -> None:
@@ -609,7 +610,7 @@ def main() -> None:
     actions.add_parser("page", help="docs/benchmarks/method.md and its plots, from the stored rows")
     options = parser.parse_args()
     if options.action == "page":
-        write_page(PAGE, STORED)
+        print(render(STORED, PAGE.parent))
         return
     torch.set_num_threads(options.threads)
     options.cache.mkdir(parents=True, exist_ok=True)

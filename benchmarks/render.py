@@ -22,6 +22,7 @@ from benchmarks import (
     bench_linear_kd_loss,
     bench_train,
     cifar100_runs,
+    lab_networks,
     lab_statistics,
 )
 from benchmarks.bench_kd_loss import Row, is_headline, table
@@ -261,6 +262,8 @@ def render(path: Path, out: Path) -> Path:
         return page_cifar100(path, out)
     if path.stem.startswith("method_features"):
         return lab_statistics.render(path, out)
+    if path.stem.startswith("method_networks"):
+        return lab_networks.render(path, out)
     if path.stem.startswith("train"):
         return page_train(path, out)
     if path.stem.startswith("influence"):

@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
 
 
-def render(stored: Path, out: Path) -> None:
+def render(stored: Path, out: Path) -> Path:
     command = [sys.executable, str(ROOT / "benchmarks" / "render.py"), str(stored), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Path(done.stdout.strip())
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,11 +48,10 @@ def test_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 @pytest.mark.parametrize("stored", RESULTS, ids=lambda path: path.stem)
 def test_committed_pages_show_the_committed_numbers(stored: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    render(stored, tmp_path)
-    page = f"{stored.stem}.md"
-    committed = ROOT / "docs" / "benchmarks" / page
+    page = render(stored, tmp_path)
+    committed = ROOT / "docs" / "benchmarks" / page.name
     assert committed.is_file(), "run: python benchmarks/render.py"
-    assert (tmp_path / page).read_text() == committed.read_text(), "run: python benchmarks/render.py"
+    assert page.read_text() == committed.read_text(), "run: python benchmarks/render.py"
     for plot in tmp_path.glob("*.svg"):
         assert labels(plot) == labels(committed.parent / plot.name), "run: python benchmarks/render.py"
         assert len(labels(plot)) > 10

@@ -338,7 +338,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -
     [
         ([], "the following arguments are required: COMMAND (see lrds-fast --help)"),
         (["train"], "the following arguments are required: RECIPE (see lrds-fast train --help)"),
-        (["select", "x.parquet"], "one of the arguments --confidence --threshold --ratio is required"),
+        (["select", "x.parquet"], "one of the arguments --confidence --outliers --threshold --ratio is required"),
         (["trian", "digits_alone"], "there is no command 'trian'; did you mean 'train'?"),
         (["fly"], "there is no command 'fly'; there are demo, train, cache"),
         (["train", "digits_alone", "--epochs", "3"], "unknown argument --epochs; a recipe's values are set with --set"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -131,7 +130,7 @@ def test_an_interrupted_teacher_goes_on(small: Pictures, tmp_path: Path, monkeyp
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_the_page_has_the_paired_differences(tmp_path: Path) -> None:
+def test_the_page_has_the_paired_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracy = {"kd": [30, 32, 34], "lr+ds": [31, 33.5, 35.1], "kd-ce0.3": [29, 33, 30], "kd-ce1": [28, 30, 36]}
     held_out = {"kd": [5, 1, 1], "lr+ds": [0, 0, 0], "kd-ce0.3": [1, 5, 1], "kd-ce1": [1, 1, 5]}
     path = tmp_path / "rows.csv"
@@ -147,13 +146,13 @@ def test_the_page_has_the_paired_differences(tmp_path: Path) -> None:
     assert lab.differences(found, "lr+ds", lab.TUNED, "test_acc") == pytest.approx([1.0, 0.5, -0.9])
     # Mean 1.2, standard deviation .2646, t(2) at 97.5%: 4.3027.
     assert lab.signed([1.0, 1.5, 1.1], 2) == "**+1.20 ± 0.66**"
-    page = tmp_path / "method.md"
-    shutil.copy(lab.PAGE, page)
-    lab.write_page(page, path)
+    page = lab.render(path, tmp_path)
+    assert page == tmp_path / "method.md"
     text = page.read_text(encoding="utf-8")
     assert "accuracy **+1.20 ± 0.66**" in text and "3 of 8 pairs" in text and "Registered before" in text
     for name in ("acc", "nll"):
         assert "lr+ds" in (tmp_path / f"method_networks_{name}.svg").read_text()
     (tmp_path / "bare.md").write_text("# no marks")
+    monkeypatch.setattr(lab, "PAGE", tmp_path / "bare.md")
     with pytest.raises(ValueError, match="must have"):
-        lab.write_page(tmp_path / "bare.md", path)
+        lab.render(path, tmp_path)
