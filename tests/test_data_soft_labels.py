@@ -177,7 +177,7 @@ def test_top_k_errors_on_real_logits_are_those_that_are_documented(teacher: str,
 
     def measured(given: Tensor | TopKTeacher) -> tuple[float, Tensor]:
         logits = z.clone().requires_grad_()
-        loss = kd_loss(logits, given, y)
+        loss = kd_loss(logits, given, y, revise_temperature=None)
         (gradient,) = torch.autograd.grad(loss, logits)
         return loss.item(), gradient
 

@@ -111,11 +111,11 @@ def test_a_class_that_val_lacks_is_named(root: Path, capsys: pytest.CaptureFixtu
 def test_class_counts_of_teacher_student_and_data_must_agree(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The teacher's file decides: it is of ten classes, the data have three."""
+    """The teacher's file decides: it is of a hundred classes, the data have three."""
     assert cli.main(["train", "digits_teacher", "--quiet", "--set", "schedule.epochs=1", "--set", "run.device=cpu",
                      "--set", f"run.out={tmp_path / 'teacher'}"]) == cli.OK  # fmt: skip
     capsys.readouterr()
-    taught = {"teacher.model": "small_cnn", "teacher.checkpoint": tmp_path / "teacher" / "last.pt"}
+    taught = {"teacher.model": "mlp_8x16_128", "teacher.checkpoint": tmp_path / "teacher" / "last.pt"}
     assert cli.main(arguments(root, "torchvision", **taught)) == cli.MISUSED
     said = capsys.readouterr().err
     assert "is for another model" in said and "shape" in said and said.count("\n") == 1

@@ -207,14 +207,14 @@ def test_scalars_of_numpy_1_are_read(tmp_path: Path) -> None:
 
 
 def test_own_checkpoints_load_as_teachers(trained: Path) -> None:
-    model = models.create("mlp", num_classes=10)
+    model = models.create("mlp_8x16_32", num_classes=100)
     checkpoint.load_weights(model, trained, key="teacher.checkpoint")
     assert equal(model.state_dict(), torch.load(trained, weights_only=True)["student"])
 
 
 def test_a_kept_moving_average_is_what_loads(tmp_path: Path) -> None:
     fit(quick(tmp_path, "digits_alone", "run.ema_decay=0.9"), progress=False)
-    model = models.create("mlp", num_classes=10)
+    model = models.create("mlp_8x16_32", num_classes=100)
     checkpoint.load_weights(model, tmp_path / "run" / "last.pt", key="teacher.checkpoint")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert torch.equal(model.fc.weight, state["parts"]["ema"]["module.fc.weight"])  # type: ignore[union-attr,arg-type]
@@ -257,10 +257,10 @@ def test_a_checkpoint_of_another_model_is_named(trained: Path) -> None:
         checkpoint.load_weights(models.create("resnet8", num_classes=10), trained, key="teacher.checkpoint")
     with pytest.raises(
         ValueError,
-        match=r"fc.weight has shape \(10, 32\), the model's has \(100, 32\), and 1 more differ;"
-        " the class counts differ: the file has 10 classes, the model 100; use weights",
+        match=r"fc.weight has shape \(100, 32\), the model's has \(10, 32\), and 1 more differ;"
+        " the class counts differ: the file has 100 classes, the model 10; use weights",
     ):
-        checkpoint.load_weights(models.create("mlp", num_classes=100), trained, key="teacher.checkpoint")
+        checkpoint.load_weights(models.create("mlp_8x16_32", num_classes=10), trained, key="teacher.checkpoint")
     torch.save(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).state_dict(), trained)
     with pytest.raises(
         ValueError, match=r"0.weight has shape \(5, 3\), the model's has \(7, 3\), and 2 more differ; the widths or the"
@@ -301,7 +301,7 @@ def test_a_refused_checkpoint_leaves_the_model_as_it_was(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("student.model=small_cnn", r"its student.model is 'mlp', this one's is 'small_cnn'"),
+        ("student.model=mlp_8x16_128", r"its student.model is 'mlp_8x16_32', this one's is 'mlp_8x16_128'"),
         ("optimizer.lr=0.2", r"its optimizer.lr is 0.1, this one's is 0.2"),
         ("seed=4", r"its seed is 0, this one's is 4"),
         ("data.label_noise=0.1", r"its data.label_noise is 0.0, this one's is 0.1"),

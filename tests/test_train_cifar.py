@@ -119,7 +119,8 @@ def test_resnet8x4_learns_by_every_variant(
         return
     selection = Selection.load(tmp_path / "selections" / "epoch_0001.parquet")
     kept = int(selection.mask.sum())
-    assert 0 < kept < rows and after["n_selected"] == kept
+    assert 0.9 * rows - 1 <= kept <= rows and after["n_selected"] == kept
     assert kept <= after["teacher_rows"] <= kept + STEPS // 2
-    assert bool((selection.scores["kd_gain"][selection.mask] < 0).all())
+    gain, error = selection.scores["kd_gain"], selection.scores["kd_gain_standard_error"]
+    assert bool((gain[~selection.mask] > 2 * error[~selection.mask]).all())
     assert result.teacher_pred is not None and bool((result.teacher_pred[selection.mask] >= 0).all())
