@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lrds_fast
 from benchmarks.bench_kd_loss import commit, cpu_name
+from benchmarks.lab_students import measures, revise_logits
 from lrds_fast import charts, influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
 from lrds_fast.files import replacing
@@ -136,22 +137,6 @@ def augmented(images: Tensor, random: torch.Generator) -> Tensor:
     ]
 
 
-def revised_at_one(teacher_logits: Tensor, target: Tensor, eta: float = ETA) -> Tensor:
-    """Logits whose softmax is the label revision of softmax(teacher_logits); only the labels' logits differ.
-
-    p'_y = beta p_y + 1 - beta and p'_k = beta p_k give v'_y = logsumexp(v) + log(p_y + (1 - beta) / beta).
-    The same as kd_loss's revise_temperature=1, with which a test compares it. It stays because the stored runs were
-    trained with it, once over all logits of a view, before the keyword existed.
-    """
-    v = teacher_logits.double()
-    p = v.softmax(1)
-    label = target[:, None]
-    p_y, top = p.gather(1, label), p.amax(1, keepdim=True)
-    revised = v.logsumexp(1, keepdim=True) + (p_y + (1 + top - p_y - eta) / eta).log()
-    wrong = v.gather(1, label) < v.amax(1, keepdim=True)
-    return v.scatter(1, label, torch.where(wrong, revised, v.gather(1, label))).to(teacher_logits)
-
-
 def precision() -> str:
     return available_amp("bf16", torch.device("cpu"))
 
@@ -171,19 +156,6 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 def features_of(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     return torch.cat([model.features(normalised(part)).float() for part in images.split(500)])
-
-
-def measures(logits: Tensor, target: Tensor) -> tuple[float, float, float]:
-    """Accuracy in %, mean cross-entropy, expected calibration error in % over 15 equal bins."""
-    confidence, predicted = logits.softmax(1).max(1)
-    right = (predicted == target).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = torch.zeros(15, dtype=torch.float64).index_add(0, bins, right - confidence.double())
-    return (
-        100 * float(right.mean()),
-        float(F.cross_entropy(logits, target)),
-        100 * float(gaps.abs().sum()) / len(target),
-    )
 
 
 def one_epoch(
@@ -292,7 +264,7 @@ class Pair:
                 torch.save({"views": logits, "test": logits_of(network, data.test_images)}, name)
         kept = torch.load(path, weights_only=True)
         self.answers = kept["views"].float()
-        self.teacher_test_acc = measures(kept["test"], data.test_labels)[0]
+        self.teacher_test_acc = measures(kept["test"], data.test_labels)["acc"]
         self.wrong = self.answers[VIEWS].argmax(1) != self.labels
 
     def checkpoint(self, arm: Arm) -> Path:
@@ -300,7 +272,8 @@ class Pair:
 
     def told(self, arm: Arm, view: int) -> Tensor:
         """The teacher's logits, already revised where the arm revises at temperature 1."""
-        return revised_at_one(self.answers[view], self.labels) if arm.revise == "one" else self.answers[view]
+        given = self.answers[view]
+        return revise_logits(given, self.labels, at=1.0, eta=ETA) if arm.revise == "one" else given
 
     def train(self, arm: Arm, state: Trained, epochs: int, selected: Tensor | None) -> Trained:
         batches = -(-len(self.images) // BATCH)
@@ -387,8 +360,8 @@ class Pair:
             if arm.deny:
                 selected = self.selection(arm, state.model)
         state = self.train(arm, state, EPOCHS, selected)
-        acc, nll, ece = measures(logits_of(state.model, self.data.test_images), self.data.test_labels)
-        val_acc, val_nll, _ = measures(logits_of(state.model, self.held_out), self.held_out_labels)
+        test = measures(logits_of(state.model, self.data.test_images), self.data.test_labels)
+        val = measures(logits_of(state.model, self.held_out), self.held_out_labels)
         told = self.told(arm, 0)
         if arm.revise == "published":
             told = (
@@ -402,8 +375,8 @@ class Pair:
         denied = torch.zeros_like(self.wrong) if selected is None else ~selected
         return {
             "regime": self.regime, "teacher": self.teacher, "student": self.student, "arm": name,
-            "test_acc": round(acc, 2), "test_nll": round(nll, 5), "test_ece": round(ece, 3),
-            "val_acc": round(val_acc, 2), "val_nll": round(val_nll, 5),
+            "test_acc": round(test["acc"], 2), "test_nll": round(test["nll"], 5), "test_ece": round(test["ece"], 3),
+            "val_acc": round(val["acc"], 2), "val_nll": round(val["nll"], 5),
             "teacher_test_acc": round(self.teacher_test_acc, 2),
             "teacher_wrong": round(float(self.wrong.float().mean()), 4),
             "denied": int(denied.sum()), "denied_wrong": int((denied & self.wrong).sum()),
@@ -493,7 +466,7 @@ def signed(values: Sequence[float], digits: int) -> str:
     found = estimate(values)
     if found.n == 1:
         return f"{found.mean:+.{digits}f}"
-    text = f"{found.mean:+.{digits}f} ± {(found.interval[1] - found.interval[0]) / 2:.{digits}f}"
+    text = f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f}"
     return text if found.within_noise else f"**{text}**"
 
 

@@ -78,11 +78,6 @@ SHOWN = (
 )
 
 
-def half_width(found: Estimate) -> float:
-    """Half the width of the 95% t interval; inf for one value."""
-    return (found.interval[1] - found.interval[0]) / 2 if found.n > 1 else math.inf
-
-
 class Runs:
     """The CSV's rows by regime, arm and seed."""
 
@@ -138,7 +133,7 @@ def signed(found: Estimate, digits: int = 2, p_value: float | None = None) -> st
     """
     if found.n < 2:
         return "-"
-    text = f"{found.mean:+.{digits}f} ± {half_width(found):.{digits}f}"
+    text = f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f}"
     significant = (found.p_value if p_value is None else p_value) <= LEVEL
     text = f"**{text}**" if significant else text
     return text if found.n >= FULL else f"{text} ({found.n})"

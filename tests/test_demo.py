@@ -18,7 +18,7 @@ from html_page import Page
 from PIL import Image
 from scipy import stats
 
-from lrds_fast.data import answer_sources
+from lrds_fast.data import Data, answer_sources
 from lrds_fast.selection import Selection
 from lrds_fast.train import demo as run_demo
 from lrds_fast.train import run
@@ -108,16 +108,21 @@ def test_statistics_are_those_of_the_logs(result: DemoResult) -> None:
         assert row.accuracy_difference.interval == pytest.approx(interval(differences(result, row.name, "KD")))
 
 
+def asked_anew(recipe: Recipe, data: Data) -> torch.Tensor:
+    """The teacher's own logits of every training sample, (N, C)."""
+    teacher = run.build_teacher(recipe, data)
+    assert teacher is not None
+    teacher.eval()
+    with torch.no_grad():
+        return torch.cat([teacher(batch.images) for batch in data.score.epoch(0)])
+
+
 def test_counts_are_those_of_the_data(result: DemoResult) -> None:
     """Revised: rows whose answer, this teacher's asked anew and mixed up, is wrong. Denied: by evidence, capped."""
     rows = {row.name: row for row in result.rows}
     recipe = recipe_of(result, 0, "KD + LR")
     data = run.load_data(recipe)
-    teacher = run.build_teacher(recipe, data)
-    assert teacher is not None
-    teacher.eval()
-    with torch.no_grad():
-        logits = torch.cat([teacher(batch.images) for batch in data.score.epoch(0)])
+    logits = asked_anew(recipe, data)
     right = int((predicted(logits, data.score.labels) == data.score.labels).sum())
     source = answer_sources(len(logits), 0.25, seed=0)
     assert int((source != torch.arange(len(logits))).sum()) == 75
@@ -220,11 +225,7 @@ def test_a_summary_is_that_of_the_last_epoch(result: DemoResult) -> None:
     assert summary["teacher"]["asked"] == record["n_selected"] and summary["teacher"]["wrong"] == record["n_revised"]
     recipe = from_mapping(json.loads((folder / "recipe.json").read_text()))
     data = run.load_data(recipe)
-    teacher = run.build_teacher(recipe, data)
-    assert teacher is not None
-    teacher.eval()
-    with torch.no_grad():
-        answers = torch.cat([teacher(batch.images) for batch in data.score.epoch(0)])
+    answers = asked_anew(recipe, data)
     answers = answers[answer_sources(len(answers), 0.25, seed=0)]
     mask, labels = Selection.load(folder / "selection.parquet").mask, data.train.labels
     pairs = Counter(zip(labels[mask].tolist(), predicted(answers, labels)[mask].tolist(), strict=True))

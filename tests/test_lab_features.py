@@ -321,7 +321,7 @@ def test_statistics() -> None:
     found = runs.difference("r", "arm", "kd", "acc")
     # Differences .5, 1, 2: mean 7 / 6, standard deviation sqrt(7 / 12), t = 4.30265.
     assert found.mean == pytest.approx(7 / 6) and found.n == 3
-    assert lab_statistics.half_width(found) == pytest.approx(4.30265 * math.sqrt(7 / 36), rel=1e-5)
+    assert found.half_width == pytest.approx(4.30265 * math.sqrt(7 / 36), rel=1e-5)
     assert lab_statistics.signed(found) == "+1.17 ± 1.90 (3)"
 
 

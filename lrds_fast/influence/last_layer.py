@@ -229,7 +229,7 @@ class LastLayer:
         self._direction = self._curvature.solve(mean).to(self._dtype)
         if len(sums) > 1:
             # Differences to the mean, so that sums of squares lose no digits; sqrt(w / (F - 1)) is in them.
-            scale = (counts / total / (len(sums) - 1)).sqrt()
+            scale = part_scales(counts)
             apart = (sums / counts[:, None, None] - mean) * scale[:, None, None]
             self._spread = torch.stack([self._curvature.solve(part) for part in apart]).to(self._dtype)
 
@@ -595,6 +595,12 @@ def _fold_gradients(
         add_gradients(sums, rows.augmented(chunk, torch.float64), logits[chunk], target[chunk], chunk.start)
     counts = torch.bincount(torch.arange(rows.count, device=features.device) % parts, minlength=parts)
     return sums, counts.double()
+
+
+def part_scales(counts: Tensor) -> Tensor:
+    """(F,) sqrt(w_f / (F - 1)), w_f the share of part f: the squares of its score's differences to the whole slice's,
+    scaled by these, add up to the squared standard error."""
+    return (counts / counts.sum() / (len(counts) - 1)).sqrt()
 
 
 def add_gradients(sums: Tensor, h: Tensor, logits: Tensor, target: Tensor, start: int) -> None:

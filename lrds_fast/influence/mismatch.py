@@ -22,12 +22,12 @@ from lrds_fast.influence.scores import uniform_scores
 
 #: With fewer samples whose correlation is defined, nothing is estimated and the score is 0.
 LEAST_SAMPLES = 20
-# Correlations beyond this are as good as it; atanh(0.999) = 3.8.
+# Correlations are clamped to this; atanh(0.999) = 3.8.
 _LARGEST = 0.999
-# No standard deviation of Fisher's z is taken to be less: a student that copies its teacher has none.
+# Lower bound of the standard deviations of Fisher's z. They would be 0 where a student copies its teacher.
 _LEAST_DEVIATION = 1e-3
-# So many deviations above the mean of exchanged answers there are none. An own answer can lie there and yet far below
-# the other own ones: neither distribution explains it.
+# No exchanged answer lies more than this many standard deviations above the mean of the exchanged ones. An own answer
+# can, and still lie so far below most own answers that the mixture would call it another sample's.
 _REACH = 4.0
 # random:<seed> takes seeds below this one.
 _SEED = 1 << 63
@@ -66,7 +66,7 @@ def mixture(found: Tensor, exchanged: Tensor, rounds: int = 100) -> Tensor:
     foreign = torch.zeros_like(found)
     for _ in range(rounds):
         foreign = torch.sigmoid(share.logit() + foreign_density - _log_density(found, mean, std))
-        # Above the own answers' mean nothing is foreign, however wide the other kind is.
+        # An answer above the mean of the own answers is an own one, however wide the other distribution is.
         foreign = torch.where(found > mean, 0.0, foreign)
         share = foreign.mean().clamp(1e-6, 0.9)
         own = 1.0 - foreign

@@ -34,6 +34,7 @@ from lrds_fast.influence.last_layer import (
     _checked_loss,
     _loss_facts,
     as_trained,
+    part_scales,
 )
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
 from lrds_fast.influence.mismatch import Agreements
@@ -512,7 +513,7 @@ def _deviations(sums: Sequence[Mapping[str, Tensor]], counts: Tensor) -> list[di
     mean = {name: torch.stack([part[name] for part in sums]).sum(dim=0) / total for name in sums[0]}
     if len(sums) == 1:
         return [mean]
-    scales = (counts / total / (len(sums) - 1)).sqrt()
+    scales = part_scales(counts)
     return [mean] + [
         {name: (part[name] / count - mean[name]) * scale for name in mean}
         for part, count, scale in zip(sums, counts, scales, strict=True)

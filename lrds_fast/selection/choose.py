@@ -70,19 +70,13 @@ def select(
 
     Deterministic. Raises ValueError or TypeError naming the argument; a NaN score is an error that names the sample.
     """
-    if not isinstance(scores, Mapping):
-        raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
-    if by not in scores:
-        raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
+    columns = _columns(scores, by)
     ratio, threshold, confidence, outliers = _checked_budget(ratio, threshold, confidence, outliers)
     max_drop = _checked_share("max_drop", max_drop)
     if confidence is None and outliers is None and max_drop != 1.0:
         raise ValueError(f"max_drop goes with confidence and outliers; got max_drop={max_drop} without them")
     if outliers is not None and per_class:
         raise ValueError("outliers are those of all samples together: leave per_class out, or use confidence or ratio")
-    columns: dict[str, Tensor] = dict(scores)
-    if isinstance(scores, Scores):
-        columns |= {name + ERROR_SUFFIX: error for name, error in scores.standard_error.items()}
     table = {name: _score_tensor(name, values) for name, values in columns.items()}
     size = len(table[by])
     for name, values in table.items():
@@ -231,6 +225,19 @@ def _kept(
     return mask
 
 
+def _columns(scores: Scores | Mapping[str, Tensor], by: str) -> dict[str, Tensor]:
+    """The scores by name, and their standard errors as `<name>_standard_error`.
+
+    TypeError for scores that are no mapping, ValueError where they have no `by`.
+    """
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
+    if by not in scores:
+        raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
+    errors = scores.standard_error if isinstance(scores, Scores) else {}
+    return {**scores, **{name + ERROR_SUFFIX: error for name, error in errors.items()}}
+
+
 def _harmed(score: Tensor, error: Tensor, limits: Tensor, groups: Sequence[Tensor], max_drop: float) -> Tensor:
     """(N,) bool: score > limit * error, and among the highest max_drop share of the group."""
     worst = torch.zeros(len(score), dtype=torch.bool)
@@ -299,13 +306,7 @@ def shrinkage_weights(scores: Scores | Mapping[str, Tensor], by: str = "kd_gain"
     scores, by: as in select with confidence. Raises ValueError or TypeError as select does. Source: Efron and Morris,
     "Data analysis using Stein's estimator and its generalizations", 1975.
     """
-    if not isinstance(scores, Mapping):
-        raise TypeError(f"scores must be Scores or a mapping from names to tensors; got {type(scores).__name__}")
-    columns = dict(scores)
-    if isinstance(scores, Scores):
-        columns |= {name + ERROR_SUFFIX: error for name, error in scores.standard_error.items()}
-    if by not in columns:
-        raise ValueError(f"by must be one of the computed scores, {', '.join(map(str, scores))}; got {by!r}")
+    columns = _columns(scores, by)
     table = {name: _score_tensor(name, columns[name]) for name in (by, by + ERROR_SUFFIX) if name in columns}
     score, variance = table[by].double(), _standard_error(by, table).square()
     bad = (~score.isfinite()).nonzero()[:, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -188,14 +187,11 @@ def _selected(scores: Scores, by: str) -> Selection:
 
 
 def _table(rows: Sequence[Row], finished: Sequence[Run]) -> str:
-    def half(value: Estimate) -> float:
-        return (value.interval[1] - value.interval[0]) / 2
-
     def difference(value: Estimate | None, scale: float, digits: int) -> str:
         if value is None:
             return ""
-        width = half(value)
-        return f"{scale * value.mean:+.{digits}f}" + ("" if math.isnan(width) else f" ± {scale * width:.{digits}f}")
+        text = f"{scale * value.mean:+.{digits}f}"
+        return text if value.n < 2 else f"{text} ± {scale * value.half_width:.{digits}f}"
 
     lines: list[tuple[str, ...]] = [
         ("", "accuracy %", f"- {BASELINE}, 95%", "test loss", f"- {BASELINE}, 95%", "revised", "denied (wrong)")

@@ -245,7 +245,7 @@ def _features(
 
 
 def _warn_of_revision(recipe: Recipe, earlier: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> None:
-    """Tells once a run that corrected rows are surer of their label than rows that needed no correction."""
+    """Prints a note, once a run, where revised rows give the label a higher probability than right rows do."""
 
     def too_sure(epoch: Mapping[str, Any]) -> bool:
         return bool(epoch.get("p_label_revised", 0.0) > epoch.get("p_label_right", 0.0))

@@ -195,7 +195,7 @@ def _scored(recipe: Recipe, progress: bool) -> influence.Scores:
     return influence.last_layer_scores(
         features=own.features,
         student_logits=own.logits,
-        teacher_logits=taught.logits[_sources(recipe, data)],
+        teacher_logits=taught.logits[_sources(recipe, data)] if recipe.teacher.answer_noise else taught.logits,
         target=data.score.labels,
         val_features=None if held_out is None else held_out.features,
         val_logits=None if held_out is None else held_out.logits,

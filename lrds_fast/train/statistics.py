@@ -30,12 +30,14 @@ class Estimate(NamedTuple):
         return self.p_value > LEVEL
 
     @property
+    def half_width(self) -> float:
+        """Half the width of the 95% t interval; nan for one value."""
+        return quantile(1 - LEVEL / 2, self.n - 1) * self.error if self.n > 1 else math.nan
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The ends of the 95% t interval; nan for one value."""
-        if self.n < 2:
-            return math.nan, math.nan
-        width = quantile(1 - LEVEL / 2, self.n - 1) * self.error
-        return self.mean - width, self.mean + width
+        return self.mean - self.half_width, self.mean + self.half_width
 
 
 def estimate(values: Sequence[float]) -> Estimate:

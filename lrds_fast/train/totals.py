@@ -13,9 +13,9 @@ import lrds_fast
 from lrds_fast.influence.ranks import Ranks
 from lrds_fast.train.recipe import Recipe
 
-#: Rows of an epoch, its first ones, that the label's probability is measured on: a second look at their logits.
+#: The label's probability is measured on so many rows at the start of an epoch, whose logits are read a second time.
 MEASURED_ROWS = 4096
-#: Rows of each kind without which means are not worth a number.
+#: With fewer right or revised rows than this the log has no mean of their labels' probabilities.
 _ENOUGH = 32
 NO_STEP = torch.iinfo(torch.int64).max
 
@@ -68,9 +68,15 @@ class Totals:
         """
         several = options["temperature"]
         temperature = several[0] if isinstance(several, (tuple, list)) else several
-        how = {name: options[name] for name in ("eta", "revise_temperature") if name in options}
         v, place = answers.detach().float(), target[:, None]
-        revised = lrds_fast.revise_labels(v, target, policy=options["revise"], temperature=temperature, **how)
+        revised = lrds_fast.revise_labels(
+            v,
+            target,
+            policy=options["revise"],
+            temperature=temperature,
+            eta=options["eta"],
+            revise_temperature=options["revise_temperature"],
+        )
         plain = torch.softmax(v / temperature, dim=1).gather(1, place)[:, 0]
         right = v.gather(1, place)[:, 0] >= v.amax(dim=1)
         counts = torch.ones_like(right) if selected is None else selected
