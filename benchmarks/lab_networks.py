@@ -421,14 +421,18 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]]:
-    """(regime, teacher, student, arms) in the order of their importance: the primary comparison before the rest."""
-    primary, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-ce0.3", "kd-ce1", "lr-published", "alone")
+    """(regime, teacher, student, arms) in the order of their importance: the first regime's primary comparison, then
+    three pairs of every regime with tuned KD, then these pairs' other arms, then the other pairs."""
+    primary, tuned, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-ce0.3", "kd-ce1"), ("lr-published", "alone")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
-    for regime in regimes[:1]:
-        yield from ((regime, *pair, primary) for pair in pairs)
-    for wanted in (pairs[:4], pairs[4:]):
+    yield from ((regimes[0], *pair, primary) for pair in pairs)
+    for arms, wanted in (
+        ((*primary, *tuned), pairs[:3]),
+        ((*primary, *tuned, *rest), pairs[:3]),
+        ((*primary, *tuned, *rest), pairs[3:]),
+    ):
         for regime in regimes:
-            yield from ((regime, *pair, (*primary, *rest)) for pair in wanted)
+            yield from ((regime, *pair, arms) for pair in wanted)
 
 
 # --- The page -------------------------------------------------------------------------------------------------------
