@@ -20,12 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrds_fast.train import paper
-from lrds_fast.train.files import write_text
+from lrds_fast.files import write_text
+from lrds_fast.recipe.recipe import Recipe
+from lrds_fast.report import paper
+from lrds_fast.report.runs import Run, markdown_report, read_run
 from lrds_fast.train.provenance import commit as checkout_commit
 from lrds_fast.train.provenance import cpu_name
-from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.report import Run, markdown_report, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "cifar100.csv"

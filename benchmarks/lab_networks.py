@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lrds_fast
 from benchmarks.bench_kd_loss import commit, cpu_name
 from benchmarks.lab_students import measures, revise_logits
-from lrds_fast import charts, influence, models
+from lrds_fast import influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
-from lrds_fast.files import replacing
-from lrds_fast.train.files import write_text
+from lrds_fast.files import replacing, write_text
+from lrds_fast.pages import charts
+from lrds_fast.report.statistics import estimate
 from lrds_fast.train.setup import available_amp
-from lrds_fast.train.statistics import estimate
 
 HERE = Path(__file__).resolve().parent
 STORED = HERE / "results" / "method_networks.csv"

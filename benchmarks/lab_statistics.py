@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.lab_features import REGIMES, STORED, baselines, read_rows, tuned_ce
 from benchmarks.lab_students import kd_name
-from lrds_fast import charts
-from lrds_fast.train.statistics import LEVEL, Estimate, estimate, holm, paired
+from lrds_fast.pages import charts
+from lrds_fast.report.statistics import LEVEL, Estimate, estimate, holm, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks" / "method.md"

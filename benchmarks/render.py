@@ -26,8 +26,8 @@ from benchmarks import (
     lab_statistics,
 )
 from benchmarks.bench_kd_loss import Row, is_headline, table
-from lrds_fast import charts
-from lrds_fast.charts import INK, MUTED, SERIES
+from lrds_fast.pages import charts
+from lrds_fast.pages.charts import INK, MUTED, SERIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

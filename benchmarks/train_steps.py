@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, record_function
 from benchmarks import baselines
 from lrds_fast import models
 from lrds_fast.data import Batch
-from lrds_fast.train.recipe import Recipe, from_mapping
+from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.train.setup import autocast_factory
 from lrds_fast.train.step import Step as TrainerStep
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from lrds_fast.train.cli import main
+from lrds_fast.cli.main import main
 
 sys.exit(main())

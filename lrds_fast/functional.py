@@ -261,7 +261,7 @@ def _check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) ->
         )
 
 
-def _check_class_weight(class_weight: object, classes: int, device: torch.device) -> None:
+def check_class_weight(class_weight: object, classes: int, device: torch.device) -> None:
     if not isinstance(class_weight, Tensor):
         raise TypeError(f"class_weight must be a Tensor of {classes} weights; got {type(class_weight).__name__}")
     if not class_weight.dtype.is_floating_point:
@@ -301,7 +301,7 @@ def _check_tensors(
         raise ValueError(f"teacher_logits must be on {student_logits.device} like student_logits; got {teacher.device}")
     _check_target(target, student_logits, hyperparameters.policy)
     if class_weight is not None:
-        _check_class_weight(class_weight, classes, student_logits.device)
+        check_class_weight(class_weight, classes, student_logits.device)
     if teacher_rows is not None or teacher_shape != shape:
         check_teacher_rows(shape, teacher_shape, teacher_rows)
     if selected is None:
@@ -377,7 +377,7 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | 
         check_values(target, None, student_logits.shape[-1], None)
 
 
-def _scalar(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | None:
+def scalar_argument(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):
@@ -521,9 +521,9 @@ def _call(
         class_weight,
         indices,
         rest,
-        _scalar("num_valid", num_valid, student_logits),
-        _scalar("weight_sum", weight_sum, student_logits),
-        _scalar("grad_scale", grad_scale, student_logits),
+        scalar_argument("num_valid", num_valid, student_logits),
+        scalar_argument("weight_sum", weight_sum, student_logits),
+        scalar_argument("grad_scale", grad_scale, student_logits),
         checked.temperature,
         checked.ce_weight,
         checked.kd_weight,

@@ -17,13 +17,13 @@ from lrds_fast.arguments import check_teacher_rows, check_tensor, unknown_keywor
 from lrds_fast.divergences import MSE, REVISE_TEMPERATURE, Divergence
 from lrds_fast.functional import (
     SELECTED_TWICE,
-    _check_class_weight,
-    _scalar,
     check_class_dimension,
+    check_class_weight,
     check_hyperparameters,
     check_values,
     class_dimension_hint,
     composite,
+    scalar_argument,
     transforms_active,
 )
 
@@ -595,18 +595,18 @@ def linear_kd_loss(
         )
     _check_rows(student_hidden, teacher_hidden, target, selected, teacher_rows)
     if class_weight is not None:
-        _check_class_weight(class_weight, classes, student_hidden.device)
+        check_class_weight(class_weight, classes, student_hidden.device)
 
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     target = target.reshape(-1)
     selected = None if selected is None else selected.detach().reshape(-1)
-    count = _scalar("num_valid", num_valid, student_hidden)
+    count = scalar_argument("num_valid", num_valid, student_hidden)
     if count is None:
         count = (target != checked.ignore_index).sum()
-    weights = _scalar("weight_sum", weight_sum, student_hidden)
+    weights = scalar_argument("weight_sum", weight_sum, student_hidden)
     if weights is None and class_weight is not None:
         weights = _weight_sum(class_weight.detach(), target, checked.ignore_index)
-    scale = _scalar("grad_scale", grad_scale, student_hidden)
+    scale = scalar_argument("grad_scale", grad_scale, student_hidden)
     if scale is None and torch.float16 in (student_dtype, student_hidden.dtype):
         # Without the divisions, which would underflow in float16; backward divides in float32.
         divisor = {"sum": torch.ones_like(count), "mean": count, "elementmean": count * classes}[reduction]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lrds_fast import charts
+from lrds_fast.pages import charts
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lrds_fast import models
-from lrds_fast.train.features import FeatureDistillation
-from lrds_fast.train.recipe import FeatureOptions
+from lrds_fast.features.distillation import FeatureDistillation
+from lrds_fast.recipe.recipe import FeatureOptions
 
 N, CLASSES, SAMPLES = 8, 4, 24
 LABELS = torch.arange(SAMPLES) % CLASSES

@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lrds_fast.train import bench, cli
+from lrds_fast.cli import bench
+from lrds_fast.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_train_page import make_run
 
+from lrds_fast.report.page import html_report
 from lrds_fast.selection import select
-from lrds_fast.train.page import html_report
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no chromium (apt-get install chromium)")
 WINDOWS = [(width, dark) for dark in (False, True) for width in (1280, 390)]

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lrds_fast import charts
-from lrds_fast.charts import Interval, forest_plot
+from lrds_fast.pages import charts
+from lrds_fast.pages.charts import Interval, forest_plot
 
 pytest.importorskip("matplotlib")
 NAN = math.nan
@@ -174,7 +174,7 @@ def test_the_library_needs_neither_matplotlib_nor_jinja2() -> None:
     """Losses, selections and training work without them; the modules that write pages import them when they do so."""
     code = (
         "import sys; sys.modules['matplotlib'] = sys.modules['PIL'] = None\n"
-        "import torch, lrds_fast, lrds_fast.train.page, lrds_fast.selection.report\n"
+        "import torch, lrds_fast, lrds_fast.report.page, lrds_fast.selection.report\n"
         "z = torch.zeros(2, 3); lrds_fast.kd_loss(z, z, torch.tensor([0, 1]))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import cifar100_runs  # noqa: E402
-from lrds_fast.train.report import read_run  # noqa: E402
+from lrds_fast.report.runs import read_run  # noqa: E402
 
 
 def test_readme_and_page_are_of_the_stored_runs() -> None:

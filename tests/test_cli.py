@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from lrds_fast import _build, _ops
+from lrds_fast.cli import main as cli
+from lrds_fast.cli.doctor import cpu_level
 from lrds_fast.selection import Selection
-from lrds_fast.train import cli, load_recipe, run
-from lrds_fast.train.doctor import cpu_level
+from lrds_fast.train import load_recipe, run
 from lrds_fast.train.notes import note
 
 SMALL = ["--set", "schedule.epochs=2", "--set", "data.train_limit=120", "--set", "run.device=cpu", "--quiet"]
@@ -282,7 +283,7 @@ def test_nothing_but_work_imports_torch() -> None:
 import sys
 for name in ("torch", "numpy", "lrds_fast._C"):
     sys.modules[name] = None
-from lrds_fast.train import cli
+from lrds_fast.cli import main as cli
 def run(*arguments):
     try:
         return cli.main(arguments)

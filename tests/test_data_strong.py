@@ -18,7 +18,7 @@ from lrds_fast.data import MemoryLoader, Strong, TwoViews, in_memory, load  # no
 from lrds_fast.data.folder import FolderLoader  # noqa: E402
 from lrds_fast.data.sources import Folder  # noqa: E402
 from lrds_fast.data.strong import apply, second_view  # noqa: E402
-from lrds_fast.rand_augment import OPERATIONS, RandAugment, parse_rand_augment  # noqa: E402
+from lrds_fast.recipe.rand_augment import OPERATIONS, RandAugment, parse_rand_augment  # noqa: E402
 
 STRONG = Strong("m9-n2-mstd0.5", erasing=0.5, cutout=True)
 

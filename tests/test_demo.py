@@ -18,12 +18,12 @@ from html_page import Page
 from PIL import Image
 from scipy import stats
 
+from lrds_fast.cli import demo as run_demo
+from lrds_fast.cli.demo import ARMS, DemoResult
 from lrds_fast.data import Data, answer_sources
+from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.selection import Selection
-from lrds_fast.train import demo as run_demo
 from lrds_fast.train import run
-from lrds_fast.train.demo import ARMS, DemoResult
-from lrds_fast.train.recipe import Recipe, from_mapping
 from lrds_fast.train.step import predicted
 
 SEEDS = 3

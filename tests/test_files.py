@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lrds_fast.cli import main as cli
 from lrds_fast.data import label_shards
-from lrds_fast.files import replacing
+from lrds_fast.files import append_record, replacing, rewrite_records, write_text
 from lrds_fast.selection import Selection
-from lrds_fast.train import cli, lock
+from lrds_fast.train import lock
 from lrds_fast.train.checkpoint import Position, save, save_weights
-from lrds_fast.train.files import append_record, rewrite_records, write_text
 from lrds_fast.train.lock import holding
 
 BIG = 1 << 16

@@ -15,8 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 from lrds_fast import influence
+from lrds_fast.cli import demo
 from lrds_fast.nn import KDLoss
-from lrds_fast.train import demo
 
 if sys.version_info >= (3, 11):
     import tomllib

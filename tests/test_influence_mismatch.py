@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrds_fast import KDLoss, influence, select
 from lrds_fast.influence import mismatch
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks
 
 
 def answers(

@@ -1,8 +1,9 @@
-"""The house has one street: who may include or import whom, read from the sources themselves."""
+"""Which folder may include or import which, read from the sources; docs/architecture.md draws it."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -20,46 +21,49 @@ CPP_MAY_INCLUDE = {
 # Headers that only csrc/torch may know.
 TORCH_HEADERS = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h")
 
-# Layer of the package -> the layers it may import, itself included.
-_CORE = {"arguments", "functional", "_numbers", "_ops", "_C", "_build", "reference", "divergences", "topk", "_version"}
-_CORE |= {"files", "rand_augment"}
-PYTHON_MAY_IMPORT = {
-    "_numbers": {"_numbers"},
-    "arguments": {"arguments", "_numbers"},
-    "divergences": {"divergences", "_numbers"},
-    "topk": {"topk", "arguments", "_numbers"},
-    "reference": {"reference", "arguments", "divergences", "topk"},
-    "_version": {"_version"},
-    "files": {"files"},
-    "charts": {"charts", "files"},
-    "_build": {"_build"},
-    "rand_augment": {"rand_augment"},
-    "_ops": {"_ops", "_C", "_build", "_version"},
-    "functional": _CORE,
-    "nn": {"nn", *_CORE},
-    "composed": {"composed", *_CORE},
-    "linear": {"linear", *_CORE},
-    "influence": {"influence", "nn", *_CORE},
-    "pages": {"pages", "charts"},
-    "selection": {"selection", "influence", "charts", "pages", "nn", *_CORE},
-    "models": {"models", *_CORE},
-    "data": {"data", "selection", "influence", "nn", *_CORE},
-    "recipes": {"recipes"},
-    "compat": {"compat", "selection", "nn"},
+# Room of the package (a folder, or a module at its top) -> the rooms it may import, beside itself. docs/architecture.md
+# draws this table.
+_OPS = {"_C", "_build", "_numbers", "_ops", "_version", "arguments", "divergences", "functional", "reference", "topk"}
+PYTHON_MAY_IMPORT: dict[str, set[str]] = {
+    "_build": set(),
+    "_numbers": set(),
+    "_version": set(),
+    "files": set(),
+    "ranks": set(),
+    "models": set(),
+    "recipes": set(),
+    "_ops": {"_C", "_build", "_version"},
+    "arguments": {"_numbers"},
+    "divergences": {"_numbers"},
+    "topk": {"_numbers", "arguments"},
+    "reference": {"_numbers", "arguments", "divergences", "topk"},
+    "functional": _OPS,
+    "composed": _OPS,
+    "linear": _OPS,
+    "nn": _OPS,
+    "pages": {"files"},
+    "influence": {*_OPS, "nn", "files", "ranks"},
+    "selection": {*_OPS, "influence", "pages", "files"},
+    "recipe": {"divergences", "recipes"},
+    "data": {"topk", "files", "recipe"},
+    "features": {"models", "recipe"},
+    "compat": {"nn", "selection"},
     "train": {
-        "train",
+        *_OPS,
         "composed",
-        "charts",
-        "pages",
-        "data",
-        "models",
-        "selection",
-        "influence",
         "nn",
-        "recipes",
-        *_CORE,
+        "files",
+        "ranks",
+        "models",
+        "recipe",
+        "data",
+        "features",
+        "influence",
+        "selection",
     },
-    "__main__": {"train"},
+    "report": {"files", "recipe", "pages", "selection", "train"},
+    "cli": {*_OPS, "files", "models", "recipe", "data", "influence", "selection", "pages", "train", "report"},
+    "__main__": {"cli"},
 }
 
 
@@ -79,34 +83,78 @@ def cpp_violations(folder: str, text: str) -> list[str]:
     return found
 
 
-def python_violations(layer: str, text: str) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        modules: list[str] = []
+def imports(text: str, *, types: bool = True) -> list[tuple[str, str]]:
+    """(module, name) of every import of the text, in functions too; ("", module) for a plain import. types: those that
+    only type checkers read as well."""
+    tree = ast.parse(text)
+    skipped: set[ast.AST] = set()
+    if not types:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                skipped |= {inner for statement in node.body for inner in ast.walk(statement)}
+    found: list[tuple[str, str]] = []
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            found += [("", alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            # `from lrds_fast import x` names the module x.
-            modules = [f"{base}.{alias.name}" for alias in node.names] if base == "lrds_fast" else [base]
-            if node.level:
-                found.append("relative import")
-        for module in modules:
-            parts = module.split(".")
-            if parts[0] in ("benchmarks", "tests", "examples"):
-                found.append(module)
-            if parts[0] != "lrds_fast":
-                if layer == "reference" and parts[0] not in ("torch", "math", "typing", "collections", "__future__"):
-                    found.append(module)
-                continue
-            imported = parts[1] if len(parts) > 1 else "__init__"
-            # Names of the package itself (`from lrds_fast import __version__`, `kd_loss`) come from its front door.
-            known = set(PYTHON_MAY_IMPORT) | {"_C"}
-            if imported in known and imported not in PYTHON_MAY_IMPORT[layer]:
-                found.append(module)
-            if imported not in known and layer not in ("train", "__main__"):
-                found.append(f"{module} (from the front door)")
+            found += [("." * node.level + (node.module or ""), alias.name) for alias in node.names]
     return found
+
+
+def python_violations(room: str, text: str) -> list[str]:
+    """The imports of a module in that room that it may not have."""
+    found = []
+    for module, name in imports(text):
+        path = module or name
+        parts = path.split(".")
+        if path.startswith("."):
+            found.append("relative import")
+        elif parts[0] in ("benchmarks", "tests", "examples"):
+            found.append(path)
+        elif parts[0] != "lrds_fast":
+            if room == "reference" and parts[0] not in ("torch", "math", "typing", "collections", "__future__"):
+                found.append(path)
+            if room == "recipe" and parts[0] == "torch":
+                found.append(path)
+        else:
+            # `from lrds_fast import x` names the room x, or what the front door offers: __version__, kd_loss.
+            imported = name if path == "lrds_fast" and module else parts[1] if len(parts) > 1 else ""
+            if imported in {*PYTHON_MAY_IMPORT, "_C"}:
+                if imported not in {room, *PYTHON_MAY_IMPORT[room]}:
+                    found.append(path if path != "lrds_fast" else f"lrds_fast.{name}")
+            elif room not in ("cli", "train", "__main__"):
+                found.append(f"{path} (from the front door)")
+        if module.startswith("lrds_fast.") and name.startswith("_") and not name.startswith("__"):
+            found.append(f"{module}.{name} is private")
+    return found
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module of the package -> those it imports, but for what only type checkers read."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "lrds_fast").rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        graph[name] = set()
+        for module, imported in imports(path.read_text(encoding="utf-8"), types=False):
+            inner = f"{module}.{imported}"
+            target = inner if inner in paths else (module or imported)
+            if target in paths and target != name:
+                graph[name].add(target)
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; [] where there is none."""
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.*")), ids=lambda path: str(path.relative_to(ROOT)))
@@ -121,8 +169,23 @@ def test_cpp_includes_go_one_way(path: Path) -> None:
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_python_imports_go_one_way(path: Path) -> None:
-    layer = path.relative_to(ROOT / "lrds_fast").parts[0].removesuffix(".py")
-    assert python_violations(layer, path.read_text(encoding="utf-8")) == []
+    room = path.relative_to(ROOT / "lrds_fast").parts[0].removesuffix(".py")
+    assert python_violations(room, path.read_text(encoding="utf-8")) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(module_graph()) == []
+
+
+def test_a_planted_circle_is_found() -> None:
+    graph = module_graph()
+    graph["lrds_fast.ranks"].add("lrds_fast.train.step")
+    assert {"lrds_fast.ranks", "lrds_fast.train.step"} <= set(circle(graph))
+
+
+def test_every_room_has_its_rule() -> None:
+    rooms = {p.stem for p in (ROOT / "lrds_fast").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert rooms - {"__init__", "lrds_fast"} == set(PYTHON_MAY_IMPORT)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +214,10 @@ def test_a_planted_include_is_found(folder: str, line: str) -> None:
         ("influence", "def f():\n    from lrds_fast.selection import select"),
         ("influence", "from lrds_fast import kd_loss"),
         ("models", "from lrds_fast.train.loop import train"),
+        ("train", "from lrds_fast.report.runs import read_run"),
+        ("data", "from lrds_fast.selection import Selection"),
+        ("recipe", "import torch"),
+        ("linear", "from lrds_fast.functional import _scalar"),
         ("train", "from tests import kd_cases"),
         ("data", "from . import memory"),
     ],

@@ -162,10 +162,10 @@ def test_the_package_lists_every_name_and_loads_none() -> None:
 
 
 def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
-    import lrds_fast.train.demo
-    import lrds_fast.train.evaluate
+    import lrds_fast.cli.demo
+    import lrds_fast.train.evaluation
 
-    assert callable(lrds_fast.train.demo) and callable(lrds_fast.train.evaluate)
+    assert callable(lrds_fast.cli.demo) and callable(lrds_fast.train.evaluation)
 
 
 def setup_py(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 import lrds_fast
 from lrds_fast import TopKTeacher, functional, kd_loss, kd_loss_parts, linear_kd_loss, mlkd_loss, reference
 from lrds_fast.divergences import REVISE_TEMPERATURE, Divergence, resolve
-from lrds_fast.train.recipe import LossOptions
+from lrds_fast.recipe.recipe import LossOptions
 
 DOUBLE = torch.float64
 # One lane a row, several rows a group, one row a group, more than one block of sums.

@@ -26,7 +26,8 @@ from matplotlib.colors import to_hex
 from torch.utils.data import DataLoader, TensorDataset
 
 import lrds_fast
-from lrds_fast import charts, influence
+from lrds_fast import influence
+from lrds_fast.pages import charts
 from lrds_fast.selection import Selection, dataset_fingerprint, prefix, select
 from lrds_fast.selection.report import overlap, threshold
 

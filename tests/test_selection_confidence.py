@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast import KDLoss, influence, select
+from lrds_fast.cli import main as cli
 from lrds_fast.influence import Scores, load_scores
 from lrds_fast.selection import Selection, shrinkage_weights
-from lrds_fast.train import cli
 
 CLASSES, WIDTH = 4, 3
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lrds_fast import select
+from lrds_fast.cli import main as cli
 from lrds_fast.influence import Scores
 from lrds_fast.selection import Selection
-from lrds_fast.train import cli
 
 # Median 2, deviations 2 1 0 1 98 2 8: their median is 2, so that one robust standard deviation is 2.9652.
 SCORE = torch.tensor([0.0, 1.0, 2.0, 3.0, 100.0, 0.0, 10.0])

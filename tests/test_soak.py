@@ -26,7 +26,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lrds_fast.train.files import read_records
+from lrds_fast.files import read_records
 
 pytestmark = pytest.mark.soak
 slow = pytest.mark.slow
@@ -45,7 +45,7 @@ TRAIN = [
 
 def command(arguments: list[str], folder: str, log: str) -> None:
     """Runs lrds-fast with these arguments in `folder`."""
-    from lrds_fast.train.cli import main
+    from lrds_fast.cli.main import main
 
     os.chdir(folder)
     torch.set_num_threads(1)
@@ -64,7 +64,7 @@ class Attempts:
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "output.txt"
         self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["test_soak", "lrds_fast.train.cli", "sklearn.datasets"])
+        self._context.set_forkserver_preload(["test_soak", "lrds_fast.cli.main", "sklearn.datasets"])
 
     def start(self, *arguments: str) -> BaseProcess:
         begun = self._context.Process(target=command, args=(list(arguments), str(self.folder), str(self.log)))

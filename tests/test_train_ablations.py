@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lrds_fast.train import cli, load_recipe
-from lrds_fast.train.ablations import ABLATIONS, ablation, cells, parse_axis
-from lrds_fast.train.report import read_run
+from lrds_fast.cli import main as cli
+from lrds_fast.recipe.ablations import ABLATIONS, ablation, cells, parse_axis
+from lrds_fast.report.runs import read_run
+from lrds_fast.train import load_recipe
 
 PAIR = "cifar100/resnet56-resnet20"
 

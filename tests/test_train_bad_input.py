@@ -17,9 +17,9 @@ import pytest
 import torch
 from test_train_processes import blobs, numbers, trained
 
+from lrds_fast.cli import main as cli
 from lrds_fast.data.dali import has_dali
-from lrds_fast.train import cli
-from lrds_fast.train.files import read_records
+from lrds_fast.files import read_records
 
 Image = pytest.importorskip("PIL.Image", reason="pip install pillow")
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from lrds_fast.cli import main as cli
 from lrds_fast.data import SoftLabels, answer_sources
 from lrds_fast.models import create
+from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.selection import Selection, dataset_fingerprint
-from lrds_fast.train import cli, run
+from lrds_fast.train import run
 from lrds_fast.train.cache import open_cache, teacher_facts, weights_sha256
-from lrds_fast.train.recipe import Recipe
 
 SETTINGS = {
     "run.device": "cpu",

@@ -20,8 +20,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from lrds_fast import models
+from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.train import checkpoint, fit, load_recipe
-from lrds_fast.train.recipe import Recipe
 
 
 def quick(tmp_path: Path, name: str = "digits_alone", *more: str) -> Recipe:

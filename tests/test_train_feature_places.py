@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from feature_cases import CLASSES, SAMPLES, batch, features, maps, one_loss, pair
 from torch import nn
 
-from lrds_fast.train import feature_recipes, grid, load_recipe
-from lrds_fast.train.feature_methods import METHODS
-from lrds_fast.train.feature_places import usual_stages
-from lrds_fast.train.features import FeatureDistillation
-from lrds_fast.train.recipe import FeatureOptions, from_mapping
+from lrds_fast.features.distillation import FeatureDistillation
+from lrds_fast.features.places import usual_stages
+from lrds_fast.recipe import feature_recipes
+from lrds_fast.recipe import names as grid
+from lrds_fast.recipe.feature_methods import METHODS
+from lrds_fast.recipe.recipe import FeatureOptions, from_mapping
+from lrds_fast.train import load_recipe
 
 pytest.importorskip("torchdistill", reason="needs torchdistill: pip install torchdistill")
 

@@ -15,10 +15,10 @@ from feature_cases import INDICES, LABELS, SAMPLES, SMALL, N, batch, features, m
 from torch import Tensor, nn
 
 import lrds_fast
+from lrds_fast.features.distillation import FeatureDistillation
+from lrds_fast.recipe.feature_methods import METHODS
+from lrds_fast.recipe.recipe import FeatureOptions
 from lrds_fast.train import checkpoint
-from lrds_fast.train.feature_methods import METHODS
-from lrds_fast.train.features import FeatureDistillation
-from lrds_fast.train.recipe import FeatureOptions
 
 pytest.importorskip("torchdistill", reason="needs torchdistill: pip install torchdistill")
 

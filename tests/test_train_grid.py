@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from lrds_fast import models
+from lrds_fast.cli import main as cli
+from lrds_fast.cli.sweep import listed, sweep
 from lrds_fast.divergences import DKD, NKD, RLD
-from lrds_fast.train import cli, grid, load_recipe
-from lrds_fast.train import recipe as recipe_module
-from lrds_fast.train.recipe import from_mapping
-from lrds_fast.train.report import cells, header, read_run, table_lines, tabulate
+from lrds_fast.recipe import names as grid
+from lrds_fast.recipe import recipe as recipe_module
+from lrds_fast.recipe.recipe import from_mapping
+from lrds_fast.report.runs import cells, header, read_run, table_lines, tabulate
+from lrds_fast.train import load_recipe
 from lrds_fast.train.setup import build_optimizer, lr_factor
-from lrds_fast.train.sweep import listed, sweep
 
 SMALL = ["--set", "schedule.epochs=2", "--set", "data.train_limit=100", "--set", "run.device=cpu", "--quiet"]
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lrds_fast
+from lrds_fast.recipe.recipe import LossOptions
 from lrds_fast.train import load_recipe
 from lrds_fast.train.methods import objective
-from lrds_fast.train.recipe import LossOptions
 
 DOUBLE = torch.float64
 MLKD: dict[str, Any] = {

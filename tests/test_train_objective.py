@@ -13,10 +13,10 @@ from test_train import blobs, recipe, student, teacher
 from torch import Tensor, nn
 
 from lrds_fast import KDLoss, influence
+from lrds_fast.recipe.recipe import LossOptions, from_mapping
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import train
 from lrds_fast.train.methods import objective
-from lrds_fast.train.recipe import LossOptions, from_mapping
 from lrds_fast.train.setup import kd_factor, scored_loss
 from lrds_fast.train.totals import Totals
 

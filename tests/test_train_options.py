@@ -21,12 +21,12 @@ from test_train_processes import STEPS, blobs, numbers, selection, teacher, trai
 from torch import Tensor, nn
 
 import lrds_fast
+from lrds_fast.files import read_records
 from lrds_fast.models.small import MLP
 from lrds_fast.topk import TopKTeacher
 from lrds_fast.train import Recipe, setup, train
 from lrds_fast.train.checkpoint import load_weights
-from lrds_fast.train.evaluate import evaluate
-from lrds_fast.train.files import read_records
+from lrds_fast.train.evaluation import evaluate
 from lrds_fast.train.mix import Mix
 from lrds_fast.train.setup import autocast_factory
 from lrds_fast.train.step import first, predicted

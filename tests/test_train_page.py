@@ -14,12 +14,12 @@ import torch
 from html_page import Page
 from scipy import stats
 
-from lrds_fast import charts
+from lrds_fast.pages import charts
+from lrds_fast.recipe.recipe import Recipe
+from lrds_fast.report.page import html_report, pooled_bins, recipe_differences, teachers
+from lrds_fast.report.runs import Run, read_run
 from lrds_fast.selection import select
-from lrds_fast.train.loop import RECIPE
-from lrds_fast.train.page import html_report, pooled_bins, recipe_differences, teachers
-from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.report import Run, read_run
+from lrds_fast.train.folder import RECIPE
 
 Image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.filterwarnings("error")

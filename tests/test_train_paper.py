@@ -9,10 +9,12 @@ import pytest
 from html_page import Page
 from test_train_report import write_run
 
-from lrds_fast.train import cli, grid, load_recipe
-from lrds_fast.train.page import html_report
-from lrds_fast.train.paper import NOTE, markdown, paper_tables, text
-from lrds_fast.train.report import Run, read_run
+from lrds_fast.cli import main as cli
+from lrds_fast.recipe import names as grid
+from lrds_fast.report.page import html_report
+from lrds_fast.report.paper import NOTE, markdown, paper_tables, text
+from lrds_fast.report.runs import Run, read_run
+from lrds_fast.train import load_recipe
 
 RESNET, VGG = "cifar100/resnet56-resnet20", "cifar100/vgg13-vgg8"
 
@@ -72,7 +74,7 @@ def test_rows_are_methods_and_columns_pairs(runs: list[Run]) -> None:
 
 
 def test_every_method_has_a_label() -> None:
-    from lrds_fast.train.paper import METHODS
+    from lrds_fast.report.paper import METHODS
 
     assert set(METHODS) == {method for protocol in grid.PROTOCOLS.values() for method in protocol.methods}
 
@@ -132,7 +134,7 @@ def test_report_writes_them_all(
 
 
 def test_names_with_pipes_do_not_break_markdown(tmp_path: Path) -> None:
-    from lrds_fast.train.report import markdown_report
+    from lrds_fast.report.runs import markdown_report
 
     folder = write_run(tmp_path / "a", "a|b", 0, [0.5])
     assert json.loads((folder / "recipe.json").read_text())["name"] == "a|b"

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lrds_fast import kd_loss
 from lrds_fast.data import Batch, Data, in_memory
+from lrds_fast.files import read_records
 from lrds_fast.models import Classifier
 from lrds_fast.models.small import MLP
 from lrds_fast.train import Recipe, train
-from lrds_fast.train.files import read_records
 
 #: 146 training samples in batches of 16: nine, and one of 2 rows, which two processes cannot divide.
 SAMPLES, HELD_OUT, STEPS = 146, 29, 10

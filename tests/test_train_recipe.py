@@ -9,8 +9,8 @@ import pytest
 
 from lrds_fast import models
 from lrds_fast.divergences import DKD, KL
+from lrds_fast.recipe.recipe import Recipe, all_keys, builtin_recipes, from_mapping, load_recipe
 from lrds_fast.reference import default_ce_weight_unselected
-from lrds_fast.train.recipe import Recipe, all_keys, builtin_recipes, from_mapping, load_recipe
 from lrds_fast.train.setup import resolved
 
 

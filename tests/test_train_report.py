@@ -11,11 +11,11 @@ import pytest
 from html_page import Page
 from scipy import stats
 
-from lrds_fast.train import paper
-from lrds_fast.train.page import html_report
-from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.report import NOTES, cells, read_run, tabulate, verdicts
-from lrds_fast.train.statistics import estimate, holm, paired, two_sided
+from lrds_fast.recipe.recipe import Recipe
+from lrds_fast.report import paper
+from lrds_fast.report.page import html_report
+from lrds_fast.report.runs import NOTES, cells, read_run, tabulate, verdicts
+from lrds_fast.report.statistics import estimate, holm, paired, two_sided
 
 
 def write_run(folder: Path, name: str, seed: int, accuracies: list[float], **more: Any) -> Path:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import lrds_fast
 from lrds_fast import influence
 from lrds_fast.data import Data
+from lrds_fast.recipe.recipe import SelectionOptions
 from lrds_fast.selection import Selection, dataset_fingerprint, select
 from lrds_fast.train import Recipe, loop, rescoring, train
-from lrds_fast.train.recipe import SelectionOptions
 from lrds_fast.train.setup import loss_arguments
 
 RESCORED = {

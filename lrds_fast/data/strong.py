@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast.data.loader import Batch, Loader, derived_seed
-from lrds_fast.rand_augment import parse_rand_augment
+from lrds_fast.recipe.rand_augment import parse_rand_augment
 
 #: What lies outside of a picture that was moved, and a cutout.
 GREY = 128

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from tqdm import tqdm
 
 from lrds_fast.influence.adapters import BatchHook, pair, tensors
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks
 
 Data = Dataset[Any] | Iterable[Any]
 """A dataset of (input, target, ...) samples, or an iterable of their batches that can be iterated again."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks
 
 CURVATURES = ("identity", "kfac", "ekfac", "exact")
 
@@ -177,7 +177,7 @@ class Eigenbasis(Curvature):
     def __init__(self, eigenvalues: Tensor, qg: Tensor, qa: Tensor, damping: float, dtype: torch.dtype) -> None:
         self.damping = damping
         self._qg, self._qa = qg, qa
-        self._inverse = _pseudo_inverse(eigenvalues + damping, damping, max(eigenvalues.shape))
+        self._inverse = pseudo_inverse(eigenvalues + damping, damping, max(eigenvalues.shape))
         # The rows' dtype may be float32, where the square of an inverse overflows long before the score does.
         self._scale = float(self._inverse.max())
         self._rows_qg, self._rows_qa = qg.to(dtype), qa.to(dtype)
@@ -215,7 +215,7 @@ class Dense(Curvature):
                 root = torch.linalg.solve_triangular(factor, eye, upper=False).T
         if root is None:
             eigenvalues, vectors = torch.linalg.eigh(damped)
-            root = vectors * _pseudo_inverse(eigenvalues, 0.0, size).sqrt()
+            root = vectors * pseudo_inverse(eigenvalues, 0.0, size).sqrt()
         self._root = root
         self._dtype = dtype
 
@@ -369,8 +369,8 @@ def fit_curvature(
 
     g, a, extent = _kronecker_factors(rows, terms)
     check_curvature(name, where, extent, damping=damping, dtype=dtype)
-    g_values, qg = (rows.ranks.same(part) for part in _eigh(g))
-    a_values, qa = (rows.ranks.same(part) for part in _eigh(a))
+    g_values, qg = (rows.ranks.same(part) for part in psd_eigh(g))
+    a_values, qa = (rows.ranks.same(part) for part in psd_eigh(a))
     eigenvalues = torch.outer(g_values, a_values) if name == "kfac" else _corrected_eigenvalues(rows, terms, qg, qa)
     if damping is None:
         damping = damping_scale * float(eigenvalues.mean())
@@ -378,7 +378,7 @@ def fit_curvature(
     return Iterative(rows, terms, damping, basis) if name == "exact" else basis
 
 
-def _pseudo_inverse(values: Tensor, damping: float, size: int) -> Tensor:
+def pseudo_inverse(values: Tensor, damping: float, size: int) -> Tensor:
     """1 / values, and 0 where an undamped value is 0 up to the rounding of an eigendecomposition of this size."""
     floor = 0.0
     if damping == 0.0:
@@ -386,7 +386,7 @@ def _pseudo_inverse(values: Tensor, damping: float, size: int) -> Tensor:
     return torch.where(values > floor, 1.0 / values, 0.0)
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def psd_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (clamped at 0) and eigenvectors of positive semi-definite matrices (..., n, n)."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return values.clamp_min(0.0), vectors.contiguous()

@@ -30,9 +30,9 @@ from lrds_fast._numbers import integer
 from lrds_fast.files import replacing
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
-from lrds_fast.influence.curvature import _eigh, _pseudo_inverse, check_curvature
+from lrds_fast.influence.curvature import check_curvature, pseudo_inverse, psd_eigh
 from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks
 
 CURVATURES = ("identity", "kfac", "ekfac")
 """What a whole model's blocks can be; "exact" is for a last layer (curvature.py)."""
@@ -168,7 +168,7 @@ class Factors:
     ) -> None:
         self.curvature, self.blocks, self.damping, self.model = curvature, dict(blocks), dict(damping), model
         self._inverse = {
-            name: _pseudo_inverse(
+            name: pseudo_inverse(
                 block.eigenvalues + self.damping[name], self.damping[name], max(block.eigenvalues.shape)
             )
             for name, block in self.blocks.items()
@@ -355,7 +355,7 @@ def fit_placed(
         """
         extent = extents[number]
         for start, x in batches():
-            generator = torch.Generator().manual_seed(_seed(seed, number, start))
+            generator = torch.Generator().manual_seed(combined_seed(seed, number, start))
             with torch.no_grad():
                 logits = classifier(x)
             weighted = terms(logits, start)
@@ -393,8 +393,8 @@ def fit_placed(
         if name in sums["diagonal"]:
             blocks[name] = Block(sums["diagonal"][name] / total)
         else:
-            g_values, qg = (ranks.same(part) for part in _eigh(sums["g"][name] / total))
-            a_values, qa = (ranks.same(part) for part in _eigh(sums["a"][name] / total))
+            g_values, qg = (ranks.same(part) for part in psd_eigh(sums["g"][name] / total))
+            a_values, qa = (ranks.same(part) for part in psd_eigh(sums["a"][name] / total))
             blocks[name] = Block(g_values[:, :, None] * a_values[:, None, :], qg, qa)
     if curvature == "identity":
         blocks = {name: Block(torch.ones_like(block.eigenvalues)) for name, block in blocks.items()}
@@ -427,7 +427,7 @@ def fit_placed(
     return Factors(curvature, blocks, by_layer, fingerprint(model, names))
 
 
-def _seed(*numbers: int) -> int:
+def combined_seed(*numbers: int) -> int:
     """A seed of its own for every tuple of numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
 

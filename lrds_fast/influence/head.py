@@ -14,10 +14,10 @@ from lrds_fast.influence.curvature import Pieces, Rows
 from lrds_fast.influence.inputs import check_finite, check_logits
 from lrds_fast.influence.last_layer import CURVED, DIRECTED, LastLayer, add_gradients
 from lrds_fast.influence.mismatch import Agreements
-from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, uniform_scores
 from lrds_fast.influence.shards import OnDisk, Shards
 from lrds_fast.nn import KDLoss
+from lrds_fast.ranks import Ranks
 
 
 class _Seen(NamedTuple):

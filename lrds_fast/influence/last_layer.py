@@ -36,16 +36,9 @@ from lrds_fast.influence.inputs import (
     check_selected,
 )
 from lrds_fast.influence.mismatch import Agreements
-from lrds_fast.influence.ranks import Ranks
-from lrds_fast.influence.scores import (
-    ERROR_SUFFIX,
-    ScoreName,
-    Scores,
-    parse_score_names,
-    split_errors,
-    uniform_scores,
-)
+from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, Scores, parse_score_names, split_errors, uniform_scores
 from lrds_fast.nn import KDLoss
+from lrds_fast.ranks import Ranks
 
 HESSIANS = ("objective", "gt")
 
@@ -115,7 +108,7 @@ def last_layer_scores(
     damping = None if damping is None else check_damping("damping", damping)
     damping_scale = check_damping("damping_scale", damping_scale)
     folds = check_folds(folds, FOLDS)
-    loss = _checked_loss(loss)
+    loss = checked_loss(loss)
     check_samples(features, student_logits, target)
     check_like("teacher_logits", teacher_logits, "student_logits", student_logits)
     check_logits("teacher_logits", teacher_logits)
@@ -159,7 +152,7 @@ def last_layer_scores(
         "hessian": hessian,
         "damping": layer.damping,
         "folds": layer.folds,
-        "loss": _loss_facts(loss),
+        "loss": loss_facts(loss),
         "library_version": __version__,
     }
     ordered = {name.key: values[name.key] for name in names}
@@ -245,7 +238,7 @@ class LastLayer:
 
     def scores(self, part: slice, names: Sequence[ScoreName]) -> tuple[dict[str, Tensor], Tensor]:
         """The slice's scores by key, those that SCORERS makes, and the teacher's predictions."""
-        batch = _Batch(
+        batch = ScoreInputs(
             h=self.rows.augmented(part, self._dtype),
             z=self.rows.logits[part].to(self._dtype),
             v=self._teacher[part].to(self._dtype),
@@ -264,7 +257,7 @@ class LastLayer:
         return found, batch.teacher_pred()
 
 
-class _Batch:
+class ScoreInputs:
     """Some rows in the compute dtype. Gradients and rotated inputs are made on demand, once each."""
 
     def __init__(
@@ -448,7 +441,7 @@ _CACHED_BYTES = 4 << 20
 # Divides a zero gradient, so that its cosine is 0, and no other.
 _TINY = torch.finfo(torch.float32).tiny
 # What is made of a sample by itself: all scores but random and mismatch.
-SCORERS: Mapping[str, Callable[[_Batch, ScoreName], Tensor]] = {
+SCORERS: Mapping[str, Callable[[ScoreInputs, ScoreName], Tensor]] = {
     "kd_gain": lambda batch, _: batch.gain(),
     "kd_gain_ns": lambda batch, _: batch.newton_gain(),
     "self_influence": lambda batch, _: batch.quadratic("gt", 1),
@@ -481,7 +474,7 @@ _LOSS_FACTS = (
 )
 
 
-def _loss_facts(loss: KDLoss) -> dict[str, object]:
+def loss_facts(loss: KDLoss) -> dict[str, object]:
     """The hyperparameters that the scores depend on, as JSON can hold them."""
     facts = {name: getattr(loss, name) for name in _LOSS_FACTS}
     weight = loss.class_weight
@@ -511,7 +504,7 @@ def as_trained(loss: KDLoss, ranks: Ranks, targets: Iterable[Tensor]) -> KDLoss:
     return own
 
 
-def _checked_loss(loss: KDLoss | None) -> KDLoss:
+def checked_loss(loss: KDLoss | None) -> KDLoss:
     if loss is None:
         return KDLoss()
     if not isinstance(loss, KDLoss):

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import uniform_scores
+from lrds_fast.ranks import Ranks
 
 #: With fewer samples whose correlation is defined, nothing is estimated and the score is 0.
 LEAST_SAMPLES = 20

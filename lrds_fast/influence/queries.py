@@ -15,7 +15,7 @@ from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.factors import Factors
 from lrds_fast.influence.inputs import check_scores
 from lrds_fast.influence.layers import Outer, SampleGradients, sample_gradients
-from lrds_fast.influence.whole import _checked_factors, _eval_mode
+from lrds_fast.influence.whole import checked_factors, eval_mode
 
 
 class Pairwise(NamedTuple):
@@ -52,7 +52,7 @@ def pairwise(
     """
     if top_k is not None and (top_k := integer("top_k", top_k, "None or an int >= 1")) < 1:
         raise ValueError(f"top_k must be None or an int >= 1; got {top_k!r}")
-    layers = _checked_factors(student, factors, "all")
+    layers = checked_factors(student, factors, "all")
     parameter = next(student.parameters())
 
     model = Classifier(student, "student", logits)
@@ -63,7 +63,7 @@ def pairwise(
         for part in data(what):
             yield sample_gradients(model, part.x, _label_gradient(part.y), layers)[1]
 
-    with _eval_mode(student):
+    with eval_mode(student):
         queries = {name: _Queries(factors, name) for name in layers}
         for found in gradients(queried, "queries"):
             for name in layers:
@@ -110,13 +110,13 @@ def self_influence(
     takes them, with targets in [0, C). factors: of this student. The result is on the CPU, float32 (float64 for a
     float64 student). Raises ValueError or TypeError as influence.score does.
     """
-    layers = _checked_factors(student, factors, "all")
+    layers = checked_factors(student, factors, "all")
     parameter = next(student.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     model = Classifier(student, "student", logits)
     batches = Batches(data, parameter, batch_size, progress, batch=batch)
     found = []
-    with _eval_mode(student):
+    with eval_mode(student):
         for part in batches("self_influence"):
             gradients = sample_gradients(model, part.x, _label_gradient(part.y), layers)[1]
             found.append(factors.quadratic(gradients, 1).to(dtype).cpu())

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lrds_fast.files import remove_partial, replacing
 from lrds_fast.influence.inputs import check_scores
-from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import Scores, split_errors
+from lrds_fast.ranks import Ranks
 
 FORMAT = 1
 #: Batches that make up a shard, at most.

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from lrds_fast._numbers import integer
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
-from lrds_fast.influence.factors import CURVATURES, Factors, _seed, fit_placed
+from lrds_fast.influence.factors import CURVATURES, Factors, combined_seed, fit_placed
 from lrds_fast.influence.inputs import check_choice, check_damping, check_scores
-from lrds_fast.influence.last_layer import HESSIANS, _checked_loss, as_trained
+from lrds_fast.influence.last_layer import HESSIANS, as_trained, checked_loss
 from lrds_fast.influence.layers import SampleGradients, layer_names
-from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import GRADIENTS
-from lrds_fast.influence.whole import _check_selected, _checked_factors, _eval_mode, _Scored, _Terms
+from lrds_fast.influence.whole import HessianTerms, ScoredBatch, check_selected_mask, checked_factors, eval_mode
 from lrds_fast.nn import KDLoss
+from lrds_fast.ranks import Ranks
 
 
 def set_shift(
@@ -64,20 +64,20 @@ def set_shift(
         raise ValueError(f"gradient={gradient!r} needs a teacher")
     check_choice("curvature", curvature, CURVATURES)
     check_choice("hessian", hessian, HESSIANS)
-    chosen = layer_names(student, layers) if factors is None else _checked_factors(student, factors, "all")
-    loss = _checked_loss(loss)
+    chosen = layer_names(student, layers) if factors is None else checked_factors(student, factors, "all")
+    loss = checked_loss(loss)
     parameter = next(student.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     models = [student] if teacher is None else [student, teacher]
     batches = Batches(data, parameter, batch_size, progress, batch=batch)
-    _check_selected(selected, batches.samples)
+    check_selected_mask(selected, batches.samples)
     learner = Classifier(student, "student", logits)
     other = learner if teacher is None else Classifier(teacher, "teacher", logits)
     found = []
-    with _eval_mode(*models):
+    with eval_mode(*models):
         loss = as_trained(loss, Ranks(), batches.targets(Ranks()))
         if factors is None:
-            terms = _Terms(hessian, selected, loss, batches, Ranks())
+            terms = HessianTerms(hessian, selected, loss, batches, Ranks())
             factors = fit_placed(
                 learner,
                 terms.inputs,
@@ -90,11 +90,11 @@ def set_shift(
             )
         sketch = _Sketch(factors, dim, seed, dtype, parameter.device)
         for part in batches("set_shift"):
-            scored = _Scored(learner, other, part.x, part.y, chosen, loss, factors, [], dtype, gradient)
+            scored = ScoredBatch(learner, other, part.x, part.y, chosen, loss, factors, [], dtype, gradient)
             found.append(sketch(scored._of(gradient)).cpu())
             check_scores("set_shift", found[-1], part.start)
     shifts = torch.cat(found)
-    _check_selected(selected, len(shifts))
+    check_selected_mask(selected, len(shifts))
     return shifts
 
 
@@ -107,7 +107,7 @@ class _Sketch:
         for number, (name, block) in enumerate(factors.blocks.items()):
             weights = factors.inverse(name)
             if dim is not None:
-                generator = torch.Generator().manual_seed(_seed(seed, number))
+                generator = torch.Generator().manual_seed(combined_seed(seed, number))
                 signs = torch.randint(0, 2, weights.shape, generator=generator).mul_(2).sub_(1)
                 weights = weights * signs.to(weights)
             # As rows of a matrix, whatever the groups.

@@ -18,30 +18,24 @@ from lrds_fast.influence.batches import Batches, Data
 from lrds_fast.influence.curvature import CURVATURES, Identity
 from lrds_fast.influence.factors import Factors, fingerprint, fit_placed, tensors_fingerprint
 from lrds_fast.influence.head import completed, score_head
-from lrds_fast.influence.inputs import (
-    check_choice,
-    check_damping,
-    check_folds,
-    check_logits,
-    check_selected_values,
-)
+from lrds_fast.influence.inputs import check_choice, check_damping, check_folds, check_logits, check_selected_values
 from lrds_fast.influence.last_layer import (
     DIRECTED,
     FOLDS,
     HESSIANS,
     SCORERS,
-    _Batch,
-    _checked_loss,
-    _loss_facts,
+    ScoreInputs,
     as_trained,
+    checked_loss,
+    loss_facts,
     part_scales,
 )
 from lrds_fast.influence.layers import layer_names, parameters_of, sample_gradients
 from lrds_fast.influence.mismatch import Agreements
-from lrds_fast.influence.ranks import Ranks
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, Scores, parse_score_names
 from lrds_fast.influence.shards import Shards, load_scores
 from lrds_fast.nn import KDLoss
+from lrds_fast.ranks import Ranks
 
 # Scores that need gradients in the parameters; the others are made of the logits alone.
 _OF_PARAMETERS = ("kd_gain", "self_influence", "param_shift", "grand")
@@ -123,8 +117,8 @@ def score(
     check_choice("hessian", hessian, HESSIANS)
     damping = None if damping is None else check_damping("damping", damping)
     damping_scale = check_damping("damping_scale", damping_scale)
-    loss = _checked_loss(loss)
-    chosen = layer_names(student, layers) if factors is None else _checked_factors(student, factors, layers)
+    loss = checked_loss(loss)
+    chosen = layer_names(student, layers) if factors is None else checked_factors(student, factors, layers)
     head = layers == "last" and factors is None
     folds = check_folds(folds, FOLDS if head else 0)
     if not head and "kd_gain_ns" in kinds:
@@ -142,13 +136,13 @@ def score(
     held_out = None
     if val_data is not None:
         held_out = Batches(val_data, parameter, batch_size, shown, name="val_data", batch=batch)
-    _check_selected(selected, train.samples)
+    check_selected_mask(selected, train.samples)
     meta: dict[str, object] = {
         "layers": chosen,
         "curvature": curvature if factors is None else factors.curvature,
         "hessian": hessian,
         "labels": "all" if head else labels,
-        "loss": _loss_facts(loss),
+        "loss": loss_facts(loss),
         "library_version": __version__,
     }
     facts = {
@@ -179,7 +173,7 @@ def score(
         "loss": loss,
         "curvature": curvature,
     }
-    with _eval_mode(student, teacher):
+    with eval_mode(student, teacher):
         if not head:
             common["loss"] = as_trained(loss, ranks, train.targets(ranks))
         if head:
@@ -190,11 +184,11 @@ def score(
             )
     samples = more["num_samples"]
     assert isinstance(samples, int)
-    _check_selected(selected, samples)
+    check_selected_mask(selected, samples)
     return shards.finish({**meta, **more})
 
 
-def _check_selected(selected: Tensor | None, samples: int | None) -> None:
+def check_selected_mask(selected: Tensor | None, samples: int | None) -> None:
     """TypeError or ValueError unless selected is None or has a weight for each of the samples; None: not known yet."""
     if selected is None:
         return
@@ -231,7 +225,7 @@ def _score_layers(
         if kept is not None and ranks.agree(kept.exists()):
             factors = Factors.load(kept, student)
         else:
-            terms = _Terms(hessian, selected, loss, train, ranks)
+            terms = HessianTerms(hessian, selected, loss, train, ranks)
             factors = fit_placed(
                 learner,
                 terms.inputs,
@@ -286,7 +280,7 @@ def _score_layers(
         if not columns:
             shard, start = shards.of(batch.number), batch.start
         try:
-            scored = _Scored(learner, teacher, batch.x, batch.y, chosen, loss, factors, directions, dtype, first)
+            scored = ScoredBatch(learner, teacher, batch.x, batch.y, chosen, loss, factors, directions, dtype, first)
             found = {name.key: scored.score(name).to(dtype) for name in names if name.kind in SCORERS}
             if len(directions) > 1:
                 found["kd_gain" + ERROR_SUFFIX] = scored.gain_error().to(dtype)
@@ -330,7 +324,7 @@ def _check_pair(z: Tensor, v: Tensor, first: int = 0) -> None:
         raise ValueError(f"student and teacher must give the same classes; got {tuple(z.shape)}, {tuple(v.shape)}")
 
 
-def _checked_factors(student: nn.Module, factors: Factors, layers: str | Sequence[str]) -> list[str]:
+def checked_factors(student: nn.Module, factors: Factors, layers: str | Sequence[str]) -> list[str]:
     """The layers of factors that were fitted to this student."""
     if layers not in ("all", "last") and layer_names(student, layers) != factors.layers:
         raise ValueError(f"layers and factors differ; the factors are of {', '.join(map(repr, factors.layers))}")
@@ -340,7 +334,7 @@ def _checked_factors(student: nn.Module, factors: Factors, layers: str | Sequenc
     return factors.layers
 
 
-class _eval_mode:
+class eval_mode:
     """Models in eval mode for a while; each of their modules gets its own mode back."""
 
     def __init__(self, *models: nn.Module) -> None:
@@ -356,7 +350,7 @@ class _eval_mode:
             module.training = training
 
 
-class _Terms:
+class HessianTerms:
     """The objective's terms for fit_factors, which sees inputs only: with the targets of its last batch."""
 
     def __init__(self, hessian: str, selected: Tensor | None, loss: KDLoss, batches: Batches, ranks: Ranks) -> None:
@@ -391,7 +385,7 @@ class _Terms:
         return terms
 
 
-class _Scored:
+class ScoredBatch:
     """A batch of samples: logits now, gradients in the parameters when a score asks for them."""
 
     def __init__(
@@ -423,13 +417,13 @@ class _Scored:
 
             self._gradients[first] = sample_gradients(student, x, delta, layers)[1]
 
-    def _opened(self, logits: Tensor, v: Tensor, y: Tensor) -> _Batch:
+    def _opened(self, logits: Tensor, v: Tensor, y: Tensor) -> ScoreInputs:
         z = logits.to(self._dtype)
         _check_pair(z, v)
         if y.min() < 0 or y.max() >= z.shape[1]:
             raise ValueError(f"targets must lie in [0, {z.shape[1]}); got {int(y.min())} to {int(y.max())}")
         nothing = z.new_empty(len(z), 0)
-        return _Batch(
+        return ScoreInputs(
             h=nothing, z=z, v=v, y=y, loss=self._loss, curvature=Identity(None), direction=nothing[:0].reshape(0, 0)
         )
 

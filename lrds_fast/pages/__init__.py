@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lrds_fast import charts
-from lrds_fast.charts import Style
+from lrds_fast.pages import charts
+from lrds_fast.pages.charts import Style
 
 
 class Figure(NamedTuple):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrds_fast import charts
-from lrds_fast.pages import Figure, Gallery, Section, Table, page, png
-from lrds_fast.selection.table import Pictures, Selection
+from lrds_fast.pages import Figure, Gallery, Section, Table, charts, page, png
+
+if TYPE_CHECKING:
+    from lrds_fast.selection.table import Pictures, Selection
 
 #: Pictures of each kind.
 _GALLERY = 24

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast.data import Data, SoftLabels, write_soft_labels
+from lrds_fast.ranks import pick_device
+from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.selection import dataset_fingerprint
 from lrds_fast.train.lock import holding
-from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import autocast_factory, available_amp, pick_device
+from lrds_fast.train.setup import autocast_factory, available_amp
 
 #: Keys of [data] that no sample's picture depends on, beyond what decoders round.
 FREE = ("root", "batch_size", "eval_batch_size", "test_limit", "workers", "reader", "first_label")

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from lrds_fast import _C
-from lrds_fast.influence.ranks import Ranks
-from lrds_fast.train.files import atomic_write
+from lrds_fast.files import atomic_write
+from lrds_fast.ranks import Ranks
 from lrds_fast.train.notes import note
 from lrds_fast.train.weights import load_state, read
-from lrds_fast.train.weights import load_weights as load_weights
 
 FORMAT = 2
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lrds_fast.files import LOCK
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks
 from lrds_fast.train.notes import note
 
 if sys.platform == "win32":

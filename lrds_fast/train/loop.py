@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import sys
 import time
@@ -16,28 +15,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrds_fast.data import Data, derived_seed
-from lrds_fast.files import remove_partial
-from lrds_fast.influence.ranks import Ranks
-from lrds_fast.train import checkpoint, rescoring
+from lrds_fast.features.distillation import FeatureDistillation
+from lrds_fast.ranks import Ranks, any_process, joined, same_buffers
+from lrds_fast.recipe.recipe import Recipe
+from lrds_fast.train import rescoring
 from lrds_fast.train.checkpoint import Position
-from lrds_fast.train.evaluate import check_class_counts, evaluate
-from lrds_fast.train.features import FeatureDistillation
-from lrds_fast.train.files import append_record, read_records, rewrite_records, write_text
+from lrds_fast.train.evaluation import check_class_counts, evaluate
+from lrds_fast.train.folder import CHECKPOINT, Folder, identity
 from lrds_fast.train.lock import holding
 from lrds_fast.train.notes import note
-from lrds_fast.train.processes import any_process, joined, same_buffers
-from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.setup import resolved
 from lrds_fast.train.step import Step
 from lrds_fast.train.stopping import Request, Stopped, stop_requests
-from lrds_fast.train.summary import SUMMARY, write_summary
+from lrds_fast.train.summary import write_summary
 from lrds_fast.train.teaching import CachedAnswers
 from lrds_fast.train.trackers import Trackers
-
-CHECKPOINT = "last.pt"
-BEST = "best.safetensors"
-LOG = "log.jsonl"
-RECIPE = "recipe.json"
 
 #: Steps between looks at whether the loss is finite: a look waits for the device.
 CHECK_EVERY = 50
@@ -113,7 +104,7 @@ def train(
             features=features,
         )
         held.enter_context(holding(out, ranks=ranks))
-        folder = _Folder(out, recipe, identity(recipe, fingerprint, selected), step, ranks)
+        folder = Folder(out, recipe, identity(recipe, fingerprint, selected), step, ranks)
         position = folder.open(resume=resume, overwrite=overwrite)
         selected = folder.selected_at(position, selected)
         trackers = Trackers(recipe, out, position.epochs * steps_per_epoch) if ranks.first else None
@@ -292,112 +283,3 @@ def _duration(seconds: float) -> str:
     if minutes < 1:
         return f"{round(seconds)} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-class _Folder:
-    """The files of a run. The first process writes; all of them read."""
-
-    def __init__(self, out: Path, recipe: Recipe, facts: Mapping[str, str], step: Step, ranks: Ranks) -> None:
-        self._out, self._recipe, self._facts, self._step, self._ranks = out, recipe, facts, step, ranks
-        self._machine = checkpoint.machine(step.device, step.amp, ranks)
-        self.records: list[dict[str, Any]] = []
-        self._best: float | None = None
-
-    def open(self, *, resume: bool, overwrite: bool) -> Position:
-        """Where to go on; an older run that is not resumed is deleted if it may be."""
-        path = self._out / CHECKPOINT
-        there = self._ranks.agree(path.exists())
-        position = Position(0, 0, {})
-        if there and resume:
-            position = checkpoint.resume(
-                path,
-                facts=self._facts,
-                student=self._step.student,
-                parts=self._step.parts,
-                machine=self._machine,
-                ranks=self._ranks,
-            )
-            self._best = position.state["best"]
-            self._step.load_state_dict(position.state, within_epoch=False)
-            self.records = [r for r in read_records(self._out / LOG) if r["epoch"] <= position.epochs]
-            if [r["epoch"] for r in self.records] != list(range(1, position.epochs + 1)):
-                raise ValueError(
-                    f"{self._out / LOG} has {len(self.records)} of the {position.epochs} epochs that {path} has done;"
-                    " restore it from a copy, or start afresh (--overwrite)"
-                )
-        elif there and not overwrite:
-            raise FileExistsError(
-                f"{self._out} holds a run already; go on with it (--resume), replace it (--overwrite), or set another"
-                " run.out"
-            )
-        self._ranks.wait()
-        if self._ranks.first:
-            if not there or not resume:
-                path.unlink(missing_ok=True)
-                for name in (BEST, SUMMARY):
-                    (self._out / name).unlink(missing_ok=True)
-                rescoring.forget(self._out)
-            rewrite_records(self._out / LOG, self.records)
-            remove_partial(self._out)
-            write_text(self._out / RECIPE, resolved(self._recipe).to_json())
-        self._ranks.wait()
-        return position
-
-    def selected_at(self, position: Position, selected: Tensor | None) -> Tensor | None:
-        """Who has the teacher where the run goes on: what it chose itself, once it has."""
-        done = position.epochs + (position.steps > 0)
-        made = rescoring.latest(self._out, self._recipe.selection, done)
-        return selected if made is None else made.mask
-
-    def add(self, record: dict[str, Any]) -> None:
-        """One epoch's record; the best network so far is kept."""
-        self.records.append(record)
-        if not self._ranks.first:
-            return
-        append_record(self._out / LOG, record)
-        judge = "val_acc" if "val_acc" in record else "test_acc"
-        if self._best is None or record[judge] > self._best:
-            self._best = record[judge]
-            facts = {"epoch": str(record["epoch"]), "chosen by": judge, judge: repr(record[judge])}
-            facts |= {key: self._facts[key] for key in ("student.model", "data.name")}
-            checkpoint.save_weights(self._out / BEST, self._step.judged, facts)
-
-    def save(self, position: Position) -> None:
-        """The checkpoint to go on from."""
-        step = self._step
-        state = {"best": self._best, **step.state_dict()}
-        checkpoint.save(
-            self._out / CHECKPOINT,
-            position._replace(state=state),
-            facts=self._facts,
-            student=step.student,
-            parts=step.parts,
-            machine=self._machine,
-            ranks=self._ranks,
-        )
-
-
-def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[str, str]:
-    """What must not change between the start of a run and its resumption, as strings.
-
-    All of the recipe but its name, where it is written, where it runs, and how many processes read the data.
-    """
-    free = (
-        "name",
-        "description",
-        "run.out",
-        "run.device",
-        "run.amp_emulated",
-        "run.save_every",
-        "run.save_every_steps",
-        "run.timeout",
-        "run.tensorboard",
-        "run.wandb",
-        "data.workers",
-        "selection.path",
-    )
-    facts = {key: repr(value) for key, value in resolved(recipe).flat().items() if key not in free}
-    facts["data's fingerprint"] = fingerprint
-    mask = b"" if selected is None else selected.cpu().numpy().tobytes()
-    facts["selection"] = hashlib.sha256(mask).hexdigest()[:16]
-    return facts

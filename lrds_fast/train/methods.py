@@ -12,8 +12,8 @@ from torch import Tensor
 import lrds_fast
 from lrds_fast import KDLossParts
 from lrds_fast.composed import gram_terms
+from lrds_fast.recipe.recipe import LossOptions
 from lrds_fast.topk import TopKTeacher
-from lrds_fast.train.recipe import LossOptions
 from lrds_fast.train.setup import ce_weight_unselected, loss_arguments
 
 Objective = Callable[..., KDLossParts]

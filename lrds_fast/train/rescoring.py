@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lrds_fast import influence
 from lrds_fast.data import Batch, Data, Loader
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks
+from lrds_fast.recipe.recipe import Recipe, SelectionOptions
 from lrds_fast.selection import Selection, select, select_jointly
-from lrds_fast.train.recipe import Recipe, SelectionOptions
 from lrds_fast.train.setup import scored_loss
 
 FOLDER = "selections"

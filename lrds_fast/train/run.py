@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Callable
@@ -16,24 +15,19 @@ from torch import Tensor, nn
 from lrds_fast import data as data_sets
 from lrds_fast import influence, models
 from lrds_fast.data import Data, SoftLabels
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks, joined, pick_device
+from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import rescoring
 from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
-from lrds_fast.train.evaluate import outputs
-from lrds_fast.train.files import write_text
+from lrds_fast.train.evaluation import outputs
+from lrds_fast.train.folder import CHECKPOINT, RECIPE
+from lrds_fast.train.gallery import write_gallery
 from lrds_fast.train.lock import holding
-from lrds_fast.train.loop import CHECKPOINT, RECIPE, TrainResult, train
-from lrds_fast.train.processes import joined
-from lrds_fast.train.recipe import Recipe, from_mapping
-from lrds_fast.train.setup import pick_device, scored_loss
+from lrds_fast.train.loop import TrainResult, train
+from lrds_fast.train.setup import scored_loss
 from lrds_fast.train.teaching import CachedAnswers, MixedUp, Stored
 from lrds_fast.train.weights import load_weights
-
-GALLERY = "gallery.json"
-
-#: Pictures of each kind that a run keeps for its report.
-GALLERY_SIZE = 24
 
 
 def load_data(recipe: Recipe) -> Data:
@@ -247,39 +241,3 @@ def shown_beside(scores: Path, selection: Selection) -> dict[str, Any]:
     if fingerprint(data) != selection.fingerprint:
         return {}
     return {"pictures": data.train.picture, "class_names": data.class_names or None}
-
-
-def write_gallery(recipe: Recipe, data: Data, teacher_pred: Tensor, selection: Selection | None) -> None:
-    """Samples whose labels were revised and those denied the teacher, for reports: index, label, the teacher's class
-    (None where it was not asked), and the picture: shape, and its uint8 pixels in base64."""
-    labels = data.train.labels
-    mask = torch.ones_like(labels, dtype=torch.bool) if selection is None else torch.as_tensor(selection.mask).cpu()
-    wrong = (teacher_pred >= 0) & (teacher_pred != labels)
-    revised = (wrong & mask).nonzero()[:, 0] if recipe.loss.revise != "none" else labels[:0]
-    denied = (~mask).nonzero()[:, 0]
-    if selection is not None:
-        if selection.teacher_pred is not None:
-            # Where the teacher was not asked in training, it was in scoring.
-            teacher_pred = torch.where(teacher_pred >= 0, teacher_pred, selection.teacher_pred)
-        # The clearest cases first.
-        scores = selection.scores[str(selection.policy["by"])]
-        denied = denied[scores[denied].argsort(descending=not selection.policy.get("largest"), stable=True)]
-
-    def entries(indices: Tensor) -> list[dict[str, Any]]:
-        return [
-            {
-                "index": index,
-                "label": int(labels[index]),
-                "teacher": int(teacher_pred[index]) if teacher_pred[index] >= 0 else None,
-                **_pixels(data.train.picture(index)),
-            }
-            for index in indices[:GALLERY_SIZE].tolist()
-        ]
-
-    kinds = {"revised": entries(revised), "deselected": entries(denied)}
-    write_text(recipe.out / GALLERY, json.dumps(kinds))
-
-
-def _pixels(picture: Tensor) -> dict[str, Any]:
-    raw = picture.contiguous().cpu().numpy().tobytes()
-    return {"shape": list(picture.shape), "pixels": base64.b64encode(raw).decode()}

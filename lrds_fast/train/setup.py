@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lrds_fast.nn import KDLoss
+from lrds_fast.recipe.recipe import LossOptions, OptimizerOptions, Recipe, ScheduleOptions
 from lrds_fast.reference import default_ce_weight_unselected
 from lrds_fast.train.notes import note
-from lrds_fast.train.recipe import LossOptions, OptimizerOptions, Recipe, ScheduleOptions
 
 
 def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
@@ -112,21 +112,6 @@ def autocast_factory(amp: str, device: torch.device) -> Callable[[], AbstractCon
         return nullcontext
     dtype = torch.bfloat16 if amp == "bf16" else torch.float16
     return lambda: torch.autocast(device.type, dtype=dtype)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that run.device asks for; ValueError where it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"run.device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"run.device is {name!r}, but PyTorch sees no CUDA device; set run.device=cpu, or see lrds-fast doctor"
-        )
-    return device
 
 
 def kd_factor(options: LossOptions, epoch: int) -> float:

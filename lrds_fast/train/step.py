@@ -14,14 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from lrds_fast.data import Batch, prefix_rows
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.features.distillation import FeatureDistillation
+from lrds_fast.ranks import Ranks, any_process, average_gradients, rows_of_all, sum_gradients
+from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.topk import TopKTeacher
 from lrds_fast.train.checkpoint import Stateful
-from lrds_fast.train.features import FeatureDistillation
 from lrds_fast.train.methods import objective
 from lrds_fast.train.mix import Mix
-from lrds_fast.train.processes import any_process, average_gradients, rows_of_all, sum_gradients
-from lrds_fast.train.recipe import Recipe
 from lrds_fast.train.setup import (
     autocast_factory,
     available_amp,

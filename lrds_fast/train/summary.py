@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrds_fast.data import Data
-from lrds_fast.train.evaluate import Evaluation
-from lrds_fast.train.files import plain, write_text
+from lrds_fast.files import plain, write_text
+from lrds_fast.train.evaluation import Evaluation
 from lrds_fast.train.provenance import provenance
 
 SUMMARY = "summary.json"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import lrds_fast
-from lrds_fast.influence.ranks import Ranks
-from lrds_fast.train.recipe import Recipe
+from lrds_fast.ranks import Ranks
+from lrds_fast.recipe.recipe import Recipe
 
 #: The label's probability is measured on so many rows at the start of an epoch, whose logits are read a second time.
 MEASURED_ROWS = 4096

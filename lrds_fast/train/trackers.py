@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrds_fast.files import naming
-from lrds_fast.train.recipe import Recipe
+from lrds_fast.recipe.recipe import Recipe
 
 TENSORBOARD = "tensorboard"
 

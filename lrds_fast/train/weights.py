@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks
 
 # What published checkpoints contain beside tensors: argparse options, NumPy scalars. Unpickling them runs no code.
 _HARMLESS: list[Any] = [

@@ -1,6 +1,6 @@
 """Feature distillation for the grid: methods alone and beside KD, weights by student, published accuracies.
 
-A method is what a recipe says beyond its protocol, table by table, as lrds_fast.train.grid's methods are.
+A method is what a recipe says beyond its protocol, table by table, as lrds_fast.recipe.names's methods are.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lrds_fast.train.feature_methods import METHODS as FEATURE_METHODS
+from lrds_fast.recipe.feature_methods import METHODS as FEATURE_METHODS
 
 _ALONE = {"ce_weight": 1.0, "kd_weight": 0.0}
 _BESIDE = {"temperature": 4.0, "ce_weight": 1.0, "kd_weight": 1.0}

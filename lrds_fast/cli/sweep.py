@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lrds_fast.train.recipe import Recipe, from_mapping, read_text
+from lrds_fast.recipe.recipe import Recipe, from_mapping, read_text
 
 if TYPE_CHECKING:
-    from lrds_fast.train.report import Run
+    from lrds_fast.report.runs import Run
 
 
 def listed(sources: Sequence[str]) -> list[str]:
@@ -74,7 +74,7 @@ def check_writable(path: Path, key: str, *, folder: bool = True) -> None:
 
 
 def _check_earlier_run(recipe: Recipe) -> None:
-    from lrds_fast.train.loop import CHECKPOINT, RECIPE, identity
+    from lrds_fast.train.folder import CHECKPOINT, RECIPE, identity
 
     path = recipe.out / RECIPE
     if not path.is_file() or not (recipe.out / CHECKPOINT).is_file():
@@ -110,8 +110,8 @@ def sweep(
     with a line per epoch. Raises what planned raises, before the first run. Errors of a single run are not raised: they
     are returned.
     """
+    from lrds_fast.report.runs import read_run
     from lrds_fast.train import run
-    from lrds_fast.train.report import read_run
 
     runs = planned(recipes, seeds)
     failures = []
@@ -140,7 +140,7 @@ def _prefixed(say: Callable[[str], object] | None, prefix: str) -> Callable[[str
 
 def _is_finished(recipe: Recipe) -> bool:
     """Whether the folder holds this recipe's run with all of its epochs."""
-    from lrds_fast.train.report import read_run
+    from lrds_fast.report.runs import read_run
     from lrds_fast.train.setup import resolved
 
     try:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from lrds_fast.train import grid
-from lrds_fast.train.ablations import MARK
-from lrds_fast.train.recipe import Recipe
-from lrds_fast.train.statistics import Estimate, estimate
+from lrds_fast.recipe import names as grid
+from lrds_fast.recipe.ablations import MARK
+from lrds_fast.recipe.recipe import Recipe
+from lrds_fast.report.statistics import Estimate, estimate
 
 TEACHER = "teacher"
 ALONE = "student alone"
@@ -49,7 +49,7 @@ _ACROSS = 2
 
 
 class AnyRun(Protocol):
-    """What is needed of a run; lrds_fast.train.report.Run is one."""
+    """What is needed of a run; lrds_fast.report.runs.Run is one."""
 
     @property
     def recipe(self) -> Recipe:

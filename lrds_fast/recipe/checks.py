@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lrds_fast import divergences
-from lrds_fast.rand_augment import parse_rand_augment
+from lrds_fast.recipe.rand_augment import parse_rand_augment
 
 if TYPE_CHECKING:
-    from lrds_fast.train.recipe import LossOptions, Recipe, SelectionOptions, TeacherOptions
+    from lrds_fast.recipe.recipe import LossOptions, Recipe, SelectionOptions, TeacherOptions
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.reader": ("auto", "dali", "torchvision"),

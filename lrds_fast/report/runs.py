@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lrds_fast.train import grid, paper
-from lrds_fast.train.files import read_records
-from lrds_fast.train.loop import LOG, RECIPE
-from lrds_fast.train.recipe import Recipe, from_mapping
-from lrds_fast.train.statistics import LEVEL, Estimate, estimate, holm, paired
+from lrds_fast.files import read_records
+from lrds_fast.recipe import names as grid
+from lrds_fast.recipe.recipe import Recipe, from_mapping
+from lrds_fast.report import paper
+from lrds_fast.report.statistics import LEVEL, Estimate, estimate, holm, paired
+from lrds_fast.train.folder import LOG, RECIPE
 from lrds_fast.train.summary import read_summary
 
 

@@ -19,7 +19,7 @@ from lrds_fast.models.mobilenet_cifar import MobileNetV2
 from lrds_fast.models.small import SmallCNN
 from lrds_fast.models.vgg_cifar import CifarVGG
 from lrds_fast.models.wrn_cifar import WideResNet
-from lrds_fast.train.feature_methods import METHODS
+from lrds_fast.recipe.feature_methods import METHODS
 
 _READINGS = ("output", "input", "relu")
 #: Module names that an error lists at most.

@@ -12,9 +12,9 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lrds_fast.train import feature_recipes
-from lrds_fast.train import published as literature
-from lrds_fast.train.published import Pair
+from lrds_fast.recipe import feature_recipes
+from lrds_fast.recipe import published as literature
+from lrds_fast.recipe.published import Pair
 
 Values = Mapping[str, Any]
 

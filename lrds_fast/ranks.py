@@ -1,4 +1,4 @@
-"""One training run on several devices: what torchrun has started, joined and left in order."""
+"""The processes of torch.distributed that work together, and the device of each: one alone, or those of torchrun."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +14,72 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lrds_fast.influence.ranks import Ranks
-from lrds_fast.train.setup import pick_device
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among `count`. Every method is a step that all of them take together."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """torch.distributed's default group where it is initialised, else this process alone."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors, in place; the same bits in each."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def same(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, in place: what depends on how a machine rounds must not differ."""
+        if self.count > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def agree(self, value: Any) -> Any:
+        """The first process's value, in every process."""
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in order of rank."""
+        values = [value]
+        if self.count > 1:
+            values = [None] * self.count
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Until all have come this far."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that run.device asks for; ValueError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"run.device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"run.device is {name!r}, but PyTorch sees no CUDA device; set run.device=cpu, or see lrds-fast doctor"
+        )
+    return device
 
 
 @contextmanager

@@ -174,7 +174,7 @@ class Interval(NamedTuple):
     """A line of a forest plot. mean: of the paired differences; low, high: the ends of its confidence interval, nan
     where there is none (one pair); pairs: the differences themselves, drawn faintly.
 
-    Of paired values: e = lrds_fast.train.statistics.paired(values, baseline), Interval(name, e.mean, *e.interval,
+    Of paired values: e = lrds_fast.report.statistics.paired(values, baseline), Interval(name, e.mean, *e.interval,
     differences)."""
 
     name: str

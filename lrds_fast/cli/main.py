@@ -79,7 +79,7 @@ def _instead(near: Sequence[str], all_of_them: Sequence[str]) -> str:
 
 def _unknown(argument: str, *, has_settings: bool) -> str:
     """The error for an unknown argument; for --epochs it names the recipe key schedule.epochs."""
-    from lrds_fast.train.recipe import all_keys
+    from lrds_fast.recipe.recipe import all_keys
 
     name = argument.partition("=")[0].lstrip("-").replace("-", "_")
     keys = [key for key in all_keys() if key == name or key.endswith(f".{name}")]
@@ -316,7 +316,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from lrds_fast.train.demo import NOTE, demo
+    from lrds_fast.cli.demo import NOTE, demo
 
     result = demo(options.out, seeds=options.seeds, settings=options.settings, progress=_progress(options))
     print("\n".join(result.introduction), end="\n\n")
@@ -327,7 +327,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from lrds_fast.train.recipe import load_recipe
+    from lrds_fast.recipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)  # before PyTorch is imported, so that its errors come fast
 
@@ -348,7 +348,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _cache(options: argparse.Namespace) -> int:
-    from lrds_fast.train.recipe import load_recipe
+    from lrds_fast.recipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)
 
@@ -372,9 +372,9 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from lrds_fast.train.ablations import ablation, cells, parse_axis
-    from lrds_fast.train.recipe import load_recipe
-    from lrds_fast.train.sweep import check_writable, listed, sweep
+    from lrds_fast.cli.sweep import check_writable, listed, sweep
+    from lrds_fast.recipe.ablations import ablation, cells, parse_axis
+    from lrds_fast.recipe.recipe import load_recipe
 
     recipes = [load_recipe(source, options.settings) for source in listed(options.recipes)]
     if options.ablation:
@@ -385,10 +385,10 @@ def _sweep(options: argparse.Namespace) -> int:
         print("\n".join(recipe.name for recipe in recipes))
         return OK
 
-    from lrds_fast import charts
-    from lrds_fast.train.files import write_text
-    from lrds_fast.train.page import html_report
-    from lrds_fast.train.report import check_baseline, markdown_report, printed
+    from lrds_fast.files import write_text
+    from lrds_fast.pages import charts
+    from lrds_fast.report.page import html_report
+    from lrds_fast.report.runs import check_baseline, markdown_report, printed
 
     # Checked before training: these errors would otherwise appear after it.
     check_baseline(options.baseline, [recipe.name for recipe in recipes])
@@ -415,7 +415,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
-    from lrds_fast.train.recipe import load_recipe
+    from lrds_fast.recipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.settings)
 
@@ -433,9 +433,9 @@ def _score(options: argparse.Namespace) -> int:
 
 def _select(options: argparse.Namespace) -> int:
     import lrds_fast
-    from lrds_fast import charts
     from lrds_fast.influence import Scores
     from lrds_fast.influence.scores import split_errors
+    from lrds_fast.pages import charts
     from lrds_fast.selection import Selection
     from lrds_fast.train import run
 
@@ -476,10 +476,10 @@ def _select(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lrds_fast import charts
-    from lrds_fast.train.files import write_text
-    from lrds_fast.train.page import html_report
-    from lrds_fast.train.report import markdown_report, printed, read_run, tabulate, verdicts
+    from lrds_fast.files import write_text
+    from lrds_fast.pages import charts
+    from lrds_fast.report.page import html_report
+    from lrds_fast.report.runs import markdown_report, printed, read_run, tabulate, verdicts
 
     charts.require()
     runs = [read_run(folder) for folder in options.runs]
@@ -496,8 +496,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from lrds_fast.train import grid
-    from lrds_fast.train.recipe import builtin_recipes, load_recipe, recipe_text
+    from lrds_fast.recipe import names as grid
+    from lrds_fast.recipe.recipe import builtin_recipes, load_recipe, recipe_text
 
     if options.action == "show":
         resolved = options.resolved or grid.is_name(options.recipe)  # those have no file
@@ -520,7 +520,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from lrds_fast.train.bench import run_suites, suites
+    from lrds_fast.cli.bench import run_suites, suites
 
     if options.list:
         print("\n".join(suites()))
@@ -540,7 +540,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from lrds_fast.train.doctor import examine, healthy, text
+    from lrds_fast.cli.doctor import examine, healthy, text
 
     findings = examine()
     print(text(findings))

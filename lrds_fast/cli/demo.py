@@ -13,15 +13,15 @@ import torch
 from tqdm import tqdm
 
 import lrds_fast
-from lrds_fast import charts
+from lrds_fast.files import write_text
 from lrds_fast.influence import Scores
+from lrds_fast.pages import charts
+from lrds_fast.recipe.recipe import Recipe, load_recipe
+from lrds_fast.report.page import html_report
+from lrds_fast.report.runs import Row, Run, aligned, read_run, tabulate, verdicts
+from lrds_fast.report.statistics import Estimate, estimate
 from lrds_fast.selection import Selection
 from lrds_fast.train import run as runs
-from lrds_fast.train.files import write_text
-from lrds_fast.train.page import html_report
-from lrds_fast.train.recipe import Recipe, load_recipe
-from lrds_fast.train.report import Row, Run, aligned, read_run, tabulate, verdicts
-from lrds_fast.train.statistics import Estimate, estimate
 
 REPORT = "report.html"
 TEACHER = "teacher"

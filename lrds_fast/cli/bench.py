@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lrds_fast
-from lrds_fast import charts
+from lrds_fast.pages import charts
 
 _CHECKOUT = Path(lrds_fast.__file__).resolve().parent.parent
 

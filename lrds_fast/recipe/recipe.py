@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lrds_fast import divergences
-from lrds_fast.train import feature_methods, grid
-from lrds_fast.train.checks import check_values
+from lrds_fast.recipe import feature_methods
+from lrds_fast.recipe import names as grid
+from lrds_fast.recipe.checks import check_values
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -139,9 +140,9 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """A loss on features, added to that of [loss]; see lrds_fast.train.features. method "" is none. weight < 0: as
-    published. student_layers, teacher_layers: module names, pair by pair; () is the method's usual ones. options: the
-    method's own numbers; what is not given is as published."""
+    """A loss on features, added to that of [loss]; see lrds_fast.features.distillation. method "" is none. weight < 0:
+    as published. student_layers, teacher_layers: module names, pair by pair; () is the method's usual ones.
+    options: the method's own numbers; what is not given is as published."""
 
     method: str = ""
     weight: float = -1.0
@@ -309,7 +310,7 @@ def _builtin() -> dict[str, str]:
 
 
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file, or the one of that name that comes with the library (lrds_fast.train.grid's too), with
+    """The recipe in a TOML file, or the one of that name (lrds_fast.recipe.names), with
     `key=value` settings on top.
 
     A file may say `extends = "other"`: a name, or a path relative to the file; its own values win. Keys in settings are

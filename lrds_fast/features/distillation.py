@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lrds_fast.train.feature_losses import criterion
-from lrds_fast.train.feature_methods import METHODS, values
-from lrds_fast.train.feature_places import Tap, choose, unwrapped
-from lrds_fast.train.recipe import FeatureOptions
+from lrds_fast.features.losses import criterion
+from lrds_fast.features.places import Tap, choose, unwrapped
+from lrds_fast.recipe.feature_methods import METHODS, values
+from lrds_fast.recipe.recipe import FeatureOptions
 
 
 class FeatureDistillation(nn.Module):

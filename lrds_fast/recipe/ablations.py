@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lrds_fast.train.recipe import Recipe, parse_settings
+from lrds_fast.recipe.recipe import Recipe, parse_settings
 
 #: What stands between a recipe's name and the cell's values.
 MARK = "@"

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from lrds_fast import charts
-from lrds_fast.charts import Interval, Style
-from lrds_fast.pages import Figure, Gallery, Section, Table, page, png
+from lrds_fast.pages import Figure, Gallery, Section, Table, charts, page, png
+from lrds_fast.pages.charts import Interval, Style
+from lrds_fast.report import paper
+from lrds_fast.report.runs import NOTES, Row, Run, judged, last_values, table_lines, tabulate, what_was_tested
+from lrds_fast.report.statistics import Estimate, estimate
 from lrds_fast.selection import Selection
 from lrds_fast.selection.report import overlap, score_figures
-from lrds_fast.train import paper, rescoring
-from lrds_fast.train.report import NOTES, Row, Run, judged, last_values, table_lines, tabulate, what_was_tested
-from lrds_fast.train.run import GALLERY
-from lrds_fast.train.statistics import Estimate, estimate
+from lrds_fast.train import rescoring
+from lrds_fast.train.folder import GALLERY
 
 #: At most so many classes are drawn, pairs of classes listed, and names given a chart of their own.
 _CLASSES, _PAIRS, _CHARTS = 20, 12, 6

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrds_fast.data import Data, Loader
-from lrds_fast.influence.ranks import Ranks
+from lrds_fast.ranks import Ranks
 
 #: Bins of confidence.
 BINS = 15

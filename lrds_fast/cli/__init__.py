@@ -1,0 +1,1 @@
+"""The command line: lrds-fast, also python -m lrds_fast. A module a command."""

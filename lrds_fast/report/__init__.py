@@ -1,0 +1,1 @@
+"""What runs came to: read back from their folders, averaged, compared, as text and as pages."""
