@@ -161,11 +161,12 @@ def test_the_package_lists_every_name_and_loads_none() -> None:
         lrds_fast.kd_los  # noqa: B018
 
 
-def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
-    import lrds_fast.cli.demo
+def test_names_of_the_front_door_are_not_modules() -> None:
     import lrds_fast.train.evaluation
+    import lrds_fast.train.loop
+    import lrds_fast.train.run
 
-    assert callable(lrds_fast.cli.demo) and callable(lrds_fast.train.evaluation)
+    assert all(callable(getattr(lrds_fast.train, name)) for name in lrds_fast.train.__all__)
 
 
 def setup_py(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lrds_fast import models
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.train import checkpoint, fit, load_recipe
+from lrds_fast.train.weights import load_weights
 
 
 def quick(tmp_path: Path, name: str = "digits_alone", *more: str) -> Recipe:
@@ -44,7 +45,7 @@ def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loaded(path: Path, model: nn.Module, **options: str) -> dict[str, Tensor]:
-    checkpoint.load_weights(model, path, key="teacher.checkpoint", **options)
+    load_weights(model, path, key="teacher.checkpoint", **options)
     return model.state_dict()
 
 
@@ -188,7 +189,7 @@ def test_published_files_load_as_they_are(tmp_path: Path, name: str, legacy: boo
         "optimizer": optimizer.state_dict(),
     }
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    checkpoint.load_weights(target, path, key="teacher.checkpoint")
+    load_weights(target, path, key="teacher.checkpoint")
     assert equal(target.state_dict(), source.state_dict())
 
 
@@ -202,20 +203,20 @@ def test_scalars_of_numpy_1_are_read(tmp_path: Path) -> None:
     for new, old in ((b"numpy._core.multiarray", b"numpy.core.multiarray"),):
         # Pickle protocol 2 ends module names with a newline: their length is not stored.
         path.write_bytes(content.replace(new, old))
-    checkpoint.load_weights(target, path, key="teacher.checkpoint")
+    load_weights(target, path, key="teacher.checkpoint")
     assert equal(target.state_dict(), source.state_dict())
 
 
 def test_own_checkpoints_load_as_teachers(trained: Path) -> None:
     model = models.create("mlp_8x16_32", num_classes=100)
-    checkpoint.load_weights(model, trained, key="teacher.checkpoint")
+    load_weights(model, trained, key="teacher.checkpoint")
     assert equal(model.state_dict(), torch.load(trained, weights_only=True)["student"])
 
 
 def test_a_kept_moving_average_is_what_loads(tmp_path: Path) -> None:
     fit(quick(tmp_path, "digits_alone", "run.ema_decay=0.9"), progress=False)
     model = models.create("mlp_8x16_32", num_classes=100)
-    checkpoint.load_weights(model, tmp_path / "run" / "last.pt", key="teacher.checkpoint")
+    load_weights(model, tmp_path / "run" / "last.pt", key="teacher.checkpoint")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert torch.equal(model.fc.weight, state["parts"]["ema"]["module.fc.weight"])  # type: ignore[union-attr,arg-type]
     assert not torch.equal(model.fc.weight, state["student"]["fc.weight"])  # type: ignore[union-attr,arg-type]
@@ -239,10 +240,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.pt"
     torch.save({"model": Payload()}, path)
     with pytest.raises(ValueError, match="not a checkpoint of tensors alone"):
-        checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
+        load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
     path.write_bytes(pickle.dumps(Payload(), protocol=2))
     with pytest.raises(ValueError, match=r"evil.pt is"):
-        checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
+        load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
     assert not (tmp_path / "was here").exists()
 
 
@@ -254,13 +255,13 @@ def test_a_checkpoint_of_another_model_is_named(trained: Path) -> None:
         r" tensors in student \('hidden.weight', ...\), .*; set the model",
     ):
         # MLP and ResNet share no names but fc's.
-        checkpoint.load_weights(models.create("resnet8", num_classes=10), trained, key="teacher.checkpoint")
+        load_weights(models.create("resnet8", num_classes=10), trained, key="teacher.checkpoint")
     with pytest.raises(
         ValueError,
         match=r"fc.weight has shape \(100, 32\), the model's has \(10, 32\), and 1 more differ;"
         " the class counts differ: the file has 100 classes, the model 10; use weights",
     ):
-        checkpoint.load_weights(models.create("mlp_8x16_32", num_classes=10), trained, key="teacher.checkpoint")
+        load_weights(models.create("mlp_8x16_32", num_classes=10), trained, key="teacher.checkpoint")
     torch.save(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).state_dict(), trained)
     with pytest.raises(
         ValueError, match=r"0.weight has shape \(5, 3\), the model's has \(7, 3\), and 2 more differ; the widths or the"
@@ -294,7 +295,7 @@ def test_a_refused_checkpoint_leaves_the_model_as_it_was(trained: Path) -> None:
     model = models.create("mlp", num_classes=100)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="for another model"):
-        checkpoint.load_weights(model, trained, key="teacher.checkpoint")
+        load_weights(model, trained, key="teacher.checkpoint")
     assert equal(model.state_dict(), before)
 
 
@@ -329,11 +330,11 @@ def test_files_without_a_state_dict_are_named(tmp_path: Path) -> None:
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=rf"teacher.checkpoint: .*list.pt contains no state dict .* {outline}"):
-            checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
+            load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
     with pytest.raises(FileNotFoundError, match=r"student.checkpoint: there is no file .*absent.pt"):
-        checkpoint.load_weights(nn.Linear(1, 1), tmp_path / "absent.pt", key="student.checkpoint")
+        load_weights(nn.Linear(1, 1), tmp_path / "absent.pt", key="student.checkpoint")
     with pytest.raises(ValueError, match=r"student.checkpoint: .* must be a file of weights; it is a folder"):
-        checkpoint.load_weights(nn.Linear(1, 1), tmp_path, key="student.checkpoint")
+        load_weights(nn.Linear(1, 1), tmp_path, key="student.checkpoint")
 
 
 def saved(content: Any, **options: Any) -> bytes:
@@ -407,7 +408,7 @@ def test_a_file_without_weights_is_an_error_that_says_what_it_is(
     for path in (tmp_path / "file.pth", tmp_path / "file.safetensors"):
         path.write_bytes(make())
         with pytest.raises(ValueError, match="^teacher.checkpoint: ") as raised:
-            checkpoint.load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
+            load_weights(nn.Linear(1, 1), path, key="teacher.checkpoint")
         said = str(raised.value)
         assert f"{path} " in said and message in said
         assert said.isprintable() and "weights_only" not in said
@@ -419,5 +420,5 @@ def test_tied_weights_are_saved(tmp_path: Path) -> None:
     tied[1].weight = tied[0].weight
     checkpoint.save_weights(tmp_path / "best.safetensors", tied, {"epoch": "1"})
     again = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-    checkpoint.load_weights(again, tmp_path / "best.safetensors", key="teacher.checkpoint")
+    load_weights(again, tmp_path / "best.safetensors", key="teacher.checkpoint")
     assert torch.equal(again[1].weight, tied[0].weight)

@@ -17,7 +17,7 @@ from lrds_fast.data.memory import MemoryLoader
 from lrds_fast.recipe.recipe import load_recipe
 from lrds_fast.selection import Selection
 from lrds_fast.train import TrainResult, train
-from lrds_fast.train.checkpoint import load_weights
+from lrds_fast.train.weights import load_weights
 
 #: Two epochs of 75 steps of 32 pictures.
 TRAIN, BATCH, STEPS = 2400, 32, 150

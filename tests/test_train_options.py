@@ -25,12 +25,12 @@ from lrds_fast.files import read_records
 from lrds_fast.models.small import MLP
 from lrds_fast.topk import TopKTeacher
 from lrds_fast.train import Recipe, setup, train
-from lrds_fast.train.checkpoint import load_weights
 from lrds_fast.train.evaluation import evaluate
 from lrds_fast.train.mix import Mix
 from lrds_fast.train.setup import autocast_factory
 from lrds_fast.train.step import first, predicted
 from lrds_fast.train.teaching import Teacher
+from lrds_fast.train.weights import load_weights
 
 CPU = torch.device("cpu")
 
