@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrds_fast
+from lrds_fast import files as files_module
 from lrds_fast.data import Batch, Data, in_memory, prefix_rows
 from lrds_fast.files import read_records
 from lrds_fast.models import Classifier
 from lrds_fast.models.small import MLP, SmallCNN
 from lrds_fast.recipe.recipe import ScheduleOptions
 from lrds_fast.train import Recipe, train
-from lrds_fast.train import files as files_module
 from lrds_fast.train.evaluation import evaluate, outputs
 from lrds_fast.train.setup import lr_factor
 from lrds_fast.train.step import predicted, who_listens
