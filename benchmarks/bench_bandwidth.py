@@ -1,7 +1,7 @@
 """kd_loss forward + backward against the memory bandwidth of the machine, where memory is what it waits for.
 
-    python benchmarks/bench_bandwidth.py                    this machine's CPU, one thread and all cores
-    python benchmarks/bench_bandwidth.py --device cuda
+    python -m benchmarks.bench_bandwidth                    this machine's CPU, one thread and all cores
+    python -m benchmarks.bench_bandwidth --device cuda
 
 Shapes whose logits exceed the last cache. Each turn of kd_loss is followed by one of a = b + s * c (STREAM's triad, by
 torch.add into memory that is already there); percent is the median over rounds of the bytes a second that kd_loss must
@@ -25,8 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_kd_loss import (
     Case,

@@ -1,8 +1,8 @@
 """Influence scores against the packages that compute them: process time of one CPU thread per sample.
 
-    python benchmarks/bench_influence.py                    this machine's CPU; peers not installed are left out
-    python benchmarks/bench_influence.py --quick            small cases
-    python benchmarks/bench_influence.py --markdown results/influence_cpu.csv    a stored run as a table
+    python -m benchmarks.bench_influence                    this machine's CPU; peers not installed are left out
+    python -m benchmarks.bench_influence --quick            small cases
+    python -m benchmarks.bench_influence --markdown results/influence_cpu.csv    a stored run as a table
 
 Cases. self: EK-FAC self-influence of a linear head, d = 512 inputs, under kronfluence's own factors. pairs: products of
 last-layer gradients, every query with every sample, as captum's TracInCPFast has them, here with the bias. pairs-ekfac:
@@ -30,8 +30,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_kd_loss import Row, facts, write_csv
 from benchmarks.peers import Kronfluence, captum_last_layer, has

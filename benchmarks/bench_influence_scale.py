@@ -1,9 +1,9 @@
 """Scores of a data set of ImageNet's size from its last layer, end to end: time, memory and disk.
 
-    python benchmarks/bench_influence_scale.py               1.28 M samples, 2048 features, 1000 classes
-    python benchmarks/bench_influence_scale.py --quick       20 thousand samples, 256 features, 100 classes
-    python benchmarks/bench_influence_scale.py --samples 200000 --features 512 --classes 21841
-    python benchmarks/bench_influence_scale.py --markdown results/influence_scale_cpu.csv
+    python -m benchmarks.bench_influence_scale               1.28 M samples, 2048 features, 1000 classes
+    python -m benchmarks.bench_influence_scale --quick       20 thousand samples, 256 features, 100 classes
+    python -m benchmarks.bench_influence_scale --samples 200000 --features 512 --classes 21841
+    python -m benchmarks.bench_influence_scale --markdown results/influence_scale_cpu.csv
 
 The samples are synthetic last-layer features, drawn as they are read, so that neither disk nor decoding is measured: a
 feature is its class's mean plus noise. Student and teacher are linear heads on them. One call of influence.score with
@@ -30,8 +30,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_kd_loss import Row, facts, write_csv
 from lrds_fast import influence

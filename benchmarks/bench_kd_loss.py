@@ -1,9 +1,9 @@
 """kd_loss forward + backward against the baselines of benchmarks/baselines.py, in one run.
 
-    python benchmarks/bench_kd_loss.py                      this machine's CPU, one thread, the shapes of the README
-    python benchmarks/bench_kd_loss.py --quick              two minutes
-    python benchmarks/bench_kd_loss.py --device cuda --csv out.csv
-    python benchmarks/bench_kd_loss.py --markdown results/kd_loss_cpu.csv   a stored run as a table
+    python -m benchmarks.bench_kd_loss                      this machine's CPU, one thread, the shapes of the README
+    python -m benchmarks.bench_kd_loss --quick              two minutes
+    python -m benchmarks.bench_kd_loss --device cuda --csv out.csv
+    python -m benchmarks.bench_kd_loss --markdown results/kd_loss_cpu.csv   a stored run as a table
     pytest benchmarks/bench_kd_loss.py                      the same cases under pytest-benchmark
 
 Every case is checked against lrds_fast.reference in float64 before it is timed. The contenders take turns within each
@@ -32,8 +32,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lrds_fast
 from benchmarks import baselines, rivals
@@ -292,8 +290,8 @@ Row = dict[str, Any]
 
 def facts(device: str) -> Row:
     """What a reader needs to place a number: device, versions, commit, this program's command from the root."""
-    program = Path(sys.argv[0]).resolve()
-    program = program.relative_to(ROOT) if program.is_relative_to(ROOT) else Path(program.name)
+    path = Path(sys.argv[0]).resolve()
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts) if path.is_relative_to(ROOT) else path.stem
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return {
         "device": name,
@@ -303,7 +301,7 @@ def facts(device: str) -> Row:
         "lrds_fast": lrds_fast.__version__,
         "commit": commit(),
         "isa": lrds_fast._ops.build_info()["cpu_isa"] if device == "cpu" else "",
-        "command": " ".join(["python", str(program), *sys.argv[1:]]),
+        "command": " ".join(["python -m", module, *sys.argv[1:]]),
     }
 
 

@@ -1,8 +1,8 @@
 """Linear datamodeling score (LDS): do influence scores foresee what retraining on half of the data does?
 
-    python benchmarks/bench_lds.py               100 halves x 5 seeds; peers not installed are left out
-    python benchmarks/bench_lds.py --quick       20 halves x 1 seed, digits only
-    python benchmarks/bench_lds.py --markdown results/lds_cpu.csv    a stored run as a table
+    python -m benchmarks.bench_lds               100 halves x 5 seeds; peers not installed are left out
+    python -m benchmarks.bench_lds --quick       20 halves x 1 seed, digits only
+    python -m benchmarks.bench_lds --markdown results/lds_cpu.csv    a stored run as a table
 
 Park et al. 2023 (arXiv:2303.14186). An MLP is trained again on random halves of the training set, with several
 initialisations each. Every contender scores each training sample's influence on each query from models trained on all
@@ -38,8 +38,6 @@ import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_kd_loss import Row, facts, write_csv
 from benchmarks.peers import Kronfluence, captum_last_layer, dattri_ekfac, has, trak

@@ -1,9 +1,9 @@
 """linear_kd_loss forward + backward, time and peak memory, against logits that are materialised first.
 
-    python benchmarks/bench_linear_kd_loss.py                     this machine's CPU, one thread
-    python benchmarks/bench_linear_kd_loss.py --quick             a minute
-    python benchmarks/bench_linear_kd_loss.py --device cuda --csv out.csv
-    python benchmarks/bench_linear_kd_loss.py --markdown results/linear_kd_loss_cpu.csv   a stored run as a table
+    python -m benchmarks.bench_linear_kd_loss                     this machine's CPU, one thread
+    python -m benchmarks.bench_linear_kd_loss --quick             a minute
+    python -m benchmarks.bench_linear_kd_loss --device cuda --csv out.csv
+    python -m benchmarks.bench_linear_kd_loss --markdown results/linear_kd_loss_cpu.csv   a stored run as a table
 
 Contenders: ours, ours with chunks of 256 rows, two F.linear and kd_loss ("materialised"), two F.linear and the eager
 loss of benchmarks/baselines.py ("eager"), and where liger-kernel is installed its chunked distillation loss (PyTorch
@@ -35,8 +35,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import baselines
 from benchmarks.bench_kd_loss import Row, facts, time_cpu, write_csv

@@ -1,9 +1,9 @@
 """A distillation step from end to end, teacher included: images a second, where the time goes, and what loads pictures.
 
-    python benchmarks/bench_train.py                        this machine's CPU, one thread, at toy size
-    python benchmarks/bench_train.py --quick                a minute: the pair for 32 x 32, nothing compiled
-    python benchmarks/bench_train.py --device cuda --budget 220 --csv out.csv
-    python benchmarks/bench_train.py --markdown results/train_cpu.csv   a stored run as tables
+    python -m benchmarks.bench_train                        this machine's CPU, one thread, at toy size
+    python -m benchmarks.bench_train --quick                a minute: the pair for 32 x 32, nothing compiled
+    python -m benchmarks.bench_train --device cuda --budget 220 --csv out.csv
+    python -m benchmarks.bench_train --markdown results/train_cpu.csv   a stored run as tables
 
 Arms (benchmarks/train_steps.py): "baseline", the step as mdistiller writes it (float32, NCHW, eager losses with label
 revision, teacher on every row, meters read after every step); "tuned", the same in bfloat16 autocast, channels_last and
@@ -36,8 +36,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import train_loaders as loaders
 from benchmarks import train_readers

@@ -1,7 +1,7 @@
 """The CIFAR-100 runs that are kept: from folders to results/cifar100.csv, from that to their page and README.md.
 
-    python benchmarks/cifar100_runs.py collect RUN... --command "lrds-fast sweep ..."
-    python benchmarks/cifar100_runs.py page
+    python -m benchmarks.cifar100_runs collect RUN... --command "lrds-fast sweep ..."
+    python -m benchmarks.cifar100_runs page
 
 A row of the CSV is an epoch of a run, as its log has it: the table can be made again, and so can any other.
 """
@@ -12,13 +12,10 @@ import argparse
 import csv
 import io
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrds_fast.files import write_text
 from lrds_fast.recipe.recipe import Recipe

@@ -1,8 +1,8 @@
 """The laboratory on frozen features: when do label revision and data selection help a student, and how much?
 
-    python benchmarks/lab_features.py --cache /tmp/lab --suite first --seeds 0-9
-    python benchmarks/lab_features.py --cache /tmp/lab --suite first --regimes other foreign --arms kd lr1_0.8
-    python benchmarks/lab_features.py --list
+    python -m benchmarks.lab_features --cache /tmp/lab --suite first --seeds 0-9
+    python -m benchmarks.lab_features --cache /tmp/lab --suite first --regimes other foreign --arms kd lr1_0.8
+    python -m benchmarks.lab_features --list
 
 CIFAR-100 (LRDS_DATA, or what lrds_fast.data.cifar downloads) as fixed features: distances of whitened 6 x 6 patches to
 k-means centres, pooled over quadrants (Coates, Lee and Ng, "An analysis of single-layer networks in unsupervised
@@ -11,7 +11,7 @@ MLP that trains in a fraction of a second, so that every question can be asked i
 split, the teacher, the initial weights and the order of the samples (lab_students.py has the arms).
 
 Every finished run is appended to the CSV at once; what is there already is not run again. Features and teachers are
-kept in the folder --cache. `python benchmarks/lab_statistics.py` makes the page.
+kept in the folder --cache. `python -m benchmarks.lab_statistics` makes the page.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench_kd_loss import commit as checkout_commit
 from benchmarks.lab_students import CE_WEIGHTS, Arm, Problem, Revision, Selection, Training, kd_name, run

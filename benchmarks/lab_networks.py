@@ -1,8 +1,8 @@
 """Label revision and data selection on convolutional networks: paired trainings on CIFAR-100.
 
-    python benchmarks/lab_networks.py run --cache DIR                   # all trainings, one after the other
-    python benchmarks/lab_networks.py run --cache DIR --regimes unseen  # those of one regime
-    python benchmarks/lab_networks.py page                              # docs/benchmarks/method.md and its plots
+    python -m benchmarks.lab_networks run --cache DIR                   # all trainings, one after the other
+    python -m benchmarks.lab_networks run --cache DIR --regimes unseen  # those of one regime
+    python -m benchmarks.lab_networks page                              # docs/benchmarks/method.md and its plots
 
 The protocol is in docs/benchmarks/method.md. A pair is a teacher and a student's initialisation; its arms differ in
 nothing else: same samples, same augmented views in the same order. Arms with a selection continue from the checkpoint
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import fcntl
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lrds_fast
 from benchmarks.bench_kd_loss import commit, cpu_name

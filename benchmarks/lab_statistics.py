@@ -1,7 +1,7 @@
 """What the laboratory's runs say: paired differences with t intervals, tables, a forest plot for each regime, the page.
 
-    python benchmarks/lab_statistics.py             docs/benchmarks/method.md's section and its plots
-    python benchmarks/lab_statistics.py --print     the tables alone
+    python -m benchmarks.lab_statistics             docs/benchmarks/method.md's section and its plots
+    python -m benchmarks.lab_statistics --print     the tables alone
 
 Arms are compared within a seed. "tuned KD" is, in each seed, the plain KD whose cross-entropy weight has the lowest
 NLL on the held-out slice.
@@ -14,8 +14,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.lab_features import REGIMES, STORED, baselines, read_rows, tuned_ce
 from benchmarks.lab_students import kd_name

@@ -1,7 +1,7 @@
 """Renders stored runs as pages: docs/benchmarks/<name>.md with a table, and an SVG plot beside it.
 
-python benchmarks/render.py                                   every CSV of benchmarks/results
-python benchmarks/render.py out/kd_loss_cuda.csv --out out    one run, elsewhere
+python -m benchmarks.render                                   every CSV of benchmarks/results
+python -m benchmarks.render out/kd_loss_cuda.csv --out out    one run, elsewhere
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import (
     bench_bandwidth,

@@ -17,7 +17,7 @@ RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
 
 
 def render(stored: Path, out: Path) -> Path:
-    command = [sys.executable, str(ROOT / "benchmarks" / "render.py"), str(stored), "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.render", str(stored), "--out", str(out)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Path(done.stdout.strip())
 
@@ -51,10 +51,10 @@ def test_committed_pages_show_the_committed_numbers(stored: Path, tmp_path: Path
     pytest.importorskip("matplotlib")
     page = render(stored, tmp_path)
     committed = ROOT / "docs" / "benchmarks" / page.name
-    assert committed.is_file(), "run: python benchmarks/render.py"
-    assert page.read_text() == committed.read_text(), "run: python benchmarks/render.py"
+    assert committed.is_file(), "run: python -m benchmarks.render"
+    assert page.read_text() == committed.read_text(), "run: python -m benchmarks.render"
     for plot in tmp_path.glob("*.svg"):
-        assert labels(plot) == labels(committed.parent / plot.name), "run: python benchmarks/render.py"
+        assert labels(plot) == labels(committed.parent / plot.name), "run: python -m benchmarks.render"
         assert len(labels(plot)) >= 10
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from test_train_report import write_run
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import cifar100_runs
+from lrds_fast.report.runs import read_run
 
-from benchmarks import cifar100_runs  # noqa: E402
-from lrds_fast.report.runs import read_run  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_readme_and_page_are_of_the_stored_runs() -> None:

@@ -154,7 +154,7 @@ def test_benchmarks_need_no_git(has_commit: bool) -> None:
 
 def test_a_part_of_a_benchmark(tmp_path: Path) -> None:
     stored = tmp_path / "part.csv"
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_kd_loss.py"), "--quick", "--csv", str(stored)]
+    command = [sys.executable, "-m", "benchmarks.bench_kd_loss", "--quick", "--csv", str(stored)]
     command += ["--contenders", "eager", "--shapes", "128x100,256x1000", "--rounds", "1", "--budget", "1e-9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not stored.exists(), done.stderr

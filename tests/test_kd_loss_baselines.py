@@ -7,28 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from tolerances import assert_matches_reference
 from torch import Tensor
 
+from benchmarks import baselines
 from lrds_fast import reference
-
-
-def load(name: str) -> ModuleType:
-    """A module of benchmarks/, which is not installed."""
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-baselines = load("baselines")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

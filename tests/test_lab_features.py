@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import pytest
 import torch
 from influence_oracle import Case, relative_error
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import lab_features, lab_statistics, lab_students
 from benchmarks.lab_students import Arm, Problem, Revision, Scored, Selection, Training

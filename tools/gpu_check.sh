@@ -172,7 +172,7 @@ step_bench() {
         ;;
       *) limit=90 ;;
     esac
-    within "$limit" "$python" "benchmarks/bench_$suite.py" --device cuda --budget "$(plan "$limit")" "${more[@]}" \
+    within "$limit" "$python" -m "benchmarks.bench_$suite" --device cuda --budget "$(plan "$limit")" "${more[@]}" \
       --csv "$out/${suite}_cuda.csv" || code=1
   done
   return "$code"

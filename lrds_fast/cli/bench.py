@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -46,17 +47,17 @@ def run_suites(names: Sequence[str], *, device: str, threads: int, quick: bool, 
     rendered = []
     for name in names:
         stored = out / f"{name}_{device}.csv"
-        command = [sys.executable, str(known[name]), "--device", device, "--csv", str(stored)]
+        command = [sys.executable, "-m", f"benchmarks.{known[name].stem}", "--device", device, "--csv", str(stored)]
         command += ["--quick"] if quick else []
         command += ["--threads", str(threads)] if device == "cpu" else []
         _run(command, name)
-        renderer = known[name].with_name("render.py")
-        _run([sys.executable, str(renderer), str(stored), "--out", str(pages)], f"{name}'s page")
+        _run([sys.executable, "-m", "benchmarks.render", str(stored), "--out", str(pages)], f"{name}'s page")
         rendered.append(pages / f"{stored.stem}.md")
     return rendered
 
 
 def _run(command: list[str], what: str) -> None:
-    code = subprocess.run(command, check=False).returncode
+    path = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
     if code != 0:
         raise RuntimeError(f"{what} ended with exit code {code}; the command was: {' '.join(command)}")

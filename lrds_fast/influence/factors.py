@@ -30,7 +30,7 @@ from lrds_fast._numbers import integer
 from lrds_fast.files import replacing
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
 from lrds_fast.influence.batches import Batches, Data
-from lrds_fast.influence.curvature import check_curvature, pseudo_inverse, psd_eigh
+from lrds_fast.influence.curvature import check_curvature, psd_eigh, pseudo_inverse
 from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
 from lrds_fast.ranks import Ranks
 

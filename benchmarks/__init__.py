@@ -1,0 +1,1 @@
+"""Benchmarks and experiments of a source checkout: `python -m benchmarks` lists the programs."""
