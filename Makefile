@@ -102,7 +102,7 @@ $(VENV)-docs/installed: pyproject.toml constraints.txt tools/requirements.py
 	@touch $@
 
 docs: $(VENV)-docs/installed
-	$(VENV)-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(VENV)-docs/bin):$$PATH" $(VENV)-docs/bin/mkdocs build --strict --quiet
 
 wheels: $(VENV)/with-wheels-$(TORCH_NAME)
 	@tools/wheels.sh "$(VENV)"
