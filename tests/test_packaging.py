@@ -38,7 +38,10 @@ def test_version_has_one_home() -> None:
         if path.exists() and re.search(rf'"{re.escape(version)}"', path.read_text(encoding="utf-8")):
             homes.append(name)
     assert homes == ["lrds_fast/_version.py"]
-    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", changes, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", headings[1])
 
 
 @in_checkout
