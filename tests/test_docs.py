@@ -142,14 +142,27 @@ def test_arguments_in_docstrings_become_a_list(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
     import site_docstrings
 
-    text = "What it does.\nx, y: (N,) numbers,\n    of any kind.\nby: One of\n    ratio: a share.\nReturns a float."
-    assert site_docstrings.listed(text).splitlines() == [
-        "What it does.",
-        "",
-        "- `x`, `y`: (N,) numbers,",
-        "    of any kind.",
-        "- `by`: One of",
-        "    - `ratio`: a share.",
-        "",
-        "Returns a float.",
-    ]
+    text = """What it does.
+x, y: (N,) numbers,
+    of any kind.
+by: One of
+    ratio: a share.
+
+    Or both.
+size: a number.
+Returns a float."""
+    assert (
+        site_docstrings.listed(text)
+        == """What it does.
+
+- `x`, `y`: (N,) numbers,
+    of any kind.
+- `by`: One of
+    - `ratio`: a share.
+
+    Or both.
+
+- `size`: a number.
+
+Returns a float."""
+    )

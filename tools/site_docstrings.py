@@ -20,18 +20,20 @@ def listed(text: str) -> str:
     """A docstring as Markdown: a list item for each argument, four spaces deeper where its line is."""
     lines: list[str] = []
     inside = False  # an item is open
+    paragraphs = False  # and has several paragraphs
     for line in text.splitlines():
         found = _ARGUMENT.match(line)
         if found:
             indent, names = found.groups()
-            if not inside and lines and lines[-1]:
+            if (paragraphs or not inside) and lines and lines[-1]:
                 lines.append("")
             code = ", ".join(f"`{name}`" for name in names.split(", "))
             line = f"{indent}- {code}: {line[found.end() :]}"
-            inside = True
+            inside, paragraphs = True, False
         elif inside and line and not line.startswith(" ") and (_AFTER.match(line) or not lines[-1]):
             lines.append("")
             inside = False
+        paragraphs |= inside and not line
         lines.append(line)
     return "\n".join(lines)
 
