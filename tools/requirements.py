@@ -16,10 +16,10 @@ def requirements(text: str, extra: str = "dev", *, only: bool = False) -> list[s
 
     only: those of the extra, without the build system's and the package's.
     """
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+    else:
+        from pip._vendor import tomli as tomllib
     parsed = tomllib.loads(text)
     project = parsed["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
