@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import setuptools
 import torch
-import yaml
 
 import lrds_fast
 from lrds_fast import _build, _ops
@@ -302,9 +301,14 @@ def test_a_wheel_requires_the_torch_that_its_binary_fits(tmp_path: Path) -> None
     assert requirement("editable") == ">=2.11"
 
 
+def parsed(path: Path) -> Any:
+    """A YAML file."""
+    return pytest.importorskip("yaml").safe_load(path.read_text(encoding="utf-8"))
+
+
 def workflows() -> dict[str, dict[str, Any]]:
     """File name -> what each of GitHub's workflows says. YAML reads the key "on" as True."""
-    found = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    found = {path.name: parsed(path) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
     assert set(found) == {"lint.yml", "tests.yml", "docs.yml", "wheels.yml"}
     return found
 
@@ -366,7 +370,7 @@ def pins() -> dict[str, str]:
 
 @in_checkout
 def test_pre_commit_checks_with_the_versions_of_the_constraints() -> None:
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = parsed(ROOT / ".pre-commit-config.yaml")["repos"]
     versions = {repo["repo"].rpartition("/")[2]: repo["rev"] for repo in hooks if repo["repo"] != "local"}
     for repo, package in (
         ("ruff-pre-commit", "ruff"),
@@ -383,5 +387,5 @@ def test_placeholders_are_listed_where_a_release_is_described() -> None:
     for placeholder in re.findall(r"@ORGANISATION\S*", owners):
         assert f"`{placeholder}`" in releasing
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[bf]*.yml"):
-        fields = [part["id"] for part in yaml.safe_load(form.read_text())["body"]]
+        fields = [part["id"] for part in parsed(form)["body"]]
         assert len(set(fields)) == len(fields) == 3, form
