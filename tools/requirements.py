@@ -1,4 +1,8 @@
-"""Prints what pyproject.toml asks for, one requirement a line: build system, package, and an extra (default: dev)."""
+"""Prints what pyproject.toml asks for, one requirement a line.
+
+requirements.py [EXTRA]        build system, package, and an extra (default: dev)
+requirements.py --only EXTRA   the extra alone
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,19 @@ import sys
 from pathlib import Path
 
 
-def requirements(text: str, extra: str = "dev") -> list[str]:
-    """The requirements of `text`, a pyproject.toml, its own extras resolved. Runs before tomli is installed."""
-    try:
+def requirements(text: str, extra: str = "dev", *, only: bool = False) -> list[str]:
+    """The requirements of `text`, a pyproject.toml, its own extras resolved. Runs before tomli is installed.
+
+    only: those of the extra, without the build system's and the package's.
+    """
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+    else:
+        from pip._vendor import tomli as tomllib
     parsed = tomllib.loads(text)
     project = parsed["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
-    found = parsed["build-system"]["requires"] + project["dependencies"]
+    found = [] if only else parsed["build-system"]["requires"] + project["dependencies"]
 
     def add(extra: str) -> None:
         for requirement in extras[extra]:
@@ -32,4 +39,8 @@ def requirements(text: str, extra: str = "dev") -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(requirements(Path("pyproject.toml").read_text(encoding="utf-8"), *sys.argv[1:])) + "\n")
+    arguments = [argument for argument in sys.argv[1:] if argument != "--only"]
+    wanted = requirements(
+        Path("pyproject.toml").read_text(encoding="utf-8"), *arguments, only=len(arguments) < len(sys.argv) - 1
+    )
+    sys.stdout.write("\n".join(wanted) + "\n")
