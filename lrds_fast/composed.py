@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast._numbers import number
+from lrds_fast.arguments import check_pair
 from lrds_fast.divergences import REVISE_TEMPERATURE, resolve_revise
-from lrds_fast.functional import check_pair, kd_loss, revise_labels, temperatures
+from lrds_fast.functional import kd_loss, revise_labels
+from lrds_fast.options import temperatures
 from lrds_fast.reference import compute_dtype
 
 __all__ = ["dist_loss", "mlkd_loss", "revision_loss"]

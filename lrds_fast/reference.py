@@ -16,19 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast.arguments import check_teacher_rows, check_tensor
-from lrds_fast.divergences import (
-    DKD,
-    JSD,
-    KL,
-    MSE,
-    NKD,
-    REVISE_TEMPERATURE,
-    RKL,
-    RLD,
-    Divergence,
-    resolve,
-    resolve_revise,
-)
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, REVISE_TEMPERATURE, RKL, RLD, Divergence
+from lrds_fast.options import KDOptions, kd_options
+from lrds_fast.options import default_ce_weight_unselected as default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
 
 
@@ -46,12 +36,6 @@ class KDLossParts(NamedTuple):
     n_valid: Tensor
     n_selected: Tensor
     n_revised: Tensor
-
-
-def default_ce_weight_unselected(ce_weight: float, kd_weight: float) -> float:
-    """Cross-entropy weight of rows without teacher: ce + kd where that is a mixture (<= 1), else max(ce, 1)."""
-    total = ce_weight + kd_weight
-    return total if total <= 1.0 else max(ce_weight, 1.0)
 
 
 def compute_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype:
@@ -384,33 +368,22 @@ def _cross_entropy(
     return -_times_log(weight, F.log_softmax(z, dim=-1)).sum(dim=-1)
 
 
-def _distillation(
-    z: Tensor,
-    v: Tensor,
-    y: Tensor,
-    soft: Tensor | None,
-    *,
-    temperatures: Sequence[float],
-    revise: str | None,
-    eta: float,
-    revise_temperature: float | None,
-    divergence: Divergence,
-    standardize: bool,
-) -> tuple[Tensor, Tensor]:
+def _distillation(z: Tensor, v: Tensor, y: Tensor, soft: Tensor | None, options: KDOptions) -> tuple[Tensor, Tensor]:
     """The KD terms, added over the temperatures, (N,), and the rows that were revised at any of them, (N,) bool."""
     none = torch.zeros_like(y, dtype=torch.bool)
     if z.shape[-1] == 1:
         return (z[:, 0] + v[:, 0]) * 0.0, none
     raw_v = v
-    if standardize:
+    if options.standardize:
         z, v = _standardize(z), _standardize(v)
-    policy = None if isinstance(divergence, RLD) else revise
+    divergence = options.divergence_object()
+    policy = None if isinstance(divergence, RLD) else options.policy()
     loss, changed = torch.zeros_like(z[:, 0]), none
 
     def revise_at(temperature: float) -> Revised:
-        return _revise(v, raw_v, y, soft, temperature, eta, policy, revise_temperature)
+        return _revise(v, raw_v, y, soft, temperature, options.eta, policy, options.revise_temperature or None)
 
-    for temperature in temperatures:
+    for temperature in options.temperature:
         teacher = revise_at(temperature)
         rows = Rows(z, v, raw_v, y, temperature, teacher, revise_at)
         loss = loss + DIVERGENCES[type(divergence)](rows, divergence)
@@ -419,12 +392,130 @@ def _distillation(
 
 
 def _inverse(denominator: Tensor) -> Tensor:
-    """1 / denominator, 0 where nothing is left to average."""
+    """1 / denominator; 0 where it is 0, because then there is no row to average."""
     return torch.where(denominator == 0, 0.0, 1.0 / torch.where(denominator == 0, 1.0, denominator))
 
 
-def _temperatures(temperature: float | Sequence[float]) -> list[float]:
-    return list(temperature) if isinstance(temperature, (tuple, list)) else [temperature]  # type: ignore[list-item]
+class _Weights(NamedTuple):
+    """The weights of each row's terms, (N,). valid: bool, the rows that are not ignored. selected, ce, kd: floating."""
+
+    valid: Tensor
+    selected: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+def _row_weights(valid: Tensor, selected: Tensor, options: KDOptions) -> _Weights:
+    ce = selected * options.ce_weight + (1.0 - selected) * options.ce_weight_unselected
+    return _Weights(valid, selected, ce, selected * options.kd_weight)
+
+
+def _terms(
+    z: Tensor,
+    v: Tensor,
+    y: Tensor,
+    soft: Tensor | None,
+    weights: _Weights,
+    class_weight: Tensor | None,
+    options: KDOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted terms of each row, CE and KD, (N,), and the rows whose teacher was revised, (N,) bool.
+
+    A term of weight 0 is neither read nor added: its logits are replaced before any arithmetic, so that an inf or a NaN
+    in a row that the term does not use reaches neither the loss nor the gradient.
+    """
+    use_ce = weights.valid & (weights.ce != 0)
+    ce_rows = _cross_entropy(torch.where(use_ce[:, None], z, 0.0), y, soft, options.label_smoothing, class_weight)
+    use_kd = weights.valid & (weights.kd != 0)
+    kd_z, kd_v = torch.where(use_kd[:, None], z, 0.0), torch.where(use_kd[:, None], v, 0.0)
+    kd_rows, changed = _distillation(kd_z, kd_v, y, soft, options)
+    return (
+        torch.where(use_ce, weights.ce * ce_rows, 0.0),
+        torch.where(use_kd, weights.kd * kd_rows, 0.0),
+        use_kd & changed,
+    )
+
+
+def _reduced(
+    ce: Tensor,
+    kd: Tensor,
+    shape: torch.Size,
+    reduction: str,
+    num_valid: Tensor,
+    weight_sum: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Both terms (N,), reduced.
+
+    shape: the logits', (..., C). num_valid, weight_sum: 0-d, the denominators of KD and CE in a mean.
+    """
+    if reduction == "none":
+        return ce.reshape(shape[:-1]), kd.reshape(shape[:-1])
+    ce, kd = ce.sum(), kd.sum()
+    if reduction == "mean":
+        return ce * _inverse(weight_sum), kd * _inverse(num_valid)
+    if reduction == "elementmean":
+        return ce * _inverse(num_valid * shape[-1]), kd * _inverse(num_valid * shape[-1])
+    return ce, kd
+
+
+def _teacher_logits(student_logits: Tensor, teacher_logits: Tensor | TopKTeacher, teacher_rows: int | None) -> Tensor:
+    """The teacher's logits (..., C); those of a cached teacher are float32, or float64 if any are."""
+    check_tensor("student_logits", student_logits)
+    if isinstance(teacher_logits, TopKTeacher):
+        dtype = compute_dtype(student_logits, teacher_logits.values)
+        teacher_logits = teacher_logits.dense(student_logits.shape[-1], dtype)
+    check_tensor("teacher_logits", teacher_logits)
+    check_teacher_rows(student_logits.shape, teacher_logits.shape, teacher_rows)
+    return teacher_logits
+
+
+def loss_parts(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
+    target: Tensor,
+    options: KDOptions,
+    *,
+    selected: Tensor | None = None,
+    teacher_rows: int | None = None,
+    class_weight: Tensor | None = None,
+    num_valid: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
+) -> KDLossParts:
+    """kd_loss_parts for hyperparameters that have been checked. The other arguments are those of kd_loss."""
+    teacher_logits = _teacher_logits(student_logits, teacher_logits, teacher_rows)
+    classes = student_logits.shape[-1]
+    dtype = compute_dtype(student_logits, teacher_logits)
+    z = student_logits.reshape(-1, classes).to(dtype)
+    v = teacher_logits.detach().reshape(-1, classes).to(dtype)
+    y, soft = _targets(target, classes, dtype)
+    valid = torch.ones_like(y, dtype=torch.bool) if soft is not None else y != options.ignore_index
+    y = torch.where(valid, y, 0)
+    rows, prefix = z.shape[0], v.shape[0]
+    if selected is None:
+        selected = torch.arange(rows, device=z.device) < prefix
+    if prefix < rows:
+        v = torch.cat([v, v.new_zeros(rows - prefix, classes)])
+    weights = _row_weights(valid, selected.detach().reshape(-1).to(dtype), options)
+    class_weight = None if class_weight is None else class_weight.detach().to(dtype)
+    ce, kd, revised = _terms(z, v, y, soft, weights, class_weight, options)
+
+    def scalar(value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=dtype, device=z.device).detach().reshape(())
+
+    n_valid = valid.sum()
+    count = ce_count = scalar(n_valid if num_valid is None else num_valid)
+    if class_weight is not None and soft is None:
+        counted = torch.where(valid, class_weight[y], 0.0).sum()
+        ce_count = scalar(counted if weight_sum is None else weight_sum)
+    ce, kd = _reduced(ce, kd, student_logits.shape, options.reduction_name(), count, ce_count)
+    return KDLossParts(
+        loss=ce + kd,
+        ce=ce.detach(),
+        kd=kd.detach(),
+        n_valid=n_valid,
+        n_selected=(valid & (weights.selected > 0)).sum(),
+        n_revised=revised.sum(),
+    )
 
 
 def kd_loss_parts(
@@ -453,85 +544,33 @@ def kd_loss_parts(
 ) -> KDLossParts:
     """kd_loss_parts as a composition of PyTorch ops; see lrds_fast.kd_loss_parts for the arguments.
 
-    grad_scale is accepted and has no effect: it only says how a rounded gradient may be stored.
+    grad_scale is accepted and has no effect: nothing is rounded here.
     """
     del grad_scale
-    if ce_weight_unselected is None:
-        ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
-    check_tensor("student_logits", student_logits)
-    classes = student_logits.shape[-1]
-    if isinstance(teacher_logits, TopKTeacher):
-        wide = torch.float64 in (student_logits.dtype, teacher_logits.values.dtype)
-        teacher_logits = teacher_logits.dense(classes, torch.float64 if wide else torch.float32)
-    check_tensor("teacher_logits", teacher_logits)
-    check_teacher_rows(student_logits.shape, teacher_logits.shape, teacher_rows)
-    revise = resolve_revise(revise)
-    dtype = compute_dtype(student_logits, teacher_logits)
-    z = student_logits.reshape(-1, classes).to(dtype)
-    v = teacher_logits.detach().reshape(-1, classes).to(dtype)
-    y, soft = _targets(target, classes, dtype)
-    rows, taught = z.shape[0], v.shape[0]
-    class_weight = None if class_weight is None else class_weight.detach().to(dtype)
-
-    valid = torch.ones_like(y, dtype=torch.bool) if soft is not None else y != ignore_index
-    y = torch.where(valid, y, 0)
-    if selected is not None:
-        w = selected.detach().reshape(-1).to(dtype)
-    else:
-        w = (torch.arange(rows, device=z.device) < taught).to(dtype)
-    w_ce = w * ce_weight + (1.0 - w) * ce_weight_unselected
-    w_kd = w * kd_weight
-    if taught < rows:
-        v = torch.cat([v, v.new_zeros(rows - taught, classes)])
-
-    # A term of weight 0 is neither read nor added: its logits are replaced before any arithmetic, so that an inf or
-    # a NaN in a row that nobody asked for reaches neither the loss nor the gradient.
-    use_ce = valid & (w_ce != 0)
-    z_ce = torch.where(use_ce[:, None], z, 0.0)
-    ce = torch.where(use_ce, w_ce * _cross_entropy(z_ce, y, soft, label_smoothing, class_weight), 0.0)
-
-    use_kd = valid & (w_kd != 0)
-    kd_rows, changed = _distillation(
-        torch.where(use_kd[:, None], z, 0.0),
-        torch.where(use_kd[:, None], v, 0.0),
-        y,
-        soft,
-        temperatures=_temperatures(temperature),
-        revise=revise,
-        eta=eta,
-        revise_temperature=revise_temperature,
-        divergence=resolve(divergence),
-        standardize=standardize,
-    )
-    kd = torch.where(use_kd, w_kd * kd_rows, 0.0)
-
-    n_valid = valid.sum()
-    lead = student_logits.shape[:-1]
-    if reduction == "none":
-        ce, kd = ce.reshape(lead), kd.reshape(lead)
-    elif reduction in ("mean", "elementmean"):
-
-        def number(given: Tensor | float | None, counted: Tensor) -> Tensor:
-            number = torch.as_tensor(counted if given is None else given, dtype=dtype, device=z.device)
-            return number.detach().reshape(())
-
-        count = number(num_valid, n_valid) * (classes if reduction == "elementmean" else 1)
-        ce_count = count
-        if reduction == "mean" and class_weight is not None and soft is None:
-            ce_count = number(weight_sum, torch.where(valid, class_weight[y], 0.0).sum())
-        ce, kd = ce.sum() * _inverse(ce_count), kd.sum() * _inverse(count)
-    elif reduction == "sum":
-        ce, kd = ce.sum(), kd.sum()
-    else:
-        raise ValueError(f"reduction must be 'mean', 'sum', 'none' or 'elementmean'; got {reduction!r}")
-    selected_rows = valid & (w > 0)
-    return KDLossParts(
-        loss=ce + kd,
-        ce=ce.detach(),
-        kd=kd.detach(),
-        n_valid=n_valid,
-        n_selected=selected_rows.sum(),
-        n_revised=(use_kd & changed).sum(),
+    return loss_parts(
+        student_logits,
+        teacher_logits,
+        target,
+        kd_options(
+            temperature,
+            ce_weight,
+            kd_weight,
+            ce_weight_unselected,
+            revise,
+            eta,
+            revise_temperature,
+            divergence,
+            standardize,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            signed=True,
+        ),
+        selected=selected,
+        teacher_rows=teacher_rows,
+        class_weight=class_weight,
+        num_valid=num_valid,
+        weight_sum=weight_sum,
     )
 
 
@@ -560,28 +599,31 @@ def kd_loss(
     grad_scale: Tensor | float | None = None,
 ) -> Tensor:
     """kd_loss as a composition of PyTorch ops; see lrds_fast.kd_loss for the arguments."""
-    return kd_loss_parts(
+    del grad_scale
+    return loss_parts(
         student_logits,
         teacher_logits,
         target,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        ce_weight_unselected=ce_weight_unselected,
-        revise=revise,
-        eta=eta,
-        revise_temperature=revise_temperature,
+        kd_options(
+            temperature,
+            ce_weight,
+            kd_weight,
+            ce_weight_unselected,
+            revise,
+            eta,
+            revise_temperature,
+            divergence,
+            standardize,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            signed=True,
+        ),
         selected=selected,
         teacher_rows=teacher_rows,
-        divergence=divergence,
-        standardize=standardize,
-        label_smoothing=label_smoothing,
         class_weight=class_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
         num_valid=num_valid,
         weight_sum=weight_sum,
-        grad_scale=grad_scale,
     ).loss
 
 
@@ -609,7 +651,15 @@ def kd_logit_gradient(
     check_tensor("student_logits", student_logits)
     check_tensor("teacher_logits", teacher_logits)
     check_teacher_rows(student_logits.shape, teacher_logits.shape, None)
-    revise = resolve_revise(revise)
+    options = kd_options(
+        temperature,
+        revise=revise,
+        eta=eta,
+        revise_temperature=revise_temperature,
+        divergence=divergence,
+        standardize=standardize,
+        label_smoothing=label_smoothing,
+    )
     dtype = compute_dtype(student_logits, teacher_logits)
     y, soft = _targets(target, student_logits.shape[-1], dtype)
     v = teacher_logits.detach().to(dtype)
@@ -617,20 +667,9 @@ def kd_logit_gradient(
         z = student_logits.detach().to(dtype).requires_grad_()
         loss = z.new_zeros(())
         if ce_weight != 0:
-            loss = loss + ce_weight * _cross_entropy(z, y, soft, label_smoothing, class_weight).sum()
+            loss = loss + ce_weight * _cross_entropy(z, y, soft, options.label_smoothing, class_weight).sum()
         if kd_weight != 0:
-            rows, _ = _distillation(
-                z,
-                v,
-                y,
-                soft,
-                temperatures=_temperatures(temperature),
-                revise=revise,
-                eta=eta,
-                revise_temperature=revise_temperature,
-                divergence=resolve(divergence),
-                standardize=standardize,
-            )
+            rows, _ = _distillation(z, v, y, soft, options)
             loss = loss + kd_weight * rows.sum()
         if not loss.requires_grad:
             return torch.zeros_like(z)
