@@ -25,8 +25,10 @@ _ELSEWHERE |= dict.fromkeys(("beta", "gamma"), _DIVERGENCE)
 
 
 def check_tensor(name: str, value: object, holds: str = "logits", attribute: str = "logits") -> None:
-    """TypeError unless value is a Tensor. holds: its content, for the error. attribute: the attribute to suggest if a
-    model's output object was passed."""
+    """TypeError unless value is a Tensor.
+
+    holds: the content, for the message. attribute: where a model's output object has the tensor, for the message.
+    """
     if isinstance(value, Tensor):
         return
     hint = ""
@@ -44,27 +46,27 @@ def check_tensor(name: str, value: object, holds: str = "logits", attribute: str
 def check_teacher_rows(
     student: Sequence[int], teacher: Sequence[int], teacher_rows: object, *, of: str = "logits"
 ) -> None:
-    """ValueError unless the teacher has as many rows as the student or, with teacher_rows, that many.
+    """ValueError unless the teacher has as many rows as the student or, with teacher_rows, teacher_rows rows.
 
     student, teacher: shapes of student_{of} and teacher_{of}, (..., size of a row). teacher_rows: None, or the number
     of flattened rows K that the teacher has, as (K, size) or (B', ..., size); TypeError for anything but an int.
     """
     lead = tuple(student[:-1])
-    rows, given = math.prod(lead), math.prod(teacher[:-1])
-    is_prefix = given <= rows and (len(teacher) == 2 or tuple(teacher[1:-1]) == lead[1:])
+    rows, prefix = math.prod(lead), math.prod(teacher[:-1])
+    is_prefix = prefix <= rows and (len(teacher) == 2 or tuple(teacher[1:-1]) == lead[1:])
     if teacher_rows is None:
-        if is_prefix and given == rows:
+        if is_prefix and prefix == rows:
             return
-        hint = f" If the teacher ran on the first {given} rows only, pass teacher_rows={given}" if is_prefix else ""
+        hint = f" If the teacher ran on the first {prefix} rows only, pass teacher_rows={prefix}" if is_prefix else ""
         raise ValueError(
             f"teacher_{of} must have a row for each row of student_{of} {tuple(student)}; got {tuple(teacher)}: "
             f"check that both are shifted by the same tokens and come from the same batch.{hint}"
         )
     if not isinstance(teacher_rows, torch.SymInt):
         teacher_rows = integer("teacher_rows", teacher_rows, "an int or None")
-    if given != teacher_rows:
+    if prefix != teacher_rows:
         raise ValueError(
-            f"teacher_rows must be the number of rows in teacher_{of}, {given} in shape {tuple(teacher)}; "
+            f"teacher_rows must be the number of rows in teacher_{of}, {prefix} in shape {tuple(teacher)}; "
             f"got {teacher_rows}"
         )
     if not is_prefix:
@@ -84,9 +86,9 @@ def check_logits(name: str, logits: Any) -> None:
 
 
 def _check_class_dimension(name: str, shape: Sequence[int], target: Tensor) -> None:
-    """ValueError where the target fits logits of layout (..., C) and of layout (N, C, H, W): they are ambiguous.
+    """ValueError if the target fits the logits in layout (..., C) and in layout (N, C, H, W).
 
-    Three dimensions are always (B, T, C), because T = C is common (a byte model over 256 tokens).
+    Three dimensions always mean (B, T, C), because T = C is common: a byte model over 256 tokens.
     """
     if len(shape) > 3 and (target.is_floating_point() or all(size == shape[-1] for size in shape[1:])):
         raise ValueError(
@@ -97,7 +99,7 @@ def _check_class_dimension(name: str, shape: Sequence[int], target: Tensor) -> N
 
 
 def _class_dimension_hint(name: str, shape: Sequence[int], target: Sequence[int]) -> str:
-    """A hint for errors, if the shapes fit logits with their classes in dimension 1; else ""."""
+    """A hint for the error if the shapes fit logits with their classes in dimension 1; else ""."""
     inner = tuple(shape[2:])
     likely = ((shape[0], *inner), (shape[0], *inner, shape[1]), (shape[0], shape[-1], *shape[1:-1]))
     if len(shape) < 3 or tuple(target) not in likely:
@@ -109,7 +111,7 @@ def check_target(target: object, student: Tensor, name: str = "student_logits", 
     """Checks class indices of `student`'s leading shape or, with `probabilities`, a distribution for each of its rows.
 
     student: logits or hidden states (..., size of a row). name: what the user calls them. Raises TypeError for a wrong
-    dtype, ValueError for a wrong shape or device. The values are check_values' to check.
+    dtype, ValueError for a wrong shape or device. check_values checks the values.
     """
     if not isinstance(target, Tensor):
         hint = ""
@@ -166,6 +168,7 @@ def check_selected(selected: object, student: Tensor, teacher_rows: int | None, 
 
 
 def check_class_weight(class_weight: object, classes: int, device: torch.device) -> None:
+    """Checks a floating Tensor (classes,) on `device`. Raises TypeError, ValueError."""
     if not isinstance(class_weight, Tensor):
         raise TypeError(f"class_weight must be a Tensor of {classes} weights; got {type(class_weight).__name__}")
     if not class_weight.dtype.is_floating_point:
@@ -177,8 +180,8 @@ def check_class_weight(class_weight: object, classes: int, device: torch.device)
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether the values can be read: not on CUDA, where reading synchronises, not while tracing, not under vmap."""
-    # Fake tensors are a subclass without data.
+    """Whether the values can be read: not on CUDA, where reading synchronises; not in a trace; not under vmap."""
+    # Fake tensors, a subclass, have no data.
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False
     functorch = torch._C._functorch
@@ -234,6 +237,11 @@ def check_pair(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | 
 
 
 def scalar_argument(name: str, value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """A number, or a tensor of one element, as a tensor on the device of `like`; None as None.
+
+    name: num_valid and weight_sum must be >= 0, grad_scale > 0; the values of tensors are not read. Raises TypeError,
+    ValueError.
+    """
     if value is None:
         return None
     if isinstance(value, Tensor):
@@ -245,7 +253,7 @@ def scalar_argument(name: str, value: Tensor | float | None, like: Tensor) -> Te
     value = number(name, value, "a number or a tensor of one element")
     if not math.isfinite(value) or value < 0 or (value == 0 and name == "grad_scale"):
         raise ValueError(f"{name} must be finite and {'> 0' if name == 'grad_scale' else '>= 0'}; got {value!r}")
-    # torch.full fills on the device: a copy from the host would wait for it.
+    # torch.full fills on the device; a copy from the host would synchronise.
     return torch.full(
         (),
         value,
@@ -255,7 +263,7 @@ def scalar_argument(name: str, value: Tensor | float | None, like: Tensor) -> Te
 
 
 def unknown_keyword(function: Callable[..., Any], unknown: Iterable[str]) -> TypeError:
-    """The TypeError for the first unknown keyword of a call, with the argument that it may stand for."""
+    """The TypeError for the first unknown keyword of a call, which names the most similar known one."""
     name = next(iter(unknown))
     parameters = inspect.signature(function).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]

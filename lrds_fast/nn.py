@@ -1,4 +1,4 @@
-"""The losses as modules: they hold hyperparameters and call lrds_fast.functional."""
+"""The loss as a module, which stores the hyperparameters and calls kd_loss."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from lrds_fast.topk import TopKTeacher
 
 
 class KDLoss(nn.Module):
-    """kd_loss as a module: KDLoss(4.0), or keywords as lrds_fast.kd_loss, which become attributes of the same names.
+    """kd_loss as a module: KDLoss(4.0), or the keywords of kd_loss, which become attributes of the same names.
 
-    Hyperparameters are checked here, once more on every call (they may be assigned to), and raise ValueError or
-    TypeError. The module has no parameters; class_weight is a buffer. torch.compile treats numbers as constants: it
-    recompiles when a weight changes and, after torch._dynamo.config.recompile_limit (8) recompilations, runs uncompiled
-    with the same results. Do not compile a loss whose weights change every epoch: it is a single op already.
+    The constructor checks the hyperparameters, and so does every call, because the attributes can be assigned to. They
+    raise ValueError or TypeError. The module has no parameters; class_weight is a buffer. torch.compile treats numbers
+    as constants: it recompiles when a weight changes and, after torch._dynamo.config.recompile_limit (8)
+    recompilations, runs the loss uncompiled, with the same results. Do not compile a loss whose weights change every
+    epoch: it is a single op already.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class KDLoss(nn.Module):
         self.divergence = divergence
         self.standardize = standardize
         self.label_smoothing = checked.label_smoothing
-        # As nn.CrossEntropyLoss keeps it: a buffer, so that .to(device) moves it.
+        # A buffer, as in nn.CrossEntropyLoss, so that .to(device) moves it.
         self.register_buffer("class_weight", class_weight)
         self.class_weight: Tensor | None
         self.ignore_index = checked.ignore_index
@@ -78,7 +79,7 @@ class KDLoss(nn.Module):
 
     @property
     def resolved_ce_weight_unselected(self) -> float:
-        """The CE weight of rows without teacher, default included."""
+        """The CE weight of rows without a teacher: ce_weight_unselected, or its default."""
         if self.ce_weight_unselected is not None:
             return self.ce_weight_unselected
         return default_ce_weight_unselected(self.ce_weight, self.kd_weight)

@@ -1,4 +1,4 @@
-"""A teacher that was cached: its largest logits of every row, and what the rest adds up to."""
+"""A cached teacher: the largest logits of every row, and the logsumexp of the others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lrds_fast.arguments import check_tensor
 class TopKTeacher(NamedTuple):
     """The k largest teacher logits of each row. kd_loss takes it in place of teacher_logits.
 
-    values: (..., k) floating logits. indices: (..., k) int64/int32, their classes, each once. logsumexp: (...,)
-    floating, logsumexp(v / temperature) over all classes. temperature: the T it was taken at, and kd_loss's.
-    rest: (...,) floating, logsumexp(v / temperature) over the classes that are not kept (-inf if all are kept), which
-    share it evenly. None: computed from logsumexp and values. For a confident teacher that difference consists of
-    rounding errors; it is clamped between the resolution of logsumexp's dtype and the value that it has if every other
-    class equals the smallest kept one. torch.utils.data.default_collate batches TopKTeachers of one temperature.
+    values: (..., k) floating logits. indices: (..., k) int64/int32, their classes, each once. temperature: T, also that
+    of kd_loss. logsumexp: (...,) floating, logsumexp(v / T) over all classes.
+    rest: (...,) floating, logsumexp(v / T) over the classes that are not kept, -inf if all are kept. Their probability
+    is spread evenly over them. None: the difference of logsumexp and values. For a confident teacher this difference
+    consists of rounding errors; it is clamped between the resolution of logsumexp's dtype and its value if every other
+    class had the smallest kept logit. torch.utils.data.default_collate batches TopKTeachers of one temperature.
     """
 
     values: Tensor
@@ -110,7 +110,7 @@ def check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) -> 
 
 
 def _collate(teachers: Sequence[TopKTeacher], *, collate_fn_map: object = None) -> TopKTeacher:
-    """Collates TopKTeachers of samples. Raises ValueError if temperatures differ or only some have a rest."""
+    """A batch of the samples' TopKTeachers. Raises ValueError if temperatures differ or only some have a rest."""
     temperatures = {teacher.temperature for teacher in teachers}
     if len(temperatures) != 1:
         raise ValueError(f"the TopKTeachers of a batch must have one temperature; got {sorted(temperatures)}")
