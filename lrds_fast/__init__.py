@@ -1,12 +1,11 @@
-"""Knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693), fast.
+"""Fast knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693).
 
 kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD: its divergences. TopKTeacher: a cached
-teacher. linear_kd_loss: from hidden states and classifiers. revision_loss, dist_loss, mlkd_loss: losses over a batch.
-revise_labels: the revised teacher. influence: scores of samples.
-select, Selection: which samples keep their teacher. models: networks by name. reference: everything in plain PyTorch.
+teacher. linear_kd_loss: the loss from hidden states and classifiers. revision_loss, dist_loss, mlkd_loss: losses that
+compare the rows of a batch. revise_labels: the revised teacher. influence: scores of samples. select, select_jointly,
+Selection: which samples keep their teacher. models: networks by name. reference: every op in plain PyTorch.
 
-Names are loaded when they are first used. torch.ops.lrds_fast is there from then on, or by importing
-lrds_fast.functional.
+A name is imported when it is first used. Importing any loss, or lrds_fast.functional, registers torch.ops.lrds_fast.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ __all__ = [
     "select_jointly",
 ]
 
-# Loaded on first use: the command line starts without PyTorch, and kd_loss without Parquet and the models.
+# Imported on first use, so that the command line starts without PyTorch, and kd_loss without Parquet and the models.
 _NAMES = {
     "_ops": ("_C",),
     "composed": ("dist_loss", "mlkd_loss", "revision_loss"),

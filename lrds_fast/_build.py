@@ -1,4 +1,4 @@
-"""What was built, for which torch, and why it would not load. Reads files only; loads nothing."""
+"""The facts of the build, and the reasons why the extension may not load. Reads files only; imports no torch."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def installed_torch() -> dict[str, str | None] | None:
         text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
     except OSError:
         return None
-    found = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= *['\"]([^'\"]+)['\"]", text, re.MULTILINE))
-    return {"version": found.get("__version__", "unknown"), "cuda": found.get("cuda")}
+    values = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= *['\"]([^'\"]+)['\"]", text, re.MULTILINE))
+    return {"version": values.get("__version__", "unknown"), "cuda": values.get("cuda")}
 
 
 def problem(torch_version: str | None = None) -> str | None:
@@ -49,19 +49,19 @@ def problem(torch_version: str | None = None) -> str | None:
     if torch_version is None:
         torch = installed_torch()
         if torch is None:
-            wanted = f"=={_release(facts['torch_version'])}.*" if facts else ">=2.11"
-            return f"lrds_fast needs PyTorch, which {sys.executable} does not have: pip install 'torch{wanted}'"
+            versions = f"=={_release(facts['torch_version'])}.*" if facts else ">=2.11"
+            return f"lrds_fast needs PyTorch, which {sys.executable} does not have: pip install 'torch{versions}'"
         torch_version = str(torch["version"])
     if _extension(_HERE) is None:
         return _not_built()
     return None if facts is None else mismatch(facts["torch_version"], torch_version)
 
 
-def mismatch(built: str, found: str) -> str | None:
+def mismatch(built_for: str, installed: str) -> str | None:
     """The error for an extension built for another minor release of torch; None if the releases agree."""
-    if "unknown" in (built, found) or _release(built) == _release(found):
+    if "unknown" in (built_for, installed) or _release(built_for) == _release(installed):
         return None
-    return f"lrds_fast was built for torch {built}, this is torch {found}; rebuild it: {how_to_rebuild()}"
+    return f"lrds_fast was built for torch {built_for}, this is torch {installed}; rebuild it: {how_to_rebuild()}"
 
 
 def how_to_rebuild() -> str:

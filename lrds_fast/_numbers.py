@@ -1,4 +1,4 @@
-"""Numbers as arguments: of Python and NumPy, and arrays and tensors of shape ()."""
+"""Numbers as arguments: Python's, NumPy's, and arrays and tensors of shape ()."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def _python(name: str, value: Any) -> Any:
 def number(name: str, value: Any, what: str = "a number") -> float:
     """`value` as a Python int or float: a number of Python or NumPy, or an array or tensor of shape ().
 
-    A tensor must be on the CPU and require no gradient. Raises TypeError, "`name` must be `what`", for anything else.
+    A tensor must be on the CPU and require no gradient. Anything else raises TypeError: "`name` must be `what`; got x".
     """
     if type(value) is float:  # the common case costs one comparison
         return value
-    found = value if type(value) is int else _python(name, value)
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
+    scalar = value if type(value) is int else _python(name, value)
+    if isinstance(scalar, bool) or not isinstance(scalar, (int, float)):
         raise TypeError(f"{name} must be {what}; got {value!r}")
-    return found
+    return scalar
 
 
 def integer(name: str, value: Any, what: str = "an int") -> int:
-    """`value` as a Python int. As number(), but floats are a TypeError, whole ones too."""
-    found = value if type(value) is int else _python(name, value)
-    if isinstance(found, bool) or not isinstance(found, int):
+    """`value` as a Python int. Like number(), but any float raises TypeError."""
+    scalar = value if type(value) is int else _python(name, value)
+    if isinstance(scalar, bool) or not isinstance(scalar, int):
         raise TypeError(f"{name} must be {what}; got {value!r}")
-    return found
+    return scalar

@@ -1,4 +1,4 @@
-"""Loads the compiled operators and tells PyTorch their shapes without data (fake kernels, for torch.compile)."""
+"""Loads the compiled operators and registers their fake kernels, from which torch.compile learns shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lrds_fast import _build
 
-_found = _build.problem(torch.__version__)
-if _found:
-    raise ImportError(_found)
+_problem = _build.problem(torch.__version__)
+if _problem:
+    raise ImportError(_problem)
 try:
     import lrds_fast._C as _C
 except ImportError as error:
@@ -20,12 +20,12 @@ except ImportError as error:
         f"lrds_fast's extension does not load with torch {torch.__version__} ({str(error).splitlines()[0][:150]});"
         f" rebuild it: {_build.how_to_rebuild()}"
     ) from None
-_found = _build.mismatch(_C.build_info()["torch_version"], torch.__version__)
-if _found:
-    raise ImportError(_found)
+_problem = _build.mismatch(_C.build_info()["torch_version"], torch.__version__)
+if _problem:
+    raise ImportError(_problem)
 
 NO_REDUCTION = 0
-"""The `reduction` of the operators that means one loss per row (see csrc/core/kd_loss.h)."""
+"""The operators' code of the reduction "none", one loss per row (csrc/core/kd_loss.h: Reduction)."""
 
 
 def _accumulate(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -33,8 +33,8 @@ def _accumulate(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-# The operators of the loss share their parameters (csrc/torch/kd_loss.cpp: kParameters); shapes depend on a few.
-# PyTorch hands a fake kernel the arguments as the caller did: by position or by name.
+# The operators of the loss share their parameters (csrc/torch/kd_loss.cpp: kParameters); the shapes of the results
+# depend on three of them. A fake kernel gets each argument as the caller passed it: by position or by name.
 _PARAMETERS = tuple(argument.name for argument in torch.ops.lrds_fast.kd_loss.default._schema.arguments)
 
 
@@ -65,8 +65,9 @@ def _kd_loss_forward(
     *args: Any, with_gradient: bool | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     student, teacher, reduction = _shape_arguments(args, kwargs)
-    wanted = args[-1] if with_gradient is None else with_gradient
-    gradient = _empty_contiguous(student) if wanted else student.new_empty(0)
+    if with_gradient is None:
+        with_gradient = args[-1]
+    gradient = _empty_contiguous(student) if with_gradient else student.new_empty(0)
     return (*_loss_outputs(student, teacher, reduction), gradient)
 
 
@@ -103,7 +104,7 @@ _LIBRARY = torch.library.Library("lrds_fast", "IMPL")
 
 
 def implement_composite(function: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
-    """Registers `function`, kd_loss in PyTorch ops, for the derivatives that csrc/torch/kd_loss.cpp cannot compute."""
+    """Registers `function`, which is kd_loss in PyTorch ops, for the derivatives that the kernels do not compute."""
     _LIBRARY.impl("kd_loss_composite", function, "CompositeImplicitAutograd")
 
 

@@ -1,4 +1,4 @@
-"""Losses of the field that need more than a row at a time, put together from kd_loss and PyTorch ops."""
+"""Published losses that compare the rows of a batch, composed of kd_loss and PyTorch ops."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast._numbers import number
+from lrds_fast.arguments import check_pair
 from lrds_fast.divergences import REVISE_TEMPERATURE, resolve_revise
-from lrds_fast.functional import check_pair, kd_loss, revise_labels, temperatures
+from lrds_fast.functional import kd_loss, revise_labels
+from lrds_fast.options import temperatures
 from lrds_fast.reference import compute_dtype
 
 __all__ = ["dist_loss", "mlkd_loss", "revision_loss"]
 
 _EPSILON = 1e-8
-"""Added to the product of norms in a correlation: that of a constant row is 0."""
+"""Added to the product of norms in a correlation, so that the correlation of a constant row is 0."""
 
 
 def _weight(name: str, value: float) -> float:
-    found = number(name, value)
-    if not math.isfinite(found) or found < 0:
+    weight = number(name, value)
+    if not math.isfinite(weight) or weight < 0:
         raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
-    return found
+    return weight
 
 
 def revision_loss(
@@ -37,14 +39,14 @@ def revision_loss(
 ) -> Tensor:
     """mean_R CE + lambda1 * mean_{R,k} (z - v)^2 + lambda2 * mean_{W,k} (softmax(z) - p')^2, all at T = 1.
 
-    R are the rows whose teacher is right (its top class is the target, ties included), W the others; an empty set
-    contributes 0. This is the objective in which label revision has been re-implemented publicly: wrong rows get no
-    cross-entropy, right rows match raw logits.
+    R are the rows where the teacher is right (its top class is the target, ties included), W the others; an empty set
+    contributes 0. Public re-implementations of label revision have this objective: wrong rows have no cross-entropy,
+    right rows match raw logits.
 
     student_logits, teacher_logits: (N, C) floating. target: (N,) int64/int32 in [0, C). lambda1, lambda2 >= 0, eta in
-    (0, 1). Returns a 0-d float32 tensor (float64 for float64 logits). The sets are counted on the device: nothing
-    synchronises, and in DDP each process averages over its own rows. Raises ValueError or TypeError naming the
-    argument. Source: Sun et al., "Knowledge Distillation with Refined Logits", 2024, on Lan et al., arXiv 2404.03693.
+    (0, 1). Returns a 0-d float32 tensor (float64 for float64 logits). The device counts the sets, so nothing
+    synchronises; in DDP each process averages over its rows alone. Raises ValueError or TypeError naming the argument.
+    Source: Sun et al., "Knowledge Distillation with Refined Logits", 2024, on Lan et al., arXiv 2404.03693.
     """
     lambda1, lambda2 = _weight("lambda1", lambda1), _weight("lambda2", lambda2)
     check_pair(student_logits, teacher_logits, target)
@@ -97,8 +99,8 @@ def dist_loss(
 ) -> Tensor:
     """T^2 [beta (1 - mean_i corr(q_i., p_i.)) + gamma (1 - mean_k corr(q_.k, p_.k))], corr Pearson's correlation.
 
-    q, p = softmax of the logits at T. The first term relates classes within a sample, the second samples within a
-    class; the second is over the rows of this call.
+    q, p = softmax of the logits at T. The first term compares the classes within each sample, the second the samples
+    within each class, over the rows of this call.
 
     student_logits, teacher_logits: (N, C) floating; the teacher gets no gradient. beta, gamma >= 0; temperature > 0.
     Returns a 0-d float32 tensor (float64 for float64 logits), 0 for no rows. Raises ValueError or TypeError naming the
@@ -135,14 +137,14 @@ def mlkd_loss(
 ) -> Tensor:
     """ce_weight * CE + kd_weight * sum_T [T^2 KL(p' || q) + batch_weight * B_T + category_weight * C_T].
 
-    With Q, P the (N, C) matrices of q and p' at T: B_T = |Q Q^T - P P^T|^2 / N relates the samples of the batch,
-    C_T = |Q^T Q - P^T P|^2 / C the classes (squared Frobenius norms). The KL terms of all temperatures are one call of
-    kd_loss; revise=None is the published loss.
+    Q, P are the (N, C) matrices of q and p' at T. B_T = |Q Q^T - P P^T|^2 / N compares the samples of the batch,
+    C_T = |Q^T Q - P^T P|^2 / C the classes (squared Frobenius norms). One call of kd_loss computes the KL terms of all
+    temperatures. revise=None is the published loss.
 
     student_logits, teacher_logits: (N, C) floating; the teacher gets no gradient. target: (N,) int64/int32 in [0, C).
     temperature: one or several T > 0. revise, eta, revise_temperature, selected, ce_weight_unselected: as in kd_loss; a
-    row outside `selected` is in neither matrix, weights scale its row. Returns a 0-d float32 tensor (float64 for
-    float64 logits). Raises ValueError or TypeError naming the argument. Source: Jin, Wang, Lin, "Multi-Level Logit
+    row that is not selected is in neither matrix; a weight multiplies its row. Returns a 0-d float32 tensor (float64
+    for float64 logits). Raises ValueError or TypeError naming the argument. Source: Jin, Wang, Lin, "Multi-Level Logit
     Distillation", CVPR 2023, without its masks by confidence.
     """
     batch_weight = _weight("batch_weight", batch_weight)
@@ -190,7 +192,7 @@ def gram_terms(
     batch: bool = True,
     classes: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(sum_T B_T, sum_T C_T) of mlkd_loss, whose arguments these are; 0 for what batch or classes leaves out."""
+    """(sum_T B_T, sum_T C_T) of mlkd_loss, which has these arguments. batch=False, classes=False: 0 instead."""
     revise = resolve_revise(revise)
     dtype = compute_dtype(student_logits, teacher_logits)
     z, v = student_logits.to(dtype), teacher_logits.detach().to(dtype)
@@ -198,7 +200,7 @@ def gram_terms(
     w = None
     if selected is not None:
         w = selected.to(dtype)[:, None]
-        v = torch.where(w > 0, v, 0.0)  # what was not selected may hold anything
+        v = torch.where(w > 0, v, 0.0)  # rows that are not selected may hold NaN
         count = w.sum().clamp(min=1.0)
     by_batch = by_class = torch.zeros((), dtype=dtype, device=z.device)
     for t in temperatures(temperature):
@@ -209,7 +211,7 @@ def gram_terms(
             p = revise_labels(v, target, eta=eta, revise_temperature=revise_temperature, temperature=t, policy=revise)
         if w is not None:
             q, p = torch.where(w > 0, w * q, 0.0), w * p
-        with torch.autocast(z.device.type, enabled=False):  # autocast multiplies float32 matrices in 16 bits
+        with torch.autocast(z.device.type, enabled=False):  # autocast would multiply the matrices in 16 bits
             if batch:
                 by_batch = by_batch + (q @ q.T - p @ p.T).square().sum() / count
             if classes:

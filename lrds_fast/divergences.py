@@ -17,10 +17,10 @@ REVISE: dict[str | None, int] = {None: 0, "lr": 1, "mft": 2, "swap": 3}
 """Revision policies and their codes (csrc/core/kd_loss.h: Revise)."""
 
 REVISE_TEMPERATURE: float | None = 1.0
-"""The default of every revise_temperature (docs/benchmarks/method.md). None: the divergence's own, as published."""
+"""The default of every revise_temperature (docs/benchmarks/method.md). None: the temperature of the divergence."""
 
 MAX_PARAMETERS = 3
-"""Numbers that the operators take for a divergence."""
+"""How many numbers of a divergence the operators take."""
 
 
 def _check(owner: Divergence, name: str, *, above: float, below: float = math.inf, inclusive: bool = False) -> None:
@@ -29,19 +29,19 @@ def _check(owner: Divergence, name: str, *, above: float, below: float = math.in
     if not (above < value < below or (inclusive and value == above)):
         bounds = f"{'>=' if inclusive else '>'} {above:g}" if below == math.inf else f"inside ({above:g}, {below:g})"
         raise ValueError(f"{what} must be finite and {bounds}; got {value!r}")
-    object.__setattr__(owner, name, value)  # the class is frozen; stored as a number so that == and hash() work
+    object.__setattr__(owner, name, value)  # the class is frozen; a Python number has == and hash()
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """What kd_loss puts between teacher and student. Use one of the subclasses, or its name for its defaults."""
+    """The divergence from the teacher to the student. Use one of the subclasses, or its name for its defaults."""
 
     _name: ClassVar[str]
     _code: ClassVar[int]
 
     @property
     def name(self) -> str:
-        """What kd_loss(divergence=...) calls it."""
+        """The name that kd_loss(divergence=...) takes."""
         return self._name
 
     @property

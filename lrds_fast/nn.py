@@ -1,26 +1,27 @@
-"""The losses as modules: they hold hyperparameters and call lrds_fast.functional."""
+"""The loss as a module, which stores the hyperparameters and calls kd_loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from lrds_fast.arguments import unknown_keyword
 from lrds_fast.divergences import REVISE_TEMPERATURE, Divergence
-from lrds_fast.functional import check_hyperparameters, kd_loss
-from lrds_fast.reference import default_ce_weight_unselected
+from lrds_fast.functional import kd_loss
+from lrds_fast.options import KEYWORDS, default_ce_weight_unselected, kd_options
 from lrds_fast.topk import TopKTeacher
 
 
 class KDLoss(nn.Module):
-    """kd_loss as a module: KDLoss(4.0), or keywords as lrds_fast.kd_loss, which become attributes of the same names.
+    """kd_loss as a module: KDLoss(4.0), or the keywords of kd_loss, which become attributes of the same names.
 
-    Hyperparameters are checked here, once more on every call (they may be assigned to), and raise ValueError or
-    TypeError. The module has no parameters; class_weight is a buffer. torch.compile treats numbers as constants: it
-    recompiles when a weight changes and, after torch._dynamo.config.recompile_limit (8) recompilations, runs uncompiled
-    with the same results. Do not compile a loss whose weights change every epoch: it is a single op already.
+    The constructor checks the hyperparameters, and so does every call, because the attributes can be assigned to. They
+    raise ValueError or TypeError. The module has no parameters; class_weight is a buffer. torch.compile treats numbers
+    as constants: it recompiles when a weight changes and, after torch._dynamo.config.recompile_limit (8)
+    recompilations, runs the loss uncompiled, with the same results. Do not compile a loss whose weights change every
+    epoch: it is a single op already.
     """
 
     def __init__(
@@ -44,19 +45,19 @@ class KDLoss(nn.Module):
         super().__init__()
         if unknown:
             raise unknown_keyword(KDLoss, unknown)
-        checked = check_hyperparameters(
-            temperature=temperature,
-            ce_weight=ce_weight,
-            kd_weight=kd_weight,
-            ce_weight_unselected=ce_weight_unselected,
-            revise=revise,
-            eta=eta,
-            revise_temperature=revise_temperature,
-            divergence=divergence,
-            standardize=standardize,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
+        checked = kd_options(
+            temperature,
+            ce_weight,
+            kd_weight,
+            ce_weight_unselected,
+            revise,
+            eta,
+            revise_temperature,
+            divergence,
+            standardize,
+            label_smoothing,
+            ignore_index,
+            reduction,
         )
         # Converted to Python numbers.
         several = isinstance(temperature, (tuple, list))
@@ -64,13 +65,13 @@ class KDLoss(nn.Module):
         self.ce_weight = checked.ce_weight
         self.kd_weight = checked.kd_weight
         self.ce_weight_unselected = None if ce_weight_unselected is None else checked.ce_weight_unselected
-        self.revise = checked.policy
+        self.revise = checked.policy()
         self.eta = checked.eta
         self.revise_temperature = checked.revise_temperature or None
         self.divergence = divergence
         self.standardize = standardize
         self.label_smoothing = checked.label_smoothing
-        # As nn.CrossEntropyLoss keeps it: a buffer, so that .to(device) moves it.
+        # A buffer, as in nn.CrossEntropyLoss, so that .to(device) moves it.
         self.register_buffer("class_weight", class_weight)
         self.class_weight: Tensor | None
         self.ignore_index = checked.ignore_index
@@ -78,7 +79,7 @@ class KDLoss(nn.Module):
 
     @property
     def resolved_ce_weight_unselected(self) -> float:
-        """The CE weight of rows without teacher, default included."""
+        """The CE weight of rows without a teacher: ce_weight_unselected, or its default."""
         if self.ce_weight_unselected is not None:
             return self.ce_weight_unselected
         return default_ce_weight_unselected(self.ce_weight, self.kd_weight)
@@ -96,33 +97,19 @@ class KDLoss(nn.Module):
         grad_scale: Tensor | float | None = None,
     ) -> Tensor:
         """The loss; shapes, dtypes and errors as lrds_fast.kd_loss."""
+        hyperparameters: dict[str, Any] = {name: getattr(self, name) for name in KEYWORDS}
         return kd_loss(
             student_logits,
             teacher_logits,
             target,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
-            ce_weight_unselected=self.ce_weight_unselected,
-            revise=self.revise,
-            eta=self.eta,
-            revise_temperature=self.revise_temperature,
             selected=selected,
             teacher_rows=teacher_rows,
-            divergence=self.divergence,
-            standardize=self.standardize,
-            label_smoothing=self.label_smoothing,
             class_weight=self.class_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
             num_valid=num_valid,
             weight_sum=weight_sum,
             grad_scale=grad_scale,
+            **hyperparameters,
         )
 
     def extra_repr(self) -> str:
-        names = (
-            "temperature ce_weight kd_weight ce_weight_unselected revise eta revise_temperature divergence standardize "
-            "label_smoothing ignore_index reduction"
-        )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in KEYWORDS)

@@ -1,8 +1,8 @@
-"""Every op of the library in plain PyTorch: the definition that kernels, tests and benchmarks are compared with.
+"""Every op of the library in plain PyTorch: the definition with which tests and benchmarks compare the kernels.
 
-Nothing here is fast. Everything here is differentiable, works under torch.func, and is written to be read next to the
-formulas of docs/method.md. Symbols: z student logits, v teacher logits, y target class, T temperature,
-q = softmax(z / T), p = softmax(v / T), p' the revised p. A divergence is one function from Rows to per-row losses.
+Nothing here is fast. Everything is differentiable, works under torch.func, and reads like the formulas of
+docs/method.md. Symbols: z student logits, v teacher logits, y target class, T temperature, q = softmax(z / T),
+p = softmax(v / T), p' the revised p. A divergence is one function from LogitRows to the losses of the rows.
 """
 
 from __future__ import annotations
@@ -16,28 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast.arguments import check_teacher_rows, check_tensor
-from lrds_fast.divergences import (
-    DKD,
-    JSD,
-    KL,
-    MSE,
-    NKD,
-    REVISE_TEMPERATURE,
-    RKL,
-    RLD,
-    Divergence,
-    resolve,
-    resolve_revise,
-)
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, REVISE_TEMPERATURE, RKL, RLD, Divergence
+from lrds_fast.options import KDOptions, kd_options
+from lrds_fast.options import default_ce_weight_unselected as default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
 
 
 class KDLossParts(NamedTuple):
-    """A loss and what it is made of. All tensors live on the logits' device; nothing is synchronised.
+    """A loss with its terms and counts, all on the logits' device. Nothing synchronises.
 
     loss: as kd_loss returns it. ce, kd: its two terms, weighted and reduced like loss, detached; loss = ce + kd.
-    n_valid, n_selected, n_revised: 0-d int64; rows that are not ignored, those among them with a teacher weight
-    above 0, and those among these whose teacher distribution was revised.
+    n_valid, n_selected, n_revised: 0-d int64. n_valid rows are not ignored; n_selected of them have a teacher weight
+    above 0; n_revised of these have a revised teacher.
     """
 
     loss: Tensor
@@ -46,12 +36,6 @@ class KDLossParts(NamedTuple):
     n_valid: Tensor
     n_selected: Tensor
     n_revised: Tensor
-
-
-def default_ce_weight_unselected(ce_weight: float, kd_weight: float) -> float:
-    """Cross-entropy weight of rows without teacher: ce + kd where that is a mixture (<= 1), else max(ce, 1)."""
-    total = ce_weight + kd_weight
-    return total if total <= 1.0 else max(ce_weight, 1.0)
 
 
 def compute_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype:
@@ -72,7 +56,7 @@ def _is_target(y: Tensor, classes: int) -> Tensor:
 
 
 def _times_log(p: Tensor, log_ratio: Tensor) -> Tensor:
-    """p * log_ratio with 0 wherever p = 0, whatever log_ratio is there, also in the gradient. A NaN in p stays."""
+    """p * log_ratio, and 0 where p = 0, for every log_ratio and in the gradient too. A NaN in p stays NaN."""
     nonzero = p != 0
     return torch.where(nonzero, p, 0.0) * torch.where(nonzero, log_ratio, 0.0) + torch.where(p.isnan(), p, 0.0)
 
@@ -95,21 +79,21 @@ class Revised(NamedTuple):
 
 
 def _wrong(v: Tensor, y: Tensor) -> Tensor:
-    """Rows (N,) whose target is below the top; a tie that the target takes part in counts as right."""
+    """The rows (N,) where the top class is not the target. A tie with the target counts as right."""
     return _at(v, y) < v.max(dim=-1).values
 
 
 def _log_mixture(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp(a) + exp(b)) without underflow; -inf, with a gradient of 0, where both are -inf."""
+    """log(exp(a) + exp(b)) without underflow; -inf with gradient 0 where both are -inf."""
     nothing = (a == -torch.inf) & (b == -torch.inf)
     mixed = torch.logaddexp(torch.where(nothing, 0.0, a), torch.where(nothing, 0.0, b))
     return torch.where(nothing, -torch.inf, mixed)
 
 
 def _towards(plain: Revised, target: Tensor, beta: Tensor, rows: Tensor, temperature: float, soft: bool) -> Revised:
-    """p' = beta p + (1 - beta) target on `rows`; v' equals v where the target's probability is 0.
+    """p' = beta p + (1 - beta) target on `rows` (N,), with the v' that equals v where the target's probability is 0.
 
-    soft: the target is a distribution. With beta = 0, v' is then T log target up to a constant.
+    soft: the target is a distribution. If beta = 0, v' is T log target up to a constant.
     """
     p, log_p, v, _ = plain
     beta = beta[:, None]
@@ -138,9 +122,9 @@ def _distribution(soft: Tensor) -> Tensor:
 
 
 def _softened(revised: Revised, temperature: float) -> Revised:
-    """A teacher that was revised at another temperature: p' = softmax(v' / temperature).
+    """`revised`, which may be at another temperature, as p' = softmax(v' / temperature).
 
-    v'_y is infinite where that revision has left the other classes nothing; there p' is one-hot.
+    v'_y is infinite if the revision has made p' one-hot; then this p' is one-hot too.
     """
     v = revised.v
     certain = v == torch.inf
@@ -163,13 +147,13 @@ def _revise(
     """The teacher's logits v (N, C) revised towards y (N,), or towards the distributions soft (N, C) around y.
 
     raw_v: v before standardisation, which may round different logits to equal ones. It decides which rows are wrong.
-    revise_temperature: that of the revision; None: `temperature`, at which p' is.
+    temperature: of p'. revise_temperature: of the revision; None: the same.
     """
     if policy in ("lr", "mft") and revise_temperature not in (None, temperature):
         anchor = v.amax(dim=-1, keepdim=True)  # a common offset must not round v'
         revised = _revise(v - anchor, raw_v, y, soft, revise_temperature, eta, policy, None)
         softened = _softened(revised, temperature)
-        # What was not revised stays as it is, to the bit.
+        # Rows that were not revised keep their bits.
         plain = _revise(v, raw_v, y, soft, temperature, eta, None, None)
         pairs = zip(softened[:3], (plain.p, plain.log_p, plain.v - anchor), strict=True)
         p, log_p, moved = (torch.where(revised.changed[:, None], new, old) for new, old in pairs)
@@ -193,10 +177,10 @@ def _revise(
         target = _distribution(soft)
         margin = _at(target, y) - _without_target(target, y).amax(dim=-1).clamp(min=0.0)
         beta = torch.where(margin == 0, 0.0, eta * margin / torch.where(margin == 0, 1.0, margin + lead))
-        wrong = wrong & (_at(target, y) != 0)  # targets without probability revise nothing
+        wrong = wrong & (_at(target, y) != 0)  # a target of zeros revises nothing
     if policy == "lr":
         return _towards(plain, target, beta, wrong, temperature, soft is not None)
-    # "mft": right rows are lifted too, to p'_y = min(1, p_y + 1 - eta).
+    # "mft" revises right rows too: p'_y = min(1, p_y + 1 - eta).
     log_others = _log_others(log_p, y)
     others = log_others.exp()
     lifted = (others - (1.0 - eta)).clamp(min=0.0) / torch.where(others > 0, others, 1.0)
@@ -213,14 +197,14 @@ def revise_labels(
     temperature: float = 1.0,
     policy: str = "lr",
 ) -> Tensor:
-    """softmax(teacher_logits / temperature), corrected where the teacher's top class is not `target`.
+    """softmax(teacher_logits / temperature), revised where the teacher's top class is not `target`.
 
     teacher_logits: (..., C) floating. target: (...) int32/int64 in [0, C), or (..., C) probabilities with policy "lr".
-    Returns (..., C) probabilities, float32 (float64 for float64 logits). On rows that "lr" corrects,
-    beta = eta / (1 + p_max - p_y) and p' = beta * p + (1 - beta) * one_hot(target), p = softmax(teacher_logits /
-    revise_temperature): the target wins by exactly 1 - eta, the other classes keep their ratios. The logits of p' are
-    then divided by `temperature`. revise_temperature: 1 by default; None: `temperature`, the published form. Lan et
-    al. 2024 (arXiv 2404.03693), label revision.
+    Returns (..., C) probabilities, float32 (float64 for float64 logits). On wrong rows "lr" gives p' = beta * p + (1 -
+    beta) * one_hot(target), with p = softmax(teacher_logits / revise_temperature) and beta = eta / (1 + p_max - p_y):
+    the target exceeds the next class by exactly 1 - eta, and the other classes keep their ratios. The logits of p' are
+    then divided by `temperature`. revise_temperature: 1 by default; None: `temperature`, the published form. Source:
+    Lan et al. 2024 (arXiv 2404.03693), label revision.
     """
     check_tensor("teacher_logits", teacher_logits)
     classes = teacher_logits.shape[-1]
@@ -232,10 +216,11 @@ def revise_labels(
 # --- Divergences ----------------------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
-    """What a divergence sees: logits (N, C) (standardised if asked), targets, and the teacher revised at `temperature`.
+class LogitRows(NamedTuple):
+    """The arguments of a divergence. All logits are (N, C), y is (N,).
 
-    v is the teacher before revision, raw_v before standardisation too. revise_at(T) revises it at another temperature.
+    z, v: student and teacher, standardised with standardize=True. raw_v: the teacher before standardisation. teacher:
+    v revised for `temperature`. revise_at(T): v revised for another temperature.
     """
 
     z: Tensor
@@ -255,7 +240,7 @@ def _log_others(log_p: Tensor, y: Tensor) -> Tensor:
 
 
 def _binary_kl(log_p: Tensor, log_rest: Tensor, log_q: Tensor, log_q_rest: Tensor) -> Tensor:
-    """KL of the two-class distributions (p, 1 - p) and (q, 1 - q), given as logarithms, (N,)."""
+    """KL((p, 1 - p) || (q, 1 - q)), (N,), from log p, log(1 - p), log q and log(1 - q)."""
     return _times_log(log_p.exp(), log_p - log_q) + _times_log(log_rest.exp(), log_rest - log_q_rest)
 
 
@@ -271,24 +256,26 @@ def _masked_kl(v: Tensor, z: Tensor, keep: Tensor, temperature: float) -> Tensor
 
 
 def _renormalised(x: Tensor, keep: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log softmax(x / T) over the classes in `keep` (N, C), and the rows (N,) without such a class, whose values are
-    finite."""
+    """log softmax(x / T) over the classes in `keep` (N, C), and the rows (N,) that have no such class.
+
+    The values of these rows are finite.
+    """
     empty = (~keep | (x == -torch.inf)).all(dim=-1, keepdim=True)
     x = torch.where(empty, 0.0, (x / temperature).masked_fill(~keep, -torch.inf))
     return F.log_softmax(x, dim=-1), empty[:, 0]
 
 
-def _kl(rows: Rows, _: KL) -> Tensor:
+def _kl(rows: LogitRows, _: KL) -> Tensor:
     log_q = F.log_softmax(rows.z / rows.temperature, dim=-1)
     return rows.temperature**2 * _times_log(rows.teacher.p, rows.teacher.log_p - log_q).sum(dim=-1)
 
 
-def _rkl(rows: Rows, _: RKL) -> Tensor:
+def _rkl(rows: LogitRows, _: RKL) -> Tensor:
     log_q = F.log_softmax(rows.z / rows.temperature, dim=-1)
     return rows.temperature**2 * _times_log(log_q.exp(), log_q - rows.teacher.log_p).sum(dim=-1)
 
 
-def _dkd(rows: Rows, d: DKD) -> Tensor:
+def _dkd(rows: LogitRows, d: DKD) -> Tensor:
     t, y, log_p = rows.temperature, rows.y, rows.teacher.log_p
     log_q = F.log_softmax(rows.z / t, dim=-1)
     loss = torch.zeros_like(log_q[:, 0])
@@ -300,7 +287,7 @@ def _dkd(rows: Rows, d: DKD) -> Tensor:
     return t**2 * loss
 
 
-def _rld(rows: Rows, d: RLD) -> Tensor:
+def _rld(rows: LogitRows, d: RLD) -> Tensor:
     t, tc, v, raw_v, y = rows.temperature, d.confidence_temperature, rows.v, rows.raw_v, rows.y
     loss = torch.zeros_like(v[:, 0])
     if d.alpha:
@@ -314,7 +301,7 @@ def _rld(rows: Rows, d: RLD) -> Tensor:
     return loss
 
 
-def _nkd(rows: Rows, d: NKD) -> Tensor:
+def _nkd(rows: LogitRows, d: NKD) -> Tensor:
     t, y = rows.temperature, rows.y
     p_y = _at(rows.revise_at(1.0).p, y)
     loss = _times_log(p_y, -_at(F.log_softmax(rows.z, dim=-1), y))
@@ -327,15 +314,15 @@ def _nkd(rows: Rows, d: NKD) -> Tensor:
     return loss
 
 
-def _mse(rows: Rows, d: MSE) -> Tensor:
+def _mse(rows: LogitRows, d: MSE) -> Tensor:
     if d.on == "probs":
         return (F.softmax(rows.z / rows.temperature, dim=-1) - rows.teacher.p).square().mean(dim=-1)
     z, v = rows.z, rows.teacher.v
-    both = (z.detach() == v) & v.isinf()  # excluded on both sides: no difference
+    both = (z.detach() == v) & v.isinf()  # a class that both exclude has no difference
     return torch.where(both, 0.0, torch.where(both, 0.0, z) - torch.where(both, 0.0, v)).square().mean(dim=-1)
 
 
-def _jsd(rows: Rows, d: JSD) -> Tensor:
+def _jsd(rows: LogitRows, d: JSD) -> Tensor:
     log_q, log_p = F.log_softmax(rows.z / rows.temperature, dim=-1), rows.teacher.log_p
     p, q = rows.teacher.p, log_q.exp()
     log_m = _log_mixture(math.log(d.weight) + log_p, math.log1p(-d.weight) + log_q)
@@ -343,7 +330,7 @@ def _jsd(rows: Rows, d: JSD) -> Tensor:
     return rows.temperature**2 * (d.weight * teacher_kl + (1.0 - d.weight) * student_kl)
 
 
-DIVERGENCES: dict[type[Divergence], Callable[[Rows, Any], Tensor]] = {
+DIVERGENCES: dict[type[Divergence], Callable[[LogitRows, Any], Tensor]] = {
     KL: _kl,
     RKL: _rkl,
     DKD: _dkd,
@@ -359,7 +346,7 @@ DIVERGENCES: dict[type[Divergence], Callable[[Rows, Any], Tensor]] = {
 
 
 def _targets(target: Tensor, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Class indices (N,) and, for probabilities, the distributions (N, C) that they lead."""
+    """Class indices (N,) and, if the target holds probabilities, these (N, C); the indices are their top classes."""
     if not target.dtype.is_floating_point:
         return target.reshape(-1).long(), None
     soft = target.detach().reshape(-1, classes).to(dtype)
@@ -384,47 +371,154 @@ def _cross_entropy(
     return -_times_log(weight, F.log_softmax(z, dim=-1)).sum(dim=-1)
 
 
-def _distillation(
-    z: Tensor,
-    v: Tensor,
-    y: Tensor,
-    soft: Tensor | None,
-    *,
-    temperatures: Sequence[float],
-    revise: str | None,
-    eta: float,
-    revise_temperature: float | None,
-    divergence: Divergence,
-    standardize: bool,
-) -> tuple[Tensor, Tensor]:
+def _distillation(z: Tensor, v: Tensor, y: Tensor, soft: Tensor | None, options: KDOptions) -> tuple[Tensor, Tensor]:
     """The KD terms, added over the temperatures, (N,), and the rows that were revised at any of them, (N,) bool."""
     none = torch.zeros_like(y, dtype=torch.bool)
     if z.shape[-1] == 1:
         return (z[:, 0] + v[:, 0]) * 0.0, none
     raw_v = v
-    if standardize:
+    if options.standardize:
         z, v = _standardize(z), _standardize(v)
-    policy = None if isinstance(divergence, RLD) else revise
+    divergence = options.divergence_object()
+    policy = None if isinstance(divergence, RLD) else options.policy()
     loss, changed = torch.zeros_like(z[:, 0]), none
 
     def revise_at(temperature: float) -> Revised:
-        return _revise(v, raw_v, y, soft, temperature, eta, policy, revise_temperature)
+        return _revise(v, raw_v, y, soft, temperature, options.eta, policy, options.revise_temperature or None)
 
-    for temperature in temperatures:
+    for temperature in options.temperature:
         teacher = revise_at(temperature)
-        rows = Rows(z, v, raw_v, y, temperature, teacher, revise_at)
+        rows = LogitRows(z, v, raw_v, y, temperature, teacher, revise_at)
         loss = loss + DIVERGENCES[type(divergence)](rows, divergence)
         changed = changed | teacher.changed
     return loss, changed
 
 
 def _inverse(denominator: Tensor) -> Tensor:
-    """1 / denominator, 0 where nothing is left to average."""
+    """1 / denominator; 0 where it is 0, because then there is no row to average."""
     return torch.where(denominator == 0, 0.0, 1.0 / torch.where(denominator == 0, 1.0, denominator))
 
 
-def _temperatures(temperature: float | Sequence[float]) -> list[float]:
-    return list(temperature) if isinstance(temperature, (tuple, list)) else [temperature]  # type: ignore[list-item]
+class _Weights(NamedTuple):
+    """The weights of each row's terms, (N,). valid: bool, the rows that are not ignored. selected, ce, kd: floating."""
+
+    valid: Tensor
+    selected: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+def _row_weights(valid: Tensor, selected: Tensor, options: KDOptions) -> _Weights:
+    ce = selected * options.ce_weight + (1.0 - selected) * options.ce_weight_unselected
+    return _Weights(valid, selected, ce, selected * options.kd_weight)
+
+
+def _terms(
+    z: Tensor,
+    v: Tensor,
+    y: Tensor,
+    soft: Tensor | None,
+    weights: _Weights,
+    class_weight: Tensor | None,
+    options: KDOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted terms of each row, CE and KD, (N,), and the rows whose teacher was revised, (N,) bool.
+
+    A term of weight 0 is neither read nor added: its logits are replaced before any arithmetic, so that an inf or a NaN
+    in a row that the term does not use reaches neither the loss nor the gradient.
+    """
+    use_ce = weights.valid & (weights.ce != 0)
+    ce_rows = _cross_entropy(torch.where(use_ce[:, None], z, 0.0), y, soft, options.label_smoothing, class_weight)
+    use_kd = weights.valid & (weights.kd != 0)
+    kd_z, kd_v = torch.where(use_kd[:, None], z, 0.0), torch.where(use_kd[:, None], v, 0.0)
+    kd_rows, changed = _distillation(kd_z, kd_v, y, soft, options)
+    return (
+        torch.where(use_ce, weights.ce * ce_rows, 0.0),
+        torch.where(use_kd, weights.kd * kd_rows, 0.0),
+        use_kd & changed,
+    )
+
+
+def _reduced(
+    ce: Tensor,
+    kd: Tensor,
+    shape: torch.Size,
+    reduction: str,
+    num_valid: Tensor,
+    weight_sum: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Both terms (N,), reduced.
+
+    shape: the logits', (..., C). num_valid, weight_sum: 0-d, the denominators of KD and CE in a mean.
+    """
+    if reduction == "none":
+        return ce.reshape(shape[:-1]), kd.reshape(shape[:-1])
+    ce, kd = ce.sum(), kd.sum()
+    if reduction == "mean":
+        return ce * _inverse(weight_sum), kd * _inverse(num_valid)
+    if reduction == "elementmean":
+        return ce * _inverse(num_valid * shape[-1]), kd * _inverse(num_valid * shape[-1])
+    return ce, kd
+
+
+def _teacher_logits(student_logits: Tensor, teacher_logits: Tensor | TopKTeacher, teacher_rows: int | None) -> Tensor:
+    """The teacher's logits (..., C); those of a cached teacher are float32, or float64 if any are."""
+    check_tensor("student_logits", student_logits)
+    if isinstance(teacher_logits, TopKTeacher):
+        dtype = compute_dtype(student_logits, teacher_logits.values)
+        teacher_logits = teacher_logits.dense(student_logits.shape[-1], dtype)
+    check_tensor("teacher_logits", teacher_logits)
+    check_teacher_rows(student_logits.shape, teacher_logits.shape, teacher_rows)
+    return teacher_logits
+
+
+def loss_parts(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
+    target: Tensor,
+    options: KDOptions,
+    *,
+    selected: Tensor | None = None,
+    teacher_rows: int | None = None,
+    class_weight: Tensor | None = None,
+    num_valid: Tensor | float | None = None,
+    weight_sum: Tensor | float | None = None,
+) -> KDLossParts:
+    """kd_loss_parts for hyperparameters that have been checked. The other arguments are those of kd_loss."""
+    teacher_logits = _teacher_logits(student_logits, teacher_logits, teacher_rows)
+    classes = student_logits.shape[-1]
+    dtype = compute_dtype(student_logits, teacher_logits)
+    z = student_logits.reshape(-1, classes).to(dtype)
+    v = teacher_logits.detach().reshape(-1, classes).to(dtype)
+    y, soft = _targets(target, classes, dtype)
+    valid = torch.ones_like(y, dtype=torch.bool) if soft is not None else y != options.ignore_index
+    y = torch.where(valid, y, 0)
+    rows, prefix = z.shape[0], v.shape[0]
+    if selected is None:
+        selected = torch.arange(rows, device=z.device) < prefix
+    if prefix < rows:
+        v = torch.cat([v, v.new_zeros(rows - prefix, classes)])
+    weights = _row_weights(valid, selected.detach().reshape(-1).to(dtype), options)
+    class_weight = None if class_weight is None else class_weight.detach().to(dtype)
+    ce, kd, revised = _terms(z, v, y, soft, weights, class_weight, options)
+
+    def scalar(value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=dtype, device=z.device).detach().reshape(())
+
+    n_valid = valid.sum()
+    count = ce_count = scalar(n_valid if num_valid is None else num_valid)
+    if class_weight is not None and soft is None:
+        counted = torch.where(valid, class_weight[y], 0.0).sum()
+        ce_count = scalar(counted if weight_sum is None else weight_sum)
+    ce, kd = _reduced(ce, kd, student_logits.shape, options.reduction_name(), count, ce_count)
+    return KDLossParts(
+        loss=ce + kd,
+        ce=ce.detach(),
+        kd=kd.detach(),
+        n_valid=n_valid,
+        n_selected=(valid & (weights.selected > 0)).sum(),
+        n_revised=revised.sum(),
+    )
 
 
 def kd_loss_parts(
@@ -453,85 +547,33 @@ def kd_loss_parts(
 ) -> KDLossParts:
     """kd_loss_parts as a composition of PyTorch ops; see lrds_fast.kd_loss_parts for the arguments.
 
-    grad_scale is accepted and has no effect: it only says how a rounded gradient may be stored.
+    grad_scale is accepted and has no effect: nothing is rounded here.
     """
     del grad_scale
-    if ce_weight_unselected is None:
-        ce_weight_unselected = default_ce_weight_unselected(ce_weight, kd_weight)
-    check_tensor("student_logits", student_logits)
-    classes = student_logits.shape[-1]
-    if isinstance(teacher_logits, TopKTeacher):
-        wide = torch.float64 in (student_logits.dtype, teacher_logits.values.dtype)
-        teacher_logits = teacher_logits.dense(classes, torch.float64 if wide else torch.float32)
-    check_tensor("teacher_logits", teacher_logits)
-    check_teacher_rows(student_logits.shape, teacher_logits.shape, teacher_rows)
-    revise = resolve_revise(revise)
-    dtype = compute_dtype(student_logits, teacher_logits)
-    z = student_logits.reshape(-1, classes).to(dtype)
-    v = teacher_logits.detach().reshape(-1, classes).to(dtype)
-    y, soft = _targets(target, classes, dtype)
-    rows, taught = z.shape[0], v.shape[0]
-    class_weight = None if class_weight is None else class_weight.detach().to(dtype)
-
-    valid = torch.ones_like(y, dtype=torch.bool) if soft is not None else y != ignore_index
-    y = torch.where(valid, y, 0)
-    if selected is not None:
-        w = selected.detach().reshape(-1).to(dtype)
-    else:
-        w = (torch.arange(rows, device=z.device) < taught).to(dtype)
-    w_ce = w * ce_weight + (1.0 - w) * ce_weight_unselected
-    w_kd = w * kd_weight
-    if taught < rows:
-        v = torch.cat([v, v.new_zeros(rows - taught, classes)])
-
-    # A term of weight 0 is neither read nor added: its logits are replaced before any arithmetic, so that an inf or
-    # a NaN in a row that nobody asked for reaches neither the loss nor the gradient.
-    use_ce = valid & (w_ce != 0)
-    z_ce = torch.where(use_ce[:, None], z, 0.0)
-    ce = torch.where(use_ce, w_ce * _cross_entropy(z_ce, y, soft, label_smoothing, class_weight), 0.0)
-
-    use_kd = valid & (w_kd != 0)
-    kd_rows, changed = _distillation(
-        torch.where(use_kd[:, None], z, 0.0),
-        torch.where(use_kd[:, None], v, 0.0),
-        y,
-        soft,
-        temperatures=_temperatures(temperature),
-        revise=revise,
-        eta=eta,
-        revise_temperature=revise_temperature,
-        divergence=resolve(divergence),
-        standardize=standardize,
-    )
-    kd = torch.where(use_kd, w_kd * kd_rows, 0.0)
-
-    n_valid = valid.sum()
-    lead = student_logits.shape[:-1]
-    if reduction == "none":
-        ce, kd = ce.reshape(lead), kd.reshape(lead)
-    elif reduction in ("mean", "elementmean"):
-
-        def number(given: Tensor | float | None, counted: Tensor) -> Tensor:
-            number = torch.as_tensor(counted if given is None else given, dtype=dtype, device=z.device)
-            return number.detach().reshape(())
-
-        count = number(num_valid, n_valid) * (classes if reduction == "elementmean" else 1)
-        ce_count = count
-        if reduction == "mean" and class_weight is not None and soft is None:
-            ce_count = number(weight_sum, torch.where(valid, class_weight[y], 0.0).sum())
-        ce, kd = ce.sum() * _inverse(ce_count), kd.sum() * _inverse(count)
-    elif reduction == "sum":
-        ce, kd = ce.sum(), kd.sum()
-    else:
-        raise ValueError(f"reduction must be 'mean', 'sum', 'none' or 'elementmean'; got {reduction!r}")
-    selected_rows = valid & (w > 0)
-    return KDLossParts(
-        loss=ce + kd,
-        ce=ce.detach(),
-        kd=kd.detach(),
-        n_valid=n_valid,
-        n_selected=selected_rows.sum(),
-        n_revised=(use_kd & changed).sum(),
+    return loss_parts(
+        student_logits,
+        teacher_logits,
+        target,
+        kd_options(
+            temperature,
+            ce_weight,
+            kd_weight,
+            ce_weight_unselected,
+            revise,
+            eta,
+            revise_temperature,
+            divergence,
+            standardize,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            signed=True,
+        ),
+        selected=selected,
+        teacher_rows=teacher_rows,
+        class_weight=class_weight,
+        num_valid=num_valid,
+        weight_sum=weight_sum,
     )
 
 
@@ -560,28 +602,31 @@ def kd_loss(
     grad_scale: Tensor | float | None = None,
 ) -> Tensor:
     """kd_loss as a composition of PyTorch ops; see lrds_fast.kd_loss for the arguments."""
-    return kd_loss_parts(
+    del grad_scale
+    return loss_parts(
         student_logits,
         teacher_logits,
         target,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        ce_weight_unselected=ce_weight_unselected,
-        revise=revise,
-        eta=eta,
-        revise_temperature=revise_temperature,
+        kd_options(
+            temperature,
+            ce_weight,
+            kd_weight,
+            ce_weight_unselected,
+            revise,
+            eta,
+            revise_temperature,
+            divergence,
+            standardize,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            signed=True,
+        ),
         selected=selected,
         teacher_rows=teacher_rows,
-        divergence=divergence,
-        standardize=standardize,
-        label_smoothing=label_smoothing,
         class_weight=class_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
         num_valid=num_valid,
         weight_sum=weight_sum,
-        grad_scale=grad_scale,
     ).loss
 
 
@@ -609,7 +654,15 @@ def kd_logit_gradient(
     check_tensor("student_logits", student_logits)
     check_tensor("teacher_logits", teacher_logits)
     check_teacher_rows(student_logits.shape, teacher_logits.shape, None)
-    revise = resolve_revise(revise)
+    options = kd_options(
+        temperature,
+        revise=revise,
+        eta=eta,
+        revise_temperature=revise_temperature,
+        divergence=divergence,
+        standardize=standardize,
+        label_smoothing=label_smoothing,
+    )
     dtype = compute_dtype(student_logits, teacher_logits)
     y, soft = _targets(target, student_logits.shape[-1], dtype)
     v = teacher_logits.detach().to(dtype)
@@ -617,20 +670,9 @@ def kd_logit_gradient(
         z = student_logits.detach().to(dtype).requires_grad_()
         loss = z.new_zeros(())
         if ce_weight != 0:
-            loss = loss + ce_weight * _cross_entropy(z, y, soft, label_smoothing, class_weight).sum()
+            loss = loss + ce_weight * _cross_entropy(z, y, soft, options.label_smoothing, class_weight).sum()
         if kd_weight != 0:
-            rows, _ = _distillation(
-                z,
-                v,
-                y,
-                soft,
-                temperatures=_temperatures(temperature),
-                revise=revise,
-                eta=eta,
-                revise_temperature=revise_temperature,
-                divergence=resolve(divergence),
-                standardize=standardize,
-            )
+            rows, _ = _distillation(z, v, y, soft, options)
             loss = loss + kd_weight * rows.sum()
         if not loss.requires_grad:
             return torch.zeros_like(z)

@@ -1,4 +1,4 @@
-"""A teacher that was cached: its largest logits of every row, and what the rest adds up to."""
+"""A cached teacher: the largest logits of every row, and the logsumexp of the others."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lrds_fast.arguments import check_tensor
 class TopKTeacher(NamedTuple):
     """The k largest teacher logits of each row. kd_loss takes it in place of teacher_logits.
 
-    values: (..., k) floating logits. indices: (..., k) int64/int32, their classes, each once. logsumexp: (...,)
-    floating, logsumexp(v / temperature) over all classes. temperature: the T it was taken at, and kd_loss's.
-    rest: (...,) floating, logsumexp(v / temperature) over the classes that are not kept (-inf if all are kept), which
-    share it evenly. None: computed from logsumexp and values. For a confident teacher that difference consists of
-    rounding errors; it is clamped between the resolution of logsumexp's dtype and the value that it has if every other
-    class equals the smallest kept one. torch.utils.data.default_collate batches TopKTeachers of one temperature.
+    values: (..., k) floating logits. indices: (..., k) int64/int32, their classes, each once. temperature: T, also that
+    of kd_loss. logsumexp: (...,) floating, logsumexp(v / T) over all classes.
+    rest: (...,) floating, logsumexp(v / T) over the classes that are not kept, -inf if all are kept. Their probability
+    is spread evenly over them. None: the difference of logsumexp and values. For a confident teacher this difference
+    consists of rounding errors; it is clamped between the resolution of logsumexp's dtype and its value if every other
+    class had the smallest kept logit. torch.utils.data.default_collate batches TopKTeachers of one temperature.
     """
 
     values: Tensor
@@ -73,8 +73,44 @@ class TopKTeacher(NamedTuple):
         return filler[..., None].expand(shape).scatter(-1, self.indices.long(), self.values.to(dtype))
 
 
+def check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) -> None:
+    """Checks a cached teacher of `classes` classes for a loss at these temperatures. Raises TypeError, ValueError."""
+    values, indices, logsumexp = teacher.values, teacher.indices, teacher.logsumexp
+    for name, tensor in (("values", values), ("indices", indices), ("logsumexp", logsumexp)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"TopKTeacher.{name} must be a Tensor; got {type(tensor).__name__}")
+        if tensor.device != values.device:
+            raise ValueError(f"TopKTeacher.{name} must be on {values.device} like its values; got {tensor.device}")
+    if values.dim() < 1 or not 1 <= values.shape[-1] <= classes:
+        raise ValueError(f"TopKTeacher.values must be (..., k) with 1 <= k <= {classes}; got {tuple(values.shape)}")
+    if indices.dtype not in (torch.int64, torch.int32) or indices.shape != values.shape:
+        raise ValueError(
+            f"TopKTeacher.indices must be int64 or int32 of shape {tuple(values.shape)}; got {indices.dtype} of shape "
+            f"{tuple(indices.shape)}"
+        )
+    if not logsumexp.dtype.is_floating_point or logsumexp.shape != values.shape[:-1]:
+        raise ValueError(
+            f"TopKTeacher.logsumexp must be floating of shape {tuple(values.shape[:-1])}; got {logsumexp.dtype} of "
+            f"shape {tuple(logsumexp.shape)}"
+        )
+    rest = teacher.rest
+    if rest is not None and not (
+        isinstance(rest, Tensor) and rest.is_floating_point() and rest.shape == logsumexp.shape
+    ):
+        got = f"{rest.dtype} of shape {tuple(rest.shape)}" if isinstance(rest, Tensor) else type(rest).__name__
+        raise ValueError(f"TopKTeacher.rest must be None or floating of shape {tuple(logsumexp.shape)}; got {got}")
+    if rest is not None and rest.device != values.device:
+        raise ValueError(f"TopKTeacher.rest must be on {values.device} like its values; got {rest.device}")
+    cached_at = number("TopKTeacher.temperature", teacher.temperature)
+    if temperature != [cached_at]:
+        raise ValueError(
+            f"temperature must be {cached_at!r}, at which the TopKTeacher's logsumexp was taken; "
+            f"got {temperature[0] if len(temperature) == 1 else tuple(temperature)!r}"
+        )
+
+
 def _collate(teachers: Sequence[TopKTeacher], *, collate_fn_map: object = None) -> TopKTeacher:
-    """Collates TopKTeachers of samples. Raises ValueError if temperatures differ or only some have a rest."""
+    """A batch of the samples' TopKTeachers. Raises ValueError if temperatures differ or only some have a rest."""
     temperatures = {teacher.temperature for teacher in teachers}
     if len(temperatures) != 1:
         raise ValueError(f"the TopKTeachers of a batch must have one temperature; got {sorted(temperatures)}")

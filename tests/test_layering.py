@@ -23,7 +23,19 @@ TORCH_HEADERS = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h")
 
 # Room of the package (a folder, or a module at its top) -> the rooms it may import, beside itself. docs/architecture.md
 # draws this table.
-_OPS = {"_C", "_build", "_numbers", "_ops", "_version", "arguments", "divergences", "functional", "reference", "topk"}
+_OPS = {
+    "_C",
+    "_build",
+    "_numbers",
+    "_ops",
+    "_version",
+    "arguments",
+    "divergences",
+    "functional",
+    "options",
+    "reference",
+    "topk",
+}
 PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "_build": set(),
     "_numbers": set(),
@@ -36,7 +48,8 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "arguments": {"_numbers"},
     "divergences": {"_numbers"},
     "topk": {"_numbers", "arguments"},
-    "reference": {"_numbers", "arguments", "divergences", "topk"},
+    "options": {"_numbers", "divergences"},
+    "reference": {"_numbers", "arguments", "divergences", "options", "topk"},
     "functional": _OPS,
     "composed": _OPS,
     "linear": _OPS,

@@ -12,7 +12,7 @@
           sub_terms:
             lrds: {criterion: {key: 'LRDSLoss', kwargs: {temperature: 4.0, selection: True}}, weight: 1.0}
 
-Without the data set wrapper, the teacher's forward_proc and `selection` every row keeps its teacher.
+Without the data set wrapper, the teacher's forward_proc and `selection`, every row keeps its teacher.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ except ImportError as error:
 class LRDSLoss(nn.Module):
     """KDLoss as a middle-level loss of torchdistill, cross-entropy included.
 
-    *_module_path, *_module_io: where the logits (N, C) are in the io dicts; "." and "output" are the networks' own.
-    selection: rows of which all teacher logits are NaN (forward_selected) have no teacher. arguments: KDLoss's.
-    revise: null or "none" for none. Errors as KDLoss.
+    *_module_path, *_module_io: where the logits (N, C) are in the io dicts; "." and "output" are the outputs of the
+    networks. selection: rows whose teacher logits are all NaN (forward_selected) have no teacher. arguments: KDLoss's;
+    null or "none" is revise=None. Raises as KDLoss does.
     """
 
     def __init__(
@@ -69,18 +69,20 @@ class LRDSLoss(nn.Module):
         **__: Any,
     ) -> Tensor:
         """The loss of a batch, with targets as kd_loss takes them."""
-        own = student_io_dict[self.student_place[0]][self.student_place[1]]
-        taught = teacher_io_dict[self.teacher_place[0]][self.teacher_place[1]]
-        selected = ~taught.isnan().all(dim=-1) if self.selection and isinstance(taught, Tensor) else None
-        loss: Tensor = self.loss(own, taught, targets, selected)
+        student_logits = student_io_dict[self.student_place[0]][self.student_place[1]]
+        teacher_logits = teacher_io_dict[self.teacher_place[0]][self.teacher_place[1]]
+        selected = None
+        if self.selection and isinstance(teacher_logits, Tensor):
+            selected = ~teacher_logits.isnan().all(dim=-1)
+        loss: Tensor = self.loss(student_logits, teacher_logits, targets, selected)
         return loss
 
 
 class LRDSSelection(Dataset[Any]):
-    """A data set of (sample, target) pairs that also says, in torchdistill's supplementary dict, who keeps the teacher.
+    """A data set of (sample, target) pairs with {"selected": bool}, torchdistill's supplementary dict.
 
-    selection: a file of `lrds-fast select` or Selection.save, for the same samples in the same order; ValueError where
-    their number differs, or the fingerprint of a data set that has `targets` and `classes`.
+    selection: a file of `lrds-fast select` or Selection.save, for the same samples in the same order. Raises ValueError
+    if it has another number of samples or, for a data set with `targets` and `classes`, another fingerprint.
     """
 
     def __init__(self, org_dataset: Any, selection: str) -> None:
@@ -104,18 +106,18 @@ class LRDSSelection(Dataset[Any]):
 def forward_selected(
     model: nn.Module, sample_batch: Tensor, targets: Any = None, supp_dict: Any = None, **_: Any
 ) -> Tensor:
-    """(N, C) logits of the selected rows alone; the others are NaN, and the model does not see them.
+    """(N, C) logits: the model's on the selected rows, NaN on the others, on which the model does not run.
 
-    supp_dict: as LRDSSelection's samples are collated, {"selected": (N,) bool, ...}.
+    supp_dict: {"selected": (N,) bool, ...}, the batch of LRDSSelection's dicts. Raises ValueError without it.
     """
     if not supp_dict or "selected" not in supp_dict:
         raise ValueError("forward_proc 'forward_selected' needs dataset_wrapper 'LRDSSelection' in train_data_loader")
     mask: Tensor = supp_dict["selected"].to(sample_batch.device)
-    # One row says how many classes there are.
-    logits: Tensor = model(sample_batch[mask] if bool(mask.any()) else sample_batch[:1])
-    spread = logits.new_full((len(mask), logits.shape[1]), torch.nan)
-    spread[mask] = logits[: int(mask.sum())]
-    return spread
+    # Without a selected row the model runs on one row, for the number of classes.
+    selected: Tensor = model(sample_batch[mask] if bool(mask.any()) else sample_batch[:1])
+    logits = selected.new_full((len(mask), selected.shape[1]), torch.nan)
+    logits[mask] = selected[: int(mask.sum())]
+    return logits
 
 
 register_mid_level_loss(LRDSLoss, key="LRDSLoss")

@@ -36,7 +36,7 @@ _BUILDERS: dict[str, Callable[..., Classifier]] = {
     "ShuffleV2": ShuffleNetV2,
 }
 
-# Any case, and what papers call them.
+# Other spellings, in any case, as papers have them.
 _OTHER_NAMES = {name.lower(): name for name in _BUILDERS} | {
     "shufflenetv1": "ShuffleV1",
     "shufflenetv2": "ShuffleV2",
@@ -44,12 +44,12 @@ _OTHER_NAMES = {name.lower(): name for name in _BUILDERS} | {
 
 
 def names() -> list[str]:
-    """The names that create() knows by itself."""
+    """The names of the networks that need no other library."""
     return sorted(_BUILDERS)
 
 
 def create(name: str, *, num_classes: int = 100) -> Classifier | External:
-    """A freshly initialised network.
+    """A new network with random weights.
 
     name: one of names() in any case, `torchvision:NAME` or `timm:NAME`. num_classes: number of logits, >= 1.
     Calling the network gives (N, num_classes) logits; .features(images) the (N, d) input of its last linear layer;

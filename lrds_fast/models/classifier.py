@@ -1,4 +1,4 @@
-"""What every network here offers: logits from forward, and the input of the last linear layer on request."""
+"""The base class of the networks: forward returns logits, features the input of the last linear layer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class Classifier(nn.Module):
     """logits = head(features(images)).
 
-    Subclasses define features(images) -> (N, d) and set `head_name`, the attribute of their last nn.Linear (its name
-    is part of the published checkpoints, so it differs between families).
+    Subclasses define features(images) -> (N, d) and set `head_name`, the attribute of their last nn.Linear. Published
+    checkpoints contain this name, so it differs between families.
     """
 
     head_name = "fc"

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm behind the same three methods."""
+"""Networks of torchvision and timm with the methods of Classifier."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 
 class External(nn.Module):
-    """A foreign classifier with features(), forward_with_features(), head and num_classes.
+    """A wrapped classifier with features(), forward_with_features(), head and num_classes.
 
-    The state dict is the wrapped network's own, without a prefix, so that published checkpoints load as they are.
-    The features are what the last nn.Linear receives, read by a hook: this holds for every network whose forward ends
-    in that layer.
+    The keys of the state dict have no prefix, so that published checkpoints load without a change. A hook reads the
+    features, which are the input of the last nn.Linear. This is right for every network whose forward ends there.
     """
 
     def __init__(self, net: nn.Module, name: str) -> None:
@@ -24,7 +23,7 @@ class External(nn.Module):
                 f"model {name!r} has no nn.Linear layer, so it has no features to score; choose another one"
             )
         self.net = net
-        # Not registered a second time: a submodule under two names would be saved twice.
+        # In a list, which does not register the module: a submodule under two names would be saved twice.
         self._head = [linears[-1]]
 
     @property

@@ -16,7 +16,7 @@ STAGES_V2 = ((4, 116), (8, 232), (4, 464))
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
-    """(N, C, H, W) with the channels dealt out: the first of every group, the second of every group, ..."""
+    """(N, C, H, W) with the channels interleaved: the first of every group, then the second of every group, ..."""
     batch, channels, height, width = x.shape
     return x.view(batch, groups, channels // groups, height, width).transpose(1, 2).reshape(x.shape)
 
@@ -31,7 +31,7 @@ class BottleneckV1(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        # The first block's 24 channels are too few to be divided.
+        # The first block has only 24 channels, which are not grouped.
         self.groups = 1 if inputs == 24 else GROUPS
         outputs = outputs - inputs if stride == 2 else outputs
         inner = outputs // 4
@@ -100,7 +100,7 @@ class DownV2(nn.Module):
 
 
 class BlockV2(nn.Module):
-    """Half of the channels passes by, the other half goes through 1 x 1, depthwise 3 x 3, 1 x 1."""
+    """Half of the channels stay as they are; the others go through 1 x 1, depthwise 3 x 3, 1 x 1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Two networks for small pictures: quick enough for a laptop core, large enough to disagree with each other."""
+"""Two networks for small pictures, which one laptop core can train and which disagree with each other."""
 
 from __future__ import annotations
 

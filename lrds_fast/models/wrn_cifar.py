@@ -32,7 +32,7 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    """A run of blocks under the name `layer`, as the checkpoints have it."""
+    """Consecutive blocks under the name `layer`, which the checkpoints have."""
 
     def __init__(self, inputs: int, width: int, blocks: int, stride: int) -> None:
         super().__init__()
