@@ -1,6 +1,7 @@
-// Decoupled knowledge distillation: alpha T^2 KL(binary(p'_y) || binary(q_y)) + beta T^2 KL(p'hat
-// || qhat), hat = renormalised over the others, so p'hat = phat. Zhao et al., CVPR 2022.
-// Parameters: alpha, beta.
+// Decoupled knowledge distillation,
+//   alpha T^2 KL(binary(p'_y) || binary(q_y)) + beta T^2 KL(p'hat || qhat),
+// where hat means renormalised over the classes other than the target, so that p'hat = phat.
+// Parameters: alpha, beta. Zhao et al., CVPR 2022.
 #pragma once
 
 #include "core/divergence.h"

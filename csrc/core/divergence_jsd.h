@@ -1,5 +1,6 @@
-// Generalised Jensen-Shannon divergence: T^2 [w KL(p' || m) + (1 - w) KL(q || m)], m = w p' + (1 -
-// w) q. Parameter: w.
+// Generalised Jensen-Shannon divergence,
+//   T^2 [w KL(p' || m) + (1 - w) KL(q || m)],   m = w p' + (1 - w) q.
+// Parameter: w.
 #pragma once
 
 #include "core/divergence.h"

@@ -1,6 +1,6 @@
-// Mean squared error of the logits, mean_k (z_k - v'_k)^2: no temperature in the student, no T^2.
-// Revision moves the target's logit alone, to where softmax(v' / T) = p'. Classes that both exclude
-// (-inf) add 0.
+// Mean squared error of the logits, mean_k (z_k - v'_k)^2, without T^2: only the revision of v
+// depends on the temperature. It changes the target's logit alone, so that softmax(v' / T) = p'. A
+// class that both networks exclude (logit -inf) adds 0.
 #pragma once
 
 #include "core/divergence.h"

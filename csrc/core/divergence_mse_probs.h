@@ -1,4 +1,4 @@
-// Mean squared error of the probabilities, mean_k (q_k - p'_k)^2 at temperature T. No T^2.
+// Mean squared error of the probabilities, mean_k (q_k - p'_k)^2 at the temperature T, without T^2.
 #pragma once
 
 #include "core/divergence.h"

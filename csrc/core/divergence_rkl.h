@@ -1,4 +1,4 @@
-// T^2 KL(q || p')
+// Reverse KL divergence, T^2 KL(q || p').
 #pragma once
 
 #include "core/divergence.h"

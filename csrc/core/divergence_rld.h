@@ -1,7 +1,8 @@
-// Refined logit distillation: the binary part with the teacher's top probability p_a at its own
-// temperature Tc, alpha Tc^2 KL((p_a, 1 - p_a) || (q_y, 1 - q_y)), and beta T^2 KL over the classes
-// with v_k < v_y, both sides renormalised. It replaces revision. Sun et al., "Knowledge
-// Distillation with Refined Logits", 2024. Parameters: alpha, beta, Tc.
+// Refined logit distillation,
+//   alpha Tc^2 KL((p_a, 1 - p_a) || (q_y, 1 - q_y)) + beta T^2 KL(phat || qhat).
+// The first term compares the teacher's top probability p_a with q_y at the temperature Tc; hat
+// means renormalised over the classes with v_k < v_y. It replaces label revision. Parameters:
+// alpha, beta, Tc. Sun et al., "Knowledge Distillation with Refined Logits", 2024.
 #pragma once
 
 #include "core/divergence.h"

@@ -1,13 +1,15 @@
-// One row of the distillation loss: mergeable statistics in, loss terms and gradient coefficients
-// out.
+// One row of the distillation loss: statistics that merge, loss terms and gradient coefficients.
 //
-//   L   = w_ce * CE(z, y) + w_kd * T^2 * KL(p' || q),   q = softmax(z / T), p = softmax(v / T), p'
-//   = p revised dL/dz_k = softmax(z)_k * w_ce + q_k * w_kd * T - p_k * w_kd * T * beta - smoothing,
-//   and a constant added at k = y
+//   L       = w_ce * CE(z, y) + w_kd * T^2 * KL(p' || q)
+//   dL/dz_k = w_ce * softmax(z)_k + w_kd * T * q_k - w_kd * T * beta * p_k - smoothing,
+//             plus a constant at k = y
 //
-// Everything a row needs beyond its logits at y is in RowStats, which merges like an online
-// softmax: a lane, a warp, a block or a cluster each keep one and combine them in a fixed order.
-// `beta` is 1 on rows that are not revised.
+//   q = softmax(z / T), p = softmax(v / T), p' = p after label revision; beta = 1 on rows that are
+//   not revised.
+//
+// Apart from its logits at y, a row is summarised by RowStats, which merge like the statistics of
+// an online softmax: each lane, warp, block or cluster keeps one, and they are merged in a fixed
+// order.
 #pragma once
 
 #include <cmath>
@@ -64,9 +66,9 @@ struct RowParams {
 //   sum_shift  sum (z_k - anchor(max_z))                         (label smoothing)
 //   max_v      max v_k
 //   sum_vt     sum exp((v_k - anchor(max_v)) / T)
-//   dot        sum exp((v_k - anchor(max_v)) / T) * ((v_k - anchor(max_v)) - (z_k -
-//   anchor(max_z))),
-//              terms whose exponential is 0 left out: 0 * inf = 0
+//   dot        sum exp((v_k - anchor(max_v)) / T) * (dv_k - dz_k), where
+//              dv_k = v_k - anchor(max_v) and dz_k = z_k - anchor(max_z);
+//              terms whose exponential is 0 are left out, because 0 * inf = NaN
 // Two parts merge by rebase_row_stats to the common maxima, then add_row_stats.
 template <typename A>
 struct RowStats {
@@ -151,11 +153,12 @@ LRDS_HOST_DEVICE inline void add_row_stats(RowStats<A>& stats, const RowStats<A>
   stats.dot += part.dot;
 }
 
-// What a finished row contributes.
+// The result of a row.
 //   ce, kd         loss terms, weighted, before the reduction
-//   coefficient_*  dL/dz_k = coefficient_z  * exp(z_k - anchor(max_z)) + coefficient_zt * exp((z_k
-//   - anchor(max_z)) / T)
-//                          - coefficient_vt * exp((v_k - anchor(max_v)) / T) - smoothing
+//   coefficient_*  dL/dz_k = coefficient_z  * exp(z_k - anchor(max_z))
+//                          + coefficient_zt * exp((z_k - anchor(max_z)) / T)
+//                          - coefficient_vt * exp((v_k - anchor(max_v)) / T)
+//                          - smoothing
 //   at_target      added to the above at k = y
 template <typename A>
 struct RowResult {
@@ -352,8 +355,8 @@ struct KdLossArgs {
   const void* student;  // (rows, classes)
   std::int64_t student_stride;
   DType student_type;
-  const void*
-      teacher;  // (teacher_rows, classes); teacher_rows < rows only with SelectedType::kPrefix
+  // (teacher_rows, classes); teacher_rows < rows only with SelectedType::kPrefix
+  const void* teacher;
   std::int64_t teacher_stride;
   std::int64_t teacher_rows;
   DType teacher_type;
@@ -380,8 +383,8 @@ struct KdLossArgs {
   double divergence_parameters[3];
   bool standardize;
   std::int32_t temperature_count;
-  double
-      temperatures[kMaxTemperatures];  // several: the KD terms are added; temperature is the first
+  // temperature is the first of them; the KD terms at all of them are added.
+  double temperatures[kMaxTemperatures];
   const void* soft_target;   // A[rows * classes] or null: target is unused, no row is ignored
   const void* class_weight;  // A[classes] or null
   const void* weight_sum;    // A[1] or null: replaces the sum of the valid rows' class weights

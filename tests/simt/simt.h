@@ -89,10 +89,10 @@ constexpr int kDevices = 6;
 void set_device(int index);
 int current_device();
 
-// Who goes first. Results must not depend on it.
-//   kForward   blocks and threads in order; a warp runs as far ahead of the others as barriers let
-//   it kBackward  the same from the end kShuffled  blocks in a random order; a random warp takes
-//   each step, to its next collective
+// The order in which blocks and threads run. Results must not depend on it.
+//   kForward   blocks and threads in order; a warp runs ahead of the others as far as barriers let it
+//   kBackward  the same in reverse order
+//   kShuffled  blocks in a random order; at each step a random warp runs to its next collective
 enum class Order { kForward, kBackward, kShuffled };
 void set_order(Order order, std::uint32_t seed = 0);
 
