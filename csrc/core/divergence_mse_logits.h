@@ -26,7 +26,8 @@ struct MseLogits {
     DistillTerms<A> out{};
     if (s.classes == A(1)) return out;
     const Revision<A>& p = s.revision;
-    // Relative to the teacher's anchor, which avoids rounding at the size of the logits.
+    // Relative to the teacher's anchor: a difference of the logits themselves would round at their
+    // size.
     const A from = p.revised ? s.anchor_v : s.v_y;
     const A lift = p.revised ? s.temperature * (p.log_target - p.log_beta + s.teacher.total) : A(0);
     const A d = (s.z_y == from ? A(0) : s.z_y - from) - lift;

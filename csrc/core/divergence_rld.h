@@ -31,7 +31,7 @@ struct Rld {
     DistillTerms<A> out{};
     A top = p.target, log_top = p.log_target, left = p.others, log_left = p.log_others;
     if (s.wrong) {
-      // The top class is one of the others; the target joins those that are left.
+      // The top class is one of the others; the target is among the rest.
       log_top = -p.total;
       top = row_exp(log_top);
       log_left = log_add(row_log(s.second_rest_v) + log_top, p.log_target);
