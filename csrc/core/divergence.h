@@ -1,24 +1,27 @@
-// What a divergence between teacher and student is made of, seen from one row at one temperature T.
+// The interface of a divergence between teacher and student, for one row at one temperature T.
 //
-// A row is its target y and "the others", every k != y. Sums run over the others alone, and the
-// target joins in closed form: so log(1 - q_y) is a logsumexp over the others and never the log of
-// a difference, and label revision, which scales the others by one number and sets the target,
-// happens after the sums. q = softmax(z / T), p = softmax(v / T), p' = p revised.
+// "The others" are the classes k != y, where y is the row's target. Sums run over the others only,
+// and the target is added in closed form. So log(1 - q_y) is a logsumexp over the others instead of
+// the logarithm of a difference, and label revision, which multiplies the others by one factor and
+// sets the target, is applied after the sums. q = softmax(z / T), p = softmax(v / T), p' = p after
+// revision.
 //
-// A divergence is a struct in a file of its own (divergence_kl.h is the shortest to read), listed
-// in divergences.h. Its element functions take X, a number or a SIMD vector of them, through a math
-// M:
-//   kRevised             is it taken of the revised teacher
-//   kSums, kSecondSums   how many sums it needs, without and with its coefficients known
-//   kClasses             over which classes: the others, or those of them below the target
-//   kSecondTemperature   which further temperature it looks at
-//   add          one class into its sums
-//   prepare      statistics -> coefficients                          (kSecondSums > 0)
-//   add_second   one class into its second sums                      (kSecondSums > 0)
-//   finish       statistics and what prepare made -> loss, gradient at the target, coefficients
-//   gradient     coefficients -> d loss / dz_k of another class k
-// All are templates of M, also where they do not use it: with M a type of one translation unit, so
-// are they, and the linker cannot mix instruction sets.
+// A divergence is a struct in its own file (divergence_kl.h is the shortest) and an entry of
+// divergences.h. Its functions of one class take X, a number or a SIMD vector of numbers, and a
+// type M with the mathematical functions of X:
+//   kRevised             whether it takes the revised teacher
+//   kSums                how many sums over classes it needs
+//   kSecondSums          how many more it needs whose terms depend on the results of the first sums
+//   kClasses             the classes of its sums: the others, or those of the others whose teacher
+//                        logit is below the target's
+//   kSecondTemperature   which other temperature it uses
+//   add          adds a class to the first sums
+//   prepare      statistics -> coefficients                               (kSecondSums > 0)
+//   add_second   adds a class to the second sums                          (kSecondSums > 0)
+//   finish       statistics, prepare's coefficients -> loss, gradient at the target, coefficients
+//   gradient     coefficients -> d loss / dz_k of one of the others
+// All of them are templates of M, even those that do not use it: M is a type of one translation
+// unit, so the functions are too, and the linker cannot mix instruction sets.
 #pragma once
 
 #include <limits>
@@ -33,8 +36,8 @@ enum class SecondTemperature : std::int32_t { kNone = 0, kOne = 1, kParameter = 
 constexpr int kMaxSums = 2;
 constexpr int kMaxCoefficients = 6;
 
-// What softmax(x / T) gives the target and the others together.
-//   total       log sum_k exp((x_k - anchor) / T), anchor the maximum of the others
+// The probabilities of the target and of the others together under softmax(x / T).
+//   total       log sum_k exp((x_k - anchor) / T), where anchor is the maximum of the others
 //   log_target, log_others, target, others    log q_y, log(1 - q_y), q_y, 1 - q_y
 template <typename A>
 struct Split {
@@ -45,7 +48,7 @@ struct Split {
   A others;
 };
 
-// A teacher's distribution after revision: others' probabilities are beta * p.
+// A teacher's distribution after revision. The probability of each other class is beta * p_k.
 template <typename A>
 struct Revision {
   A beta;
@@ -58,23 +61,23 @@ struct Revision {
 };
 
 // Statistics of a row at one temperature. Exponentials are relative to the maximum over the
-// divergence's classes: z_k - max_z and so on.
+// divergence's classes: exp((z_k - max_z) / T).
 template <typename A>
 struct DistillStats {
   A temperature;
   A inv_temperature;
   A classes;
-  A z_y, v_y,
-      anchor_v;    // as Element::z and v are; anchor_v is what v was exponentiated relative to
-  bool wrong;      // another class's logit is above the target's
-  A sum_z, sum_v;  // sum exp((z_k - max_z) / T), likewise v, over the divergence's classes
+  // Relative to the same number as Element::z and v; v's exponentials are relative to anchor_v.
+  A z_y, v_y, anchor_v;
+  bool wrong;      // whether another class's teacher logit is above the target's
+  A sum_z, sum_v;  // sum exp((z_k - max_z) / T), and of v, over the divergence's classes
   A sums[kMaxSums];
   A second[kMaxSums];
   Split<A> student, teacher;  // at T; unset for Classes::kBelowTarget
   Revision<A> revision;       // at T
   A second_temperature;
   A second_sum_z;   // over the others, at the second temperature
-  A second_rest_v;  // over the others but one of the largest; of SecondTemperature::kParameter
+  A second_rest_v;  // over the others except one of the largest; for SecondTemperature::kParameter
   Split<A> second_student, second_teacher;
   Revision<A> second_revision;
   const A* parameters;
@@ -87,16 +90,16 @@ struct DistillTerms {
   A c[kMaxCoefficients];
 };
 
-// One class as the element functions see it. Outside the divergence's classes ez and ev are 0.
+// The values of one class. Outside the divergence's classes ez and ev are 0.
 template <typename X>
 struct Element {
-  X z, v;      // the logits, both less the same number
-  X dz, dv;    // the same less their anchors
+  X z, v;      // the logits, both relative to the same number
+  X dz, dv;    // the logits relative to their anchors
   X ez, ev;    // exp(dz / T), exp(dv / T)
   X second_z;  // exp((z_k - max of the others) / second temperature)
 };
 
-// x * y with 0 * anything = 0.
+// x * y, and 0 if x is 0, whatever y is.
 template <typename A>
 LRDS_HOST_DEVICE inline A times_log(A x, A y) {
   return x == A(0) ? A(0) : x * y;
@@ -115,7 +118,7 @@ LRDS_HOST_DEVICE inline A log_add(A a, A b) {
   return a > b ? a + row_log1p(row_exp(b - a)) : b + row_log1p(row_exp(a - b));
 }
 
-// From the sum over the others and the target's (x_y - anchor) / T.
+// Split from the sum of exponentials over the others and target_shift = (x_y - anchor) / T.
 template <typename A>
 LRDS_HOST_DEVICE inline Split<A> split(A sum_others, A target_shift) {
   const A log_sum = row_log(sum_others);
@@ -129,15 +132,15 @@ LRDS_HOST_DEVICE inline Split<A> split(A sum_others, A target_shift) {
   return out;
 }
 
-// q_y - p_y of two distributions over the target and the others: by the smaller of the two sides,
-// so that nothing is lost where both are close to 1.
+// q_y - p_y of two distributions over the target and the others, from the smaller of the two
+// probabilities, so that no precision is lost where both q_y and p_y are close to 1.
 template <typename A>
 LRDS_HOST_DEVICE inline A excess(A q_y, A q_others, A p_y, A p_others) {
   return q_y > q_others ? p_others - q_others : q_y - p_y;
 }
 
-// KL(phat || qhat) over the divergence's classes, from dot = sum_k ev (dv - dz) / T: 0 where the
-// teacher has none of them, infinite where the student alone has none.
+// KL(phat || qhat) over the divergence's classes, from dot = sum_k ev (dv - dz) / T. It is 0 if the
+// teacher's sum is 0, and infinite if only the student's is.
 template <typename A>
 LRDS_HOST_DEVICE inline A renormalised_kl(A dot, A sum_v, A sum_z) {
   if (sum_v == A(0)) return A(0);
@@ -145,7 +148,7 @@ LRDS_HOST_DEVICE inline A renormalised_kl(A dot, A sum_v, A sum_z) {
   return dot / sum_v - row_log(sum_v) + row_log(sum_z);
 }
 
-// x / sum, 0 for an empty sum.
+// x / sum, and 0 for an empty sum.
 template <typename A>
 LRDS_HOST_DEVICE inline A over_sum(A x, A sum) {
   return sum == A(0) ? A(0) : x / sum;
@@ -156,22 +159,22 @@ LRDS_HOST_DEVICE inline Revision<A> unrevised(const Split<A>& p) {
   return Revision<A>{A(1), A(0), p.log_target, p.log_others, p.target, p.others, false};
 }
 
-// The revision of p towards a target that carries the probability `mass` (1 for a class index) and
-// leads the next one by `margin` (1 likewise): on rows where the teacher is wrong,
-// beta = eta * margin / (margin + p_max - p_y). "mft" also lifts right rows, to
-// p'_y = min(1, p_y + 1 - eta). gap: (v_max - v_y) / T, positive where the teacher is wrong.
+// Revises p towards a target distribution whose probability at the target is `mass` and exceeds the
+// next largest by `margin` (both 1 for a class index). Where the teacher is wrong, beta = eta *
+// margin / (margin + p_max - p_y). "mft" also changes rows where it is right: p'_y = min(1, p_y + 1
+// - eta). gap = (v_max - v_y) / T, positive where the teacher is wrong.
 template <typename A>
 LRDS_HOST_DEVICE inline Revision<A> revise(const Split<A>& p, bool wrong, A gap, Revise policy,
                                            A eta, A mass, A margin) {
   Revision<A> out = unrevised(p);
   if (wrong && (policy == Revise::kLabelRevision || policy == Revise::kMft)) {
-    // p_max - p_y; the others' largest exponential is exp(0).
+    // p_max - p_y. The largest exponential of the others is exp(0).
     const A lead = -row_exp(-p.total) * row_expm1(-gap);
     out.beta = margin == A(0) ? A(0) : eta * margin / (margin + lead);
     out.target = out.beta * p.target + (A(1) - out.beta) * mass;
     out.revised = true;
   } else if (policy == Revise::kMft && p.log_others > negative_infinity<A>()) {
-    // p'_y = p_y + min(1 - eta, 1 - p_y); the others keep what is left.
+    // p'_y = p_y + min(1 - eta, 1 - p_y); the others get the rest.
     const A left = p.others - (A(1) - eta);
     out.beta = left > A(0) ? left / p.others : A(0);
     out.target = left > A(0) ? p.target + (A(1) - eta) : A(1);
@@ -186,15 +189,16 @@ LRDS_HOST_DEVICE inline Revision<A> revise(const Split<A>& p, bool wrong, A gap,
   return out;
 }
 
-// A revision at the temperature R moves the target's logit alone: to this, less the anchor of p,
-// where p and its revision are at R. Infinite where nothing is left for the others.
+// A revision at the temperature R changes the target's logit only: to this value, relative to the
+// anchor of p. p and revision are at R. Infinite if the others' probability is 0.
 template <typename A>
 LRDS_HOST_DEVICE inline A revised_logit(const Split<A>& p, const Revision<A>& revision, A r) {
   return r * (revision.log_target - revision.log_beta + p.total);
 }
 
-// That revision at another temperature, where p is the teacher: from the sum over the others, and
-// the target's new logit less the anchor, over that temperature.
+// The revision of revised_logit at another temperature T, at which p is the teacher. sum_others is
+// the sum of exponentials over the others at T; target_shift is the target's new logit relative to
+// the anchor, divided by T.
 template <typename A>
 LRDS_HOST_DEVICE inline Revision<A> softened(const Split<A>& p, A sum_others, A target_shift) {
   const Split<A> revised = split(sum_others, target_shift);

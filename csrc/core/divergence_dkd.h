@@ -1,6 +1,7 @@
-// Decoupled knowledge distillation: alpha T^2 KL(binary(p'_y) || binary(q_y)) + beta T^2 KL(p'hat
-// || qhat), hat = renormalised over the others, so p'hat = phat. Zhao et al., CVPR 2022.
-// Parameters: alpha, beta.
+// Decoupled knowledge distillation,
+//   alpha T^2 KL(binary(p'_y) || binary(q_y)) + beta T^2 KL(p'hat || qhat),
+// where hat means renormalised over the classes other than the target, so that p'hat = phat.
+// Parameters: alpha, beta. Zhao et al., CVPR 2022.
 #pragma once
 
 #include "core/divergence.h"
@@ -28,7 +29,7 @@ struct Dkd {
     const A binary = times_log(p.target, p.log_target - s.student.log_target) +
                      times_log(p.others, p.log_others - s.student.log_others);
     const A hat = renormalised_kl(s.sums[0] * s.inv_temperature, s.sum_v, s.sum_z);
-    // A weight of 0 switches its part off, also where that is infinite.
+    // A weight of 0 switches its term off even if the term is infinite.
     out.loss = t * t * (times_log(alpha, binary) + times_log(beta, hat));
     out.at_target = alpha * t * excess(s.student.target, s.student.others, p.target, p.others);
     const A hat_weight = s.sum_v == A(0) ? A(0) : t * beta;

@@ -1,5 +1,6 @@
-// Generalised Jensen-Shannon divergence: T^2 [w KL(p' || m) + (1 - w) KL(q || m)], m = w p' + (1 -
-// w) q. Parameter: w.
+// Generalised Jensen-Shannon divergence,
+//   T^2 [w KL(p' || m) + (1 - w) KL(q || m)],   m = w p' + (1 - w) q.
+// Parameter: w.
 #pragma once
 
 #include "core/divergence.h"
@@ -13,8 +14,9 @@ struct Jsd {
   static constexpr Classes kClasses = Classes::kOthers;
   static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kNone;
 
-  // log(w p + (1 - w) q), clamped to the smallest normal number: the mixture may underflow to 0
-  // where p and q do not. The factors of the logarithm are as small: the error is negligible.
+  // log(w p + (1 - w) q). The mixture is clamped to the smallest normal number, because it may
+  // underflow to 0 where p and q do not. The factors of the logarithm are as small, so the error is
+  // negligible.
   template <class M, class X, class A>
   LRDS_DEVICE_MEMBER static X log_mixture(A w, X p, X q) {
     const A least = std::numeric_limits<A>::min();
@@ -54,7 +56,7 @@ struct Jsd {
     const A teacher_kl = s.second[0] + times_log(p, s.revision.log_target - log_m);
     out.loss = t * t * (w * teacher_kl + (A(1) - w) * student_kl);
     out.at_target = t * (A(1) - w) * times_log(q, s.student.log_target - log_m - student_kl);
-    // The teacher's normaliser has served; the gradient needs KL(q || m) instead.
+    // The gradient needs KL(q || m) instead of the teacher's normaliser.
     out.c[3] = student_kl;
     return out;
   }

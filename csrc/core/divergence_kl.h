@@ -1,4 +1,4 @@
-// T^2 KL(p' || q)
+// KL divergence, T^2 KL(p' || q).
 #pragma once
 
 #include "core/divergence.h"

@@ -1,6 +1,6 @@
-// Mean squared error of the logits, mean_k (z_k - v'_k)^2: no temperature in the student, no T^2.
-// Revision moves the target's logit alone, to where softmax(v' / T) = p'. Classes that both exclude
-// (-inf) add 0.
+// Mean squared error of the logits, mean_k (z_k - v'_k)^2, without T^2: only the revision of v
+// depends on the temperature. It changes the target's logit alone, so that softmax(v' / T) = p'. A
+// class that both networks exclude (logit -inf) adds 0.
 #pragma once
 
 #include "core/divergence.h"
@@ -26,7 +26,8 @@ struct MseLogits {
     DistillTerms<A> out{};
     if (s.classes == A(1)) return out;
     const Revision<A>& p = s.revision;
-    // Relative to the teacher's anchor, which avoids rounding at the size of the logits.
+    // Relative to the teacher's anchor: a difference of the logits themselves would round at their
+    // size.
     const A from = p.revised ? s.anchor_v : s.v_y;
     const A lift = p.revised ? s.temperature * (p.log_target - p.log_beta + s.teacher.total) : A(0);
     const A d = (s.z_y == from ? A(0) : s.z_y - from) - lift;

@@ -1,4 +1,4 @@
-// Mean squared error of the probabilities, mean_k (q_k - p'_k)^2 at temperature T. No T^2.
+// Mean squared error of the probabilities, mean_k (q_k - p'_k)^2 at the temperature T, without T^2.
 #pragma once
 
 #include "core/divergence.h"
@@ -12,8 +12,8 @@ struct MseProbs {
   static constexpr Classes kClasses = Classes::kOthers;
   static constexpr SecondTemperature kSecondTemperature = SecondTemperature::kNone;
 
-  // q_k = c0 * ez, p'_k = c1 * ev. Differences are squared as they are: the squares' sums would
-  // cancel.
+  // q_k = c0 * ez, p'_k = c1 * ev. The differences are squared one by one; the sums of q_k^2, q_k
+  // p'_k and p'_k^2 would cancel.
   template <class M, class A>
   LRDS_DEVICE_MEMBER static DistillTerms<A> prepare(const DistillStats<A>& s) {
     DistillTerms<A> out{};

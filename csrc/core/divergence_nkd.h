@@ -1,6 +1,7 @@
-// Normalised knowledge distillation: -p'_y log softmax(z)_y - gamma T^2 sum_{k != y} phat_k log
-// qhat_k, the first term at temperature 1 with its own revision. Yang et al., ICCV 2023. Parameter:
-// gamma.
+// Normalised knowledge distillation,
+//   -p'_y log softmax(z)_y - gamma T^2 sum_{k != y} phat_k log qhat_k,
+// where hat means renormalised over the classes other than the target. The first term is at
+// temperature 1 and p'_y is revised there. Parameter: gamma. Yang et al., ICCV 2023.
 #pragma once
 
 #include "core/divergence.h"

@@ -1,4 +1,4 @@
-// T^2 KL(q || p')
+// Reverse KL divergence, T^2 KL(q || p').
 #pragma once
 
 #include "core/divergence.h"
@@ -39,7 +39,7 @@ struct Rkl {
 
   template <class M, class X, class A>
   LRDS_DEVICE_MEMBER static X gradient(const DistillTerms<A>& f, const Element<X>& e) {
-    // Of q itself: it may underflow where ez does not, and 0 times an infinite ratio is 0.
+    // Tests q itself: q may underflow where ez does not, and 0 times an infinite ratio must be 0.
     const X q = f.c[0] * e.ez;
     return M::where_positive(q, q * ((e.dz - e.dv) + f.c[1]));
   }

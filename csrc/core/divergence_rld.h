@@ -1,7 +1,8 @@
-// Refined logit distillation: the binary part with the teacher's top probability p_a at its own
-// temperature Tc, alpha Tc^2 KL((p_a, 1 - p_a) || (q_y, 1 - q_y)), and beta T^2 KL over the classes
-// with v_k < v_y, both sides renormalised. It replaces revision. Sun et al., "Knowledge
-// Distillation with Refined Logits", 2024. Parameters: alpha, beta, Tc.
+// Refined logit distillation,
+//   alpha Tc^2 KL((p_a, 1 - p_a) || (q_y, 1 - q_y)) + beta T^2 KL(phat || qhat).
+// The first term compares the teacher's top probability p_a with q_y at the temperature Tc; hat
+// means renormalised over the classes with v_k < v_y. It replaces label revision. Parameters:
+// alpha, beta, Tc. Sun et al., "Knowledge Distillation with Refined Logits", 2024.
 #pragma once
 
 #include "core/divergence.h"
@@ -30,7 +31,7 @@ struct Rld {
     DistillTerms<A> out{};
     A top = p.target, log_top = p.log_target, left = p.others, log_left = p.log_others;
     if (s.wrong) {
-      // The top class is one of the others; the target joins those that are left.
+      // The top class is one of the others; the target is among the rest.
       log_top = -p.total;
       top = row_exp(log_top);
       log_left = log_add(row_log(s.second_rest_v) + log_top, p.log_target);

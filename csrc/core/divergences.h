@@ -1,4 +1,4 @@
-// Every divergence, in the order of their codes: lrds_fast/divergences.py numbers them alike.
+// All divergences. The index in the list is the code in lrds_fast/divergences.py.
 #pragma once
 
 #include "core/divergence_dkd.h"
@@ -19,13 +19,14 @@ struct DivergenceList {
 
 using Divergences = DivergenceList<Kl, Rkl, Dkd, Rld, Nkd, MseLogits, MseProbs, Jsd>;
 
-// The type at `code` of a list; the host's way from KdLossArgs::divergence to an instantiation:
-// visit_divergence(code, [](auto d) { using D = decltype(d); ... }), false for an unknown code.
+// Calls visitor(D{}) for the divergence D with this code; false for an unknown code. This is how
+// the host gets from KdLossArgs::divergence to a template instantiation: visit_divergence(code,
+// [](auto d) { using D = decltype(d); ... }).
 template <class Visitor, class... D>
 inline bool visit_divergence(int code, Visitor visitor, DivergenceList<D...>) {
   int index = 0;
   bool found = false;
-  // One of the comparisons holds at most.
+  // At most one comparison is true.
   ((index++ == code ? (visitor(D{}), found = true) : false), ...);
   return found;
 }

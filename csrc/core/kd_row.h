@@ -1,16 +1,17 @@
-// One row of the loss under any divergence, revision policy, target and number of temperatures: the
-// template that both devices run. An executor knows where the row is and how to loop over it: a
-// SIMD loop over scratch memory, a warp, a block.
+// The loss of one row under any divergence, revision policy, target and number of temperatures: one
+// template for both devices. An executor knows where the row is stored and how to loop over it:
+// SIMD over scratch memory, a warp, or a block.
 //
 // Executor:
-//   M            the math: scalar type A, element type X (A or a vector of A), exp(x, scale) =
-//                e^(x * scale), log, where_*
+//   M            the mathematical functions: scalar type A, element type X (A or a vector of A),
+//                exp(x, scale) = e^(x * scale), log, where_*
 //   z(k), v(k)   logits of the classes at position k; -inf at the target and past the row's end
 //   t(k), w(k)   soft target's probabilities, class weights
 //   others(k, x) x, but 0 at the target and past the row's end
-//   max(f), sum<N>(f, out)   over all positions: f(k) -> X; f(k, X* sums)
-//   each(f)                  f(k) for all positions
-//   store(k, x)              the gradient at position k
+//   max(f)             the maximum of f(k) -> X over all positions
+//   sum<N>(f, out)     N sums over all positions; f(k, X* sums) adds its terms
+//   each(f)            calls f(k) for all positions
+//   store(k, x)        writes the gradient at position k
 #pragma once
 
 #include "core/divergence.h"
@@ -23,13 +24,13 @@ struct DistillParams {
   A temperature[kMaxTemperatures];
   Revise revise;
   A eta;
-  A revise_temperature;  // 0: each temperature itself
+  A revise_temperature;  // 0: the temperature of each KD term
   A label_smoothing;
   A classes;
   bool standardize;
-  bool soft;      // targets are probabilities
-  bool weighted;  // classes have weights
-  bool gradient;  // is wanted
+  bool soft;      // whether targets are probabilities
+  bool weighted;  // whether classes have weights
+  bool gradient;  // whether the gradient is needed
   A parameters[3];
 };
 
@@ -54,27 +55,29 @@ LRDS_HOST_DEVICE inline DistillParams<A> distill_params(const KdLossArgs& args) 
   return out;
 }
 
-// One temperature, class targets, no class weights, no label smoothing, no standardisation.
+// Whether a call has one temperature, class-index targets, and neither class weights, label
+// smoothing nor standardisation.
 template <typename A>
 LRDS_HOST_DEVICE inline bool is_simple(const DistillParams<A>& params) {
   return params.temperatures == 1 && !params.soft && !params.weighted && !params.standardize &&
          params.label_smoothing == A(0);
 }
 
-// The logit of every class that a cached teacher does not have: `others` of them, which weigh
-// exp(rest) together.
+// The logit of each of the `others` classes that a cached teacher does not have. Together their
+// exponentials sum to exp(rest).
 template <typename A>
 LRDS_HOST_DEVICE inline A cached_filler(double temperature, A rest, std::int64_t others) {
   const double each = static_cast<double>(rest) - log(static_cast<double>(others));
   return others > 0 ? static_cast<A>(temperature * each) : negative_infinity<A>();
 }
 
-// What a row brings along. A term of weight 0 is neither read nor added.
-//   ce_scale, kd_scale   multiply the terms' gradients
-//   z_y, v_y             logits at the target
-//   t_y, t_margin, t_sum the soft target there, its lead over the next class (over 0 if that is
-//                        below), and its sum over positive entries; 1, 1, 1 for an index
-//   w_y                  the target's class weight, 1 without weights
+// The inputs of a row. A term of weight 0 is neither read nor added.
+//   ce_scale, kd_scale    multiply the terms' gradients
+//   z_y, v_y              logits at the target
+//   t_y, t_margin, t_sum  the soft target's probability at the target, how far it exceeds the next
+//                         class (or 0, if that is negative), and its sum over positive entries;
+//                         1, 1, 1 for a class index
+//   w_y                   the target's class weight, 1 without weights
 template <typename A>
 struct RowTask {
   A ce_weight, kd_weight;
@@ -84,7 +87,7 @@ struct RowTask {
   A w_y;
 };
 
-// ce, kd: weighted loss terms. at_target: the gradient there.
+// ce, kd: weighted loss terms. at_target: the gradient at the target.
 template <typename A>
 struct RowTerms {
   A ce;
@@ -93,8 +96,8 @@ struct RowTerms {
   bool revised;
 };
 
-// x -> (x - anchor) * scale - middle. The anchor is subtracted first, so that a common offset of
-// the row's logits does not round their differences.
+// x -> (x - anchor) * scale - middle. Subtracting the anchor first keeps a common offset of the
+// logits from rounding their differences.
 template <typename A>
 struct Affine {
   A anchor;
@@ -106,9 +109,10 @@ struct Affine {
 
 constexpr double kStandardizeEpsilon = 1e-7;
 
-// A soft target's revision changes every class. With dv_k the teacher's logits less their anchor
-// and T the temperature of the revision, dv'_k = T log(exp(dv_k / T) + t_k exp(offset)): dv_k where
-// the target has no probability, and no probability is formed. With beta = 0, dv'_k = T (log t_k +
+// Revision towards a soft target, which changes every class. With dv_k the teacher's logits
+// relative to their anchor and T the temperature of the revision,
+//   dv'_k = T log(exp(dv_k / T) + t_k exp(offset)).
+// dv'_k = dv_k where t_k = 0, and no probability is computed. With beta = 0, dv'_k = T (log t_k +
 // offset).
 template <typename A>
 struct SoftTeacher {
@@ -132,17 +136,17 @@ LRDS_DEVICE inline X soft_teacher_logit(const SoftTeacher<A>& soft, X dv, X t) {
   return M::where_positive(t, soft.temperature * sum, dv);
 }
 
-// One temperature's part of a row, as the gradient needs it.
+// A row's values at one temperature that the gradient needs.
 template <typename A>
 struct AtTemperature {
   A inv_temperature;
   A inv_second;
-  A shift_z, shift_v;  // the anchors, logits as they were read
+  A shift_z, shift_v;  // the anchors, as logits without scaling
   SoftTeacher<A> soft;
   DistillTerms<A> terms;
 };
 
-// The part of a task that is one term alone, unscaled.
+// The task with only the CE or only the KD term, with weight 1.
 template <typename A>
 LRDS_HOST_DEVICE inline RowTask<A> only_term(RowTask<A> task, bool kd) {
   task.ce_weight = kd ? A(0) : A(1);
@@ -151,9 +155,10 @@ LRDS_HOST_DEVICE inline RowTask<A> only_term(RowTask<A> task, bool kd) {
   return task;
 }
 
-// kSimple: is_simple(params) holds, and what it excludes is not compiled. The executor then needs
-// neither t, w nor others, but any(x): does x hold for any row of the warp? Rows of one warp share
-// the shuffles of their reductions, so they must take the same branches around them.
+// Computes the terms and the gradient of one row. With kSimple, is_simple(params) holds and the
+// code for all else is not compiled. The executor then needs none of t, w and others, but any(x):
+// whether x holds for any row of the warp. The rows of a warp share the shuffles of their
+// reductions, so they must take the same branches around them.
 template <class D, class Executor, bool kSimple = false>
 class RowProgram {
  public:
@@ -171,7 +176,7 @@ class RowProgram {
     const bool has_ce = row_.ce_weight != A(0);
     bool has_kd = row_.kd_weight != A(0);
     if (has_kd && params_.classes == A(1)) {
-      // Nothing to distil; NaN if the one logit is not finite.
+      // One class: there is nothing to distil. NaN if its logit is not finite.
       has_kd = false;
       out.kd = out.at_target = (row_.z_y - row_.z_y) + (row_.v_y - row_.v_y);
     }
@@ -197,7 +202,7 @@ class RowProgram {
   }
 
  private:
-  // Does any row that reduces together with this one need it?
+  // Whether this row, or any row that takes part in the same reductions, needs a step.
   LRDS_DEVICE_MEMBER bool collective(bool needed) const {
     if constexpr (kSimple) {
       return exec_.any(needed);
@@ -210,15 +215,15 @@ class RowProgram {
   LRDS_DEVICE_MEMBER bool standardize() const { return !kSimple && params_.standardize; }
   LRDS_DEVICE_MEMBER A label_smoothing() const { return kSimple ? A(0) : params_.label_smoothing; }
 
-  // The maximum of the others; the target's logit where they are all -inf (or none), which leaves
-  // the row's total at 0.
+  // The maximum of the others; the target's logit if the others are all -inf or there are none, so
+  // that the row's total is 0.
   LRDS_DEVICE_MEMBER static A anchor_of(A max, A at_target) {
     return max == negative_infinity<A>() ? at_target : max;
   }
 
   // --- Cross-entropy: sum_k c_k * (logsumexp(z) - z_k) ---
 
-  // c_k of another class.
+  // c_k of one of the others.
   template <class K>
   LRDS_DEVICE_MEMBER X target_weight(K k) const {
     if constexpr (kSimple) {
@@ -245,7 +250,7 @@ class RowProgram {
           if (!kSimple && dense) {
             const X c = target_weight(k);
             into[1] += c;
-            // A class of weight 0 may be excluded; one of a weight below 0 counts as any other.
+            // c = 0 with dz = -inf adds 0. A negative c counts as any other.
             into[2] += M::where_positive(c, c * dz) + M::where_positive(X{} - c, c * dz);
           }
         },
@@ -256,7 +261,7 @@ class RowProgram {
     const A c_sum = c_others + c_y;
     const Split<A> q = split(sums[0], row_.z_y - shift);
     const A at_others = dense ? sums[2] : A(0);
-    // (total - z_y) through the split: both may be large.
+    // total - z_y from the split, because both may be large.
     out.ce =
         row_.ce_weight * (times_log(c_y, -q.log_target) + times_log(c_others, q.total) - at_others);
     const A scale = row_.ce_weight * row_.ce_scale;
@@ -274,7 +279,7 @@ class RowProgram {
 
   // --- Distillation ---
 
-  // largest: of the others.
+  // `largest` is the maximum of the others.
   template <class F>
   LRDS_DEVICE_MEMBER Affine<A> affine_of(F logit, A at_target, A largest) const {
     Affine<A> out{A(0), A(0), A(1), A(0), A(0)};
@@ -300,7 +305,7 @@ class RowProgram {
     return out;
   }
 
-  // A logit, or a difference of two, standardised.
+  // A logit, or a difference of two, after standardisation.
   template <class Y>
   LRDS_DEVICE_MEMBER static Y scaled(Y x, const Affine<A>& affine) {
     if constexpr (kSimple) {
@@ -313,7 +318,7 @@ class RowProgram {
   LRDS_DEVICE_MEMBER Y centred(Y z) const {
     return (z - affine_z_.anchor) - affine_z_.mean;
   }
-  // The logits that a divergence subtracts from each other.
+  // A logit on the scale on which divergences subtract student and teacher.
   template <class Y>
   LRDS_DEVICE_MEMBER Y standing(Y x, const Affine<A>& affine, A less) const {
     if constexpr (kSimple) {
@@ -322,14 +327,14 @@ class RowProgram {
       return (x - affine.anchor) * affine.scale - (affine.middle + less);
     }
   }
-  // The revised teacher's logit less the anchor of all of them.
+  // A logit of the revised teacher relative to their common anchor.
   template <class K>
   LRDS_DEVICE_MEMBER X soft_teacher(K k, const SoftTeacher<A>& soft) const {
     return soft_teacher_logit<M>(soft, scaled(exec_.v(k) - anchor_v_, affine_v_),
                                  exec_.others(k, exec_.t(k)));
   }
 
-  // Position k as the divergence sees it.
+  // The values of position k for the divergence.
   template <class K>
   LRDS_DEVICE_MEMBER Element<X> element(K k, const AtTemperature<A>& at) const {
     Element<X> e;
@@ -387,12 +392,12 @@ class RowProgram {
     out.at_target += kd_scale_ * at_target;
   }
 
-  // Is the teacher revised at another temperature than this one?
+  // Whether the teacher is revised at another temperature than this one.
   LRDS_DEVICE_MEMBER bool elsewhere(A temperature) const {
     return params_.revise_temperature > A(0) && params_.revise_temperature != temperature;
   }
 
-  // The revision at a temperature of its own, once for all temperatures.
+  // Revises the teacher at the revision's own temperature, once for all KD terms.
   LRDS_DEVICE_MEMBER void lift_target() {
     const A r = params_.revise_temperature, inv_r = A(1) / r;
     A sum[1];
@@ -409,7 +414,7 @@ class RowProgram {
     lifted_ = revised_logit(p, revision, r);
   }
 
-  // The gradient through the standardisation; returns the target's.
+  // Carries the gradient through the standardisation; returns the gradient at the target.
   LRDS_DEVICE_MEMBER A standardized_gradient(A at_target) {
     A sums[2];
     exec_.template sum<2>(
@@ -429,7 +434,7 @@ class RowProgram {
     return (at_target - gradient_mean_ - d_y * gradient_slope_) * affine_z_.scale;
   }
 
-  // Statistics and terms at one temperature; true if the teacher was revised.
+  // Statistics and terms at one temperature; returns whether the teacher was revised.
   LRDS_DEVICE_MEMBER bool at_temperature(A temperature, AtTemperature<A>& at) {
     DistillStats<A> s{};
     s.temperature = temperature;
@@ -445,7 +450,7 @@ class RowProgram {
     at.shift_v = anchor_v_;
     at.soft.on = false;
     at.inv_second = A(0);
-    // A target whose probability is 0 revises nothing.
+    // A target with probability 0 revises nothing.
     const bool wrong = s.wrong && (!soft() || row_.t_y > A(0));
     const A mass = soft() ? row_.t_y / row_.t_sum : A(1);
     const A margin = soft() ? row_.t_margin / row_.t_sum : A(1);
@@ -472,7 +477,7 @@ class RowProgram {
           sums);
       A sum_v = sums[1];
       if constexpr (kRest) {
-        // One of the largest, each of which is 1, is left out.
+        // Without one of the largest, each of which adds 1.
         s.second_rest_v = sums[1] + (sums[2] - A(1));
         sum_v += sums[2];
       }
@@ -543,8 +548,8 @@ class RowProgram {
     return revised;
   }
 
-  // Replaces the teacher by its revision towards a soft target, everything relative to the anchor
-  // of the unrevised one; returns the target's new logit relative to the largest new one.
+  // Replaces the teacher by its revision towards a soft target, relative to the anchor of the
+  // teacher before revision. Returns the target's new logit relative to the largest new logit.
   LRDS_DEVICE_MEMBER A revise_soft(AtTemperature<A>& at, DistillStats<A>& s, A gap, A mass,
                                    A margin) {
     const A own = params_.revise_temperature > A(0) ? params_.revise_temperature : s.temperature;
@@ -578,7 +583,7 @@ class RowProgram {
     return shift;
   }
 
-  // The KD terms' gradient with respect to the (standardised) logits, unweighted.
+  // The gradient of the KD terms with respect to the (standardised) logits, without weights.
   template <class K>
   LRDS_DEVICE_MEMBER X direct_gradient(K k) const {
     X g = X{};
@@ -607,8 +612,8 @@ class RowProgram {
   Affine<A> affine_z_, affine_v_;
   A max_v_;  // of the others
   A anchor_z_, anchor_v_;
-  bool lifts_ = false;  // is the row revised at a temperature of its own,
-  A lifted_;            // and where to is the target's (standardised) logit moved, less the anchor?
+  bool lifts_ = false;  // whether the row is revised at the revision's own temperature,
+  A lifted_;            // and then the target's new (standardised) logit relative to the anchor
   A kd_scale_;
   A gradient_mean_, gradient_slope_;
   AtTemperature<A> at_[kSimple ? 1 : kMaxTemperatures];

@@ -34,7 +34,7 @@ static inline float to_float(Float16 x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
-  // Below 2^-14 a half is a multiple of 2^-24.
+  // A half below 2^-14 is a multiple of 2^-24.
   if (magnitude < 0x0400u) {
     const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
     return sign ? -value : value;
@@ -59,8 +59,8 @@ static inline void from_float(float x, Float16* out) {
   } else if (magnitude >= 0x477ff000u) {  // 65520: halfway to the first value that is not finite
     half = 0x7c00u;
   } else if (magnitude < 0x38800000u) {
-    // Subnormal: adding 0.5 puts the multiple of 2^-24 into the last mantissa bits, rounded by the
-    // adder.
+    // Subnormal: adding 0.5 moves the multiple of 2^-24 into the last mantissa bits, and the
+    // addition rounds it.
     half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

@@ -1,5 +1,5 @@
-// Every loss in float64: one class at a time, with the standard library's exp and log. For gradient
-// checks.
+// Every loss in float64, one class at a time, with the standard library's exp and log. It serves
+// gradient checks.
 #include <cmath>
 #include <cstdint>
 #include <type_traits>

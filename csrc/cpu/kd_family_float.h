@@ -1,4 +1,4 @@
-// kd_family_sweep.h's lanes of float, over the Simd of the translation unit.
+// The float lanes of kd_family_sweep.h, on the Simd of the including translation unit.
 #pragma once
 
 #include "cpu/kd_family_sweep.h"

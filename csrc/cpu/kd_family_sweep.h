@@ -1,10 +1,10 @@
-// Rows of every divergence, revision and target that kd_loss_sweep.h does not know: the row
-// template of core/kd_row.h over SIMD positions. A row is widened into scratch first, so that the
-// loops see whole vectors of float (or double) and nothing else: past the row's end and at the
-// target stand -inf, which no sum notices.
+// The sweep for every call that is not is_plain() (core/kd_loss.h): the row template of
+// core/kd_row.h over SIMD positions. A row is first converted to float (or double) into scratch, so
+// that the loops see whole vectors of one type; the target and the positions past the row's end
+// hold -inf, which adds nothing to any sum.
 //
-// Included with Simd defined, by one translation unit per instruction set and one for double; all
-// of it has internal linkage.
+// One translation unit per instruction set, and one for double, includes this after it defines
+// Simd. Everything here has internal linkage.
 #pragma once
 
 #include "core/divergences.h"
@@ -20,7 +20,7 @@ using lrds::RowParams;
 using lrds::RowWeights;
 using lrds::cpu::RowError;
 
-// The math of core/divergence.h over Simd's vectors.
+// The mathematical functions of core/divergence.h on vectors of Simd.
 template <class Simd>
 struct RowMath {
   using A = typename Simd::A;
@@ -30,7 +30,7 @@ struct RowMath {
   static X where_positive(X condition, X x) { return condition > X{} ? x : X{}; }
   static X where_positive(X condition, X x, X otherwise) { return condition > X{} ? x : otherwise; }
   static X where_less(X a, A b, X x, X otherwise) { return a < (X{} + b) ? x : otherwise; }
-  // a - b, 0 where they are equal: also where both are -inf.
+  // a - b, and 0 where they are equal, even if both are -inf.
   static X difference(X a, X b) { return a == b ? X{} : a - b; }
 };
 
@@ -82,11 +82,11 @@ class ScratchRow {
 
  private:
   static constexpr int kLanes = Simd::kWidth;
-  // A lane adds at most so many classes before its partial sum joins the total.
+  // The most classes that a lane adds before its partial sum is added to the total.
   static constexpr int kBlockClasses = 4096;
 };
 
-// A row of any stored type as A, padded with -inf to whole vectors.
+// A row of any type as A, padded with -inf to whole vectors.
 template <class Lanes, class T>
 void widen_row(const void* base, std::int64_t offset, int classes, int padded,
                typename Lanes::A* out) {
@@ -201,12 +201,12 @@ class FamilySweep {
     return RowError{RowError::kNone, 0};
   }
 
-  // The moments of the rows, for calls with args.moments: no soft targets, no class weights, no
-  // Revise::kSwap.
+  // The moments of the rows, for calls with args.moments. Such calls have no soft targets, no class
+  // weights and no Revise::kSwap.
   template <class D>
   RowError moments(std::int64_t begin, std::int64_t end) {
     A* const out = static_cast<A*>(args_.moments);
-    // The rows of what such a call does not have.
+    // The scratch rows of options that such a call does not have.
     A* const g = g_;
     A* const h = w_;
     A* const r = t_;
@@ -242,7 +242,7 @@ class FamilySweep {
   }
 
  private:
-  // One term's logit gradient, padded with zeros.
+  // The logit gradient of one term, padded with zeros.
   template <class D>
   lrds::RowTerms<A> gradient_of(bool kd, A* gradient) {
     const lrds::RowTask<A> task = lrds::only_term(task_, kd);
@@ -254,9 +254,9 @@ class FamilySweep {
     return terms;
   }
 
-  // The KL's rows with three exponentials a class: e^z, e^(z/T) and e^(v/T) into scratch, the sums,
-  // and the products of what the sums make of them. The target stays out of every sum: 1 - p_y and
-  // its kin are sums of the others.
+  // The moments with the KL divergence. It takes three exponentials per class, exp(z), exp(z / T)
+  // and exp(v / T), into scratch, then the sums, then the products of the gradients that they give.
+  // No sum includes the target, because 1 - p_y and the like are sums over the others.
   void kl_moments(A* g, A* h, const A* r, A* found) {
     using V = typename Lanes::V;
     ScratchRow<Lanes> exec{z_, v_, nullptr, nullptr, nullptr, classes_, y_};
@@ -288,7 +288,7 @@ class FamilySweep {
           into[3] += RowMath<Lanes>::where_positive(t, t * (dv - dz));
         },
         sums);
-    // Once a row, in double.
+    // The scalars of the row, in double.
     const double e_others = sums[0], f_others = sums[1], t_others = sums[2];
     const double dz_y = static_cast<double>(z_y) - max_z, dv_y = static_cast<double>(v_y) - max_v;
     const double e_y = std::exp(dz_y), f_y = std::exp(dz_y * inv_t), t_y = std::exp(dv_y * inv_t);
@@ -310,7 +310,7 @@ class FamilySweep {
       kl = beta / t_sum * (sums[3] * inv_t + t_others * (log_beta - log_t + log_f));
     }
     if (p_y > 0.0) {
-      // With beta = 1 the target's own logarithm, which may be of a p_y that has underflown.
+      // Without revision p_y may have underflowed; its logarithm is then taken in closed form.
       const double log_p_y = revised ? std::log(p_y) : dv_y * inv_t - log_t;
       kl += p_y * (log_p_y - (dz_y * inv_t - log_f));
     }
@@ -363,12 +363,12 @@ class FamilySweep {
     found[lrds::kMomentTarget] = r[y_] - sums[5] / params_.classes;
   }
 
-  // The target where it is a top class, else the lowest of them.
+  // The teacher's top class: of several the target, if it is one of them, else the lowest.
   int teacher_top() {
     ScratchRow<Lanes> exec{z_, v_, nullptr, nullptr, nullptr, classes_, y_};
     others_v_ = exec.max([&](int k) { return exec.v(k); });
     if (!(task_.v_y < others_v_)) return y_;
-    // By blocks that the compiler looks through at once, then within the first that has it.
+    // Finds the first block that has it, in loops that the compiler vectorises, and then the class.
     constexpr int kBlock = 64;
     int k = 0;
     for (; k + kBlock <= classes_; k += kBlock) {
@@ -385,7 +385,7 @@ class FamilySweep {
     for (int k = classes_; k < padded_; ++k) out[k] = A(0);
   }
 
-  // The row into scratch, the target's logits out of it.
+  // Converts the row into scratch and takes the target's logits out of it.
   RowError read_logits(std::int64_t row, bool with_teacher, bool revised, std::int64_t y) {
     y_ = static_cast<int>(y);
     task_.t_y = task_.t_margin = task_.t_sum = A(1);
@@ -431,7 +431,7 @@ class FamilySweep {
                        padded_, v_);
       return RowError{RowError::kNone, 0};
     }
-    // The cached logits pass through the gradient's row, which is not in use yet.
+    // The cached logits use the gradient's row as a buffer; it is still free here.
     widen_row<Lanes>(args_.teacher_type, args_.teacher, row * args_.teacher_stride,
                      static_cast<int>(kept), static_cast<int>(kept), g_);
     const std::int64_t* const indices = args_.teacher_indices + row * kept;
@@ -446,7 +446,7 @@ class FamilySweep {
     return RowError{RowError::kNone, 0};
   }
 
-  // Revise::kSwap: the target and the (lowest) top class change places.
+  // Revise::kSwap: exchanges the logits of the target and the (lowest) top class.
   void swap_top() {
     int top = 0;
     for (int k = 1; k < classes_; ++k) top = v_[k] > v_[top] ? k : top;
@@ -480,7 +480,7 @@ class FamilySweep {
   A *z_, *v_, *g_, *t_, *w_;
   int y_ = 0;
   bool swapped_ = false;
-  A others_v_ = A(0);  // the teacher's largest logit but the target's, once teacher_top knows it
+  A others_v_ = A(0);  // the teacher's largest logit except the target's; set by teacher_top
   lrds::RowTask<A> task_{};
 };
 

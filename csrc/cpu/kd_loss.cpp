@@ -34,8 +34,8 @@ Isa capped_isa() {
   return best;
 }
 
-// Sums terms[0..rows) in eight interleaved double accumulators: the same bits however the rows were
-// computed.
+// Sums terms[0..rows) in eight interleaved double accumulators, so that the result does not depend
+// on how the rows were split.
 template <class A>
 double sum_rows(const A* terms, std::int64_t rows) {
   double sums[8] = {};
@@ -55,7 +55,7 @@ void finalize(const KdLossArgs& args, const TermScales& scales) {
   if (args.reduction == Reduction::kNone) {
     for (std::int64_t row = 0; row < args.rows; ++row) loss[row] = ce[row] + kd[row];
   } else {
-    // A sum of nothing is 0 and stays 0, also where the denominator of an empty mean would be.
+    // The sum of no rows is 0, and stays 0 when the denominator of the mean is 0 too.
     const double sum_ce = sum_rows(ce, args.rows) * scales.ce;
     const double sum_kd = sum_rows(kd, args.rows) * scales.kd;
     *static_cast<A*>(args.loss_ce) = static_cast<A>(sum_ce);
@@ -160,7 +160,7 @@ RowError kd_loss_rows(const KdLossArgs& args, const TermScales& scales, std::int
   static const detail::FamilyFunction family = detail::kd_family_rows_baseline;
 #endif
   if (!is_plain(args)) return family(args, scales, begin, end, scratch);
-  // Without class weights both terms have one denominator.
+  // Without class weights both terms have the same denominator.
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512Bf16 && args.student_type == DType::kBFloat16) {
     return detail::kd_loss_rows_avx512_bf16(args, scales.kd, begin, end, scratch);

@@ -1,4 +1,4 @@
-// The sweep for the avx2 instruction set.
+// The sweep for AVX2.
 #if defined(__x86_64__)
 // Standard headers come first: their inline functions must keep the baseline instruction set.
 #include <cmath>
@@ -9,7 +9,8 @@
 
 #include "cpu/kd_loss.h"
 
-// A vector as a template argument loses attributes that concern its memory, not its arithmetic.
+// The compiler warns that a vector loses attributes as a template argument. They concern its
+// alignment and aliasing, not its arithmetic.
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 
@@ -19,7 +20,7 @@
 #include "cpu/kd_loss_row.h"
 #include "cpu/simd_generic.h"
 
-// Written in terms of the Simd above.
+// These use the Simd above.
 #include "cpu/kd_loss_sweep.h"
 
 #include "cpu/kd_family_float.h"

@@ -1,4 +1,4 @@
-// The sweep for the avx512 instruction set.
+// The sweep for AVX-512.
 #if defined(__x86_64__)
 // Standard headers come first: their inline functions must keep the baseline instruction set.
 #include <cmath>
@@ -12,7 +12,8 @@
 // GCC 12 warns inside its own intrinsics (GCC bug 105593), thousands of times.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
-// A vector as a template argument loses attributes that concern its memory, not its arithmetic.
+// The compiler warns that a vector loses attributes as a template argument. They concern its
+// alignment and aliasing, not its arithmetic.
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2")
 
@@ -20,7 +21,7 @@
 #include "cpu/kd_loss_row.h"
 #include "cpu/simd_avx512.h"
 
-// Written in terms of the Simd above.
+// These use the Simd above.
 #include "cpu/kd_loss_sweep.h"
 
 #include "cpu/kd_family_float.h"

@@ -12,7 +12,7 @@
 #include "cpu/kd_loss_row.h"
 #include "cpu/simd_generic.h"
 
-// Written in terms of the Simd above.
+// These use the Simd above.
 #include "cpu/kd_loss_sweep.h"
 
 #include "cpu/kd_family_float.h"

@@ -1,15 +1,15 @@
-// What a row does once, for kWidth rows at a time, one to a lane: logarithms, label revision, the
-// coefficients of its gradient. A lane never looks at another: a row's bits do not depend on its
-// neighbours. Included by kd_loss_sweep.h, whose vocabulary it uses.
+// The scalar part of a row, for kWidth rows at a time with one row per lane: logarithms, label
+// revision and the coefficients of the gradient. Lanes are independent, so that the result of a row
+// does not depend on its neighbours. Included by kd_loss_sweep.h, whose names it uses.
 #pragma once
 
 namespace {
 
-// What each lane's row brings along.
+// The inputs of the row in each lane.
 struct Lanes {
   Simd::V ce_weight, kd_weight, scale;
   Simd::V z_y, v_y;
-  Simd::V sum_vr;  // as row_target of core/kd_loss.h takes it
+  Simd::V sum_vr;  // as in row_target of core/kd_loss.h
 };
 
 struct LaneTerms {
@@ -23,7 +23,7 @@ inline Simd::V anchor_lanes(Simd::V max) {
   return max == Simd::set(-__builtin_inff()) ? Simd::V{} : max;
 }
 
-// finish_row of core/kd_loss.h over lanes. A term of weight 0 is selected away, not multiplied.
+// finish_row of core/kd_loss.h over lanes. Terms of weight 0 are masked, not multiplied by 0.
 inline LaneTerms finish_lanes(const RowStats<Simd::V>& s, const Lanes& row,
                               const RowParams<float>& params, float classes) {
   using V = Simd::V;
@@ -87,7 +87,7 @@ inline RowStats<Simd::V> empty_lanes() {
   return RowStats<Simd::V>{nothing, zero, zero, zero, nothing, zero, zero};
 }
 
-// The gradient's element at the target, whole.
+// The element of the gradient at the target, complete.
 inline Simd::V target_lanes(const LaneTerms& terms, const Lanes& row, Simd::V shift_z,
                             Simd::V shift_v, float inv_t) {
   using V = Simd::V;

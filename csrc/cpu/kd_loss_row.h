@@ -1,4 +1,4 @@
-// Reads what stands beside a row's logits: its target and its selection weight.
+// Reads and checks the target and the selection weight of a row.
 #pragma once
 
 #include "core/kd_loss.h"
@@ -6,7 +6,8 @@
 
 namespace lrds::cpu {
 
-// y is ignore_index for an ignored row, else in [0, classes), 0 for soft targets; w in [0, 1].
+// y is ignore_index for an ignored row, else in [0, classes), and 0 for soft targets; w is in [0,
+// 1].
 static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::int64_t* y,
                                 double* w) {
   const bool soft = args.soft_target != nullptr;
@@ -30,7 +31,7 @@ static inline RowError read_row(const KdLossArgs& args, std::int64_t row, std::i
       *w = static_cast<const double*>(args.selected)[row];
       break;
   }
-  // An ignored row's weight is not read into anything, so it is not judged either.
+  // The selection weight of an ignored row is not used, so it is not checked.
   if (valid && !(*w >= 0.0 && *w <= 1.0)) return {RowError::kSelected, row};
   return {RowError::kNone, row};
 }

@@ -1,13 +1,13 @@
-// Short rows: kWidth rows at a time, one to a lane, from the first class to the last: no tail of
-// classes is left over. Included by kd_loss_sweep.h, whose vocabulary it uses.
+// The sweep of short rows: kWidth rows at a time, one row per lane, class by class, so that no
+// partial vector of classes remains. Included by kd_loss_sweep.h, whose names it uses.
 #pragma once
 
 namespace {
 
-// Up to here rows are swept across; beyond, along (docs/kernels.md).
+// The longest row for which one row per lane is faster (docs/kernels.md).
 constexpr std::int64_t kShortClasses = lrds::cpu::detail::kShortClasses;
 
-// kWidth rows: transposed logits, then exponentials and the gradient in their place.
+// kWidth rows, transposed: logits, which exponentials and then the gradient replace.
 struct ShortRows {
   Simd::V z[kShortClasses];
   Simd::V v[kShortClasses];
@@ -41,7 +41,7 @@ inline void gather_teacher(const KdLossArgs& args, std::int64_t row, Simd::V* ro
   }
 }
 
-// P as in kd_loss_sweep.h.
+// P is that of kd_loss_sweep.h.
 template <int P, class Z>
 RowError sweep_short_rows(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                           std::int64_t end) {

@@ -1,11 +1,12 @@
-// The float sweep over rows, written once over `Simd` (simd_*.h). Each translation unit that
-// includes this sets its target first; everything here has internal linkage, so no instruction set
-// leaks into another.
+// The float sweep over rows, written once over `Simd` (simd_*.h). A translation unit sets its
+// instruction set and then includes this. Everything here has internal linkage, so that no code
+// compiled for one instruction set is used for another.
 //
-// A row is read from memory once and stays in cache for three short passes: maxima; exponentials
-// and sums; gradient. A row to be revised at a temperature of its own has one more, of its sum.
-// What a row does once is done for a group of short rows in the lanes of a vector. Power P > 0 says
-// that T is that integer, so exp(z) is exp(z / T) raised to it instead of a second exponential.
+// A row is read from memory once and stays in cache for three passes: maxima; exponentials and
+// sums; gradient. A row that is revised at the revision's own temperature needs one more sum. The
+// scalar part of a row is computed for a group of short rows at once, in the lanes of a vector. P >
+// 0 means that the temperature is the integer P: exp(z) is then exp(z / T)^P and takes no
+// exponential.
 #pragma once
 
 #include "cpu/simd_log.h"
@@ -19,8 +20,8 @@ using lrds::RowWeights;
 using lrds::cpu::RowError;
 
 constexpr int kWidth = Simd::kWidth;
-// Sums are folded every kBlock classes: a lane adds at most kBlock / kWidth terms before its
-// partial sum joins the total, which keeps long rows accurate.
+// A lane adds at most kBlock / kWidth terms before its partial sum is added to the total, which
+// keeps sums over long rows accurate.
 constexpr std::int64_t kBlock = 4096;
 
 template <int P>
@@ -35,7 +36,7 @@ inline Simd::V power(Simd::V x) {
   return Simd::mul(fourth, fourth);
 }
 
-// Calls body with the constant n, if power knows it; says whether.
+// Calls body with n as a constant if power<n> exists; returns whether it does.
 template <class Body>
 inline bool with_power(int n, Body body) {
   switch (n) {
@@ -56,7 +57,8 @@ inline bool with_power(int n, Body body) {
   }
 }
 
-// What with_power makes exp(x / R), R the temperature of the revision, of exp(x / T); else 0.
+// The n for which exp(x / R) = exp(x / T)^n, R the revision's temperature, if power<n> exists; else
+// 0.
 inline int revision_power(const KdLossArgs& args) {
   if (!lrds::revises_elsewhere(args, args.temperature)) return 0;
   constexpr int kPowers[] = {2, 3, 4, 8};
@@ -66,7 +68,7 @@ inline int revision_power(const KdLossArgs& args) {
   return 0;
 }
 
-// Calls body(k, n) for every vector of a row: n = kWidth, and once less for the tail.
+// Calls body(k, n) for every vector of a row. n is kWidth, or less for the last one.
 template <class Body>
 inline void for_each_vector(std::int64_t begin, std::int64_t end, Body body) {
   std::int64_t k = begin;
@@ -115,7 +117,7 @@ inline float row_sum_shift(const T* row, std::int64_t classes, float shift) {
     for (; k + kWidth <= end; k += kWidth)
       sum = Simd::add(sum, Simd::sub(Simd::load(row + k), shift_v));
     if (k < end) {
-      // Lanes past the row hold the shift itself and add 0.
+      // Lanes past the row hold the shift itself, so they add 0.
       sum =
           Simd::add(sum, Simd::sub(Simd::load(row + k, static_cast<int>(end - k), shift), shift_v));
     }
@@ -139,14 +141,14 @@ struct Hyper {
   int revision_power;
 };
 
-// Where a row's exponentials are kept for its gradient; null where it has none.
+// Where the exponentials of a row are stored for its gradient; null if there is no gradient.
 struct Kept {
   float* z;
   float* v;
 };
 
-// What memory is asked for while a row's exponentials are computed: the row after it, and where its
-// gradient goes.
+// Addresses to prefetch while the exponentials of a row are computed: the next row's logits and
+// this row's gradient.
 template <class Z, class V>
 struct Ahead {
   const Z* z;
@@ -154,10 +156,10 @@ struct Ahead {
   Z* gradient;
 };
 
-// The sums of one row, with whichever terms its weights ask for: CE, KD.
+// The sums of one row for the terms that its weights need.
 template <int P, bool CE, bool KD, class Z, class V>
 RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, Ahead<Z, V> ahead) {
-  // With both terms and an integer T one exponential serves both; otherwise the CE exponential is
+  // With both terms and an integer T, exp(z) is a power of exp(z / T); else it is an exponential of
   // its own.
   constexpr bool kSeparate = CE && KD && P == 0;
   constexpr int kPower = P == 0 ? 1 : P;
@@ -167,7 +169,7 @@ RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, A
   if constexpr (KD) stats.max_v = row_max(v, classes);
   const float shift_z = lrds::anchor(stats.max_z);
   const Simd::V max_z = Simd::set(shift_z), max_v = Simd::set(lrds::anchor(stats.max_v));
-  // Without a KD term the only exponential is exp(z): T is 1.
+  // Without the KD term exp(z) is the only exponential, and T is 1.
   const Simd::V inv_t = Simd::set(KD ? hyper.inv_t : 1.0f);
   if constexpr (CE) {
     if (hyper.smoothing) stats.sum_shift = row_sum_shift(z, classes, shift_z);
@@ -213,7 +215,7 @@ RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, A
   return stats;
 }
 
-// sum exp((v_k - max_v) / R). kept: the exponentials over T, or null.
+// sum exp((v_k - max_v) / R). kept: the exponentials exp((v_k - max_v) / T), or null.
 template <class V>
 float revision_sum(const Hyper& hyper, const V* v, const float* kept, float max_v) {
   const auto sum = [&](auto term) {
@@ -232,7 +234,7 @@ float revision_sum(const Hyper& hyper, const V* v, const float* kept, float max_
     }
     return total;
   };
-  // What is kept past the end of a row is 0.
+  // The stored exponentials past the end of a row are 0.
   float of_kept = 0.0f;
   if (kept != nullptr && with_power(hyper.revision_power, [&](auto n) {
         of_kept = sum([&](std::int64_t k, auto) { return power<n()>(Simd::load(kept + k)); });
@@ -246,13 +248,13 @@ float revision_sum(const Hyper& hyper, const V* v, const float* kept, float max_
   });
 }
 
-// What the gradient of one row is made of.
+// The coefficients of the gradient of one row.
 struct RowGradient {
   float on_z, on_zt, on_vt, smoothing, at_target;
   float shift_z, shift_v;
 };
 
-// dL/dz of one row.
+// Writes dL/dz of one row.
 template <int P, bool CE, bool KD, class Z>
 void write_row(const Hyper& hyper, const Z* z, std::int64_t y, Kept kept, const RowGradient& row,
                Z* gradient) {
@@ -276,11 +278,11 @@ void write_row(const Hyper& hyper, const Z* z, std::int64_t y, Kept kept, const 
     if constexpr (KD) g = Simd::fnma(on_vt, Simd::load(kept.v + k), g);
     store(gradient + k, g, n);
   });
-  // The target's own element was formed in float and is rounded once.
+  // The element at the target is complete in float and rounded once.
   lrds::cpu::from_float(row.at_target, gradient + y);
 }
 
-// The teacher's row as V; float where its type is not the student's.
+// The teacher's row as V, which is float if its type differs from the student's.
 template <class V>
 const V* teacher_row(const KdLossArgs& args, std::int64_t row, float* converted) {
   const std::int64_t offset = row * args.teacher_stride;
@@ -303,7 +305,7 @@ const V* teacher_row(const KdLossArgs& args, std::int64_t row, float* converted)
   return static_cast<const V*>(args.teacher) + offset;
 }
 
-// One row of a group, from its sums to its gradient.
+// A row of a group between its sums and its gradient.
 template <class Z, class V>
 struct PendingRow {
   const Z* z;
@@ -315,15 +317,15 @@ struct PendingRow {
   RowWeights<float> weights;
   float scale;  // of the gradient
   RowStats<float> stats;
-  float sum_vr;  // as row_target takes it
-  // Of finish_rows:
+  float sum_vr;  // as in row_target
+  // Set by finish_single or finish_group:
   float ce, kd;
   RowGradient made;
 
   bool is_read() const { return weights.ce != 0.0f || weights.kd != 0.0f; }
 };
 
-// What a row does once, for one row.
+// The scalar part of one row.
 template <class Row>
 void finish_single(const Hyper& hyper, Row& row) {
   const lrds::RowResult<float> result =
@@ -349,7 +351,7 @@ void finish_single(const Hyper& hyper, Row& row) {
                          shift_v};
 }
 
-// The same for a group, in lanes.
+// The scalar part of a group of rows, one row per lane.
 template <class Row>
 void finish_group(const Hyper& hyper, Row* rows, int count) {
   Lanes lanes{};
@@ -386,7 +388,7 @@ void finish_group(const Hyper& hyper, Row* rows, int count) {
   }
 }
 
-// Calls with_terms with the constants (P, CE, KD) that the row's weights ask for.
+// Calls with_terms with the constants (P, CE, KD) for the terms that the weights need.
 template <int P, class WithTerms>
 inline auto visit_terms(RowWeights<float> weights, WithTerms with_terms) {
   using One = std::integral_constant<int, 1>;
@@ -395,7 +397,7 @@ inline auto visit_terms(RowWeights<float> weights, WithTerms with_terms) {
   return with_terms(std::integral_constant<int, P>(), std::true_type(), std::true_type());
 }
 
-// What a row is, before its logits are read.
+// The inputs of a row other than its logits.
 struct Opened {
   std::int64_t y = 0;
   RowWeights<float> weights{};
@@ -403,7 +405,7 @@ struct Opened {
   RowError error{RowError::kNone, 0};
 };
 
-// A row past the end is one that reads nothing.
+// A row past the end gets weights of 0 and is not read.
 inline Opened open_row(const KdLossArgs& args, const RowParams<float>& params, std::int64_t index,
                        std::int64_t end) {
   Opened row;
@@ -416,8 +418,9 @@ inline Opened open_row(const KdLossArgs& args, const RowParams<float>& params, s
   return row;
 }
 
-// Rows in groups whose exponentials stay in the first-level cache: the sums of each, then what they
-// do once in the lanes of a vector, then the gradient of each. Long rows are groups of one.
+// Computes rows in groups whose exponentials fit in the first-level cache: the sums of each row,
+// then the scalar part of all rows in the lanes of a vector, then the gradient of each row. A long
+// row is a group by itself.
 template <int P, class Z, class V>
 RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
                     std::int64_t end, float* scratch) {
@@ -436,10 +439,10 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
     return keeps ? Kept{scratch + 2 * lane * padded, scratch + (2 * lane + 1) * padded}
                  : Kept{nullptr, nullptr};
   };
-  // A teacher of another type, as float. One row: where a group has several, what the gradient
-  // needs of it is kept.
+  // A teacher row converted to float. One is enough: in a group of several rows, the gradient reads
+  // the stored exponentials only.
   float* const converted = scratch + 2 * group * padded;
-  const V* converted_row = nullptr;  // what teacher_row returns where it has converted
+  const V* converted_row = nullptr;  // the result of teacher_row if it converts
   if constexpr (std::is_same_v<V, float>) converted_row = converted;
   const float* const grad_output = static_cast<const float*>(args.grad_output);
   PendingRow<Z, V> pending[kWidth];
@@ -461,7 +464,7 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
       row.flags = opened.flags;
       if (!row.is_read()) continue;
       if (row.weights.kd != 0.0f) row.v = teacher_row<V>(args, index, converted);
-      // What is not needed is asked for where it is in cache already.
+      // If the next row is not read, prefetches this row again, which is in cache.
       Ahead<Z, V> ahead{row.z, row.v, row.gradient};
       if (next.weights.ce != 0.0f || next.weights.kd != 0.0f) ahead.z += args.student_stride;
       if (next.weights.kd != 0.0f && row.v != nullptr && row.v != converted_row) {
@@ -481,7 +484,7 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
       if (grad_output != nullptr) scale *= grad_output[index * args.grad_output_stride];
       row.scale = static_cast<float>(scale);
     }
-    // Which of the two depends on the number of classes alone.
+    // group, and so the choice, depends on the number of classes only.
     if (group > 1) {
       finish_group(hyper, pending, count);
     } else if (pending[0].is_read()) {

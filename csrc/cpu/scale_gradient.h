@@ -1,5 +1,5 @@
-// out[i] = gradient[i] * factor for i in [begin, end), formed in double for float64 and in float
-// otherwise.
+// out[i] = gradient[i] * factor for i in [begin, end), computed in double for float64 and in float
+// for the other types.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// 16 float lanes with AVX-512 F/BW/DQ/VL, and BF16 where LRDS_SIMD_AVX512_BF16 is defined. Included
-// only by translation units that target it.
+// 16 float lanes with AVX-512 F/BW/DQ/VL, and BF16 if LRDS_SIMD_AVX512_BF16 is defined. Only
+// translation units compiled for these instruction sets include it.
 #pragma once
 
 #include <immintrin.h>
@@ -61,10 +61,10 @@ struct Simd {
   static float reduce_add(V v) { return _mm512_reduce_add_ps(v); }
   static float reduce_max(V v) { return _mm512_reduce_max_ps(v); }
 
-  // exp(x) for x <= 0, -inf or NaN; relative error 1.2e-7, exactly 1 at 0. scalef also forms the
-  // subnormal results.
+  // exp(x) for x <= 0, -inf or NaN, with a relative error of 1.2e-7, and exactly 1 at 0. scalef
+  // also produces subnormal results.
   static V exp(V x) {
-    x = _mm512_max_ps(set(-104.0f), x);  // the second operand survives a NaN
+    x = _mm512_max_ps(set(-104.0f), x);  // the second operand propagates NaN
     const V n = _mm512_roundscale_ps(_mm512_mul_ps(x, set(1.44269504f)),
                                      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     V r = _mm512_fnmadd_ps(n, set(0.693145752f), x);
@@ -83,7 +83,7 @@ struct Simd {
   }
   static __m256i narrow_bf16(V v) {
 #if defined(LRDS_SIMD_AVX512_BF16)
-    // Flushes what is subnormal in float.
+    // Values that are subnormal in float become 0.
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
 #endif
     const __m512i bits = _mm512_castps_si512(v);

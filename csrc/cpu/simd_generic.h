@@ -1,5 +1,5 @@
-// Float lanes from the compiler's vector extension: 8 lanes (AVX2, FMA, F16C) where LRDS_SIMD_AVX2
-// is defined, else 4 lanes of whatever the baseline has (SSE2, NEON).
+// Float lanes of the compiler's vector extension: 8 lanes (AVX2, FMA, F16C) if LRDS_SIMD_AVX2 is
+// defined, else 4 lanes of the baseline instruction set (SSE2, NEON).
 #pragma once
 
 #include <cstdint>
@@ -90,8 +90,8 @@ struct Simd {
     return top;
   }
 
-  // exp(x) for x <= 0, -inf or NaN; relative error 1.2e-7, exactly 1 at 0, results below 2^-126
-  // flushed to 0.
+  // exp(x) for x <= 0, -inf or NaN, with a relative error of 1.2e-7, and exactly 1 at 0. Results
+  // below 2^-126 become 0.
   static V exp(V x) {
     const I tiny = x < set(-87.33654f);
     const V clamped = tiny ? set(-87.33654f) : x;

@@ -1,12 +1,12 @@
-// The logarithm over float lanes, by the compiler's vector extension on any Simd.
+// The logarithm of float lanes, in the compiler's vector extension, for every Simd.
 #pragma once
 
 #include <cstdint>
 
 namespace {
 
-// log(x) for x >= 0, inf or NaN: relative error 1e-7, also of subnormal x; 0 gives -inf. The
-// polynomial is Cephes' logf.
+// log(x) for x >= 0, inf or NaN, with a relative error of 1e-7, also for subnormal x; log(0) =
+// -inf. The polynomial is that of Cephes' logf.
 template <class Simd>
 typename Simd::V log_lanes(typename Simd::V x) {
   using V = typename Simd::V;

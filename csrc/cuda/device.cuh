@@ -1,5 +1,5 @@
-// What the kernels take from the device: element types, vectors of 16 bytes, the fast exponential,
-// dynamic shared memory, and of sm_90 barriers, bulk copies and clusters.
+// Device code that the kernels share: element types, vectors of 16 bytes, the fast exponential,
+// dynamic shared memory, and the barriers, bulk copies and clusters of sm_90.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,12 +17,12 @@ namespace lrds::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// A barrier in shared memory (mbarrier): a phase ends when all its arrivals have come and all bytes
-// that they announced.
+// A barrier in shared memory (mbarrier). A phase ends when all its arrivals have come and all bytes
+// that they announced have been copied.
 using Barrier = unsigned long long;
 
-// What the interpreter of tests/simt, which has no assembler and no linker-placed shared memory,
-// has in another way.
+// These differ in the interpreter of tests/simt, which has no PTX and no shared memory that a
+// linker places.
 #if defined(LRDS_SIMT)
 __device__ inline float exp2_approximate(float x) { return exp2f(x); }
 __device__ inline void prefetch_l2(const void*) {}
@@ -53,7 +53,7 @@ __device__ inline void send_to_block(T* here, unsigned rank, const T& value, Bar
 }
 #define LRDS_HAS_CLUSTERS 1
 #else
-// 2 ulp; results under 2^-126 become 0.
+// Accurate to 2 ulp; results below 2^-126 become 0.
 __device__ inline float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -76,7 +76,7 @@ __device__ inline void barrier_init(Barrier* barrier, unsigned arrivals) {
                "r"(arrivals)
                : "memory");
 }
-// After the last barrier_init, before others (copies, blocks of the cluster) may arrive.
+// Call it after the last barrier_init and before another thread, copy or block may arrive.
 __device__ inline void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -85,14 +85,14 @@ __device__ inline void barrier_arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrives, and lets the phase end only after so many bytes have been copied.
+// Arrives, and makes the phase wait until `bytes` bytes have been copied as well.
 __device__ inline void barrier_arrive_announcing(Barrier* barrier, unsigned bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes)
       : "memory");
 }
-// Until the phase of this parity has ended: 0 for the first, then 1, 0, ...
+// Waits until the phase of this parity has ended. The parities are 0, 1, 0, ...
 __device__ inline void barrier_wait(Barrier* barrier, unsigned parity) {
   unsigned ended = 0;
   while (ended == 0) {
@@ -105,7 +105,7 @@ __device__ inline void barrier_wait(Barrier* barrier, unsigned parity) {
         : "memory");
   }
 }
-// Whole 16 bytes to and from 16-byte boundaries, by one thread.
+// Copies a multiple of 16 bytes between 16-byte boundaries. One thread calls it.
 __device__ inline void bulk_copy(void* to, const void* from, unsigned bytes, Barrier* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
@@ -118,12 +118,12 @@ __device__ inline unsigned cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-// By every thread of the cluster's blocks. Orders nothing but barrier_init_fence before it.
+// Every thread of the cluster's blocks calls it. It orders only the barrier_init_fence before it.
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
   asm volatile("barrier.cluster.wait;" ::: "memory");
 }
-// The address, in the cluster's block `rank`, of what `here` is in this one.
+// The address, in block `rank` of the cluster, that corresponds to `here` in this block.
 __device__ inline unsigned address_in_block(const void* here, unsigned rank) {
   unsigned address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -131,9 +131,9 @@ __device__ inline unsigned address_in_block(const void* here, unsigned rank) {
                : "r"(shared_address(here)), "r"(rank));
   return address;
 }
-// Stores `value` where the cluster's block `rank` has what `here` is in this one, at some time
-// before the phase of that block's `barrier` ends, which must announce the bytes. Who waits for the
-// phase sees them: no fence.
+// Stores `value` in block `rank` of the cluster, at the address that corresponds to `here` in this
+// block. The store completes before the phase of that block's `barrier` ends; a thread of that
+// block must announce the bytes. Threads that wait for the phase see the value without a fence.
 template <class T>
 __device__ inline void send_to_block(T* here, unsigned rank, const T& value, Barrier* barrier) {
   static_assert(sizeof(T) % 16 == 0 && alignof(T) >= 16);
@@ -153,12 +153,12 @@ __device__ inline void send_to_block(T* here, unsigned rank, const T& value, Bar
 #endif
 #endif
 
-// exp2 of float, exp of double: a scale of float arguments includes log2(e).
+// exp2 for float and exp for double: the scale of a float argument includes log2(e).
 __device__ inline float exp_unit(float x) { return exp2_approximate(x); }
 __device__ inline double exp_unit(double x) { return exp(x); }
 
-// For x <= 0. Rounding x * scale costs |x| * 2^-24 of the result, at most 2^-25 of the row's
-// largest term, which is exactly 1.
+// For x <= 0. Rounding x * scale changes the result by a relative |x| * 2^-24, which is at most
+// 2^-25 of the row's largest term, exactly 1.
 template <class A>
 __device__ inline A exp_scaled(A x, A scale) {
   return exp_unit(x * scale);
@@ -186,14 +186,14 @@ __device__ inline T narrow(A x) {
   }
 }
 
-// Asks for a row's bytes, each 32 of them by one of `lanes` lanes, and waits for nothing.
+// Prefetches a row to L2 without waiting. Each of `lanes` lanes requests 32 bytes at a time.
 __device__ inline void prefetch_row(const void* row, int bytes, int lane, int lanes) {
   for (int at = 32 * lane; at < bytes; at += 32 * lanes) {
     prefetch_l2(static_cast<const char*>(row) + at);
   }
 }
 
-// Two elements of a 16-bit type in a word.
+// Two elements of a 16-bit type, packed in a word.
 template <class T>
 __device__ inline void widen_pair(unsigned word, float& first, float& second) {
 #if !defined(LRDS_SIMT)
@@ -215,7 +215,7 @@ __device__ inline unsigned pack_pair(float first, float second) {
   memcpy(&word, pair, sizeof word);
   return word;
 }
-// The larger of each; NaNs are passed over.
+// The larger of each pair of elements; a NaN loses against a number.
 template <class T>
 __device__ inline unsigned pair_max(unsigned a, unsigned b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -237,13 +237,13 @@ __device__ inline unsigned pair_max(unsigned a, unsigned b) {
 #endif
 }
 
-// kWidth elements that one instruction moves.
+// kWidth elements, loaded or stored by one instruction.
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   T element[kWidth];
 };
 
-// *(first ? x : y), chosen by words: nvcc would choose element by element.
+// *(first ? x : y), selected word by word, because nvcc would select element by element.
 template <class T, int kWidth>
 __device__ inline Vector<T, kWidth> load_either(bool first, const Vector<T, kWidth>* x,
                                                 const Vector<T, kWidth>* y) {
@@ -258,7 +258,8 @@ __device__ inline Vector<T, kWidth> load_either(bool first, const Vector<T, kWid
   }
 }
 
-// Every element widened; pairs of 16 bits by words, which nvcc does not find.
+// Converts every element to A. Pairs of 16-bit elements are converted word by word, which nvcc does
+// not do by itself.
 template <class A, class T, int kWidth>
 __device__ inline void widen_vector(const Vector<T, kWidth>& x, A (&out)[kWidth]) {
   constexpr bool kByWords = sizeof(T) == 2 && std::is_same_v<A, float> && kWidth % 2 == 0;
@@ -274,7 +275,7 @@ __device__ inline void widen_vector(const Vector<T, kWidth>& x, A (&out)[kWidth]
 }
 
 // Hides the value of x from nvcc, which would otherwise keep results computed from it in registers
-// for a later use.
+// for later use.
 __device__ inline int forget(int x) {
 #if !defined(LRDS_SIMT)
   asm volatile("" : "+r"(x));
@@ -306,8 +307,8 @@ __device__ inline Vector<T, kWidth> narrow_vector(const A (&x)[kWidth]) {
   return out;
 }
 
-// Stores a vector with one instruction. nvcc splits the plain assignment of 16 or 8 bytes into
-// stores of the elements wherever it knows them one by one (docs/kernels.md).
+// Stores a vector with one instruction. nvcc splits a plain assignment of 8 or 16 bytes into one
+// store per element where it has computed the elements separately (docs/kernels.md).
 template <class T, int kWidth>
 __device__ inline void store_vector(T* to, const Vector<T, kWidth>& x) {
 #if !defined(LRDS_SIMT)
@@ -330,12 +331,12 @@ __device__ inline void store_vector(T* to, const Vector<T, kWidth>& x) {
   *reinterpret_cast<Vector<T, kWidth>*>(to) = x;
 }
 
-// The larger; of a NaN and a number, the number.
+// The larger number; a NaN loses against a number.
 __device__ inline float larger(float x, float y) { return fmaxf(x, y); }
 __device__ inline double larger(double x, double y) { return fmax(x, y); }
 
-// The larger of `least` and the elements; NaNs are passed over. 16-bit types compare two at a time,
-// unconverted.
+// The largest of `least` and the elements; NaNs are ignored. Elements of 16 bits are compared in
+// pairs without conversion.
 template <class A, class T, int kWidth>
 __device__ inline A vector_max(const Vector<T, kWidth>& x, A least) {
   constexpr bool kBFloat = std::is_same_v<T, __nv_bfloat16>;
@@ -352,7 +353,7 @@ __device__ inline A vector_max(const Vector<T, kWidth>& x, A least) {
   }
 }
 
-// Calls body with a value of the type that `type` names. Float accumulation meets no float64.
+// Calls body with a value of the C++ type of `type`, which is not float64 if A is float.
 template <class A, class Body>
 __device__ inline void with_element_type(DType type, Body body) {
   if (type == DType::kBFloat16) {
@@ -379,7 +380,7 @@ __host__ __device__ inline int element_size(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
 }
 
-// The butterflies give every lane of a group of `lanes` (a power of two) the same bits.
+// Butterfly reductions: every lane of a group of `lanes` lanes (a power of two) gets the same bits.
 template <class T>
 __device__ inline T group_sum(T x, int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) {

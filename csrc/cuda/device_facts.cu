@@ -1,4 +1,4 @@
-// What a device is.
+// The properties of a device, and how many blocks it runs at once.
 #include <algorithm>
 #include <map>
 #include <tuple>
@@ -8,7 +8,7 @@
 namespace lrds::cuda {
 namespace {
 
-// Asked for the architecture that the kernels were compiled for. It is never launched.
+// Gives the architecture that the kernels were compiled for. It is never launched.
 __global__ void probe() {}
 
 cudaError_t ask(int device, DeviceFacts* facts) {

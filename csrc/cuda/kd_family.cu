@@ -8,22 +8,22 @@ namespace {
 
 constexpr int kScalesThreads = 512;
 
-// What the denominators are made of.
+// The inputs of the denominators' kernel.
 template <class A>
 struct Denominators {
   std::int64_t rows;
   std::int64_t classes;
-  const void* target;  // null: soft targets, every row counts
+  const void* target;  // null: soft targets, every row is valid
   bool target_is_int64;
   std::int64_t ignore_index;
-  const A* class_weight;  // null unless the CE is divided by weights
+  const A* class_weight;  // null unless the mean of the CE is over class weights
   Reduction reduction;
   const A* num_valid;
   const A* weight_sum;
-  double* scales;  // out: of the CE and of the KD term
+  double* scales;  // output: 1 / denominator of the CE and of the KD term
 };
 
-// One block; sums in an order that depends on nothing but the number of rows.
+// One block. The order of the sums depends on the number of rows only.
 template <class A>
 __global__ void __launch_bounds__(kScalesThreads, 1) kd_family_scales(const Denominators<A> d) {
   __shared__ double weights[kScalesThreads / kWarpSize];

@@ -1,7 +1,7 @@
-// A block sweeps a row under any divergence and option: core/kd_row.h with a block as its executor
-// (kd_family_simple.cuh has the faster one of most calls). The row is
-// read once, widened into shared memory, and stays there for the passes over it; where two rows do
-// not fit, every pass reads it again, from L2 if it is lucky.
+// A block per row, for every divergence and option: core/kd_row.h with a block as its executor
+// (kd_family_simple.cuh is faster and takes most calls). The row is read once, converted and kept
+// in shared memory for its passes. If two rows do not fit, every pass reads the row again, at best
+// from L2.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace lrds::cuda {
 
-// Registers limit the double kernels' blocks.
+// The blocks of the double kernels are limited by registers.
 template <class A>
 constexpr int kFamilyThreads = std::is_same_v<A, double> ? 256 : 512;
 constexpr int kFamilyWarps = 16;
@@ -23,12 +23,12 @@ constexpr int kFamilySums = 4;
 // Static shared memory of a block, rounded up.
 constexpr int kFamilyStaticBytes = 1024;
 
-// The math of core/divergence.h on one lane.
+// The mathematical functions of core/divergence.h on a scalar.
 template <class Accumulate>
 struct LaneMath {
   using A = Accumulate;
   using X = Accumulate;
-  // log2(e) joins the scale, which is the same for a whole row.
+  // The scale, which is the same for a whole row, includes log2(e).
   __device__ static A exp(A x, A scale) {
     return exp_scaled(x, std::is_same_v<A, float> ? scale * static_cast<A>(1.44269504) : scale);
   }
@@ -41,14 +41,14 @@ struct LaneMath {
   __device__ static A difference(A a, A b) { return a == b ? A(0) : a - b; }
 };
 
-// What the block keeps between barriers.
+// Shared memory of a block.
 template <class A>
 struct FamilyShared {
   A sums[kFamilySums][kFamilyWarps];
   int indices[kFamilyWarps];
 };
 
-// A row as the block's threads see it: thread t holds the classes t, t + blockDim.x, ...
+// A row as a thread of the block sees it: thread t holds the classes t, t + blockDim.x, ...
 template <class Accumulate>
 class BlockRow {
  public:
@@ -57,22 +57,22 @@ class BlockRow {
 
   const void* student;
   DType student_type;
-  const void* teacher;  // dense: the row; cached: its kept logits
+  const void* teacher;  // dense: the row; cached: the kept logits
   DType teacher_type;
   const A* soft_target;
   const A* class_weight;
   void* gradient;
   int classes;
   int target;
-  // Shared memory: both rows, or null.
+  // Both rows in shared memory, or null.
   A* z_row;
   A* v_row;
-  // A cached teacher that is not in shared memory: a bit per kept class.
+  // For a cached teacher that is not in shared memory: one bit per class, set for kept classes.
   const std::int64_t* kept_indices;
   int kept;
   const unsigned* kept_bits;
   A rest;
-  // Revise::kSwap: the class that has the target's logit now; -1 for none.
+  // Revise::kSwap: the class that holds the target's logit after the swap; -1 for none.
   int swapped;
   A swapped_logit;
   FamilyShared<A>* shared;
@@ -90,7 +90,7 @@ class BlockRow {
   __device__ A w(int k) const { return class_weight[k]; }
   __device__ A others(int k, A x) const { return k == target ? A(0) : x; }
 
-  // The teacher's own logit from global memory.
+  // The teacher's logit from global memory, before a swap.
   __device__ A teacher_logit(int k) const {
     if (kept_indices == nullptr) return load_element<A>(teacher, teacher_type, k);
     if (!(kept_bits[k / 32] >> (k % 32) & 1u)) return rest;
@@ -147,7 +147,7 @@ class BlockRow {
     for (int i = 0; i < N; ++i) out[i] = sums[i];
   }
 
-  // The lowest index of the maximum of f.
+  // The lowest index at which f is largest.
   template <class F>
   __device__ int argmax(F f) const {
     const A top = max(f);
@@ -165,7 +165,7 @@ class BlockRow {
       }
       __syncthreads();
     }
-    // A row of NaN has no maximum that equals itself.
+    // A row of NaN has no maximum that is equal to itself.
     return first < classes ? first : 0;
   }
 
@@ -187,7 +187,7 @@ class BlockRow {
   }
 };
 
-// A row's target, weight and kind.
+// The target, weight and validity of a row.
 template <class A>
 struct FamilyRow {
   std::int64_t y;
@@ -224,8 +224,8 @@ __device__ inline FamilyRow<A> open_family_row(const KdLossArgs& args, std::int6
   return out;
 }
 
-// The cached teacher's rest logit and, unless the row is resident, its bitmap; false if an index is
-// out of range. By the whole block.
+// Loads a cached teacher's rest logit and, unless the row is in shared memory, its bitmap. Returns
+// whether every index is in range. The whole block calls it.
 template <class A>
 __device__ inline bool open_cached_teacher(const KdLossArgs& args, std::int64_t row,
                                            BlockRow<A>& exec, unsigned* bits) {
@@ -252,14 +252,14 @@ __device__ inline bool open_cached_teacher(const KdLossArgs& args, std::int64_t 
   return good;
 }
 
-// The gradient of a row without arithmetic: zeros, or NaN.
+// Writes the gradient of a row without terms: zeros, or NaN for an invalid row.
 template <class A>
 __device__ inline void fill_gradient(const KdLossArgs& args, const BlockRow<A>& exec, A value) {
   if (args.gradient != nullptr) exec.each([&](int k) { exec.store(k, value); });
 }
 
-// resident: both rows are in shared memory. The temperatures' coefficients are an array that a loop
-// walks over: it lives in local memory, which the row's passes hide.
+// resident: both rows are in shared memory. The coefficients of the temperatures are an array that
+// is indexed in a loop, so it is in local memory; the passes over the row hide its latency.
 template <class D, class A>
 __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
     kd_family_rows(const __grid_constant__ KdLossArgs args,
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
         terms = RowProgram<D, BlockRow<A>>(exec, params, task).run();
         if (args.gradient != nullptr && exec.owns(y)) exec.store(y, terms.at_target);
       }
-      // The next row takes the shared memory over.
+      // The next row reuses the shared memory.
       __syncthreads();
     }
     if (bad) {
@@ -429,7 +429,7 @@ cudaError_t launch_family_rows(const KdLossArgs& args, int device, cudaStream_t 
     shared_bytes = args.kept_classes > 0 ? (args.classes + 31) / 32 * 4 : 0;
     if (shared_bytes > most_shared) return cudaErrorInvalidValue;
   }
-  // About eight classes a thread, so that short rows do not idle in reductions.
+  // About eight classes per thread, because reductions dominate where a thread has fewer.
   int threads = kWarpSize;
   while (threads < kFamilyThreads<A> && threads * 8 < args.classes) threads *= 2;
   std::int64_t blocks = 0;

@@ -1,7 +1,7 @@
-// What most calls of the family are: float accumulation, a dense teacher, and nothing that
-// is_simple() excludes. 1 to 32 lanes of a warp, or a block, hold a row in shared memory, widened,
-// and sweep it four classes at a time. A thread sees the same vectors in every pass, so that rows
-// of whole vectors need no barrier around what is copied.
+// Most calls of the family: accumulation in float, a dense teacher, and is_simple(). 1 to 32 lanes
+// of a warp, or a block, keep a row in shared memory, converted to float, and process four classes
+// at a time. A thread sees the same vectors in every pass, so that rows of whole vectors need no
+// barrier between the copy and the passes.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -19,12 +19,12 @@
 namespace lrds::cuda {
 
 constexpr int kQuad = 4;
-// A row of so many quads gets another thread, as long as there are threads.
+// A row gets one more thread per so many quads, as long as there are threads.
 constexpr int kQuadsOfThread = 8;
 constexpr int kSimpleThreads = 512;
-// Leaves each thread 96 registers: five blocks of kSimpleGroupThreads.
+// Leaves 96 registers to each thread: five blocks of kSimpleGroupThreads.
 constexpr int kSimpleBound = 640;
-// Of a block that holds several rows.
+// Threads of a block that holds several rows.
 constexpr int kSimpleGroupThreads = 128;
 
 // Four classes.
@@ -63,7 +63,7 @@ struct alignas(16) Quad {
   }
 };
 
-// The math of core/divergence.h on a quad.
+// The mathematical functions of core/divergence.h on a quad.
 struct QuadMath {
   using A = float;
   using X = Quad;
@@ -85,16 +85,18 @@ struct QuadMath {
   }
 };
 
-// How a launch lays rows out. The threads of a row depend on the number of classes alone.
+// The layout of rows in a launch. The number of threads per row depends on the number of classes
+// only.
 struct SimplePlan {
   int threads;  // of a row: a power of two
-  int stride;   // quads of a row in shared memory: odd, so that rows of one lane meet no conflicts
+  // Quads per row in shared memory: odd, so that rows of one lane have no bank conflicts.
+  int stride;
   RowParams<float> weights;
-  bool logits_aligned;    // every row begins at a quad, of both logits
-  bool gradient_aligned;  // and consists of whole quads
+  bool logits_aligned;    // every row of student and teacher begins at a quad
+  bool gradient_aligned;  // every row of the gradient begins at a quad and consists of whole quads
 };
 
-// The executor of core/kd_row.h: position n is the classes 4n to 4n + 3.
+// The executor of core/kd_row.h. Position n is the classes 4n to 4n + 3.
 class SimpleRow {
  public:
   using M = QuadMath;
@@ -104,16 +106,17 @@ class SimpleRow {
   Quad* z_row;
   Quad* v_row;
   int quads;
-  int thread;  // of the row's `threads`
+  int thread;  // index among the row's `threads`
   int threads;
-  // Partial sums of a block's warps: reductions use the halves in turn, so that one barrier each
-  // is enough.
+  // Partial sums of the block's warps. Reductions alternate between the two halves, so that each
+  // needs only one barrier.
   FamilyShared<A>* shared;
   int turn;
   void* gradient;
   DType type;   // of the gradient
   bool silent;  // stores nothing
-  bool direct;  // the gradient leaves at once; else it replaces the student in shared memory
+  // Writes the gradient at once; else it replaces the student's logits in shared memory.
+  bool direct;
 
   __device__ Quad z(int n) const { return z_row[n]; }
   __device__ Quad v(int n) const { return v_row[n]; }
@@ -169,7 +172,8 @@ class SimpleRow {
     }
   }
 
-  // A row into shared memory. Unless it is aligned, threads copy what others look at.
+  // Copies a row into shared memory. Unless it is aligned, other threads than the copying one read
+  // it.
   __device__ void copy_in(const void* from, DType of, int classes, bool aligned, Quad* to) const {
     float* const elements = reinterpret_cast<float*>(to);
     with_element_type<A>(of, [&](auto typed) {
@@ -187,7 +191,7 @@ class SimpleRow {
     });
   }
 
-  // The target, and what is past the end, count for nothing. By their owners.
+  // Masks the target and the positions past the end. Each is done by the thread that owns it.
   __device__ void close(Quad* to, int classes, int y) const {
     float* const elements = reinterpret_cast<float*>(to);
     if (owns(y)) elements[y] = negative_infinity<A>();
@@ -197,7 +201,7 @@ class SimpleRow {
     }
   }
 
-  // k of the row, not of the thread's quads.
+  // k counts the row's quads, not the thread's.
   template <class F>
   __device__ void write_elements(int classes, F f) const {
     with_element_type<A>(type, [&](auto typed) {
@@ -210,7 +214,7 @@ class SimpleRow {
   }
 
  private:
-  // Vectors of kWidth elements; float goes by asynchronous copies.
+  // Copies vectors of kWidth elements; float is copied asynchronously.
   template <int kWidth, class T>
   __device__ void copy_vectors(const T* from, int count, float* to) const {
     if constexpr (std::is_same_v<T, float>) {
@@ -220,12 +224,12 @@ class SimpleRow {
       }
     } else {
       using Vec = Vector<T, kWidth>;
-      // Loads before the first store, so that they are under way together.
+      // All loads come before the first store, so that they overlap.
       constexpr int kBatch = 8;
 #pragma unroll 1
       for (int first = thread; first < count; first += kBatch * threads) {
-        // Past the end the last vector once more: what is loaded under a condition would stay live
-        // in registers all through the kernel.
+        // Past the end, the last vector is loaded again: a conditional load would keep its
+        // registers live in the whole kernel.
         Vec batch[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
@@ -311,10 +315,10 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
 
   const std::int64_t step = gridDim.x * rows_of_block;
   std::int64_t index = blockIdx.x * rows_of_block + local;
-  // The lanes of a warp stay together for the shuffles: its first row decides whether it goes on.
+  // The lanes of a warp loop together, because they share shuffles: the warp's first row decides.
   const int past =
       plan.threads < kWarpSize ? static_cast<int>(threadIdx.x) % kWarpSize / plan.threads : 0;
-  // The next row's target arrives while this row is swept.
+  // The target of the next row is loaded while this row is computed.
   Row<float> next{Row<float>::kIgnored, A(0)};
   if (index < args.rows) next = open_simple_row(args, index);
   for (; index - past < args.rows; index += step) {
@@ -359,7 +363,8 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
     }
     RowTerms<A> terms{};
     if (exec.any(swept)) {
-      // A row that is not swept goes along with whatever its memory holds, and stores nothing.
+      // A row that is not computed still takes part in the reductions, with any values, and stores
+      // nothing.
       exec.silent = !swept;
       terms = RowProgram<D, SimpleRow, true>(exec, params, task).run();
       if (!exec.direct) exec.sync();
@@ -375,7 +380,7 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
         }
       }
     }
-    // The next row takes over the memory that others have looked at.
+    // The next row overwrites shared memory that other threads have read.
     if (!plan.logits_aligned || !exec.direct) exec.sync();
     if (!inside) continue;
     if (!swept) {
@@ -394,7 +399,7 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
   }
 }
 
-// Does every row of `elements` begin at a vector of four?
+// Whether every row of `elements` begins at a vector of four elements.
 inline bool quads_aligned(const void* rows, std::int64_t stride, DType type) {
   const auto bytes = static_cast<std::uintptr_t>(kQuad * element_size(type));
   return reinterpret_cast<std::uintptr_t>(rows) % bytes == 0 && stride % kQuad == 0;

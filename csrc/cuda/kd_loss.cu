@@ -1,4 +1,4 @@
-// The launcher of kd_loss, and the kernel that sums the rows.
+// The launcher of kd_loss, and the kernel that reduces the terms of the rows.
 #include "cuda/kd_loss.h"
 
 #include <algorithm>
@@ -12,13 +12,13 @@ namespace {
 
 constexpr int kFinalizeThreads = 1024;
 constexpr int kFinalizeWarps = kFinalizeThreads / kWarpSize;
-// A block adds so many rows in the time that the next launch would take.
+// In the time of one more launch, a block adds the terms of so many rows.
 constexpr std::int64_t kFinalizeRows = 8192;
 constexpr std::int64_t kMaxFinalizeBlocks = 32;
-// The workspace begins with the family's two scales.
+// The workspace begins with the two scales that kd_family writes.
 constexpr int kWorkspaceScales = 2;
 
-// What a part of the rows adds to the result.
+// The contribution of some of the rows to the reduced loss.
 struct FinalizePart {
   double ce;
   double kd;
@@ -45,7 +45,7 @@ struct Totals {
   A* loss_ce;
   A* loss_kd;
   std::int64_t* counts;
-  const double* scales;  // of the CE and of the KD term, where the family's kernel has left them
+  const double* scales;  // of the CE and of the KD term, written by the kernel of kd_family
   FinalizePart* parts;   // one for each block, if there are several
 };
 
@@ -58,9 +58,9 @@ __device__ inline FinalizePart warp_sum(FinalizePart part) {
   return part;
 }
 
-// Adds the rows' terms and flags. Every block adds its share of the rows; the last one to finish
-// adds the blocks' sums. The order of the additions depends on the number of rows alone. With
-// Reduction::kNone the rows wrote their losses themselves.
+// Reduces the rows' terms and flags. Every block adds its share of the rows; the block that
+// finishes last adds the partial sums. The order of the additions depends on the number of rows
+// only. With Reduction::kNone the row kernels have already written the losses.
 template <class A>
 __global__ void __launch_bounds__(kFinalizeThreads, 1) kd_loss_finalize(const Totals<A> totals) {
   __shared__ FinalizePart of_warp[kFinalizeWarps];
@@ -91,13 +91,13 @@ __global__ void __launch_bounds__(kFinalizeThreads, 1) kd_loss_finalize(const To
     if (threadIdx.x == 0) {
       totals.parts[blockIdx.x] = part;
       __threadfence();
-      // The second count lends its place; it was zeroed before the launch.
+      // Uses the second count as the counter of finished blocks; it was zeroed before the launch.
       finished = atomicAdd(reinterpret_cast<unsigned long long*>(totals.counts + 1), 1ull) + 1;
       __threadfence();
     }
     if (__shfl_sync(kWholeWarp, finished, 0) != gridDim.x) return;
     part = FinalizePart{};
-    __syncwarp();  // the first lane's fence holds for all of them
+    __syncwarp();  // the first lane's fence now holds for the whole warp
     if (threadIdx.x < gridDim.x) part = totals.parts[threadIdx.x];
     part = warp_sum(part);
   }
@@ -169,7 +169,8 @@ cudaError_t kd_loss(const KdLossArgs& args, cudaStream_t stream) {
   const bool several = args.counts != nullptr && finalize_blocks(args) > 1;
   if (several && args.workspace == nullptr) return cudaErrorInvalidValue;
   if (several || (is_plain(args) && plan_valid_rows(args) == ValidRows::kShared)) {
-    // Until finalize overwrites them, the first count is the row kernel's, the second finalize's.
+    // Until finalize writes the counts, the row kernel uses the first and finalize the second as a
+    // counter.
     const cudaError_t error = cudaMemsetAsync(args.counts, 0, 2 * sizeof(std::int64_t), stream);
     if (error != cudaSuccess) return error;
   }

@@ -1,8 +1,8 @@
-// Rows of any length: a block per row, statistics online. The first `resident` vectors of every
-// thread stay in shared memory between the statistics and the gradient; what does not fit is read
-// again, last class first, while it may still be in L2. A thread touches only its own slots, so
-// shared memory here is a larger register file and needs no barrier; the slots a row has finished
-// with are refilled with the block's next row at once.
+// Rows of any length: a block per row, with online statistics. The first `resident` vectors of
+// every thread stay in shared memory between the statistics and the gradient. The others are read
+// again, in reverse order, because the last ones may still be in L2. A thread accesses only its own
+// slots, so shared memory acts as more registers and needs no barrier. As soon as a slot is free,
+// the block's next row is copied to it.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -11,9 +11,9 @@
 
 namespace lrds::cuda {
 
-// A: accumulation type. kSameTeacher: the teacher has the student's type, else any type through
-// load_element. kWidth: elements per access; 1 has no alignment to care for. resident: vectors per
-// thread kept in shared memory.
+// A: accumulation type. kSameTeacher: the teacher has the student's type; else load_element reads
+// its type. kWidth: elements per access; 1 works for any alignment. resident: vectors per thread in
+// shared memory.
 template <class S, class A, bool kSameTeacher, int kWidth>
 __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
                                   block_threads_per_multiprocessor(std::is_same_v<A, double>) /
@@ -22,9 +22,10 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
   using Kept = std::conditional_t<kSameTeacher, S, A>;  // a teacher element in shared memory
   using ZVec = Vector<S, kWidth>;
   using VVec = Vector<Kept, kWidth>;
-  // Vectors that a thread has in flight, and between two looks at the running maximum.
+  // Vectors that a thread loads at once and adds between two updates of its running maximum.
   constexpr int kChunk = std::is_same_v<A, double> ? 1 : kWidth == 1 ? 2 : 8 / kWidth;
-  // Element by element, loads dominate: a copy of the loops for each temperature would not pay.
+  // With single elements the loads dominate, so a copy of the loops per temperature would not be
+  // faster.
   constexpr bool kSquares = kWidth > 1;
   constexpr int kMaxWarps = block_threads(std::is_same_v<A, double>) / kWarpSize;
   static_assert(kWidth == 1 || kSameTeacher, "vectors of two types are not aligned alike");
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
   const int classes = sweep.classes;
   ZVec* const z_slots = reinterpret_cast<ZVec*>(dynamic_shared());
   VVec* const v_slots = reinterpret_cast<VVec*>(z_slots + resident * threads);
-  // Two sets in turn: a warp may be one row ahead of the slowest reader, never two.
+  // Two sets, used alternately: a warp may be one row ahead of the slowest reader, never two.
   __shared__ OnlineStats<A> packets[2][kMaxWarps];
 
   __shared__ CountScratch count_scratch;
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       return load_element<A>(v_row, sweep.teacher_type, k);
     }
   };
-  // Copies this thread's vector i of a row into its slot.
+  // Copies vector i of this thread from a row to its slot.
   const auto stage = [&](const Row<A>& row, const S* z_row, const char* v_row,
                          const Layout<S, kWidth>& layout, int i) {
     const int n = i * threads + thread;
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     for (int i = 0; i < resident; ++i) stage(row, z_row, v_row, layout, i);
     __pipeline_commit();
   }
-  // While the first row is on its way.
+  // Counts while the first row is copied.
   ValidRowCount<A> valid_rows;
   valid_rows.start(sweep, count_scratch);
 
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     const S* const z_row = student_row(index);
     const char* const v_row = teacher_row(reads_v ? index : 0);
     const Layout<S, kWidth> layout(z_row, classes);
-    // This thread's share of the vectors.
+    // The number of this thread's vectors.
     const int slots = max(0, layout.vectors - thread + threads - 1) / threads;
 
     const Row<A> next = open_row(sweep, index + gridDim.x);
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       z_edge = widen<A>(z_row[layout.edge(thread)]);
       if (reads_v) v_edge = load_one_v(v_row, layout.edge(thread));
     }
-    // This thread's vector i, from where it is. A teacher that is not read is 0.
+    // Loads vector i of this thread from shared or global memory. A teacher that is not read is 0.
     const auto fetch_v = [&](int i) -> VVec {
       const int n = i * threads + thread;
       const int k = layout.head + n * kWidth;
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
       }
     };
 
-    // What the block's warps know of a row, put together.
+    // Merges the statistics of the block's warps.
     const auto merge_block = [&](const OnlineStats<A>& part) {
       const int lane = thread % kWarpSize, warps = threads / kWarpSize;
       if (lane == 0) packets[turn][thread / kWarpSize] = part;
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
         store_vector(reinterpret_cast<S*>(out + i * threads), g);
       };
       if (!reads_z) {
-        // Zeros, or NaN for a bad row.
+        // Zeros, or NaN for an invalid row.
         ZVec g;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) g.element[j] = narrow<S>(A(0) - result.smoothing);
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
           int i = slots;
 #pragma unroll 1
           while (i > resident) {
-            // Down to `resident` and no further: below it lie the slots that the next loop refills.
+            // Stops at `resident`: the next loop refills the slots below.
             const int end = i;
             i = max(i - kChunk, resident);
             ZVec z[kChunk];
@@ -233,7 +234,8 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
                 narrow<S>(gradient_at<kCase>(sweep, of, z_edge, v_edge));
           }
         });
-        // The thread that stored this element stores it again, so the order is the program's.
+        // The thread that stored this element stores it again, so the two stores are in program
+        // order.
         if (layout.owner(row.y, threads) == thread) {
           gradient[row.y] = narrow<S>(gradient_at_target(
               sweep, result, z_y - anchor(stats.row.max_z), v_y - anchor(stats.row.max_v)));

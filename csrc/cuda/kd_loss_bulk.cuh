@@ -1,15 +1,15 @@
-// Long rows on sm_90 and later. The blocks of a cluster share a row: each keeps its slice of
-// student and teacher in shared memory between statistics and gradient, so that every logit is read
-// once. One warp does nothing but order bulk copies into a ring of tiles, as far ahead as the ring
-// is long, over the ends of rows; the others compute.
+// Long rows on sm_90 and later. The blocks of a cluster share a row. Each keeps its slice of
+// student and teacher in shared memory between the statistics and the gradient, so that every logit
+// is read once. One warp issues bulk copies into a ring of tiles, as far ahead as the ring has
+// room, and goes on to the next rows; the other warps compute.
 #pragma once
 
 #include "cuda/kd_loss_online.cuh"
 
 namespace lrds::cuda {
 
-// How the kernel's shared memory is laid out: the ring, what warps and blocks exchange,
-// barriers. Packets have two sets in turn.
+// The layout of the kernel's shared memory: the ring, the statistics that warps and blocks exchange
+// ("packets"), and barriers. The two sets of packets are used alternately.
 template <class S>
 struct BulkShared {
   using A = float;
@@ -44,7 +44,7 @@ struct BulkShared {
   }
 };
 
-// A place in the ring and the parity of its current round.
+// A position in the ring and the parity of the current round.
 struct RingPlace {
   int tile = 0;
   unsigned parity = 0;
@@ -57,9 +57,9 @@ struct RingPlace {
   }
 };
 
-// A row's student, teacher and gradient have one type and vectors_agree. A ring of `tiles` holds a
-// slice: tiles * kBulkThreads >= ceil(classes / width / cluster). blockDim.x is kBulkThreads that
-// compute and the warp that copies.
+// The student, teacher and gradient of a row have one type, and vectors_agree holds. The ring holds
+// a whole slice: tiles * kBulkThreads >= ceil(classes / width / cluster). blockDim.x is
+// kBulkThreads that compute plus one warp that copies.
 template <class S>
 __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     kd_loss_bulk(const Sweep<float> sweep, const int tiles, const int cluster) {
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
   const auto teacher_row = [&](std::int64_t index) {
     return static_cast<const S*>(sweep.teacher) + index * sweep.teacher_stride;
   };
-  // This block's slice: vectors [slice_begin, slice_begin + slice_vectors) of the row.
+  // This block's slice: the vectors [slice_begin, slice_begin + slice_vectors) of the row.
   const auto slice_of = [&](const Layout<S, kWidth>& layout, int* slice_begin, int* slice_vectors) {
     const int each = (layout.vectors + cluster - 1) / cluster;
     *slice_begin = min(rank * each, layout.vectors);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     return;
   }
 
-  // While the first tiles are on their way. The warp that orders them does not count.
+  // Counts while the first tiles are copied. The copying warp does not take part.
   ValidRowCount<A> valid_rows;
   valid_rows.start(sweep, *shared.count_scratch, kBulkThreads, [&] {
     __syncwarp();
@@ -141,17 +141,18 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     barrier_wait(shared.counted, 0);
   });
 
-  // What a row's statistics are in the whole cluster, from those of a warp. Packets pass without a
-  // fence: between the warps of a block through a barrier of the block, between blocks as stores
-  // that a barrier counts in bytes, announced by the receiver's first warp.
+  // Merges the statistics of a warp into those of the row in the whole cluster. Packets need no
+  // fence: the warps of a block exchange them under a barrier of the block; blocks send them by
+  // stores whose bytes the receiver's barrier counts, after the first warp of the receiver has
+  // announced them.
   //
-  // Two sets in turn are enough. A warp that has merged knows that every warp of every block has
-  // sent its packet of that merge, hence has read those of the merge before; so what a block or a
-  // warp sends next, of the other set, overwrites nothing that is still to be read. And its bytes
-  // cannot be taken for those of a phase before: of a set they count for the merge two before,
-  // which all blocks had finished when they sent the one between. Whether a row is merged a second
-  // time all of them decide alike. No block leaves before it has its last merge's packets, and
-  // nothing is sent to it after them.
+  // Two sets of packets are enough. A warp that has finished a merge knows that every warp of every
+  // block has sent its packet of this merge, and so has read the packets of the merge before. What
+  // it sends for the next merge goes to the other set and overwrites nothing that will still be
+  // read. Its bytes cannot count for an earlier phase either: the previous phase of the same set
+  // belongs to the merge before the last, which all blocks had finished when they sent the packets
+  // of the last one. All blocks agree on whether a row is merged a second time. No block exits
+  // before it has received the packets of its last merge, and none is sent to it afterwards.
   RingPlace set;
   const auto merge_cluster = [&](OnlineStats<A> stats) {
     OnlineStats<A>* const of_warps = shared.warp_packets[set.tile];
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     int slice_begin, slice_vectors;
     slice_of(layout, &slice_begin, &slice_vectors);
     const Row<A> next = open_row(sweep, index + step);
-    // The elements outside the vectors are the first block's.
+    // The first block handles the elements outside the vectors.
     const bool has_edge = rank == 0 && thread < layout.edges && reads_z;
     A z_edge = A(0), v_edge = A(0), z_y = A(0), v_y = A(0), sum_vr = A(0);
     if (has_edge) {
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
 
     OnlineStats<A> stats = empty_online_stats<A>();
     const RingPlace row_place = place;
-    // Is the row read once and no more?
+    // Whether the row is read only once.
     const bool once = sweep.gradient == nullptr && !(reads_v && sweep.exp_r_scale != A(0));
     if (reads_z) {
       with_case<true>(sweep, reads_v, [&](auto case_of) {
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
       if (n < slice_vectors) store_vector(reinterpret_cast<S*>(out + n), g);
     };
     if (!reads_z) {
-      // Zeros, or NaN for a bad row.
+      // Zeros, or NaN for an invalid row.
       Vec g;
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) g.element[j] = narrow<S>(A(0) - result.smoothing);
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
       const ElementGradient<A> of = element_gradient<kCase>(sweep, stats.row, result);
       RingPlace again = row_place;
       for (int done = 0; done < slice_vectors; done += kBulkThreads) {
-        // Past the slice a tile holds other data, of which put() stores nothing.
+        // A tile holds other data past the slice; put() does not store it.
         Vec z, v;
         fetch(case_of, again.tile, z, v);
         release(again.tile);
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
         gradient[layout.edge(thread)] = narrow<S>(gradient_at<kCase>(sweep, of, z_edge, v_edge));
       }
     });
-    // The thread that stored this element stores it again, so the order is the program's.
+    // The thread that stored this element stores it again, so the two stores are in program order.
     const int vector = y < layout.head ? -1 : (y - layout.head) / kWidth;
     const bool is_edge = vector < 0 || vector >= layout.vectors;
     const int n = vector - slice_begin;

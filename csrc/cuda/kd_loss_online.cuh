@@ -1,23 +1,23 @@
-// Statistics of a row whose maxima are not known beforehand: of a thread relative to references
-// that follow its maxima, then relative to the maxima of a warp, then of all who share the row. And
-// the gradient of an element, by the same arithmetic.
+// Online statistics of a row, for kernels that do not know its maxima in advance. A thread's sums
+// are relative to references that follow its maxima; they are then made relative to the maxima of a
+// warp, and of all threads that share the row. The gradient of an element uses the same arithmetic.
 #pragma once
 
 #include "cuda/kd_loss_row.cuh"
 
 namespace lrds::cuda {
 
-// --- Cases, of which each has its own copy of the loops ---
+// --- Cases, each with its own copy of the loops ---
 
-// 0 and more: exp(z) is exp(z / T) squared so many times.
+// 0 and above: exp(z) is exp(z / T) squared so many times.
 constexpr int kAnyTemperature = -1;
-constexpr int kNoTeacher = -2;  // the row's kd weight is 0: exp(z) is all there is
-constexpr int kHuge = -3;       // of the gradient: logits that have no scaled reference
+constexpr int kNoTeacher = -2;  // the row's kd weight is 0: exp(z) is the only exponential
+constexpr int kHuge = -3;       // for the gradient: the logits are too large for a scaled reference
 
 template <int kCase>
 constexpr bool kHasTeacher = kCase != kNoTeacher;
 
-// Calls body with std::integral_constant<int, the case>. Without kSquares every temperature is any.
+// Calls body with the case as std::integral_constant. Without kSquares, T gets no case of its own.
 template <bool kSquares, class A, class Body>
 __device__ inline void with_case(const Sweep<A>& sweep, bool reads_v, Body body) {
   if (!reads_v) return body(std::integral_constant<int, kNoTeacher>());
@@ -39,11 +39,11 @@ __device__ inline A logit_of_unit(const Sweep<A>& sweep) {  // 1 / exp_t_scale
 __device__ inline float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }
 __device__ inline double multiply_add(double x, double y, double z) { return fma(x, y, z); }
 
-// exp_unit(argument(x)) is exp(x * scale) relative to exp(scaled), where `scaled` is the rounded
-// logit * scale: one multiply-add forms the argument, and only its own rounding is lost. From
-// kMostScaled on, the rounding of `scaled` would change results. `scaled` is NaN there, and so are
-// the sums of arguments that multiply_add forms. A NaN sum sends add_vectors to argument(), which
-// is then relative to exp(logit * scale).
+// exp_unit(argument(x)) is exp(x * scale) relative to exp(scaled), where `scaled` is logit * scale
+// after rounding. One multiply-add computes the argument, so that only its own rounding is lost.
+// From kMostScaled on, the rounding of `scaled` would change results. There `scaled` is NaN, and so
+// are the sums of arguments that multiply_add computes; a NaN sum makes add_vectors use argument(),
+// which is relative to exp(logit * scale).
 constexpr float kMostScaled = 1048576.0f;
 
 template <class A>
@@ -51,14 +51,14 @@ __device__ inline A argument(A x, A scale, A logit, A scaled) {
   return scaled == scaled ? multiply_add(x, scale, -scaled) : (x - logit) * scale;
 }
 
-// References of a row's, or a part's, student and teacher.
+// The references of a row, or of a part of it, for student and teacher.
 template <class A>
 struct References {
   A logit_z, logit_v;  // 0 where there is no maximum
   A scaled_z, scaled_zt, scaled_vt;
 };
 
-// Are these maxima's references NaN?
+// Whether the references for this maximum are NaN.
 template <class A>
 __device__ inline bool is_huge(const Sweep<A>& sweep, A logit) {
   const A scale = sweep.exp_scale > sweep.exp_t_scale ? sweep.exp_scale : sweep.exp_t_scale;
@@ -76,19 +76,18 @@ __device__ inline References<A> references_at(const Sweep<A>& sweep, A max_z, A 
 
 // --- A thread ---
 
-// How far maxima may rise above the references before the sums are rebased, in powers of e of the
-// larger exponential. An exponential of e^5 is a rounding of its argument, 2^-22, less exact than
-// one of 1.
+// How far a maximum may rise above its reference before the sums are rebased, as the logarithm of
+// the larger exponential. exp(5) is less exact than exp(0) by the rounding of its argument, 2^-22.
 constexpr float kSlack = 5.0f;
 
 template <class A>
 struct ThreadStats {
-  A max_z, max_v;      // of what was added
-  A limit_z, limit_v;  // of the maxima, for these references; -inf: there is no maximum
+  A max_z, max_v;      // of the elements added so far
+  A limit_z, limit_v;  // limits of the maxima for these references; -inf: there is no maximum
   References<A> at;
   A sum_z, sum_zt, sum_vt;
   A dot;        // of exp_vt times (its argument - exp_zt's)
-  A sum_shift;  // of z - logit_z; it and count for label smoothing alone
+  A sum_shift;  // of z - logit_z; it and count are for label smoothing only
   A count;
 };
 
@@ -99,8 +98,8 @@ __device__ inline ThreadStats<A> empty_thread_stats() {
   return stats;
 }
 
-// The sums relative to other references, whose logits are not smaller; NaNs for `scaled` mean the
-// logits exactly.
+// Makes the sums relative to other references, whose logits must not be smaller. References of NaN
+// in `scaled` mean the logits themselves.
 template <int kCase, class A>
 __device__ inline void rebase_thread(const Sweep<A>& sweep, const References<A>& to,
                                      ThreadStats<A>& stats) {
@@ -123,7 +122,7 @@ __device__ inline void rebase_thread(const Sweep<A>& sweep, const References<A>&
   if (kHasTeacher<kCase> && stats.limit_v != negative_infinity<A>()) {
     const A down_vt = down(sweep.exp_t_scale, at.logit_v, at.scaled_vt, to.logit_v, to.scaled_vt);
     const A factor = exp_unit(down_vt);
-    // What underflows leaves the sum before its (possibly infinite) cofactor can make it NaN.
+    // An underflowed part becomes 0 before its possibly infinite factor could turn it into NaN.
     stats.dot = factor == A(0) ? A(0) : factor * (stats.dot + stats.sum_vt * (down_vt - down_zt));
     stats.sum_vt *= factor;
   }
@@ -131,7 +130,7 @@ __device__ inline void rebase_thread(const Sweep<A>& sweep, const References<A>&
   stats.at = to;
 }
 
-// Adds the first `inside` of kChunk vectors that fetch(c, z, v) fetches. The others must repeat
+// Adds the first `inside` of kChunk vectors that fetch(c, z, v) loads. The others must repeat
 // elements of the row, so that they do not raise its maximum.
 template <int kCase, int kChunk, class ZVec, class VVec, class A, class Fetch>
 __device__ inline void add_vectors(const Sweep<A>& sweep, int inside, Fetch fetch,
@@ -190,8 +189,8 @@ __device__ inline void add_vectors(const Sweep<A>& sweep, int inside, Fetch fetc
     stats.dot += dot;
     return;
   }
-  // The end of a row, infinities, NaNs, huge references and label smoothing. The vectors are
-  // fetched again, so that the fast path keeps no registers for them.
+  // The end of a row, infinities, NaNs, large references and label smoothing. The vectors are
+  // loaded again, so that the fast path does not keep them in registers.
 #pragma unroll 1
   for (int c = 0; c < inside; ++c) {
     fetch(forget(c), z_vectors[0], v_vectors[0]);
@@ -210,7 +209,7 @@ __device__ inline void add_vectors(const Sweep<A>& sweep, int inside, Fetch fetc
         if constexpr (kCase >= 0) stats.sum_z += squared<kCase>(exp_zt);
         stats.sum_zt += exp_zt;
         stats.sum_vt += exp_vt;
-        // 0 times infinity counts as 0.
+        // Left out where exp_vt is 0, because 0 * inf = NaN.
         if (exp_vt > A(0)) stats.dot += exp_vt * (x_vt - x_zt);
       }
     }
@@ -218,7 +217,7 @@ __device__ inline void add_vectors(const Sweep<A>& sweep, int inside, Fetch fetc
   }
 }
 
-// Adds the thread's element from outside the vectors.
+// Adds the thread's element outside the vectors.
 template <int kCase, class A>
 __device__ inline void add_edge(const Sweep<A>& sweep, A z_edge, A v_edge, ThreadStats<A>& stats) {
   using Edge = Vector<A, 1>;
@@ -228,8 +227,8 @@ __device__ inline void add_edge(const Sweep<A>& sweep, A z_edge, A v_edge, Threa
 
 // --- Parts of a row ---
 
-// Statistics relative to their maxima, and the classes behind them, which only label smoothing
-// counts.
+// Statistics relative to their maxima, and the number of classes in them, which only label
+// smoothing needs.
 template <class A>
 struct alignas(sizeof(A) * 4) OnlineStats {
   RowStats<A> row;
@@ -241,7 +240,7 @@ __device__ inline OnlineStats<A> empty_online_stats() {
   return OnlineStats<A>{empty_row_stats<A>(), A(0)};
 }
 
-// kLanes (a power of two) lanes' statistics, relative to common maxima already, added up; every
+// Adds the statistics of kLanes (a power of two) lanes, which are relative to common maxima. Every
 // lane of the group gets the sum.
 template <int kLanes = kWarpSize, class A>
 __device__ inline void add_lanes(const Sweep<A>& sweep, OnlineStats<A>& stats) {
@@ -255,7 +254,7 @@ __device__ inline void add_lanes(const Sweep<A>& sweep, OnlineStats<A>& stats) {
   }
 }
 
-// Of the warp's threads; all of them get the result.
+// The statistics of the warp's threads; every thread gets the result.
 template <int kCase, class A>
 __device__ inline OnlineStats<A> warp_stats(const Sweep<A>& sweep, ThreadStats<A> thread) {
   const A nan = std::numeric_limits<A>::quiet_NaN();
@@ -269,7 +268,7 @@ __device__ inline OnlineStats<A> warp_stats(const Sweep<A>& sweep, ThreadStats<A
       thread.count};
 }
 
-// Parts that the warp's lanes hold, kLanes (a power of two) of them; every lane gets the whole.
+// Merges the statistics of kLanes (a power of two) lanes of the warp; every lane gets the result.
 template <int kLanes = kWarpSize, class A>
 __device__ inline void merge_lanes(const Sweep<A>& sweep, OnlineStats<A>& stats) {
   const A max_z = group_max(stats.row.max_z, kLanes);
@@ -278,10 +277,10 @@ __device__ inline void merge_lanes(const Sweep<A>& sweep, OnlineStats<A>& stats)
   add_lanes<kLanes>(sweep, stats);
 }
 
-// --- A revision at a temperature of its own ---
+// --- Revision at a temperature of its own ---
 
-// A thread's vector of v, or one element, of the sum that needs_sum_vr asks for, where all of the
-// row's statistics are there.
+// The terms of sum_vr (core/kd_loss.h: revised_target) from a thread's vector of v, or one element,
+// when the statistics of the whole row are known.
 template <class A, class V, int kWidth>
 __device__ inline A revision_part(const Sweep<A>& sweep, const RowStats<A>& stats,
                                   const Vector<V, kWidth>& v_vector) {
@@ -294,7 +293,7 @@ __device__ inline A revision_part(const Sweep<A>& sweep, const RowStats<A>& stat
   return sum;
 }
 
-// The threads' parts as statistics of a warp, which add up as those of any part of a row do.
+// The sum of the threads' terms as statistics of a warp, so that it can be merged like other sums.
 template <class A>
 __device__ inline OnlineStats<A> revision_stats(const RowStats<A>& stats, A part) {
   OnlineStats<A> out = empty_online_stats<A>();
@@ -305,8 +304,8 @@ __device__ inline OnlineStats<A> revision_stats(const RowStats<A>& stats, A part
 
 // --- The gradient ---
 
-// dL/dz_k = coefficient_z * exp_unit(z_k * exp_scale - scaled_z) + ... - smoothing, without the
-// target's constant.
+// dL/dz_k without the constant at the target: coefficient_z * exp_unit(z_k * exp_scale - scaled_z)
+// + ... - smoothing.
 template <class A>
 struct ElementGradient {
   References<A> at;
@@ -330,7 +329,7 @@ __device__ inline ElementGradient<A> element_gradient(const Sweep<A>& sweep,
   ElementGradient<A> out{references_at(sweep, stats.max_z, stats.max_v), result.coefficient_z,
                          result.coefficient_zt, result.coefficient_vt, result.smoothing};
   if constexpr (kCase != kHuge) {
-    // The coefficients are of exponentials relative to the maxima.
+    // The coefficients belong to exponentials relative to the maxima.
     const References<A>& at = out.at;
     const A up_zt = exp_unit(-multiply_add(at.logit_z, sweep.exp_t_scale, -at.scaled_zt));
     out.zt *= up_zt;

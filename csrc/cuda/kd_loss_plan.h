@@ -1,5 +1,5 @@
-// Which kernel sweeps the rows of a call, and with what grid. Pure arithmetic on shapes, types,
-// addresses and device facts.
+// Chooses the kernel and the grid of a call from its shapes, types, addresses and the device's
+// properties. Plain arithmetic without CUDA calls.
 #pragma once
 
 #include <algorithm>
@@ -11,52 +11,52 @@
 
 namespace lrds::cuda {
 
-// Where the denominator of the gradient comes from.
+// How a kernel gets the number of valid rows, for the denominator of the gradient.
 enum class ValidRows : std::int32_t {
-  kUnused = 0,  // a sum, or no gradient
-  kGiven = 1,   // num_valid
+  kUnused = 0,  // no denominator: a sum, or no gradient
+  kGiven = 1,   // from num_valid
   kOwn = 2,     // every block counts all targets
-  kShared = 3,  // the blocks share the counting through one zeroed word
+  kShared = 3,  // the blocks count together, through one zeroed word
 };
 
-// Up to here a block counts all targets in less time than a memset takes to launch.
+// The most rows for which a block counts all targets faster than a memset is launched.
 constexpr std::int64_t kOwnCountRows = 4096;
 
 enum class Path : std::int32_t {
-  kWarpShort = 0,        // 1..16 lanes a row, 8 elements each, element by element
-  kWarpShortVector = 1,  // the same, 16-byte vectors
-  kFlat = 2,             // the same, element by element from tiles copied flat to shared memory
-  kWarpVector = 3,       // 16 or 32 lanes a row, 32 elements each, 16-byte vectors
-  kWarpElement = 4,      // 16 or 32 lanes a row, 16 elements each; any types or alignments
-  kBlockVector = 5,      // a block a row, shared memory and streaming, 16-byte vectors
-  kBlockElement = 6,     // the same, element by element; any types, double accumulation
-  kBulk = 7              // a cluster of blocks a row, bulk copies, shared memory
+  kWarpShort = 0,        // 1..16 lanes per row, 8 elements per lane, element by element
+  kWarpShortVector = 1,  // the same with 16-byte vectors
+  // the same, element by element, from tiles that are copied to shared memory as they are
+  kFlat = 2,
+  kWarpVector = 3,    // 16 or 32 lanes per row, 32 elements per lane, 16-byte vectors
+  kWarpElement = 4,   // 16 or 32 lanes per row, 16 elements per lane; any types and alignments
+  kBlockVector = 5,   // a block per row, shared memory and streaming, 16-byte vectors
+  kBlockElement = 6,  // the same, element by element; any types, accumulation in double
+  kBulk = 7           // a cluster of blocks per row, bulk copies, shared memory
 };
 
 constexpr int kMaxThreads = 1024;
-constexpr int kWarpThreads = 256;  // of a block that gives its rows to warps
+constexpr int kWarpThreads = 256;  // of a block whose warps, or groups of lanes, have a row each
 constexpr int kShortElements = 8;
 constexpr int kLongElements = 32;
 constexpr int kElementElements = 16;
-// Classes that the kernels index in 32 bits, with room for a grid of vectors past the end.
+// The most classes: kernels index them in 32 bits, and a grid of vectors may reach past the end.
 constexpr std::int64_t kMaxClasses = std::int64_t{1} << 30;
-// Blocks of kWarpThreads that the registers of a multiprocessor hold (docs/kernels.md).
+// Blocks of kWarpThreads for which a multiprocessor has registers (docs/kernels.md).
 constexpr int kWarpBlocksPerMultiprocessor = 2;
 constexpr int kFlatBlocksPerMultiprocessor = 3;
-// Of a tile in shared memory, with room before it for its place between 16-byte boundaries.
+// Elements of a tile in shared memory, with room for its offset from a 16-byte boundary.
 template <class S>
 constexpr int kFlatStageElements = kWarpThreads * kShortElements + 16 / static_cast<int>(sizeof(S));
 
-// Threads of the blocks that sweep a row together: at most so many a block, and so many a
-// multiprocessor.
+// For kernels with a block per row: the most threads per block and per multiprocessor.
 constexpr int block_threads(bool wide) { return wide ? 256 : 640; }
 constexpr int block_threads_per_multiprocessor(bool wide) { return wide ? 512 : 640; }
 
-// The block kernel's own shared memory, rounded up.
+// Static shared memory of the block kernel, rounded up.
 constexpr int kBlockStaticBytes = 2560;
 
-// Of the bulk kernel: threads that compute, each with one vector of student and teacher per tile;
-// blocks that may share a row (8 are portable); shared memory beside the ring of tiles.
+// For the bulk kernel: threads that compute, each with one vector of student and teacher per tile;
+// the most blocks per row (8 are portable); and shared memory in addition to the ring of tiles.
 constexpr int kBulkThreads = 480;
 constexpr int kMaxCluster = 8;
 constexpr int kBulkTileBytes = 2 * 16 * kBulkThreads;
@@ -67,34 +67,34 @@ struct Plan {
   Path path;
   unsigned grid;
   unsigned threads;
-  int lanes;                 // of a row, warp paths
-  int resident;              // vectors per thread that stay in shared memory, block paths
+  int lanes;                 // per row, warp paths
+  int resident;              // vectors per thread in shared memory, block paths
   int tiles;                 // of the ring, bulk path
-  int cluster;               // blocks a row, bulk path
+  int cluster;               // blocks per row, bulk path
   std::size_t shared_bytes;  // dynamic
 };
 
 // --- The dispatch table ---
 
-// What a path needs of a call's operands.
+// What a path requires of the operands.
 enum Operands : unsigned {
   kAnything = 0,
-  kOneType = 1,     // student, teacher and gradient
-  kAlike = 3,       // and their rows reach 16-byte boundaries at the same classes
-  kWhole = 7,       // and every row is whole 16-byte vectors
-  kBackToBack = 11  // alike, and no gap between rows
+  kOneType = 1,     // student, teacher and gradient have one type
+  kAlike = 3,       // and their rows have 16-byte boundaries at the same classes
+  kWhole = 7,       // and every row consists of whole 16-byte vectors
+  kBackToBack = 11  // kAlike, and no gap between rows
 };
 
-// The first rule that fits decides: the device is at least `architecture`, the operands have what
-// the path needs, and there are at most so many classes for the call's types.
+// The first rule that fits is used: the device is at least `architecture`, the operands fulfil what
+// the path requires, and the call has at most the number of classes given for its types.
 struct Rule {
   Path path;
   int architecture;
   Operands operands;
-  std::int64_t float32_classes;  // student; accumulated in float
-  std::int64_t bits16_classes;   // student; accumulated in float
-  std::int64_t float64_classes;  // accumulated in double
-  unsigned threads;              // of a block
+  std::int64_t float32_classes;  // for float32 students, accumulation in float
+  std::int64_t bits16_classes;   // for 16-bit students, accumulation in float
+  std::int64_t float64_classes;  // for accumulation in double
+  unsigned threads;              // per block
 };
 
 constexpr std::int64_t kNone = 0, kAll = kMaxClasses;
@@ -126,8 +126,8 @@ inline std::int64_t size_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
 }
 
-// Do the three rows r of student, teacher and gradient reach a 16-byte boundary at the same class,
-// for every r?
+// Whether row r of student, teacher and gradient has its 16-byte boundaries at the same class, for
+// every r.
 inline bool vectors_agree(const KdLossArgs& args) {
   if (args.accumulate == DType::kFloat64) return false;
   const std::int64_t size = size_of(args.student_type);
@@ -203,7 +203,7 @@ inline void plan_warps(const KdLossArgs& args, const DeviceFacts& device, Plan& 
     default:
       plan.lanes = power_of_two_at_least(ceil_div(classes, kShortElements));
   }
-  // Small batches in small blocks, so that they reach every multiprocessor.
+  // Small batches get small blocks, so that every multiprocessor has work.
   const std::int64_t threads = args.rows * plan.lanes;
   while (plan.threads > 32 && ceil_div(threads, plan.threads) < device.multiprocessors) {
     plan.threads /= 2;
@@ -219,7 +219,7 @@ inline void plan_warps(const KdLossArgs& args, const DeviceFacts& device, Plan& 
   }
 }
 
-// A row by a block: in shared memory as far as it goes.
+// A block per row, with as much of the row in shared memory as fits.
 inline void plan_blocks(const KdLossArgs& args, const DeviceFacts& device, Plan& plan) {
   const bool vectors = plan.path == Path::kBlockVector;
   const bool wide = args.accumulate == DType::kFloat64;
@@ -233,7 +233,7 @@ inline void plan_blocks(const KdLossArgs& args, const DeviceFacts& device, Plan&
   const std::int64_t most_shared =
       std::max<std::int64_t>(0, device.shared_per_block - kBlockStaticBytes);
   std::int64_t reread = 0;  // bytes of a row that do not stay in shared memory
-  // Blocks of so many threads that a multiprocessor holds.
+  // The number of blocks of so many threads that a multiprocessor holds.
   const auto fit = [&](std::int64_t threads) {
     const std::int64_t slot = threads * width * (student_size + teacher_size);
     const std::int64_t needed = ceil_div(classes / width, threads);
@@ -247,11 +247,11 @@ inline void plan_blocks(const KdLossArgs& args, const DeviceFacts& device, Plan&
                     block_threads_per_multiprocessor(wide) / threads);
   };
   std::int64_t blocks = fit(plan.threads);
-  // Two blocks of a multiprocessor, or one of all its threads.
+  // At least two blocks per multiprocessor, or one with all its threads.
   if (plan.threads == 320 && blocks < 2) blocks = fit(block_threads(false));
   blocks = device.multiprocessors * std::max<std::int64_t>(1, blocks);
   if (reread > 0) {
-    // What waits to be read again should still be in L2 then; half the multiprocessors work in any
+    // The rows' second reads should hit L2. At least half of the multiprocessors are used in any
     // case.
     const std::int64_t in_l2 = device.l2_bytes / 10 * 7 / reread;
     blocks = std::min(blocks, std::max<std::int64_t>(in_l2, (device.multiprocessors + 1) / 2));
@@ -259,7 +259,7 @@ inline void plan_blocks(const KdLossArgs& args, const DeviceFacts& device, Plan&
   plan.grid = static_cast<unsigned>(std::min(args.rows, blocks));
 }
 
-// A row by a cluster, all of it in shared memory; false if that is too small.
+// A cluster per row, with the row in shared memory; false if the row does not fit.
 inline bool plan_bulk(const KdLossArgs& args, const DeviceFacts& device, Plan& plan) {
   plan.tiles =
       std::min(kMaxBulkTiles, (device.shared_per_block - kBulkFixedBytes) / kBulkTileBytes);
@@ -267,8 +267,8 @@ inline bool plan_bulk(const KdLossArgs& args, const DeviceFacts& device, Plan& p
   const auto needed = [&](int cluster) {
     return ceil_div(ceil_div(vectors, cluster), kBulkThreads);
   };
-  // The fewest blocks that leave half a row's room for the next row. Not more of them where rows
-  // are few: the order of a row's sums must not depend on its neighbours.
+  // The fewest blocks that leave room for half of the next row. Few rows do not get more: the order
+  // of a row's sums must not depend on the other rows.
   plan.cluster = 1;
   while (plan.cluster < kMaxCluster && 3 * needed(plan.cluster) > 2 * plan.tiles) plan.cluster *= 2;
   if (needed(plan.cluster) > plan.tiles) return false;
@@ -306,7 +306,7 @@ inline Plan plan_rows(const KdLossArgs& args, const DeviceFacts& device) {
     }
     return plan;
   }
-  return Plan{};  // the last rule takes everything
+  return Plan{};  // the last rule fits every call
 }
 
 }  // namespace lrds::cuda

@@ -1,5 +1,5 @@
-// What every row kernel does around its sweep: open a row (target, weights), know the reduction's
-// denominator, turn statistics into coefficients and write the row's terms.
+// What all row kernels share: reading a row's target and weight, the denominator of the reduction,
+// turning statistics into coefficients, and writing the terms of a row.
 #pragma once
 
 #include "core/kd_loss.h"
@@ -8,10 +8,10 @@
 
 namespace lrds::cuda {
 
-// Temperatures 1, 2 and 4 take exp(x) from exp(x / T); each has its own copy of the loops.
+// For T = 1, 2 and 4, exp(x) is computed from exp(x / T), with a copy of the loops for each.
 constexpr int kMaxSquarings = 2;
 
-// KdLossArgs as the kernels take it: hyperparameters rounded to A once, on the host.
+// KdLossArgs for the kernels, with hyperparameters rounded to A on the host.
 template <class A>
 struct Sweep {
   std::int64_t rows;
@@ -30,7 +30,7 @@ struct Sweep {
   RowParams<A> params;
   A exp_scale;    // exp_scaled(x, exp_scale) = exp(x)
   A exp_t_scale;  // exp_scaled(x, exp_t_scale) = exp(x / T)
-  A exp_r_scale;  // exp_scaled(x, exp_r_scale) = exp(x / R), of a revision at R; 0: it is at T
+  A exp_r_scale;  // exp_scaled(x, exp_r_scale) = exp(x / R), for label revision at R; 0 if R = T
   int squarings;  // T = 2^squarings: exp(x) is exp(x / T) squared so many times; -1: any other T
   Reduction reduction;
   const A* num_valid;
@@ -40,7 +40,7 @@ struct Sweep {
   ValidRows valid_rows;
   unsigned long long* shared_count;  // ValidRows::kShared: zeroed before the launch
   void* gradient;
-  A* ce;  // null: the loss is not wanted
+  A* ce;  // null: the call computes no loss
   A* kd;
   std::uint8_t* flags;
   A* loss;  // (rows,) with Reduction::kNone, else null
@@ -99,13 +99,14 @@ __device__ inline std::int64_t target_of(const Sweep<A>& sweep, std::int64_t row
 
 // --- The number of valid rows ---
 
-// Shared memory for block_count_valid.
+// Shared memory of block_count_valid.
 struct CountScratch {
   unsigned long long partial[kMaxThreads / kWarpSize];
 };
 
-// Valid rows in [begin, end), added up over the first `threads` threads of the block; all of them
-// have the sum. They must call it as one, and once; meet() shows all of them what each has stored.
+// The number of valid rows in [begin, end), counted by the first `threads` threads of the block,
+// which all get the sum. All of them must call it together, and once. meet() must make what each
+// has stored visible to all of them.
 template <class A, class Meet>
 __device__ unsigned long long block_count_valid(const Sweep<A>& sweep, std::int64_t begin,
                                                 std::int64_t end, CountScratch& scratch,
@@ -124,14 +125,15 @@ __device__ unsigned long long block_count_valid(const Sweep<A>& sweep, std::int6
   return count;
 }
 
-// The denominator's row count, for the gradient. start() before the first row, by the whole block
-// or by its first `threads` threads, which meet() as in block_count_valid; get() by whole warps.
+// The number of valid rows, for the denominator of the gradient. The whole block, or its first
+// `threads` threads with meet() as in block_count_valid, call start() before the first row; whole
+// warps call get().
 //
 // kShared: every block counts its share of the targets and adds (1 << 32 | its count) to one zeroed
-// word; whoever needs the sum waits until all blocks have added theirs, which has long happened
-// when the first row's statistics are done. The wait is bounded: if blocks are missing (the grid
-// was not resident at once), a warp counts for itself. No block depends on another, and the integer
-// is the same either way.
+// word. get() waits until all blocks have added theirs, which is long done when the statistics of
+// the first row are. The wait is bounded: if some blocks do not run (the grid is not resident at
+// once), a warp counts all targets itself. So no block depends on another, and the integer is the
+// same in both cases.
 template <class A>
 struct ValidRowCount {
   A own;
@@ -161,7 +163,7 @@ struct ValidRowCount {
     unsigned long long seen = 0;
     if (threadIdx.x % kWarpSize == 0) {
       const volatile unsigned long long* const word = sweep.shared_count;
-      // Longer than counting alone would take, a microsecond each at most.
+      // More than counting would take; each try is at most a microsecond.
       const std::int64_t tries = 32 + sweep.rows / 1024;
       for (std::int64_t i = 0; i < tries && (seen >> 32) != gridDim.x; ++i) {
         if (i > 0) __nanosleep(100);
@@ -178,7 +180,7 @@ struct ValidRowCount {
     return static_cast<A>(group_sum(count, kWarpSize));
   }
 
-  // What multiplies every row's gradient.
+  // The factor of every row's gradient.
   __device__ A gradient_scale(const Sweep<A>& sweep) const {
     A scale = reduction_scale<A>(sweep.reduction, get(sweep), static_cast<A>(sweep.classes));
     if (sweep.grad_scale != nullptr) scale *= *sweep.grad_scale;
@@ -186,7 +188,7 @@ struct ValidRowCount {
   }
 };
 
-// gradient_scale, asked for when the first row needs it.
+// ValidRowCount::gradient_scale, computed when the first row needs it.
 template <class A>
 struct GradientScale {
   A scale = A(0);
@@ -204,8 +206,8 @@ struct GradientScale {
 
 // --- A row ---
 
-// A row's target and selection weight, in two registers: the next row's wait there while this one
-// is swept.
+// The target and selection weight of a row, in two registers. Those of the next row are loaded
+// while this one is computed.
 template <class A>
 struct Row {
   int y;  // kIgnored, kBad or the class
@@ -250,7 +252,7 @@ __device__ inline Row<A> open_row(const Sweep<A>& sweep, std::int64_t row) {
   return out;
 }
 
-// finish_row, or zeros for a row that reads nothing, or NaN for a bad one.
+// finish_row; zeros for a row without terms, and NaN for an invalid row.
 template <class A>
 __device__ inline RowResult<A> close_row(const Sweep<A>& sweep, const Row<A>& row,
                                          RowWeights<A> weights, const RowStats<A>& stats,
@@ -289,7 +291,7 @@ __device__ inline void write_row(const Sweep<A>& sweep, const Row<A>& row,
   if (sweep.loss != nullptr) sweep.loss[index] = result.ce + result.kd;
 }
 
-// x to the power of 2^kSquarings: exp(x) from exp(x / T) at T = 2^kSquarings.
+// x to the power 2^kSquarings: exp(x) from exp(x / T), where T = 2^kSquarings.
 template <int kSquarings, class A>
 __device__ inline A squared(A x) {
 #pragma unroll
@@ -297,7 +299,7 @@ __device__ inline A squared(A x) {
   return x;
 }
 
-// Calls body with std::integral_constant<int, squarings>, so that no element branches on it.
+// Calls body with squarings as std::integral_constant, so that no element branches on it.
 template <class Body>
 __device__ inline void with_squarings(int squarings, Body body) {
   static_assert(kMaxSquarings == 2, "one case each");
@@ -307,7 +309,7 @@ __device__ inline void with_squarings(int squarings, Body body) {
   body(std::integral_constant<int, -1>());
 }
 
-// Those of the call. Only float has that shortcut.
+// with_squarings for a call. Only float has these cases.
 template <class A, class Body>
 __device__ inline void with_squarings(const Sweep<A>& sweep, Body body) {
   if constexpr (std::is_same_v<A, float>) {
@@ -317,15 +319,15 @@ __device__ inline void with_squarings(const Sweep<A>& sweep, Body body) {
   }
 }
 
-// dL/dz_k without the target's constant, from the shifted logits' exponentials.
+// dL/dz_k without the constant at the target, from the exponentials.
 template <class A>
 __device__ inline A gradient_from(const RowResult<A>& result, A exp_z, A exp_zt, A exp_vt) {
-  // Three multiply-adds.
+  // This compiles to three multiply-adds.
   return result.coefficient_z * exp_z +
          (result.coefficient_zt * exp_zt + (-result.coefficient_vt * exp_vt - result.smoothing));
 }
 
-// The target's element, whole. z_y and v_y relative to the anchors.
+// The complete element at the target. z_y and v_y are relative to the anchors.
 template <class A>
 __device__ inline A gradient_at_target(const Sweep<A>& sweep, const RowResult<A>& result, A z_y,
                                        A v_y) {
@@ -334,13 +336,13 @@ __device__ inline A gradient_at_target(const Sweep<A>& sweep, const RowResult<A>
          result.at_target;
 }
 
-// How a row's elements fall into aligned vectors: `head` elements, `vectors` times kWidth, and a
-// tail.
+// How a row is divided into aligned vectors: `head` elements, then `vectors` of kWidth elements,
+// then the tail.
 template <class S, int kWidth>
 struct Layout {
   int head;
   int vectors;
-  int edges;  // elements outside the vectors: the head, then the tail; fewer than 2 * kWidth
+  int edges;  // elements outside the vectors, head and tail: fewer than 2 * kWidth
 
   __device__ Layout(const S* row, int classes) {
     head = 0;
@@ -354,7 +356,7 @@ struct Layout {
     edges = classes - vectors * kWidth;
   }
   __device__ int edge(int i) const { return i < head ? i : vectors * kWidth + i; }
-  // Which of `threads` that stride over the vectors and the edges holds class k.
+  // The thread, of `threads` that stride over vectors and edges, that holds class k.
   __device__ int owner(int k, int threads) const {
     const int inside = k - head;
     if (inside < 0) return k;

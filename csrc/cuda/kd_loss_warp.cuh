@@ -1,5 +1,5 @@
 // Rows of up to 1024 classes: 1 to 32 lanes hold a row in registers. Each logit is read once; its
-// exponentials replace it and are what the gradient is made of.
+// exponentials replace it, and the gradient is computed from them.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -8,12 +8,13 @@
 
 namespace lrds::cuda {
 
-// Logits relative to a maximum come as x * scale - max * scale from one multiply-add where the
-// maximum is no further from 0: every exponential of the row then carries the rounding of max *
-// scale as one factor near 1.
+// Up to this distance of the maximum from 0, (x - max) * scale is computed as x * scale - max *
+// scale by one multiply-add. The rounding of max * scale is then a common factor near 1 of all
+// exponentials of the row.
 constexpr float kNear = 65536;
 
-// A vector in words of 32 bits where its elements have 16: apart they cost two instructions each.
+// A vector as 32-bit words if its elements have 16 bits: separate elements cost two instructions
+// each.
 template <class S, int kWidth>
 constexpr bool kPacks = sizeof(S) == 2 && kWidth % 2 == 0;
 template <class S, int kWidth>
@@ -32,7 +33,7 @@ __device__ inline void widen_words(const Words<S, kWidth>& x, float (&out)[kWidt
   }
 }
 
-// The largest element of those of a lane's vectors that are inside the row; NaNs are passed over.
+// The largest element of a lane's vectors inside the row; NaNs are ignored.
 template <class S, int kWidth, int kVectors, class Inside>
 __device__ inline float lane_max(const Words<S, kWidth> (&x)[kVectors], Inside inside) {
   float top = -std::numeric_limits<float>::infinity();
@@ -58,7 +59,7 @@ __device__ inline float lane_max(const Words<S, kWidth> (&x)[kVectors], Inside i
   }
 }
 
-// Both maxima over a group of lanes. Where both have a type of 16 bits, one shuffle moves them.
+// Both maxima over a group of lanes. If both types have 16 bits, one shuffle exchanges both.
 template <class S, bool kSameTeacher>
 __device__ inline void group_maxima(float& max_z, float& max_v, int lanes) {
   if constexpr (sizeof(S) == 2 && kSameTeacher) {
@@ -75,22 +76,22 @@ __device__ inline void group_maxima(float& max_z, float& max_v, int lanes) {
   }
 }
 
-// exp(z - max z) from the exponent of the T-th root and from the root.
+// exp(z - max z) from root = exp((z - max z) / T) and the exponent of the root.
 template <int kSquarings>
 __device__ inline float power(float exponent, float root, const Sweep<float>& sweep) {
   if constexpr (kSquarings >= 0) return squared<kSquarings>(root);
   return exp2_approximate(exponent * sweep.params.temperature);
 }
 
-// Sweeps one row: the caller's lanes hold it in registers, z_row and v_row are where it is read,
-// gradient_row where it is written (null: nowhere), which may be z_row itself. All lanes of a warp
-// call it together; exists: the row is one of the call's. scale_of() is asked for the gradient's
-// scale once the statistics are there.
+// Computes one row. The lanes that call it hold the row in registers; it is read from z_row and
+// v_row, and the gradient is written to gradient_row (null: not at all), which may be z_row itself.
+// All lanes of a warp call it together. exists: whether the row is one of the call's. scale_of()
+// returns the scale of the gradient; it is called after the statistics are computed.
 //
-// kSameTeacher: the teacher has the student's type, else any type through load_element, at v_any.
-// kWidth: elements per access; 1 has no alignment to care for. A lane holds kVectors * kWidth
-// elements, and with kWidth > 1 one more from outside the aligned vectors, which takes lanes >= 2 *
-// (kWidth - 1), or rows of whole vectors.
+// kSameTeacher: the teacher has the student's type; else load_element reads it from v_any. kWidth:
+// elements per access; 1 works for any alignment. A lane holds kVectors * kWidth elements, and with
+// kWidth > 1 one more from outside the aligned vectors, which needs lanes >= 2 * (kWidth - 1) or
+// rows of whole vectors.
 template <class S, bool kSameTeacher, int kWidth, int kVectors, class ScaleOf>
 __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& row,
                                  std::int64_t index, bool exists, const S* z_row, const S* v_row,
@@ -109,7 +110,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
   const auto inside = [&](int i) { return i * lanes + lane < layout.vectors; };
   const bool has_edge = kWidth > 1 && lane < layout.edges;
 
-  // Unread logits count as 0, whose exponentials then meet coefficients of 0.
+  // Logits that are not read are 0; the coefficients of their exponentials are 0, too.
   ZVec z_in[kVectors];
   VVec v_in[kVectors];
   S z_edge_in = narrow<S>(A(0));
@@ -179,8 +180,8 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     }
     if (has_edge) body(z_edge, v_edge);
   };
-  // Exponents: (x - max) / T in units of log 2, so that max need not be subtracted first where it
-  // is near.
+  // Exponents are (x - max) / T in units of log 2, so that max need not be subtracted first if it
+  // is near 0.
   const A scale = sweep.exp_t_scale;
   const A reach = fmaxf(scale, A(1));
   if (!(fmaxf(fabsf(shift_z), fabsf(shift_v)) * reach < kNear)) {
@@ -205,8 +206,8 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     sum_vr = group_sum(sum_vr, lanes);
   }
 
-  // z and v become exp((z - max z) / T) and exp((v - max v) / T). Where exp(z - max z) is no power
-  // of that, z becomes the exponent.
+  // z and v become exp((z - max z) / T) and exp((v - max v) / T). Where exp(z - max z) is not a
+  // power of the former, z becomes the exponent.
   with_squarings(sweep, [&](auto squarings) {
     constexpr int kSquarings = decltype(squarings)::value;
     each([&](A& z_k, A& v_k) {
@@ -258,7 +259,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
     }
     if (has_edge) gradient_row[layout.edge(lane)] = narrow<S>(gradient_of(z_edge, v_edge));
   });
-  // The lane that stored this element stores it again, so the order is the program's.
+  // The lane that stored this element stores it again, so the two stores are in program order.
   if (reads_z && layout.owner(row.y, lanes) == lane) {
     gradient_row[row.y] =
         narrow<S>(gradient_from(result, exp2_approximate(e_z_y * sweep.params.temperature),
@@ -267,7 +268,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
   }
 }
 
-// Rows anywhere. kLanes: of a row; 0: as many as run_time_lanes says.
+// Rows at any address. kLanes: lanes per row; 0: run_time_lanes.
 template <class S, bool kSameTeacher, int kWidth, int kVectors, int kLanes>
 __global__ void __launch_bounds__(kWarpThreads, kWarpBlocksPerMultiprocessor)
     kd_loss_warp(const Sweep<float> sweep, const int run_time_lanes) {
@@ -276,10 +277,10 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocksPerMultiprocessor)
   const std::int64_t thread = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x / lanes;
   std::int64_t index = thread / lanes;
-  // The first row of the warp decides whether it goes on: its lanes stay together for the shuffles.
+  // The lanes of a warp loop together, because they share shuffles: the warp's first row decides.
   const int in_warp = static_cast<int>(threadIdx.x) % kWarpSize / lanes;
   Row<float> row = open_row(sweep, index);
-  // The first row comes while the targets are counted.
+  // Prefetches the first row while the targets are counted.
   const int lane = threadIdx.x & (lanes - 1);
   if (index < sweep.rows) {
     prefetch_row(static_cast<const S*>(sweep.student) + index * sweep.student_stride,
@@ -310,10 +311,10 @@ __global__ void __launch_bounds__(kWarpThreads, kWarpBlocksPerMultiprocessor)
   }
 }
 
-// Rows of up to kShortClasses classes, back to back: a block copies the tile of its rows through
-// shared memory, in 16-byte vectors wherever the rows begin, and the next tile while it computes.
-// Shared memory: two stages of student and teacher, kFlatStageElements<S> each; the gradient
-// replaces the student there on its way out.
+// Rows of up to kShortClasses classes without gaps between them. A block copies the tile of its
+// rows to shared memory in 16-byte vectors, wherever rows begin, and the next tile while it
+// computes this one. Shared memory: two stages of student and teacher, kFlatStageElements<S> each.
+// The gradient replaces the student's tile before it is copied to global memory.
 template <class S>
 __global__ void __launch_bounds__(kWarpThreads, kFlatBlocksPerMultiprocessor)
     kd_loss_flat(const Sweep<float> sweep, const int lanes) {
@@ -329,8 +330,8 @@ __global__ void __launch_bounds__(kWarpThreads, kFlatBlocksPerMultiprocessor)
     const std::int64_t left = rows - first;
     return static_cast<int>(left < 0 ? 0 : left < tile_rows ? left : tile_rows);
   };
-  // Elements between the 16-byte boundary before a tile and the tile, in global as in shared
-  // memory.
+  // The offset of a tile from the 16-byte boundary before it, in elements. It is the same in global
+  // and in shared memory.
   const auto past = [&](const S* tile) {
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(tile) % 16 / sizeof(S));
   };
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kWarpThreads, kFlatBlocksPerMultiprocessor)
   const auto stage_of = [&](int turn, bool teacher) {
     return stages + (2 * turn + (teacher ? 1 : 0)) * kFlatStageElements<S>;
   };
-  // Where the tile that begins with row `first` is read. A tile past the end has no address.
+  // The address of the tile that begins with row `first`. A tile past the end has none.
   const auto student_tile = [&](std::int64_t first) {
     return static_cast<const S*>(sweep.student) + first * classes;
   };
@@ -363,7 +364,7 @@ __global__ void __launch_bounds__(kWarpThreads, kFlatBlocksPerMultiprocessor)
 
   const std::int64_t step = gridDim.x * tile_rows;
   std::int64_t first = blockIdx.x * tile_rows;
-  // The first tile comes while the targets are counted.
+  // Copies the first tile while the targets are counted.
   stage(first, 0);
   Row<float> row = open_row(sweep, first + local);
   ValidRowCount<float> valid_rows;

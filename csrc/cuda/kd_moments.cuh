@@ -1,5 +1,6 @@
-// A block sweeps a row twice with the row template of core/kd_row.h, once for each term, leaves
-// both gradients in scratch memory and multiplies them with each other and with the direction.
+// A block per row. It runs the row template of core/kd_row.h twice, once for each term, with both
+// gradients in scratch memory, and then takes their inner products with each other and the
+// direction.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 
 namespace lrds::cuda {
 
-// A block's threads: about eight classes each, as in kd_family.cuh.
+// About eight classes per thread, as in kd_family.cuh.
 template <class A>
 int moments_threads(const KdLossArgs& args) {
   int threads = kWarpSize;
@@ -24,8 +25,8 @@ std::int64_t moments_blocks(const KdLossArgs& args, const DeviceFacts& facts) {
   return std::max<std::int64_t>(1, std::min(args.rows, facts.multiprocessors * together));
 }
 
-// BlockRow whose gradient goes to scratch, in the accumulation type. A thread reads there what it
-// has written itself, and nothing else.
+// BlockRow that writes the gradient to scratch memory, in the accumulation type. A thread reads
+// only what it has written itself.
 template <class A>
 class MomentsRow : public BlockRow<A> {
  public:
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
     task.v_y = exec.teacher_logit(y);
     const int other = exec.argmax([&](int k) { return exec.v(k); });
     const A top = exec.max([&](int k) { return exec.v(k); });
-    // One copy of the row's program serves both terms: half the code, half the compile time.
+    // Both terms use the same copy of the row's code, which halves code and compile time.
     RowTerms<A> terms[2];
 #pragma unroll 1
     for (int term = 0; term < 2; ++term) {
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
       for (int i = 0; i < kMoments; ++i) out[i * args.rows + row] = found[i];
       args.teacher_top[row] = task.v_y < top ? other : y;
     }
-    // The next row takes the shared memory over.
+    // The next row reuses the shared memory.
     __syncthreads();
   }
 }

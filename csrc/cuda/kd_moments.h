@@ -1,4 +1,4 @@
-// The launcher of the rows' moments (core/kd_loss.h: kMoments), a block per row.
+// The launcher of the moments (core/kd_loss.h: Moment), with a block per row.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,13 +7,13 @@
 
 namespace lrds::cuda {
 
-// Bytes of args.moments_scratch: two rows of gradients for every block that runs at once. They are
-// written and read by one block each and stay in L2.
+// Bytes of args.moments_scratch: two rows of gradients for every block that runs at once. One block
+// writes and reads each, so that they stay in L2.
 cudaError_t kd_moments_scratch_bytes(const KdLossArgs& args, std::size_t* bytes);
 
-// Enqueues the kernel. For calls with args.moments: no soft targets, no class weights, no cached
-// teacher, no Revise::kSwap, every row selected. A target out of range makes its row NaN; an
-// ignored row's moments are 0.
+// Enqueues the kernel. The call must have args.moments, and no soft targets, class weights, cached
+// teacher, Revise::kSwap or unselected rows. A target out of range makes its row NaN; the moments
+// of an ignored row are 0.
 cudaError_t kd_moments(const KdLossArgs& args, cudaStream_t stream);
 
 // One translation unit per accumulation type.

@@ -1,4 +1,4 @@
-// The one place that launches kernels and asks a device what it is.
+// Launches kernels and queries devices; no other file does.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,12 +10,12 @@
 
 namespace lrds::cuda {
 
-// A configuration and the attribute that it points to.
+// A launch configuration and the attribute that it points to.
 struct LaunchConfig {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
 
-  // cluster: blocks that run at once and see each other's shared memory; 0: none.
+  // cluster: blocks that run at once and share memory; 0: no cluster.
   LaunchConfig(unsigned grid, unsigned block, unsigned cluster, std::size_t shared_bytes,
                cudaStream_t stream) {
     config.gridDim = dim3(grid);
@@ -55,23 +55,23 @@ constexpr int kMaxDevices = 64;
 constexpr int kSharedPerBlockReserved = 1024;
 
 struct DeviceFacts {
-  // 10 * major + minor of what the kernels may use: the device's compute capability, or that of the
-  // code that was compiled for it, if it is older.
+  // 10 * major + minor of the features that kernels may use: the device's compute capability, or
+  // that of the code that was compiled for it, if it is lower.
   int architecture;
   int multiprocessors;
-  int shared_per_block;           // the most that one block may opt in to
-  int shared_per_multiprocessor;  // shared among its blocks, each of which costs
-                                  // kSharedPerBlockReserved more
+  int shared_per_block;           // the most that a block can opt in to
+  int shared_per_multiprocessor;  // shared by its blocks, each of which uses
+                                  // kSharedPerBlockReserved bytes more
   int l2_bytes;
 };
 
-// Asked once per device.
+// Queried once per device.
 cudaError_t device_facts(int device, DeviceFacts* facts);
 
-// Blocks of this size that the device, which must be the current one, holds at once: as registers
-// and shared memory allow, and with cluster > 0 whole clusters as they fit its groups of
-// multiprocessors. At least one block or cluster. Asked once per combination of the arguments,
-// after the kernel has been allowed its shared memory.
+// How many blocks of this size the current device, which must be `device`, runs at once, given its
+// registers and shared memory. With cluster > 0, whole clusters are counted, which must fit its
+// groups of multiprocessors. At least one block or cluster. Queried once per combination of the
+// arguments, after the kernel's limit of shared memory has been raised.
 cudaError_t resident_blocks(int device, const void* kernel, unsigned block, unsigned cluster,
                             std::size_t shared_bytes, std::int64_t* blocks);
 
@@ -82,8 +82,8 @@ cudaError_t resident_blocks(int device, void (*kernel)(Parameters...), unsigned 
                          shared_bytes, blocks);
 }
 
-// Runs `ask(device)` once per device and call site, whatever thread comes first; its error is
-// remembered.
+// Runs `ask(device)` once per device and call site, in whichever thread comes first, and keeps its
+// error.
 struct OncePerDevice {
   std::array<std::once_flag, kMaxDevices> flags;
   std::array<cudaError_t, kMaxDevices> errors;

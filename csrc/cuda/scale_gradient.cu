@@ -8,7 +8,7 @@ namespace {
 constexpr int kScaleThreads = 256;
 constexpr int kScaleBlocksPerMultiprocessor = 8;
 
-// A: what the product is formed in. aligned: gradient and out reach a 16-byte boundary at the same
+// A: the type of the product. aligned: gradient and out have their 16-byte boundaries at the same
 // element.
 template <class S, class A>
 __global__ void __launch_bounds__(kScaleThreads)

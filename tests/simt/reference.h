@@ -1,5 +1,5 @@
-// kd_loss of one row in double precision, by its definition: distributions as vectors, one class
-// after another. Shares nothing with csrc/.
+// kd_loss of one row in double precision, computed from its definition: distributions as vectors,
+// one class after another. It shares no code with csrc/.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ inline std::vector<double> log_softmax(const std::vector<double>& x, double temp
   return out;
 }
 
-// w is the row's selection weight. Logits that no weight asks for are not looked at.
+// w is the row's selection weight. Logits of terms whose weight is 0 are not read.
 inline RowResult kd_loss_row(const std::vector<double>& z, const std::vector<double>& v,
                              std::size_t y, double w, const Options& options) {
   RowResult out;
@@ -72,8 +72,8 @@ inline RowResult kd_loss_row(const std::vector<double>& z, const std::vector<dou
       for (std::size_t k = 0; k < classes; ++k) p[k] = beta * std::exp(log_p_r[k]);
       p[y] += 1.0 - beta;
       if (r != t) {
-        // p to the power of R / T, normalised; the others' from their logarithms, which may be of
-        // what has underflown.
+        // p^(R / T), normalised. The probabilities of the others come from logarithms, because p
+        // may have underflowed.
         std::vector<double> logits;
         for (std::size_t k = 0; k < classes; ++k) {
           logits.push_back(r * (k == y ? std::log(p[k]) : std::log(beta) + log_p_r[k]));

@@ -43,15 +43,15 @@ struct Copy {
 struct BulkCopy {
   Copy copy;
   void* barrier;
-  unsigned block;           // of the cluster, whose memory it is
-  unsigned char value[16];  // of a store: `from` is null
+  unsigned block;           // index in the cluster, of the block whose memory is written
+  unsigned char value[16];  // the stored value, if `from` is null
 };
 
 struct Fiber {
   ucontext_t context;
   void* stack = nullptr;
   Index index{};
-  unsigned block = 0;  // in the cluster
+  unsigned block = 0;  // index in the cluster
   State state = State::kDone;
   std::source_location where;
   unsigned mask = 0;
@@ -59,8 +59,8 @@ struct Fiber {
   std::uint64_t gathered[kWarpSize] = {};
   void* mbarrier = nullptr;  // State::kMbarrier
   unsigned parity = 0;
-  std::vector<Copy> copies;                  // of the open group
-  std::deque<std::vector<Copy>> unfinished;  // groups
+  std::vector<Copy> copies;                  // the open group
+  std::deque<std::vector<Copy>> unfinished;  // closed groups
 };
 
 struct Block {
@@ -72,14 +72,14 @@ struct Block {
 };
 
 struct Machine {
-  // Of a cluster. A block's begin at a multiple of the warp size.
+  // The threads of a cluster. Those of a block begin at a multiple of the warp size.
   std::vector<std::unique_ptr<Fiber>> fibers;
   ucontext_t scheduler;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
   Fiber* running = nullptr;
   bool yielded = false;  // to other warps, in the middle of a step
-  unsigned threads = 0;  // of a block
+  unsigned threads = 0;  // per block
   unsigned stride = 0;   // from block to block
   std::vector<Block> blocks;
   unsigned waiting_at_cluster_barrier = 0;
@@ -99,7 +99,7 @@ Machine machine;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "simt: %s in block %u\n", what, blockIdx.x);
-  // One line per place that threads stand at.
+  // One line per place where threads wait.
   std::map<std::string, std::pair<unsigned, unsigned>> places;
   const char* const names[] = {"runs",
                                "waits at the block barrier",
@@ -183,7 +183,7 @@ void prepare() {
     for (unsigned t = 0; t < machine.threads; ++t) {
       Fiber& fiber = machine.fiber(b, t);
 #if defined(__SANITIZE_ADDRESS__)
-      // The last owner of this stack never returned from its frames.
+      // The previous fiber on this stack never returned from its frames.
       __asan_unpoison_memory_region(fiber.stack, kStackBytes);
 #endif
       getcontext(&fiber.context);
@@ -203,8 +203,8 @@ void prepare() {
 
 // --- Barriers in shared memory ---
 
-// 8 bytes: arrivals still to come, arrivals of a phase, bytes still to come (from kNoBytes), the
-// phase's parity. The highest bit is 0, unlike in memory that nobody wrote.
+// 8 bytes: pending arrivals, arrivals per phase, pending bytes (plus kNoBytes), and the parity of
+// the phase. The highest bit is 0, which it is not in memory that was never written.
 constexpr unsigned kCountBits = 16;
 constexpr std::uint64_t kCountMask = (1u << kCountBits) - 1;
 constexpr unsigned kBytesShift = 2 * kCountBits, kParityShift = 62;
@@ -273,7 +273,7 @@ bool can_run(Fiber& fiber) {
   return fiber.state == State::kRunnable;
 }
 
-// Runs the warp's fibers that can run, each to its next barrier or collective.
+// Runs the runnable fibers of a warp, each to its next barrier or collective.
 bool step_warp(unsigned block, unsigned warp) {
   bool progress = false;
   const unsigned first = warp * kWarpSize;
@@ -289,7 +289,7 @@ bool step_warp(unsigned block, unsigned warp) {
   return progress;
 }
 
-// One turn of every warp of the cluster.
+// One step of every warp of the cluster.
 bool step_cluster() {
   const unsigned warps = (machine.threads + kWarpSize - 1) / kWarpSize;
   const auto all = warps * static_cast<unsigned>(machine.blocks.size());
@@ -342,7 +342,7 @@ void run_cluster() {
   };
   while (any_fiber([](Fiber& fiber) { return fiber.state != State::kDone; })) {
     if (step_cluster() || release_barriers()) continue;
-    // Chance may have passed over the warps that can go on.
+    // The random order may have skipped the warps that can continue.
     if (any_fiber(can_run)) continue;
     if (!machine.bulk_copies.empty()) {
       finish_bulk_copy(machine.order == Order::kBackward ? machine.bulk_copies.size() - 1 : 0);
@@ -378,7 +378,7 @@ void mbarrier_arrive(void* barrier, unsigned announced_bytes) {
   --phase.pending;
   phase.bytes += announced_bytes;
   store_phase(barrier, phase);
-  // Whoever waited for this may overtake the rest of the warp.
+  // Threads that waited for this may run before the rest of the warp.
   if (machine.order == Order::kShuffled) {
     machine.yielded = true;
     to_scheduler(false);
@@ -571,8 +571,8 @@ bool launch(const void* kernel, unsigned grid, unsigned block, unsigned cluster,
   for (const unsigned c : clusters) {
     machine.blocks.assign(cluster, Block{});
     for (unsigned b = 0; b < cluster; ++b) {
-      // Exactly as long as asked for, so that AddressSanitizer sees the first byte past the end;
-      // full of NaNs, so that reading what nobody wrote shows.
+      // Exactly as long as requested, so that AddressSanitizer detects an access past the end; and
+      // filled with NaNs, so that reads of unwritten memory change results.
       void* shared = nullptr;
       if (posix_memalign(&shared, 16, shared_bytes == 0 ? 1 : shared_bytes) != 0) std::abort();
       std::memset(shared, 0xff, shared_bytes);

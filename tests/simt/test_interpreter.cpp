@@ -1,5 +1,5 @@
-// The interpreter on trial: a kernel that must run, and kernels with one fault each that it must
-// not let pass.
+// Tests the interpreter: one kernel that must run, and kernels with one fault each that it must
+// detect.
 //   simt_interpreter FAULT
 #include <algorithm>
 #include <cmath>
@@ -19,8 +19,8 @@ constexpr unsigned kAll = 0xffffffffu;
 
 int* dynamic_ints() { return reinterpret_cast<int*>(simt::dynamic_shared()); }
 
-// out = the block's input reversed, plus what the warp's collectives make of the lane numbers: 496
-// + 16 + 3.
+// out = the block's input reversed, plus the results of three warp collectives of the lane numbers:
+// 496 + 16 + 3.
 __global__ void reverse(const int* in, int* out) {
   int* const kept = dynamic_ints();
   kept[threadIdx.x] = in[blockIdx.x * blockDim.x + threadIdx.x];
@@ -35,8 +35,7 @@ __global__ void reverse(const int* in, int* out) {
       kept[blockDim.x - 1 - threadIdx.x] + sum + __builtin_popcount(even & 0x55555555u) + third;
 }
 
-// The collectives of groups smaller than a warp, and the votes. Every line adds 1 where it is
-// right.
+// Collectives of groups smaller than a warp, and votes. Every line adds 1 if the result is right.
 __global__ void collectives(int* out) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   int right = 0;
@@ -51,7 +50,7 @@ __global__ void collectives(int* out) {
   right += __any_sync(kAll, lane == 7) == 1 && __any_sync(kAll, 0) == 0;
   right += __all_sync(kAll, lane < 32) == 1 && __all_sync(kAll, lane < 31) == 0;
   right += __reduce_add_sync(kAll, static_cast<unsigned>(lane)) == 496;
-  // The two halves of a warp apart, as on hardware.
+  // The halves of a warp diverge, as on hardware.
   if (lane < 16) {
     right += __shfl_xor_sync(0x0000ffffu, lane, 1) == (lane ^ 1);
   } else {
@@ -73,7 +72,7 @@ __global__ void two_barriers(int*) {
   }
 }
 
-// Free of races: the lanes that skip the barrier touch nothing. Divergent all the same.
+// Without a data race, because the lanes that skip the barrier access nothing, but divergent.
 __global__ void barrier_in_a_branch(int* out) {
   out[threadIdx.x] = 1;
   if (threadIdx.x < 48) {
@@ -99,13 +98,14 @@ __global__ void lane_outside_its_mask(int* out) {
   out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1, 1);
 }
 
-// Each thread reads what its neighbour in the next warp wrote, without a barrier in between.
+// Each thread reads what its neighbour in the next warp wrote, without a barrier between.
 __global__ void missing_barrier(int* out) {
   dynamic_ints()[threadIdx.x] = static_cast<int>(threadIdx.x);
   out[threadIdx.x] = dynamic_ints()[(threadIdx.x + 32) % blockDim.x];
 }
 
-// The next round's writes may overtake this round's reads: one barrier a round is too few.
+// One barrier per round is too few: the writes of the next round may overtake the reads of this
+// one.
 __global__ void overtaken(int* out) {
   int sum = 0;
   for (int round = 0; round < 3; ++round) {
@@ -173,8 +173,9 @@ void wait_for(std::uint64_t& barrier, unsigned parity, Where where = Where::curr
   simt::mbarrier_wait(&barrier, parity, where);
 }
 
-// Two rounds: a thread orders 128 bytes in two copies, everybody waits for them; block r of the
-// cluster sends round + copied[r] to every block. out[block * 64 + thread] counts what is right.
+// Two rounds: one thread issues two bulk copies of 128 bytes in all, and every thread waits for
+// them. Then block r of the cluster sends round + copied[r] to every block. out[block * 64 +
+// thread] counts the right values.
 __global__ void cluster_rounds(const int* in, int blocks, int* out) {
   ClusterMemory& memory = cluster_memory();
   const unsigned rank = simt::cluster_rank();
@@ -208,8 +209,8 @@ __global__ void cluster_rounds(const int* in, int blocks, int* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = right;
 }
 
-// Packets of 16 bytes from every block to every block, counted in bytes, without another barrier
-// between rounds: two sets in turn.
+// Every block sends a packet of 16 bytes to every block. Barriers count the bytes; the rounds need
+// no other barrier, because the two sets of packets are used alternately.
 struct Packets {
   alignas(16) int of_block[2][8][4];
   std::uint64_t arrived[2];
@@ -241,14 +242,14 @@ __global__ void async_rounds(int blocks, int* out) {
         right += packets().of_block[set][from][i] == static_cast<int>(round) * 100 + from * 10 + i;
       }
     }
-    // All of the block have read before its thread 0 sends again.
+    // All threads of the block have read before thread 0 sends again.
     __syncthreads();
   }
   out[blockIdx.x * blockDim.x + threadIdx.x] = right;
 }
 
-// Block 0 sends two packets to block 1, the first to a set of choice; block 1 announces so many
-// bytes of set 0 and reads it before or after it waits for them.
+// Block 0 sends two packets to block 1, the first to the set `set_of_first`. Block 1 announces
+// `announced` bytes of set 0, and reads it before or after it waits for them.
 void two_packets(int* out, unsigned set_of_first, unsigned announced, bool reads_early) {
   if (threadIdx.x == 0) {
     for (std::uint64_t& barrier : packets().arrived) simt::mbarrier_init(&barrier, 1);
@@ -269,7 +270,8 @@ __global__ void async_store_read_early(int* out) { two_packets(out, 0, 32, true)
 __global__ void async_store_announces_too_little(int* out) { two_packets(out, 0, 16, false); }
 __global__ void async_store_nobody_waits_for(int* out) { two_packets(out, 1, 16, false); }
 
-// Both packets of one barrier, although the block has not come to the second's phase.
+// Both packets count on one barrier, although the receiver has not announced the second one's
+// phase.
 __global__ void async_store_of_a_later_phase(int*) {
   if (threadIdx.x == 0) simt::mbarrier_init(&packets().arrived[0], 1);
   simt::cluster_barrier(Where::current());
@@ -378,7 +380,7 @@ int run_clusters() {
       if (right != 5 * 4 * static_cast<int>(cluster)) return 23;
     }
   }
-  // What CUDA refuses: a grid that clusters do not divide, clusters that are not portable.
+  // Configurations that CUDA refuses: a grid that is no multiple of the cluster; a cluster above 8.
   const auto nothing = [] {};
   const auto* const kernel = reinterpret_cast<const void*>(cluster_rounds);
   if (simt::launch(kernel, 3, 64, 2, 0, nothing)) return 19;
@@ -405,7 +407,7 @@ int run_reverse() {
       if (out[b * 96 + t] != in[b * 96 + 95 - t] + 496 + 16 + 3) return 3;
     }
   }
-  // What CUDA refuses: no block, too many threads, more shared memory than asked for.
+  // Configurations that CUDA refuses: no block, too many threads, more shared memory than allowed.
   config.gridDim = dim3(0);
   if (cudaLaunchKernelEx(&config, reverse, static_cast<const int*>(in.data()), out.data()) ==
       cudaSuccess) {
@@ -436,7 +438,7 @@ int run_collectives() {
   return 0;
 }
 
-// float16 against the compiler's own, bfloat16 against the nearer of its two neighbours.
+// float16 against the compiler's, bfloat16 against the nearer of its two neighbours.
 int run_conversions() {
   for (unsigned bits = 0; bits < 0x10000; ++bits) {
     const __half half{static_cast<std::uint16_t>(bits)};
@@ -455,7 +457,7 @@ int run_conversions() {
   std::mt19937 random(1);
   for (int i = 0; i < 300000; ++i) {
     std::uint32_t bits = static_cast<std::uint32_t>(random());
-    // Every other one near float16's range, every fourth halfway between two of its numbers.
+    // Every second one is near float16's range, every fourth halfway between two of its numbers.
     if (i % 2 == 0) bits = (bits & 0x807fffffu) | (100u + bits % 45u) << 23;
     if (i % 4 == 0) bits = (bits & ~0x1fffu) | 0x1000u;
     if (i % 8 == 1) bits = (bits & ~0xffffu) | 0x8000u;
@@ -467,9 +469,10 @@ int run_conversions() {
     }
     const auto expected = simt::to_bits(static_cast<_Float16>(value));
     if (__float2half_rn(value).bits != expected) return 14;
-    const std::uint32_t down = bits >> 16, up = down + 1;  // towards and away from zero
+    // The neighbours towards and away from zero.
+    const std::uint32_t down = bits >> 16, up = down + 1;
     const double low = simt::from_bits<float>(down << 16);
-    // Past the largest number its neighbour is what the exponent would mean.
+    // Beyond the largest number, the neighbour is what its exponent would mean.
     const double high = (up & 0x7fff) == 0x7f80 ? std::copysign(0x1p128, low)
                                                 : double{simt::from_bits<float>(up << 16)};
     const double to_low = std::fabs(double{value} - low), to_high = std::fabs(high - double{value});
@@ -482,7 +485,7 @@ int run_conversions() {
   return 0;
 }
 
-// Does the kernel's result depend on who goes first?
+// Whether the result of a kernel depends on the order of its threads.
 bool is_a_race(Kernel kernel) {
   std::vector<std::vector<int>> results;
   for (const auto order : {simt::Order::kForward, simt::Order::kBackward, simt::Order::kShuffled}) {
@@ -546,10 +549,10 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "the result depends on who goes first\n");
       return 16;
     }
-    // The second order delays asynchronous copies until they are waited for.
+    // The second order delays asynchronous copies until the thread waits for them.
     const bool delays = fault.find("async") != std::string::npos;
     if (delays) simt::set_order(simt::Order::kBackward);
-    // Here it is the store that comes early.
+    // This fault shows with the first order, in which the store happens immediately.
     if (fault == "cluster_async_ahead") simt::set_order(simt::Order::kForward);
     const unsigned cluster = fault.starts_with("cluster") ? 2 : 1;
     const bool has_barriers = cluster == 2 || fault.starts_with("async_bulk") || fault == "phase";

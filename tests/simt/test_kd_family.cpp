@@ -1,6 +1,5 @@
-// Runs the CUDA kernels of the wider family (csrc/cuda/kd_family*) in the interpreter and compares
-// them with the CPU's float64 sweep of the same rows, which the Python tests hold against the
-// formulas.
+// Runs the CUDA kernels of csrc/cuda/kd_family* in the interpreter and compares them with the CPU's
+// float64 sweep of the same rows, which the Python tests compare with lrds_fast.reference.
 //   simt_kd_family [PART PARTS]   every PARTS-th case, from PART on
 #include <algorithm>
 #include <cmath>
@@ -40,7 +39,7 @@ std::size_t size_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
 }
 
-// Values of a type known at run time, in exactly the bytes they need.
+// Values of a type known at run time, in exactly the memory that they need.
 class Buffer {
  public:
   Buffer(DType type, std::size_t count, int poison = 0xff)
@@ -108,10 +107,10 @@ struct Case {
   std::vector<double> temperatures = {4.0};
   std::size_t kept = 0;
   Reduction reduction = Reduction::kMean;
-  bool given = false;    // num_valid, weight_sum, grad_scale
+  bool given = false;    // whether num_valid, weight_sum and grad_scale are passed
   bool per_row = false;  // grad_output of each row (Reduction::kNone), without the loss
   bool in_place = false;
-  int teacher_rows = -1;  // prefix
+  int teacher_rows = -1;  // length of the teacher prefix; -1: all rows
   int device = 0;
 
   std::string text() const {
@@ -132,9 +131,9 @@ struct Case {
 
 constexpr std::size_t kRows = 8;
 
-// Rows by index: 0 at the edges (see edges), 1 ignored and full of NaN, 2 unselected with a NaN
-// teacher, 3 right teacher, 4 half selected, 5 target out of range, 6 student equal to teacher, 7
-// ordinary.
+// Row 0 has edge values (see edges), row 1 is ignored and full of NaN, row 2 is unselected with a
+// NaN teacher, in row 3 the teacher is right, row 4 is half selected, row 5 has a target out of
+// range, in row 6 the student equals the teacher, row 7 is ordinary.
 struct Problem {
   std::vector<double> student, teacher, values, soft, class_weight, rest, selected, grad_output;
   std::vector<std::int64_t> target, indices;
@@ -167,14 +166,15 @@ Problem make_problem(const Case& c) {
   return p;
 }
 
-// A teacher far from 0 with two tops above the label and a class at the end of float's
-// exponentials, and a class that both exclude (a standardised row has none).
+// A teacher far from 0, with two top classes above the label, one class whose exponential is at the
+// end of float's range, and one that both networks exclude (not with standardisation).
 void edges(const Case& c, Problem& p) {
   if (c.classes < 8) return;
   const auto at = [&](std::size_t i) {
     return (static_cast<std::size_t>(p.target[0]) + i) % c.classes;
   };
-  const double offset = c.divergence == 5 ? 0.0 : 1000.0;  // whose errors are the offset
+  // MSE of the logits: its rounding error would be that of the offset
+  const double offset = c.divergence == 5 ? 0.0 : 1000.0;
   for (std::size_t k = 0; k < c.classes; ++k) p.teacher[k] += offset;
   p.teacher[at(1)] = p.teacher[at(2)] = offset + 16.0;
   p.teacher[at(3)] = offset + 16.0 - 87.0 * c.temperatures[0];
@@ -189,7 +189,7 @@ void poison(const Case& c, Problem& p) {
   if (!c.soft) p.target[1] = -100;
 }
 
-// The largest logits of every row, their classes, and logsumexp(v / T) of the others.
+// The largest logits of every row, their classes, and logsumexp(v / T) of the other classes.
 void cache(const Case& c, Problem& p) {
   for (std::size_t row = 0; row < kRows; ++row) {
     std::vector<std::int64_t> order;
@@ -229,7 +229,7 @@ void run(const Case& c) {
   const bool wide = c.student == DType::kFloat64 || c.teacher == DType::kFloat64;
   const DType accumulate = wide ? DType::kFloat64 : DType::kFloat32;
   if (c.kept > 0) {
-    // Before the poison: what is cached is a distribution.
+    // Before poison(): the cached logits and their rest must be a distribution.
     cache(c, p);
   }
   poison(c, p);
@@ -272,11 +272,11 @@ void run(const Case& c) {
   args.divergence = c.divergence;
   const double parameters[] = {1.5, 2.5, 2.0};
   std::copy(parameters, parameters + 3, args.divergence_parameters);
-  if (c.divergence == 7) args.divergence_parameters[0] = 0.3;  // a mixture weight
+  if (c.divergence == 7) args.divergence_parameters[0] = 0.3;  // the mixture weight of JSD
   args.standardize = c.standardize;
   args.kept_classes = static_cast<std::int64_t>(c.kept);
 
-  // --- The CPU in float64: rows and gradients without denominators ---
+  // --- Expected: the CPU in float64, rows and gradients without denominators ---
   std::vector<double> ce(kRows, 0.0), kd(kRows, 0.0), gradient(kRows * c.classes, 0.0);
   std::vector<std::uint8_t> flags(kRows, 0);
   std::int64_t counts[3] = {};
@@ -332,14 +332,14 @@ void run(const Case& c) {
     std::exit(1);
   }
   if (bad_row) {
-    // The CPU would refuse it: on CUDA the row is NaN.
+    // The CPU refuses an invalid row; CUDA makes it NaN.
     p.target[5] = args.classes;
     ce[5] = kd[5] = kNan;
     std::fill_n(&gradient[5 * c.classes], c.classes, kNan);
     flags[5] &= static_cast<std::uint8_t>(~lrds::kRowRevised);
   }
 
-  // --- CUDA, twice: other threads go first, other rubbish in the outputs ---
+  // --- CUDA, twice: with another order of threads and other initial outputs ---
   args.target = p.target.data();
   args.soft_target = c.soft ? soft.data() : nullptr;
   args.class_weight = c.weighted ? class_weight.data() : nullptr;
@@ -426,7 +426,7 @@ void run(const Case& c) {
         const double x = std::fabs(gradient[row * c.classes + k]);
         largest = x > largest ? x : largest;
       }
-      // Standardisation multiplies what cancels by 1 / std, about 1/2 here.
+      // Standardisation multiplies rounding errors of cancelling sums by 1 / std, about 1/2 here.
       const double size = largest + 0.05 * t * std::max(gradient_scales.ce, gradient_scales.kd);
       for (std::size_t k = 0; k < c.classes; ++k) {
         const double expected = gradient[row * c.classes + k] * by;
@@ -445,7 +445,7 @@ std::vector<Case> cases() {
   const std::size_t sizes[] = {33, 5, 100, 2, 1};
   int turn = 0;
   for (int divergence = 0; divergence < lrds::Divergences::kCount; ++divergence) {
-    // Every divergence meets every option; the types, sizes and reductions take turns.
+    // Every divergence with every option; types, sizes and reductions alternate.
     for (int option = 0; option < 18; ++option, ++turn) {
       Case c;
       c.divergence = divergence;
@@ -539,15 +539,15 @@ std::vector<Case> cases() {
           c.revise_temperature = 1.0;
           break;
       }
-      // The plain loss has kernels of its own; label revision of KL alone would not come here.
+      // KL with label revision alone is the default loss, which has other kernels.
       if (divergence == 0 && c.revise == Revise::kLabelRevision && c.temperatures.size() == 1 &&
           !c.soft && !c.standardize && !c.weighted && c.kept == 0) {
         c.revise = Revise::kMft;
       }
       all.push_back(c);
     }
-    // The simple calls: 1 to 32 lanes a row, then a block; rows of whole quads and not; rows in
-    // turn (device 2 has room for two blocks).
+    // The simple kernel: 1 to 32 lanes per row, or a block; rows of whole quads and others; several
+    // rows per block (device 2 has room for two blocks).
     for (int option = 0; option < 6; ++option, ++turn) {
       constexpr std::size_t kSizes[] = {10, 64, 1000, 1001, 1500, 1030};
       Case c;

@@ -1,7 +1,7 @@
 // Runs the CUDA kernels of kd_loss and scale_gradient in the interpreter and compares them with
 // reference.h.
-//   simt_kd_loss [PART PARTS [GROUP]]    every PARTS-th case, from PART on; only those of a group
-//   SIMT_TIMES=1                         and say how long each took
+//   simt_kd_loss [PART PARTS [GROUP]]    every PARTS-th case, from PART on; of one group only
+//   SIMT_TIMES=1                         prints how long each case took
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -35,7 +35,7 @@ using lrds::SelectedType;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-// Kinds of rows; one of them is ordinary.
+// Kinds of rows, one of which is ordinary.
 constexpr int kKinds = 22;
 
 const char* name_of(DType type) {
@@ -47,8 +47,8 @@ std::size_t size_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
 }
 
-// Elements of a type known at run time, in a heap block exactly as long as they need, full of
-// `poison`: what nobody writes shows. All ones is a NaN in every type.
+// Elements of a type known at run time, in a heap block of exactly their size. It is filled with
+// `poison`, so that unwritten elements show; all ones is a NaN in every type.
 class Buffer {
  public:
   explicit Buffer(DType type, std::size_t count, int poison = 0xff)
@@ -71,7 +71,7 @@ class Buffer {
                        [=](unsigned char byte) { return byte == poison; });
   }
 
-  // Returns the value as the type rounds it.
+  // Returns the value after rounding to the type.
   double set(std::size_t i, double value) {
     switch (type_) {
       case DType::kFloat64:
@@ -121,7 +121,8 @@ class Buffer {
   }
 
  private:
-  // More than this is reserved, not allocated: rows far apart in memory that is mostly absent.
+  // Larger blocks are reserved, not allocated: their rows are far apart and most pages are never
+  // used.
   static constexpr std::size_t kHuge = std::size_t{1} << 30;
   struct Free {
     std::size_t mapped;
@@ -140,7 +141,7 @@ class Buffer {
 
 enum class GradOutput { kNone, kScalar, kPerRow };
 
-// One call. What is not said is the ordinary training call.
+// One call. The defaults are an ordinary training call.
 struct Case {
   const char* group = "";
   DType student = DType::kFloat32;
@@ -165,17 +166,19 @@ struct Case {
   std::int64_t ignore_index = -100;
   bool revise = true;
   double revise_temperature = 0.0;
-  double num_valid = -1.0;  // negative: not given
-  double grad_scale = 0.0;  // 0: not given
+  double num_valid = -1.0;  // negative: not passed
+  double grad_scale = 0.0;  // 0: not passed
   GradOutput grad_output = GradOutput::kNone;
   bool with_gradient = true;
   bool with_loss = true;
-  bool hard = true;  // rows of every kind: ignored, unselected, out of range, -inf, outliers
+  // Whether there are rows of every kind: ignored, unselected, out of range, -inf, outliers.
+  bool hard = true;
   bool mostly_ignored = false;
-  double shift = 0.0;  // of all logits
+  double shift = 0.0;  // added to all logits
   double spread = 1.0;
-  double slope = 0.0;   // added from class to class
-  bool masked = false;  // a third of the classes, not the target, is as low as float32 goes
+  double slope = 0.0;  // times the class, added to its logits
+  // whether a third of the classes, without the target, have float32's lowest logits
+  bool masked = false;
   int device = 0;
 
   std::string text() const {
@@ -203,7 +206,7 @@ struct Case {
 struct Tolerance {
   double loss;
   double gradient_relative;
-  double gradient_absolute;  // of the row's scale
+  double gradient_absolute;  // relative to the row's scale
   double smallest;           // half the spacing of the type's subnormals
 };
 
@@ -242,7 +245,7 @@ bool close(double got, double expected, double allowed) {
   return std::fabs(got - expected) <= allowed;
 }
 
-// A float's rounding of a sum that itself is near zero is felt relative to what was added up.
+// A sum near zero has rounding errors relative to its terms, not to itself.
 double loss_allowance(double tolerance, double value, double scale) {
   return tolerance * ((std::isfinite(value) ? std::fabs(value) : 0.0) + 0.1 * scale);
 }
@@ -262,7 +265,7 @@ void run(const Case& c, std::uint32_t seed) {
   const std::size_t v_stride = classes + static_cast<std::size_t>(c.teacher_padding);
   const auto offset = static_cast<std::size_t>(c.offset),
              v_offset = static_cast<std::size_t>(c.teacher_offset);
-  // The last row ends where the memory does.
+  // The last row ends where its memory ends.
   Buffer student(c.student, n == 0 ? 0 : offset + (n - 1) * z_stride + classes);
   Buffer teacher(
       c.teacher,
@@ -301,9 +304,10 @@ void run(const Case& c, std::uint32_t seed) {
     if (kind == 3) target[i] = i % 2 == 0 ? c.classes : -7;
     if (kind == 5) v[i][other] = z[i][other] = -kInf;
     if (kind == 6) v[i][other] = -kInf;
-    if (kind == 7) z[i][other] = -kInf;           // under teacher mass: an infinite loss
+    // Where the teacher has probability: an infinite loss.
+    if (kind == 7) z[i][other] = -kInf;
     if (kind == 8) v[i][y] = 40.0;                // the teacher is right
-    if (kind == 9) v[i][y] = v[i][other] = 40.0;  // a tie that the label takes part in
+    if (kind == 9) v[i][y] = v[i][other] = 40.0;  // a tie between the label and another class
     if (kind == 10) z[i][y] = -kInf;
     if (kind == 11) {
       for (std::size_t k = 0; k + 1 < classes; ++k) z[i][k] = v[i][k] = -kInf;
@@ -326,7 +330,7 @@ void run(const Case& c, std::uint32_t seed) {
       const bool half = c.student == DType::kFloat16 || c.teacher == DType::kFloat16;
       z[i][other] = v[i][y] = half ? 6e4 : 1e30;
     }
-    if (kind == 21) {  // far from 0, all of them
+    if (kind == 21) {  // all far from 0
       for (std::size_t k = 0; k < classes; ++k) {
         z[i][k] += 4e4;
         v[i][k] -= 6e4;
@@ -334,7 +338,7 @@ void run(const Case& c, std::uint32_t seed) {
     }
     bad[i] = kind == 3 || !(w[i] >= 0.0 && w[i] <= 1.0);
     if (target[i] == c.ignore_index) bad[i] = false;
-    // What a row does not need is NaN.
+    // Values that a row does not need are NaN.
     const bool reads = target[i] != c.ignore_index && !bad[i];
     if (!reads) std::fill(z[i].begin(), z[i].end(), kNan);
     if (!reads || w[i] * c.kd_weight == 0.0) std::fill(v[i].begin(), v[i].end(), kNan);
@@ -389,7 +393,7 @@ void run(const Case& c, std::uint32_t seed) {
     }
   }
 
-  // --- The call, twice: the second time other threads go first ---
+  // --- The call, twice: the second time with another order of threads ---
   const bool none = c.reduction == Reduction::kNone;
   const auto call = [&](simt::Order order, int poison) {
     const auto g_offset = static_cast<std::size_t>(c.gradient_offset);
@@ -466,7 +470,7 @@ void run(const Case& c, std::uint32_t seed) {
     }
     return out;
   };
-  // Other threads go first, and the outputs hold other rubbish: equal bits were written.
+  // With another order of threads and other initial outputs. Equal bits show that all were written.
   Outputs out = call(simt::Order::kForward, 0xff);
   Outputs again = call(seed % 2 == 0 ? simt::Order::kBackward : simt::Order::kShuffled, 0x5a);
 
@@ -571,8 +575,9 @@ std::vector<Case> kd_loss_cases() {
     c.rows = rows;
     return c;
   };
-  // Every path by every type: 10, 100, 1000 classes of the usual data sets; one class; the edges of
-  // a warp; the edges of the dispatch table; odd lengths, whose rows start at every alignment.
+  // Every path with every type: 10, 100 and 1000 classes as in common data sets; one class; sizes
+  // around a warp and around the dispatch table's limits; odd sizes, whose rows start at every
+  // alignment.
   group = "classes";
   for (const DType type : kTypes) {
     for (const std::int64_t classes :
@@ -581,24 +586,24 @@ std::vector<Case> kd_loss_cases() {
       c.selected = SelectedType::kFloat32;
       add(c);
     }
-    // One row each where a block sweeps it; two where the prefetch of the next row matters.
+    // One row where a block has a row; more where the next row is prefetched.
     for (const std::int64_t classes : {1025, 4097, 21841}) {
       Case c = make(type, type, classes, 1);
       c.hard = false;
       add(c);
     }
-    Case streamed = make(type, type, 3001, 1);  // past the shared memory of device 1
+    Case streamed = make(type, type, 3001, 1);  // more than the shared memory of device 1
     streamed.device = 1;
     streamed.hard = false;
     add(streamed);
     Case edges = make(type, type, 4097, 4);
     edges.device = 2;
     add(edges);
-    Case several = make(type, type, 1027, 13);  // several rows a block, of every kind
+    Case several = make(type, type, 1027, 13);  // several rows of every kind per block
     several.selected = SelectedType::kFloat32;
     several.device = 2;
     add(several);
-    several.device = 1;  // and part of each streams
+    several.device = 1;  // and a part of each is streamed
     add(several);
   }
   // Student and teacher of different types.
@@ -613,7 +618,7 @@ std::vector<Case> kd_loss_cases() {
     }
   }
   group = "alignment";
-  // Rows that start anywhere: bases and strides that agree on alignment, and that do not.
+  // Rows at any address: bases and strides with equal and with different alignment.
   for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
     for (const std::int64_t classes : {10, 33, 130, 1001, 1030}) {
       const std::int64_t rows = classes > 1024 ? 3 : 13;
@@ -633,8 +638,8 @@ std::vector<Case> kd_loss_cases() {
       add(c);
     }
   }
-  // Clusters: a ring shorter and longer than a row's slice, rows of every kind in turn through it,
-  // one, two, four and eight blocks a row, every alignment.
+  // Clusters: a ring shorter and longer than a row's slice; rows of every kind after each other;
+  // one, two, four and eight blocks per row; every alignment.
   group = "clusters";
   for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     const std::int64_t classes = type == DType::kFloat32 ? 8201 : 16403;
@@ -650,7 +655,7 @@ std::vector<Case> kd_loss_cases() {
     c.offset = c.teacher_offset = c.gradient_offset = 3;
     add(c);
     c.device = 3;
-    c.classes = 2 * classes;  // eight
+    c.classes = 2 * classes;  // eight blocks per row
     c.rows = 7;
     add(c);
     c.classes = classes;
@@ -667,18 +672,18 @@ std::vector<Case> kd_loss_cases() {
     c.rows = 23;
     c.mostly_ignored = true;
     add(c);
-    // Two blocks a row, and more rows than the device holds clusters.
+    // Two blocks per row, and more rows than the device holds clusters.
     Case two = make(type, type, type == DType::kFloat32 ? 21841 : 43682, 7);
     two.device = 5;
     two.selected = SelectedType::kBool;
     add(two);
-    // Past the shared memory of eight blocks: two passes.
+    // More than the shared memory of eight blocks: two passes.
     Case longer = make(type, type, 48 * classes / 8, 1);
     longer.device = 3;
     longer.hard = false;
     add(longer);
   }
-  // Maxima far from 0, and far above what a thread has seen before.
+  // Maxima far from 0, and maxima far above all earlier logits of a thread.
   group = "maxima";
   for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
     const std::int64_t bulk = type == DType::kFloat32 ? 8201 : 16403;
@@ -699,7 +704,8 @@ std::vector<Case> kd_loss_cases() {
         c.masked = true;
         add(c);
         c.masked = false;
-        c.shift = type == DType::kBFloat16 ? 1e7 : 1e9;  // where numbers are 64 apart, or more
+        // Neighbouring numbers are at least 64 apart there.
+        c.shift = type == DType::kBFloat16 ? 1e7 : 1e9;
         c.spread = type == DType::kBFloat16 ? 2e5 : 200.0;
         add(c);
         c.shift = -c.shift;
@@ -711,8 +717,8 @@ std::vector<Case> kd_loss_cases() {
       }
     }
   }
-  // The sum of a revision at a temperature of its own, on every path: flat, vectors, elements,
-  // blocks that keep a row and that read it again, one block of a ring and a cluster.
+  // The additional sum of a revision at its own temperature, on every path: flat, vectors,
+  // elements, blocks that keep a row or read it again, a ring in one block and in a cluster.
   group = "revision";
   for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat64}) {
     const std::int64_t bulk = type == DType::kFloat32 ? 8201 : 16403;
@@ -759,7 +765,7 @@ std::vector<Case> kd_loss_cases() {
       add(c);
     }
   }
-  // Rows further apart than 32 bits count.
+  // Rows that are more than 2^31 elements apart.
   group = "far";
   for (const std::int64_t classes : {33, 200, 1030}) {
     Case c = make(DType::kBFloat16, DType::kBFloat16, classes, 3);
@@ -768,7 +774,7 @@ std::vector<Case> kd_loss_cases() {
     add(c);
   }
   group = "options";
-  // Everything else, on a short row, a long row and a streamed one.
+  // All other options, on a short row, a long row and a streamed one.
   for (const std::int64_t classes : {33, 200, 1029}) {
     const auto variants = [&](DType type, int device) {
       const auto add_if = [&](const auto& change) {
@@ -808,7 +814,7 @@ std::vector<Case> kd_loss_cases() {
         c.eta = 0.05;
         c.ignore_index = -1;
       });
-      // Every row that has it as its target is ignored, whatever else the row is.
+      // Class 1 is ignored, and with it all rows with this target, of whatever kind.
       add_if([](Case& c) {
         c.eta = 0.999;
         c.ignore_index = 1;
@@ -839,7 +845,7 @@ std::vector<Case> kd_loss_cases() {
       add_if([](Case& c) { c.mostly_ignored = true; });
       add_if([](Case& c) {
         c.mostly_ignored = true;
-        c.rows = 5;  // all of them
+        c.rows = 5;  // all of them ignored
       });
     };
     variants(DType::kFloat32, classes > 1024 ? 2 : 0);
@@ -860,8 +866,8 @@ std::vector<Case> kd_loss_cases() {
     }
   }
   group = "flat";
-  // Tiles: several for a block, the last one cut, bases between 16-byte boundaries, teachers of the
-  // first rows only.
+  // Tiles: several per block, the last one incomplete, bases between 16-byte boundaries, teachers
+  // of the first rows only.
   for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     for (const std::int64_t classes : {3, 10, 50, 100, 127}) {
       for (const int device : {0, 2}) {
@@ -889,7 +895,7 @@ std::vector<Case> kd_loss_cases() {
     }
   }
   group = "counting";
-  // The blocks share the counting of valid rows.
+  // The blocks count the valid rows together.
   for (const DType type : {DType::kFloat32, DType::kFloat64}) {
     Case c = make(type, type, 2, 5000);
     c.mostly_ignored = type == DType::kFloat64;
@@ -897,7 +903,7 @@ std::vector<Case> kd_loss_cases() {
     c.device = 2;
     add(c);
   }
-  // Nothing to do.
+  // No rows.
   group = "empty";
   for (const Reduction r : {Reduction::kNone, Reduction::kMean, Reduction::kSum}) {
     Case c = make(DType::kBFloat16, DType::kBFloat16, 100, 0);
@@ -907,7 +913,7 @@ std::vector<Case> kd_loss_cases() {
   return cases;
 }
 
-// The dispatch table's decisions, as docs/kernels.md tells them.
+// The decisions of the dispatch table, as in docs/kernels.md.
 std::size_t plan_cases() {
   using lrds::cuda::DeviceFacts;
   using lrds::cuda::Path;
@@ -970,8 +976,8 @@ std::size_t plan_cases() {
   return ran;
 }
 
-// What a row's sums are added in the order of does not depend on how many rows there are: the path
-// and, where blocks sweep rows, their size and the cluster's.
+// The order in which a row's sums are added must not depend on the number of rows. It is determined
+// by the path and, for kernels with a block per row, by the sizes of block and cluster.
 std::size_t order_cases() {
   using lrds::cuda::DeviceFacts;
   using lrds::cuda::Path;
@@ -1022,7 +1028,7 @@ std::size_t order_cases() {
   return ran;
 }
 
-// A row alone has the bits that it has among others, of which most are ignored and cheap.
+// A row computed alone has the bits that it has among others, most of which are ignored and cheap.
 void run_bits(DType type, std::int64_t classes, int device, std::int64_t most_blocks) {
   simt::set_device(device);
   constexpr std::size_t kRows = 40;
@@ -1048,7 +1054,7 @@ void run_bits(DType type, std::int64_t classes, int device, std::int64_t most_bl
   c.classes = classes;
   c.device = device;
   const auto call = [&](std::size_t first, std::size_t rows, Buffer& loss, Buffer& gradient) {
-    // As aligned as the first row of all.
+    // With the alignment of the first row.
     Buffer z(type, rows * width), v(type, rows * width), ce(a, rows), kd(a, rows);
     std::memcpy(z.at(0), student.at(first * width), z.bytes());
     std::memcpy(v.at(0), teacher.at(first * width), v.bytes());
@@ -1102,7 +1108,7 @@ void run_bits(DType type, std::int64_t classes, int device, std::int64_t most_bl
 std::size_t bits_cases() {
   std::size_t ran = 0;
   for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    // Every row as aligned as its copy.
+    // Every row has the alignment of its copy.
     for (const std::int64_t classes : {104, 1000, 4096, 60000, 128256}) {
       run_bits(type, classes, 0, 132 * 8);
       ++ran;
@@ -1145,7 +1151,7 @@ void run_scale(DType type, std::int64_t count, std::int64_t offset, std::int64_t
   const Tolerance allowed = tolerance(c);
   if (!in_place && !separate.holds(0xff, to)) report(c, "a write before out", -1, -1, 1, 0);
   if (!in_place) {
-    // The gradient stays what it was.
+    // The input gradient is unchanged.
     for (std::size_t i = 0; i < n; ++i) {
       const double after = gradient.get(from + i);
       if (!close(after, before[i], 0.0)) {
@@ -1188,7 +1194,7 @@ std::size_t scale_gradient_cases() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  // A sanitizer ends the program without a flush.
+  // Line buffering, because a sanitizer ends the program without a flush.
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   const std::size_t part = argc >= 3 ? std::strtoul(argv[1], nullptr, 10) : 0;
   const std::size_t parts = argc >= 3 ? std::strtoul(argv[2], nullptr, 10) : 1;
@@ -1216,6 +1222,6 @@ int main(int argc, char** argv) {
     all += count;
   }
   std::printf("%zu cases, %d failures\n", all, failures);
-  // A group that does not exist is a mistake, too.
+  // An unknown group is an error, too.
   return failures == 0 && all > 0 ? 0 : 1;
 }

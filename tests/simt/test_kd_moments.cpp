@@ -1,5 +1,5 @@
 // Runs the CUDA kernels of csrc/cuda/kd_moments* in the interpreter and compares them with the
-// CPU's float64 sweep of the same rows, which the Python tests hold against the formulas.
+// CPU's float64 sweep of the same rows, which the Python tests compare with lrds_fast.reference.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -46,7 +46,7 @@ void report(const Case& c, const char* what, std::size_t row, double got, double
   }
 }
 
-// Rounds to the type and writes its bytes behind `stride - classes` elements of padding per row.
+// The values as bytes of type T.
 template <class T, class Convert>
 std::vector<unsigned char> typed(std::vector<double>& values, Convert convert) {
   std::vector<unsigned char> bytes(values.size() * sizeof(T));
@@ -57,6 +57,7 @@ std::vector<unsigned char> typed(std::vector<double>& values, Convert convert) {
   return bytes;
 }
 
+// Rounds the values to the type, in place, and returns them as bytes of the type.
 std::vector<unsigned char> bytes_of(DType type, std::vector<double>& values) {
   switch (type) {
     case DType::kFloat64: {
@@ -99,8 +100,9 @@ void run(const Case& c) {
   for (double& x : r) x = normal(random);
   for (std::size_t row = 0; row < kRows; ++row)
     y[row] = static_cast<std::int64_t>(random() % c.classes);
-  // Row 1 is ignored and full of NaN; 2: the teacher is right; 3: a tie that the target is part of;
-  // 4: a tie of two others; 5: target out of range; 6: confident student; 7: student = teacher.
+  // Row 1 is ignored and full of NaN; in row 2 the teacher is right; row 3 has a tie between the
+  // target and another class, row 4 a tie of two others; row 5 has a target out of range; in row 6
+  // the student is confident; in row 7 it equals the teacher.
   const double nan = std::numeric_limits<double>::quiet_NaN();
   y[1] = -100;
   for (std::size_t k = 0; k < c.classes; ++k) z[c.classes + k] = v[c.classes + k] = nan;
@@ -140,7 +142,7 @@ void run(const Case& c) {
   std::copy(parameters, parameters + 3, args.divergence_parameters);
   args.standardize = c.standardize;
 
-  // --- The CPU in float64 ---
+  // --- Expected: the CPU in float64 ---
   std::vector<double> exact(kMoments * kRows, -1.0);
   std::vector<std::int64_t> top(kRows, -1);
   KdLossArgs host = args;
@@ -164,7 +166,7 @@ void run(const Case& c) {
   for (std::size_t i = 0; i < kMoments; ++i) exact[i * kRows + bad] = nan;
   top[bad] = args.classes;
 
-  // --- CUDA, twice: other threads go first, other rubbish in the outputs ---
+  // --- CUDA, twice: with another order of threads and other initial outputs ---
   args.student = student.data();
   args.teacher = teacher.data();
   args.target = y.data();

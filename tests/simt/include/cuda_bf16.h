@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: bfloat16 in integers.
+// Replaces CUDA's header of this name: bfloat16 in integers.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: float16 in integers.
+// Replaces CUDA's header of this name: float16 in integers.
 #pragma once
 
 #include <cmath>
@@ -26,8 +26,8 @@ inline __half __float2half_rn(float x) {
   if (std::isnan(x)) return {0x7fff};
   const float size = std::fabs(x);
   if (size >= 65520.0f) return {static_cast<std::uint16_t>(sign | 0x7c00)};
-  // In units of the last place; the carry of a rounded fraction runs into the exponent, as it
-  // should.
+  // In units of the last place. If rounding overflows the fraction, the carry correctly increments
+  // the exponent.
   const int exponent = size < 6.103515625e-5f ? -14 : std::ilogb(size);
   const long ulps = std::lrint(std::ldexp(static_cast<double>(size), 10 - exponent));
   const long bits = size < 6.103515625e-5f ? ulps : (long{exponent} + 14) * 1024 + ulps;

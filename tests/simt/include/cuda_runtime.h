@@ -1,5 +1,4 @@
-// Stands in for CUDA's header of this name: the language as far as the kernels use it, and
-// launches.
+// Replaces CUDA's header of this name: the language extensions that the kernels use, and launches.
 #pragma once
 
 #include <cmath>
@@ -10,7 +9,8 @@
 
 #define __launch_bounds__(...)
 #define __grid_constant__
-// Blocks run one at a time. Kernels that run in clusters keep to dynamic_shared().
+// Blocks run one at a time, so static shared memory may be static. Kernels in clusters use only
+// dynamic_shared().
 #define __shared__ static
 
 using simt::blockDim;

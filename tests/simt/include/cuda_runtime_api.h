@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: the runtime calls that the launchers make.
+// Replaces CUDA's header of this name: the runtime calls of the launchers.
 #pragma once
 
 #include <cstddef>
