@@ -356,7 +356,10 @@ def test_feature_methods_are_published_ones_with_their_weights() -> None:
     [
         ({"run.compile": "default"}, r"features.method 'crd' needs run.compile='off'; got 'default'"),
         ({"teacher.cache": "runs/soft"}, r"features.method 'crd' needs teacher.cache=''; got 'runs/soft'"),
-        ({"data.mixup": 0.2, "loss.method": "revision"}, "'revision' takes class numbers: it goes without data.mixup"),
+        (
+            {"data.mixup": 0.2, "loss.method": "revision", "loss.revise": "lr"},
+            "'revision' takes class numbers: it goes without data.mixup",
+        ),
         ({"data.cutmix": 1.0, "loss.revise": "swap"}, "loss.revise 'swap' takes class numbers"),
         (
             {"run.compile": "reduce-overhead", "run.accumulate": 2},
