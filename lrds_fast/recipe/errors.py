@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+
+from lrds_fast.recipe.keys import limits, type_name
 
 _T = TypeVar("_T")
 
 SECTIONS: dict[str, Any] = {}
 """Every class that `checked` decorates, by the name of its table; "" is the recipe itself."""
-
-_TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "array": "list", "object": "table"}
 
 
 def checked(table: str) -> Callable[[type[_T]], type[_T]]:
@@ -47,35 +47,6 @@ def json_schema(cls: Any) -> dict[str, Any]:
     return TypeAdapter(cls).json_schema()
 
 
-def limits(node: Mapping[str, Any]) -> str:
-    """The values that a key's JSON schema allows, in words: "above 0 and finite", "in [0, 1)", "one of a, b"; "" where
-    its type says all."""
-    if "anyOf" in node:
-        inner = limits(node["anyOf"][0])
-        return f'{inner}, or "none"' if inner else ""
-    if "enum" in node:
-        return "one of " + ", ".join(choice or repr(choice) for choice in node["enum"])
-    low, above = node.get("minimum"), node.get("exclusiveMinimum")
-    high, below = node.get("maximum"), node.get("exclusiveMaximum")
-    least, most = (low if above is None else above), (high if below is None else below)
-    if least is not None and most is not None:
-        return f"in {'[' if above is None else '('}{least:g}, {most:g}{']' if below is None else ')'}"
-    if least is not None:
-        return f"{'at least' if above is None else 'above'} {least:g} and finite"
-    if most is not None:
-        return f"{'at most' if below is None else 'below'} {most:g}"
-    return ""
-
-
-def type_name(node: Mapping[str, Any]) -> str:
-    """The Python type of a key by its JSON schema: "int", "list of float", "table of float"."""
-    if "anyOf" in node:
-        return type_name(node["anyOf"][0])
-    name = _TYPES.get(node.get("type", "object"), "table")
-    inner = node.get("items") or node.get("additionalProperties")
-    return f"{name} of {type_name(inner)}" if inner else name
-
-
 def all_keys() -> list[str]:
     """Every key of a recipe, dotted."""
     names = {table: [field.name for field in dataclasses.fields(cls)] for table, cls in SECTIONS.items()}
@@ -103,10 +74,12 @@ def _line(cls: Any, table: str, error: ValidationError) -> str:
     elif inside and "items" in node:
         node = node["items"]
     if kind.endswith("_type"):
-        kind = type_name(node)
-        if kind.startswith(("list", "table")):
-            return f"{key} must be a {kind.removesuffix(' of float') if kind[0] == 't' else kind}; got {arrived!r}"
-        return f"{key} must be {kind}; got {arrived!r} ({type(arrived).__name__})"
+        expected = type_name(node)
+        if expected.startswith("list"):
+            return f"{key} must be a {expected}; got {arrived!r}"
+        if expected.startswith("table"):
+            return f"{key} must be a table; got {arrived!r}"
+        return f"{key} must be {expected}; got {arrived!r} ({type(arrived).__name__})"
     if type_name(node) == "float" and isinstance(arrived, int):
         arrived = float(arrived)
     return f"{key} must be {limits(node) or 'finite'}; got {arrived!r}"

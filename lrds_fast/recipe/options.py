@@ -241,7 +241,9 @@ class SelectionOptions:
     after: Annotated[NotNegativeInt, about("epochs before the student is first scored and selected by; 0: never")] = 0
     every: Annotated[NotNegativeInt, about("epochs between further selections; 0: select once")] = 0
     by: Annotated[str, about("score to select by; a low score keeps the teacher")] = "kd_gain"
-    confidence: Annotated[NotNegative, about("standard errors above 0 from which a score denies the teacher")] = 2.0
+    confidence: Annotated[
+        NotNegative, about("number of standard errors above 0 beyond which a score denies the teacher")
+    ] = 2.0
     max_drop: Annotated[Share, about("largest share of the samples to deny the teacher, by confidence or outliers")] = (
         0.1
     )
@@ -249,7 +251,9 @@ class SelectionOptions:
     threshold: Annotated[OrNone[float], about("score below which samples keep the teacher; none: off")] = None
     outliers: Annotated[
         OrNone[NotNegative],
-        about("robust standard deviations above the median from which a score denies the teacher; none: off"),
+        about(
+            "number of robust standard deviations above the median beyond which a score denies the teacher; none: off"
+        ),
     ] = None
     margin: Annotated[NotNegative, about("hysteresis: who has the teacher loses it only beyond the limit + margin")] = (
         0.0
