@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from lrds_fast.recipe import names as grid
 from lrds_fast.recipe.errors import SECTIONS, all_keys, checked
+from lrds_fast.recipe.mappings import nested, overlay
 from lrds_fast.recipe.options import (
     STRICT,
     DataOptions,
@@ -97,7 +98,7 @@ class Recipe:
 
     def with_values(self, **values: Any) -> Recipe:
         """A copy with some values replaced, by dotted name: with_values(seed=1, **{"loss.eta": 0.5})."""
-        return from_mapping(_overlay(dataclasses.asdict(self), _nested(values)), where=self.name)
+        return from_mapping(overlay(dataclasses.asdict(self), nested(values)), where=self.name)
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key."""
@@ -223,7 +224,7 @@ def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
     another type and circles, FileNotFoundError for a missing file.
     """
     values = _load_mapping(str(source), base=None, seen=())
-    values = _overlay(values, parse_settings(settings))
+    values = overlay(values, parse_settings(settings))
     return from_mapping(values, where=str(source))
 
 
@@ -236,7 +237,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ValueError(f"--set takes key=value, for example loss.eta=0.5; got {setting!r}")
         parsed[key] = _value(text.strip())
-    return _nested(parsed)
+    return nested(parsed)
 
 
 def _value(text: str) -> Any:
@@ -266,7 +267,7 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
         raise ValueError(f"recipes extend each other in a circle: {' -> '.join([*seen, source])}")
     if grid.is_name(source):
         protocol = _load_mapping(grid.parent(source), None, (*seen, source))
-        return _overlay(protocol, grid.compose(source, protocol))
+        return overlay(protocol, grid.compose(source, protocol))
     if source.endswith(".toml"):
         path = Path(source) if base is None else base / source
         if not path.is_file():
@@ -285,7 +286,7 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
         return values
     if not isinstance(parent, str):
         raise ValueError(f"recipe {source}: extends must be a name or a path; got {parent!r}")
-    return _overlay(_load_mapping(parent, folder, (*seen, source)), values)
+    return overlay(_load_mapping(parent, folder, (*seen, source)), values)
 
 
 def read_text(path: Path, what: str) -> str:
@@ -318,27 +319,3 @@ def _table(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(f"{key} must be a table; got {value!r}")
     return SECTIONS[key](**value)
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}."""
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        *tables, last = key.split(".")
-        table = nested
-        for name in tables:
-            inner = table.setdefault(name, {})
-            if not isinstance(inner, dict):
-                raise ValueError(f"{key!r} names a value inside {name!r}, which is itself set to a value")
-            table = inner
-        table[last] = value
-    return nested
-
-
-def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """base with top's values, table by table."""
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        merged[key] = _overlay(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
