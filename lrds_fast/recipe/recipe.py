@@ -59,6 +59,9 @@ __all__ = [
     "recipe_text",
 ]
 
+#: In lrds_fast.recipes, beside the recipes; lrds_fast.recipe.ablations reads it.
+ABLATIONS_FILE = "ablations.toml"
+
 
 @checked("")
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -211,8 +214,11 @@ def builtin_recipes() -> list[str]:
 @functools.cache
 def _builtin() -> dict[str, str]:
     """Their texts by name."""
-    files = [entry for entry in resources.files("lrds_fast.recipes").iterdir() if entry.name.endswith(".toml")]
-    return {entry.name[:-5]: entry.read_text(encoding="utf-8") for entry in files}
+    return {
+        entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8")
+        for entry in resources.files("lrds_fast.recipes").iterdir()
+        if entry.name.endswith(".toml") and entry.name != ABLATIONS_FILE
+    }
 
 
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
