@@ -14,7 +14,6 @@ from torch import nn
 
 from lrds_fast.features.distillation import FeatureDistillation
 from lrds_fast.features.places import usual_stages
-from lrds_fast.recipe import feature_recipes
 from lrds_fast.recipe import names as grid
 from lrds_fast.recipe.feature_methods import METHODS
 from lrds_fast.recipe.recipe import FeatureOptions, from_mapping
@@ -158,25 +157,35 @@ def test_recipes_take_features_and_leave_them_out_by_default() -> None:
     assert from_mapping(json.loads(recipe.to_json())) == recipe
 
 
-@pytest.mark.parametrize("name", feature_recipes.METHODS)
+@pytest.mark.parametrize("name", [prefix + name for prefix in ("", "kd-") for name in METHODS])
 def test_every_entry_for_the_grid_is_a_recipe(name: str) -> None:
     base = load_recipe("cifar100_resnet56_resnet20")
-    entry = feature_recipes.METHODS[name]
+    entry = grid.PROTOCOLS["cifar100"].methods[name].values
     values = {f"{table}.{key}": value for table, keys in entry.items() for key, value in keys.items()}
-    recipe = base.with_values(**values, **{"features.weight": feature_recipes.weight(name, "resnet20")})
+    recipe = base.with_values(**values)
     assert recipe.features.method == name.removeprefix("kd-")
     assert (recipe.loss.ce_weight, recipe.loss.kd_weight) == (1.0, float(name.startswith("kd-")))
+
+
+WEIGHED = ("resnet56-resnet20/reviewkd", "resnet56-resnet20/crd", "resnet32x4-resnet8x4/kd-reviewkd")
 
 
 def test_published_weights_and_accuracies_are_the_published_ones() -> None:
     published = {"fitnet": 100, "at": 1000, "sp": 3000, "vid": 1, "rkd": 1, "pkt": 30000, "crd": 0.8, "ickd": 2.5}
     assert {name: METHODS[name].weight for name in published} == published
-    assert feature_recipes.weight("reviewkd", "resnet20") == 0.6 and feature_recipes.weight("crd", "resnet20") == -1
-    assert feature_recipes.weight("kd-reviewkd", "resnet8x4") == 5.0
-    assert feature_recipes.ACCURACIES["resnet56-resnet20"]["crd"] == 71.16
-    assert feature_recipes.ACCURACIES["resnet32x4-ShuffleV1"] == {
+    weights = {name: load_recipe(f"cifar100/{name}").features.weight for name in WEIGHED}
+    assert weights["resnet56-resnet20/reviewkd"] == 0.6 and weights["resnet56-resnet20/crd"] == -1
+    assert weights["resnet32x4-resnet8x4/kd-reviewkd"] == 5.0
+    rows: dict[str, dict[str, float]] = {}
+    for name in grid.names():
+        parts = grid.parts_of(name)
+        assert parts is not None
+        accuracy = grid.published(name)
+        if parts.method in METHODS and accuracy is not None:
+            rows.setdefault(f"{parts.teacher}-{parts.student}", {})[parts.method] = accuracy
+    assert rows["resnet56-resnet20"]["crd"] == 71.16
+    assert rows["resnet32x4-ShuffleV1"] == {
         "fitnet": 73.59, "at": 71.73, "sp": 73.48, "cc": 71.14, "vid": 73.38, "rkd": 72.28, "pkt": 74.10, "crd": 75.11,
         "reviewkd": 77.45,
     }  # fmt: skip
-    assert set(feature_recipes.ACCURACIES) <= set(grid.PROTOCOLS["cifar100"].pairs)
-    assert all(set(row) <= set(METHODS) for row in feature_recipes.ACCURACIES.values())
+    assert len(rows) == 11 and sum(map(len, rows.values())) == 98

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -356,7 +358,10 @@ def test_feature_methods_are_published_ones_with_their_weights() -> None:
     [
         ({"run.compile": "default"}, r"features.method 'crd' needs run.compile='off'; got 'default'"),
         ({"teacher.cache": "runs/soft"}, r"features.method 'crd' needs teacher.cache=''; got 'runs/soft'"),
-        ({"data.mixup": 0.2, "loss.method": "revision"}, "'revision' takes class numbers: it goes without data.mixup"),
+        (
+            {"data.mixup": 0.2, "loss.method": "revision", "loss.revise": "lr"},
+            "'revision' takes class numbers: it goes without data.mixup",
+        ),
         ({"data.cutmix": 1.0, "loss.revise": "swap"}, "loss.revise 'swap' takes class numbers"),
         (
             {"run.compile": "reduce-overhead", "run.accumulate": 2},
@@ -367,3 +372,30 @@ def test_feature_methods_are_published_ones_with_their_weights() -> None:
 def test_what_does_not_go_together_is_said(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe("cifar100/resnet56-resnet20/kd-crd").with_values(**values)
+
+
+def test_published_accuracies_are_of_names_and_have_sources() -> None:
+    """Every row of published.csv is shown beside a name of the grid, once, and says where it is from."""
+    text = resources.files("lrds_fast.recipes").joinpath("published.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    names = set()
+    for row in rows:
+        pair = f"{row['teacher']}-{row['student']}/{row['method']}" if row["teacher"] else row["student"]
+        names.add(f"{row['protocol']}/{pair}")
+        assert row["source"] and bool(row["teacher"]) == bool(row["method"])
+        assert grid.published(f"{row['protocol']}/{pair}") == float(row["accuracy"])
+    assert names <= set(grid.names()) and len(names) == len(rows)
+
+
+def test_protocols_come_after_those_they_extend_and_share_methods() -> None:
+    assert list(grid.PROTOCOLS) == ["cifar100", "cifar100-short", "imagenet", "imagenet-modern", "imagenet-adamw"]
+    short, whole = grid.PROTOCOLS["cifar100-short"], grid.PROTOCOLS["cifar100"]
+    assert short.pairs == whole.pairs and list(short.methods) == list(whole.methods)
+    assert [name for name in whole.methods if short.methods[name] != whole.methods[name]] == ["mlkd"]
+    modern, adamw = grid.PROTOCOLS["imagenet-modern"], grid.PROTOCOLS["imagenet-adamw"]
+    assert set(modern.methods) - set(adamw.methods) == {"revision"} and "mlkd" not in modern.methods
+    for protocol in grid.PROTOCOLS.values():
+        students = {pair.student for pair in protocol.pairs.values()}
+        assert set(protocol.small_steps) <= students
+        for method in protocol.methods.values():
+            assert set(method.by_student) <= students and set(method.switches) <= {"lr", "ds"}

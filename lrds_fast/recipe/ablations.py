@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any, NamedTuple
 
-from lrds_fast.recipe.recipe import Recipe, parse_settings
+from lrds_fast.recipe.recipe import ABLATIONS_FILE, Recipe, parse_settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 #: What stands between a recipe's name and the cell's values.
 MARK = "@"
@@ -60,70 +67,40 @@ def cells(recipe: Recipe, axes: Sequence[Axis]) -> list[Recipe]:
         raise ValueError(f"--grid has a key twice: {', '.join(keys)}")
     if not axes:
         return [recipe]
-    found = []
+    recipes = []
     for places in itertools.product(*(range(len(axis.values)) for axis in axes)):
         chosen = list(zip(axes, places, strict=True))
         suffix = MARK + ",".join(f"{axis.key}={axis.texts[place]}" for axis, place in chosen)
         out = {"run.out": recipe.run.out + suffix} if recipe.run.out else {}
         values = {axis.key: axis.values[place] for axis, place in chosen}
-        found.append(recipe.with_values(**values, **{"name": recipe.name + suffix}, **out))
-    return found
+        recipes.append(recipe.with_values(**values, **{"name": recipe.name + suffix}, **out))
+    return recipes
 
 
 class Ablation(NamedTuple):
-    """A ready grid. axes: as parse_axis takes them. first: what the recipe gets before, where it says otherwise. needs:
-    whether a recipe is fit for it, else what it lacks."""
+    """A ready grid, a table of recipes/ablations.toml, which explains the fields."""
 
     about: str
-    axes: tuple[str, ...]
-    needs: Callable[[Recipe], str]
-    first: Callable[[Recipe], Mapping[str, Any]] = lambda recipe: {}
+    axes: Sequence[str]
+    needs: Sequence[str]
+    lacks: str
+    defaults: Mapping[str, Any] = {}
 
 
-def _revision(recipe: Recipe) -> str:
-    taught = recipe.teacher.model and recipe.loss.revise == "lr"
-    return "" if taught else "label revision (loss.revise 'lr' and a teacher), as .../kd+lr has"
+def _read() -> dict[str, Ablation]:
+    text = resources.files("lrds_fast.recipes").joinpath(ABLATIONS_FILE).read_text(encoding="utf-8")
+    return {name: Ablation(**values) for name, values in tomllib.loads(text).items()}
 
 
-def _weights(recipe: Recipe) -> str:
-    taught = recipe.teacher.model and recipe.loss.method != "revision"
-    return "" if taught else "a teacher and both weights, as .../kd has"
+ABLATIONS: Mapping[str, Ablation] = _read()
 
 
-def _revision_loss(recipe: Recipe) -> str:
-    return "" if recipe.loss.method == "revision" else "the loss method 'revision', as .../revision has"
-
-
-def _selection(recipe: Recipe) -> str:
-    return "" if recipe.selection.after else "a selection while training (selection.after), as .../kd+ds has"
-
-
-ABLATIONS: Mapping[str, Ablation] = {
-    "eta": Ablation("the margin of label revision", ("loss.eta=0.5,0.6,0.7,0.8,0.9,0.95",), _revision),
-    "weights": Ablation(
-        "cross-entropy against distillation", ("loss.ce_weight=0.1,0.5,1.0", "loss.kd_weight=0.5,0.9,2.0"), _weights
-    ),
-    "lambdas": Ablation(
-        "revision_loss's weights on the rows where the teacher is right and where it is wrong",
-        ("loss.lambda1=1.0,2.0,4.0,8.0", "loss.lambda2=0.5,1.0,2.0,4.0"),
-        _revision_loss,
-    ),
-    "ratio": Ablation(
-        "the share of the samples that keep the teacher",
-        ("selection.ratio=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0",),
-        _selection,
-    ),
-    # Scores have different units: all keep the same share.
-    "score": Ablation(
-        "what samples are selected by, at an equal share",
-        (
-            "selection.by=kd_gain,kd_gain_ns,self_influence,param_shift,conflict,kd,ce,el2n,grand,teacher_correct,"
-            "random,set_shift",
-        ),
-        _selection,
-        lambda recipe: {"selection.ratio": 0.7} if recipe.selection.ratio < 0 else {},
-    ),
-}
+def _holds(need: str, values: Mapping[str, Any]) -> bool:
+    """Whether a recipe's values by dotted key fulfil "KEY", "KEY=VALUE" or "KEY!=VALUE"."""
+    key, equals, value = need.partition("=")
+    if not equals:
+        return bool(values[key])
+    return str(values[key.removesuffix("!")]) != value if key.endswith("!") else str(values[key]) == value
 
 
 def ablation(name: str, recipe: Recipe) -> list[Recipe]:
@@ -134,8 +111,8 @@ def ablation(name: str, recipe: Recipe) -> list[Recipe]:
     known = ABLATIONS.get(name.removeprefix("ablations/"))
     if known is None:
         raise ValueError(f"--ablation must be one of {', '.join(ABLATIONS)}; got {name!r}")
-    lacks = known.needs(recipe)
-    if lacks:
-        raise ValueError(f"--ablation {name} needs a recipe with {lacks}; {recipe.name} has not")
-    first = dict(known.first(recipe))
-    return cells(recipe.with_values(**first) if first else recipe, [parse_axis(axis) for axis in known.axes])
+    values, standard = recipe.flat(), Recipe().flat()
+    if not all(_holds(need, values) for need in known.needs):
+        raise ValueError(f"--ablation {name} needs a recipe with {known.lacks}; {recipe.name} has not")
+    defaults = {key: value for key, value in known.defaults.items() if values[key] == standard[key]}
+    return cells(recipe.with_values(**defaults), [parse_axis(axis) for axis in known.axes])

@@ -1,153 +1,35 @@
-"""The literature's experiments by name, put together from parts: PROTOCOL/TEACHER-STUDENT/METHOD+lr+ds.
+"""The literature's experiments by name, put together from layers: PROTOCOL/TEACHER-STUDENT/METHOD+lr+ds.
 
-A name stands for a recipe that extends a protocol by a pair of networks, a method, and what is switched on: nothing is
-written down twice, and what depends on the protocol's epochs or learning rate is computed from these. PROTOCOL/MODEL
-trains a network alone, as teachers and baselines are. The protocols are PROTOCOLS.
+A name is a recipe that extends its protocol's by a pair of networks, a method, and what is switched on; all of these
+are data (lrds_fast.recipe.protocols). What depends on the protocol's epochs or learning rate is computed from these.
+PROTOCOL/MODEL trains a network alone, as teachers and baselines are.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
-from lrds_fast.recipe import feature_recipes
-from lrds_fast.recipe import published as literature
-from lrds_fast.recipe.published import Pair
+from lrds_fast.recipe.mappings import nested, overlay
+from lrds_fast.recipe.protocols import PROTOCOLS, Method, Protocol, Values, accuracies
 
-Values = Mapping[str, Any]
+__all__ = [
+    "PROTOCOLS",
+    "Parts",
+    "Protocol",
+    "compose",
+    "is_name",
+    "models_of",
+    "names",
+    "parent",
+    "parts_of",
+    "published",
+]
 
-
-class Protocol(NamedTuple):
-    """What names with one prefix have in common.
-
-    base: the recipe that they extend. title: the data, for descriptions. pairs, methods: by name; a method's values go
-    on top of the base's. alone: published accuracies (%) of networks by themselves. compares: whether the published
-    accuracies are of this protocol. models: the full names of networks that are called by a short one.
-    selected: what "+ds" says beyond the epoch of the scoring. small_steps: networks that train with a fifth of the
-    learning rate. overrides: by method, what the protocol has otherwise than `base`.
-    checkpoints: whether teachers are trained by the protocol too, and looked for where that leaves them.
-    """
-
-    base: str
-    title: str
-    pairs: Mapping[str, Pair]
-    methods: Mapping[str, Values]
-    alone: Mapping[str, float]
-    compares: bool
-    selected: Values
-    models: Mapping[str, str] = {}
-    small_steps: tuple[str, ...] = ()
-    overrides: Mapping[str, Values] = {}
-    checkpoints: bool = True
-
-
-#: "+ds" scores once, after this share of the epochs (docs/benchmarks/method.md).
-_SCORED_AFTER = 1 / 3
-#: Features of the inner layers, alone ("crd") and beside KD ("kd-crd").
-_FEATURES: Mapping[str, Values] = feature_recipes.METHODS
-_CIFAR_METHODS: Mapping[str, Values] = {
-    "kd": {"loss": {"temperature": 4.0, "ce_weight": 0.1, "kd_weight": 0.9}},
-    # Sun et al. 2024. They choose T and the weight by pair; these are their program's.
-    "kd-lskd": {"loss": {"standardize": True, "temperature": 2.0, "ce_weight": 0.1, "kd_weight": 9.0}},
-    "dkd": {"loss": {"divergence": "dkd", "temperature": 4.0, "ce_weight": 1.0, "kd_weight": 1.0}},
-    "rld": {"loss": {"divergence": "rld", "temperature": 4.0, "ce_weight": 1.0, "kd_weight": 1.0}},
-    "mlkd": {
-        "data": {"second_view": "strong"},
-        "loss": {"method": "mlkd", "temperatures": [2.0, 3.0, 4.0, 5.0, 6.0], "ce_weight": 0.1, "kd_weight": 0.9},
-    },
-    "dist": {"loss": {"method": "dist", "temperature": 4.0, "ce_weight": 1.0, "kd_weight": 2.0}},
-    # What the paper's label revision has been re-implemented as in public: it revises by itself.
-    "revision": {"loss": {"method": "revision", "kd_weight": 1.0, "revise": "lr"}},
-    **_FEATURES,
-}
-_IMAGENET_METHODS: Mapping[str, Values] = {
-    "kd": {"loss": {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}},
-    # The baseline to beat.
-    "kd-tuned": {"loss": {"temperature": 1.0, "ce_weight": 1.0, "kd_weight": 3.0}},
-    "dkd": {"loss": {"divergence": "dkd", "temperature": 1.0, "ce_weight": 1.0, "kd_weight": 1.0}},
-    "rld": {"loss": {"divergence": "rld", "temperature": 1.0, "ce_weight": 1.0, "kd_weight": 1.0}},
-    "nkd": {
-        "loss": {
-            "divergence": "nkd",
-            "divergence_options": {"gamma": 1.5},
-            "temperature": 1.0,
-            "ce_weight": 1.0,
-            "kd_weight": 1.0,
-        }
-    },
-    "dist": {"loss": {"method": "dist", "temperature": 1.0, "ce_weight": 1.0, "kd_weight": 2.0}},
-    "revision": _CIFAR_METHODS["revision"],
-    "mlkd": _CIFAR_METHODS["mlkd"],
-}
-#: Mixed pictures are not shown in two views.
-_MODERN_METHODS: Mapping[str, Values] = {
-    **{name: values for name, values in _IMAGENET_METHODS.items() if name != "mlkd"},
-    "kd": {"loss": {"temperature": 4.0, "ce_weight": 0.9, "kd_weight": 1.0}},
-}
-#: 2500 samples held out of CIFAR's training set: what decides is the standard error over them.
-_CIFAR_SELECTED: Values = {"data": {"val_fraction": 0.05}, "selection": {"by": "kd_gain"}}
-#: 12,812 samples of ImageNet's; scores in closed form over the last layer, of which 1.28 million take one pass.
-_IMAGENET_SELECTED: Values = {
-    "data": {"val_fraction": 0.01},
-    "selection": {"by": "kd_gain"},
-    "score": {"scores": ["kd_gain", "teacher_correct"], "curvature": "ekfac"},
-}
-_IMAGENET_MODELS = {
-    "resnet18": "torchvision:resnet18",
-    "resnet34": "torchvision:resnet34",
-    "resnet50": "torchvision:resnet50",
-    "resnet50sb": "timm:resnet50",
-    "mobilenetv1": "timm:mobilenetv1_100",
-    "mobilenetv2": "torchvision:mobilenet_v2",
-    "efficientnet_b0": "timm:efficientnet_b0",
-}
-
-_CIFAR = Protocol(
-    base="cifar100",
-    title="CIFAR-100",
-    pairs=literature.CIFAR100,
-    methods=_CIFAR_METHODS,
-    alone=literature.CIFAR100_ALONE,
-    compares=True,
-    selected=_CIFAR_SELECTED,
-    small_steps=("MobileNetV2", "ShuffleV1", "ShuffleV2"),
-    # Twice the epochs, half the learning rate.
-    overrides={
-        "mlkd": {"optimizer": {"lr": 0.025}, "schedule": {"epochs": 480, "milestones": [300, 360, 420]}},
-    },
-)
-_IMAGENET = Protocol(
-    base="imagenet",
-    title="ImageNet",
-    pairs=literature.IMAGENET,
-    methods=_IMAGENET_METHODS,
-    alone=literature.IMAGENET_ALONE,
-    compares=True,
-    selected=_IMAGENET_SELECTED,
-    models=_IMAGENET_MODELS,
-    # The teachers' weights are torchvision's and timm's: teacher.checkpoint says where they are.
-    checkpoints=False,
-)
-_MODERN = _IMAGENET._replace(
-    base="imagenet_modern",
-    pairs=literature.IMAGENET_MODERN,
-    methods=_MODERN_METHODS,
-    alone=literature.IMAGENET_MODERN_ALONE,
-)
-PROTOCOLS: Mapping[str, Protocol] = {
-    "cifar100": _CIFAR,
-    "cifar100-short": _CIFAR._replace(base="cifar100_short", compares=False, overrides={}),
-    "imagenet": _IMAGENET,
-    "imagenet-modern": _MODERN,
-    # Its pictures are mixed, which the public re-implementation of label revision cannot take.
-    "imagenet-adamw": _MODERN._replace(
-        base="imagenet_adamw",
-        compares=False,
-        methods={name: values for name, values in _MODERN_METHODS.items() if name != "revision"},
-    ),
-}
+#: The learning rate of Protocol.small_steps, as a share of the protocol's.
+_SMALL_STEP = 0.2
 
 
 class Parts(NamedTuple):
@@ -162,7 +44,7 @@ class Parts(NamedTuple):
 
 def is_name(source: str) -> bool:
     """Whether it is a name of this grid, right or wrong."""
-    return source.partition("/")[0] in PROTOCOLS and "/" in source and not source.endswith(".toml")
+    return "/" in source and not source.endswith(".toml") and source.partition("/")[0] in PROTOCOLS
 
 
 def parent(source: str) -> str:
@@ -175,19 +57,15 @@ def names() -> list[str]:
     found = []
     for prefix, protocol in PROTOCOLS.items():
         found += [f"{prefix}/{model}" for model in models_of(protocol)]
-        found += [
-            f"{prefix}/{pair}/{method}{switch}"
-            for pair, method, switch in itertools.product(
-                protocol.pairs, protocol.methods, ("", "+lr", "+ds", "+lr+ds")
-            )
-            if "+lr" not in switch or _can_revise(method)
-        ]
+        for pair, (name, method) in itertools.product(protocol.pairs, protocol.methods.items()):
+            found += [f"{prefix}/{pair}/{'+'.join((name, *switches))}" for switches in _combinations(method)]
     return found
 
 
-def _can_revise(method: str) -> bool:
-    """Whether "+lr" changes it: not what revises by itself, nor what has none of the teacher's labels."""
-    return method not in ("revision", "rld") and (method not in _FEATURES or _FEATURES[method]["loss"]["kd_weight"] > 0)
+def _combinations(method: Method) -> list[tuple[str, ...]]:
+    """The switches that a method's names may have together: none, each alone, both."""
+    sizes = range(len(method.switches) + 1)
+    return [chosen for size in sizes for chosen in itertools.combinations(method.switches, size)]
 
 
 def models_of(protocol: Protocol) -> list[str]:
@@ -205,9 +83,9 @@ def parts_of(name: str) -> Parts | None:
     if not slash:
         return Parts(prefix, "", pair, "", ()) if pair in models_of(protocol) else None
     method, *switches = what.split("+")
-    known = pair in protocol.pairs and method in protocol.methods
-    allowed = ([], ["lr"], ["ds"], ["lr", "ds"]) if _can_revise(method) else ([], ["ds"])
-    if not known or switches not in allowed:
+    if pair not in protocol.pairs or method not in protocol.methods:
+        return None
+    if tuple(switches) not in _combinations(protocol.methods[method]):
         return None
     return Parts(prefix, protocol.pairs[pair].teacher, protocol.pairs[pair].student, method, tuple(switches))
 
@@ -221,54 +99,48 @@ def compose(source: str, base: Values) -> dict[str, Any]:
         hint = f"did you mean {near[0]!r}?" if near else "lrds-fast recipes lists the pairs and methods"
         raise ValueError(f"there is no recipe {source!r}; {hint}")
     protocol = PROTOCOLS[parts.protocol]
-    student, teacher = (protocol.models.get(model, model) for model in (parts.student, parts.teacher))
-    own = protocol.overrides.get(parts.method, {})
-    schedule, optimizer = ({**base[table], **own.get(table, {})} for table in ("schedule", "optimizer"))
-    title = f"{protocol.title} in {schedule['epochs']} epochs"
-    rate = optimizer["lr"] * (0.2 if parts.student in protocol.small_steps else 1.0)
-    recipe: dict[str, Any] = {
+    layers = _taught(parts, protocol, base["schedule"]["epochs"]) if parts.teacher else []
+    values = overlay({"optimizer": base["optimizer"], "schedule": base["schedule"]}, *layers)
+    rate = values["optimizer"]["lr"] * (_SMALL_STEP if parts.student in protocol.small_steps else 1.0)
+    networks = f"{parts.student} alone"
+    if parts.teacher:
+        networks = f"{parts.teacher} teaches {parts.student}: {source.rpartition('/')[2]}"
+    student = {"model": protocol.models.get(parts.student, parts.student)}
+    return {
         "name": source,
-        "description": f"{title}, {parts.student} alone",
-        "student": {"model": student},
-        "optimizer": {"lr": rate},
+        "description": f"{protocol.title} in {values['schedule']['epochs']} epochs, {networks}",
+        **overlay(*layers, {"student": student, "optimizer": {"lr": rate}}),
     }
-    if not parts.teacher:
-        return recipe
-    recipe["description"] = f"{title}, {parts.teacher} teaches {parts.student}: {source.rpartition('/')[2]}"
-    recipe["teacher"] = {"model": teacher}
-    if protocol.checkpoints:
-        recipe["teacher"]["checkpoint"] = f"runs/{parts.protocol}/{parts.teacher}/last.pt"
-    recipe["schedule"] = dict(own.get("schedule", {}))
-    recipe["loss"] = {"revise": "lr" if "lr" in parts.switches else "none"}
-    layers = [protocol.methods[parts.method]]
-    if parts.method in ("dkd", "rld"):
-        beta = protocol.pairs[f"{parts.teacher}-{parts.student}"].beta
-        warm_up = max(1, schedule["epochs"] // 12) if protocol.base.startswith("cifar") else 1
-        layers.append({"loss": {"divergence_options": {"beta": beta}, "kd_warmup_epochs": warm_up}})
-    if parts.method in _FEATURES:
-        layers.append({"features": {"weight": feature_recipes.weight(parts.method, parts.student)}})
-        if "kd_warmup_epochs" in _FEATURES[parts.method]["loss"]:
-            layers.append({"loss": {"kd_warmup_epochs": max(1, schedule["epochs"] // 12)}})
+
+
+def _taught(parts: Parts, protocol: Protocol, epochs: int) -> list[Values]:
+    """The layers of a name with a teacher, later ones on top. epochs: the protocol's."""
+    method, pair = protocol.methods[parts.method], protocol.pairs[f"{parts.teacher}-{parts.student}"]
+    epochs = method.values.get("schedule", {}).get("epochs", epochs)
+    teacher = {"model": protocol.models.get(parts.teacher, parts.teacher)}
+    if protocol.trains_teachers:
+        teacher["checkpoint"] = f"runs/{parts.protocol}/{parts.teacher}/last.pt"
+    layers: list[Values] = [
+        {"teacher": teacher, "loss": {"revise": "lr" if "lr" in parts.switches else "none"}},
+        method.values,
+        method.by_student.get(parts.student, {}),
+        nested({key: pair.numbers[number] for key, number in method.from_pair.items()}),
+    ]
+    if method.kd_warmup:
+        layers.append({"loss": {"kd_warmup_epochs": max(1, _share(epochs, method.kd_warmup))}})
     if "ds" in parts.switches:
-        # Scored once.
-        after = max(2, int(schedule["epochs"] * _SCORED_AFTER + 1e-6))
-        layers += [protocol.selected, {"selection": {"after": after}}]
-    for layer in layers:
-        for table, values in layer.items():
-            recipe[table] = {**recipe.get(table, {}), **values}
-    return recipe
+        selection = protocol.data_selection
+        layers += [selection.values, {"selection": {"after": max(2, _share(epochs, selection.scored_after))}}]
+    return layers
+
+
+def _share(epochs: int, share: Fraction) -> int:
+    return int(epochs * share)
 
 
 def published(name: str) -> float | None:
     """The published test accuracy (%) of a name's experiment, where there is one: without revision or selection."""
     parts = parts_of(name)
-    if parts is None or parts.switches or not PROTOCOLS[parts.protocol].compares:
+    if parts is None or parts.switches:
         return None
-    protocol = PROTOCOLS[parts.protocol]
-    if not parts.teacher:
-        return protocol.alone.get(parts.student)
-    pair = f"{parts.teacher}-{parts.student}"
-    found = protocol.pairs[pair].accuracies.get(parts.method)
-    if found is None and protocol.base == "cifar100":
-        found = feature_recipes.ACCURACIES.get(pair, {}).get(parts.method)
-    return found
+    return accuracies().get((parts.protocol, parts.teacher, parts.student, parts.method))
