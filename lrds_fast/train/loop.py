@@ -168,7 +168,7 @@ def train(
             _warn_of_revision(recipe, folder.records, record)
             unreadable = getattr(data.train, "errors", [])
             for _, where, reason in unreadable[told:]:
-                note(f"{where} was replaced by a grey picture: {reason}", of_all=True)
+                note(f"{where} was replaced by a grey picture: {reason}", every_process=True)
             told = len(unreadable)
             record["unreadable"] = int(ranks.sum(torch.tensor(told)))
             same_buffers((student, step.ema), ranks)

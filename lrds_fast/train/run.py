@@ -230,7 +230,7 @@ def cache(
     )
 
 
-def shown_beside(scores: Path, selection: Selection) -> dict[str, Any]:
+def pictures_of_run(scores: Path, selection: Selection) -> dict[str, Any]:
     """Selection.report's pictures and class_names for a file of scores, by the recipe of the run it lies with; {} where
     that is not there or its data is not the selection's.
     """
