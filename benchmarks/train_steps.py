@@ -220,7 +220,7 @@ def recipe_of(arm: Arm, case: Case) -> Recipe:
 
 @dataclass(frozen=True)
 class Precomputed:
-    """Logits (size, C) by sample index, on the device: what lrds_fast.train.teaching.CachedAnswers are."""
+    """Logits (size, C) by sample index, on the device: what lrds_fast.train.teaching.CachedLogits are."""
 
     logits: Tensor
     views: int = 1

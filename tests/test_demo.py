@@ -18,8 +18,8 @@ from html_page import Page
 from PIL import Image
 from scipy import stats
 
-from lrds_fast.cli import demo as run_demo
-from lrds_fast.cli.demo import ARMS, DemoResult
+from lrds_fast.cli.demo_experiment import ARMS, DemoResult
+from lrds_fast.cli.demo_experiment import demo as run_demo
 from lrds_fast.data import Data, answer_sources
 from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.selection import Selection

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from lrds_fast import influence
-from lrds_fast.cli import demo
+from lrds_fast.cli.demo_experiment import demo
 from lrds_fast.nn import KDLoss
 
 if sys.version_info >= (3, 11):

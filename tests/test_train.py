@@ -22,7 +22,7 @@ from lrds_fast.recipe.recipe import ScheduleOptions
 from lrds_fast.train import Recipe, train
 from lrds_fast.train.evaluation import evaluate, outputs
 from lrds_fast.train.setup import lr_factor
-from lrds_fast.train.step import predicted, who_listens
+from lrds_fast.train.step import predicted, teacher_rows
 
 CPU = torch.device("cpu")
 
@@ -235,12 +235,12 @@ def test_a_selection_of_nobody_is_training_on_labels_alone(tmp_path: Path) -> No
 
 def test_a_loader_that_does_not_sort_gets_a_mask() -> None:
     batch = Batch(torch.zeros(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64), torch.tensor([2, 0, 1, 3]))
-    shown, heard, mask = who_listens(batch, torch.tensor([True, False, False, True]), 2, "prefix")
+    shown, heard, mask = teacher_rows(batch, torch.tensor([True, False, False, True]), 2, "prefix")
     assert (shown, heard) == (4, 4)
     assert mask is not None
     assert mask.tolist() == [False, True, False, True]
-    assert who_listens(batch, torch.tensor([True, False, True, False]), 2, "prefix") == (2, 2, None)
-    assert who_listens(batch, None, 0, "prefix") == (4, 4, None)
+    assert teacher_rows(batch, torch.tensor([True, False, True, False]), 2, "prefix") == (2, 2, None)
+    assert teacher_rows(batch, None, 0, "prefix") == (4, 4, None)
 
 
 def test_the_teacher_sees_as_many_rows_in_every_batch(tmp_path: Path) -> None:
@@ -252,11 +252,11 @@ def test_the_teacher_sees_as_many_rows_in_every_batch(tmp_path: Path) -> None:
         kept = int(selected.sum())
         shown = set()
         for batch in data.train.epoch(1, selected):
-            seen = who_listens(batch, selected, kept, "prefix")
+            seen = teacher_rows(batch, selected, kept, "prefix")
             assert seen.mask is None
-            assert seen.heard == int(selected[batch.indices].sum()) <= seen.shown <= seen.heard + 1
+            assert seen.used == int(selected[batch.indices].sum()) <= seen.prefix <= seen.used + 1
             if len(batch.indices) == full:
-                shown.add(seen.shown)
+                shown.add(seen.prefix)
         assert shown == {-(-full * kept // size)}
 
 

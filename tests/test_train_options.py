@@ -28,7 +28,7 @@ from lrds_fast.train import Recipe, setup, train
 from lrds_fast.train.evaluation import evaluate
 from lrds_fast.train.mix import Mix
 from lrds_fast.train.setup import autocast_factory
-from lrds_fast.train.step import first, predicted
+from lrds_fast.train.step import leading_rows, predicted
 from lrds_fast.train.teaching import Teacher
 from lrds_fast.train.weights import load_weights
 
@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_with_other_threads_says_that_its_bits_will_differ(
 def test_a_teacher_whose_activations_a_loss_needs_gives_no_inference_tensors() -> None:
     guide = Asked()
     kept = Teacher(guide, CPU, autocast=autocast_factory("off", CPU), keep_tensors=True)
-    answers = kept.answered(kept.ask(torch.zeros(2, 1, 4, 4), torch.arange(2), 0))
+    answers = kept.wait(kept.start(torch.zeros(2, 1, 4, 4), torch.arange(2), 0))
     assert isinstance(answers, Tensor) and not answers.is_inference() and not answers.requires_grad
     with pytest.raises(ValueError, match="a network or cached answers, one of them"):
         Teacher(None, CPU, autocast=autocast_factory("off", CPU))
@@ -223,7 +223,7 @@ def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
     tied = (logits == logits.amax(dim=1, keepdim=True)).sum(dim=1) > 1
     assert bool((agree | tied).all())
     assert torch.equal(predicted(answers, target) == target, predicted(logits, target) == target)
-    some = first(answers, 3)
+    some = leading_rows(answers, 3)
     assert isinstance(some, TopKTeacher) and some.temperature == 2.0
     assert [len(column) for column in (some.values, some.indices, some.logsumexp)] == [3, 3, 3]
 

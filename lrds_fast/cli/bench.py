@@ -1,7 +1,11 @@
-"""Runs the benchmark suites of a source checkout, each as the program it is: they import what the package may not."""
+"""lrds-fast bench: runs the benchmark suites of a source checkout.
+
+Each suite is a program of its own, because suites import modules that the package must not import.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -10,30 +14,71 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lrds_fast
-from lrds_fast.pages import charts
+from lrds_fast.cli.command import OK, Subparsers, add_command
 
 _CHECKOUT = Path(lrds_fast.__file__).resolve().parent.parent
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command's parser."""
+    parser = add_command(
+        subparsers,
+        "bench",
+        run,
+        summary="run the benchmarks of this machine: CSV, a table and a plot",
+        example="lrds-fast bench kd_loss --quick",
+    )
+    parser.add_argument("suites", metavar="SUITE", nargs="*", help="which (default: all); `lrds-fast bench --list`")
+    parser.add_argument("--list", action="store_true", help="print the names of the suites and exit")
+    parser.add_argument("--quick", action="store_true", help="a few small shapes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder to write to (default: %(default)s)"
+    )
+    parser.add_argument("--pages", type=Path, help="folder of the tables and plots (default: that of the CSVs)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the suites and prints the paths of their pages; returns the exit code."""
+    if options.list:
+        print("\n".join(suites()))
+        return OK
+    import lrds_fast.functional  # noqa: F401  a missing extension is one line here, and a traceback in each suite
+
+    pages = run_suites(
+        options.suites or list(suites()),
+        device=options.device,
+        threads=options.threads,
+        quick=options.quick,
+        out=options.out,
+        pages=options.pages or options.out,
+    )
+    print("\n".join(f"page: {page}" for page in pages))
+    return OK
 
 
 def suites() -> dict[str, Path]:
     """Suite name -> program. Raises FileNotFoundError where the package was installed without its sources."""
     folder = _CHECKOUT / "benchmarks"
-    found = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
-    if not found:
+    programs = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not programs:
         raise FileNotFoundError(
             f"the benchmarks are part of the source checkout, and there is no {folder}; clone the repository and run"
             " lrds-fast bench from an editable install (pip install --no-build-isolation -e .)"
         )
-    return found
+    return programs
 
 
 def run_suites(names: Sequence[str], *, device: str, threads: int, quick: bool, out: Path, pages: Path) -> list[Path]:
-    """Runs the suites one after the other; returns the pages they were rendered to.
+    """Runs the suites one after the other; returns the paths of their pages.
 
-    names: of suites(). device: "cpu" or "cuda". threads: of the CPU, >= 1. Writes <suite>_<device>.csv into out, its
-    table (.md) and plot (.svg) into pages. Raises ValueError for an unknown suite, RuntimeError for one that failed:
-    its own message is on stderr.
+    names: keys of suites(). device: "cpu" or "cuda". threads: CPU threads, >= 1. Writes <suite>_<device>.csv into out,
+    its table (.md) and plot (.svg) into pages. Raises ValueError for an unknown suite and RuntimeError for a suite that
+    fails; its own message is on stderr.
     """
+    from lrds_fast.pages import charts
+
     known = suites()
     for name in names:
         if name not in known:
@@ -50,13 +95,13 @@ def run_suites(names: Sequence[str], *, device: str, threads: int, quick: bool, 
         command = [sys.executable, "-m", f"benchmarks.{known[name].stem}", "--device", device, "--csv", str(stored)]
         command += ["--quick"] if quick else []
         command += ["--threads", str(threads)] if device == "cpu" else []
-        _run(command, name)
-        _run([sys.executable, "-m", "benchmarks.render", str(stored), "--out", str(pages)], f"{name}'s page")
+        _run_program(command, name)
+        _run_program([sys.executable, "-m", "benchmarks.render", str(stored), "--out", str(pages)], f"{name}'s page")
         rendered.append(pages / f"{stored.stem}.md")
     return rendered
 
 
-def _run(command: list[str], what: str) -> None:
+def _run_program(command: list[str], what: str) -> None:
     path = os.pathsep.join([str(_CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     code = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode
     if code != 0:

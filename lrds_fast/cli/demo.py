@@ -1,261 +1,35 @@
-"""The method in under a minute: a teacher worth having, a quarter of whose answers are those to other samples."""
+"""lrds-fast demo: the comparison of lrds_fast.cli.demo_experiment, as a table and a report."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import argparse
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
-
-import lrds_fast
-from lrds_fast.files import write_text
-from lrds_fast.influence import Scores
-from lrds_fast.pages import charts
-from lrds_fast.recipe.recipe import Recipe, load_recipe
-from lrds_fast.report.page import html_report
-from lrds_fast.report.runs import Row, Run, aligned, read_run, tabulate, verdicts
-from lrds_fast.report.statistics import Estimate, estimate
-from lrds_fast.selection import Selection
-from lrds_fast.train import run as runs
-
-REPORT = "report.html"
-TEACHER = "teacher"
-ALONE = "student alone"
-BASELINE = "KD"
-TUNED = "KD, tuned"
-REVISED = "KD + LR"
-RANDOM = "KD + random"
-DENIED = "KD + DS"
-BOTH = "KD + LR + DS"
-
-#: Selection denies the teacher where kd_gain is so many standard errors above 0, to at most this share of the samples.
-CONFIDENCE, MAX_DROP = 2.0, 0.1
+from lrds_fast.cli.command import OK, Subparsers, add_command, add_settings, shows_progress
 
 
-class Arm(NamedTuple):
-    """One student of the comparison.
-
-    name: in the table. folder, recipe: where and what. scored: the folder of the run whose scores choose the samples,
-    "" keeps every sample. by: the score; "random" denies as many as kd_gain would, which tells choice from dosage.
-    """
-
-    name: str
-    folder: str
-    recipe: str
-    scored: str = ""
-    by: str = "kd_gain"
-
-
-ARMS = (
-    Arm(ALONE, "alone", "digits_alone"),
-    Arm(BASELINE, "kd", "digits_kd"),
-    Arm(TUNED, "kd_tuned", "digits_kd_tuned"),
-    Arm(REVISED, "kd_lr", "digits_kd_lr"),
-    Arm(RANDOM, "kd_random", "digits_kd_ds", "kd", "random"),
-    Arm(DENIED, "kd_ds", "digits_kd_ds", "kd"),
-    Arm(BOTH, "kd_lr_ds", "digits_kd_lr_ds", "kd_lr"),
-)
-
-#: Baseline -> who is compared with it: every student with KD, selection with a random one of as many samples, what
-#: is new here with a KD that has been tuned, and both together with revision alone.
-COMPARED = {
-    BASELINE: [arm.name for arm in ARMS if arm.name != BASELINE],
-    RANDOM: [DENIED, BOTH],
-    TUNED: [REVISED, BOTH],
-    REVISED: [BOTH],
-}
-
-NOTE = (
-    "Means over the seeds, after the last epoch. Differences are paired by seed, ± half of their 95% t interval, each"
-    " by itself. Revised and denied: training samples; in brackets those of the denied that the teacher has wrong."
-)
-NOT_SHOWN = "What this does not show: a tuned KD from a good teacher, where revision and selection have little to do."
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """rows: the table, differences to KD. runs: what it was made of. report: the page. introduction: what was done.
-    conclusions: what the numbers say, noise named as noise."""
-
-    rows: list[Row]
-    runs: list[Run]
-    report: Path
-    introduction: list[str]
-    conclusions: list[str]
-
-    @property
-    def table(self) -> str:
-        """For a terminal: means over the seeds and paired differences to KD with their 95% intervals."""
-        return _table(self.rows, self.runs)
-
-
-def demo(
-    out: Path = Path("runs/demo"),
-    *,
-    seeds: int = 8,
-    settings: Iterable[str] = (),
-    progress: bool = True,
-) -> DemoResult:
-    """Trains teacher and students for every seed, writes out/seedN/... and out/report.html, returns the table.
-
-    A seed draws the numbers of teacher and students, the mixed-up answers, the held-out slice, the initial weights and
-    the order; within a seed all students share them, so differences are paired. The test split is the same throughout
-    and decides nothing. settings: key=value, laid over every recipe. Raises ValueError for fewer than 1 seed or unknown
-    keys.
-    """
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, 5 or more to say anything; got {seeds}")
-    charts.require()
-    settings = tuple(settings)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these networks are smaller than the cost of waking a second thread
-    started = time.perf_counter()
-    try:
-        with tqdm(
-            total=seeds * (1 + len(ARMS)), desc="demo", unit="run", disable=not progress or sys.stderr is None
-        ) as bar:
-            for seed in range(seeds):
-                _one_seed(out / f"seed{seed}", seed, settings, bar)
-    finally:
-        torch.set_num_threads(threads)
-    folders = [
-        out / f"seed{seed}" / folder for folder in ("teacher", *(arm.folder for arm in ARMS)) for seed in range(seeds)
-    ]
-    finished = [read_run(folder) for folder in folders]
-    introduction = _introduction(finished, seeds, time.perf_counter() - started)
-    rows = tabulate(finished, baseline=BASELINE)
-    conclusions = _conclusions(finished)
-    page = html_report(
-        finished,
-        title="lrds-fast demo",
-        baseline=BASELINE,
-        introduction=introduction,
-        conclusions=[NOT_SHOWN],
-        comparisons=COMPARED,
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command's parser."""
+    parser = add_command(
+        subparsers,
+        "demo",
+        run,
+        summary="few labels and a teacher that errs: the student alone, KD, KD+LR, KD+DS, KD+LR+DS: a table and a"
+        " report",
+        example="lrds-fast demo --out runs/demo",
     )
-    write_text(out / REPORT, page)
-    return DemoResult(rows, finished, out / REPORT, introduction, conclusions)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=8, help="repetitions (default: %(default)s)")
+    add_settings(parser)
 
 
-def _one_seed(folder: Path, seed: int, settings: Sequence[str], bar: tqdm[None]) -> None:
-    def recipe(source: str, name: str, out: Path) -> Recipe:
-        # The teacher's numbers are other ones than the students'. Only the last state is of use: nobody resumes or
-        # watches a run of a second.
-        own = [
-            f"seed={seed}",
-            f"data.split_seed={2 * seed + (name == TEACHER)}",
-            "run.device=cpu",
-            "run.save_every=1000000",
-            "run.tensorboard=false",
-        ]
-        chosen = load_recipe(source, [*settings, *own])
-        return chosen.with_values(**{"name": name, "run.out": str(out)})
+def run(options: argparse.Namespace) -> int:
+    """Trains everything and prints the table; returns the exit code."""
+    from lrds_fast.cli.demo_experiment import NOTE, demo
 
-    def fit(chosen: Recipe) -> None:
-        bar.set_postfix_str(f"seed {seed}, {chosen.name}")
-        runs.fit(chosen, overwrite=True, progress=False)
-        bar.update()
-
-    teacher = folder / "teacher"
-    fit(recipe("digits_teacher", TEACHER, teacher))
-    scores: dict[str, Scores] = {}
-    for arm in ARMS:
-        chosen = recipe(arm.recipe, arm.name, folder / arm.folder)
-        if chosen.teacher.model:
-            chosen = chosen.with_values(**{"teacher.checkpoint": str(teacher / "last.pt")})
-        if arm.scored:
-            path = folder / arm.folder / "selection.parquet"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _selected(scores[arm.scored], arm.by).save(path)
-            chosen = chosen.with_values(**{"selection.path": str(path)})
-        fit(chosen)
-        if any(other.scored == arm.folder for other in ARMS):
-            scores[arm.folder] = runs.score(chosen, progress=False)
-
-
-def _selected(scores: Scores, by: str) -> Selection:
-    """What kd_gain keeps, or as many by another score."""
-    selection = lrds_fast.select(scores, by="kd_gain", confidence=CONFIDENCE, max_drop=MAX_DROP)
-    if by == "kd_gain":
-        return selection
-    return lrds_fast.select(scores, by=by, ratio=len(selection.indices) / len(selection))
-
-
-def _table(rows: Sequence[Row], finished: Sequence[Run]) -> str:
-    def difference(value: Estimate | None, scale: float, digits: int) -> str:
-        if value is None:
-            return ""
-        text = f"{scale * value.mean:+.{digits}f}"
-        return text if value.n < 2 else f"{text} ± {scale * value.half_width:.{digits}f}"
-
-    lines: list[tuple[str, ...]] = [
-        ("", "accuracy %", f"- {BASELINE}, 95%", "test loss", f"- {BASELINE}, 95%", "revised", "denied (wrong)")
-    ]
-    for row in rows:
-        chosen = [_denied(run) for run in finished if run.recipe.name == row.name and run.recipe.selection.path]
-        denied, wrong = (estimate(counts).mean for counts in zip(*chosen, strict=True)) if chosen else (0.0, 0.0)
-        lines.append(
-            (
-                row.name,
-                f"{100 * row.accuracy.mean:.1f}",
-                difference(row.accuracy_difference, 100, 1),
-                f"{row.cross_entropy.mean:.3f}",
-                difference(row.cross_entropy_difference, 1, 3),
-                f"{row.revised.mean:.0f}" if row.revised is not None and row.revised.mean else "",
-                f"{denied:.0f} ({wrong:.0f})" if chosen else "",
-            )
-        )
-    return aligned(lines)
-
-
-def _denied(run: Run) -> tuple[int, int]:
-    """How many samples a run's selection denies the teacher, and how many of these the teacher has wrong."""
-    selection = Selection.load(run.recipe.selection.path)
-    assert selection.teacher_pred is not None and selection.labels is not None
-    wrong = selection.teacher_pred != selection.labels
-    return int((~selection.mask).sum()), int((~selection.mask & wrong).sum())
-
-
-def _conclusions(finished: Sequence[Run]) -> list[str]:
-    """Sentences on what is COMPARED, and on what is not."""
-    against = {
-        base: [row for row in tabulate(finished, baseline=base) if row.name in names]
-        for base, names in COMPARED.items()
-    }
-    return [*verdicts([(rows, base) for base, rows in against.items()]), NOT_SHOWN]
-
-
-def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[str]:
-    def named(name: str) -> list[Run]:
-        return [run for run in finished if run.recipe.name == name]
-
-    teacher, student = named(TEACHER), named(REVISED)
-    accuracy = estimate([run.last["test_acc"] for run in teacher])
-    wrong = estimate([run.last["n_revised"] / run.last["n_selected"] for run in student])
-    data = (
-        f"Real data: two-digit numbers, put together from the 8 x 8 digits that scikit-learn ships. A student has"
-        f" {int(student[0].last['rows'])} labelled numbers of 100 classes, the teacher has learnt from"
-        f" {int(teacher[0].last['rows'])} others; the digits of the test numbers are in none of them."
-    )
-    noise = (
-        f"The teacher is right on {accuracy.mean:.1%} of the test numbers. But"
-        f" {student[0].recipe.teacher.answer_noise:.0%} of its answers to a student's samples are those to others, as"
-        f" in a file of stored logits whose rows were mixed up: {wrong.mean:.1%} of its answers are wrong."
-    )
-    method = (
-        "LR (label revision) corrects the answers that are wrong. DS (data selection) denies a sample the teacher where"
-        f" kd_gain, its predicted effect on the loss of a held-out slice, is {CONFIDENCE:g} standard errors above 0, at"
-        f" most {MAX_DROP:.0%} of the samples. '{RANDOM}' denies as many as '{DENIED}', drawn at random. '{TUNED}' has"
-        " ten times KD's weight on the labels."
-    )
-    place = (
-        f"{seeds} seed{'s' * (seeds > 1)}, {seconds:.0f} s; torch {torch.__version__}, whose kernels here are"
-        f" {torch.backends.cpu.get_cpu_capability()}. The statements below hold for these runs; another kind of CPU"
-        " rounds differently."
-    )
-    return [data, noise, method, place]
+    result = demo(options.out, seeds=options.seeds, settings=options.settings, progress=shows_progress(options))
+    print("\n".join(result.introduction), end="\n\n")
+    print(f"{result.table}\n{NOTE}", end="\n\n")
+    print("\n".join(result.conclusions))
+    print(f"\nreport: {result.report}")
+    return OK

@@ -1,7 +1,11 @@
-"""What is installed and built, what is missing and how to install it. Reads files; does not import PyTorch."""
+"""lrds-fast doctor: what is installed and built, what is missing and how to install it.
+
+Reads files and does not import PyTorch.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -16,10 +20,12 @@ from typing import Any, NamedTuple
 
 from lrds_fast import _build
 from lrds_fast._version import __version__
+from lrds_fast.cli.command import FAILED, OK, Subparsers, add_command
 
 
 class Finding(NamedTuple):
-    """One line: what, whether it is there, and the version or the way to get it. needed: nothing works without."""
+    """One line of the report. found: whether the thing is installed. detail: its version, or how to get it. needed:
+    whether lrds-fast needs it."""
 
     name: str
     found: bool
@@ -27,7 +33,7 @@ class Finding(NamedTuple):
     needed: bool = False
 
 
-#: Distribution name and what one gains by it.
+#: Distribution, what lrds-fast uses it for, and how to install it.
 OPTIONAL = (
     ("torchvision", "ImageFolder data and torchvision: models", "pip install torchvision"),
     ("timm", "timm: models", "pip install timm"),
@@ -38,6 +44,24 @@ OPTIONAL = (
     ("tensorboard", "the log as TensorBoard's events", "pip install tensorboard"),
     ("nvidia-dali-cuda130", "twice as fast photographs, on the GPU too", "pip install nvidia-dali-cuda130"),
 )
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command's parser."""
+    add_command(
+        subparsers,
+        "doctor",
+        run,
+        summary="what is installed and built, and how to get what is missing",
+        example="lrds-fast doctor",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints all findings; returns FAILED where a requirement is missing."""
+    findings = examine()
+    print(text(findings))
+    return OK if healthy(findings) else FAILED
 
 
 def examine() -> list[Finding]:
@@ -71,13 +95,13 @@ def text(findings: Sequence[Finding]) -> str:
 
 
 def healthy(findings: Sequence[Finding]) -> bool:
-    """Whether everything needed is there."""
+    """Whether all requirements are installed."""
     return all(finding.found for finding in findings if finding.needed)
 
 
 def _facts_by_import() -> tuple[dict[str, Any] | None, str | None]:
-    """(facts, None) of an extension without a record, or (None, why it does not load). Imports it in another process,
-    which takes seconds."""
+    """(facts, None) of an extension without _build.json, or (None, why it does not load). Imports it in another
+    process, which takes seconds."""
     code = "import json; from lrds_fast._ops import build_info; print(json.dumps(build_info()))"
     folder = str(Path(_build.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}
@@ -87,8 +111,8 @@ def _facts_by_import() -> tuple[dict[str, Any] | None, str | None]:
         )
         facts: dict[str, Any] = json.loads(done.stdout)
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-        return None, f"the extension does not load: {said[-1]}"
+        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        return None, f"the extension does not load: {lines[-1]}"
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return None, f"the extension does not load: {error}"
     return facts, None
@@ -119,7 +143,7 @@ def _cpu_kernels(facts: dict[str, Any]) -> Finding:
 
 
 def cpu_level(levels: Sequence[str]) -> str:
-    """The compiled level that csrc/cpu/kd_loss.cpp chooses on this CPU."""
+    """The compiled level that csrc/cpu/kd_loss.cpp chooses on this CPU. levels: the compiled ones, best first."""
     try:
         flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
     except (OSError, IndexError):

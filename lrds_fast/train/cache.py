@@ -1,4 +1,4 @@
-"""A recipe's teacher, run once: its soft labels written, and opened again for training."""
+"""Soft labels of a recipe's teacher: write_cache stores them, open_cache opens them for training."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lrds_fast.selection import dataset_fingerprint
 from lrds_fast.train.lock import holding
 from lrds_fast.train.setup import autocast_factory, available_amp
 
-#: Keys of [data] that no sample's picture depends on, beyond what decoders round.
-FREE = ("root", "batch_size", "eval_batch_size", "test_limit", "workers", "reader", "first_label")
+#: Keys of [data] that do not change a sample's picture, apart from the rounding of decoders.
+NOT_COMPARED = ("root", "batch_size", "eval_batch_size", "test_limit", "workers", "reader", "first_label")
 
 
 def write_cache(
@@ -34,9 +34,9 @@ def write_cache(
 ) -> SoftLabels:
     """Runs `teacher` over teacher.cache_views views of data.train and writes the folder teacher.cache.
 
-    data: with as many views (see run.load_data). selected: (N,) bool, whose soft labels are needed; None is all.
-    resume, overwrite: see write_soft_labels, whose errors are raised. Also raises ValueError if teacher.cache is empty
-    and FileExistsError if another process writes there.
+    data: with as many views (see run.load_data). selected: (N,) bool, the samples whose soft labels are needed; None is
+    all. resume, overwrite: see write_soft_labels, which raises further errors. Raises ValueError if teacher.cache is
+    empty, and FileExistsError if another process writes there.
     """
     options = recipe.teacher
     if not options.cache:
@@ -71,30 +71,30 @@ def open_cache(
     selected: Tensor | None = None,
     verify: bool = True,
 ) -> SoftLabels:
-    """teacher.cache, where it is of this recipe's data, augmentation and teacher (see teacher_facts).
+    """Opens teacher.cache, which must have been written for this recipe's data, augmentation and teacher.
 
-    selected: (N,) bool, the samples that must have soft labels; None is all. verify: compares checksums too, which
-    reads all of it. Raises FileNotFoundError where there is none, ValueError for one that is incomplete, damaged, of
-    other facts or crops, or that lacks a sample.
+    teacher_facts: see teacher_facts(). selected: (N,) bool, the samples that must have soft labels; None is all.
+    verify: compares checksums, which reads all files. Raises FileNotFoundError without a cache, ValueError for one that
+    is incomplete, damaged, written for other data, augmentation, crops or teacher, or that lacks a sample.
     """
     path = Path(recipe.teacher.cache)
     labels = SoftLabels.open(path, facts=cache_facts(recipe, data, teacher_facts), loader=data.train, verify=verify)
     for view in range(labels.views):
-        lacking = ~labels.cached(view)
+        missing = ~labels.cached(view)
         if selected is not None:
-            lacking &= selected.cpu()
-        if bool(lacking.any()):
+            missing &= selected.cpu()
+        if bool(missing.any()):
             raise ValueError(
-                f"{path} has no soft labels of sample {int(lacking.nonzero()[0])} and {int(lacking.sum()) - 1} others"
+                f"{path} has no soft labels of sample {int(missing.nonzero()[0])} and {int(missing.sum()) - 1} others"
                 " that have the teacher; write them (lrds-fast cache, for a selection with --selected)"
             )
     return labels
 
 
 def cache_facts(recipe: Recipe, data: Data, teacher_facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a teacher's logits depend on, by recipe key where there is one."""
+    """Everything that the teacher's logits depend on, by recipe key where there is one."""
     options = recipe.teacher
-    facts = {f"data.{key}": value for key, value in dataclasses.asdict(recipe.data).items() if key not in FREE}
+    facts = {f"data.{key}": value for key, value in dataclasses.asdict(recipe.data).items() if key not in NOT_COMPARED}
     facts |= {
         "data's fingerprint": dataset_fingerprint(data.train.labels, data.num_classes),
         "number of samples": len(data.train.labels),
@@ -112,7 +112,7 @@ def cache_facts(recipe: Recipe, data: Data, teacher_facts: Mapping[str, Any]) ->
 
 
 def teacher_facts(recipe: Recipe, teacher: nn.Module) -> dict[str, str]:
-    """Who the teacher is: its model's name and a sha256 of its weights, wherever they were loaded from."""
+    """The teacher's identity: its model's name and the sha256 of its weights."""
     return {"teacher.model": recipe.teacher.model, "teacher's weights": weights_sha256(teacher)}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically; a checkpoint of another run is an error."""
+"""Checkpoints, written atomically. Resuming from the checkpoint of another run is an error."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class Stateful(Protocol):
     """Optimizers, gradient scalers, moving averages."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on."""
+        """Everything needed to continue."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
         """The reverse of state_dict."""
 
 
 class Position(NamedTuple):
-    """Where a run stands: `epochs` are done, and `steps` of the one that follows. state: whatever else goes on."""
+    """How far a run has come: `epochs` are complete, and `steps` of the next one. state: the state besides the student
+    and `parts` (see save)."""
 
     epochs: int
     steps: int
@@ -38,7 +39,7 @@ class Position(NamedTuple):
 
 
 def machine(device: torch.device, amp: str, ranks: Ranks) -> dict[str, str]:
-    """The properties of the machine that a run's results depend on bit for bit."""
+    """Properties of the machine on which a run's results depend, bit for bit."""
     facts = {"PyTorch": str(torch.__version__), "processes": str(ranks.count), "precision": amp}
     if device.type == "cuda":
         return facts | {"device": torch.cuda.get_device_name(device)}
@@ -60,18 +61,17 @@ def save(
     machine: Mapping[str, str] | None = None,
     ranks: Ranks | None = None,
 ) -> None:
-    """A checkpoint of the run at `position`, written by the first process.
+    """Writes a checkpoint of the run at `position`; only the first process writes.
 
-    facts: strings that must be equal on resuming (model, data fingerprint, ...). parts: by name, whatever else has
-    state; None is left out. machine: see machine(). The random generators' states of
-    every process are added.
+    facts: strings that must be equal on resuming (model, data fingerprint, ...). parts: other objects that have state,
+    by name; None is left out. machine: see machine(). The states of every process's random generators are stored too.
     """
     ranks = ranks or Ranks()
     generators = {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    everybody = ranks.gather(generators)
+    all_generators = ranks.gather(generators)
     if not ranks.first:
         return
     state: dict[str, Any] = {
@@ -83,7 +83,7 @@ def save(
         "machine": dict(machine or {}),
         "student": student.state_dict(),
         "parts": {name: part.state_dict() for name, part in parts.items() if part is not None},
-        "generators": everybody,
+        "generators": all_generators,
     }
     with atomic_write(path) as file:
         torch.save(state, file)
@@ -98,8 +98,8 @@ def resume(
     machine: Mapping[str, str] | None = None,
     ranks: Ranks | None = None,
 ) -> Position:
-    """Loads what save() wrote and returns the position of the run. ValueError where a fact differs. Where only the
-    machine differs, prints a note that the results will not be bit for bit those of an uninterrupted run."""
+    """Loads a checkpoint into student and parts, and returns the run's position. ValueError where a fact differs. Where
+    only the machine differs, prints a note that results will not be bit for bit those of an uninterrupted run."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; start without --resume, or correct the path")
     state = read(path, named=str(path), otherwise="restore it from a copy, or delete it and start again")
@@ -115,14 +115,14 @@ def resume(
                 " resume with the same recipe and data, or set another run.out"
             )
     before = state.get("machine", {})
-    others = [
+    differences = [
         f"{name} {before[name]}, now {value}"
         for name, value in (machine or {}).items()
         if before.get(name, value) != value
     ]
-    if others:
+    if differences:
         note(
-            f"{path} was written with {'; '.join(others)}: the results will not be bit for bit those of an"
+            f"{path} was written with {'; '.join(differences)}: the results will not be bit for bit those of an"
             " uninterrupted run"
         )
     load_state(student, state["student"], str(path))
@@ -130,7 +130,7 @@ def resume(
         if part is not None:
             part.load_state_dict(state["parts"][name])
     rank = (ranks or Ranks()).rank
-    if rank < len(state["generators"]):  # more processes than before draw from their own seeds
+    if rank < len(state["generators"]):  # additional processes keep the seeds that they started with
         generators = state["generators"][rank]
         torch.set_rng_state(generators["cpu"])
         if generators["cuda"] is not None and torch.cuda.is_available():
@@ -139,11 +139,11 @@ def resume(
 
 
 def save_weights(path: Path, model: nn.Module, facts: Mapping[str, str]) -> None:
-    """The weights alone, as .safetensors; facts: its metadata, as JSON under the key lrds_fast."""
+    """Writes the weights alone as .safetensors. facts: metadata, stored as JSON under the key lrds_fast."""
     from safetensors.torch import save
 
-    # Clones: the format has no room for tensors that share memory, as tied weights do.
+    # Clones: safetensors does not store tensors that share memory, as tied weights do.
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     with atomic_write(path) as file:
-        # One key: the format does not keep the order of several, and equal weights shall be equal files.
+        # One key: with several their order is not fixed, and equal weights would give unequal files.
         file.write(save(state, metadata={"lrds_fast": json.dumps(dict(facts))}))

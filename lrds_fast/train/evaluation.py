@@ -1,4 +1,4 @@
-"""Passes without training: accuracy, features, and whether the class counts agree."""
+"""Evaluation of a network on a split: accuracy, calibration, logits and features."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrds_fast.data import Data, Loader
+from lrds_fast.data import Loader
 from lrds_fast.ranks import Ranks
 
-#: Bins of confidence.
+#: Bins of confidence for the calibration error.
 BINS = 15
 
 
@@ -27,18 +27,18 @@ class FeatureModel(Protocol):
 
 
 class Outputs(NamedTuple):
-    """What a network says of a split, in index order: logits (N, C), features (N, d), both float32 on the CPU."""
+    """A network's outputs on a split, in index order: logits (N, C), features (N, d), both float32 on the CPU."""
 
     logits: Tensor
     features: Tensor
 
 
 class Evaluation(NamedTuple):
-    """A network on a split. accuracy: in [0, 1]; cross_entropy: mean, in nats.
+    """The evaluation of a network on a split. accuracy: in [0, 1]; cross_entropy: mean, in nats.
 
-    bins: (15, 3) float64 on the CPU, of the rows whose confidence, the highest probability, lies in (k / 15,
-    (k + 1) / 15]: how many they are, the sum of their confidences, how many are right. classes: (C, 2) float64, the
-    rows of every class and how many of them are right.
+    bins: (15, 3) float64 on the CPU. Row k has the number of samples whose confidence, the highest probability, lies in
+    (k / 15, (k + 1) / 15], the sum of their confidences, and how many of them are classified correctly. classes: (C, 2)
+    float64, the samples of every class and how many of them are classified correctly.
     """
 
     accuracy: float
@@ -53,8 +53,8 @@ class Evaluation(NamedTuple):
         return float((self.bins[:, 2] - self.bins[:, 1]).abs().sum() / self.bins[:, 0].sum().clamp(min=1))
 
     def parts(self) -> dict[str, Any]:
-        """All of it, for JSON: accuracy, cross_entropy and ece; bins as (rows, mean confidence, accuracy), those
-        without rows left out; classes as (rows, right)."""
+        """The evaluation for JSON: accuracy, cross_entropy and ece; bins as (rows, mean confidence, accuracy), without
+        empty ones; classes as (rows, right)."""
         used = self.bins[self.bins[:, 0] > 0]
         return {
             "accuracy": self.accuracy,
@@ -65,39 +65,6 @@ class Evaluation(NamedTuple):
         }
 
 
-def check_class_counts(
-    data: Data,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    device: torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> None:
-    """ValueError unless student and teacher give as many logits as the data has classes; one row through each tells."""
-    first = next(iter(data.test.epoch(0)), None)
-    if first is None:
-        raise ValueError(f"data {data.name!r} has no test samples")
-    image = first.images[:1].to(device, memory_format=memory_format)
-    for name, model in (("student", student), ("teacher", teacher)):
-        if model is None:
-            continue
-        was_training = model.training
-        try:
-            with torch.inference_mode():
-                shape = tuple(model.eval()(image).shape)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the {name} does not take images of shape {tuple(image.shape[1:])} of data {data.name!r}:"
-                f" {str(error).splitlines()[0]}"
-            ) from error
-        finally:
-            model.train(was_training)
-        if shape != (1, data.num_classes):
-            raise ValueError(
-                f"the {name} gives {shape[-1]} logits per sample, data {data.name!r} has {data.num_classes} classes;"
-                " they must be equal"
-            )
-
-
 def evaluate(
     model: nn.Module,
     loader: Loader,
@@ -106,18 +73,18 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ranks: Ranks | None = None,
 ) -> Evaluation:
-    """Accuracy, cross-entropy and calibration over every sample of a split; restores the training mode.
+    """Accuracy, cross-entropy and calibration over every sample of a split. The model's training mode is restored.
 
-    ranks: the processes that divide the split among them; all get the same numbers."""
+    ranks: the processes that share the split; all get the same numbers."""
     ranks = ranks or Ranks()
-    own: dict[str, Any] = {} if ranks.count == 1 else {"share": (ranks.rank, ranks.count)}
+    share: dict[str, Any] = {} if ranks.count == 1 else {"share": (ranks.rank, ranks.count)}
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)
     classes = torch.zeros(loader.num_classes, 2, dtype=torch.float64, device=device)
     with torch.inference_mode():
-        for batch in loader.epoch(0, **own):
+        for batch in loader.epoch(0, **share):
             if not len(batch.indices):  # fewer samples than processes
                 continue
             target = batch.targets.to(device, non_blocking=True)
@@ -142,9 +109,10 @@ def evaluate(
 
 
 def outputs(model: Any, loader: Loader, device: torch.device, *, progress: bool = False, desc: str = "") -> Outputs:
-    """The logits and features of a split, in index order, in eval mode and float32."""
+    """The logits and features of a split. The model is moved to the device and left in eval mode; desc: the progress
+    bar's title."""
     model.to(device).eval()
-    logits, features, places = [], [], []
+    logits, features, indices = [], [], []
     with torch.inference_mode():
         for batch in tqdm(
             loader.epoch(0), total=len(loader), desc=desc, disable=not progress or sys.stderr is None, leave=False
@@ -152,6 +120,6 @@ def outputs(model: Any, loader: Loader, device: torch.device, *, progress: bool 
             row_logits, row_features = model.forward_with_features(batch.images.to(device, non_blocking=True))
             logits.append(row_logits.float().cpu())
             features.append(row_features.float().cpu())
-            places.append(batch.indices)
-    order = torch.cat(places).argsort()
+            indices.append(batch.indices)
+    order = torch.cat(indices).argsort()
     return Outputs(torch.cat(logits)[order], torch.cat(features)[order])

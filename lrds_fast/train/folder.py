@@ -1,4 +1,4 @@
-"""The files of a run, and what must not change between its start and its resumption."""
+"""The files of a run, and the facts that must be equal when it resumes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lrds_fast.train.setup import resolved
 from lrds_fast.train.step import Step
 from lrds_fast.train.summary import SUMMARY
 
+#: File names in a run's folder.
 CHECKPOINT = "last.pt"
 BEST = "best.safetensors"
 LOG = "log.jsonl"
@@ -26,7 +27,10 @@ GALLERY = "gallery.json"
 
 
 class Folder:
-    """The files of a run. The first process writes; all of them read."""
+    """The files of a run. The first process writes; all processes read.
+
+    out: the folder. facts: see identity(). step: its state is loaded and saved.
+    """
 
     def __init__(self, out: Path, recipe: Recipe, facts: Mapping[str, str], step: Step, ranks: Ranks) -> None:
         self._out, self._recipe, self._facts, self._step, self._ranks = out, recipe, facts, step, ranks
@@ -35,11 +39,12 @@ class Folder:
         self._best: float | None = None
 
     def open(self, *, resume: bool, overwrite: bool) -> Position:
-        """Where to go on; an older run that is not resumed is deleted if it may be."""
+        """Returns the position to continue from. With overwrite the files of an older run are deleted; without resume
+        and overwrite an older run is a FileExistsError."""
         path = self._out / CHECKPOINT
-        there = self._ranks.agree(path.exists())
+        exists = self._ranks.agree(path.exists())
         position = Position(0, 0, {})
-        if there and resume:
+        if exists and resume:
             position = checkpoint.resume(
                 path,
                 facts=self._facts,
@@ -56,14 +61,14 @@ class Folder:
                     f"{self._out / LOG} has {len(self.records)} of the {position.epochs} epochs that {path} has done;"
                     " restore it from a copy, or start afresh (--overwrite)"
                 )
-        elif there and not overwrite:
+        elif exists and not overwrite:
             raise FileExistsError(
                 f"{self._out} holds a run already; go on with it (--resume), replace it (--overwrite), or set another"
                 " run.out"
             )
         self._ranks.wait()
         if self._ranks.first:
-            if not there or not resume:
+            if not exists or not resume:
                 path.unlink(missing_ok=True)
                 for name in (BEST, SUMMARY):
                     (self._out / name).unlink(missing_ok=True)
@@ -75,26 +80,27 @@ class Folder:
         return position
 
     def selected_at(self, position: Position, selected: Tensor | None) -> Tensor | None:
-        """Who has the teacher where the run goes on: what it chose itself, once it has."""
-        done = position.epochs + (position.steps > 0)
-        made = rescoring.latest(self._out, self._recipe.selection, done)
-        return selected if made is None else made.mask
+        """(N,) bool, the samples that have the teacher at `position`: those of the run's own last selection, and before
+        its first one `selected`."""
+        begun = position.epochs + (position.steps > 0)
+        latest = rescoring.latest(self._out, self._recipe.selection, begun)
+        return selected if latest is None else latest.mask
 
     def add(self, record: dict[str, Any]) -> None:
-        """One epoch's record; the best network so far is kept."""
+        """Appends one epoch's record to the log, and stores the network if it is the best so far."""
         self.records.append(record)
         if not self._ranks.first:
             return
         append_record(self._out / LOG, record)
-        judge = "val_acc" if "val_acc" in record else "test_acc"
-        if self._best is None or record[judge] > self._best:
-            self._best = record[judge]
-            facts = {"epoch": str(record["epoch"]), "chosen by": judge, judge: repr(record[judge])}
-            facts |= {key: self._facts[key] for key in ("student.model", "data.name")}
+        key = "val_acc" if "val_acc" in record else "test_acc"
+        if self._best is None or record[key] > self._best:
+            self._best = record[key]
+            facts = {"epoch": str(record["epoch"]), "chosen by": key, key: repr(record[key])}
+            facts |= {name: self._facts[name] for name in ("student.model", "data.name")}
             checkpoint.save_weights(self._out / BEST, self._step.judged, facts)
 
     def save(self, position: Position) -> None:
-        """The checkpoint to go on from."""
+        """Writes the checkpoint."""
         step = self._step
         state = {"best": self._best, **step.state_dict()}
         checkpoint.save(
@@ -109,9 +115,9 @@ class Folder:
 
 
 def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[str, str]:
-    """What must not change between the start of a run and its resumption, as strings.
+    """The facts that must be equal when a run resumes, as strings: the recipe, the data and the selection.
 
-    All of the recipe but its name, where it is written, where it runs, and how many processes read the data.
+    Left out are the recipe's name, the paths of its files, the device, and the number of processes that read the data.
     """
     free = (
         "name",

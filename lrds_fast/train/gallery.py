@@ -1,4 +1,4 @@
-"""Pictures that a run keeps for its report: samples whose labels were revised, and samples without teacher."""
+"""The pictures that a run stores for its report: samples that were revised, and samples without the teacher."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.selection import Selection
 from lrds_fast.train.folder import GALLERY
 
-#: Pictures of each kind that a run keeps for its report.
+#: Pictures of each kind.
 GALLERY_SIZE = 24
 
 
 def write_gallery(recipe: Recipe, data: Data, teacher_pred: Tensor, selection: Selection | None) -> None:
-    """Samples whose labels were revised and those denied the teacher, for reports: index, label, the teacher's class
-    (None where it was not asked), and the picture: shape, and its uint8 pixels in base64."""
+    """Writes gallery.json: for revised and for denied samples index, label, the teacher's class (None where it is not
+    known), and the picture's shape and uint8 pixels in base64.
+
+    teacher_pred: (N,) int64, the teacher's class of every training sample, -1 where it is not known. selection: the
+    run's last one, None where all samples had the teacher.
+    """
     labels = data.train.labels
     mask = torch.ones_like(labels, dtype=torch.bool) if selection is None else torch.as_tensor(selection.mask).cpu()
     wrong = (teacher_pred >= 0) & (teacher_pred != labels)
@@ -29,9 +33,9 @@ def write_gallery(recipe: Recipe, data: Data, teacher_pred: Tensor, selection: S
     denied = (~mask).nonzero()[:, 0]
     if selection is not None:
         if selection.teacher_pred is not None:
-            # Where the teacher was not asked in training, it was in scoring.
+            # Samples that never had the teacher in training have its prediction from scoring.
             teacher_pred = torch.where(teacher_pred >= 0, teacher_pred, selection.teacher_pred)
-        # The clearest cases first.
+        # Samples with the most extreme scores come first.
         scores = selection.scores[str(selection.policy["by"])]
         denied = denied[scores[denied].argsort(descending=not selection.policy.get("largest"), stable=True)]
 

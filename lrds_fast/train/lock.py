@@ -1,4 +1,4 @@
-"""Locks: one run at a time writes to a folder."""
+"""Locks on folders, so that only one run at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _held: set[int] = set()
 def holding(folder: Path, *, shared: bool = False, ranks: Ranks | None = None) -> Iterator[None]:
     """Locks `folder` while the body runs and creates it if needed. `shared`: other shared locks are allowed.
 
-    The operating system releases the lock when the process ends, even if it is killed or its child processes go on.
-    On a file system without locks a note is printed. ranks: the processes that hold the lock together. Raises
-    FileExistsError, which names the process that has the lock, in all of them.
+    The operating system releases the lock when the process ends, even if it is killed or its child processes live on.
+    On a file system without locks a note is printed. ranks: the processes that hold the lock together. If another
+    process holds the lock, all of them raise FileExistsError, which names it.
     """
     ranks = ranks or Ranks()
     handle, problem = -1, None
@@ -37,7 +37,7 @@ def holding(folder: Path, *, shared: bool = False, ranks: Ranks | None = None) -
             if folder.is_file():
                 raise FileExistsError(f"{folder} must be a folder; it is a file: choose another path")
             folder.mkdir(parents=True, exist_ok=True)
-            handle = _taken(folder / LOCK, shared)
+            handle = _acquire(folder / LOCK, shared)
         except OSError as error:
             problem = error
     problem = ranks.agree(problem)
@@ -47,11 +47,11 @@ def holding(folder: Path, *, shared: bool = False, ranks: Ranks | None = None) -
         yield
     finally:
         if ranks.first:
-            _let_go(folder / LOCK, handle)
+            _release(folder / LOCK, handle)
 
 
-def _taken(path: Path, shared: bool) -> int:
-    """The descriptor of the locked file."""
+def _acquire(path: Path, shared: bool) -> int:
+    """Locks the file and returns its descriptor."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -80,7 +80,7 @@ def _lock(handle: int, shared: bool) -> None:
     fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
-def _let_go(path: Path, handle: int) -> None:
+def _release(path: Path, handle: int) -> None:
     if handle not in _held:  # a forked child does not own the lock
         return
     with suppress(OSError):
@@ -98,12 +98,12 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _leave_to_parent() -> None:
-    """Closes the locks in a forked child: otherwise the workers of a loader would keep the lock of a killed run."""
+def _close_in_child() -> None:
+    """Closes the locks in a forked child; otherwise a loader's workers would keep the lock of a killed run."""
     for handle in _held:
         os.close(handle)
     _held.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    os.register_at_fork(after_in_child=_close_in_child)

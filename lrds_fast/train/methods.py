@@ -1,4 +1,4 @@
-"""Distillation objectives of a recipe: from a batch's logits to the loss and what is logged of it."""
+"""The distillation losses of a recipe: from a batch's logits to the loss and its logged parts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lrds_fast.train.setup import ce_weight_unselected, loss_arguments
 
 Objective = Callable[..., KDLossParts]
 """(student logits (N, C), teacher logits (K, C), target (N,), *, selected, kd_weight, grad_scale, num_valid) -> parts.
-K = N with `selected` (N,) bool or None; K < N where the first K rows are the selected ones. num_valid: what sums over
-the rows are divided by, where other processes or steps have rows of the same batch; None is N. That of "mlkd" takes
-`strong` as well: None, or (student logits, teacher logits) of the same rows in their second view."""
+K = N with `selected` (N,) bool or None; K < N where the first K rows are the selected ones. num_valid: the divisor of
+sums over rows where other processes or micro-batches have rows of the same batch; None is N. "mlkd" also takes
+`strong`: None, or (student logits, teacher logits) of the same rows in their second view."""
 
 
 def objective(options: LossOptions) -> Objective:
-    """The recipe's objective; of its parts loss = ce + kd, both weighted.
+    """The recipe's objective. Its parts satisfy loss = ce + kd, both weighted.
 
-    kd: kd_loss. dist, mlkd, revision: with s the share of the rows that have a teacher and c the weighted cross-entropy
-    of kd_loss,
+    Method "kd" is kd_loss. With s the share of the rows that have a teacher and c the weighted cross-entropy of
+    kd_loss, the other methods are
 
         dist      c + kd_weight * s * dist_loss(student, revised teacher), over these rows
         mlkd      lrds_fast.mlkd_loss; over two views see mlkd_views
@@ -35,19 +35,19 @@ def objective(options: LossOptions) -> Objective:
     """
     if options.method == "kd":
         return _kd(options)
-    return _shared({"dist": _dist, "mlkd": _mlkd, "revision": _revision}[options.method](options))
+    return _divided_by_num_valid({"dist": _dist, "mlkd": _mlkd, "revision": _revision}[options.method](options))
 
 
-def _shared(measure: Objective) -> Objective:
-    """An objective whose means are over the rows at hand, as one over num_valid. What relates the rows of a batch to
-    each other sees those of this process and part alone."""
+def _divided_by_num_valid(mean: Objective) -> Objective:
+    """Turns an objective that averages over its N rows into one that divides by num_valid. Losses that compare rows
+    (DIST, MLKD) use only this process's micro-batch."""
 
     def parts(z: Tensor, *others: Any, num_valid: Tensor | float | None = None, **options: Any) -> KDLossParts:
-        found = measure(z, *others, **options)
+        means = mean(z, *others, **options)
         if num_valid is None:
-            return found
+            return means
         share = len(z) / num_valid
-        return found._replace(loss=found.loss * share, ce=found.ce * share, kd=found.kd * share)
+        return means._replace(loss=means.loss * share, ce=means.ce * share, kd=means.kd * share)
 
     return parts
 
@@ -79,14 +79,14 @@ def _kd(options: LossOptions) -> Objective:
 
 
 def _teacher_keywords(v: Tensor | TopKTeacher, selected: Tensor | None) -> dict[str, Any]:
-    """kd_loss's `selected`, or its `teacher_rows` where there is no mask."""
+    """kd_loss's argument `selected`, or `teacher_rows` without a mask."""
     if selected is not None:
         return {"selected": selected}
     return {"teacher_rows": len(v.values if isinstance(v, TopKTeacher) else v)}
 
 
-def _counted(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, options: LossOptions) -> KDLossParts:
-    """The weighted cross-entropy and the counts, from kd_loss without its divergence."""
+def _cross_entropy(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, options: LossOptions) -> KDLossParts:
+    """The weighted cross-entropy and the row counts of kd_loss, without its divergence."""
     return lrds_fast.kd_loss_parts(
         z,
         v,
@@ -102,8 +102,8 @@ def _counted(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, options: 
     )
 
 
-def _taught(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that have a teacher: student logits, teacher logits, targets."""
+def _rows_with_teacher(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Student logits, teacher logits and targets of the rows that have a teacher."""
     if selected is None:
         return z[: len(v)], v, y[: len(v)]
     return z[selected], v[selected], y[selected]
@@ -113,10 +113,10 @@ def _dist(options: LossOptions) -> Objective:
     def parts(
         z: Tensor, v: Tensor, y: Tensor, *, selected: Tensor | None, kd_weight: float, grad_scale: Any = None
     ) -> KDLossParts:
-        counted = _counted(z, v, y, selected, options)
-        student, teacher, target = _taught(z, v, y, selected)
+        ce_parts = _cross_entropy(z, v, y, selected, options)
+        student, teacher, target = _rows_with_teacher(z, v, y, selected)
         if len(student) < 2:  # no correlation between samples
-            return counted
+            return ce_parts
         t = options.temperature
         if options.revise != "none":
             revised = lrds_fast.revise_labels(
@@ -125,7 +125,7 @@ def _dist(options: LossOptions) -> Objective:
             teacher = t * revised.clamp_min(torch.finfo(revised.dtype).tiny).log()
         share = len(student) / len(z)
         kd = kd_weight * share * lrds_fast.dist_loss(student, teacher, temperature=t)
-        return counted._replace(loss=counted.loss + kd, kd=kd.detach())
+        return ce_parts._replace(loss=ce_parts.loss + kd, kd=kd.detach())
 
     return parts
 
@@ -141,13 +141,13 @@ def _mlkd(options: LossOptions) -> Objective:
         grad_scale: Any = None,
         strong: tuple[Tensor, Tensor] | None = None,
     ) -> KDLossParts:
-        counted = _counted(z, v, y, selected, options)
+        ce_parts = _cross_entropy(z, v, y, selected, options)
         if strong is not None:
             kd = kd_weight * mlkd_views(z, v, y, strong, selected=selected, options=options)
-            second = _counted(*strong, y, selected, options)
-            loss = counted.loss + second.loss + kd
-            return counted._replace(loss=loss, ce=counted.ce + second.ce, kd=kd.detach())
-        if len(v) < len(z):  # the others' rows do not count
+            strong_ce = _cross_entropy(*strong, y, selected, options)
+            loss = ce_parts.loss + strong_ce.loss + kd
+            return ce_parts._replace(loss=loss, ce=ce_parts.ce + strong_ce.ce, kd=kd.detach())
+        if len(v) < len(z):  # mlkd_loss takes as many teacher rows; the mask leaves the zeros out
             selected = torch.arange(len(z), device=z.device) < len(v)
             v = torch.cat([v, v.new_zeros(len(z) - len(v), v.shape[1])])
         kd = lrds_fast.mlkd_loss(
@@ -163,7 +163,7 @@ def _mlkd(options: LossOptions) -> Objective:
             revise_temperature=options.revise_temperature,
             selected=selected,
         )
-        return counted._replace(loss=counted.loss + kd, kd=kd.detach())
+        return ce_parts._replace(loss=ce_parts.loss + kd, kd=kd.detach())
 
     return parts
 
@@ -196,10 +196,10 @@ def mlkd_views(
             f"strong must have the logits' shapes {tuple(z.shape)} and {tuple(v.shape)};"
             f" got {tuple(strong[0].shape)} and {tuple(strong[1].shape)}"
         )
-    student, teacher, target = _taught(z, v, y, selected)
+    student, teacher, target = _rows_with_teacher(z, v, y, selected)
     if not len(student):
         return z.sum() * 0.0
-    target_of: dict[str, Any] = {
+    keywords: dict[str, Any] = {
         "temperature": options.temperatures or options.temperature,
         "revise": options.revise,
         "eta": options.eta,
@@ -210,10 +210,10 @@ def mlkd_views(
     rows, classes = ((x <= x.quantile(0.5)).to(p.dtype).mean() for x in (confidence, mass))
 
     def by_row(z: Tensor, v: Tensor) -> Tensor:
-        return lrds_fast.kd_loss(z, v, target, ce_weight=0.0, kd_weight=1.0, **target_of)
+        return lrds_fast.kd_loss(z, v, target, ce_weight=0.0, kd_weight=1.0, **keywords)
 
-    by_batch, by_class = gram_terms(student, teacher, target, **target_of)
-    second, second_teacher, _ = _taught(strong[0], strong[1], y, selected)
+    by_batch, by_class = gram_terms(student, teacher, target, **keywords)
+    second, second_teacher, _ = _rows_with_teacher(strong[0], strong[1], y, selected)
     kd = rows * (by_row(student, teacher) + by_batch) + classes * by_class + by_row(second, second_teacher)
     return len(student) / len(z) * kd
 
@@ -222,9 +222,9 @@ def _revision(options: LossOptions) -> Objective:
     def parts(
         z: Tensor, v: Tensor, y: Tensor, *, selected: Tensor | None, kd_weight: float, grad_scale: Any = None
     ) -> KDLossParts:
-        counted = _counted(z, v, y, selected, options)
-        student, teacher, target = _taught(z, v, y, selected)
-        ce = kd = counted.loss.new_zeros(())
+        ce_parts = _cross_entropy(z, v, y, selected, options)
+        student, teacher, target = _rows_with_teacher(z, v, y, selected)
+        ce = kd = ce_parts.loss.new_zeros(())
         if len(student):
             revised = lrds_fast.revision_loss(
                 student, teacher, target, lambda1=options.lambda1, lambda2=options.lambda2, eta=options.eta
@@ -234,6 +234,6 @@ def _revision(options: LossOptions) -> Objective:
             rest = z[len(v) :] if selected is None else z[~selected]
             labels = y[len(v) :] if selected is None else y[~selected]
             ce = ce_weight_unselected(options) * F.cross_entropy(rest.to(ce.dtype), labels) * len(rest) / len(z)
-        return counted._replace(loss=ce + kd, ce=ce.detach(), kd=kd.detach())
+        return ce_parts._replace(loss=ce + kd, ce=ce.detach(), kd=kd.detach())
 
     return parts

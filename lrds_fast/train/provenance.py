@@ -1,4 +1,4 @@
-"""What a result was made with: versions, commit, processor, command."""
+"""The provenance of a result: versions, commit, processor, command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import lrds_fast
 
 
 def provenance(device: torch.device, processes: int = 1) -> dict[str, str]:
-    """What a run was made with and by, as a reader sees it."""
+    """The facts of a run's provenance, by the names that reports print."""
     threads = torch.get_num_threads()
     facts = {
         "lrds-fast": f"{lrds_fast.__version__}, commit {commit()}",
@@ -35,20 +35,20 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """git's name of these sources; LRDS_COMMIT where there is no git or no history, else "unknown"."""
+    """git's description of the sources; without git or history LRDS_COMMIT, else "unknown"."""
     root = Path(lrds_fast.__file__).resolve().parents[1]
-    found = ""
+    description = ""
     if (root / ".git").exists():
         command = ["git", "describe", "--always", "--dirty"]
         try:
-            found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+            description = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
         except OSError:
-            found = ""
-    return found or os.environ.get("LRDS_COMMIT", "") or "unknown"
+            description = ""
+    return description or os.environ.get("LRDS_COMMIT", "") or "unknown"
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux has it, elsewhere what Python knows of it."""
+    """The processor's name from /proc/cpuinfo, elsewhere from Python's platform module."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -51,19 +51,6 @@ def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection 
     return Selection.load(path)
 
 
-def check(recipe: Recipe, data: Data, teacher: nn.Module | None) -> None:
-    """Raises ValueError, before an epoch is spent, for what scoring would need."""
-    options = recipe.selection
-    if options.after == 0:
-        return
-    if teacher is None:
-        raise ValueError(
-            f"selection.after is {options.after}, but there is no teacher to select for; set teacher.model"
-        )
-    if data.val is None and options.by.startswith("kd_gain"):
-        raise ValueError(f"selection.by = {options.by!r} needs held-out samples; set data.val_fraction, e.g. to 0.1")
-
-
 def rescore(
     recipe: Recipe,
     data: Data,

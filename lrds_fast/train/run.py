@@ -1,4 +1,4 @@
-"""A recipe carried out: data, networks and selection made from its words, then trained or scored."""
+"""The work of the commands train, score and cache: data, networks and selection of a recipe, then the run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import rescoring
 from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
+from lrds_fast.train.checks import check_selection, check_teacher
 from lrds_fast.train.evaluation import outputs
 from lrds_fast.train.folder import CHECKPOINT, RECIPE
 from lrds_fast.train.gallery import write_gallery
 from lrds_fast.train.lock import holding
-from lrds_fast.train.loop import TrainResult, train
+from lrds_fast.train.loop import TrainingRun, TrainResult
 from lrds_fast.train.setup import scored_loss
-from lrds_fast.train.teaching import CachedAnswers, MixedUp, Stored
+from lrds_fast.train.teaching import CachedLogits, LogitsInMemory, MismatchedLogits
 from lrds_fast.train.weights import load_weights
 
 
@@ -60,7 +61,7 @@ def load_data(recipe: Recipe) -> Data:
 
 
 def build_student(recipe: Recipe, data: Data) -> nn.Module:
-    """The student with the recipe's seed in it, or with the weights of student.checkpoint."""
+    """The student, initialised by the recipe's seed or with the weights of student.checkpoint."""
     torch.manual_seed(data_sets.derived_seed("student", recipe.seed))
     student = models.create(recipe.student.model, num_classes=data.num_classes)
     if recipe.student.checkpoint:
@@ -71,44 +72,31 @@ def build_student(recipe: Recipe, data: Data) -> nn.Module:
 
 def build_teacher(recipe: Recipe, data: Data) -> nn.Module | None:
     """The teacher with its trained weights; None where the recipe names none."""
+    check_teacher(recipe)
     options = recipe.teacher
     if not options.model:
-        if options.checkpoint:
-            raise ValueError(
-                f"teacher.checkpoint is {options.checkpoint!r}, but teacher.model is empty; name the model"
-            )
         return None
-    if not options.checkpoint:
-        raise ValueError(
-            f"teacher.checkpoint is empty: {options.model} would teach with random weights;"
-            " train it first and set teacher.checkpoint=runs/.../last.pt"
-        )
     teacher = models.create(options.model, num_classes=data.num_classes)
     load_weights(teacher, Path(options.checkpoint), key="teacher.checkpoint", weights=options.weights)
     return teacher
 
 
 def _sources(recipe: Recipe, data: Data) -> Tensor:
-    """(N,) int64: the training sample whose answer of the teacher each training sample gets."""
+    """(N,) int64: the training sample whose teacher logits each training sample gets (teacher.answer_noise)."""
     options = recipe.teacher
     return data_sets.answer_sources(len(data.train.labels), options.answer_noise, seed=recipe.data.split_seed)
 
 
 def fingerprint(data: Data) -> str:
-    """The training split's fingerprint, which selections and checkpoints carry."""
+    """The fingerprint of the training split, which selections and checkpoints store."""
     return dataset_fingerprint(data.train.labels, data.num_classes)
 
 
 def load_selection(recipe: Recipe, data: Data) -> Selection | None:
-    """The recipe's selection, refused where it is of other data; None where the recipe names none."""
+    """The recipe's selection; None where the recipe names none. ValueError for a selection of other data."""
+    check_selection(recipe)
     path = recipe.selection.path
-    if not path:
-        return None
-    if not recipe.teacher.model:
-        raise ValueError(f"selection.path is {path!r}, but there is no teacher to select for; set teacher.model")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"selection.path: there is no file {path}; lrds-fast select writes one")
-    return Selection.load(path, dataset=fingerprint(data))
+    return Selection.load(path, dataset=fingerprint(data)) if path else None
 
 
 def fit(
@@ -119,45 +107,53 @@ def fit(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Trains as the recipe says; files go to recipe.out (see lrds_fast.train.loop.train). Under torchrun every process
-    makes this call."""
-    with joined(recipe.run.device, recipe.run.timeout):
-        ranks = Ranks.current()
+    """Trains as the recipe says; files go to recipe.out. Arguments and errors: see lrds_fast.train.loop.train.
+
+    Under torchrun every process makes this call."""
+    with joined(recipe.run.device, recipe.run.timeout) as device:
         data = load_data(recipe)
         selection = load_selection(recipe, data)
-        teacher = build_teacher(recipe, data)
         mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
-        cached: CachedAnswers | None = None
-        if teacher is not None and recipe.teacher.cache:
-            # With a mask, and before samples are scored, the teacher is asked about every row; with mixed-up answers,
-            # about samples that are not selected too.
-            options = recipe.selection
-            alone = options.compose == "prefix" and not options.after and not recipe.teacher.answer_noise
-            facts = teacher_facts(recipe, teacher)
-            cached = open_cache(recipe, data, facts, selected=mask if alone else None, verify=ranks.first)
-        if teacher is not None and recipe.teacher.answer_noise:
-            if cached is None:
-                cached = Stored(outputs(teacher, data.score, pick_device(recipe.run.device)).logits)
-            cached = MixedUp(cached, _sources(recipe, data))
-        result = train(
+        teacher = build_teacher(recipe, data)
+        cached = None if teacher is None else _cached_logits(recipe, data, teacher, mask, device)
+        student = build_student(recipe, data)
+        run = TrainingRun(
             recipe,
             data,
-            build_student(recipe, data),
+            student,
             teacher,
+            device,
             out=recipe.out,
             fingerprint=fingerprint(data),
             selected=mask,
             cached=cached,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-            say=say,
         )
-        made = rescoring.latest(recipe.out, recipe.selection, recipe.schedule.epochs)
-        selection = selection if made is None else made
-        if ranks.first and result.teacher_pred is not None and bool((result.teacher_pred >= 0).any()):
-            write_gallery(recipe, data, result.teacher_pred, selection)
+        result = run.train(resume=resume, overwrite=overwrite, progress=progress, say=say)
+        latest = rescoring.latest(recipe.out, recipe.selection, recipe.schedule.epochs)
+        teacher_pred = result.teacher_pred
+        if Ranks.current().first and teacher_pred is not None and bool((teacher_pred >= 0).any()):
+            write_gallery(recipe, data, teacher_pred, selection if latest is None else latest)
         return result
+
+
+def _cached_logits(
+    recipe: Recipe, data: Data, teacher: nn.Module, selected: Tensor | None, device: torch.device
+) -> CachedLogits | None:
+    """The teacher's logits from teacher.cache, or, with teacher.answer_noise, from one pass over the training samples;
+    None where the teacher runs in training."""
+    cached: CachedLogits | None = None
+    if recipe.teacher.cache:
+        # Only with a prefix selection that never changes are the logits of the other samples not needed.
+        options = recipe.selection
+        selected_suffice = options.compose == "prefix" and not options.after and not recipe.teacher.answer_noise
+        facts = teacher_facts(recipe, teacher)
+        needed = selected if selected_suffice else None
+        cached = open_cache(recipe, data, facts, selected=needed, verify=Ranks.current().first)
+    if recipe.teacher.answer_noise:
+        if cached is None:
+            cached = LogitsInMemory(outputs(teacher, data.score, device).logits)
+        cached = MismatchedLogits(cached, _sources(recipe, data))
+    return cached
 
 
 def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
@@ -210,10 +206,12 @@ def cache(
 ) -> SoftLabels:
     """Runs the recipe's teacher once and writes teacher.cache (see lrds_fast.train.cache.write_cache).
 
-    only_selected: only the soft labels of the samples that selection.path keeps.
+    only_selected: writes only the soft labels of the samples that selection.path keeps.
     """
     if only_selected and not recipe.selection.path:
-        raise ValueError("selection.path is empty: --selected takes the samples that it keeps; leave --selected out")
+        raise ValueError(
+            "selection.path is empty: --selected needs a selection; set selection.path, or leave --selected out"
+        )
     data = load_data(recipe)
     selection = load_selection(recipe, data) if only_selected else None
     teacher = build_teacher(recipe, data)
@@ -230,9 +228,9 @@ def cache(
     )
 
 
-def shown_beside(scores: Path, selection: Selection) -> dict[str, Any]:
-    """Selection.report's pictures and class_names for a file of scores, by the recipe of the run it lies with; {} where
-    that is not there or its data is not the selection's.
+def pictures_of_run(scores: Path, selection: Selection) -> dict[str, Any]:
+    """The arguments pictures and class_names of Selection.report, from the run in whose folder the file of scores is.
+    Returns {} where there is no run or its data is not the selection's.
     """
     path = scores.with_name(RECIPE)
     if not path.is_file():

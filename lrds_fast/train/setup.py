@@ -1,4 +1,4 @@
-"""From a recipe's words to PyTorch's objects: device, precision, optimizer, schedule."""
+"""PyTorch objects from a recipe's options: precision, optimizer, learning rate, loss arguments."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
     if epoch < schedule.warmup_epochs:
         return (epoch + 1e-3) / schedule.warmup_epochs
     if schedule.name == "cosine":
-        done = (epoch - schedule.warmup_epochs) / max(schedule.epochs - schedule.warmup_epochs, 1e-9)
-        return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+        progress = (epoch - schedule.warmup_epochs) / max(schedule.epochs - schedule.warmup_epochs, 1e-9)
+        return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
     if schedule.name == "step":
         return schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
     if schedule.name == "exponential":
@@ -35,13 +35,13 @@ def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:
 
 
 def build_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all parameters; ImportError where it is timm's and that is missing."""
+    """The recipe's optimizer for all parameters of the model; ImportError for timm's without timm."""
     if options.name in ("rmsprop", "lamb"):
         try:
             optim: Any = importlib.import_module("timm.optim")
         except ImportError as error:
             raise ImportError(f"optimizer.name {options.name!r} needs timm: pip install timm ({error})") from error
-        chosen: torch.optim.Optimizer = (
+        optimizer: torch.optim.Optimizer = (
             optim.Lamb(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
             if options.name == "lamb"
             else optim.RMSpropTF(
@@ -53,7 +53,7 @@ def build_optimizer(options: OptimizerOptions, model: nn.Module) -> torch.optim.
                 weight_decay=options.weight_decay,
             )
         )
-        return chosen
+        return optimizer
     if options.name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay, fused=True)
     return torch.optim.SGD(
@@ -76,9 +76,9 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel | None:
 
 
 def available_amp(amp: str, device: torch.device, *, emulated: bool = False) -> str:
-    """`amp`, or "off" with a note where this CPU has no instructions for the 16-bit type.
+    """`amp`, or "off" with a note on a CPU without instructions for the 16-bit type.
 
-    There PyTorch's convolutions are about ten times slower in 16 bits than in float32. emulated: always return `amp`.
+    Without them PyTorch's convolutions are about ten times slower in 16 bits than in float32. emulated: always `amp`.
     """
     if amp == "off" or emulated or device.type != "cpu" or _computes(amp):
         return amp
@@ -93,8 +93,8 @@ def _computes(amp: str) -> bool:
     if amp == "bf16" and platform.machine() in ("x86_64", "AMD64"):
         # oneDNN also reports support on AVX-512 CPUs without these instructions.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    ask: Any = getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported")
-    return bool(ask())
+    supported: Any = getattr(torch.ops.mkldnn, f"_is_mkldnn_{amp}_supported")
+    return bool(supported())
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def _note_fall_back(amp: str) -> None:
 
 
 def autocast_factory(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A fresh autocast context per use; does nothing for amp "off"."""
+    """A function that returns a new autocast context; for amp "off" the context does nothing."""
     if amp == "off":
         return nullcontext
     dtype = torch.bfloat16 if amp == "bf16" else torch.float16
@@ -115,28 +115,28 @@ def autocast_factory(amp: str, device: torch.device) -> Callable[[], AbstractCon
 
 
 def kd_factor(options: LossOptions, epoch: int) -> float:
-    """What kd_weight is multiplied with in `epoch`, counted from 0."""
+    """The factor of kd_weight in `epoch`, counted from 0: below 1 while it warms up."""
     return min((epoch + 1) / options.kd_warmup_epochs, 1.0) if options.kd_warmup_epochs else 1.0
 
 
 def ce_weight_unselected(options: LossOptions) -> float:
-    """The cross-entropy weight of samples without teacher; the default goes by the full kd_weight, also while that
+    """The cross-entropy weight of samples without teacher. Its default depends on the full kd_weight, also while that
     warms up."""
-    given = options.ce_weight_unselected
-    return default_ce_weight_unselected(options.ce_weight, options.kd_weight) if given is None else given
+    weight = options.ce_weight_unselected
+    return default_ce_weight_unselected(options.ce_weight, options.kd_weight) if weight is None else weight
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with the numbers that its defaults stand for: what a run's files say, whatever defaults become."""
+    """The recipe with computed defaults as numbers, so that a run's files stay right if a default changes."""
     return recipe.with_values(**{"loss.ce_weight_unselected": ce_weight_unselected(recipe.loss)})
 
 
 def scored_loss(options: LossOptions, epoch: int | None = None) -> KDLoss:
-    """What influence scores samples by: kd_loss as it is trained in `epoch`, counted from 0, its kd_weight warmed up
-    that far; None: fully.
+    """The loss by which influence scores samples: kd_loss as in `epoch`, counted from 0, with that epoch's kd_weight;
+    None is after the warm-up.
 
-    Of loss.method "dist", "mlkd" and "revision" only the weights, the temperature and the revision: these relate rows
-    to each other, and what one sample's teacher contributes is no term of their own.
+    For loss.method "dist", "mlkd" and "revision" it is kd_loss with their weights, temperature and revision: these
+    losses compare rows with each other, so that one sample's teacher contributes no separate term.
     """
     factor = 1.0 if epoch is None else kd_factor(options, epoch)
     return KDLoss(**(loss_arguments(options) | {"kd_weight": options.kd_weight * factor}))

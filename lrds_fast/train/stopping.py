@@ -1,4 +1,4 @@
-"""A request to stop (SIGTERM, Ctrl-C) that waits for the end of the step."""
+"""Signals that stop training (SIGTERM, Ctrl-C) are noted and answered at the end of a step."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Stopped(Exception):
         self.signal = number
 
 
-class Request:
-    """signal: the number of the first signal that asked to stop, 0 while none has."""
+class StopRequest:
+    """signal: the number of the first stop signal that arrived, 0 while there is none."""
 
     signal: int = 0
 
 
 @contextmanager
-def stop_requests() -> Iterator[Request]:
+def stop_requests() -> Iterator[StopRequest]:
     """Notes SIGTERM and SIGINT instead of ending the process; a second SIGINT interrupts at once.
 
-    Outside the main thread signals cannot be caught: then they do what they did.
+    Outside the main thread Python cannot handle signals; there their handlers stay as they are.
     """
-    request = Request()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -1,4 +1,4 @@
-"""What a finished run leaves for its report: its last evaluation in parts, where its teacher erred, how it was made."""
+"""The summary of a finished run, for reports: its last evaluation, its teacher's errors, its provenance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lrds_fast.train.evaluation import Evaluation
 from lrds_fast.train.provenance import provenance
 
 SUMMARY = "summary.json"
-#: Pairs of label and teacher's class that are kept, the most frequent first; all there are of 100 classes.
+#: At most so many pairs of label and teacher's class are stored, the most frequent first: all pairs of 100 classes.
 PAIRS = 10_000
 
 
@@ -23,27 +23,27 @@ def write_summary(
     out: Path,
     data: Data,
     evaluation: Evaluation,
-    predicted: Tensor | None,
+    teacher_pred: Tensor | None,
     selected: Tensor | None,
     device: torch.device,
     processes: int,
 ) -> None:
     """Writes out/summary.json: class_names, test (Evaluation.parts), teacher (errors), made (provenance).
 
-    evaluation: of the test split. predicted: (N,) int64, the teacher's class of every training sample, -1 where it was
-    not asked; None without a teacher. selected: (N,) bool, who keeps the teacher; None is all.
+    evaluation: of the test split. teacher_pred: (N,) int64, the teacher's class of every training sample, -1 where it
+    is not known; None without a teacher. selected: (N,) bool, the samples that keep the teacher; None is all.
     """
     facts = {
         "class_names": list(data.class_names),
         "test": evaluation.parts(),
-        "teacher": None if predicted is None else errors(data.train.labels.cpu(), predicted.cpu(), selected),
+        "teacher": None if teacher_pred is None else errors(data.train.labels.cpu(), teacher_pred.cpu(), selected),
         "made": provenance(device, processes),
     }
     write_text(out / SUMMARY, json.dumps(plain(facts), allow_nan=False))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of the run in `folder`, {} where it has none; ValueError for one that is damaged."""
+    """The summary of the run in `folder`, {} where it has none; ValueError for a damaged one."""
     path = folder / SUMMARY
     if not path.is_file():
         return {}
@@ -52,21 +52,24 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
     if not isinstance(facts, dict) or not {"class_names", "test", "teacher", "made"} <= facts.keys():
-        raise ValueError(f"{path} is no summary of this version; delete it, and reports do without")
+        raise ValueError(f"{path} is no summary of this version; delete it: reports work without it")
     return facts
 
 
-def errors(labels: Tensor, predicted: Tensor, selected: Tensor | None) -> dict[str, Any]:
-    """Where the teacher's class is not the label, among the samples that keep the teacher: how many were asked and how
-    many of these are wrong, and (label, teacher's class, samples) from the most frequent pair on."""
-    asked = predicted >= 0
+def errors(labels: Tensor, teacher_pred: Tensor, selected: Tensor | None) -> dict[str, Any]:
+    """The teacher's errors on the samples that keep it.
+
+    "asked": samples whose prediction is known; "wrong": those where it is not the label; "pairs": (label, teacher's
+    class, samples), the most frequent pair first.
+    """
+    known = teacher_pred >= 0
     if selected is not None:
-        asked &= selected.cpu()
-    wrong = asked & (predicted != labels)
-    pairs, counts = torch.unique(torch.stack([labels[wrong], predicted[wrong]]), dim=1, return_counts=True)
+        known &= selected.cpu()
+    wrong = known & (teacher_pred != labels)
+    pairs, counts = torch.unique(torch.stack([labels[wrong], teacher_pred[wrong]]), dim=1, return_counts=True)
     order = counts.argsort(descending=True, stable=True)[:PAIRS]
     return {
-        "asked": int(asked.sum()),
+        "asked": int(known.sum()),
         "wrong": int(wrong.sum()),
         "pairs": [[*pair, count] for pair, count in zip(pairs.T[order].tolist(), counts[order].tolist(), strict=True)],
     }

@@ -1,4 +1,4 @@
-"""The teacher at work: a network that is run, on a stream of its own if wanted, or its cached answers."""
+"""The teacher: a network that runs beside the student, or its cached logits."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from lrds_fast.topk import TopKTeacher
 
 
-class CachedAnswers(Protocol):
-    """What a teacher said of a view of each sample; lrds_fast.data.soft_labels.SoftLabels is one."""
+class CachedLogits(Protocol):
+    """A teacher's logits for every view of each sample; lrds_fast.data.soft_labels.SoftLabels is one."""
 
     @property
     def views(self) -> int:
-        """How many views of each sample there are."""
+        """The number of views of each sample."""
 
     def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor | TopKTeacher:
-        """The logits of these samples, (K, C) or their top k."""
+        """The logits of K samples, (K, C) or their top k, on the device. indices: (K,) int64 on the CPU."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A teacher's CachedAnswers in memory. logits: (N, C), of every sample as it is."""
+class LogitsInMemory:
+    """CachedLogits in memory. logits: (N, C), of every sample without augmentation."""
 
     logits: Tensor
     views: int = 1
@@ -36,26 +36,29 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class MixedUp:
-    """CachedAnswers some of which are those to other samples. source: (N,) int64, whose answer each sample gets."""
+class MismatchedLogits:
+    """CachedLogits some of which belong to other samples, for experiments with an unreliable teacher.
 
-    answers: CachedAnswers
+    source: (N,) int64, the sample whose logits each sample gets.
+    """
+
+    logits: CachedLogits
     source: Tensor
 
     @property
     def views(self) -> int:
-        return self.answers.views
+        return self.logits.views
 
     def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor | TopKTeacher:
-        return self.answers.batch(view, self.source[indices], device)
+        return self.logits.batch(view, self.source[indices], device)
 
 
 class Teacher:
-    """Answers for the first rows of a batch. The network is in eval mode, frozen, and keeps no graph.
+    """Computes the teacher's logits. The network is in eval mode, frozen, and records no graph.
 
-    model: the network, None where `cached` answers. autocast: its precision. run: the network as it is called
-    (compiled, for example); model itself by default. own_stream: on a CUDA device it runs beside the student's forward
-    pass. keep_tensors: its activations are used in a loss, which inference tensors cannot be.
+    model: the network, None with `cached` logits. autocast: its precision. run: the network as it is called (compiled,
+    for example); by default model itself. own_stream: on a CUDA device the network runs on its own stream, beside the
+    student's forward pass. keep_tensors: a loss uses its activations, which therefore must not be inference tensors.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Teacher:
         *,
         autocast: Callable[[], AbstractContextManager[Any]],
         run: Callable[[Tensor], Tensor] | None = None,
-        cached: CachedAnswers | None = None,
+        cached: CachedLogits | None = None,
         own_stream: bool = False,
         keep_tensors: bool = False,
     ) -> None:
@@ -79,8 +82,11 @@ class Teacher:
         stream: Any = torch.cuda.Stream  # untyped
         self._stream = stream(device) if own_stream and device.type == "cuda" else None
 
-    def ask(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor | TopKTeacher:
-        """The answers (K, C) to K > 0 images, of samples `indices` in `epoch`; see answered()."""
+    def start(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor | TopKTeacher:
+        """The logits (K, C) of K > 0 images, or the cached ones of samples `indices` in `epoch`.
+
+        With a stream of its own the teacher may still be computing them: pass them to wait() before use.
+        """
         if self._cached is not None:
             return self._cached.batch(epoch % self._cached.views, indices, self._device)
         assert self._run is not None
@@ -89,14 +95,14 @@ class Teacher:
                 return self._run(images)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream), self._without_graph(), self._autocast():
-            answers = self._run(images)
+            logits = self._run(images)
         images.record_stream(self._stream)
-        return answers
+        return logits
 
-    def answered(self, answers: Tensor | TopKTeacher) -> Tensor | TopKTeacher:
-        """The answers, once they are there for the student's stream. Nothing waits on the host."""
-        if self._stream is not None and isinstance(answers, Tensor):
+    def wait(self, logits: Tensor | TopKTeacher) -> Tensor | TopKTeacher:
+        """The logits of start(), for use on the current stream, which waits for them. The host does not wait."""
+        if self._stream is not None and isinstance(logits, Tensor):
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
-            answers.record_stream(current)
-        return answers
+            logits.record_stream(current)
+        return logits

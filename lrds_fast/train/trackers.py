@@ -1,4 +1,4 @@
-"""Where a run's numbers also go: TensorBoard, Weights & Biases."""
+"""The log for TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ TENSORBOARD = "tensorboard"
 
 
 class Trackers:
-    """Gets every record of the log. An older run's events after `step` are void.
+    """Passes every record of the log on. Events of an earlier run after `step` are discarded.
 
-    TensorBoard's files go to out/tensorboard where tensorboard is installed and run.tensorboard is not off; W&B needs
-    run.wandb, the project's name: ImportError where it is not installed.
+    TensorBoard's files are written to out/tensorboard if tensorboard is installed and run.tensorboard is true. W&B is
+    used if run.wandb names a project; raises ImportError if it is not installed.
     """
 
     def __init__(self, recipe: Recipe, out: Path, step: int) -> None:
@@ -27,7 +27,7 @@ class Trackers:
         if recipe.run.tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # By an untyped name: whether it is typed depends on whether tensorboard is installed.
+            # Any: it has types only where tensorboard is installed.
             writer: Any = SummaryWriter
             self._writer = writer(str(out / TENSORBOARD), purge_step=step + 1)
         if recipe.run.wandb:
@@ -48,7 +48,7 @@ class Trackers:
             )
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One epoch's record, at its step."""
+        """Logs one epoch's record at its step."""
         numbers = {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}
         if self._writer is not None:
             with naming(self._out / TENSORBOARD):
@@ -59,7 +59,7 @@ class Trackers:
             self._wandb.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes buffered events and ends the W&B run."""
         if self._writer is not None:
             self._writer.close()
         if self._wandb is not None:
@@ -67,5 +67,5 @@ class Trackers:
 
 
 def _identifier(out: Path) -> str:
-    """W&B's name of this folder's run, so that a resumed one goes on in the same."""
+    """The id of the folder's run at W&B, so that a resumed run continues the same one."""
     return "-".join(part for part in out.parts if part not in ("/", ".", ".."))[-100:]

@@ -1,0 +1,82 @@
+"""What the commands share: exit codes, arguments that several commands take, and how progress is shown."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TypeAlias
+
+#: What ArgumentParser.add_subparsers returns.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+#: Exit codes: success; the work failed (training diverged, disk full, ...); the command line or a recipe is wrong;
+#: interrupted. Training that a signal stops exits with 128 + the signal's number once its checkpoint is written.
+OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+#: The hint after an interruption, for commands with --resume.
+RESUME_HINT = "; to resume from the last checkpoint, run the same command with --resume"
+
+
+def add_command(
+    subparsers: Subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    example: str,
+    interrupted_hint: str = "",
+) -> argparse.ArgumentParser:
+    """Adds the parser of one command.
+
+    run: does the command's work and returns the exit code. summary: one line for both help texts. interrupted_hint: is
+    printed after "interrupted", and says how to continue.
+    """
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, parser=parser, interrupted_hint=interrupted_hint)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The argument RECIPE, --set and --quiet."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name that `lrds-fast recipes` lists")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """--set and --quiet."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="override a value of the recipe",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_resume_or_overwrite(parser: argparse.ArgumentParser, *, resume: str, overwrite: str) -> None:
+    """--resume and --overwrite, which exclude each other, with these help texts."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help=resume)
+    group.add_argument("--overwrite", action="store_true", help=overwrite)
+
+
+def shows_progress(options: argparse.Namespace) -> bool:
+    """Whether progress bars are drawn: on a terminal, unless --quiet is given."""
+    return not options.quiet and sys.stderr.isatty()
+
+
+def epoch_printer(options: argparse.Namespace) -> Callable[[str], object] | None:
+    """Prints one line per epoch to stderr where no progress bar can be drawn; None on a terminal and with --quiet."""
+    if options.quiet or sys.stderr.isatty():
+        return None
+    return lambda line: print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""lrds-fast train: trains one recipe."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from lrds_fast.cli.command import (
+    OK,
+    RESUME_HINT,
+    Subparsers,
+    add_command,
+    add_recipe,
+    add_resume_or_overwrite,
+    epoch_printer,
+    shows_progress,
+)
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds the command's parser."""
+    parser = add_command(
+        subparsers,
+        "train",
+        run,
+        summary="train a recipe",
+        example="lrds-fast train digits_alone --set schedule.epochs=20 --set seed=1",
+        interrupted_hint=RESUME_HINT,
+    )
+    add_recipe(parser)
+    add_resume_or_overwrite(
+        parser,
+        resume="continue from the run's last checkpoint, if there is one",
+        overwrite="replace an older run in the same folder",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains the recipe and prints the last test accuracy; returns the exit code."""
+    from lrds_fast.recipe.recipe import load_recipe
+
+    # Before PyTorch is imported, so that an error in the recipe is reported at once.
+    recipe = load_recipe(options.recipe, options.settings)
+
+    from lrds_fast.train.run import fit
+
+    result = fit(
+        recipe,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        progress=shows_progress(options),
+        say=epoch_printer(options),
+    )
+    if int(os.environ.get("RANK", "0")):
+        return OK
+    last = result.records[-1]
+    best = max(record["test_acc"] for record in result.records)
+    print(
+        f"{recipe.name}: test accuracy {last['test_acc']:.2%} after epoch {last['epoch']} (best epoch {best:.2%}),"
+        f" test cross-entropy {last['test_ce']:.4f}; {recipe.out}"
+    )
+    return OK
