@@ -22,7 +22,7 @@ from lrds_fast.arguments import (
     unknown_keyword,
 )
 from lrds_fast.divergences import REVISE, REVISE_TEMPERATURE, Divergence
-from lrds_fast.options import DivergenceKeywords, KDOptions, check_policy, kd_options, remembered_kd_options
+from lrds_fast.options import DivergenceKeywords, KDOptions, cached_kd_options, check_policy, kd_options
 from lrds_fast.options import temperatures as temperatures
 from lrds_fast.reference import KDLossParts
 from lrds_fast.topk import TopKTeacher, check_topk
@@ -254,7 +254,7 @@ def kd_loss(
         )
     if unknown:
         raise unknown_keyword(kd_loss, unknown)
-    options = remembered_kd_options(
+    options = cached_kd_options(
         temperature,
         ce_weight,
         kd_weight,
@@ -314,7 +314,7 @@ def kd_loss_parts(
     """
     if unknown:
         raise unknown_keyword(kd_loss_parts, unknown)
-    options = remembered_kd_options(
+    options = cached_kd_options(
         temperature,
         ce_weight,
         kd_weight,

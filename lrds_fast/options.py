@@ -184,18 +184,18 @@ KEYWORDS = tuple(p.name for p in inspect.signature(kd_options).parameters.values
 
 
 @functools.lru_cache(maxsize=64, typed=True)
-def _remembered(temperature: Any, *others: Any) -> KDOptions:
+def _cached(temperature: Any, *others: Any) -> KDOptions:
     several = temperature if isinstance(temperature, tuple) else (temperature,)
     if any(isinstance(value, Tensor) for value in (*several, *others)):
         raise TypeError("tensors cannot be cached: their hash does not depend on their value")
     return kd_options(temperature, *others)
 
 
-def remembered_kd_options(*hyperparameters: Any) -> KDOptions:
+def cached_kd_options(*hyperparameters: Any) -> KDOptions:
     """kd_options, cached: a training loop passes the same values at every step. By position: fewer microseconds."""
     if not torch.compiler.is_compiling():  # torch.compile cannot trace the cache, and runs this code once
         try:
-            return _remembered(*hyperparameters)
+            return _cached(*hyperparameters)
         except TypeError:
             pass  # a wrong type, which kd_options reports, or a value without a hash: a list of temperatures, a tensor
     return kd_options(*hyperparameters)

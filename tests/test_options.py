@@ -48,8 +48,8 @@ def test_cached_options_are_the_checked_ones() -> None:
     values = [2.0, 0.25, 0.5, None, "mft", 0.75, None, DKD(beta=2.0), True, 0.125, 3, "sum"]
     checked = kd_options(**dict(zip(KEYWORDS, values, strict=True)))  # type: ignore[arg-type]
     for _ in range(2):
-        assert options.remembered_kd_options(*values) == checked
-    assert options.remembered_kd_options(*values) is options.remembered_kd_options(*values)
+        assert options.cached_kd_options(*values) == checked
+    assert options.cached_kd_options(*values) is options.cached_kd_options(*values)
     assert checked[:4] == ([2.0], 0.25, 0.5, 0.75) and checked.revise_temperature == 0.0
 
 
