@@ -29,6 +29,7 @@ from lrds_fast.data import (
 from lrds_fast.data.pictures import Unreadable, reading
 from lrds_fast.data.sources import MOST_CLASSES, Folder, Tars, TFRecords
 from lrds_fast.data.sources import numbered as class_numbers
+from lrds_fast.recipe.recipe import DataOptions
 
 
 def numbered(size: int, **options: object) -> MemoryLoader:
@@ -197,6 +198,22 @@ def test_boxes_say_what_pictures_in_memory_became(augment: str) -> None:
             padded = torch.nn.functional.pad(images[index], (2, 2, 2, 2))
             cut = padded[:, top + 2 : top + 2 + height, left + 2 : left + 2 + width]
             assert torch.equal(after, cut.flip(-1) if mirrored else cut)
+
+
+def test_options_and_keywords_open_the_same_data() -> None:
+    keys = {"batch_size": 20, "val_fraction": 0.1, "split_seed": 3, "augment": "shift", "train_limit": 90}
+    by_keys = data_sets.load("digits", seed=2, views=2, **keys)
+    by_options = data_sets.load(DataOptions(name="digits", **keys), seed=2, views=2)
+    for split in ("train", "score", "val", "test"):
+        a, b = (list(getattr(data, split).epoch(1)) for data in (by_keys, by_options))
+        assert len(a) == len(b)
+        assert all(torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one[:3], other[:3]))
+    with pytest.raises(TypeError, match="a DataOptions or keywords, not both; got batch_size"):
+        data_sets.load(DataOptions(), batch_size=3)
+    with pytest.raises(TypeError, match="mixup: loaders do not mix samples"):
+        data_sets.load("digits", mixup=0.2)
+    with pytest.raises(ValueError, match="data.name must be 'digits', .* got 'digit'"):
+        data_sets.load("digit")
 
 
 def test_hold_out_is_a_partition() -> None:

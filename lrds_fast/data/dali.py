@@ -28,6 +28,7 @@ from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches
 from lrds_fast.data.pictures import Unreadable, decoded, for_dali, reading
 from lrds_fast.data.sources import Source
 from lrds_fast.data.strong import PLAIN, Strong
+from lrds_fast.recipe.recipe import DataOptions
 
 #: Batches that are decoded ahead.
 DEPTH = 2
@@ -90,6 +91,32 @@ class DaliLoader:
         self._feed = _Feed(iter(()))
         self._pool: ThreadPoolExecutor | None = None
         _dali()
+
+    @classmethod
+    def of(
+        cls,
+        options: DataOptions,
+        source: Source,
+        rows: Tensor,
+        *,
+        train: bool = False,
+        device: torch.device | str | None = None,
+        **arguments: Any,
+    ) -> DaliLoader:
+        """The loader that a recipe's [data] describes. train: shuffled and augmented, in batches of batch_size; else in
+        order, as they are, in batches of eval_batch_size. arguments: of DaliLoader."""
+        if train:
+            arguments |= {"batch_size": options.batch_size, "shuffle": True, "train": options.augment == "crop-flip"}
+        else:
+            arguments |= {"batch_size": options.eval_batch_size}
+        return cls(
+            source,
+            rows,
+            image_size=options.image_size,
+            device=device or "cpu",
+            threads=options.workers or 1,
+            **arguments,
+        )
 
     def __len__(self) -> int:
         return batch_count(len(self.labels), self.batch_size, self.least)

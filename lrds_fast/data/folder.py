@@ -16,6 +16,7 @@ from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches
 from lrds_fast.data.pictures import Unreadable, decoded, reading
 from lrds_fast.data.sources import Source
 from lrds_fast.data.strong import PLAIN, Strong
+from lrds_fast.recipe.recipe import DataOptions
 
 # The statistics of ImageNet's training set that every published network expects.
 MEAN = (0.485, 0.456, 0.406)
@@ -143,6 +144,25 @@ class FolderLoader:
         cut = v2.Compose([v2.PILToTensor()] if train else [*centre, v2.PILToTensor()])
         finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
         self._samples = _Samples(source, rows, cut, finish, strong, crop=image_size if train else 0)
+
+    @classmethod
+    def of(
+        cls,
+        options: DataOptions,
+        source: Source,
+        rows: Tensor,
+        *,
+        train: bool = False,
+        device: torch.device | str | None = None,
+        **arguments: Any,
+    ) -> FolderLoader:
+        """The loader that a recipe's [data] describes. train: shuffled and augmented, in batches of batch_size; else in
+        order, as they are, in batches of eval_batch_size. device: not used. arguments: of FolderLoader."""
+        if train:
+            arguments |= {"batch_size": options.batch_size, "shuffle": True, "train": options.augment == "crop-flip"}
+        else:
+            arguments |= {"batch_size": options.eval_batch_size}
+        return cls(source, rows, image_size=options.image_size, workers=options.workers, **arguments)
 
     def __len__(self) -> int:
         return batch_count(len(self.labels), self.batch_size, self.least)

@@ -167,12 +167,3 @@ def _whole_batches(
 def prefix_rows(rows: int, size: int, count: int) -> int:
     """The most selected samples that a batch of `rows` has where epoch_batches divides `count` of `size` samples."""
     return min(rows, -(-rows * count // size)) if size else 0
-
-
-def hold_out(size: int, fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Ascending indices (kept, held out) of a random split; floor(fraction * size + .5) samples are held out."""
-    if not 0.0 <= fraction < 1.0:
-        raise ValueError(f"val_fraction must be in [0, 1); got {fraction}")
-    count = int(fraction * size + 0.5)
-    order = torch.randperm(size, generator=generator("hold out", seed))
-    return order[count:].sort().values, order[:count].sort().values

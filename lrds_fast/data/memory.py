@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, generator, view_of
 from lrds_fast.data.sources import numbered
 from lrds_fast.data.strong import PLAIN, Strong
+from lrds_fast.recipe.recipe import DataOptions
 
 
 class MemoryLoader:
@@ -82,6 +84,24 @@ class MemoryLoader:
         offset = torch.tensor(mean or (0.0,), dtype=torch.float64).view(-1, 1, 1) / divisor
         self._factor = (scale / divisor).float().to(self.images.device)
         self._offset = offset.float().to(self.images.device)
+
+    @classmethod
+    def of(
+        cls,
+        options: DataOptions,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        train: bool = False,
+        **arguments: Any,
+    ) -> MemoryLoader:
+        """The loader that a recipe's [data] describes. train: shuffled and augmented, in batches of batch_size; else in
+        order, as they are, in batches of eval_batch_size. arguments: of MemoryLoader."""
+        if train:
+            arguments |= {"batch_size": options.batch_size, "shuffle": True, "augment": options.augment}
+        else:
+            arguments |= {"batch_size": options.eval_batch_size}
+        return cls(images, targets, **arguments)
 
     def __len__(self) -> int:
         return batch_count(len(self.images), self.batch_size, self.least)

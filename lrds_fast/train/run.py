@@ -33,28 +33,9 @@ from lrds_fast.train.weights import load_weights
 
 def load_data(recipe: Recipe) -> Data:
     """The recipe's data."""
-    options = recipe.data
     return data_sets.load(
-        options.name,
-        root=options.root,
-        batch_size=options.batch_size,
-        eval_batch_size=options.eval_batch_size,
-        val_fraction=options.val_fraction,
-        split_seed=options.split_seed,
+        recipe.data,
         seed=recipe.seed,
-        train_limit=options.train_limit,
-        test_limit=options.test_limit,
-        label_noise=options.label_noise,
-        augment=options.augment,
-        image_size=options.image_size,
-        workers=options.workers,
-        reader=options.reader,
-        mean=options.mean,
-        std=options.std,
-        rand_augment=options.rand_augment,
-        erasing=options.erasing,
-        second_view=options.second_view,
-        first_label=options.first_label,
         device=pick_device(recipe.run.device),
         views=recipe.teacher.cache_views if recipe.teacher.cache else 0,
     )
