@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple, cast
@@ -121,7 +121,9 @@ class BatchReader:
     @property
     def count(self) -> int | None:
         """The number of batches; None where it is not known before reading them."""
-        return None if self._sizes is None else len(self._sizes)
+        if self._sizes is not None:
+            return len(self._sizes)
+        return len(self._data) if isinstance(self._data, Sized) and not isinstance(self._data, DataLoader) else None
 
     @property
     def samples(self) -> int | None:

@@ -135,6 +135,16 @@ class Scores(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._scores
 
+    def with_score(self, name: str, values: Tensor) -> Scores:
+        """These scores and one more. values: (N,)."""
+        return Scores(
+            {**self._scores, name: values},
+            target=self.target,
+            teacher_pred=self.teacher_pred,
+            meta=self.meta,
+            standard_error=self.standard_error,
+        )
+
     def __repr__(self) -> str:
         return f"Scores({', '.join(self._scores)}; {self.target.shape[0]} samples)"
 

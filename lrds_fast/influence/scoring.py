@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrds_fast._version import __version__
 from lrds_fast.influence.adapters import BatchHook, LogitsHook, evaluation_mode
-from lrds_fast.influence.batches import BatchReader, Data, NumberedBatch, ReadOptions
+from lrds_fast.influence.batches import BatchReader, Data, ReadOptions
 from lrds_fast.influence.factors import Factors, tensors_fingerprint
 from lrds_fast.influence.head import score_head
 from lrds_fast.influence.inputs import check_folds, check_selected
@@ -19,7 +19,7 @@ from lrds_fast.influence.objective import TrainingObjective
 from lrds_fast.influence.options import FOLDS, HELD_OUT, CurvatureOptions, ScoreOptions
 from lrds_fast.influence.scores import Scores
 from lrds_fast.influence.shards import Shards, load_scores
-from lrds_fast.influence.task import ScoreTask, TeacherLogits
+from lrds_fast.influence.task import ScoreTask, teacher_logits
 from lrds_fast.influence.whole import score_layers
 from lrds_fast.nn import KDLoss
 from lrds_fast.ranks import Ranks
@@ -114,8 +114,8 @@ def score(
     shards = Shards(out, facts, resume=resume, batches=train.count, ranks=ranks)
     if shards.complete and out is not None:
         return load_scores(out)
-    teacher_of = _teacher_logits(teacher, read, train)
-    with evaluation_mode(student, *([teacher] if isinstance(teacher, nn.Module) else [])):
+    teacher_of = teacher_logits(teacher, read, train)
+    with evaluation_mode(*(model for model in (student, teacher) if isinstance(model, nn.Module))):
         if not head:
             options = options.normalised(ranks, train.targets(ranks))
         task = ScoreTask(read.classifier(student, "student"), teacher_of, layer_list, train, held_out, shards, options)
@@ -175,25 +175,3 @@ def _facts(
         "val_samples": None if held_out is None else held_out.samples,
         "batches": train.count,
     }
-
-
-def _teacher_logits(teacher: nn.Module | Tensor, read: ReadOptions, train: BatchReader) -> TeacherLogits:
-    """The teacher's logits of a batch, from the model or from its stored logits."""
-    if not isinstance(teacher, Tensor):
-        classifier = read.classifier(teacher, "teacher")
-        return lambda batch: classifier(batch.x)
-    if teacher.dim() != 2 or not teacher.is_floating_point():
-        raise ValueError(f"teacher: logits must be floating, (N, C); got {teacher.dtype} {tuple(teacher.shape)}")
-    if train.samples not in (None, len(teacher)):
-        raise ValueError(f"teacher: logits must have a row for each of the {train.samples} samples; got {len(teacher)}")
-
-    def stored(batch: NumberedBatch) -> Tensor:
-        rows = teacher[batch.start : batch.start + len(batch.y)]
-        if len(rows) < len(batch.y):
-            raise ValueError(
-                f"teacher: logits must have a row for each sample; got {len(teacher)}, and there are at least"
-                f" {batch.start + len(batch.y)} samples"
-            )
-        return rows.to(batch.y.device)
-
-    return stored

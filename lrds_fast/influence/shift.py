@@ -18,6 +18,7 @@ from lrds_fast.influence.layers import SampleGradients, layer_names
 from lrds_fast.influence.objective import TrainingObjective
 from lrds_fast.influence.options import BLOCK_CURVATURES, CurvatureOptions, HessianOptions
 from lrds_fast.influence.scores import GRADIENTS
+from lrds_fast.influence.task import teacher_logits
 from lrds_fast.influence.whole import LayerScores, fitted_factors
 from lrds_fast.nn import KDLoss
 from lrds_fast.ranks import Ranks
@@ -25,7 +26,7 @@ from lrds_fast.ranks import Ranks
 
 def set_shift(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Tensor | None,
     data: Data,
     *,
     gradient: str = "delta",
@@ -49,7 +50,7 @@ def set_shift(
 
     To first order the optimum moves by -1/n sum_i S_i (before R) when the samples i get that gradient.
     gradient: "delta", the change when a sample gets its teacher; "gt", of its cross-entropy; "kd", of its divergence.
-    teacher: None is allowed with "gt".
+    teacher: a model or its logits (N, C), as influence.score takes it; None is allowed with "gt".
     dim: R is a count sketch into this many numbers (random signs from `seed`, coordinates of the eigenbasis dealt out
     in turn), which keeps inner products on average; a length is off by about sqrt(2 / dim). None: no sketch, all P
     coordinates in H's eigenbasis, (N, P), lengths and products exact.
@@ -76,15 +77,16 @@ def set_shift(
     reader = read.reader(data, parameter)
     check_selected(selected, reader.samples)
     learner = read.classifier(student, "student")
-    other = learner if teacher is None else read.classifier(teacher, "teacher")
+    # "gt" does not depend on the teacher: the student stands in for it.
+    teacher_of = teacher_logits(student if teacher is None else teacher, read, reader)
     shifts = []
-    with evaluation_mode(*([student] if teacher is None else [student, teacher])):
+    with evaluation_mode(*(model for model in (student, teacher) if isinstance(model, nn.Module))):
         options = options.normalised(Ranks(), reader.targets(Ranks()))
         if factors is None:
             factors = fitted_factors(learner, layer_list, reader, options, Ranks())
         sketch = _Sketch(factors, dim, seed, options.dtype, parameter.device)
         for part in reader("set_shift"):
-            scored = LayerScores(learner, lambda b: other(b.x), part, layer_list, options, factors, [], gradient)
+            scored = LayerScores(learner, teacher_of, part, layer_list, options, factors, [], gradient)
             shifts.append(sketch(scored.gradients(gradient)).cpu())
             check_scores("set_shift", shifts[-1], part.start)
     joined = torch.cat(shifts)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrds_fast.influence.adapters import Classifier
-from lrds_fast.influence.batches import BatchReader, NumberedBatch
+from lrds_fast.influence.batches import BatchReader, NumberedBatch, ReadOptions
 from lrds_fast.influence.draws import uniform_scores
 from lrds_fast.influence.options import ScoreOptions
 from lrds_fast.influence.scores import ERROR_SUFFIX
@@ -75,3 +75,30 @@ class ShardWriter:
             if error in columns:
                 ordered[error] = columns[error]
         return ordered
+
+
+def teacher_logits(teacher: nn.Module | Tensor, read: ReadOptions, reader: BatchReader) -> TeacherLogits:
+    """The teacher's logits of a batch, from the model or from its stored logits (N, C) in the order of the data.
+
+    Raises ValueError for stored logits that do not fit the data.
+    """
+    if not isinstance(teacher, Tensor):
+        classifier = read.classifier(teacher, "teacher")
+        return lambda batch: classifier(batch.x)
+    if teacher.dim() != 2 or not teacher.is_floating_point():
+        raise ValueError(f"teacher: logits must be floating, (N, C); got {teacher.dtype} {tuple(teacher.shape)}")
+    if reader.samples not in (None, len(teacher)):
+        raise ValueError(
+            f"teacher: logits must have a row for each of the {reader.samples} samples; got {len(teacher)}"
+        )
+
+    def stored(batch: NumberedBatch) -> Tensor:
+        rows = teacher[batch.start : batch.start + len(batch.y)]
+        if len(rows) < len(batch.y):
+            raise ValueError(
+                f"teacher: logits must have a row for each sample; got {len(teacher)}, and there are at least"
+                f" {batch.start + len(batch.y)} samples"
+            )
+        return rows.to(batch.y.device)
+
+    return stored
