@@ -35,8 +35,9 @@ from benchmarks.bench_kd_loss import Row, facts, write_csv
 from benchmarks.peers import Kronfluence, captum_last_layer, has
 from lrds_fast import influence, models
 from lrds_fast.functional import kd_logit_gradient
-from lrds_fast.influence.curvature import Eigenbasis
-from lrds_fast.influence.last_layer import LastLayer, Rows
+from lrds_fast.influence.curvature import Eigenbasis, LayerRows
+from lrds_fast.influence.last_layer import LastLayer
+from lrds_fast.influence.objective import TrainingObjective
 from lrds_fast.influence.scores import parse_score_names
 from lrds_fast.nn import KDLoss
 
@@ -78,7 +79,7 @@ def self_of_head(classes: int, rows: int, peer_rows: int, folder: Path) -> dict[
     else:
         factors = influence.Factors.fit(model, h[:2048].split(256))
     basis = basis_of(factors, "0")
-    layer = LastLayer(Rows(h, z, True), z, y, torch.float32, KDLoss(), hessian="gt", selected=None)
+    layer = LastLayer(LayerRows(h, z, True), z, y, torch.float32, TrainingObjective(KDLoss(), "gt"))
     layer.use(basis)
     names = parse_score_names("self_influence")
 

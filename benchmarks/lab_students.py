@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast import KDLoss, revise_labels
-from lrds_fast.influence.curvature import Rows
+from lrds_fast.influence.curvature import LayerRows
 from lrds_fast.influence.last_layer import LastLayer
 from lrds_fast.influence.mismatch import agreement, mixture
+from lrds_fast.influence.objective import TrainingObjective
+from lrds_fast.influence.options import CurvatureOptions
 from lrds_fast.influence.scores import parse_score_names
 
 #: Folds of the held-out slice that the standard error is made of.
@@ -435,8 +437,8 @@ def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Te
         problem.temperature, ce_weight=ce, kd_weight=arm.kd, ce_weight_unselected=max(arm.unselected, ce), revise=None
     )
     names, folds = parse_score_names("kd_gain"), arm.folds
-    layer = LastLayer(Rows(h, z, True), v, problem.y, torch.float32, loss, hessian="objective", selected=None)
-    layer.fit("ekfac", damping=None, damping_scale=0.1)
+    layer = LastLayer(LayerRows(h, z, True), v, problem.y, torch.float32, TrainingObjective(loss))
+    layer.fit(CurvatureOptions())
     found = []
     held = (h, z, problem.y) if arm.on_training else (val_h, val_z, problem.val_y)
     for fold in range(folds):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lrds_fast import influence, reference
 from lrds_fast.influence import curvature as curvature_module
-from lrds_fast.influence.curvature import HessianTerm, Identity, Iterative, Rows, fit_curvature
+from lrds_fast.influence.curvature import HessianTerm, Identity, Iterative, LayerRows, fit_curvature
 from lrds_fast.influence.last_layer import SCORERS
+from lrds_fast.influence.options import CurvatureOptions
 from lrds_fast.nn import KDLoss
 
 NAMES = (*influence.SCORES, "param_shift:gt", "param_shift:kd", "param_shift:delta", "random:7")
@@ -251,7 +252,7 @@ def test_conjugate_gradients_say_when_they_fail(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(curvature_module, "CG_ITERATIONS", 2)
     case = make_case(0)
     arguments = case.arguments(torch.float64)
-    rows = Rows(arguments["features"], arguments["student_logits"], True)
+    rows = LayerRows(arguments["features"], arguments["student_logits"], True)
     terms = [HessianTerm(torch.ones(60, dtype=torch.float64), 1.0)]
     plain = Iterative(rows, terms, 1e-9, Identity(None))
     with pytest.raises(RuntimeError, match="relative residual.*raise damping"):
@@ -260,10 +261,9 @@ def test_conjugate_gradients_say_when_they_fail(monkeypatch: pytest.MonkeyPatch)
 
 def test_solve_inverts_its_own_product() -> None:
     arguments = make_case(0).arguments(torch.float64)
-    rows = Rows(arguments["features"], arguments["student_logits"], True)
+    rows = LayerRows(arguments["features"], arguments["student_logits"], True)
     terms = [HessianTerm(torch.rand(60, dtype=torch.float64), 4.0)]
-    options: dict[str, Any] = {"damping": 0.01, "damping_scale": 0.1, "dtype": torch.float64}
-    fitted = fit_curvature("exact", rows, terms, **options)
+    fitted = fit_curvature(CurvatureOptions("exact", damping=0.01), rows, terms, torch.float64)
     product = Iterative(rows, terms, 0.01, Identity(None)).product
     matrix = torch.randn(5, 8, dtype=torch.float64)
     torch.testing.assert_close(product(fitted.solve(matrix)), matrix, rtol=1e-10, atol=1e-12)

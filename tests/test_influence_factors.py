@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrds_fast import influence
-from lrds_fast.influence.factors import CURVATURES, Factors, cross_entropy_terms, fisher_gradients, fit_factors
+from lrds_fast.influence.factors import Factors, fit_factors
 from lrds_fast.influence.layers import Outer, sample_gradients
+from lrds_fast.influence.objective import cross_entropy_terms, fisher_gradients
+from lrds_fast.influence.options import BLOCK_CURVATURES
 
 CLASSES = 4
 
@@ -50,7 +52,7 @@ def dense_blocks(factors: Factors, name: str) -> Tensor:
     return torch.block_diag(*parts)
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", BLOCK_CURVATURES)
 def test_inverse_against_dense_matrices(curvature: str) -> None:
     model, batches = model_and_batches()
     factors = fit_factors(model, batches, curvature=curvature, damping=0.01, labels="all", terms=distillation_terms)
@@ -69,7 +71,9 @@ def test_inverse_against_dense_matrices(curvature: str) -> None:
 def test_factors_by_definition() -> None:
     """A, G and Lambda from every sample's gradient of every label, one at a time."""
     model, batches = model_and_batches()
-    fitted = {c: fit_factors(model, batches, curvature=c, labels="all", terms=distillation_terms) for c in CURVATURES}
+    fitted = {
+        c: fit_factors(model, batches, curvature=c, labels="all", terms=distillation_terms) for c in BLOCK_CURVATURES
+    }
     x = torch.cat(batches)
     sums: dict[str, Tensor] = {}
     a: dict[str, Tensor] = {}
@@ -107,7 +111,7 @@ def test_factors_by_definition() -> None:
     assert set(fitted["identity"].damping.values()) == {0.0}
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", BLOCK_CURVATURES)
 def test_a_last_layer_is_the_last_layers_closed_form(curvature: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(7, CLASSES).double()
@@ -140,21 +144,7 @@ def test_drawn_labels_approach_all_of_them() -> None:
     assert all(torch.equal(again.blocks[n].eigenvalues, same.blocks[n].eigenvalues) for n in again.blocks)
 
 
-@pytest.mark.parametrize("labels", ["all", 5000])
-def test_fisher_gradients_add_up_to_the_hessian_of_the_logits(labels: int | str) -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(2, CLASSES, dtype=torch.float64)
-    total = torch.zeros(2, CLASSES, CLASSES, dtype=torch.float64)
-    for delta in fisher_gradients(logits, distillation_terms(logits), labels, torch.Generator().manual_seed(0)):
-        total += delta[:, :, None] * delta[:, None, :]
-    expected = torch.zeros_like(total)
-    for weight, temperature in distillation_terms(logits):
-        q = torch.softmax(logits / temperature, dim=1)
-        expected += weight[:, None, None] * (torch.diag_embed(q) - q[:, :, None] * q[:, None, :])
-    torch.testing.assert_close(total, expected, rtol=0, atol=1e-12 if labels == "all" else 0.02)
-
-
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize("curvature", BLOCK_CURVATURES)
 def test_saved_factors_are_the_factors(curvature: str, tmp_path: Path) -> None:
     model, batches = model_and_batches()
     factors = Factors.fit(model, batches, curvature=curvature, labels=2)

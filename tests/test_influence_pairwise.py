@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrds_fast import influence
 from lrds_fast.influence.layers import sample_gradients
-from lrds_fast.influence.queries import _Best
+from lrds_fast.influence.queries import _Largest
 
 
 def problem(curvature: str = "ekfac") -> dict[str, Any]:
@@ -69,12 +69,12 @@ def test_ties_go_to_the_lower_index() -> None:
 def test_best_of_many_blocks(k: int, step: int, largest: bool) -> None:
     """Values with many ties, block by block, as one stable sort of everything."""
     values = torch.randint(-20, 20, (17, 150), generator=torch.Generator().manual_seed(k)).double()
-    best = _Best(17, k, largest, torch.float64)
+    best = _Largest(17, k, largest, torch.float64)
     for start in range(0, 150, step):
         best.add(values[:, start : start + step], start)
     order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
-    assert torch.equal(best.found().indices, order)
-    assert torch.equal(best.found().values, values.gather(1, order))
+    assert torch.equal(best.result().indices, order)
+    assert torch.equal(best.result().values, values.gather(1, order))
 
 
 def test_mistakes_are_named() -> None:

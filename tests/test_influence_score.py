@@ -181,6 +181,35 @@ def test_exact_curvature_and_newton_steps_from_the_models() -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_a_teacher_may_be_its_logits(layers: str) -> None:
+    student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 23), data(3, 9)
+    with torch.no_grad():
+        stored = teacher(train.tensors[0])
+    names = ("kd_gain", "conflict", "mismatch")
+    options: dict[str, Any] = {"layers": layers, "scores": names, "batch_size": 7}
+    expected = influence.score(student, teacher, train, val, **options)
+    found = influence.score(student, stored, train, val, **options)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12)
+    shift = influence.set_shift(student, teacher, train, dim=None, layers=layers)
+    torch.testing.assert_close(influence.set_shift(student, stored, train, dim=None, layers=layers), shift)
+    batches = [tuple(tensor[:12] for tensor in train.tensors), tuple(tensor[12:] for tensor in train.tensors)]
+
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter(batches)
+
+    for wrong, source, message in (
+        (stored[:22], train, "a row for each of the 23 samples; got 22"),
+        (stored[:22], Stream(), "got 22, and there are at least 23 samples"),
+        (stored[:, 0], train, r"must be floating, \(N, C\); got torch.float64 \(23,\)"),
+        (stored[:, :3], train, "the same classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            influence.score(student, wrong, source, val, **options)
+
+
 def test_logits_must_be_the_last_layers() -> None:
     scaled = nn.Sequential(network(0), nn.Softmax(dim=1))
     with pytest.raises(ValueError, match="logits that are the output of the last nn.Linear, '0.7'"):

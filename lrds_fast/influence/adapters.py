@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model whose output is its logits.
+    """A model with its output read as logits.
 
     name: the model's name in errors. logits: from the model's output to its logits; None: the output is a tensor or has
     an attribute `logits`.
@@ -36,13 +37,13 @@ class Classifier:
 
     def read(self, output: Any, rows: int) -> Tensor:
         """(rows, C) logits of the module's output."""
-        found = getattr(output, "logits", None) if self.logits is None else self.logits(output)
+        logits = getattr(output, "logits", None) if self.logits is None else self.logits(output)
         if self.logits is None and isinstance(output, Tensor):
-            found = output
-        if not isinstance(found, Tensor):
+            logits = output
+        if not isinstance(logits, Tensor):
             if self.logits is not None:
                 raise TypeError(
-                    f"logits= must return a tensor (B, C); it makes {describe(found)} of the {self.name}'s output,"
+                    f"logits= must return a tensor (B, C); it makes {describe(logits)} of the {self.name}'s output,"
                     f" {describe(output)}"
                 )
             index = '"logits"' if isinstance(output, Mapping) else "0"
@@ -50,12 +51,25 @@ class Classifier:
                 f"the {self.name} must return logits (B, C), a tensor or an object with .logits; it returns"
                 f" {describe(output)}: pass logits=, for example logits=lambda out: out[{index}]"
             )
-        if found.dim() != 2 or len(found) != rows:
+        if logits.dim() != 2 or len(logits) != rows:
             raise ValueError(
-                f"the {self.name}'s logits must be (B, C), here with B = {rows}; got shape {tuple(found.shape)}: pass"
+                f"the {self.name}'s logits must be (B, C), here with B = {rows}; got shape {tuple(logits.shape)}: pass"
                 " logits=, a function from the model's output to its logits"
             )
-        return found
+        return logits
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Puts models into eval mode; afterwards each of their modules has the mode that it had before."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def classifier(model: nn.Module | Classifier) -> Classifier:
@@ -64,32 +78,33 @@ def classifier(model: nn.Module | Classifier) -> Classifier:
 
 
 def pair(name: str, raw: Any, hook: BatchHook | None, *, labelled: bool) -> tuple[Any, Any]:
-    """(inputs, targets) of a batch or a sample, unchecked. Unless `labelled`, targets may be missing (None).
+    """(inputs, targets) of a batch or a sample, unchecked. With labelled=False targets may be missing (None).
 
     name: of the data, for errors. Raises TypeError for layouts that need `batch=`.
     """
-    found = raw if hook is None else hook(raw)
-    if isinstance(found, (tuple, list)) and len(found) >= (2 if labelled else 1):
-        return found[0], found[1] if len(found) > 1 else None
-    if isinstance(found, Tensor) and not labelled:
-        return found, None
-    wanted = "(inputs, targets, ...)" if labelled else "of inputs, or (inputs, ...)"
+    parts = raw if hook is None else hook(raw)
+    if isinstance(parts, (tuple, list)) and len(parts) >= (2 if labelled else 1):
+        return parts[0], parts[1] if len(parts) > 1 else None
+    if isinstance(parts, Tensor) and not labelled:
+        return parts, None
+    layout = "(inputs, targets, ...)" if labelled else "of inputs, or (inputs, ...)"
     if hook is not None:
-        raise TypeError(f"batch= must return {wanted}; it makes {describe(found)} of {name}'s batch, {describe(raw)}")
+        raise TypeError(f"batch= must return {layout}; it makes {describe(parts)} of {name}'s batch, {describe(raw)}")
     x, y = "pixel_values", "labels"
     if isinstance(raw, Mapping):
         y = next((key for key in raw if key in _TARGET_KEYS), y)
         x = next((key for key in raw if key not in _TARGET_KEYS), x)
     raise TypeError(
-        f"{name} must give batches {wanted}; it gives {describe(raw)}: pass batch=, for example"
+        f"{name} must give batches {layout}; it gives {describe(raw)}: pass batch=, for example"
         f' batch=lambda b: (b["{x}"], b["{y}"])'
     )
 
 
 def tensors(name: str, raw: Any, start: int, hook: BatchHook | None, *, labelled: bool) -> tuple[Tensor, Tensor]:
-    """Inputs (B, ...) and integer targets (B,) of a batch; targets are (0,) if they are missing and not `labelled`.
+    """Inputs (B, ...) and integer targets (B,) of a batch; with labelled=False the targets are (0,).
 
-    start: the number of the batch's first sample. Raises TypeError or ValueError for others.
+    name: of the data, start: the number of the batch's first sample, for errors. Raises TypeError or ValueError for
+    other batches.
     """
     x, y = pair(name, raw, hook, labelled=labelled)
     if hasattr(x, "__array__") and not isinstance(x, Tensor):
@@ -110,10 +125,10 @@ def tensors(name: str, raw: Any, start: int, hook: BatchHook | None, *, labelled
                 " function from a batch to (inputs, targets)"
             ) from None
     if y.dim() != 1 or len(y) != len(x):
-        alone = "; it gives samples, not batches: pass a Dataset, or DataLoader(...)" if y.dim() == 0 else ""
+        advice = "; it gives samples, not batches: pass a Dataset, or DataLoader(...)" if y.dim() == 0 else ""
         raise ValueError(
             f"{name}: targets must be (B,) class indices; got shape {tuple(y.shape)} for {len(x)} inputs, from sample"
-            f" {start} on{alone}"
+            f" {start} on{advice}"
         )
     if y.is_floating_point() or y.is_complex():
         raise TypeError(f"{name}: targets must be class indices, of an integer dtype; got {y.dtype}")

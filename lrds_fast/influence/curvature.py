@@ -1,15 +1,15 @@
-"""Curvature of a linear layer under a softmax loss, and what its inverse does to per-sample gradients.
+"""The Hessian of a linear layer under a softmax loss, its approximations, and products of gradients with its inverse.
 
 Setting: z = W h~ with h~ = [h; 1], W (C, D). Sample i's gradient is delta_i (outer) h~_i, kept as these two vectors.
-The Hessian, equal to its Gauss-Newton form because both losses are linear in their targets, is
+The Hessian equals its Gauss-Newton form because the losses are linear in their targets:
 
-    H = 1/N sum_i sum_t w_ti J(softmax(z_i / T_t)) (x) h~_i h~_i^T + damping I,     J(q) = diag(q) - q q^T,
+    H = 1/N sum_i sum_t w_ti J(softmax(z_i / T_t)) (x) h~_i h~_i^T + damping I,     J(q) = diag(q) - q q^T
 
-one term t for the cross-entropy (T = 1) and one for T^2 KL(p' || softmax(z / T)).
+objective.py defines the terms t and their weights w.
 
-Factors are accumulated and inverted in float64, whatever the rows' dtype: eigenvectors of almost equal eigenvalues, the
-variances p.q^2 - (p.q)^2 of confident rows and the smallest eigenvalues do not survive float32. Rows are then scored in
-their own compute dtype. Everything runs over chunks of rows; the largest temporary is one chunk.
+Factors are accumulated and inverted in float64, whatever the rows' dtype: float32 has too few digits for eigenvectors
+of almost equal eigenvalues, the variances p.q^2 - (p.q)^2 of confident rows and the smallest eigenvalues. Rows are then
+scored in their own dtype. Everything runs over chunks of rows; the largest temporary is one chunk.
 """
 
 from __future__ import annotations
@@ -18,36 +18,30 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrds_fast.influence.eigen import inverse_eigenvalues, psd_eigendecomposition
+from lrds_fast.influence.objective import HessianTerm
+from lrds_fast.influence.options import CurvatureOptions
 from lrds_fast.ranks import Ranks
-
-CURVATURES = ("identity", "kfac", "ekfac", "exact")
 
 #: Parameters up to which "exact" factorises the dense Hessian (200 MB, one Cholesky); beyond, it solves by CG.
 DENSE_LIMIT = 5000
-#: Bytes of temporaries that a chunk of rows may take.
+#: The most bytes of temporaries for a chunk of rows.
 CHUNK_BYTES = 64 << 20
-#: Relative residual at which CG has solved, and the iterations it may take.
+#: CG stops at this relative residual; more iterations are an error.
 CG_TOLERANCE = 1e-12
 CG_ITERATIONS = 2000
 
 
-class HessianTerm(NamedTuple):
-    """One term of the Hessian: weight (N,) float64 of J(softmax(z / temperature)), row by row."""
+class StackedRows:
+    """Matrices of one width, stacked as one matrix (N, W) that is read by slices, for example from several files.
 
-    weight: Tensor
-    temperature: float
-
-
-class Pieces:
-    """Matrices with one width, below each other, read by slices: what lies on disk in parts, as one.
-
-    pieces: (n_k, W) each, anything with a length whose slices are tensors. like: an empty (0, W) tensor of their dtype
-    and device, for where there are none.
+    pieces: (n_k, W) each, anything with a length whose slices are tensors. like: an empty (0, W) tensor of the dtype
+    and device of the slices.
     """
 
     def __init__(self, pieces: Sequence[Any], like: Tensor) -> None:
@@ -59,41 +53,44 @@ class Pieces:
         self.device = like.device
 
     def __getitem__(self, rows: slice) -> Tensor:
-        found = [
+        slices = [
             piece[max(rows.start - first, 0) : rows.stop - first]
             for piece, first in zip(self._pieces, self._starts, strict=False)
             if first < rows.stop and rows.start < first + len(piece)
         ]
-        if len(found) == 1:
-            only: Tensor = found[0].to(self.device)
+        if len(slices) == 1:
+            only: Tensor = slices[0].to(self.device)
             return only
-        return torch.cat(found).to(self.device) if found else self._like
+        return torch.cat(slices).to(self.device) if slices else self._like
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows a curvature is made of: features (N, d) and logits (N, C), finite; bias appends a 1 to the features.
+class LayerRows:
+    """The rows that a curvature is fitted to: the layer's inputs (features, (N, d), finite) and outputs (logits, (N,
+    C)).
 
-    Under several `ranks` these are one process's, and the sums are over everybody's.
+    bias: append a 1 to the features. ranks: the processes that share the rows: N counts this process's, sums are over
+    all processes'.
     """
 
-    features: Tensor | Pieces
-    logits: Tensor | Pieces
+    features: Tensor | StackedRows
+    logits: Tensor | StackedRows
     bias: bool
     ranks: Ranks = Ranks()
 
     @property
     def count(self) -> int:
-        """This process's rows."""
+        """The number of rows of this process."""
         return self.features.shape[0]
 
     @functools.cached_property
     def total(self) -> int:
-        """Everybody's rows."""
+        """The number of rows of all processes."""
         return int(self.ranks.sum(torch.tensor([self.count], device=self.features.device)))
 
     @property
     def classes(self) -> int:
+        """C."""
         return self.logits.shape[1]
 
     @property
@@ -125,7 +122,7 @@ class Rows:
 
 
 class Curvature(ABC):
-    """H^-1 for gradients of one layer. damping is the absolute value that was added, a float."""
+    """H^-1 for gradients of one layer. damping: the absolute value that was added to every eigenvalue."""
 
     damping: float
 
@@ -135,7 +132,7 @@ class Curvature(ABC):
 
     @abstractmethod
     def prepare(self, h: Tensor, power: int) -> Tensor:
-        """What quadratic needs of the rows' inputs h (B, D); computed once for any number of gradients."""
+        """What `quadratic` needs from the rows' inputs h (B, D); computed once for any number of gradients."""
 
     @abstractmethod
     def quadratic(self, delta: Tensor, prepared: Tensor, power: int) -> Tensor:
@@ -143,7 +140,8 @@ class Curvature(ABC):
 
     @abstractmethod
     def leverage(self, h: Tensor) -> Tensor:
-        """(I (x) h)^T H^-1 (I (x) h), row by row: how far the logits of inputs h (B, D) follow a push: (B, C, C)."""
+        """(B, C, C) (I (x) h)^T H^-1 (I (x) h) for each row h of (B, D): the change of its logits per unit of logit
+        gradient."""
 
 
 class Identity(Curvature):
@@ -177,8 +175,8 @@ class Eigenbasis(Curvature):
     def __init__(self, eigenvalues: Tensor, qg: Tensor, qa: Tensor, damping: float, dtype: torch.dtype) -> None:
         self.damping = damping
         self._qg, self._qa = qg, qa
-        self._inverse = pseudo_inverse(eigenvalues + damping, damping, max(eigenvalues.shape))
-        # The rows' dtype may be float32, where the square of an inverse overflows long before the score does.
+        self._inverse = inverse_eigenvalues(eigenvalues + damping, damping, max(eigenvalues.shape))
+        # In float32 the square of an inverse would overflow long before the score does.
         self._scale = float(self._inverse.max())
         self._rows_qg, self._rows_qa = qg.to(dtype), qa.to(dtype)
         normalised = self._inverse / self._scale if self._scale > 0 else self._inverse
@@ -201,7 +199,7 @@ class Eigenbasis(Curvature):
 
 
 class Dense(Curvature):
-    """The Hessian itself, factorised: H^-1 = R R^T.  For layers of at most DENSE_LIMIT parameters."""
+    """The dense Hessian, factorised: H^-1 = R R^T. For layers of at most DENSE_LIMIT parameters."""
 
     def __init__(self, hessian: Tensor, damping: float, dtype: torch.dtype) -> None:
         self.damping = damping
@@ -215,7 +213,7 @@ class Dense(Curvature):
                 root = torch.linalg.solve_triangular(factor, eye, upper=False).T
         if root is None:
             eigenvalues, vectors = torch.linalg.eigh(damped)
-            root = vectors * pseudo_inverse(eigenvalues, 0.0, size).sqrt()
+            root = vectors * inverse_eigenvalues(eigenvalues, 0.0, size).sqrt()
         self._root = root
         self._dtype = dtype
 
@@ -230,7 +228,7 @@ class Dense(Curvature):
         result = delta.new_empty(rows)
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            # A bounded number of explicit gradients: a dense Hessian has no shorter form to meet them in.
+            # A dense Hessian needs explicit gradients; their number at a time is bounded.
             gradients = delta[part, :, None].double() * prepared[part, None, :].double()
             half = gradients.flatten(1) @ self._root
             if power == 2:
@@ -251,12 +249,14 @@ class Dense(Curvature):
 
 
 class Iterative(Curvature):
-    """The Hessian itself, never formed: conjugate gradients on Hessian-vector products, EK-FAC as preconditioner.
+    """The Hessian, never formed: conjugate gradients on Hessian-vector products, preconditioned by EK-FAC.
 
-    Solves for one right-hand side at a time, so it serves aggregated scores (kd_gain) of layers of any size.
+    It solves for one right-hand side at a time, which is enough for kd_gain of layers of any size.
     """
 
-    def __init__(self, rows: Rows, terms: Sequence[HessianTerm], damping: float, preconditioner: Curvature) -> None:
+    def __init__(
+        self, rows: LayerRows, terms: Sequence[HessianTerm], damping: float, preconditioner: Curvature
+    ) -> None:
         self.damping = damping
         self._rows, self._terms, self._preconditioner = rows, terms, preconditioner
 
@@ -285,7 +285,7 @@ class Iterative(Curvature):
             step = inner / float((direction * product).sum())
             solution += step * direction
             residual -= step * product
-            # Agreed on: processes whose roundings differ must not take different numbers of steps.
+            # Processes that round differently must still take the same number of steps.
             if self._rows.ranks.agree(float(residual.norm()) <= CG_TOLERANCE * norm):
                 return solution
             z = self._preconditioner.solve(residual)
@@ -318,11 +318,11 @@ def check_curvature(
 ) -> None:
     """ValueError if a fitted curvature H is zero up to rounding and there is no absolute damping.
 
-    extent: (2,), sums over the rows of w (1 - |p|^2) |h|^2, a row's part of trace(H), and of its bound w |h|^2. Their
-    quotient, in [0, 1), measures how far the predictions p are from one-hot, independently of the scale of features and
-    weights. Below dtype's eps, H consists of rounding errors, scores computed from its inverse are arbitrary, and
-    damping relative to H is 0 too. where: the layer, for the error; advice:
-    one more way out.
+    extent: (2,), sums over the rows of w (1 - |p|^2) |h|^2, the row's share of trace(H), and of its bound w |h|^2.
+    Their quotient, in [0, 1), measures how far the predictions p are from one-hot, independently of the scale of
+    features and weights. Below dtype's eps, H consists of rounding errors, scores computed from its inverse are
+    arbitrary, and damping relative to H is 0 too. where: the layer, for the error. advice: one more
+    way out.
     """
     trace, bound = extent.tolist()
     if damping:
@@ -345,51 +345,33 @@ def check_curvature(
 
 
 def fit_curvature(
-    name: str,
-    rows: Rows,
+    options: CurvatureOptions,
+    rows: LayerRows,
     terms: Sequence[HessianTerm],
-    *,
-    damping: float | None,
-    damping_scale: float,
     dtype: torch.dtype,
     where: str = "the last layer",
 ) -> Curvature:
-    """The curvature `name` of the rows. damping: absolute, else damping_scale * mean eigenvalue.
+    """The damped curvature of a layer's rows.
 
-    dtype: what rows will be scored in. Raises ValueError as check_curvature. where: the layer's name, for the error.
+    terms: of the Hessian, weights (N,) float64. dtype: of the scores. where: the layer's name, for errors. Raises
+    ValueError as check_curvature.
     """
+    name, damping = options.curvature, options.damping
     if name == "identity":
         return Identity(damping, rows.classes)
     if name == "exact" and rows.classes * rows.inputs <= DENSE_LIMIT:
         hessian, extent = _dense_hessian(rows, terms)
         check_curvature(name, where, extent, damping=damping, dtype=dtype)
-        if damping is None:
-            damping = damping_scale * float(hessian.diagonal().mean())
-        return Dense(hessian, damping, dtype)
+        return Dense(hessian, options.absolute_damping(float(hessian.diagonal().mean())), dtype)
 
     g, a, extent = _kronecker_factors(rows, terms)
     check_curvature(name, where, extent, damping=damping, dtype=dtype)
-    g_values, qg = (rows.ranks.same(part) for part in psd_eigh(g))
-    a_values, qa = (rows.ranks.same(part) for part in psd_eigh(a))
+    g_values, qg = (rows.ranks.same(part) for part in psd_eigendecomposition(g))
+    a_values, qa = (rows.ranks.same(part) for part in psd_eigendecomposition(a))
     eigenvalues = torch.outer(g_values, a_values) if name == "kfac" else _corrected_eigenvalues(rows, terms, qg, qa)
-    if damping is None:
-        damping = damping_scale * float(eigenvalues.mean())
-    basis = Eigenbasis(eigenvalues, qg, qa, damping, dtype)
-    return Iterative(rows, terms, damping, basis) if name == "exact" else basis
-
-
-def pseudo_inverse(values: Tensor, damping: float, size: int) -> Tensor:
-    """1 / values, and 0 where an undamped value is 0 up to the rounding of an eigendecomposition of this size."""
-    floor = 0.0
-    if damping == 0.0:
-        floor = 10 * size * torch.finfo(values.dtype).eps * float(values.abs().max())
-    return torch.where(values > floor, 1.0 / values, 0.0)
-
-
-def psd_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (clamped at 0) and eigenvectors of positive semi-definite matrices (..., n, n)."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    return values.clamp_min(0.0), vectors.contiguous()
+    absolute = options.absolute_damping(float(eigenvalues.mean()))
+    basis = Eigenbasis(eigenvalues, qg, qa, absolute, dtype)
+    return Iterative(rows, terms, absolute, basis) if name == "exact" else basis
 
 
 def _extent(h: Tensor, weight: Tensor, p: Tensor) -> Tensor:
@@ -398,7 +380,7 @@ def _extent(h: Tensor, weight: Tensor, p: Tensor) -> Tensor:
     return torch.stack([(weight * p * (1.0 - p)).sum(dim=1) @ squared_norm, weight[:, 0] @ squared_norm])
 
 
-def _kronecker_factors(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor, Tensor]:
+def _kronecker_factors(rows: LayerRows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor, Tensor]:
     """G = mean_i sum_t w_ti J(p_ti), (C, C), A = mean_i h~_i h~_i^T, (D, D), and the rows' extent."""
     device = rows.features.device
     g = torch.zeros(rows.classes, rows.classes, dtype=torch.float64, device=device)
@@ -415,7 +397,7 @@ def _kronecker_factors(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor
     return rows.ranks.sum(g) / rows.total, rows.ranks.sum(a) / rows.total, rows.ranks.sum(extent)
 
 
-def _corrected_eigenvalues(rows: Rows, terms: Sequence[HessianTerm], qg: Tensor, qa: Tensor) -> Tensor:
+def _corrected_eigenvalues(rows: LayerRows, terms: Sequence[HessianTerm], qg: Tensor, qa: Tensor) -> Tensor:
     """EK-FAC's Lambda: H's diagonal in the basis Qg (x) Qa, in closed form over the model's own labels.
 
     Lambda = mean_i [sum_t w_ti Var_{k ~ p_ti}(Qg_k.)] (outer) (Qa^T h~_i)^2, Var = (p Qg^2) - (p Qg)^2 by column.
@@ -431,7 +413,7 @@ def _corrected_eigenvalues(rows: Rows, terms: Sequence[HessianTerm], qg: Tensor,
     return rows.ranks.sum(total) / rows.total
 
 
-def _dense_hessian(rows: Rows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor]:
+def _dense_hessian(rows: LayerRows, terms: Sequence[HessianTerm]) -> tuple[Tensor, Tensor]:
     """H before damping, (C*D, C*D), block (c, k) = mean_i (sum_t w_ti J(p_ti)_ck) h~_i h~_i^T, and the rows' extent."""
     classes, inputs = rows.classes, rows.inputs
     device = rows.features.device

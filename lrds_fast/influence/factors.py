@@ -1,6 +1,7 @@
-"""Curvature of a whole model, a block per layer: fitted in two passes over data, inverted in its eigenbasis.
+"""The curvature of several layers, a block per layer: fitted in one or two passes over the data.
 
-For a layer whose sample gradients are G_i = sum_t d_it (outer) a_it, d from labels that the model itself would give:
+For a layer whose sample gradients are G_i = sum_t d_it (outer) a_it, with d from labels that the model itself would
+give (objective.fisher_gradients):
 
     A = mean_i sum_t a_it a_it^T = Qa diag(a) Qa^T         G = mean_i mean_t d_it d_it^T = Qg diag(g) Qg^T
     K-FAC: H = (Qg (x) Qa) diag(g (outer) a) (Qg (x) Qa)^T
@@ -19,60 +20,41 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lrds_fast._numbers import integer
 from lrds_fast.files import replacing
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
-from lrds_fast.influence.batches import Batches, Data
-from lrds_fast.influence.curvature import check_curvature, psd_eigh, pseudo_inverse
+from lrds_fast.influence.batches import Data, ReadOptions
+from lrds_fast.influence.curvature import check_curvature
+from lrds_fast.influence.draws import keyed_generator
+from lrds_fast.influence.eigen import inverse_eigenvalues, psd_eigendecomposition
 from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
+from lrds_fast.influence.objective import LogitTerms, cross_entropy_terms, fisher_gradients
+from lrds_fast.influence.options import BLOCK_CURVATURES, CurvatureOptions
 from lrds_fast.ranks import Ranks
 
-CURVATURES = ("identity", "kfac", "ekfac")
-"""What a whole model's blocks can be; "exact" is for a last layer (curvature.py)."""
-
 Terms = Callable[[Tensor, int], Sequence[tuple[Tensor, float]]]
-"""From logits (B, C) and the place of their first sample in the data to the objective's terms: weights (B,) >= 0 of
-J(softmax(z / T)), and T."""
+"""From logits (B, C) and the number of their first sample to the Hessian's terms: weights (B,) >= 0 of
+J(softmax(z / T)), and T; see objective.py."""
 
 
-def cross_entropy_terms(logits: Tensor, start: int) -> list[tuple[Tensor, float]]:
-    """The label's cross-entropy alone, weight 1."""
-    return [(logits.new_ones(len(logits)), 1.0)]
+class HessianBatch(NamedTuple):
+    """A batch of samples that H is fitted to. start: the number of the first sample. x: inputs (B, ...)."""
 
-
-def fisher_gradients(
-    logits: Tensor, terms: Sequence[tuple[Tensor, float]], labels: int | str, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Logit gradients (B, C) whose outer products add up to sum_t w_t J(softmax(z / T_t)), on average over draws.
-
-    labels: "all" takes every class with its probability, C backward passes a term and exact; a number takes as many
-    draws from the model's own distribution.
-    """
-    for weight, temperature in terms:
-        q = torch.softmax(logits / temperature, dim=1)
-        scale = weight.sqrt()[:, None]
-        if labels == "all":
-            for k in range(q.shape[1]):
-                hot = torch.zeros_like(q)
-                hot[:, k] = 1.0
-                yield scale * q[:, k : k + 1].sqrt() * (q - hot)
-            continue
-        count = int(labels)
-        for _ in range(count):
-            drawn = torch.multinomial(q.double().cpu(), 1, generator=generator).to(q.device)
-            yield scale / count**0.5 * (q - torch.zeros_like(q).scatter_(1, drawn, 1.0))
+    start: int
+    x: Tensor
+    terms: LogitTerms
 
 
 @dataclass(frozen=True)
 class Block:
-    """A layer: eigenvalues (G, O, I) in the basis qg (G, O, O), qa (G, I, I), or (P,) on the parameters themselves."""
+    """The curvature of a layer, float64: eigenvalues (G, O, I) in the basis qg (G, O, O), qa (G, I, I), or eigenvalues
+    (P,) of its parameters, without a basis."""
 
     eigenvalues: Tensor
     qg: Tensor | None = None
@@ -80,10 +62,11 @@ class Block:
     _bases: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def mean(self) -> float:
+        """The mean eigenvalue."""
         return float(self.eigenvalues.mean())
 
     def _basis(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """qg and qa in a dtype and on a device; made once."""
+        """qg and qa in the dtype and on the device of `like`; cached."""
         key = (like.dtype, like.device)
         if key not in self._bases:
             assert self.qg is not None
@@ -98,7 +81,7 @@ class Block:
         a, d = gradients.inputs, gradients.deltas
         qg, qa = self._basis(d)
         positions, inputs, outputs = a.shape[2], a.shape[3], d.shape[3]
-        # Each side where it is cheaper: its positions before they are summed, or the sum's rows or columns.
+        # Each side is rotated where that is cheaper: position by position, or after the sum over positions.
         if positions < inputs:
             d = _applied(d, qg)
         if positions < outputs:
@@ -128,7 +111,7 @@ class Block:
 
 
 def _applied(x: Tensor, q: Tensor) -> Tensor:
-    """x (B, G, R, W) in the bases q (G, W, W); one product where there is one group and x's rows lie together."""
+    """x (B, G, R, W) in the bases q (G, W, W); one product where there is one group and x is contiguous."""
     if len(q) == 1 and x.is_contiguous():
         return (x.flatten(0, 2) @ q[0]).view_as(x)
     return x @ q
@@ -157,10 +140,10 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Factors:
-    """The damped curvature of a model's layers and its inverse: Factors.fit, save, load.
+    """The damped curvature of a model's layers and its inverse. Factors.fit and Factors.load make them.
 
-    curvature: "identity", "kfac" or "ekfac". blocks: by layer name. damping: by layer name, what was added to every
-    eigenvalue. model: the fingerprint of the layers that the factors were fitted to.
+    curvature: "identity", "kfac" or "ekfac". blocks, damping: by layer name; damping is the value that was added to
+    every eigenvalue of the layer. model: the fingerprint of the layers that the factors were fitted to.
     """
 
     def __init__(
@@ -168,7 +151,7 @@ class Factors:
     ) -> None:
         self.curvature, self.blocks, self.damping, self.model = curvature, dict(blocks), dict(damping), model
         self._inverse = {
-            name: pseudo_inverse(
+            name: inverse_eigenvalues(
                 block.eigenvalues + self.damping[name], self.damping[name], max(block.eigenvalues.shape)
             )
             for name, block in self.blocks.items()
@@ -177,11 +160,24 @@ class Factors:
 
     @property
     def layers(self) -> list[str]:
+        """The names of the layers."""
         return list(self.blocks)
+
+    def layers_of(self, student: nn.Module, layers: str | Sequence[str] = "all") -> list[str]:
+        """The names of the layers, checked: ValueError unless the factors were fitted to `student` as it is now.
+
+        layers: what the caller of the scoring function requested; a list of names must be the factors' layers.
+        """
+        if layers not in ("all", "last") and layer_names(student, layers) != self.layers:
+            raise ValueError(f"layers and factors differ; the factors are of {', '.join(map(repr, self.layers))}")
+        modules = dict(student.named_modules())
+        if any(name not in modules for name in self.layers) or fingerprint(student, self.layers) != self.model:
+            raise ValueError("factors were fitted to another student, or to other weights of it; fit them again")
+        return self.layers
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the blocks and what was added to them."""
+        """sha256 of the blocks and their damping."""
         tensors = {
             f"{kind} {name} {self.damping[name]}": tensor
             for name, block in self.blocks.items()
@@ -197,7 +193,7 @@ class Factors:
         return fit_factors(model, data, **keywords)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all."""
+        """Writes a safetensors file atomically: complete or not at all."""
         tensors: dict[str, Tensor] = {}
         for name, block in self.blocks.items():
             parts = {"eigenvalues": block.eigenvalues, "qg": block.qg, "qa": block.qa}
@@ -213,7 +209,11 @@ class Factors:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Factors:
-        """Reads what save wrote. With a model: ValueError unless its layers are those that the factors are of."""
+        """Reads what save wrote.
+
+        Raises ValueError for a file that is damaged or something else, and, with a model, unless the factors were
+        fitted to its layers and weights.
+        """
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -224,7 +224,7 @@ class Factors:
 
                 def tensor(kind: str, name: str) -> Tensor | None:
                     key = f"{kind}:{name}"
-                    # A copy, at an address as aligned as any other tensor's: products round by alignment.
+                    # A copy is aligned as every tensor is; results of products depend on the alignment.
                     return file.get_tensor(key).clone() if key in keys else None
 
                 blocks = {}
@@ -249,22 +249,23 @@ class Factors:
         return self._inverse[layer]
 
     def solve(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """H^-1 g, layer by layer: flattened gradients (P,) in a SampleGradients' order in, float64 out."""
+        """H^-1 g by layer name, float64. gradient: flattened gradients (P,) in the order of SampleGradients.dense."""
         return {name: block.solve(gradient[name], self._inverse[name]) for name, block in self.blocks.items()}
 
     def quadratic(self, gradients: Mapping[str, SampleGradients], power: int = 1) -> Tensor:
-        """(B,) g_i^T H^-power g_i, added over the layers. power: 1 (self_influence) or 2 (param_shift squared)."""
-        found = []
+        """(B,) g_i^T H^-power g_i, summed over the layers. power: 1 (self_influence) or 2 (param_shift squared)."""
+        by_layer = []
         for name, block in self.blocks.items():
             parts = []
             for part in gradients[name].parts():
                 normal, scale = self._weights(name, power, part)
                 parts.append(block.quadratic(part, normal, scale))
-            found.append(torch.cat(parts))
-        return torch.stack(found).sum(dim=0)
+            by_layer.append(torch.cat(parts))
+        return torch.stack(by_layer).sum(dim=0)
 
     def _weights(self, name: str, power: int, gradients: SampleGradients) -> tuple[Tensor, float]:
-        """A block's inverse to a power in the gradients' dtype, scaled to at most 1: its own values may not fit."""
+        """(weight, scale): weight * scale is the inverse to a power; weight, in the gradients' dtype, is at most 1 so
+        that it cannot overflow."""
         like = next(t for t in vars(gradients).values() if isinstance(t, Tensor) and t.is_floating_point())
         key = (name, power, like.dtype, like.device)
         if key not in self._scaled:
@@ -292,179 +293,188 @@ def fit_factors(
 ) -> Factors:
     """Fits a model's curvature, block by block.
 
-    model: in eval mode. data: as influence.score takes it, a Dataset of (input, ...) samples or an iterable of batches
-    (inputs, ...) or of inputs (B, ...), because targets are not used; also all inputs (N, ...) in one tensor. It is
-    read once for "kfac" and twice for "ekfac", and must give the same tensors each time. batch_size, batch, logits,
-    progress: as influence.score takes them.
-    layers: as layers.layer_names takes them. terms: the objective's. labels: as fisher_gradients takes them, drawn from
-    `seed`. damping: >= 0, added to every eigenvalue of every layer; None: damping_scale times each layer's mean
-    eigenvalue. Raises ValueError for an unknown curvature, one that is zero up to rounding (see
-    curvature.check_curvature), no samples, and as sample_gradients. Warns if a factor has more dimensions than
-    positions.
+    model: in eval mode. data: as influence.score takes them, a Dataset of (input, ...) samples or an iterable of
+    batches (inputs, ...) or of inputs (B, ...), because targets are not used; also all inputs (N, ...) in one tensor.
+    They are read once for "kfac" and twice for "ekfac", and must give the same tensors each time. batch_size, batch,
+    logits, progress: as influence.score takes them.
+    layers: as layers.layer_names takes them. terms: of the Hessian, from logits (B, C) and the number of their first
+    sample. labels: as objective.fisher_gradients takes them, drawn from `seed`. damping: >= 0, added to every
+    eigenvalue of every layer; None: damping_scale times each layer's mean eigenvalue. Raises ValueError for an unknown
+    curvature, one that is zero up to rounding (see curvature.check_curvature), no samples, and as sample_gradients.
+    Warns if a factor has more dimensions than positions.
     """
-    parameter = next(model.parameters())
-    batches = Batches(data, parameter, batch_size, progress, batch=batch, labelled=False)
+    options = CurvatureOptions(curvature, damping, damping_scale, labels, BLOCK_CURVATURES)
+    read = ReadOptions(batch_size, batch, logits, progress)
+    reader = read.reader(data, next(model.parameters()), labelled=False)
 
-    def placed() -> Iterator[tuple[int, Tensor]]:
-        for part in batches("factors"):
-            yield part.start, part.x
+    def batches() -> Iterator[HessianBatch]:
+        for part in reader("factors"):
+            yield HessianBatch(part.start, part.x, lambda z, start=part.start: terms(z, start))  # type: ignore[misc]
 
-    return fit_placed(
-        Classifier(model, logits=logits),
-        placed,
-        layers=layers,
-        curvature=curvature,
-        terms=terms,
-        labels=labels,
-        damping=damping,
-        damping_scale=damping_scale,
-        seed=seed,
-    )
+    return BlockFit(read.classifier(model), batches, layer_names(model, layers), options, seed=seed).factors()
 
 
-def fit_placed(
-    classifier: Classifier,
-    batches: Callable[[], Iterable[tuple[int, Tensor]]],
-    *,
-    layers: str | Sequence[str],
-    curvature: str,
-    terms: Terms,
-    labels: int | str,
-    damping: float | None,
-    damping_scale: float,
-    seed: int = 0,
-    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
-) -> Factors:
-    """fit_factors over batches that say where their first sample is in the data: this process's, of those of all.
+class BlockFit:
+    """Fits the blocks of a model's layers in one or two sweeps over batches.
 
-    The labels that a batch draws depend on its place alone, so that the factors do not depend on who reads what.
+    batches: this process's; called once per sweep. names: of the layers. Labels are drawn from `seed`, the sweep and
+    the batch's first sample, so the factors do not depend on which process reads a batch.
     """
-    if curvature not in CURVATURES:
-        raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}; got {curvature!r}")
-    what = "'all' or a number of draws >= 1"
-    if labels != "all" and (isinstance(labels, str) or (labels := integer("labels", labels, what)) < 1):
-        raise ValueError(f"labels must be {what}; got {labels!r}")
-    model = classifier.module
-    names = layer_names(model, layers)
 
-    def sweep(number: int) -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
-        """(samples of the batch where a new one begins, else 0; sample gradients of one draw).
+    def __init__(
+        self,
+        classifier: Classifier,
+        batches: Callable[[], Iterable[HessianBatch]],
+        names: Sequence[str],
+        options: CurvatureOptions,
+        *,
+        seed: int = 0,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ) -> None:
+        self._classifier, self._batches, self._names = classifier, batches, names
+        self._options, self._seed, self._ranks = options, seed, ranks
+        self._model = classifier.module
+        parameter = next(self._model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+        # For check_curvature, the extent of each sweep, from the logit gradients of its draws.
+        self._extents = torch.zeros(2, 2, dtype=torch.float64, device=self._device)
 
-        Every sweep draws labels of its own: eigenvalues measured on the draws that the basis was fitted to would be
-        too large in it.
+    def factors(self) -> Factors:
+        """The factors, the same in every process. Raises ValueError for no samples or a curvature of about zero."""
+        total, blocks = self._kronecker_blocks()
+        curvature = self._options.curvature
+        if curvature == "identity":
+            blocks = {name: Block(torch.ones_like(block.eigenvalues)) for name, block in blocks.items()}
+        if curvature == "ekfac":
+            blocks |= self._corrected_blocks(total, blocks)
+        self._check_extents()
+        damping = self._damping(blocks)
+        return Factors(curvature, blocks, damping, fingerprint(self._model, self._names))
+
+    def _sweep(self, number: int) -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
+        """(samples of the batch at its first draw, else 0; sample gradients of one draw).
+
+        Every sweep draws its own labels: eigenvalues measured on the draws that the basis was fitted to would be too
+        large.
         """
-        extent = extents[number]
-        for start, x in batches():
-            generator = torch.Generator().manual_seed(combined_seed(seed, number, start))
+        extent, labels = self._extents[number], self._options.labels
+        for batch in self._batches():
+            generator = keyed_generator((self._seed, number, batch.start))
             with torch.no_grad():
-                logits = classifier(x)
-            weighted = terms(logits, start)
-            extent[1] += torch.stack([weight.double().sum() for weight, _ in weighted]).sum()
-            for draw, delta in enumerate(fisher_gradients(logits, weighted, labels, generator)):
+                logits = self._classifier(batch.x)
+            terms = batch.terms(logits)
+            extent[1] += torch.stack([weight.double().sum() for weight, _ in terms]).sum()
+            for draw, delta in enumerate(fisher_gradients(logits, terms, labels, generator)):
                 extent[0] += delta.double().square().sum()
-                yield len(x) if draw == 0 else 0, sample_gradients(classifier, x, lambda _, d=delta: d, names)[1]  # type: ignore[misc]
+                gradients = sample_gradients(self._classifier, batch.x, lambda _, d=delta: d, self._names)[1]  # type: ignore[misc]
+                yield len(batch.x) if draw == 0 else 0, gradients
 
-    sums = {kind: _zeros(model, names, kind) for kind in ("a", "g", "diagonal", "corrected")}
-    device = next(model.parameters()).device
-    count = torch.zeros(1, dtype=torch.int64, device=device)
-    # The extent of each sweep, from the logit gradients of its draws, for check_curvature.
-    extents = torch.zeros(2, 2, dtype=torch.float64, device=device)
-    positions = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in sums["a"]}
-    for samples, found in sweep(0):
-        count += samples
-        for name, gradients in found.items():
-            for part in gradients.parts():
-                if isinstance(part, Outer):
-                    if samples:  # inputs do not depend on the draw
-                        sums["a"][name] += _moment(part.inputs)
-                        positions[name] += len(part.inputs) * part.inputs.shape[2]
-                    sums["g"][name] += _moment(part.deltas) / part.deltas.shape[2]
-                else:
-                    sums["diagonal"][name] += part.dense().square().sum(dim=0)
-    for total_of in (count, *positions.values(), *(t for kind in ("a", "g", "diagonal") for t in sums[kind].values())):
-        ranks.sum(total_of)
-    total = int(count)
-    if total == 0:
-        raise ValueError("data must contain samples; got none")
-    if curvature != "identity":
-        _report_few(model, {name: int(seen) for name, seen in positions.items()}, sums["a"])
-    blocks: dict[str, Block] = {}
-    for name in names:
-        if name in sums["diagonal"]:
-            blocks[name] = Block(sums["diagonal"][name] / total)
-        else:
-            g_values, qg = (ranks.same(part) for part in psd_eigh(sums["g"][name] / total))
-            a_values, qa = (ranks.same(part) for part in psd_eigh(sums["a"][name] / total))
-            blocks[name] = Block(g_values[:, :, None] * a_values[:, None, :], qg, qa)
-    if curvature == "identity":
-        blocks = {name: Block(torch.ones_like(block.eigenvalues)) for name, block in blocks.items()}
-    if curvature == "ekfac":
-        for _, found in sweep(1):
-            for name in sums["corrected"]:
-                for part in found[name].parts():
-                    sums["corrected"][name] += blocks[name].rotate(part).square_().sum(dim=0)
-        for name, corrected in sums["corrected"].items():
-            blocks[name] = Block(ranks.sum(corrected) / total, blocks[name].qg, blocks[name].qa)
-    ranks.sum(extents)
-    dtype = next(model.parameters()).dtype
-    for extent in extents[: {"identity": 0, "kfac": 1, "ekfac": 2}[curvature]]:
-        advice = "" if labels == "all" else ", or labels='all', because draws may miss rare labels"
+    def _kronecker_blocks(self) -> tuple[int, dict[str, Block]]:
+        """The number of samples, and every layer's K-FAC block, or diagonal; one sweep."""
+        ranks = self._ranks
+        a, g, diagonal = (self._zeros(kind) for kind in ("a", "g", "diagonal"))
+        count = torch.zeros(1, dtype=torch.int64, device=self._device)
+        positions = {name: torch.zeros(1, dtype=torch.int64, device=self._device) for name in a}
+        for samples, by_layer in self._sweep(0):
+            count += samples
+            for name, gradients in by_layer.items():
+                for part in gradients.parts():
+                    if isinstance(part, Outer):
+                        if samples:  # inputs do not depend on the draw
+                            a[name] += _moment(part.inputs)
+                            positions[name] += len(part.inputs) * part.inputs.shape[2]
+                        g[name] += _moment(part.deltas) / part.deltas.shape[2]
+                    else:
+                        diagonal[name] += part.dense().square().sum(dim=0)
+        for local in (count, *positions.values(), *a.values(), *g.values(), *diagonal.values()):
+            ranks.sum(local)
+        total = int(count)
+        if total == 0:
+            raise ValueError("data must contain samples; got none")
+        if self._options.curvature != "identity":
+            _warn_of_few_positions({name: int(number) for name, number in positions.items()}, a)
+        blocks: dict[str, Block] = {}
+        for name in self._names:
+            if name in diagonal:
+                blocks[name] = Block(diagonal[name] / total)
+            else:
+                g_values, qg = (ranks.same(part) for part in psd_eigendecomposition(g[name] / total))
+                a_values, qa = (ranks.same(part) for part in psd_eigendecomposition(a[name] / total))
+                blocks[name] = Block(g_values[:, :, None] * a_values[:, None, :], qg, qa)
+        return total, blocks
+
+    def _corrected_blocks(self, total: int, blocks: Mapping[str, Block]) -> dict[str, Block]:
+        """The blocks that have a basis, with EK-FAC's eigenvalues; one sweep."""
+        eigenvalues = self._zeros("eigenvalues")
+        for _, by_layer in self._sweep(1):
+            for name in eigenvalues:
+                for part in by_layer[name].parts():
+                    eigenvalues[name] += blocks[name].rotate(part).square_().sum(dim=0)
+        return {
+            name: Block(self._ranks.sum(local) / total, blocks[name].qg, blocks[name].qa)
+            for name, local in eigenvalues.items()
+        }
+
+    def _zeros(self, kind: str) -> dict[str, Tensor]:
+        """Float64 zeros by layer: "a" (G, I, I), "g" (G, O, O), "eigenvalues" (G, O, I); "diagonal" (P,) for the
+        others.
+
+        Layers that have no such sum are left out.
+        """
+        zeros = {}
+        for name in self._names:
+            module = self._model.get_submodule(name)
+            weight = next(module.parameters(recurse=False))
+            if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                if kind == "diagonal":
+                    size = sum(p.numel() for p in module.parameters(recurse=False))
+                    zeros[name] = torch.zeros(size, dtype=torch.float64, device=weight.device)
+                continue
+            groups = getattr(module, "groups", 1)
+            outputs, inputs = len(weight) // groups, weight[0].numel() + (module.bias is not None)
+            shapes = {"a": (inputs, inputs), "g": (outputs, outputs), "eigenvalues": (outputs, inputs)}
+            if kind in shapes:
+                zeros[name] = torch.zeros(groups, *shapes[kind], dtype=torch.float64, device=weight.device)
+        return zeros
+
+    def _check_extents(self) -> None:
+        """ValueError if the curvature that a sweep fitted is zero up to rounding; see check_curvature."""
+        options, names = self._options, self._names
+        self._ranks.sum(self._extents)
+        advice = "" if options.labels == "all" else ", or labels='all', because draws may miss rare labels"
         where = f"layer {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        check_curvature(curvature, where, extent, damping=damping, dtype=dtype, advice=advice)
-    if curvature == "identity":
-        by_layer = dict.fromkeys(names, damping or 0.0)
-    elif damping is None:
-        by_layer = {name: damping_scale * block.mean() for name, block in blocks.items()}
-    else:
-        by_layer = dict.fromkeys(names, float(damping))
-    for name, block in blocks.items():
-        # Squares below the smallest normal number are inexact or 0.
-        if not damping and float(block.eigenvalues.max()) < torch.finfo(dtype).tiny:
-            raise ValueError(
-                f"layer {name!r}: the curvature is zero (every gradient of it is), so nothing can be scored by its"
-                " inverse: leave the layer out, or pass a damping > 0"
-            )
-    return Factors(curvature, blocks, by_layer, fingerprint(model, names))
+        for extent in self._extents[: {"identity": 0, "kfac": 1, "ekfac": 2}[options.curvature]]:
+            check_curvature(options.curvature, where, extent, damping=options.damping, dtype=self._dtype, advice=advice)
+
+    def _damping(self, blocks: Mapping[str, Block]) -> dict[str, float]:
+        """The absolute damping of each layer. ValueError for a layer whose curvature and damping are both zero."""
+        options = self._options
+        for name, block in blocks.items():
+            # Squares below the smallest normal number are inexact or 0.
+            if not options.damping and float(block.eigenvalues.max()) < torch.finfo(self._dtype).tiny:
+                raise ValueError(
+                    f"layer {name!r}: the curvature is zero (every gradient of it is), so nothing can be scored by its"
+                    " inverse: leave the layer out, or pass a damping > 0"
+                )
+        if options.curvature == "identity":
+            return dict.fromkeys(blocks, options.damping or 0.0)
+        return {name: options.absolute_damping(block.mean()) for name, block in blocks.items()}
 
 
-def combined_seed(*numbers: int) -> int:
-    """A seed of its own for every tuple of numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "little")
-
-
-def _zeros(model: nn.Module, names: Sequence[str], kind: str) -> dict[str, Tensor]:
-    """Sums to add up in, by layer: "a" (G, I, I), "g" (G, O, O), "corrected" (G, O, I); "diagonal" (P,)."""
-    found = {}
-    for name in names:
-        module = model.get_submodule(name)
-        weight = next(module.parameters(recurse=False))
-        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if kind == "diagonal":
-                size = sum(p.numel() for p in module.parameters(recurse=False))
-                found[name] = torch.zeros(size, dtype=torch.float64, device=weight.device)
-            continue
-        groups = getattr(module, "groups", 1)
-        outputs, inputs = len(weight) // groups, weight[0].numel() + (module.bias is not None)
-        shapes = {"a": (inputs, inputs), "g": (outputs, outputs), "corrected": (outputs, inputs)}
-        if kind in shapes:
-            found[name] = torch.zeros(groups, *shapes[kind], dtype=torch.float64, device=weight.device)
-    return found
-
-
-def _report_few(model: nn.Module, positions: Mapping[str, int], a: Mapping[str, Tensor]) -> None:
-    """A warning for factors of fewer positions than dimensions: singular, and their eigenvectors mostly arbitrary."""
+def _warn_of_few_positions(positions: Mapping[str, int], a: Mapping[str, Tensor]) -> None:
+    """Warns of factors with fewer positions than dimensions: they are singular."""
     few = [f"{name!r} ({seen} for {a[name].shape[-1]})" for name, seen in positions.items() if seen < a[name].shape[-1]]
     if few:
         warnings.warn(
             f"too few samples for a factor of full rank: positions seen for the inputs of layer {', '.join(few)}."
             " Directions that no sample has are left to the damping; pass more data",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
 def _moment(rows: Tensor) -> Tensor:
     """(G, W, W): sum over samples and positions of the outer products of rows (B, G, T, W)."""
-    if rows.shape[2] >= rows.shape[3]:  # sample by sample, as the rows lie
+    if rows.shape[2] >= rows.shape[3]:  # one product per sample, without a copy
         return (rows.transpose(2, 3) @ rows).sum(dim=0)
     flat = rows.transpose(0, 1).flatten(1, 2)
     return flat.transpose(1, 2) @ flat

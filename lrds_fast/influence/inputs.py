@@ -1,4 +1,4 @@
-"""What the caller may pass: every check of the scores' inputs, each error in one line with a way out."""
+"""Checks of the arguments of the scoring functions. Each error is one line that names the argument and a way out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lrds_fast._numbers import integer, number
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
-# Rows looked at in one go when searching for non-finite values: bounds the temporary mask.
+# Rows per step of the search for non-finite values, which bounds the temporary mask.
 _SCAN_ROWS = 1 << 16
 
 
@@ -23,10 +23,10 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def check_damping(name: str, value: float) -> float:
     """A finite number >= 0, as a float."""
-    found = float(number(name, value))
-    if not (math.isfinite(found) and found >= 0):
+    damping = float(number(name, value))
+    if not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"{name} must be finite and >= 0; got {value!r}")
-    return found
+    return damping
 
 
 def check_samples(features: Tensor, logits: Tensor, target: Tensor, *, prefix: str = "") -> None:
@@ -60,7 +60,7 @@ def check_samples(features: Tensor, logits: Tensor, target: Tensor, *, prefix: s
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dim: int | None = None) -> None:
-    """tensor is a float matrix with other's shape, or with other's size in one dimension."""
+    """tensor is a floating matrix of other's shape; with `dim`, of other's size in that dimension."""
     _check_matrix(name, tensor, "(N, C)")
     if dim is None and tensor.shape != other.shape:
         raise ValueError(f"{name} must have the shape of {other_name}, {tuple(other.shape)}; got {tuple(tensor.shape)}")
@@ -71,14 +71,17 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dim
 
 
 def check_device(name: str, tensor: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
-    """All tensors live where the first one does."""
+    """All other tensors are on the device of `tensor`."""
     for other_name, other in others:
         if other.device != tensor.device:
             raise ValueError(f"{other_name} must be on {name}'s device {tensor.device}; got {other.device}")
 
 
 def check_finite(name: str, tensor: Tensor, first: int = 0) -> None:
-    """No NaN and no infinity; the error names the first sample that has one. first: the number of row 0's sample."""
+    """tensor (N, d) has no NaN and no infinity; the error names the first sample that has one.
+
+    first: the number of row 0's sample.
+    """
     for start in range(0, tensor.shape[0], _SCAN_ROWS):
         finite = torch.isfinite(tensor[start : start + _SCAN_ROWS]).all(dim=1)
         if not finite.all():
@@ -105,7 +108,10 @@ def check_scores(name: str, values: Tensor, first: int = 0) -> None:
 
 
 def check_logits(name: str, logits: Tensor, first: int = 0) -> None:
-    """No NaN, no +inf, no row of only -inf; the error names the first such sample. first: as in check_finite."""
+    """tensor (N, C) has no NaN, no +inf and no row of only -inf; the error names the first such sample.
+
+    first: as in check_finite.
+    """
     for start in range(0, logits.shape[0], _SCAN_ROWS):
         # A row's maximum is NaN if any entry is, +inf if any is, -inf if all are: finite exactly for legal rows.
         usable = torch.isfinite(logits[start : start + _SCAN_ROWS].amax(dim=1))
@@ -116,18 +122,10 @@ def check_logits(name: str, logits: Tensor, first: int = 0) -> None:
             )
 
 
-def check_selected(selected: Tensor, like: Tensor) -> None:
-    """(N,) bool or floats in [0, 1], on like's device."""
-    check_selected_values(selected)
-    if selected.shape != like.shape[:1]:
-        raise ValueError(
-            f"selected must have shape ({like.shape[0]},), one value per sample; got {tuple(selected.shape)}"
-        )
-    check_device("features", like, [("selected", selected)])
-
-
-def check_selected_values(selected: Tensor) -> None:
-    """A bool tensor, or floats in [0, 1]."""
+def check_selected(selected: Tensor | None, samples: int | None) -> None:
+    """None, or a bool tensor or floats in [0, 1] of shape (samples,). samples: None where it is not known yet."""
+    if selected is None:
+        return
     _check_tensor("selected", selected)
     if selected.dtype != torch.bool and not selected.is_floating_point():
         raise TypeError(f"selected must be bool, or floats in [0, 1]; got {selected.dtype}")
@@ -136,6 +134,26 @@ def check_selected_values(selected: Tensor) -> None:
         if outside.any():
             row = _first(outside)
             raise ValueError(f"selected must lie in [0, 1]; got {float(selected[row])} at sample {row}")
+    if samples is not None and selected.shape != (samples,):
+        raise ValueError(f"selected must have shape ({samples},), one value per sample; got {tuple(selected.shape)}")
+
+
+def check_targets(y: Tensor, classes: int, first: int) -> None:
+    """Labels y (B,) lie in [0, classes); the error names the first sample whose label does not.
+
+    first: the number of row 0's sample.
+    """
+    outside = (y < 0) | (y >= classes)
+    if outside.any():
+        row = _first(outside)
+        raise ValueError(f"targets must lie in [0, {classes}); got {int(y[row])} at sample {first + row}")
+
+
+def check_teacher_logits(v: Tensor, z: Tensor, first: int) -> None:
+    """Teacher's logits v (B, C) are legal and have the classes of the student's, z. first: as in check_finite."""
+    if z.shape != v.shape:
+        raise ValueError(f"student and teacher must give the same classes; got {tuple(z.shape)}, {tuple(v.shape)}")
+    check_logits("teacher_logits", v, first)
 
 
 def _check_tensor(name: str, tensor: object) -> None:
@@ -156,10 +174,11 @@ def _first(mask: Tensor) -> int:
 
 
 def check_folds(folds: int | None, default: int) -> int:
-    """Parts of the held-out slice that a standard error is taken over: `default` for None, 0 for no standard error."""
+    """The number of parts that the held-out slice is divided into; None: `default`. 0: no standard error."""
     if folds is None:
         return default
-    found = integer("folds", folds, "None, 0 (no standard error) or an int >= 2")
-    if found < 0 or found == 1:
-        raise ValueError(f"folds must be None, 0 (no standard error) or an int >= 2; got {folds!r}")
-    return found
+    what = "None, 0 (no standard error) or an int >= 2"
+    parts = integer("folds", folds, what)
+    if parts < 0 or parts == 1:
+        raise ValueError(f"folds must be {what}; got {folds!r}")
+    return parts

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrds_fast.influence.scores import uniform_scores
+from lrds_fast.influence.draws import uniform_scores
 from lrds_fast.ranks import Ranks
 
 #: With fewer samples whose correlation is defined, nothing is estimated and the score is 0.

@@ -1,25 +1,24 @@
-"""Which training samples speak for and against a query: influence of every sample on every query."""
+"""The influence of every training sample on every query, and of every sample on itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from lrds_fast import functional
 from lrds_fast._numbers import integer
-from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook
-from lrds_fast.influence.batches import Batches, Data
+from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook, evaluation_mode
+from lrds_fast.influence.batches import BatchReader, Data, ReadOptions
 from lrds_fast.influence.factors import Factors
 from lrds_fast.influence.inputs import check_scores
 from lrds_fast.influence.layers import Outer, SampleGradients, sample_gradients
-from lrds_fast.influence.whole import checked_factors, eval_mode
+from lrds_fast.influence.objective import cross_entropy_gradient
 
 
 class Pairwise(NamedTuple):
-    """values, indices: (Q, K), each query's K largest influences, largest first, and whose they are."""
+    """values, indices: (Q, K), each query's K largest influences, largest first, and the numbers of those samples."""
 
     values: Tensor
     indices: Tensor
@@ -40,58 +39,42 @@ def pairwise(
 ) -> Tensor | Pairwise:
     """g_q^T H^-1 g_i over the layers of `factors`, g the gradients of the labels' cross-entropies.
 
-    Positive: training on sample i lowers the loss of query q (a proponent); to first order n * the change of q's loss
-    when i is left out.
+    Positive: training on sample i lowers the loss of query q (a proponent). To first order the value is n times the
+    change of q's loss when i is left out.
 
     student, query_data, train_data, batch, logits: as influence.score takes them, with targets in [0, C). factors: of
     this student.
-    top_k: None returns all of it, (Q, N); a number K >= 1 a Pairwise of each query's K largest influences (smallest
-    with largest=False), and no more than (Q, K + batch_size) of them is ever held. Ties go to the lower index.
-    Memory beside that: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
+    top_k: None returns all influences, (Q, N). A number K >= 1 returns a Pairwise of each query's K largest ones
+    (smallest with largest=False) and holds at most (Q, K + batch_size) values. Ties go to the lower index.
+    Memory besides: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
     a float64 student). Raises ValueError or TypeError as influence.score does.
     """
     if top_k is not None and (top_k := integer("top_k", top_k, "None or an int >= 1")) < 1:
         raise ValueError(f"top_k must be None or an int >= 1; got {top_k!r}")
-    layers = checked_factors(student, factors, "all")
+    layers = factors.layers_of(student)
     parameter = next(student.parameters())
-
-    model = Classifier(student, "student", logits)
-    train = Batches(train_data, parameter, batch_size, progress, name="train_data", batch=batch)
-    queried = Batches(query_data, parameter, batch_size, progress, name="query_data", batch=batch)
-
-    def gradients(data: Batches, what: str) -> Iterator[Mapping[str, SampleGradients]]:
-        for part in data(what):
-            yield sample_gradients(model, part.x, _label_gradient(part.y), layers)[1]
-
-    with eval_mode(student):
-        queries = {name: _Queries(factors, name) for name in layers}
-        for found in gradients(queried, "queries"):
+    read = ReadOptions(batch_size, batch, logits, progress)
+    model = read.classifier(student, "student")
+    train = read.reader(train_data, parameter, name="train_data")
+    query_reader = read.reader(query_data, parameter, name="query_data")
+    with evaluation_mode(student):
+        queries = {name: _LayerQueries(factors, name) for name in layers}
+        for _, gradients in _label_gradients(model, query_reader, "queries", layers):
             for name in layers:
-                queries[name].add(found[name])
+                queries[name].add(gradients[name])
         count = queries[layers[0]].count
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        best = None if top_k is None else _Best(count, top_k, largest, dtype)
-        blocks, seen = [], 0
-        # Written into where its size is known: blocks that are joined at the end are twice the memory.
-        whole = torch.empty(count, train.samples, dtype=dtype) if top_k is None and train.samples else None
-        for found in gradients(train, "pairwise"):
-            block = queries[layers[0]].against(found[layers[0]])
+        collected: _All | _Largest = _All(count, train.samples, dtype)
+        if top_k is not None:
+            collected = _Largest(count, top_k, largest, dtype)
+        for start, gradients in _label_gradients(model, train, "pairwise", layers):
+            block = queries[layers[0]].against(gradients[layers[0]])
             for name in layers[1:]:
-                block += queries[name].against(found[name])
+                block += queries[name].against(gradients[name])
             block = block.to(dtype).cpu()
-            check_scores("pairwise", block.T, seen)
-            if whole is not None:
-                whole[:, seen : seen + block.shape[1]] = block
-                seen += block.shape[1]
-                continue
-            if best is None:
-                blocks.append(block)
-            else:
-                best.add(block, seen)
-            seen += block.shape[1]
-    if whole is not None:
-        return whole
-    return torch.cat(blocks, dim=1) if best is None else best.found()
+            check_scores("pairwise", block.T, start)
+            collected.add(block, start)
+    return collected.result()
 
 
 def self_influence(
@@ -106,37 +89,56 @@ def self_influence(
 ) -> Tensor:
     """g_i^T H^-1 g_i over the layers of `factors`, g the gradient of the label's cross-entropy: (N,), high = noise.
 
-    What influence.score gives under that name, without a teacher. student, data, batch, logits: as influence.score
-    takes them, with targets in [0, C). factors: of this student. The result is on the CPU, float32 (float64 for a
-    float64 student). Raises ValueError or TypeError as influence.score does.
+    The score that influence.score computes under that name, without a teacher. student, data, batch, logits: as
+    influence.score takes them, with targets in [0, C). factors: of this student. The result is on the CPU, float32
+    (float64 for a float64 student). Raises ValueError or TypeError as influence.score does.
     """
-    layers = checked_factors(student, factors, "all")
+    layers = factors.layers_of(student)
     parameter = next(student.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    model = Classifier(student, "student", logits)
-    batches = Batches(data, parameter, batch_size, progress, batch=batch)
-    found = []
-    with eval_mode(student):
-        for part in batches("self_influence"):
-            gradients = sample_gradients(model, part.x, _label_gradient(part.y), layers)[1]
-            found.append(factors.quadratic(gradients, 1).to(dtype).cpu())
-            check_scores("self_influence", found[-1], part.start)
-    return torch.cat(found)
+    read = ReadOptions(batch_size, batch, logits, progress)
+    model, reader = read.classifier(student, "student"), read.reader(data, parameter)
+    scores = []
+    with evaluation_mode(student):
+        for start, gradients in _label_gradients(model, reader, "self_influence", layers):
+            scores.append(factors.quadratic(gradients, 1).to(dtype).cpu())
+            check_scores("self_influence", scores[-1], start)
+    return torch.cat(scores)
 
 
-def _label_gradient(y: Tensor) -> Callable[[Tensor], Tensor]:
-    """From logits to the gradient of the label's cross-entropy in them."""
+def _label_gradients(
+    model: Classifier, reader: BatchReader, desc: str, layers: Sequence[str]
+) -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
+    """For each batch, the number of its first sample and the gradients of its labels' cross-entropies by layer."""
+    for batch in reader(desc):
+        y = batch.y
+        yield (
+            batch.start,
+            sample_gradients(model, batch.x, lambda z, y=y: cross_entropy_gradient(z, y).to(z), layers)[1],  # type: ignore[misc]
+        )
 
-    def gradient(logits: Tensor) -> Tensor:
-        return functional.kd_logit_gradient(
-            logits, logits, y, temperature=1.0, ce_weight=1.0, kd_weight=0.0, revise=None
-        ).to(logits)
 
-    return gradient
+class _All:
+    """All values (Q, N), written into place where N is known: concatenating blocks takes twice the memory."""
+
+    def __init__(self, queries: int, samples: int | None, dtype: torch.dtype) -> None:
+        self._whole = torch.empty(queries, samples, dtype=dtype) if samples else None
+        self._blocks: list[Tensor] = []
+
+    def add(self, block: Tensor, start: int) -> None:
+        """block (Q, B): values of the samples from `start` on."""
+        if self._whole is None:
+            self._blocks.append(block)
+        else:
+            self._whole[:, start : start + block.shape[1]] = block
+
+    def result(self) -> Tensor:
+        """(Q, N)."""
+        return torch.cat(self._blocks, dim=1) if self._whole is None else self._whole
 
 
-class _Best:
-    """Every query's K largest of the values seen so far (smallest, without `largest`), of equals the first."""
+class _Largest:
+    """Every query's K largest values so far (smallest with largest=False); of equal values the lower index."""
 
     def __init__(self, queries: int, k: int, largest: bool, dtype: torch.dtype) -> None:
         self._k, self._sign = k, 1.0 if largest else -1.0
@@ -144,7 +146,7 @@ class _Best:
         self._indices = torch.empty(queries, 0, dtype=torch.int64)
 
     def add(self, block: Tensor, start: int) -> None:
-        """block (Q, B): of the samples from `start` on."""
+        """block (Q, B): values of the samples from `start` on."""
         block = block if self._sign > 0 else -block
         places = torch.arange(start, start + block.shape[1])
         if self._values.shape[1] < self._k:
@@ -152,7 +154,8 @@ class _Best:
                 self._values, self._indices, block, places.expand(len(block), -1)
             )
             return
-        # Few queries find anything in a block, and these little: only that is sorted. What equals the K-th comes later.
+        # Only values above the K-th are sorted: in most blocks few queries have any. A value equal to the K-th has a
+        # higher index and is dropped.
         bound = self._values[:, -1:]
         rows = (block.amax(dim=1, keepdim=True) > bound)[:, 0].nonzero()[:, 0]
         if not len(rows):
@@ -168,16 +171,17 @@ class _Best:
 
     def _merged(self, values: Tensor, indices: Tensor, more: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = torch.cat([values, more], dim=1), torch.cat([indices, places], dim=1)
-        # Stable: of equals the one that came first stays.
+        # Stable: of equal values the earlier one stays first.
         order = values.argsort(dim=1, descending=True, stable=True)[:, : self._k]
         return values.gather(1, order), indices.gather(1, order)
 
-    def found(self) -> Pairwise:
+    def result(self) -> Pairwise:
+        """(Q, K) values and indices."""
         return Pairwise(self._values * self._sign, self._indices)
 
 
-class _Queries:
-    """The queries' side of one layer: preconditioned gradients, or the two vectors of each where H is a multiple of I.
+class _LayerQueries:
+    """The queries' gradients in one layer: H^-1 g_q, or the two factors of each g_q where H is a multiple c of I.
 
     With H = c I and one position, g_q . g_i / c is (d_q . d_i)(a_q . a_i) / c: 2 (O + I) operations a pair, not 2 O I.
     """
@@ -190,10 +194,11 @@ class _Queries:
 
     @property
     def count(self) -> int:
+        """The number of queries."""
         return sum(len(part) for part in self._dense) + sum(len(part.deltas) for part in self._outer)
 
     def add(self, gradients: SampleGradients) -> None:
-        """More queries."""
+        """Adds queries, by their gradients in this layer."""
         for part in gradients.parts():
             if self._plain and _one_position(part):
                 self._outer.append(part)
@@ -203,7 +208,7 @@ class _Queries:
                 self._dense.append(torch.stack(solved).to(dense))
 
     def against(self, gradients: SampleGradients) -> Tensor:
-        """(Q, B): every query with every sample."""
+        """(Q, B): the influence of every sample on every query through this layer."""
         if self._outer:
             assert isinstance(gradients, Outer)
             if len(self._outer) > 1:

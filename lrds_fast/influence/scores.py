@@ -1,19 +1,17 @@
-"""What the scores are called, and the mapping that carries them."""
+"""The names of the scores, and the mapping that holds them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-#: Which of a sample's loss terms a gradient belongs to: the label's cross-entropy, the teacher's divergence, or the
-#: change when the sample is given its teacher.
+#: What a sample's gradient is taken of: "gt", the cross-entropy with its label; "kd", the divergence from its teacher;
+#: "delta", the change of its objective when it is given its teacher.
 GRADIENTS = ("gt", "kd", "delta")
 
-#: Every score by name. All of them follow one convention: LOWER = keep the teacher.
+#: Every score by name, with its meaning. For all of them LOWER = keep the teacher.
 SCORES: Mapping[str, str] = {
     "kd_gain": "n * predicted change of the held-out cross-entropy if the sample is given its teacher; < 0 helps",
     "kd_gain_ns": "kd_gain with the Newton step's leverage correction: H as it is with the sample's teacher switched",
@@ -32,12 +30,12 @@ SCORES: Mapping[str, str] = {
 }
 
 
-#: What a column of standard errors is called: the score's name and this.
+#: A column of standard errors has the score's name and this suffix.
 ERROR_SUFFIX = "_standard_error"
 
 
 class ScoreName(NamedTuple):
-    """A requested score: its key as asked for, the score proper, and what followed the colon."""
+    """A requested score. key: as requested, such as "param_shift:kd"; kind: before the colon; argument: after it."""
 
     key: str
     kind: str
@@ -45,7 +43,7 @@ class ScoreName(NamedTuple):
 
     @property
     def gradient(self) -> str:
-        """The gradient a param_shift is taken of."""
+        """The gradient that a param_shift is taken of; one of GRADIENTS."""
         return self.argument or GRADIENTS[0]
 
     @property
@@ -83,13 +81,13 @@ def parse_score_names(scores: str | Sequence[str]) -> tuple[ScoreName, ...]:
 
 
 class Scores(Mapping[str, Tensor]):
-    """Scores by name, each (N,), one value per sample in the order of the rows that were scored.
+    """Scores by name, each (N,) floating, one value per sample in the order of the scored samples.
 
     target: (N,) int64 labels. teacher_pred: (N,) int64, the teacher's top class (the label where it takes part in a
-    tie). standard_error: from the name of a score to its (N,) standard errors, each sample's over the held-out slice;
-    it has kd_gain where that was computed with folds. meta: how they were computed: num_samples, num_classes,
-    num_features, bias, curvature, hessian, damping (the absolute value that was used, None where no score needed a
-    curvature), folds, loss and library_version; JSON-ready.
+    tie). standard_error: from the name of a score to its (N,) standard errors over the choice of the held-out samples;
+    kd_gain has them where it was computed with folds. meta: how the scores were computed, JSON-ready: num_samples,
+    num_classes, num_features, bias, curvature, hessian, damping (the absolute value that was used, None where no score
+    needed a curvature), folds, loss and library_version. Raises ValueError for shapes that differ from target's.
     """
 
     def __init__(
@@ -137,31 +135,22 @@ class Scores(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._scores
 
+    def with_score(self, name: str, values: Tensor) -> Scores:
+        """These scores and one more. values: (N,)."""
+        return Scores(
+            {**self._scores, name: values},
+            target=self.target,
+            teacher_pred=self.teacher_pred,
+            meta=self.meta,
+            standard_error=self.standard_error,
+        )
+
     def __repr__(self) -> str:
         return f"Scores({', '.join(self._scores)}; {self.target.shape[0]} samples)"
 
 
 def split_errors(columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Columns by name as scores, and as the standard errors of those scores by the score's name."""
+    """Divides columns by name into scores and their standard errors; both are keyed by the name of the score."""
     scores = {name: column for name, column in columns.items() if not name.endswith(ERROR_SUFFIX)}
     errors = {name: columns[name + ERROR_SUFFIX] for name in scores if name + ERROR_SUFFIX in columns}
     return scores, errors
-
-
-# Samples whose random scores come from one generator: any range of them can be drawn alone.
-_RANDOM_BLOCK = 1 << 16
-
-
-def uniform_scores(start: int, stop: int, seed: int, like: Tensor) -> Tensor:
-    """(stop - start,) uniform in [0, 1) with like's dtype and device: samples start to stop of a seed's one sequence.
-
-    The same on every device, and whichever way the samples are divided.
-    """
-    parts = []
-    for block in range(start // _RANDOM_BLOCK, -(-stop // _RANDOM_BLOCK)):
-        digest = hashlib.sha256(f"{seed} {block}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        values = torch.rand(_RANDOM_BLOCK, generator=generator, dtype=torch.float64)
-        first = block * _RANDOM_BLOCK
-        parts.append(values[max(start - first, 0) : stop - first])
-    return torch.cat(parts).to(like) if parts else like.new_empty(0)

@@ -1,20 +1,20 @@
-"""Scores on disk: a folder of Parquet files, one per shard of the data, that a killed process leaves usable.
+"""Scores on disk: a folder of Parquet files, one per shard of the data, that stays readable if a process is killed.
 
-    part-00000012.parquet       index, label, teacher_pred and every score of a run of batches, whole or absent
-    _plan.json                  what the scores depend on; a run with other facts is refused
+    part-00000012.parquet       index, label, teacher_pred and every score of a run of batches; complete or absent
+    _plan.json                  what the scores depend on; resuming with other facts is an error
     _complete.json              written last: number of samples, the scores' meta
-    _*.safetensors              what resuming needs (factors, direction, rows of the last layer); deleted at the end
+    _*.safetensors              what resuming needs (factors, directions, rows of the last layer); deleted at the end
 
-pandas, polars, duckdb and pyarrow read the folder as one dataset: names that start with _ are not theirs.
+pandas, polars, duckdb and pyarrow read the folder as one dataset: they skip names that start with _.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,14 +29,15 @@ from lrds_fast.influence.scores import Scores, split_errors
 from lrds_fast.ranks import Ranks
 
 FORMAT = 1
-#: Batches that make up a shard, at most.
+#: The most batches in a shard.
 SHARD_BATCHES = 64
 _KEY = b"lrds_fast.scores"
 _FIXED = ("index", "label", "teacher_pred")
+_Made = TypeVar("_Made")
 
 
 class OnDisk:
-    """A tensor of a safetensors file, read slice by slice and never mapped as a whole."""
+    """A tensor in a safetensors file that is read slice by slice and never mapped as a whole."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
@@ -58,17 +59,19 @@ class OnDisk:
             return part.clone()
 
     def scalar(self) -> Tensor:
-        """The tensor, where it has no dimensions."""
+        """The whole tensor, for one without dimensions."""
         with self._open() as file:
             tensor: Tensor = file.get_tensor(self._key)
             return tensor.clone()
 
 
 class Shards:
-    """Where the shards of a run go: a folder, or memory where `path` is None.
+    """The shards of a scoring run: files in a folder that all processes see, or memory where `path` is None.
 
-    A shard is a run of `batches` consecutive batches; process r of `ranks` has those whose number is r modulo their
-    count. All processes must see the same folder.
+    A shard is a number of consecutive batches (`self.batches`). Shard s belongs to the process whose rank is s modulo
+    ranks.count. facts: what the scores depend on, JSON-ready; a folder with other facts is refused. resume: go on with
+    the run in the folder. batches: the number of batches of the data, None where it is not known. Raises ValueError for
+    a folder that does not fit.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Shards:
     ) -> None:
         self.ranks = ranks
         self.folder = None if path is None else Path(path)
-        # So small that every process has several, where the number of batches is known.
+        # Small enough that every process has several shards, where the number of batches is known.
         self.batches = SHARD_BATCHES if batches is None else max(1, min(SHARD_BATCHES, batches // (4 * ranks.count)))
         self._memory: dict[int, dict[str, Tensor]] = {}
         self._plan = json.dumps(dict(facts), sort_keys=True)
@@ -92,31 +95,31 @@ class Shards:
                 raise ValueError("resume=True needs out=, the folder of the run to go on with")
         elif ranks.first:
             try:
-                self.batches = self._opened(self.folder, resume)
+                self.batches = self._open(self.folder, resume)
             except (OSError, ValueError) as error:
                 problem = str(error)
         problem, self.batches = ranks.agree((problem, self.batches))
         if problem:
             raise ValueError(problem)
 
-    def _opened(self, folder: Path, resume: bool) -> int:
-        """Makes or checks the folder; the shards' size in it."""
+    def _open(self, folder: Path, resume: bool) -> int:
+        """Creates the folder, or checks the one of an earlier run; returns the number of batches per shard in it."""
         plan = folder / "_plan.json"
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out={folder} is a file; name a folder")
         if plan.exists():
             if not resume:
                 raise ValueError(f"out={folder} holds scores already: resume=True goes on with them; or name another")
-            found = _json(plan)
-            if found.get("format") != FORMAT:
-                raise ValueError(f"{plan} has format {found.get('format')!r}; this version writes {FORMAT}")
-            wanted = json.loads(self._plan)
-            for name in sorted(wanted | found["facts"]):
-                if wanted.get(name) != found["facts"].get(name):
-                    was, now = found["facts"].get(name), wanted.get(name)
+            earlier = _read_json(plan)
+            if earlier.get("format") != FORMAT:
+                raise ValueError(f"{plan} has format {earlier.get('format')!r}; this version writes {FORMAT}")
+            facts = json.loads(self._plan)
+            for name in sorted(facts | earlier["facts"]):
+                if facts.get(name) != earlier["facts"].get(name):
+                    was, now = earlier["facts"].get(name), facts.get(name)
                     raise ValueError(f"out={folder} was begun with {name} = {was}, not {now}; name another folder")
             remove_partial(folder)
-            return int(found["shard_batches"])
+            return int(earlier["shard_batches"])
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"out={folder} is not empty and holds no scores; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,23 +130,23 @@ class Shards:
 
     @property
     def complete(self) -> bool:
-        """Whether an earlier run has finished."""
+        """Whether an earlier run has finished all shards."""
         return self.folder is not None and bool(self.ranks.agree((self.folder / "_complete.json").exists()))
 
     def of(self, batch: int) -> int:
-        """The shard of a batch."""
+        """The number of the shard that a batch belongs to."""
         return batch // self.batches
 
     def ends_with(self, batch: int) -> bool:
-        """Whether no batch of the shard comes after this one."""
+        """Whether the batch is the last one of a full shard."""
         return (batch + 1) % self.batches == 0
 
     def mine(self, shard: int) -> bool:
-        """Whether it is this process's."""
+        """Whether the shard belongs to this process."""
         return shard % self.ranks.count == self.ranks.rank
 
     def done(self, shard: int) -> bool:
-        """Whether its scores are there."""
+        """Whether the shard's scores have been written."""
         return shard in self._memory if self.folder is None else self._part(shard).exists()
 
     def _part(self, shard: int) -> Path:
@@ -151,9 +154,9 @@ class Shards:
         return self.folder / f"part-{shard:08d}.parquet"
 
     def write(self, shard: int, start: int, columns: Mapping[str, Tensor]) -> None:
-        """A shard's columns (n,), label and teacher_pred among them; start: its first sample.
+        """Writes a shard's columns (n,): label, teacher_pred and the scores. start: the number of its first sample.
 
-        Raises ValueError naming the first sample of which a score is not finite.
+        Raises ValueError naming the first sample whose score is not finite.
         """
         for name, column in columns.items():
             check_scores(name, column, start)
@@ -168,42 +171,56 @@ class Shards:
             pq.write_table(table, temporary, write_page_checksum=True)
 
     def written(self) -> int:
-        """How many samples all processes' shards hold."""
+        """The number of samples in the shards of all processes."""
         if self.folder is None:
-            own = sum(len(columns["index"]) for columns in self._memory.values())
-            return sum(self.ranks.gather(own))
+            samples = sum(len(columns["index"]) for columns in self._memory.values())
+            return sum(self.ranks.gather(samples))
         self.ranks.wait()
         return sum(pq.read_metadata(file).num_rows for file in self.folder.glob("*.parquet"))
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Tensors that resuming needs, in `_name.safetensors`."""
-        assert self.folder is not None
-        with replacing(self.folder / f"_{name}.safetensors") as temporary:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
-
-    def kept(self, name: str) -> dict[str, Tensor] | None:
-        """What keep has written; None where it has not."""
+        """Writes tensors that resuming needs to `_name.safetensors`."""
         path = self.kept_path(name)
-        if path is None or not path.exists():
-            return None
-        try:
-            # Copies, at an address as aligned as any other tensor's: products round by alignment.
-            return {key: tensor.clone() for key, tensor in load_file(path).items()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and resume") from error
+        assert path is not None
+        _save_tensors(tensors, path)
+
+    def once(
+        self,
+        name: str,
+        make: Callable[[], _Made],
+        save: Callable[[_Made, Path], None],
+        load: Callable[[Path], _Made],
+    ) -> _Made:
+        """What `make` returns, or what an earlier run has kept of it as `name`; all processes make this call.
+
+        The first process saves it, where there is a folder.
+        """
+        path = self.kept_path(name)
+        if path is not None and self.ranks.agree(path.exists()):
+            return load(path)
+        made = make()
+        if path is not None:
+            if self.ranks.first:
+                save(made, path)
+            self.ranks.wait()
+        return made
+
+    def tensors_once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`once` for tensors by name."""
+        return self.once(name, make, _save_tensors, _load_tensors)
 
     def kept_shards(self, name: str) -> list[int]:
-        """The numbers of the shards that something has been kept of as `name-number`."""
+        """The numbers of the shards for which `keep` has written `name-number`."""
         if self.folder is None:
             return []
         return sorted(int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"_{name}-*.safetensors"))
 
     def kept_path(self, name: str) -> Path | None:
-        """The file of keep(name)."""
+        """The file of keep(name); None without a folder."""
         return None if self.folder is None else self.folder / f"_{name}.safetensors"
 
     def finish(self, meta: Mapping[str, object]) -> Scores:
-        """All processes' shards as one; every process gets them."""
+        """The scores of all processes' shards, in every process. Marks a folder as complete."""
         if self.folder is not None:
             self.ranks.wait()
             if self.ranks.first and not (self.folder / "_complete.json").exists():
@@ -220,18 +237,18 @@ class Shards:
 
 
 def load_scores(path: str | os.PathLike[str]) -> Scores:
-    """The scores of a folder that influence.score(out=...) has written.
+    """Reads the scores from a folder that influence.score(out=...) has written; on the CPU.
 
-    Raises FileNotFoundError where there is none, ValueError naming the file for a run that is not complete, for parts
-    that are missing, damaged, repeated or of another run.
+    Raises FileNotFoundError without such a folder, ValueError naming the file for a run that is not complete and for
+    parts that are missing, damaged, repeated or of another run.
     """
     folder = Path(path)
     if not (folder / "_plan.json").is_file():
         raise FileNotFoundError(f"{folder} holds no scores; influence.score(..., out=...) writes them")
     if not (folder / "_complete.json").is_file():
         raise ValueError(f"the scores in {folder} are not complete; run influence.score again with resume=True")
-    plan = json.dumps(_json(folder / "_plan.json")["facts"], sort_keys=True)
-    meta = _json(folder / "_complete.json")["meta"]
+    plan = json.dumps(_read_json(folder / "_plan.json")["facts"], sort_keys=True)
+    meta = _read_json(folder / "_complete.json")["meta"]
     parts = []
     expected = 0
     for file in sorted(folder.glob("*.parquet")):
@@ -271,11 +288,24 @@ def _joined(parts: list[dict[str, Tensor]], meta: Mapping[str, object]) -> Score
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder and score again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged; delete the folder and score again")
-    return found
+    return content
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    with replacing(path) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # Copies are aligned as every tensor is; results of products depend on the alignment.
+        return {key: tensor.clone() for key, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and resume") from error

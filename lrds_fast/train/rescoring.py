@@ -1,22 +1,24 @@
-"""Selections that training makes as it goes: scored after a warm-up, and again every few epochs."""
+"""Scoring the training samples of a recipe, and the selections that are made from the scores during training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lrds_fast import influence
 from lrds_fast.data import Batch, Data, Loader
+from lrds_fast.nn import KDLoss
 from lrds_fast.ranks import Ranks
 from lrds_fast.recipe.recipe import Recipe, SelectionOptions
 from lrds_fast.selection import Selection, select, select_jointly
 from lrds_fast.train.setup import scored_loss
 
 FOLDER = "selections"
-#: The "score" that is not ranked: the denied are chosen together.
+#: The score that does not rank samples: those without a teacher are chosen together (select_jointly).
 JOINTLY = "set_shift"
 
 
@@ -51,6 +53,51 @@ def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection 
     return Selection.load(path)
 
 
+class Scored(NamedTuple):
+    """scores: of the names other than set_shift. shift: influence.set_shift, (N, 512); None where it was not named."""
+
+    scores: influence.Scores
+    shift: Tensor | None
+
+
+def needs_held_out(name: str) -> bool:
+    """Whether the score needs held-out samples."""
+    return name.startswith("kd_gain")
+
+
+def score_samples(
+    recipe: Recipe,
+    data: Data,
+    student: nn.Module,
+    teacher: nn.Module | Tensor,
+    *,
+    names: Sequence[str],
+    loss: KDLoss,
+    selected: Tensor | None,
+    progress: bool,
+) -> Scored:
+    """Scores the training samples, from the student's last layer, by the recipe's score.* keys.
+
+    student, teacher: on the device that they run on; the teacher may be its logits (N, C). names: influence.SCORES and
+    set_shift. selected: (N,), which samples had the teacher so far; None: all. Under torch.distributed every process
+    makes this call and gets all scores. Raises ValueError or TypeError as influence.score.
+    """
+    options = recipe.score
+    keywords: dict[str, Any] = {
+        "curvature": options.curvature,
+        "hessian": options.hessian,
+        "damping": None if options.damping < 0 else options.damping,
+        "damping_scale": options.damping_scale,
+        "selected": selected,
+        "loss": loss,
+        "progress": progress and sys.stderr is not None,
+    }
+    train, held_out = _Batches(data.score), None if data.val is None else _Batches(data.val)
+    ranked = [name for name in dict.fromkeys(names) if name != JOINTLY]
+    scores = influence.score(student, teacher, train, held_out, scores=ranked, **keywords)
+    return Scored(scores, influence.set_shift(student, teacher, train, **keywords) if JOINTLY in names else None)
+
+
 def rescore(
     recipe: Recipe,
     data: Data,
@@ -68,29 +115,22 @@ def rescore(
     epoch: the one that comes, counted from 0; samples are scored by its objective. selected: who had it so far, which
     the objective's Hessian and the hysteresis go by.
     """
-    options, how = recipe.selection, recipe.score
-    curvature: dict[str, Any] = {
-        "curvature": how.curvature,
-        "hessian": how.hessian,
-        "damping": None if how.damping < 0 else how.damping,
-        "damping_scale": how.damping_scale,
-        "selected": selected,
-        "loss": scored_loss(recipe.loss, epoch),
-        "progress": progress,
-    }
-    names = [name for name in dict.fromkeys((options.by, *how.scores)) if name != JOINTLY]
-    scores = influence.score(
+    options = recipe.selection
+    names = [options.by, *(name for name in recipe.score.scores if name != JOINTLY)]
+    scored = score_samples(
+        recipe,
+        data,
         student,
         teacher,
-        _Batches(data.score),
-        None if data.val is None else _Batches(data.val),
-        scores=[name for name in names if data.val is not None or not name.startswith("kd_gain")],
-        **curvature,
+        names=[name for name in names if data.val is not None or not needs_held_out(name)],
+        loss=scored_loss(recipe.loss, epoch),
+        selected=selected,
+        progress=progress,
     )
-    if options.by == JOINTLY:
-        shift = influence.set_shift(student, teacher, _Batches(data.score), **curvature)
+    scores = scored.scores
+    if scored.shift is not None and options.by == JOINTLY:
         selection = select_jointly(
-            shift, ratio=options.ratio, per_class=options.per_class, scores=scores, dataset=fingerprint or None
+            scored.shift, ratio=options.ratio, per_class=options.per_class, scores=scores, dataset=fingerprint or None
         )
     else:
         selection = _ranked(options, scores, selected, fingerprint)
@@ -129,10 +169,13 @@ def _ranked(
 
 
 class _Batches:
-    """A split's batches in index order, as often as they are asked for."""
+    """A split's batches in index order; can be iterated any number of times."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader.epoch(0))
+
+    def __len__(self) -> int:
+        return len(self._loader)

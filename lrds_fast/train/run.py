@@ -140,46 +140,43 @@ def _cached_logits(
 def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
     """Scores every training sample from the last layer of a trained student (score.base, else this recipe's own run).
 
-    The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched. Raises
-    FileExistsError while this recipe's own run is still training.
+    The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched. The
+    score set_shift is the length of each sample's influence.set_shift. Under torchrun every process makes this call and
+    gets all scores. Raises FileExistsError while this recipe's own run is still training.
     """
-    own = not recipe.score.base and os.access(recipe.out, os.W_OK)
-    with holding(recipe.out, shared=True) if own else nullcontext():
-        return _scored(recipe, progress)
+    with joined(recipe.run.device, recipe.run.timeout) as device:
+        writable = not recipe.score.base and os.access(recipe.out, os.W_OK)
+        with holding(recipe.out, shared=True, ranks=Ranks.current()) if writable else nullcontext():
+            return _scored(recipe, device, progress)
 
 
-def _scored(recipe: Recipe, progress: bool) -> influence.Scores:
+def _scored(recipe: Recipe, device: torch.device, progress: bool) -> influence.Scores:
     data = load_data(recipe)
-    device = pick_device(recipe.run.device)
     base = Path(recipe.score.base) if recipe.score.base else recipe.out / CHECKPOINT
     student = models.create(recipe.student.model, num_classes=data.num_classes)
     load_weights(student, base, key="score.base", weights=recipe.student.weights)
     teacher = build_teacher(recipe, data)
     if teacher is None:
         raise ValueError("scores compare a student with its teacher, and the recipe has none; set teacher.model")
-    if data.val is None and any(name.startswith("kd_gain") for name in recipe.score.scores):
+    names = recipe.score.scores
+    if data.val is None and any(map(rescoring.needs_held_out, names)):
         raise ValueError("kd_gain needs held-out samples; set data.val_fraction, for example to 0.1")
     selection = load_selection(recipe, data)
-    own = outputs(student, data.score, device, progress=progress, desc="student")
-    held_out = None if data.val is None else outputs(student, data.val, device, progress=progress, desc="held out")
-    taught = outputs(teacher, data.score, device, progress=progress, desc="teacher")
-    return influence.last_layer_scores(
-        features=own.features,
-        student_logits=own.logits,
-        teacher_logits=taught.logits[_sources(recipe, data)] if recipe.teacher.answer_noise else taught.logits,
-        target=data.score.labels,
-        val_features=None if held_out is None else held_out.features,
-        val_logits=None if held_out is None else held_out.logits,
-        val_target=None if data.val is None else data.val.labels,
-        scores=recipe.score.scores,
-        curvature=recipe.score.curvature,
-        hessian=recipe.score.hessian,
-        damping=None if recipe.score.damping < 0 else recipe.score.damping,
-        damping_scale=recipe.score.damping_scale,
-        selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
-        bias=student.head.bias is not None,
+    teacher_logits = None
+    if recipe.teacher.answer_noise:
+        teacher_logits = outputs(teacher, data.score, device, progress=progress, desc="teacher").logits
+        teacher_logits = teacher_logits[_sources(recipe, data)]
+    scores, shift = rescoring.score_samples(
+        recipe,
+        data,
+        student.to(device),
+        teacher.to(device) if teacher_logits is None else teacher_logits,
+        names=names,
         loss=scored_loss(recipe.loss),
+        selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
+        progress=progress,
     )
+    return scores if shift is None else scores.with_score(rescoring.JOINTLY, shift.norm(dim=1))
 
 
 def cache(
