@@ -20,7 +20,8 @@ import torch
 from lrds_fast.files import write_text
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.report import paper
-from lrds_fast.report.runs import Run, markdown_report, read_run
+from lrds_fast.report.runs import Run, read_run
+from lrds_fast.report.tables import markdown_report
 from lrds_fast.train.provenance import commit as checkout_commit
 from lrds_fast.train.provenance import cpu_name
 

@@ -182,7 +182,7 @@ def test_the_library_needs_neither_matplotlib_nor_jinja2() -> None:
 
 def test_without_matplotlib_the_error_says_what_to_install() -> None:
     code = (
-        "import sys; sys.modules['matplotlib'] = None\nfrom lrds_fast import charts\n"
+        "import sys; sys.modules['matplotlib'] = None\nfrom lrds_fast.pages import charts\n"
         "try: charts.forest_plot({}, x_label='')\nexcept ImportError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,7 +19,8 @@ from lrds_fast.divergences import DKD, NKD, RLD
 from lrds_fast.recipe import names as grid
 from lrds_fast.recipe import recipe as recipe_module
 from lrds_fast.recipe.recipe import from_mapping
-from lrds_fast.report.runs import cells, header, read_run, table_lines, tabulate
+from lrds_fast.report.runs import read_run
+from lrds_fast.report.tables import cells, header, table_lines, tabulate
 from lrds_fast.train import load_recipe
 from lrds_fast.train.setup import build_optimizer, lr_factor
 

@@ -134,7 +134,7 @@ def test_report_writes_them_all(
 
 
 def test_names_with_pipes_do_not_break_markdown(tmp_path: Path) -> None:
-    from lrds_fast.report.runs import markdown_report
+    from lrds_fast.report.tables import markdown_report
 
     folder = write_run(tmp_path / "a", "a|b", 0, [0.5])
     assert json.loads((folder / "recipe.json").read_text())["name"] == "a|b"

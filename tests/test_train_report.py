@@ -14,8 +14,10 @@ from scipy import stats
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.report import paper
 from lrds_fast.report.page import html_report
-from lrds_fast.report.runs import NOTES, cells, read_run, tabulate, verdicts
+from lrds_fast.report.runs import read_run
 from lrds_fast.report.statistics import estimate, holm, paired, two_sided
+from lrds_fast.report.tables import NOTES, cells, tabulate
+from lrds_fast.report.verdicts import verdicts
 
 
 def write_run(folder: Path, name: str, seed: int, accuracies: list[float], **more: Any) -> Path:

@@ -21,8 +21,10 @@ from lrds_fast.influence import Scores
 from lrds_fast.pages import charts
 from lrds_fast.recipe.recipe import Recipe, load_recipe
 from lrds_fast.report.page import html_report
-from lrds_fast.report.runs import Row, Run, aligned, read_run, tabulate, verdicts
+from lrds_fast.report.runs import Run, read_run
 from lrds_fast.report.statistics import Estimate, estimate
+from lrds_fast.report.tables import Row, aligned, tabulate
+from lrds_fast.report.verdicts import verdicts
 from lrds_fast.selection import Selection
 from lrds_fast.train.run import fit, score
 

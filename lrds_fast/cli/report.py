@@ -28,7 +28,9 @@ def run(options: argparse.Namespace) -> int:
     from lrds_fast.files import write_text
     from lrds_fast.pages import charts
     from lrds_fast.report.page import html_report
-    from lrds_fast.report.runs import markdown_report, printed, read_run, tabulate, verdicts
+    from lrds_fast.report.runs import read_run
+    from lrds_fast.report.tables import markdown_report, printed, tabulate
+    from lrds_fast.report.verdicts import verdicts
 
     charts.require()
     runs = [read_run(folder) for folder in options.runs]

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(recipe.name for recipe in recipes))
         return OK
     from lrds_fast.pages import charts
-    from lrds_fast.report.runs import check_baseline
+    from lrds_fast.report.tables import check_baseline
 
     # Checked before training: these errors would otherwise appear after it.
     check_baseline(options.baseline, [recipe.name for recipe in recipes])
@@ -97,7 +97,7 @@ def _recipes(options: argparse.Namespace) -> list[Recipe]:
 def _print_and_write(runs: Sequence[Run], baseline: str | None, *, report: Path | None, markdown: Path | None) -> None:
     from lrds_fast.files import write_text
     from lrds_fast.report.page import html_report
-    from lrds_fast.report.runs import markdown_report, printed
+    from lrds_fast.report.tables import markdown_report, printed
 
     print(f"\n{printed(runs, baseline=baseline)}")
     if report:

@@ -1,1 +1,1 @@
-"""What runs came to: read back from their folders, averaged, compared, as text and as pages."""
+"""Reports on finished runs: read from their folders, averaged over seeds, compared, as text and as HTML pages."""

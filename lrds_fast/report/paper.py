@@ -1,19 +1,19 @@
-"""Runs of the grid's names as the literature prints them: methods by pairs, what is published beside ours."""
+"""Tables as in papers: a row per method, a column per pair of teacher and student, published numbers beside ours."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from lrds_fast.recipe import names as grid
 from lrds_fast.recipe.ablations import MARK
-from lrds_fast.recipe.recipe import Recipe
+from lrds_fast.report.runs import Run
 from lrds_fast.report.statistics import Estimate, estimate
 
 TEACHER = "teacher"
 ALONE = "student alone"
-#: Methods as papers write them.
+#: Methods as papers spell them.
 METHODS = {
     "kd": "KD",
     "kd-tuned": "KD (tuned)",
@@ -39,30 +39,18 @@ _FEATURES = {
 }
 METHODS |= _FEATURES | {f"kd-{name}": f"KD+{label}" for name, label in _FEATURES.items()}
 NOTE = (
-    "Test accuracy in %, mean ± standard error over the seeds (in parentheses; one gives no estimate of the noise)."
-    " best: of the best epoch, chosen on the test split, as most of the published numbers are; it flatters. last: after"
-    " the last epoch. published: without label revision or selection, as the literature reports it for this protocol; -"
-    " where it reports none."
+    "Test accuracy in %, mean ± standard error over the seeds (their number in parentheses; one gives no estimate of"
+    " the noise). best: of the best epoch, chosen on the test split as most published numbers are, and therefore too"
+    " high. last: after the last epoch. published: the literature's number for this protocol, without label revision or"
+    " selection; - without one."
 )
-#: Pairs side by side in a terminal.
+#: Pairs side by side in a terminal, the others below.
 _ACROSS = 2
 
 
-class AnyRun(Protocol):
-    """What is needed of a run; lrds_fast.report.runs.Run is one."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """Its recipe."""
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """Its log."""
-
-
 class Cell(NamedTuple):
-    """One method on one pair. best, last: shares in [0, 1] over the seeds, None where there are no runs. published:
-    in percent, None where there is none."""
+    """One method on one pair. best, last: shares in [0, 1] over the seeds, None without runs. published: in percent,
+    None where the literature has no number. seeds: how many runs."""
 
     best: Estimate | None
     last: Estimate | None
@@ -70,7 +58,7 @@ class Cell(NamedTuple):
     seeds: int
 
     def texts(self) -> tuple[str, str, str]:
-        """best, last and published as they are printed, in percent."""
+        """best, last and published in percent, as they are printed."""
         count = f" ({self.seeds})" if self.seeds else ""
         return (
             "-" if self.best is None else _percent(self.best) + count,
@@ -80,38 +68,38 @@ class Cell(NamedTuple):
 
 
 class PaperTable(NamedTuple):
-    """The runs of one protocol. columns: (teacher, student). rows: a label and a cell per column; the teachers first,
-    then the students alone, then the methods in the order of the grid."""
+    """The runs of one protocol. columns: pairs (teacher, student). rows: a label and a cell per column; first the
+    teachers, then the students alone, then the methods in the protocol's order."""
 
     protocol: str
     columns: tuple[tuple[str, str], ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
-def paper_tables(runs: Sequence[AnyRun]) -> list[PaperTable]:
-    """A table per protocol of which there are runs with a teacher; runs of other names are left out.
+def paper_tables(runs: Sequence[Run]) -> list[PaperTable]:
+    """A table per protocol that has runs with a teacher. Runs with other names are left out.
 
-    Cells of a grid of values (NAME@KEY=VALUE) are rows of their own. Runs of one name are averaged over their seeds.
+    Each value of a sweep's grid (NAME@KEY=VALUE) has its own row. Runs of one name are averaged over their seeds.
     """
-    groups: dict[str, list[AnyRun]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.recipe.name, []).append(run)
-    found: dict[str, list[tuple[grid.Parts, str]]] = {}
+    by_protocol: dict[str, list[tuple[grid.Parts, str]]] = {}
     for name in groups:
         base, _, cell = name.partition(MARK)
         parts = grid.parts_of(base)
         if parts is not None and parts.teacher:
-            found.setdefault(parts.protocol, []).append((parts, cell))
-    return [_table(protocol, taught, groups) for protocol, taught in found.items()]
+            by_protocol.setdefault(parts.protocol, []).append((parts, cell))
+    return [_table(protocol, students, groups) for protocol, students in by_protocol.items()]
 
 
-def _table(protocol: str, taught: Sequence[tuple[grid.Parts, str]], groups: dict[str, list[AnyRun]]) -> PaperTable:
+def _table(protocol: str, students: Sequence[tuple[grid.Parts, str]], groups: dict[str, list[Run]]) -> PaperTable:
     known = grid.PROTOCOLS[protocol]
-    present = {(parts.teacher, parts.student) for parts, _ in taught}
+    present = {(parts.teacher, parts.student) for parts, _ in students}
     columns = tuple((p.teacher, p.student) for p in known.pairs.values() if (p.teacher, p.student) in present)
     methods = list(known.methods)
     kinds = sorted(
-        {(methods.index(parts.method), len(parts.switches), parts.switches, cell) for parts, cell in taught},
+        {(methods.index(parts.method), len(parts.switches), parts.switches, cell) for parts, cell in students},
         key=lambda kind: (kind[0], kind[1], kind[2] != ("lr",), kind[3]),
     )
     rows = [
@@ -130,7 +118,7 @@ def _label(method: str, switches: Sequence[str], cell: str) -> str:
     return f"{label}, {cell}" if cell else label
 
 
-def _cell(name: str, groups: dict[str, list[AnyRun]]) -> Cell:
+def _cell(name: str, groups: dict[str, list[Run]]) -> Cell:
     runs = groups.get(name, [])
     return Cell(
         best=estimate([max(_accuracies(run)) for run in runs]) if runs else None,
@@ -140,7 +128,7 @@ def _cell(name: str, groups: dict[str, list[AnyRun]]) -> Cell:
     )
 
 
-def _accuracies(run: AnyRun) -> list[float]:
+def _accuracies(run: Run) -> list[float]:
     return [record["test_acc"] for record in run.records]
 
 
@@ -150,21 +138,21 @@ def _percent(value: Estimate) -> str:
 
 
 def text(table: PaperTable) -> str:
-    """For a terminal: two pairs side by side, the others below."""
+    """The table for a terminal."""
     blocks = []
     for start in range(0, len(table.columns), _ACROSS):
         columns = table.columns[start : start + _ACROSS]
         lines = [["", *(part for _ in columns for part in ("best", "last", "published"))]]
         for label, cells in table.rows:
-            shown = cells[start : start + _ACROSS]
-            lines.append([label, *(part for cell in shown for part in cell.texts())])
+            block = cells[start : start + _ACROSS]
+            lines.append([label, *(part for cell in block for part in cell.texts())])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         heads = []
         for number, (teacher, student) in enumerate(columns):
-            title, own = f"{teacher} -> {student}", slice(1 + 3 * number, 4 + 3 * number)
-            missing = len(title) - (sum(widths[own]) + 4)
-            widths[own.start] += max(missing, 0)
-            heads.append(title.rjust(sum(widths[own]) + 4))
+            title, columns_of_pair = f"{teacher} -> {student}", slice(1 + 3 * number, 4 + 3 * number)
+            missing = len(title) - (sum(widths[columns_of_pair]) + 4)
+            widths[columns_of_pair.start] += max(missing, 0)
+            heads.append(title.rjust(sum(widths[columns_of_pair]) + 4))
         head = "  ".join(["".ljust(widths[0]), *heads])
         body = [
             "  ".join(
