@@ -95,7 +95,7 @@ class DataOptions:
         if self.rand_augment:
             parse_rand_augment(self.rand_augment)
         if self.second_view and self.mixes:
-            raise ValueError("data.second_view goes without data.mixup and data.cutmix: set one of them to none")
+            raise ValueError("data.second_view goes without data.mixup and data.cutmix: set it to '' or both to 0")
 
     @property
     def mixes(self) -> bool:
@@ -185,7 +185,7 @@ class LossOptions:
             raise ValueError("loss.method 'revision' is label revision: it takes loss.revise 'lr'")
 
     def chosen_divergence(self) -> divergences.Divergence:
-        """The divergence with its options; ValueError for an option that it has not, or a value out of its range."""
+        """The divergence with divergence_options. ValueError for an unknown option or a value out of its range."""
         default = divergences.resolve(self.divergence)
         known = [item.name for item in dataclasses.fields(default) if isinstance(getattr(default, item.name), float)]
         for name in self.divergence_options:
@@ -375,6 +375,6 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.compile not in ("off", "default") and self.accumulate > 1:
             raise ValueError(
-                f"run.compile {self.compile!r} uses CUDA graphs, which keep no gradient of a batch's earlier parts:"
+                f"run.compile {self.compile!r} uses CUDA graphs, which cannot accumulate gradients over micro-batches:"
                 f" set run.accumulate to 1, or run.compile to 'default'; got {self.accumulate}"
             )
