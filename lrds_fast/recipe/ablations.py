@@ -1,4 +1,4 @@
-"""Grids of values around a recipe: each cell a run of its own, NAME@KEY=VALUE."""
+"""Grids of values around a recipe. Each cell is a recipe, NAME@KEY=VALUE,KEY=VALUE."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-#: What stands between a recipe's name and the cell's values.
+#: Separates a recipe's name from the cell's values.
 MARK = "@"
 
 
 class Axis(NamedTuple):
-    """One key of a recipe and the values it takes, as they were written and as they are."""
+    """A key and its values: as text, and parsed."""
 
     key: str
     texts: tuple[str, ...]
@@ -28,10 +28,10 @@ class Axis(NamedTuple):
 
 
 def parse_axis(text: str) -> Axis:
-    """ "loss.eta=0.5,0.8" as an Axis; commas within brackets or quotes do not divide. ValueError for another form, an
-    empty value or one that is there twice."""
+    """The axis of a text such as "loss.eta=0.5,0.8"; commas within brackets or quotes do not separate values.
+    ValueError for another form, an empty value or a repeated one."""
     key, equals, listed = text.partition("=")
-    texts = tuple(part.strip() for part in _divided(listed))
+    texts = tuple(part.strip() for part in _split_at_commas(listed))
     if not equals or not key.strip() or not all(texts):
         raise ValueError(f"--grid takes KEY=VALUE,VALUE,..., for example loss.eta=0.5,0.8; got {text!r}")
     if len(set(texts)) < len(texts):
@@ -40,7 +40,7 @@ def parse_axis(text: str) -> Axis:
     return Axis(key.strip(), texts, tuple(values))
 
 
-def _divided(text: str) -> list[str]:
+def _split_at_commas(text: str) -> list[str]:
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if letter == "," and not depth and not quote:

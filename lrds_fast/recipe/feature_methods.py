@@ -1,4 +1,4 @@
-"""Feature distillation methods as data: published weights, where they look, and their own numbers."""
+"""Methods of feature distillation: published weights, the layers that they compare, and their parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-#: What a value must be, by kind.
+#: Kinds of parameters: the values allowed, in words and as a condition.
 _KINDS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
     "count": ("a whole number of at least 1", lambda value: value >= 1 and value == int(value)),
     "positive": ("above 0", lambda value: value > 0),
@@ -17,7 +17,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
 
 
 class Option(NamedTuple):
-    """A method's own number: its published value, and what it must be."""
+    """A parameter of a method: its published value, and its kind."""
 
     default: float
     kind: str
@@ -26,7 +26,7 @@ class Option(NamedTuple):
 class FeatureMethod(NamedTuple):
     """weight: as published. places: "hint" (the second stage), "last" (the last stage), "stages" (every stage),
     "embedding" (the last linear layer's input) or "review" (every stage and the embedding). least: with fewer rows the
-    loss is 0 (relations between rows, batch statistics)."""
+    loss, which compares rows or uses statistics of the batch, is 0."""
 
     weight: float
     places: str
@@ -72,12 +72,12 @@ def check(
     student_layers: tuple[str, ...],
     teacher_layers: tuple[str, ...],
 ) -> None:
-    """ValueError for what a recipe's [features] cannot mean; "" is off, and takes nothing else."""
+    """Raises ValueError if these values of [features] do not fit together. method "" is off, and takes no others."""
     named = (("student_layers", student_layers), ("teacher_layers", teacher_layers))
     if not method:
-        for key, given in (("options", options), *named):
-            if given:
-                raise ValueError(f"features.{key} needs features.method, one of {', '.join(METHODS)}; got {given!r}")
+        for key, setting in (("options", options), *named):
+            if setting:
+                raise ValueError(f"features.{key} needs features.method, one of {', '.join(METHODS)}; got {setting!r}")
         return
     if method not in METHODS:
         near = difflib.get_close_matches(method.lower(), METHODS, n=1)
@@ -107,7 +107,7 @@ def check(
 
 
 def values(method: str, options: Mapping[str, float]) -> dict[str, float]:
-    """The method's numbers, published ones where `options` has none; whole ones as int."""
+    """The method's parameters: those of `options`, otherwise the published values; counts as int."""
     resolved: dict[str, float] = {}
     for name, (default, kind) in METHODS[method].options.items():
         value = options.get(name, default)

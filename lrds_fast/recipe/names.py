@@ -1,8 +1,8 @@
 """The literature's experiments by name, put together from layers: PROTOCOL/TEACHER-STUDENT/METHOD+lr+ds.
 
-A name is a recipe that extends its protocol's by a pair of networks, a method, and what is switched on; all of these
-are data (lrds_fast.recipe.protocols). What depends on the protocol's epochs or learning rate is computed from these.
-PROTOCOL/MODEL trains a network alone, as teachers and baselines are.
+A name is the protocol's recipe with layers of values on top: the networks, the method, label revision (lr) and data
+selection (ds). Protocols are data (lrds_fast.recipe.protocols). Values that depend on the number of epochs or on the
+learning rate are computed here. PROTOCOL/MODEL trains a network without a teacher.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SMALL_STEP = 0.2
 
 
 class Parts(NamedTuple):
-    """A name of the grid taken apart. student: what is trained. teacher, method: "" for a network alone."""
+    """The parts of a name. student: the network that is trained. teacher, method: "" for a network alone."""
 
     protocol: str
     teacher: str
@@ -43,23 +43,23 @@ class Parts(NamedTuple):
 
 
 def is_name(source: str) -> bool:
-    """Whether it is a name of this grid, right or wrong."""
+    """Whether `source` is in the form of such a name; there may be no recipe of that name."""
     return "/" in source and not source.endswith(".toml") and source.partition("/")[0] in PROTOCOLS
 
 
 def parent(source: str) -> str:
-    """The recipe that a name of this grid extends."""
+    """The recipe of the name's protocol."""
     return PROTOCOLS[source.partition("/")[0]].base
 
 
 def names() -> list[str]:
-    """Every name; of each protocol networks alone first."""
-    found = []
+    """Every name; within a protocol the networks alone come first."""
+    every = []
     for prefix, protocol in PROTOCOLS.items():
-        found += [f"{prefix}/{model}" for model in models_of(protocol)]
+        every += [f"{prefix}/{model}" for model in models_of(protocol)]
         for pair, (name, method) in itertools.product(protocol.pairs, protocol.methods.items()):
-            found += [f"{prefix}/{pair}/{'+'.join((name, *switches))}" for switches in _combinations(method)]
-    return found
+            every += [f"{prefix}/{pair}/{'+'.join((name, *switches))}" for switches in _combinations(method)]
+    return every
 
 
 def _combinations(method: Method) -> list[tuple[str, ...]]:
@@ -74,7 +74,7 @@ def models_of(protocol: Protocol) -> list[str]:
 
 
 def parts_of(name: str) -> Parts | None:
-    """A name taken apart; None where it is none of this grid's."""
+    """The parts of a name; None if there is no recipe of that name."""
     prefix, _, rest = name.partition("/")
     protocol = PROTOCOLS.get(prefix)
     if protocol is None:
@@ -91,8 +91,8 @@ def parts_of(name: str) -> Parts | None:
 
 
 def compose(source: str, base: Values) -> dict[str, Any]:
-    """What the recipe of that name says beyond `base`, the values of the one it extends (parent), as a TOML file would
-    hold it; ValueError with the nearest name for another."""
+    """The values of the recipe of that name on top of `base`, those of its protocol's recipe, as a TOML file would hold
+    them. ValueError with the nearest name if there is no recipe of that name."""
     parts = parts_of(source)
     if parts is None:
         near = difflib.get_close_matches(source, names(), n=1)
@@ -139,7 +139,7 @@ def _share(epochs: int, share: Fraction) -> int:
 
 
 def published(name: str) -> float | None:
-    """The published test accuracy (%) of a name's experiment, where there is one: without revision or selection."""
+    """The published test accuracy of that experiment in percent; None where there is none, as for +lr and +ds."""
     parts = parts_of(name)
     if parts is None or parts.switches:
         return None

@@ -38,10 +38,10 @@ def _none_of_word(value: Any) -> Any:
     return None if value == "none" else value
 
 
-Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-ShareBelowOne: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Positive: TypeAlias = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative: TypeAlias = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Share: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0)]
+ShareBelowOne: TypeAlias = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt: TypeAlias = Annotated[int, Field(gt=0)]
 NotNegativeInt: TypeAlias = Annotated[int, Field(ge=0)]
 #: TOML and JSON have lists, a frozen object has tuples.
@@ -75,7 +75,7 @@ class DataOptions:
     label_noise: Annotated[ShareBelowOne, about("share of the training labels that another class replaces")] = 0.0
     augment: Annotated[str, about("none or crop-flip; data in memory: also shift")] = "none"
     image_size: Annotated[PositiveInt, about("height and width of decoded pictures, in pixels")] = 224
-    workers: Annotated[int, Field(ge=0), about("processes (torchvision) or threads (DALI) that decode")] = 0
+    workers: Annotated[NotNegativeInt, about("processes (torchvision) or threads (DALI) that decode")] = 0
     reader: Annotated[Literal["auto", "dali", "torchvision"], about("decoder; auto: DALI if installed")] = "auto"
     mean: Annotated[List[float], about("mean per channel to subtract, data in memory; empty: the data set's")] = ()
     std: Annotated[List[float], about("standard deviation per channel to divide by; empty: the data set's")] = ()
@@ -95,7 +95,7 @@ class DataOptions:
         if self.rand_augment:
             parse_rand_augment(self.rand_augment)
         if self.second_view and self.mixes:
-            raise ValueError("data.second_view goes without data.mixup and data.cutmix: set one of them to none")
+            raise ValueError("data.second_view goes without data.mixup and data.cutmix: set it to '' or both to 0")
 
     @property
     def mixes(self) -> bool:
@@ -163,7 +163,7 @@ class LossOptions:
     revise: Annotated[
         Literal["lr", "mft", "swap", "none"], about("revision of the teacher's labels where it is wrong; none: off")
     ] = "lr"
-    eta: Annotated[float, Field(gt=0, lt=1), about("margin of label revision")] = 0.8
+    eta: Annotated[float, Field(gt=0.0, lt=1.0), about("margin of label revision")] = 0.8
     revise_temperature: Annotated[
         OrNone[Positive], about("temperature at which labels are revised; none: that of the divergence, as published")
     ] = divergences.REVISE_TEMPERATURE
@@ -185,7 +185,7 @@ class LossOptions:
             raise ValueError("loss.method 'revision' is label revision: it takes loss.revise 'lr'")
 
     def chosen_divergence(self) -> divergences.Divergence:
-        """The divergence with its options; ValueError for an option that it has not, or a value out of its range."""
+        """The divergence with divergence_options. ValueError for an unknown option or a value out of its range."""
         default = divergences.resolve(self.divergence)
         known = [item.name for item in dataclasses.fields(default) if isinstance(getattr(default, item.name), float)]
         for name in self.divergence_options:
@@ -247,7 +247,7 @@ class SelectionOptions:
     max_drop: Annotated[Share, about("largest share of the samples to deny the teacher, by confidence or outliers")] = (
         0.1
     )
-    ratio: Annotated[float, Field(le=1), about("share of the samples that keeps the teacher; below 0: off")] = -1.0
+    ratio: Annotated[float, Field(le=1.0), about("share of the samples that keeps the teacher; below 0: off")] = -1.0
     threshold: Annotated[OrNone[float], about("score below which samples keep the teacher; none: off")] = None
     outliers: Annotated[
         OrNone[NotNegative],
@@ -375,6 +375,6 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.compile not in ("off", "default") and self.accumulate > 1:
             raise ValueError(
-                f"run.compile {self.compile!r} uses CUDA graphs, which keep no gradient of a batch's earlier parts:"
+                f"run.compile {self.compile!r} uses CUDA graphs, which cannot accumulate gradients over micro-batches:"
                 f" set run.accumulate to 1, or run.compile to 'default'; got {self.accumulate}"
             )

@@ -1,4 +1,4 @@
-"""RandAugment policies: parsed from names such as "m9-n2-mstd0.5", and the operations drawn for a picture."""
+"""RandAugment: policies from names such as "m9-n2-mstd0.5", and the operations that they draw for a picture."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class RandAugment(NamedTuple):
         draws = np.random.Generator(np.random.PCG64(seed))
         plan = []
         for place in draws.integers(len(OPERATIONS), size=self.steps):
-            done, low, mirrored = draws.random(3)
+            chance, low, mirrored = draws.random(3)
             if math.isinf(self.deviation):
                 level = self.magnitude * low
             else:
                 level = self.magnitude + self.deviation * draws.standard_normal()
             value = self._value(OPERATIONS[place], min(max(level, 0.0), self.limit) / FULL, mirrored < 0.5)
-            plan.append((OPERATIONS[place], value) if done < self.probability else ("", 0.0))
+            plan.append((OPERATIONS[place], value) if chance < self.probability else ("", 0.0))
         return plan
 
     def _value(self, name: str, share: float, mirrored: bool) -> float:
@@ -81,20 +81,20 @@ class RandAugment(NamedTuple):
 
 
 def parse_rand_augment(text: str) -> RandAugment:
-    """RandAugment of a name as timm has them: "m9-n2-mstd0.5"; a leading "rand-" may stand there.
+    """The policy of a name in timm's form, "m9-n2-mstd0.5"; a leading "rand-" is allowed.
 
     m: magnitude, n: operations, mstd: deviation ("inf", or above 100: uniform up to m), mmax: limit, inc: 1 for
     increasing, p: probability. ValueError for another form or a value out of range.
     """
     values: dict[str, float] = {}
     for part in text.removeprefix("rand-").split("-"):
-        found = re.fullmatch(r"(mstd|mmax|inc|m|n|p)(inf|\d+(?:\.\d+)?)", part)
-        if found is None or found[1] in values:
+        match = re.fullmatch(r"(mstd|mmax|inc|m|n|p)(inf|\d+(?:\.\d+)?)", part)
+        if match is None or match[1] in values:
             raise ValueError(f"data.rand_augment must be {_FORM}; got {text!r}")
-        values[found[1]] = float(found[2])
+        values[match[1]] = float(match[2])
     deviation = values.get("mstd", 0.0)
     limit = values.get("mmax", FULL)
-    made = RandAugment(
+    policy = RandAugment(
         magnitude=values.get("m", FULL),
         steps=int(min(values.get("n", 2.0), 99)),
         deviation=math.inf if deviation > 100 else deviation,
@@ -102,12 +102,12 @@ def parse_rand_augment(text: str) -> RandAugment:
         increasing=bool(values.get("inc", 0.0)),
         probability=values.get("p", 0.5),
     )
-    for key, low, high, given in (
-        ("m", 0.0, limit, made.magnitude),
+    for key, low, high, value in (
+        ("m", 0.0, limit, policy.magnitude),
         ("n", 1.0, 16.0, values.get("n", 2.0)),
         ("mmax", 1.0, 30.0, limit),
-        ("p", 0.0, 1.0, made.probability),
+        ("p", 0.0, 1.0, policy.probability),
     ):
-        if not low <= given <= high:
-            raise ValueError(f"data.rand_augment {text!r}: {key} must be in [{low:g}, {high:g}]; got {given:g}")
-    return made
+        if not low <= value <= high:
+            raise ValueError(f"data.rand_augment {text!r}: {key} must be in [{low:g}, {high:g}]; got {value:g}")
+    return policy

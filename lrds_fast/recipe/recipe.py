@@ -127,30 +127,30 @@ def _check_stored_answers(recipe: Recipe) -> None:
             f"{needs_all} needs the logits of all classes: set teacher.cache_top_k=0; got {teacher.cache_top_k}"
         )
     stored = "cache" if teacher.cache else "answer_noise" if teacher.answer_noise else ""
-    changed: list[tuple[str, object]] = [
-        ("data.mixup", data.mixup),
-        ("data.cutmix", data.cutmix),
-        ("data.second_view", data.second_view),
-    ]
-    for key, given in changed:
-        if stored and given:
-            raise ValueError(f"teacher.{stored} takes answers to single pictures: it goes without {key}; got {given!r}")
+    mixing: dict[str, object] = {
+        "data.mixup": data.mixup,
+        "data.cutmix": data.cutmix,
+        "data.second_view": data.second_view,
+    }
+    for key, value in mixing.items():
+        if stored and value:
+            raise ValueError(f"teacher.{stored} takes answers to single pictures: it goes without {key}; got {value!r}")
     if not teacher.answer_noise:
         return
-    for key, value, plain in (
+    for key, augmentation, off in (
         ("data.augment", data.augment, "none"),
         ("data.rand_augment", data.rand_augment, ""),
         ("data.erasing", data.erasing, 0.0),
     ):
-        if value != plain and not teacher.cache:
+        if augmentation != off and not teacher.cache:
             raise ValueError(
-                f"teacher.answer_noise stores one answer a sample, which {key}={value!r} would not fit: set {key} to"
-                f" {plain!r}, or teacher.cache, which has an answer to every view"
+                f"teacher.answer_noise stores one answer a sample, to the unaugmented picture: set {key} to {off!r},"
+                f" or teacher.cache, which stores an answer for each augmented view; got {key}={augmentation!r}"
             )
     if recipe.selection.after:
         raise ValueError(
-            "selection.after scores with the teacher's own answers: it goes without teacher.answer_noise; use"
-            " lrds-fast score and select"
+            "selection.after scores with the teacher's own answers: it cannot be combined with teacher.answer_noise;"
+            " use lrds-fast score and lrds-fast select"
         )
 
 
@@ -166,20 +166,20 @@ def _check_mixing(recipe: Recipe) -> None:
 
 
 def _check_epochs(recipe: Recipe) -> None:
-    """Every epoch at which something happens must come before the end of training."""
+    """Selections, decays of the learning rate and warm-ups must lie within schedule.epochs."""
     epochs, schedule, selection = recipe.schedule.epochs, recipe.schedule, recipe.selection
-    happens: list[tuple[str, float, str]] = [("selection.after", selection.after, "selection.after=0")]
+    events: list[tuple[str, float, str]] = [("selection.after", selection.after, "selection.after=0")]
     if selection.every:
-        happens.append(("selection.after + every", selection.after + selection.every, "selection.every=0"))
+        events.append(("selection.after + every", selection.after + selection.every, "selection.every=0"))
     if schedule.name == "step":
-        happens.append(("schedule.milestones", max(schedule.milestones, default=0), "schedule.milestones=[]"))
+        events.append(("schedule.milestones", max(schedule.milestones, default=0), "schedule.milestones=[]"))
     if schedule.name == "exponential":
-        happens.append(("schedule.decay_epochs", schedule.decay_epochs, "schedule.name=constant"))
-    for key, epoch, none in happens:
+        events.append(("schedule.decay_epochs", schedule.decay_epochs, "schedule.name=constant"))
+    for key, epoch, off in events:
         if epoch >= epochs:
             raise ValueError(
                 f"{key} must be below schedule.epochs={epochs}, where training ends; got {epoch:g}: lower it, set"
-                f" {none} or raise schedule.epochs"
+                f" {off} or raise schedule.epochs"
             )
     for key, length in (
         ("schedule.warmup_epochs", schedule.warmup_epochs),
@@ -193,17 +193,17 @@ def _check_epochs(recipe: Recipe) -> None:
 
 
 def _check_features(recipe: Recipe) -> None:
-    """What reads the networks' inner features needs their plain passes, of one picture a sample."""
+    """Losses on features read inner layers: both networks must run, uncompiled, on one view of each sample."""
     if not recipe.features.method:
         return
-    for key, given, plain in (
+    for key, value, off in (
         ("run.compile", recipe.run.compile, "off"),
         ("teacher.cache", recipe.teacher.cache, ""),
         ("teacher.answer_noise", recipe.teacher.answer_noise, 0.0),
         ("data.second_view", recipe.data.second_view, ""),
     ):
-        if given != plain:
-            raise ValueError(f"features.method {recipe.features.method!r} needs {key}={plain!r}; got {given!r}")
+        if value != off:
+            raise ValueError(f"features.method {recipe.features.method!r} needs {key}={off!r}; got {value!r}")
 
 
 def builtin_recipes() -> list[str]:
@@ -213,7 +213,7 @@ def builtin_recipes() -> list[str]:
 
 @functools.cache
 def _builtin() -> dict[str, str]:
-    """Their texts by name."""
+    """Their TOML texts by name."""
     return {
         entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8")
         for entry in resources.files("lrds_fast.recipes").iterdir()
@@ -222,12 +222,12 @@ def _builtin() -> dict[str, str]:
 
 
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file, or the one of that name (lrds_fast.recipe.names), with
-    `key=value` settings on top.
+    """The recipe in a TOML file, or the one of that name (lrds_fast.recipe.names), with `settings` on top.
 
-    A file may say `extends = "other"`: a name, or a path relative to the file; its own values win. Keys in settings are
-    dotted ("loss.eta=0.5"); values are TOML, and a bare word is a string. Raises ValueError for unknown keys, values of
-    another type and circles, FileNotFoundError for a missing file.
+    A file may say `extends = "other"`: a name, or a path relative to the file; the file's own values count. settings:
+    "KEY=VALUE" with a dotted key ("loss.eta=0.5"); the value is TOML, and a bare word is a string. Raises ValueError
+    for unknown keys, wrong types, impossible values and recipes that extend each other in a circle, FileNotFoundError
+    for a missing file.
     """
     values = _load_mapping(str(source), base=None, seen=())
     values = overlay(values, parse_settings(settings))
@@ -235,7 +235,7 @@ def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Nested mapping of `key=value` strings."""
+    """The values of "KEY=VALUE" strings, table by table. ValueError for another form."""
     parsed: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -247,7 +247,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A TOML value; what TOML does not know but float() does (.5) is a number, anything else a string."""
+    """`text` as a TOML value; otherwise as a float (.5), otherwise as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -309,7 +309,8 @@ def read_text(path: Path, what: str) -> str:
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """A Recipe of nested plain values; ValueError names the first key or value that does not fit."""
+    """The recipe with these values, table by table. ValueError names `where`, the values' source, and the first wrong
+    key or value."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must hold a recipe's tables; got {type(values).__name__}: the file is damaged")
     try:
@@ -319,8 +320,8 @@ def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 def _table(key: str, value: Any) -> Any:
-    """The options of the table `key`; the value itself where `key` is none."""
-    if key not in SECTIONS:
+    """The options of the table `key`; the value itself where `key` is no table."""
+    if not key or key not in SECTIONS:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"{key} must be a table; got {value!r}")

@@ -1,1 +1,1 @@
-"""Recipes that come with the library, one TOML file each; lrds_fast.recipe.recipe reads them."""
+"""Recipes that come with the library, and the data that recipes are composed of: protocols, ablations, accuracies."""
