@@ -10,6 +10,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/divergences.h"
@@ -38,6 +39,18 @@ const char* name_of(DType type) {
 std::size_t size_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
 }
+
+template <class D, class... Ds>
+constexpr int index_in(lrds::DivergenceList<Ds...>) {
+  int index = 0;
+  bool is_found = false;
+  ((is_found = is_found || std::is_same_v<D, Ds>, index += is_found ? 0 : 1), ...);
+  return index;
+}
+
+// The code of a divergence.
+template <class D>
+constexpr int code_of = index_in<D>(lrds::Divergences());
 
 // Values of a type known at run time, in exactly the memory that they need.
 class Buffer {
@@ -174,7 +187,7 @@ void edges(const Case& c, Problem& p) {
     return (static_cast<std::size_t>(p.target[0]) + i) % c.classes;
   };
   // MSE of the logits: its rounding error would be that of the offset
-  const double offset = c.divergence == 5 ? 0.0 : 1000.0;
+  const double offset = c.divergence == code_of<lrds::MseLogits> ? 0.0 : 1000.0;
   for (std::size_t k = 0; k < c.classes; ++k) p.teacher[k] += offset;
   p.teacher[at(1)] = p.teacher[at(2)] = offset + 16.0;
   p.teacher[at(3)] = offset + 16.0 - 87.0 * c.temperatures[0];
@@ -272,7 +285,8 @@ void run(const Case& c) {
   args.divergence = c.divergence;
   const double parameters[] = {1.5, 2.5, 2.0};
   std::copy(parameters, parameters + 3, args.divergence_parameters);
-  if (c.divergence == 7) args.divergence_parameters[0] = 0.3;  // the mixture weight of JSD
+  if (c.divergence == code_of<lrds::Jsd>)
+    args.divergence_parameters[0] = 0.3;  // the mixture weight of JSD
   args.standardize = c.standardize;
   args.kept_classes = static_cast<std::int64_t>(c.kept);
 
