@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
+from lrds_fast.divergences import DKD, JSD, NAMES, NKD, RLD, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,20 +20,13 @@ CLASSES = (1, 2, 10, 31, 32, 33, 100, 1000, 1001, 4097)
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 8.0, 2.5)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Every divergence, those with parameters also away from their defaults.
+# Every divergence with its defaults, and those with parameters away from them.
 FAMILY = (
-    KL(),
-    RKL(),
-    DKD(),
+    *map(resolve, NAMES),
     DKD(alpha=0.0, beta=2.0),
     DKD(alpha=3.0, beta=0.0),
-    RLD(),
     RLD(alpha=0.5, beta=2.0, confidence_temperature=3.0),
-    NKD(),
     NKD(gamma=0.0),
-    MSE("logits"),
-    MSE("probs"),
-    JSD(),
     JSD(weight=0.1),
 )
 REVISE = (None, "lr", "mft", "swap")

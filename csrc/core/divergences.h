@@ -25,10 +25,10 @@ using Divergences = DivergenceList<Kl, Rkl, Dkd, Rld, Nkd, MseLogits, MseProbs, 
 template <class Visitor, class... D>
 inline bool visit_divergence(int code, Visitor visitor, DivergenceList<D...>) {
   int index = 0;
-  bool found = false;
+  bool known = false;
   // At most one comparison is true.
-  ((index++ == code ? (visitor(D{}), found = true) : false), ...);
-  return found;
+  ((index++ == code ? (visitor(D{}), known = true) : false), ...);
+  return known;
 }
 
 template <class Visitor>

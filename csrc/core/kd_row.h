@@ -372,10 +372,11 @@ class RowProgram {
     anchor_z_ = anchor_of(max_z_, row_.z_y);
     anchor_v_ = anchor_of(max_v_, row_.v_y);
     if constexpr (D::kRevised) {
-      lifts_ = params_.revise_temperature > A(0) && !soft() &&
-               (params_.revise == Revise::kMft ||
-                (params_.revise == Revise::kLabelRevision && teacher_is_wrong(row_.v_y, max_v_)));
-      if (collective(lifts_)) lift_target();
+      revises_elsewhere_ =
+          params_.revise_temperature > A(0) && !soft() &&
+          (params_.revise == Revise::kMft ||
+           (params_.revise == Revise::kLabelRevision && teacher_is_wrong(row_.v_y, max_v_)));
+      if (collective(revises_elsewhere_)) lift_target();
     }
     A loss = A(0), at_target = A(0);
     for (int i = 0; i < temperatures(); ++i) {
@@ -410,8 +411,8 @@ class RowProgram {
     const A gap = scaled(max_v_ - row_.v_y, affine_v_) * inv_r;
     const Revision<A> revision =
         revise(p, teacher_is_wrong(row_.v_y, max_v_), gap, params_.revise, params_.eta, A(1), A(1));
-    lifts_ = lifts_ && revision.revised;
-    lifted_ = revised_logit(p, revision, r);
+    revises_elsewhere_ = revises_elsewhere_ && revision.revised;
+    revised_logit_ = revised_logit(p, revision, r);
   }
 
   // Carries the gradient through the standardisation; returns the gradient at the target.
@@ -484,8 +485,8 @@ class RowProgram {
       s.second_sum_z = sums[0];
       s.second_student = split(sums[0], scaled(row_.z_y - anchor_z_, affine_z_) * at.inv_second);
       s.second_teacher = split(sum_v, scaled(row_.v_y - anchor_v_, affine_v_) * at.inv_second);
-      if (lifts_ && elsewhere(s.second_temperature)) {
-        s.second_revision = softened(s.second_teacher, sum_v, lifted_ * at.inv_second);
+      if (revises_elsewhere_ && elsewhere(s.second_temperature)) {
+        s.second_revision = softened(s.second_teacher, sum_v, revised_logit_ * at.inv_second);
       } else {
         s.second_revision = revise(s.second_teacher, wrong, gap * at.inv_second, params_.revise,
                                    params_.eta, mass, margin);
@@ -526,8 +527,8 @@ class RowProgram {
       s.teacher = split(s.sum_v, dv_y * s.inv_temperature);
       if (revised) {
         s.revision = unrevised(s.teacher);
-      } else if (lifts_ && elsewhere(s.temperature)) {
-        s.revision = softened(s.teacher, s.sum_v, lifted_ * s.inv_temperature);
+      } else if (revises_elsewhere_ && elsewhere(s.temperature)) {
+        s.revision = softened(s.teacher, s.sum_v, revised_logit_ * s.inv_temperature);
         revised = true;
       } else {
         s.revision = revise(s.teacher, wrong, gap * s.inv_temperature,
@@ -552,22 +553,23 @@ class RowProgram {
   // teacher before revision. Returns the target's new logit relative to the largest new logit.
   LRDS_DEVICE_MEMBER A revise_soft(AtTemperature<A>& at, DistillStats<A>& s, A gap, A mass,
                                    A margin) {
-    const A own = params_.revise_temperature > A(0) ? params_.revise_temperature : s.temperature;
-    const A inv_own = A(1) / own;
+    const A revision_t =
+        params_.revise_temperature > A(0) ? params_.revise_temperature : s.temperature;
+    const A inv_revision_t = A(1) / revision_t;
     A sum[1];
     exec_.template sum<1>(
         [&](auto k, X* into) {
-          into[0] += M::exp(scaled(exec_.v(k) - anchor_v_, affine_v_), inv_own);
+          into[0] += M::exp(scaled(exec_.v(k) - anchor_v_, affine_v_), inv_revision_t);
         },
         sum);
-    const Split<A> p = split(sum[0], scaled(row_.v_y - anchor_v_, affine_v_) * inv_own);
+    const Split<A> p = split(sum[0], scaled(row_.v_y - anchor_v_, affine_v_) * inv_revision_t);
     const Revision<A> r =
-        revise(p, true, gap * inv_own, Revise::kLabelRevision, params_.eta, mass, margin);
+        revise(p, true, gap * inv_revision_t, Revise::kLabelRevision, params_.eta, mass, margin);
     const A total = r.beta > A(0) ? p.total - r.log_beta : A(0);
     const A offset = row_log(A(1) - r.beta) - row_log(row_.t_sum) + total;
-    at.soft = SoftTeacher<A>{true, own, inv_own, r.beta, offset, A(0)};
+    at.soft = SoftTeacher<A>{true, revision_t, inv_revision_t, r.beta, offset, A(0)};
     s.z_y = standing(row_.z_y, affine_z_, s.anchor_v);
-    s.v_y = own * (r.log_target + total);
+    s.v_y = revision_t * (r.log_target + total);
     at.soft.top = anchor_of(exec_.max([&](auto k) { return soft_teacher(k, at.soft); }), s.v_y);
     const A shift = s.v_y - at.soft.top;
     if constexpr (D::kSecondTemperature == SecondTemperature::kOne) {
@@ -612,8 +614,8 @@ class RowProgram {
   Affine<A> affine_z_, affine_v_;
   A max_v_;  // of the others
   A anchor_z_, anchor_v_;
-  bool lifts_ = false;  // whether the row is revised at the revision's own temperature,
-  A lifted_;            // and then the target's new (standardised) logit relative to the anchor
+  bool revises_elsewhere_ = false;  // whether the row is revised at the revision's own temperature,
+  A revised_logit_;  // and then the target's new (standardised) logit relative to the anchor
   A kd_scale_;
   A gradient_mean_, gradient_slope_;
   AtTemperature<A> at_[kSimple ? 1 : kMaxTemperatures];

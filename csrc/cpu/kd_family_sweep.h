@@ -216,7 +216,7 @@ class FamilySweep {
       A w;
       RowError error = lrds::cpu::read_row(args_, row, &y, &w);
       if (error.kind != RowError::kNone) return error;
-      A found[lrds::kMoments] = {};
+      A row_moments[lrds::kMoments] = {};
       args_.teacher_top[row] = y;
       if (y != args_.ignore_index) {
         error = read_logits(row, true, D::kRevised, y);
@@ -229,14 +229,14 @@ class FamilySweep {
         }
         if (std::is_same_v<D, lrds::Kl> && params_.temperatures == 1 && !params_.standardize &&
             params_.revise != lrds::Revise::kMft && classes_ > 1) {
-          kl_moments(g, h, r, found);
+          kl_moments(g, h, r, row_moments);
         } else {
-          found[lrds::kMomentCe] = this->template gradient_of<D>(false, g).ce;
-          found[lrds::kMomentKd] = this->template gradient_of<D>(true, h).kd;
-          multiply(g, h, r, found);
+          row_moments[lrds::kMomentCe] = this->template gradient_of<D>(false, g).ce;
+          row_moments[lrds::kMomentKd] = this->template gradient_of<D>(true, h).kd;
+          multiply(g, h, r, row_moments);
         }
       }
-      for (int i = 0; i < lrds::kMoments; ++i) out[i * args_.rows + row] = found[i];
+      for (int i = 0; i < lrds::kMoments; ++i) out[i * args_.rows + row] = row_moments[i];
     }
     return RowError{RowError::kNone, 0};
   }
@@ -257,7 +257,7 @@ class FamilySweep {
   // The moments with the KL divergence. It takes three exponentials per class, exp(z), exp(z / T)
   // and exp(v / T), into scratch, then the sums, then the products of the gradients that they give.
   // No sum includes the target, because 1 - p_y and the like are sums over the others.
-  void kl_moments(A* g, A* h, const A* r, A* found) {
+  void kl_moments(A* g, A* h, const A* r, A* row_moments) {
     using V = typename Lanes::V;
     ScratchRow<Lanes> exec{z_, v_, nullptr, nullptr, nullptr, classes_, y_};
     const A temperature = params_.temperature[0], inv_t = A(1) / temperature;
@@ -314,9 +314,9 @@ class FamilySweep {
       const double log_p_y = revised ? std::log(p_y) : dv_y * inv_t - log_t;
       kl += p_y * (log_p_y - (dz_y * inv_t - log_f));
     }
-    found[lrds::kMomentCe] =
+    row_moments[lrds::kMomentCe] =
         static_cast<A>(e_y > 1e-30 ? std::log1p(e_others / e_y) : std::log(e_sum) - dz_y);
-    found[lrds::kMomentKd] = static_cast<A>(temperature * temperature * kl);
+    row_moments[lrds::kMomentKd] = static_cast<A>(temperature * temperature * kl);
 
     const V on_e = V{} + static_cast<A>(1.0 / e_sum);
     const V on_f = V{} + static_cast<A>(temperature / f_sum);
@@ -337,15 +337,15 @@ class FamilySweep {
         products);
     const A a = static_cast<A>(-e_others / e_sum);
     const A b = static_cast<A>(temperature * (beta * t_others / t_sum - f_others / f_sum));
-    found[lrds::kMomentCeCe] = products[0] + a * a;
-    found[lrds::kMomentKdKd] = products[1] + b * b;
-    found[lrds::kMomentCeKd] = products[2] + a * b;
-    found[lrds::kMomentCeAlong] = products[3] + a * r[y_];
-    found[lrds::kMomentKdAlong] = products[4] + b * r[y_];
-    found[lrds::kMomentTarget] = r[y_] - products[5] / params_.classes;
+    row_moments[lrds::kMomentCeCe] = products[0] + a * a;
+    row_moments[lrds::kMomentKdKd] = products[1] + b * b;
+    row_moments[lrds::kMomentCeKd] = products[2] + a * b;
+    row_moments[lrds::kMomentCeAlong] = products[3] + a * r[y_];
+    row_moments[lrds::kMomentKdAlong] = products[4] + b * r[y_];
+    row_moments[lrds::kMomentTarget] = r[y_] - products[5] / params_.classes;
   }
 
-  void multiply(const A* g, const A* h, const A* r, A* found) const {
+  void multiply(const A* g, const A* h, const A* r, A* row_moments) const {
     ScratchRow<Lanes> exec{z_, v_, nullptr, nullptr, nullptr, classes_, y_};
     A sums[6];
     exec.template sum<6>(
@@ -359,8 +359,8 @@ class FamilySweep {
           into[5] += along;
         },
         sums);
-    for (int i = 0; i < 5; ++i) found[lrds::kMomentCeCe + i] = sums[i];
-    found[lrds::kMomentTarget] = r[y_] - sums[5] / params_.classes;
+    for (int i = 0; i < 5; ++i) row_moments[lrds::kMomentCeCe + i] = sums[i];
+    row_moments[lrds::kMomentTarget] = r[y_] - sums[5] / params_.classes;
   }
 
   // The teacher's top class: of several the target, if it is one of them, else the lowest.

@@ -64,9 +64,9 @@ inline LaneTerms finish_lanes(const RowStats<Simd::V>& s, const Lanes& row,
       candidate = set(params.eta) / (one + p_max - p_y);
     }
     const V revised_y = candidate * p_y + (one - candidate);
-    const V own = p_y > zero ? p_y * (log_p_y - log_q_y) : zero;
+    const V teacher_term = p_y > zero ? p_y * (log_p_y - log_q_y) : zero;
     const V infinity = set(__builtin_inff());
-    const V others = candidate * (one - p_y) * log(candidate) + candidate * (kl - own);
+    const V others = candidate * (one - p_y) * log(candidate) + candidate * (kl - teacher_term);
     const V revised = (candidate > zero ? others : zero) + revised_y * (log(revised_y) - log_q_y);
     kl = wrong ? (log_q_y == -infinity ? infinity : revised) : kl;
     beta = wrong ? candidate : one;

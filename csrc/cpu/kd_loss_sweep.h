@@ -142,7 +142,7 @@ struct Hyper {
 };
 
 // Where the exponentials of a row are stored for its gradient; null if there is no gradient.
-struct Kept {
+struct StoredExponentials {
   float* z;
   float* v;
 };
@@ -150,7 +150,7 @@ struct Kept {
 // Addresses to prefetch while the exponentials of a row are computed: the next row's logits and
 // this row's gradient.
 template <class Z, class V>
-struct Ahead {
+struct Prefetch {
   const Z* z;
   const V* v;
   Z* gradient;
@@ -158,7 +158,8 @@ struct Ahead {
 
 // The sums of one row for the terms that its weights need.
 template <int P, bool CE, bool KD, class Z, class V>
-RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, Ahead<Z, V> ahead) {
+RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, StoredExponentials stored,
+                        Prefetch<Z, V> prefetch) {
   // With both terms and an integer T, exp(z) is a power of exp(z / T); else it is an exponential of
   // its own.
   constexpr bool kSeparate = CE && KD && P == 0;
@@ -174,28 +175,28 @@ RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, A
   if constexpr (CE) {
     if (hyper.smoothing) stats.sum_shift = row_sum_shift(z, classes, shift_z);
   }
-  const auto sums = [&](auto keep_constant) {
-    constexpr bool kKeep = decltype(keep_constant)::value;
+  const auto sums = [&](auto store_constant) {
+    constexpr bool kStore = decltype(store_constant)::value;
     for (std::int64_t block = 0; block < classes; block += kBlock) {
       const std::int64_t end = block + kBlock < classes ? block + kBlock : classes;
       Simd::V sum_z = Simd::set(0.0f), sum_zt = sum_z, sum_vt = sum_z, dot = sum_z;
       for_each_vector(block, end, [&](std::int64_t k, auto n) {
-        __builtin_prefetch(ahead.z + k);
-        if constexpr (KD) __builtin_prefetch(ahead.v + k);
-        if (ahead.gradient != nullptr) __builtin_prefetch(ahead.gradient + k, 1);
+        __builtin_prefetch(prefetch.z + k);
+        if constexpr (KD) __builtin_prefetch(prefetch.v + k);
+        if (prefetch.gradient != nullptr) __builtin_prefetch(prefetch.gradient + k, 1);
         const Simd::V dz = Simd::sub(load(z + k, n), max_z);
         const Simd::V ez = Simd::exp(Simd::mul(dz, inv_t));
         if constexpr (CE && KD) {
           sum_z = Simd::add(sum_z, kSeparate ? Simd::exp(dz) : power<kPower>(ez));
         }
         sum_zt = Simd::add(sum_zt, ez);
-        if constexpr (kKeep) Simd::store(kept.z + k, ez);
+        if constexpr (kStore) Simd::store(stored.z + k, ez);
         if constexpr (KD) {
           const Simd::V dv = Simd::sub(load(v + k, n), max_v);
           const Simd::V ev = Simd::exp(Simd::mul(dv, inv_t));
           sum_vt = Simd::add(sum_vt, ev);
           dot = Simd::fma_where_positive(ev, Simd::sub(dv, dz), dot);
-          if constexpr (kKeep) Simd::store(kept.v + k, ev);
+          if constexpr (kStore) Simd::store(stored.v + k, ev);
         }
       });
       if constexpr (CE && KD) stats.sum_z += Simd::reduce_add(sum_z);
@@ -207,7 +208,7 @@ RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, A
       }
     }
   };
-  if (kept.z != nullptr) {
+  if (stored.z != nullptr) {
     sums(std::true_type());
   } else {
     sums(std::false_type());
@@ -215,9 +216,9 @@ RowStats<float> sum_row(const Hyper& hyper, const Z* z, const V* v, Kept kept, A
   return stats;
 }
 
-// sum exp((v_k - max_v) / R). kept: the exponentials exp((v_k - max_v) / T), or null.
+// sum exp((v_k - max_v) / R). stored: the exponentials exp((v_k - max_v) / T), or null.
 template <class V>
-float revision_sum(const Hyper& hyper, const V* v, const float* kept, float max_v) {
+float revision_sum(const Hyper& hyper, const V* v, const float* stored, float max_v) {
   const auto sum = [&](auto term) {
     float total = 0.0f;
     for (std::int64_t block = 0; block < hyper.classes; block += kBlock) {
@@ -235,11 +236,11 @@ float revision_sum(const Hyper& hyper, const V* v, const float* kept, float max_
     return total;
   };
   // The stored exponentials past the end of a row are 0.
-  float of_kept = 0.0f;
-  if (kept != nullptr && with_power(hyper.revision_power, [&](auto n) {
-        of_kept = sum([&](std::int64_t k, auto) { return power<n()>(Simd::load(kept + k)); });
+  float of_stored = 0.0f;
+  if (stored != nullptr && with_power(hyper.revision_power, [&](auto n) {
+        of_stored = sum([&](std::int64_t k, auto) { return power<n()>(Simd::load(stored + k)); });
       })) {
-    return of_kept;
+    return of_stored;
   }
   const Simd::V shift = Simd::set(lrds::anchor(max_v));
   const Simd::V scale = Simd::set(hyper.params.inv_revise_temperature);
@@ -256,15 +257,15 @@ struct RowGradient {
 
 // Writes dL/dz of one row.
 template <int P, bool CE, bool KD, class Z>
-void write_row(const Hyper& hyper, const Z* z, std::int64_t y, Kept kept, const RowGradient& row,
-               Z* gradient) {
+void write_row(const Hyper& hyper, const Z* z, std::int64_t y, StoredExponentials stored,
+               const RowGradient& row, Z* gradient) {
   constexpr bool kSeparate = CE && KD && P == 0;
   constexpr int kPower = P == 0 ? 1 : P;
   const Simd::V shift_z = Simd::set(row.shift_z);
   const Simd::V on_z = Simd::set(row.on_z), on_zt = Simd::set(row.on_zt),
                 on_vt = Simd::set(row.on_vt), smoothing = Simd::set(row.smoothing);
   for_each_vector(0, hyper.classes, [&](std::int64_t k, auto n) {
-    const Simd::V ez = Simd::load(kept.z + k);
+    const Simd::V ez = Simd::load(stored.z + k);
     Simd::V g;
     if constexpr (CE && KD) {
       const Simd::V ez1 =
@@ -275,7 +276,7 @@ void write_row(const Hyper& hyper, const Z* z, std::int64_t y, Kept kept, const 
     } else {
       g = Simd::mul(on_zt, ez);
     }
-    if constexpr (KD) g = Simd::fnma(on_vt, Simd::load(kept.v + k), g);
+    if constexpr (KD) g = Simd::fnma(on_vt, Simd::load(stored.v + k), g);
     store(gradient + k, g, n);
   });
   // The element at the target is complete in float and rounded once.
@@ -320,7 +321,7 @@ struct PendingRow {
   float sum_vr;  // as in row_target
   // Set by finish_single or finish_group:
   float ce, kd;
-  RowGradient made;
+  RowGradient coefficients;
 
   bool is_read() const { return weights.ce != 0.0f || weights.kd != 0.0f; }
 };
@@ -342,13 +343,13 @@ void finish_single(const Hyper& hyper, Row& row) {
   row.ce = result.ce;
   row.kd = result.kd;
   row.flags |= result.revised ? lrds::kRowRevised : 0;
-  row.made = RowGradient{result.coefficient_z,
-                         result.coefficient_zt,
-                         result.coefficient_vt,
-                         result.smoothing,
-                         at_target,
-                         shift_z,
-                         shift_v};
+  row.coefficients = RowGradient{result.coefficient_z,
+                                 result.coefficient_zt,
+                                 result.coefficient_vt,
+                                 result.smoothing,
+                                 at_target,
+                                 shift_z,
+                                 shift_v};
 }
 
 // The scalar part of a group of rows, one row per lane.
@@ -382,7 +383,7 @@ void finish_group(const Hyper& hyper, Row* rows, int count) {
     row.ce = terms.ce[lane];
     row.kd = terms.kd[lane];
     row.flags |= terms.revised[lane] != 0.0f ? lrds::kRowRevised : 0;
-    row.made =
+    row.coefficients =
         RowGradient{terms.on_z[lane], terms.on_zt[lane], terms.on_vt[lane], terms.smoothing[lane],
                     at_target[lane],  shift_z[lane],     shift_v[lane]};
   }
@@ -398,7 +399,7 @@ inline auto visit_terms(RowWeights<float> weights, WithTerms with_terms) {
 }
 
 // The inputs of a row other than its logits.
-struct Opened {
+struct RowInputs {
   std::int64_t y = 0;
   RowWeights<float> weights{};
   int flags = 0;
@@ -406,9 +407,9 @@ struct Opened {
 };
 
 // A row past the end gets weights of 0 and is not read.
-inline Opened open_row(const KdLossArgs& args, const RowParams<float>& params, std::int64_t index,
-                       std::int64_t end) {
-  Opened row;
+inline RowInputs open_row(const KdLossArgs& args, const RowParams<float>& params,
+                          std::int64_t index, std::int64_t end) {
+  RowInputs row;
   if (index >= end) return row;
   float w;
   row.error = lrds::cpu::read_row(args, index, &row.y, &w);
@@ -434,10 +435,11 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
   const std::int64_t padded = lrds::cpu::detail::scratch_padded(classes);
   const std::int64_t fit = lrds::cpu::detail::group_rows(classes);
   const std::int64_t group = fit < kWidth ? fit : kWidth;
-  const bool keeps = args.gradient != nullptr;
-  const auto kept_of = [&](std::int64_t lane) {
-    return keeps ? Kept{scratch + 2 * lane * padded, scratch + (2 * lane + 1) * padded}
-                 : Kept{nullptr, nullptr};
+  const bool stores = args.gradient != nullptr;
+  const auto stored_of = [&](std::int64_t lane) {
+    return stores
+               ? StoredExponentials{scratch + 2 * lane * padded, scratch + (2 * lane + 1) * padded}
+               : StoredExponentials{nullptr, nullptr};
   };
   // A teacher row converted to float. One is enough: in a group of several rows, the gradient reads
   // the stored exponentials only.
@@ -447,7 +449,7 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
   const float* const grad_output = static_cast<const float*>(args.grad_output);
   PendingRow<Z, V> pending[kWidth];
 
-  Opened next = open_row(args, params, begin, end);
+  RowInputs next = open_row(args, params, begin, end);
   for (std::int64_t first = begin; first < end; first += group) {
     const int count = static_cast<int>(group < end - first ? group : end - first);
     for (int lane = 0; lane < count; ++lane) {
@@ -456,28 +458,28 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
       row = {};
       row.z = static_cast<const Z*>(args.student) + index * args.student_stride;
       if (args.gradient != nullptr) row.gradient = static_cast<Z*>(args.gradient) + index * classes;
-      const Opened opened = next;
-      if (opened.error.kind != RowError::kNone) return opened.error;
+      const RowInputs inputs = next;
+      if (inputs.error.kind != RowError::kNone) return inputs.error;
       next = open_row(args, params, index + 1, end);
-      row.y = opened.y;
-      row.weights = opened.weights;
-      row.flags = opened.flags;
+      row.y = inputs.y;
+      row.weights = inputs.weights;
+      row.flags = inputs.flags;
       if (!row.is_read()) continue;
       if (row.weights.kd != 0.0f) row.v = teacher_row<V>(args, index, converted);
       // If the next row is not read, prefetches this row again, which is in cache.
-      Ahead<Z, V> ahead{row.z, row.v, row.gradient};
-      if (next.weights.ce != 0.0f || next.weights.kd != 0.0f) ahead.z += args.student_stride;
+      Prefetch<Z, V> prefetch{row.z, row.v, row.gradient};
+      if (next.weights.ce != 0.0f || next.weights.kd != 0.0f) prefetch.z += args.student_stride;
       if (next.weights.kd != 0.0f && row.v != nullptr && row.v != converted_row) {
-        ahead.v += args.teacher_stride;
+        prefetch.v += args.teacher_stride;
       }
       row.stats = visit_terms<P>(row.weights, [&](auto p, auto ce, auto kd) {
-        return sum_row<p(), ce(), kd(), Z, V>(hyper, row.z, row.v, kept_of(lane), ahead);
+        return sum_row<p(), ce(), kd(), Z, V>(hyper, row.z, row.v, stored_of(lane), prefetch);
       });
       row.z_y = lrds::cpu::to_float(row.z[row.y]);
       if (row.v != nullptr) {
         row.v_y = lrds::cpu::to_float(row.v[row.y]);
         if (lrds::needs_sum_vr(params, row.v_y, row.stats.max_v)) {
-          row.sum_vr = revision_sum(hyper, row.v, kept_of(lane).v, row.stats.max_v);
+          row.sum_vr = revision_sum(hyper, row.v, stored_of(lane).v, row.stats.max_v);
         }
       }
       double scale = gradient_scale;
@@ -503,7 +505,8 @@ RowError sweep_rows(const KdLossArgs& args, double gradient_scale, std::int64_t 
         continue;
       }
       visit_terms<P>(row.weights, [&](auto p, auto ce, auto kd) {
-        write_row<p(), ce(), kd(), Z>(hyper, row.z, row.y, kept_of(lane), row.made, row.gradient);
+        write_row<p(), ce(), kd(), Z>(hyper, row.z, row.y, stored_of(lane), row.coefficients,
+                                      row.gradient);
       });
     }
   }

@@ -11,12 +11,12 @@ namespace {
 // Gives the architecture that the kernels were compiled for. It is never launched.
 __global__ void probe() {}
 
-cudaError_t ask(int device, DeviceFacts* facts) {
+cudaError_t query_facts(int device, DeviceFacts* facts) {
   int major = 0, minor = 0;
   const struct {
     int* value;
     cudaDeviceAttr attribute;
-  } questions[] = {
+  } attributes[] = {
       {&major, cudaDevAttrComputeCapabilityMajor},
       {&minor, cudaDevAttrComputeCapabilityMinor},
       {&facts->multiprocessors, cudaDevAttrMultiProcessorCount},
@@ -24,8 +24,8 @@ cudaError_t ask(int device, DeviceFacts* facts) {
       {&facts->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
       {&facts->l2_bytes, cudaDevAttrL2CacheSize},
   };
-  for (const auto& question : questions) {
-    const cudaError_t error = cudaDeviceGetAttribute(question.value, question.attribute, device);
+  for (const auto& query : attributes) {
+    const cudaError_t error = cudaDeviceGetAttribute(query.value, query.attribute, device);
     if (error != cudaSuccess) return error;
   }
   cudaFuncAttributes compiled;
@@ -39,9 +39,9 @@ cudaError_t ask(int device, DeviceFacts* facts) {
 
 cudaError_t device_facts(int device, DeviceFacts* facts) {
   static OncePerDevice once;
-  static std::array<DeviceFacts, kMaxDevices> known;
-  const cudaError_t error = once(device, [](int d) { return ask(d, &known[d]); });
-  if (error == cudaSuccess) *facts = known[device];
+  static std::array<DeviceFacts, kMaxDevices> cache;
+  const cudaError_t error = once(device, [](int d) { return query_facts(d, &cache[d]); });
+  if (error == cudaSuccess) *facts = cache[device];
   return error;
 }
 
@@ -49,11 +49,11 @@ cudaError_t resident_blocks(int device, const void* kernel, unsigned block, unsi
                             std::size_t shared_bytes, std::int64_t* blocks) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, unsigned, unsigned, std::size_t>, std::int64_t>
-      known;
+      cache;
   const std::lock_guard lock(mutex);
   const std::tuple key(device, kernel, block, cluster, shared_bytes);
-  if (const auto found = known.find(key); found != known.end()) {
-    *blocks = found->second;
+  if (const auto entry = cache.find(key); entry != cache.end()) {
+    *blocks = entry->second;
     return cudaSuccess;
   }
   int count = 0;
@@ -69,7 +69,7 @@ cudaError_t resident_blocks(int device, const void* kernel, unsigned block, unsi
   }
   if (error != cudaSuccess) return error;
   const std::int64_t each = cluster > 0 ? cluster : facts.multiprocessors;
-  *blocks = known[key] = std::max(1, count) * each;
+  *blocks = cache[key] = std::max(1, count) * each;
   return cudaSuccess;
 }
 

@@ -19,7 +19,7 @@
 namespace lrds::cuda {
 
 constexpr int kQuad = 4;
-// A row gets one more thread per so many quads, as long as there are threads.
+// Quads per thread of a row, as long as a block has threads.
 constexpr int kQuadsOfThread = 8;
 constexpr int kSimpleThreads = 512;
 // Leaves 96 registers to each thread: five blocks of kSimpleGroupThreads.

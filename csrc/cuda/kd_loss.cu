@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kFinalizeThreads = 1024;
 constexpr int kFinalizeWarps = kFinalizeThreads / kWarpSize;
-// In the time of one more launch, a block adds the terms of so many rows.
+// Rows per block: adding the terms of more takes longer than one more launch.
 constexpr std::int64_t kFinalizeRows = 8192;
 constexpr std::int64_t kMaxFinalizeBlocks = 32;
 // The workspace begins with the two scales that kd_family writes.

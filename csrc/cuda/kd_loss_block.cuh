@@ -19,9 +19,10 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
                                   block_threads_per_multiprocessor(std::is_same_v<A, double>) /
                                       block_threads(std::is_same_v<A, double>))
     kd_loss_block(const Sweep<A> sweep, const int resident) {
-  using Kept = std::conditional_t<kSameTeacher, S, A>;  // a teacher element in shared memory
+  using TeacherElement =
+      std::conditional_t<kSameTeacher, S, A>;  // a teacher element in shared memory
   using ZVec = Vector<S, kWidth>;
-  using VVec = Vector<Kept, kWidth>;
+  using VVec = Vector<TeacherElement, kWidth>;
   // Vectors that a thread loads at once and adds between two updates of its running maximum.
   constexpr int kChunk = std::is_same_v<A, double> ? 1 : kWidth == 1 ? 2 : 8 / kWidth;
   // With single elements the loads dominate, so a copy of the loops per temperature would not be
@@ -147,16 +148,17 @@ __global__ void __launch_bounds__(block_threads(std::is_same_v<A, double>),
     if (reads_z) {
       with_case<kSquares>(sweep, reads_v, [&](auto case_of) {
         constexpr int kCase = decltype(case_of)::value;
-        ThreadStats<A> own = empty_thread_stats<A>();
-        if (has_edge) add_edge<kCase>(sweep, z_edge, v_edge, own);
+        ThreadStats<A> thread_stats = empty_thread_stats<A>();
+        if (has_edge) add_edge<kCase>(sweep, z_edge, v_edge, thread_stats);
 #pragma unroll 1
         for (int i = 0; i < slots; i += kChunk) {
           const auto fetch_next = [&](int c, ZVec& z, VVec& v) {
             fetch(case_of, min(i + c, slots - 1), z, v);
           };
-          add_vectors<kCase, kChunk, ZVec, VVec>(sweep, min(kChunk, slots - i), fetch_next, own);
+          add_vectors<kCase, kChunk, ZVec, VVec>(sweep, min(kChunk, slots - i), fetch_next,
+                                                 thread_stats);
         }
-        stats = warp_stats<kCase>(sweep, own);
+        stats = warp_stats<kCase>(sweep, thread_stats);
       });
       add_lanes(sweep, stats);
 

@@ -235,20 +235,20 @@ __global__ void __launch_bounds__(kBulkThreads + kWarpSize, 1)
     if (reads_z) {
       with_case<true>(sweep, reads_v, [&](auto case_of) {
         constexpr int kCase = decltype(case_of)::value;
-        ThreadStats<A> own = empty_thread_stats<A>();
-        if (has_edge) add_edge<kCase>(sweep, z_edge, v_edge, own);
+        ThreadStats<A> thread_stats = empty_thread_stats<A>();
+        if (has_edge) add_edge<kCase>(sweep, z_edge, v_edge, thread_stats);
         for (int done = 0; done < slice_vectors; done += kBulkThreads) {
           barrier_wait(shared.full + place.tile, place.parity);
           if (done + thread < slice_vectors) {
             const auto fetch_next = [&](int c, Vec& z, Vec& v) {
               fetch(case_of, place.tile + c, z, v);
             };
-            add_vectors<kCase, 1, Vec, Vec>(sweep, 1, fetch_next, own);
+            add_vectors<kCase, 1, Vec, Vec>(sweep, 1, fetch_next, thread_stats);
           }
           if (once) release(place.tile);
           place.advance(tiles);
         }
-        stats = warp_stats<kCase>(sweep, own);
+        stats = warp_stats<kCase>(sweep, thread_stats);
       });
       add_lanes(sweep, stats);
       stats = merge_cluster(stats);

@@ -9,7 +9,7 @@ namespace lrds::cuda {
 
 // --- Cases, each with its own copy of the loops ---
 
-// 0 and above: exp(z) is exp(z / T) squared so many times.
+// In a case n >= 0, exp(z) is exp(z / T) squared n times.
 constexpr int kAnyTemperature = -1;
 constexpr int kNoTeacher = -2;  // the row's kd weight is 0: exp(z) is the only exponential
 constexpr int kHuge = -3;       // for the gradient: the logits are too large for a scaled reference

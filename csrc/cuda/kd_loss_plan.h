@@ -13,14 +13,14 @@ namespace lrds::cuda {
 
 // How a kernel gets the number of valid rows, for the denominator of the gradient.
 enum class ValidRows : std::int32_t {
-  kUnused = 0,  // no denominator: a sum, or no gradient
-  kGiven = 1,   // from num_valid
-  kOwn = 2,     // every block counts all targets
-  kShared = 3,  // the blocks count together, through one zeroed word
+  kNotNeeded = 0,     // no denominator: a sum, or no gradient
+  kFromArgument = 1,  // from num_valid
+  kPerBlock = 2,      // every block counts all targets
+  kShared = 3,        // the blocks count together, through one zeroed word
 };
 
 // The most rows for which a block counts all targets faster than a memset is launched.
-constexpr std::int64_t kOwnCountRows = 4096;
+constexpr std::int64_t kPerBlockCountRows = 4096;
 
 enum class Path : std::int32_t {
   kWarpShort = 0,        // 1..16 lanes per row, 8 elements per lane, element by element
@@ -161,11 +161,11 @@ inline int power_of_two_at_least(std::int64_t x) {
 inline ValidRows plan_valid_rows(const KdLossArgs& args) {
   const bool averaged =
       args.reduction == Reduction::kMean || args.reduction == Reduction::kElementMean;
-  if (!averaged || args.gradient == nullptr) return ValidRows::kUnused;
-  if (args.num_valid != nullptr) return ValidRows::kGiven;
-  if (args.counts == nullptr || args.rows <= kOwnCountRows ||
+  if (!averaged || args.gradient == nullptr) return ValidRows::kNotNeeded;
+  if (args.num_valid != nullptr) return ValidRows::kFromArgument;
+  if (args.counts == nullptr || args.rows <= kPerBlockCountRows ||
       args.rows >= (std::int64_t{1} << 31)) {
-    return ValidRows::kOwn;
+    return ValidRows::kPerBlock;
   }
   return ValidRows::kShared;
 }
@@ -233,7 +233,7 @@ inline void plan_blocks(const KdLossArgs& args, const DeviceFacts& device, Plan&
   const std::int64_t most_shared =
       std::max<std::int64_t>(0, device.shared_per_block - kBlockStaticBytes);
   std::int64_t reread = 0;  // bytes of a row that do not stay in shared memory
-  // The number of blocks of so many threads that a multiprocessor holds.
+  // The number of blocks of `threads` threads that a multiprocessor holds.
   const auto fit = [&](std::int64_t threads) {
     const std::int64_t slot = threads * width * (student_size + teacher_size);
     const std::int64_t needed = ceil_div(classes / width, threads);

@@ -31,7 +31,7 @@ struct Sweep {
   A exp_scale;    // exp_scaled(x, exp_scale) = exp(x)
   A exp_t_scale;  // exp_scaled(x, exp_t_scale) = exp(x / T)
   A exp_r_scale;  // exp_scaled(x, exp_r_scale) = exp(x / R), for label revision at R; 0 if R = T
-  int squarings;  // T = 2^squarings: exp(x) is exp(x / T) squared so many times; -1: any other T
+  int squarings;  // T = 2^squarings: exp(x) is exp(x / T) squared as often; -1: any other T
   Reduction reduction;
   const A* num_valid;
   const A* grad_scale;
@@ -136,16 +136,16 @@ __device__ unsigned long long block_count_valid(const Sweep<A>& sweep, std::int6
 // same in both cases.
 template <class A>
 struct ValidRowCount {
-  A own;
+  A block_count;
 
   __device__ void start(const Sweep<A>& sweep, CountScratch& scratch) {
     start(sweep, scratch, blockDim.x, [] { __syncthreads(); });
   }
   template <class Meet>
   __device__ void start(const Sweep<A>& sweep, CountScratch& scratch, unsigned threads, Meet meet) {
-    own = A(0);
-    if (sweep.valid_rows == ValidRows::kOwn) {
-      own = static_cast<A>(block_count_valid(sweep, 0, sweep.rows, scratch, threads, meet));
+    block_count = A(0);
+    if (sweep.valid_rows == ValidRows::kPerBlock) {
+      block_count = static_cast<A>(block_count_valid(sweep, 0, sweep.rows, scratch, threads, meet));
     }
     if (sweep.valid_rows == ValidRows::kShared) {
       const std::int64_t share = (sweep.rows + gridDim.x - 1) / gridDim.x;
@@ -157,21 +157,21 @@ struct ValidRowCount {
   }
 
   __device__ A get(const Sweep<A>& sweep) const {
-    if (sweep.valid_rows == ValidRows::kUnused) return A(0);
-    if (sweep.valid_rows == ValidRows::kGiven) return *sweep.num_valid;
-    if (sweep.valid_rows == ValidRows::kOwn) return own;
-    unsigned long long seen = 0;
+    if (sweep.valid_rows == ValidRows::kNotNeeded) return A(0);
+    if (sweep.valid_rows == ValidRows::kFromArgument) return *sweep.num_valid;
+    if (sweep.valid_rows == ValidRows::kPerBlock) return block_count;
+    unsigned long long word_value = 0;
     if (threadIdx.x % kWarpSize == 0) {
       const volatile unsigned long long* const word = sweep.shared_count;
       // More than counting would take; each try is at most a microsecond.
       const std::int64_t tries = 32 + sweep.rows / 1024;
-      for (std::int64_t i = 0; i < tries && (seen >> 32) != gridDim.x; ++i) {
+      for (std::int64_t i = 0; i < tries && (word_value >> 32) != gridDim.x; ++i) {
         if (i > 0) __nanosleep(100);
-        seen = *word;
+        word_value = *word;
       }
     }
-    seen = __shfl_sync(kWholeWarp, seen, 0);
-    if ((seen >> 32) == gridDim.x) return static_cast<A>(seen & 0xffffffffu);
+    word_value = __shfl_sync(kWholeWarp, word_value, 0);
+    if ((word_value >> 32) == gridDim.x) return static_cast<A>(word_value & 0xffffffffu);
     int count = 0;
 #pragma unroll 4
     for (std::int64_t row = threadIdx.x % kWarpSize; row < sweep.rows; row += kWarpSize) {

@@ -97,9 +97,9 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
                                  std::int64_t index, bool exists, const S* z_row, const S* v_row,
                                  const void* v_any, S* gradient_row, int lanes, ScaleOf scale_of) {
   using A = float;
-  using Held = std::conditional_t<kSameTeacher, S, A>;  // a teacher element in registers
+  using TeacherElement = std::conditional_t<kSameTeacher, S, A>;  // a teacher element in registers
   using ZVec = Words<S, kWidth>;
-  using VVec = Words<Held, kWidth>;
+  using VVec = Words<TeacherElement, kWidth>;
   static_assert(kWidth == 1 || kSameTeacher, "vectors of two types are not aligned alike");
   constexpr A kLn2 = 0.693147181f;
   const int lane = threadIdx.x & (lanes - 1);
@@ -114,7 +114,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
   ZVec z_in[kVectors];
   VVec v_in[kVectors];
   S z_edge_in = narrow<S>(A(0));
-  Held v_edge_in = narrow<Held>(A(0));
+  TeacherElement v_edge_in = narrow<TeacherElement>(A(0));
   A z_y = A(0), v_y = A(0);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -155,7 +155,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
 
   RowStats<A> stats = empty_row_stats<A>();
   stats.max_z = lane_max<S, kWidth>(z_in, inside);
-  stats.max_v = lane_max<Held, kWidth>(v_in, inside);
+  stats.max_v = lane_max<TeacherElement, kWidth>(v_in, inside);
   if (has_edge) {
     stats.max_z = fmaxf(stats.max_z, widen<A>(z_edge_in));
     stats.max_v = fmaxf(stats.max_v, widen<A>(v_edge_in));
@@ -168,7 +168,7 @@ __device__ inline void sweep_row(const Sweep<float>& sweep, const Row<float>& ro
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     widen_words<S>(z_in[i], z[i]);
-    widen_words<Held>(v_in[i], v[i]);
+    widen_words<TeacherElement>(v_in[i], v[i]);
   }
   A z_edge = widen<A>(z_edge_in), v_edge = widen<A>(v_edge_in);
   const auto each = [&](auto body) {

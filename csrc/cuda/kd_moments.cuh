@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
           along);
     }
     if (threadIdx.x == 0) {
-      const A found[kMoments] = {
+      const A row_moments[kMoments] = {
           ce.ce,
           kd.kd,
           products[0],
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kFamilyThreads<A>, 1)
           along[1],
           direction != nullptr ? direction[y] - along[2] / static_cast<A>(classes) : A(0)};
 #pragma unroll
-      for (int i = 0; i < kMoments; ++i) out[i * args.rows + row] = found[i];
+      for (int i = 0; i < kMoments; ++i) out[i * args.rows + row] = row_moments[i];
       args.teacher_top[row] = task.v_y < top ? other : y;
     }
     // The next row reuses the shared memory.

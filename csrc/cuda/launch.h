@@ -82,16 +82,16 @@ cudaError_t resident_blocks(int device, void (*kernel)(Parameters...), unsigned 
                          shared_bytes, blocks);
 }
 
-// Runs `ask(device)` once per device and call site, in whichever thread comes first, and keeps its
-// error.
+// Runs `query(device)` once per device and call site, in whichever thread comes first, and keeps
+// its error.
 struct OncePerDevice {
   std::array<std::once_flag, kMaxDevices> flags;
   std::array<cudaError_t, kMaxDevices> errors;
 
-  template <class Ask>
-  cudaError_t operator()(int device, Ask ask) {
+  template <class Query>
+  cudaError_t operator()(int device, Query query) {
     if (device < 0 || device >= kMaxDevices) return cudaErrorInvalidDevice;
-    std::call_once(flags[device], [&] { errors[device] = ask(device); });
+    std::call_once(flags[device], [&] { errors[device] = query(device); });
     return errors[device];
   }
 };

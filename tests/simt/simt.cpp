@@ -420,9 +420,9 @@ void cluster_barrier(std::source_location where) {
 }
 
 void* map_shared(void* here, unsigned rank) {
-  const Block& own = machine.own_block();
-  const auto at = static_cast<std::size_t>(static_cast<unsigned char*>(here) - own.shared);
-  if (rank >= machine.blocks.size() || at >= own.shared_bytes) {
+  const Block& block = machine.own_block();
+  const auto at = static_cast<std::size_t>(static_cast<unsigned char*>(here) - block.shared);
+  if (rank >= machine.blocks.size() || at >= block.shared_bytes) {
     fail("an address that the cluster's shared memory does not have");
   }
   if (machine.blocks[rank].done == machine.threads) {
@@ -527,7 +527,7 @@ Launches take_launches() {
 void count_memset() { ++machine.launches.memsets; }
 
 int resident_blocks(unsigned block, std::size_t shared_bytes) {
-  ++machine.launches.questions;
+  ++machine.launches.queries;
   const auto shared = static_cast<std::size_t>(device(machine.device).shared_per_multiprocessor);
   return std::min(static_cast<int>(2048 / block), static_cast<int>(shared / (shared_bytes + 1024)));
 }

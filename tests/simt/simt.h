@@ -102,7 +102,7 @@ void set_order(Order order, std::uint32_t seed = 0);
 struct Launches {
   int kernels;
   int memsets;
-  int questions;
+  int queries;
   unsigned largest_grid;
 };
 Launches take_launches();

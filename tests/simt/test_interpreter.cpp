@@ -192,11 +192,11 @@ __global__ void cluster_rounds(const int* in, int blocks, int* out) {
       simt::bulk_copy(memory.copied + 16, in + 32 * round + 16, 64, &memory.full);
     }
     wait_for(memory.full, round);
-    const int mine = memory.copied[rank];
+    const int sent_value = memory.copied[rank];
     right += memory.copied[threadIdx.x % 32] == in[32 * round + threadIdx.x % 32];
     if (threadIdx.x < static_cast<unsigned>(blocks)) {
       auto& there = *static_cast<ClusterMemory*>(simt::map_shared(&memory, threadIdx.x));
-      there.sent[rank] = static_cast<int>(round) + mine;
+      there.sent[rank] = static_cast<int>(round) + sent_value;
       simt::mbarrier_arrive(&there.all_sent, 0);
     }
     wait_for(memory.all_sent, round);

@@ -10,6 +10,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/divergences.h"
@@ -38,6 +39,18 @@ const char* name_of(DType type) {
 std::size_t size_of(DType type) {
   return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
 }
+
+template <class D, class... Ds>
+constexpr int index_in(lrds::DivergenceList<Ds...>) {
+  int index = 0;
+  bool is_found = false;
+  ((is_found = is_found || std::is_same_v<D, Ds>, index += is_found ? 0 : 1), ...);
+  return index;
+}
+
+// The code of a divergence.
+template <class D>
+constexpr int code_of = index_in<D>(lrds::Divergences());
 
 // Values of a type known at run time, in exactly the memory that they need.
 class Buffer {
@@ -107,7 +120,7 @@ struct Case {
   std::vector<double> temperatures = {4.0};
   std::size_t kept = 0;
   Reduction reduction = Reduction::kMean;
-  bool given = false;    // whether num_valid, weight_sum and grad_scale are passed
+  bool scalars = false;  // whether num_valid, weight_sum and grad_scale are passed
   bool per_row = false;  // grad_output of each row (Reduction::kNone), without the loss
   bool in_place = false;
   int teacher_rows = -1;  // length of the teacher prefix; -1: all rows
@@ -123,7 +136,7 @@ struct Case {
                   name_of(teacher), classes, soft ? " soft" : "",
                   standardize ? " standardized" : "", weighted ? " weighted" : "", label_smoothing,
                   temperatures[0], temperatures.size(), kept, static_cast<int>(reduction),
-                  given ? " given" : "", per_row ? " per row" : "", in_place ? " in place" : "",
+                  scalars ? " scalars" : "", per_row ? " per row" : "", in_place ? " in place" : "",
                   teacher_rows, device);
     return line;
   }
@@ -174,7 +187,7 @@ void edges(const Case& c, Problem& p) {
     return (static_cast<std::size_t>(p.target[0]) + i) % c.classes;
   };
   // MSE of the logits: its rounding error would be that of the offset
-  const double offset = c.divergence == 5 ? 0.0 : 1000.0;
+  const double offset = c.divergence == code_of<lrds::MseLogits> ? 0.0 : 1000.0;
   for (std::size_t k = 0; k < c.classes; ++k) p.teacher[k] += offset;
   p.teacher[at(1)] = p.teacher[at(2)] = offset + 16.0;
   p.teacher[at(3)] = offset + 16.0 - 87.0 * c.temperatures[0];
@@ -272,7 +285,8 @@ void run(const Case& c) {
   args.divergence = c.divergence;
   const double parameters[] = {1.5, 2.5, 2.0};
   std::copy(parameters, parameters + 3, args.divergence_parameters);
-  if (c.divergence == 7) args.divergence_parameters[0] = 0.3;  // the mixture weight of JSD
+  if (c.divergence == code_of<lrds::Jsd>)
+    args.divergence_parameters[0] = 0.3;  // the mixture weight of JSD
   args.standardize = c.standardize;
   args.kept_classes = static_cast<std::int64_t>(c.kept);
 
@@ -307,15 +321,15 @@ void run(const Case& c) {
   }
   lrds::TermScales scales{1.0, 1.0};
   if (c.reduction == Reduction::kMean || c.reduction == Reduction::kElementMean) {
-    const double rows = c.given ? num_valid_value : valid;
+    const double rows = c.scalars ? num_valid_value : valid;
     scales.kd = lrds::reduction_scale<double>(c.reduction, rows, static_cast<double>(c.classes));
     scales.ce = scales.kd;
     if (c.reduction == Reduction::kMean && c.weighted && !c.soft) {
-      scales.ce = 1.0 / (c.given ? weight_sum_value : weights);
+      scales.ce = 1.0 / (c.scalars ? weight_sum_value : weights);
     }
   }
   lrds::TermScales gradient_scales = scales;
-  if (c.given) {
+  if (c.scalars) {
     gradient_scales.ce *= grad_scale_value;
     gradient_scales.kd *= grad_scale_value;
   }
@@ -347,20 +361,20 @@ void run(const Case& c) {
   args.teacher = teacher.data();
   args.teacher_indices = p.indices.data();
   args.teacher_rest = rest.data();
-  args.num_valid = c.given ? num_valid.data() : nullptr;
-  args.weight_sum = c.given ? weight_sum.data() : nullptr;
-  args.grad_scale = c.given ? grad_scale.data() : nullptr;
+  args.num_valid = c.scalars ? num_valid.data() : nullptr;
+  args.weight_sum = c.scalars ? weight_sum.data() : nullptr;
+  args.grad_scale = c.scalars ? grad_scale.data() : nullptr;
   std::vector<double> workspace(2);  // no case has rows for several finalize blocks
   args.workspace = workspace.data();
   std::vector<std::vector<unsigned char>> first;
   for (const simt::Order order : {simt::Order::kForward, simt::Order::kShuffled}) {
-    const int rubbish = order == simt::Order::kForward ? 0xff : 0x5a;
+    const int poison_byte = order == simt::Order::kForward ? 0xff : 0x5a;
     Buffer logits = student;
-    Buffer g(c.student, kRows * c.classes, rubbish), out_ce(accumulate, kRows, rubbish),
-        out_kd(accumulate, kRows, rubbish);
-    Buffer loss(accumulate, c.reduction == Reduction::kNone ? kRows : 1, rubbish),
-        loss_ce(accumulate, 1, rubbish), loss_kd(accumulate, 1, rubbish);
-    std::vector<std::uint8_t> out_flags(kRows, static_cast<std::uint8_t>(rubbish));
+    Buffer g(c.student, kRows * c.classes, poison_byte), out_ce(accumulate, kRows, poison_byte),
+        out_kd(accumulate, kRows, poison_byte);
+    Buffer loss(accumulate, c.reduction == Reduction::kNone ? kRows : 1, poison_byte),
+        loss_ce(accumulate, 1, poison_byte), loss_kd(accumulate, 1, poison_byte);
+    std::vector<std::uint8_t> out_flags(kRows, static_cast<std::uint8_t>(poison_byte));
     std::int64_t out_counts[3] = {-1, -1, -1};
     args.student = logits.data();
     args.gradient = c.in_place ? logits.data() : g.data();
@@ -489,7 +503,7 @@ std::vector<Case> cases() {
           break;
         case 8:
           c.weighted = true;
-          c.given = true;
+          c.scalars = true;
           c.label_smoothing = 0.1;
           c.reduction = Reduction::kMean;
           break;

@@ -462,8 +462,8 @@ void run(const Case& c, std::uint32_t seed) {
     if (launches.kernels != kernels)
       report(c, "kernel launches", -1, -1, launches.kernels, kernels);
     if (launches.memsets > 1) report(c, "memsets", -1, -1, launches.memsets, 1);
-    if (poison == 0x5a && launches.questions > 0) {
-      report(c, "questions that were asked before", -1, -1, launches.questions, 0);
+    if (poison == 0x5a && launches.queries > 0) {
+      report(c, "repeated occupancy queries", -1, -1, launches.queries, 0);
     }
     if (!out.gradient.holds(poison, c.with_gradient ? g_offset : g_offset + n * classes)) {
       report(c, "a write outside the gradient", -1, -1, 1, 0);
@@ -1133,13 +1133,13 @@ void run_scale(DType type, std::int64_t count, std::int64_t offset, std::int64_t
     before[i] = gradient.set(from + i, i == 3 ? kInf : i == 4 ? kNan : normal(random));
   }
   const DType factor_type = factor_is_double ? DType::kFloat64 : DType::kFloat32;
-  Buffer factor(factor_type, 1), folded(factor_type, 1);
+  Buffer factor(factor_type, 1), divisor(factor_type, 1);
   factor.set(0, grad_output);
-  folded.set(0, grad_scale);
+  divisor.set(0, grad_scale);
   Buffer& out = in_place ? gradient : separate;
   const cudaError_t error = lrds::cuda::scale_gradient(
       gradient.at(from), out.at(to), count, type, factor.at(0),
-      grad_scale != 0.0 ? folded.at(0) : nullptr, factor_is_double, nullptr);
+      grad_scale != 0.0 ? divisor.at(0) : nullptr, factor_is_double, nullptr);
   Case c;
   c.student = c.teacher = type;
   c.rows = 1;

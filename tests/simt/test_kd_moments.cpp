@@ -173,14 +173,15 @@ void run(const Case& c) {
   args.direction = c.direction ? direction.data() : nullptr;
   std::vector<unsigned char> first;
   for (const simt::Order order : {simt::Order::kForward, simt::Order::kShuffled}) {
-    const unsigned char rubbish = order == simt::Order::kForward ? 0xff : 0x5a;
+    const unsigned char poison_byte = order == simt::Order::kForward ? 0xff : 0x5a;
     std::size_t bytes = 0;
     if (lrds::cuda::kd_moments_scratch_bytes(args, &bytes) != cudaSuccess) std::exit(1);
-    std::vector<unsigned char> room(bytes, rubbish), moments(kMoments * kRows * element, rubbish);
-    std::vector<std::int64_t> found(kRows, rubbish);
+    std::vector<unsigned char> room(bytes, poison_byte),
+        moments(kMoments * kRows * element, poison_byte);
+    std::vector<std::int64_t> teacher_top(kRows, poison_byte);
     args.moments_scratch = room.data();
     args.moments = moments.data();
-    args.teacher_top = found.data();
+    args.teacher_top = teacher_top.data();
     simt::set_order(order, 7);
     if (const cudaError_t status = lrds::cuda::kd_moments(args, nullptr); status != cudaSuccess) {
       std::printf("launch failed with %d\n", static_cast<int>(status));
@@ -189,7 +190,8 @@ void run(const Case& c) {
     if (first.empty()) first = moments;
     if (first != moments) report(c, "bits between two runs", 0, 0, 1);
     for (std::size_t row = 0; row < kRows; ++row) {
-      if (found[row] != top[row]) report(c, "top", row, double(found[row]), double(top[row]));
+      if (teacher_top[row] != top[row])
+        report(c, "top", row, double(teacher_top[row]), double(top[row]));
       double size = 1.0;
       for (std::size_t i = 0; i < kMoments; ++i) {
         if (std::isfinite(exact[i * kRows + row])) size += std::fabs(exact[i * kRows + row]);
