@@ -168,13 +168,13 @@ class Selection:
         """ValueError unless the dataset has this fingerprint. name: of the selection, for the error."""
         assert self.fingerprint is not None
         try:
-            wanted = fingerprint_of(dataset, self.num_classes)
+            of_dataset = fingerprint_of(dataset, self.num_classes)
         except ValueError as error:
             raise ValueError(f"{name} cannot be compared with the dataset: {error}") from error
-        if self.fingerprint != wanted:
+        if self.fingerprint != of_dataset:
             raise ValueError(
                 f"{name} was made for another dataset ({len(self)} samples, fingerprint {self.fingerprint[:12]}; this"
-                f" one's is {wanted[:12]}); score this dataset and select again"
+                f" one's is {of_dataset[:12]}); score this dataset and select again"
             )
 
     def _relabelled(self) -> bool:
