@@ -1,9 +1,9 @@
-"""Per-sample gradients of a model's layers, as the short factors that backpropagation leaves behind.
+"""Per-sample gradients of a model's layers, kept as the factors that backpropagation computes.
 
-A linear layer that sample i meets at T positions has the gradient sum_t d_it (outer) a_it, d_it the gradient of its
-loss in the layer's output and a_it the layer's input (with a 1 for the bias): T pairs of short vectors, never the O x I
-matrix. Convolutions are linear layers over unfolded patches, one per group. What is called several times (shared
-modules) has the positions of all its calls.
+A linear layer with T positions per sample (1 for a head, the pixels of a convolution) has for sample i the gradient
+sum_t d_it (outer) a_it: d_it is the gradient of the loss in the layer's output, a_it the layer's input (with a 1 for
+the bias). These T pairs of vectors are kept instead of the O x I matrix. Convolutions are linear layers over unfolded
+patches, one per group. A module that is called several times has the positions of all its calls.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class SampleGradients(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """(B, P): every sample's gradient in the layer's parameters, flattened; what tests and small layers use."""
+        """(B, P): every sample's gradient in the layer's parameters, flattened; for small layers and tests."""
 
     @abstractmethod
     def squared_norm(self) -> Tensor:
         """(B,) |g_i|^2 over the layer's parameters."""
 
     def parts(self) -> Iterator[SampleGradients]:
-        """The same gradients, some samples after the other, in pieces small enough to be worked on in the cache."""
+        """The same gradients in pieces of some samples each, small enough for the cache."""
         yield self
 
 
@@ -57,8 +57,8 @@ class Outer(SampleGradients):
 def _gram_product(a: Tensor, d: Tensor) -> Tensor:
     """sum_tu (a_t . a_u)(d_t . d_u) over the positions of a (..., T, I) and d (..., T, O): (...).
 
-    Both matrices are symmetric: halves of the positions with themselves, and once with each other, down to where
-    products are too small to be quick.
+    Both matrices of products are symmetric, so the product of the first with the second half of the positions is
+    computed once. The recursion ends where smaller products would not be faster.
     """
     positions = a.shape[-2]
     if positions <= 50:
@@ -72,10 +72,10 @@ def _gram_product(a: Tensor, d: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Unfolded(SampleGradients):
-    """An Outer whose inputs are many times larger than what they are made of: made some samples at a time.
+    """An Outer whose inputs are many times larger than their sources, so that it is computed some samples at a time.
 
-    make: the Outer of a slice of samples. count: B. bytes_per_sample: of the inputs that `make` writes. sources: what
-    they are made of, (B, ...) each.
+    make: the Outer of a slice of samples. count: B. bytes_per_sample: of the inputs that `make` writes. sources: the
+    tensors (B, ...) that `make` computes them from.
     """
 
     make: Callable[[slice], Outer]
@@ -97,7 +97,7 @@ class Unfolded(SampleGradients):
 
 @dataclass(frozen=True)
 class Lookup(SampleGradients):
-    """Rows of a table of `size` entries: indices (B, T), deltas (B, T, E), those of padding zero."""
+    """Gradients of an embedding table (size, E): indices (B, T), deltas (B, T, E), which are zero for padding."""
 
     indices: Tensor
     deltas: Tensor
@@ -117,7 +117,7 @@ class Lookup(SampleGradients):
 
 @dataclass(frozen=True)
 class Direct(SampleGradients):
-    """The gradients themselves, (B, P): layers with one parameter per channel."""
+    """Dense gradients, (B, P), of layers with one parameter per channel."""
 
     gradients: Tensor
 
@@ -130,14 +130,14 @@ class Direct(SampleGradients):
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a layer: its input, and the gradient of its output once backward has been there."""
+    """One call of a layer: its input, and in `delta` the gradient of its output once backward has computed it."""
 
     input: Tensor
     delta: list[Tensor]
 
 
-# What the patches of some samples may take: they stay in the cache, and a piece is memory that the last one has left
-# (fresh pages cost several times the copy).
+# The most bytes of patches at a time. They stay in the cache, and each piece reuses the memory of the one before it:
+# fresh pages cost several times the copy.
 PART_BYTES = 4 << 20
 
 Norm = nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
@@ -152,11 +152,12 @@ def _is_supported(module: nn.Module) -> bool:
 
 
 def layer_names(model: nn.Module, layers: str | Sequence[str] = "all") -> list[str]:
-    """The layers that gradients are taken in: those named, "all" with trainable parameters, or the "last".
+    """The names of the layers that gradients are taken in.
 
-    "last" is the last registered Linear layer. A module that the model holds under several names has the first.
-    Raises ValueError for a name that does not exist, a layer without trainable parameters, or one of a type whose
-    per-sample gradients are not known here; with "all" also where such a layer has parameters of its own.
+    layers: a list of names; "all" layers with trainable parameters; or "last", the last registered Linear layer. A
+    module that the model has under several names gets the first one. Raises ValueError for a name that does not exist,
+    a layer without trainable parameters, two layers that share a parameter, and a type of layer whose per-sample
+    gradients are not known here (with "all": if it has trainable parameters).
     """
     modules = dict(model.named_modules())
     trainable = {name: m for name, m in modules.items() if any(p.requires_grad for p in m.parameters(recurse=False))}
@@ -183,10 +184,10 @@ def layer_names(model: nn.Module, layers: str | Sequence[str] = "all") -> list[s
         raise ValueError("layers: the model has no trainable parameters")
     owner: dict[int, str] = {}
     for name in names:
-        own = list(modules[name].parameters(recurse=False))
-        if not all(p.requires_grad for p in own):
+        parameters = list(modules[name].parameters(recurse=False))
+        if not all(p.requires_grad for p in parameters):
             raise ValueError(f"layers: {name!r} is frozen in part; freeze all of its parameters, or none")
-        for parameter in own:
+        for parameter in parameters:
             other = owner.setdefault(id(parameter), name)
             if other != name:
                 raise ValueError(f"layers: {name!r} and {other!r} share a parameter; name only one of them")
@@ -199,16 +200,16 @@ def sample_gradients(
     logit_gradient: Callable[[Tensor], Tensor],
     layers: str | Sequence[str] = "all",
 ) -> tuple[Tensor, Mapping[str, SampleGradients]]:
-    """The logits of a batch, and every layer's gradients of its samples' losses.
+    """The logits of a batch, and the gradients of its samples' losses in every layer.
 
-    model: in eval mode where that matters (BatchNorm, dropout). inputs: (B, ...), the samples first in every layer.
-    logit_gradient: from logits (B, C) to each sample's loss gradient in its own logits, (B, C).
-    Returns detached logits (B, C) and, by layer name, gradients in the order weight then bias. One forward and one
-    backward pass; parameters' .grad is left alone. Raises ValueError naming the layer (and the sample) for layers in
-    training mode, never called, or with non-finite activations.
+    model: in eval mode where that matters (BatchNorm, dropout). inputs: (B, ...); the first dimension of every layer's
+    input is the sample. logit_gradient: from logits (B, C) to the gradient of each sample's loss in its logits, (B, C).
+    Returns detached logits (B, C) and the gradients by layer name, weight before bias. One forward and one backward
+    pass; the parameters' .grad is unchanged. Raises ValueError naming the layer (and the sample) for layers in training
+    mode, layers that are not called, and non-finite activations.
     """
-    outward = classifier(model)
-    model = outward.module
+    logits_of = classifier(model)
+    model = logits_of.module
     names = layer_names(model, layers)
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -222,27 +223,27 @@ def sample_gradients(
 
     def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # A copy where the model may still write into it (ReLU(inplace=True) before or after).
+            # A copy, because the model may write into it later (ReLU(inplace=True) before or after).
             call = _Call(arguments[0].detach().clone(), [])
             calls[name].append(call)
             if not output.requires_grad:
-                # Where the graph begins. A copy: what comes next may work in place, which a leaf does not allow.
+                # The graph begins here. The next layer gets a copy: it may work in place, which a leaf does not allow.
                 roots.append(output.requires_grad_())
                 output = output.clone()
-            # On the tensor of this moment: what an in-place operation makes of it later has another gradient.
+            # Registered now, because the gradient is another one after an in-place operation on the output.
             output.register_hook(call.delta.append)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
     handles = [modules[name].register_forward_hook(record(name)) for name in names]
-    # Gradients flow from output to output; those of the parameters, a third of the work, are not computed.
+    # Only gradients of outputs are computed; those of the parameters would be a third of the work.
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            logits = outward(inputs.detach())
+            logits = logits_of(inputs.detach())
             if roots and logits.requires_grad:
                 torch.autograd.grad(logits, roots, logit_gradient(logits.detach()), allow_unused=True)
     finally:
@@ -250,20 +251,20 @@ def sample_gradients(
             parameter.requires_grad_()
         for handle in handles:
             handle.remove()
-    found = {}
+    by_layer = {}
     for name in names:
         if not any(call.delta for call in calls[name]):
             raise ValueError(f"layers: {name!r} has no part in the logits of this batch; leave it out")
         parts = [_gradients(modules[name], call.input, call.delta[0]) for call in calls[name] if call.delta]
-        found[name] = _joined(parts)
-        _check_finite(name, found[name])
-    return logits.detach(), found
+        by_layer[name] = _joined(parts)
+        _check_finite(name, by_layer[name])
+    return logits.detach(), by_layer
 
 
 def _check_finite(name: str, gradients: SampleGradients) -> None:
-    # A sum is finite unless one of its terms is not (or it overflows, which is as bad); it costs one read.
-    found = gradients.sources if isinstance(gradients, Unfolded) else vars(gradients).values()
-    parts = [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+    # A sum that is not finite has a term that is not (or overflows, which is an error too). Sums cost one read.
+    candidates = gradients.sources if isinstance(gradients, Unfolded) else vars(gradients).values()
+    parts = [tensor for tensor in candidates if isinstance(tensor, Tensor) and tensor.is_floating_point()]
     finite = torch.stack([torch.isfinite(part.flatten(1).sum(dim=1)) for part in parts]).all(dim=0)
     if not finite.all():
         sample = int((~finite).nonzero()[0])
@@ -271,7 +272,7 @@ def _check_finite(name: str, gradients: SampleGradients) -> None:
 
 
 def _joined(parts: Sequence[SampleGradients]) -> SampleGradients:
-    """The sum of a layer's calls."""
+    """The sum of the gradients of a layer's calls."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -332,10 +333,10 @@ def _convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, delt
     patches = inputs
     for i in range(spatial):
         reach = module.dilation[i] * (module.kernel_size[i] - 1) + 1
-        # (..., positions, reach) and of the reach every dilation-th element.
+        # (..., positions, reach), then every dilation-th element of the reach.
         patches = patches.unfold(2 + i, reach, module.stride[i])[..., :: module.dilation[i]]
-    # (B, channels, *positions, *kernel) -> (B, G, channels of a group * kernel, positions), in one copy and with the
-    # positions innermost, where they lie next to each other in the input too. Products take either as transposed.
+    # (B, channels, *positions, *kernel) -> (B, G, channels of a group * kernel, positions), in one copy. Positions are
+    # the last dimension, as in the input, so that the copy reads and writes neighbours; products take it transposed.
     places, kernel = patches.shape[2 : 2 + spatial], patches.shape[2 + spatial :]
     grouped = patches.view(batch, groups, inputs.shape[1] // groups, *patches.shape[2:])
     order = [0, 1, 2, *range(3 + spatial, 3 + 2 * spatial), *range(3, 3 + spatial)]
@@ -370,16 +371,16 @@ def _normalisation(module: nn.Module, inputs: Tensor, delta: Tensor) -> Direct:
         x = x.reshape(batch, size, -1).sum(dim=2) if per_channel else x.reshape(batch, -1, size).sum(dim=1)
         return x
 
-    found = []
-    for parameter, terms in (("weight", delta * normal), ("bias", delta)):
-        value = getattr(module, parameter, None)
-        if value is not None:
-            found.append(of_parameter(terms, value.numel()))
-    return Direct(torch.cat(found, dim=1))
+    gradients = []
+    for kind, terms in (("weight", delta * normal), ("bias", delta)):
+        parameter = getattr(module, kind, None)
+        if parameter is not None:
+            gradients.append(of_parameter(terms, parameter.numel()))
+    return Direct(torch.cat(gradients, dim=1))
 
 
 def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters behind the named layers by their full names, weight before bias."""
+    """The parameters of the named layers by their full names, weight before bias."""
     modules = dict(model.named_modules())
     return {
         f"{name}.{kind}" if name else kind: parameter

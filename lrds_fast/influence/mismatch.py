@@ -1,10 +1,10 @@
-"""Whether a teacher's answer belongs to another sample, from logits alone.
+"""The score mismatch: the probability that a teacher's logits belong to another sample, from logits alone.
 
 r_i is Pearson's correlation of sample i's student and teacher logits over the classes, f_i = atanh(r_i) (Fisher's z).
 The model of f is a mixture of two normal distributions:
 
-    another sample's answer    N(m_0, s_0^2), m_0 and s_0 those of f where answers have been exchanged at random
-    the sample's own answer    N(m_1, s_1^2), unknown, as is the share of each kind; by EM
+    foreign logits (of another sample)      N(m_0, s_0^2), m_0 and s_0 those of f with randomly exchanged teacher logits
+    matching logits (of the same sample)    N(m_1, s_1^2); EM fits m_1, s_1 and the share of each kind
 
 The score is the posterior probability of the first.
 """
@@ -20,76 +20,77 @@ from torch import Tensor
 from lrds_fast.influence.draws import uniform_scores
 from lrds_fast.ranks import Ranks
 
-#: With fewer samples whose correlation is defined, nothing is estimated and the score is 0.
+#: With fewer defined correlations nothing is estimated, and the score is 0.
 LEAST_SAMPLES = 20
 # Correlations are clamped to this; atanh(0.999) = 3.8.
 _LARGEST = 0.999
-# Lower bound of the standard deviations of Fisher's z. They would be 0 where a student copies its teacher.
+# Lower bound of the standard deviations of Fisher's z, which are 0 where a student copies its teacher.
 _LEAST_DEVIATION = 1e-3
-# No exchanged answer lies more than this many standard deviations above the mean of the exchanged ones. An own answer
-# can, and still lie so far below most own answers that the mixture would call it another sample's.
+# A correlation more than this many standard deviations above the mean of the exchanged ones is of matching logits, even
+# where it lies so far below most matching ones that the mixture would call it foreign.
 _REACH = 4.0
-# random:<seed> takes seeds below this one.
+# A seed that no score random:<seed> has; those are smaller.
 _SEED = 1 << 63
-# Samples that answers are exchanged among, at most; fewer where there are many classes, within about 2^22 logits.
+# The most samples whose teacher logits are exchanged, and the least; with many classes fewer, about 2^22 logits in all.
 _MOST_EXCHANGED, _LEAST_EXCHANGED, _EXCHANGED_LOGITS = 4096, 256, 1 << 22
 
 
 def agreement(z: Tensor, v: Tensor) -> Tensor:
     """Pearson's correlation of rows z, v (N, C) over the classes that neither excludes by -inf: (N,) float64.
 
-    NaN where it is undefined, a row being constant, or says nothing, fewer than three classes being left.
+    NaN where it is undefined, because a row is constant, or meaningless, because fewer than three classes are left.
     """
     both = z.isfinite() & v.isfinite()
     count = both.sum(dim=1, keepdim=True)
 
     def centred(logits: Tensor) -> Tensor:
-        # The largest difference becomes 1: no square overflows, and of a constant row 0 / 0 remains.
+        # The largest difference becomes 1, so that no square overflows; a constant row becomes 0 / 0.
         x = logits.double()
         x = x - x.masked_fill(~both, -torch.inf).amax(dim=1, keepdim=True)
         x = (x / -x.masked_fill(~both, 0.0).amin(dim=1, keepdim=True)).masked_fill(~both, 0.0)
         return (x - x.sum(dim=1, keepdim=True) / count).masked_fill(~both, 0.0)
 
-    found: Tensor = F.cosine_similarity(centred(z), centred(v), eps=0.0)
-    return found.masked_fill(count[:, 0] < 3, torch.nan)
+    correlation: Tensor = F.cosine_similarity(centred(z), centred(v), eps=0.0)
+    return correlation.masked_fill(count[:, 0] < 3, torch.nan)
 
 
-def mixture(found: Tensor, exchanged: Tensor, rounds: int = 100) -> Tensor:
-    """The posterior probability (N,) float64 that an answer is another sample's, by the module's model.
+def mixture(correlations: Tensor, exchanged: Tensor, rounds: int = 100) -> Tensor:
+    """The posterior probability (N,) float64 that teacher logits are foreign, by the module's model.
 
-    found: (N,) correlations of students' and teachers' logits. exchanged: (M,) the same with exchanged answers.
+    correlations: (N,) of students' and teachers' logits. exchanged: (M,) the same with exchanged teacher logits.
+    rounds: of EM.
     """
-    found, exchanged = (r.double().clamp(-_LARGEST, _LARGEST).atanh() for r in (found, exchanged))
+    f, f_exchanged = (r.double().clamp(-_LARGEST, _LARGEST).atanh() for r in (correlations, exchanged))
     share = torch.tensor(0.1, dtype=torch.float64)
-    mean, std = found.median(), found.std().clamp(min=_LEAST_DEVIATION)
-    foreign_density = _log_density(found, exchanged.mean(), exchanged.std().clamp(min=_LEAST_DEVIATION))
-    foreign = torch.zeros_like(found)
+    mean, std = f.median(), f.std().clamp(min=_LEAST_DEVIATION)
+    foreign_density = _log_density(f, f_exchanged.mean(), f_exchanged.std().clamp(min=_LEAST_DEVIATION))
+    foreign = torch.zeros_like(f)
     for _ in range(rounds):
-        foreign = torch.sigmoid(share.logit() + foreign_density - _log_density(found, mean, std))
-        # An answer above the mean of the own answers is an own one, however wide the other distribution is.
-        foreign = torch.where(found > mean, 0.0, foreign)
+        foreign = torch.sigmoid(share.logit() + foreign_density - _log_density(f, mean, std))
+        # Above the mean of the matching ones nothing is foreign, however wide the other distribution is.
+        foreign = torch.where(f > mean, 0.0, foreign)
         share = foreign.mean().clamp(1e-6, 0.9)
-        own = 1.0 - foreign
-        total = own.sum().clamp(min=torch.finfo(own.dtype).tiny)
-        mean = (own * found).sum() / total
-        std = ((own * (found - mean).square()).sum() / total).sqrt().clamp(min=_LEAST_DEVIATION)
+        matching = 1.0 - foreign
+        total = matching.sum().clamp(min=torch.finfo(matching.dtype).tiny)
+        mean = (matching * f).sum() / total
+        std = ((matching * (f - mean).square()).sum() / total).sqrt().clamp(min=_LEAST_DEVIATION)
     return foreign
 
 
 def _log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Of the normal distribution, but for a constant."""
+    """The log-density of the normal distribution, up to a constant."""
     return -0.5 * ((x - mean) / std).square() - std.log()
 
 
-def probabilities(found: Tensor, exchanged: Tensor) -> Tensor:
-    """The score: as `mixture`, with undefined correlations (NaN) left out, and 0 where nothing is known.
+def probabilities(correlations: Tensor, exchanged: Tensor) -> Tensor:
+    """The score (N,) float64: `mixture` over the defined correlations; arguments as there, NaN where undefined.
 
-    0 for a sample whose correlation is undefined, for one above the reach of exchanged answers, and, with a warning,
-    for all where fewer than LEAST_SAMPLES correlations of either kind are defined.
+    It is 0 for a sample whose correlation is undefined, for one above the reach of exchanged logits, and, with a
+    warning, for all samples where fewer than LEAST_SAMPLES correlations of either kind are defined.
     """
-    result = torch.zeros_like(found, dtype=torch.float64)
-    known, exchanged = found.isfinite(), exchanged[exchanged.isfinite()]
-    fewest = min(int(known.sum()), len(exchanged))
+    result = torch.zeros_like(correlations, dtype=torch.float64)
+    defined, exchanged = correlations.isfinite(), exchanged[exchanged.isfinite()]
+    fewest = min(int(defined.sum()), len(exchanged))
     if fewest < LEAST_SAMPLES:
         warnings.warn(
             f"mismatch needs {LEAST_SAMPLES} samples with logits over at least 3 classes that are not all equal; got"
@@ -97,30 +98,31 @@ def probabilities(found: Tensor, exchanged: Tensor) -> Tensor:
             stacklevel=3,
         )
         return result
-    result[known] = mixture(found[known], exchanged)
+    result[defined] = mixture(correlations[defined], exchanged)
     fisher = exchanged.clamp(-_LARGEST, _LARGEST).atanh()
     highest = fisher.mean() + _REACH * fisher.std()
-    return torch.where(found.clamp(-_LARGEST, _LARGEST).atanh() > highest, 0.0, result)
+    return torch.where(correlations.clamp(-_LARGEST, _LARGEST).atanh() > highest, 0.0, result)
 
 
 class Agreements:
-    """Collects samples' correlations, and the logits of some whose answers are then exchanged.
+    """Collects the samples' correlations, and the logits of some samples whose teacher logits are then exchanged.
 
-    Those are the samples with the lowest values of a seeded sequence over the samples' numbers, and in its order each
-    gets the next one's answer. So the exchange does not depend on how samples are divided among calls and processes.
+    These are the samples with the lowest keys, which a seed and the samples' numbers determine. In the order of the
+    keys each gets the next one's teacher logits, so the exchange does not depend on how samples are divided among calls
+    and processes.
     """
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, Tensor]] = []
+        self._correlations: list[tuple[int, Tensor]] = []
         self._keys = torch.empty(0, dtype=torch.float64)
         self._z = self._v = torch.empty(0, 0)
         self._most = 0
 
     def add(self, start: int, z: Tensor, v: Tensor) -> None:
-        """Samples start to start + len(z): student's and teacher's logits (n, C)."""
+        """Adds the samples from `start` on: student's and teacher's logits z, v (n, C)."""
         if not len(z):
             return
-        self._found.append((start, agreement(z, v).cpu()))
+        self._correlations.append((start, agreement(z, v).cpu()))
         self._most = min(_MOST_EXCHANGED, max(_LEAST_EXCHANGED, _EXCHANGED_LOGITS // z.shape[1]))
         keys = uniform_scores(start, start + len(z), _SEED, self._keys)
         if len(self._keys) == self._most:
@@ -130,7 +132,7 @@ class Agreements:
             self._keep(keys, z.cpu(), v.cpu())
 
     def _keep(self, keys: Tensor, z: Tensor, v: Tensor) -> None:
-        """Takes the lowest keys of those there are and these, in their order."""
+        """Adds samples (n,) with these keys, and keeps the self._most lowest keys, in order."""
         if len(self._keys):
             keys, z, v = (torch.cat(pair) for pair in zip((self._keys, self._z, self._v), (keys, z, v), strict=True))
         order = keys.argsort(stable=True)[: self._most]
@@ -138,15 +140,15 @@ class Agreements:
 
     def probabilities(self, ranks: Ranks) -> Tensor:
         """The score of all processes' samples, in their order: (N,) float64 on the CPU, the same in each process."""
-        everyone = [part for parts in ranks.gather(self._found) for part in parts]
+        parts = [part for of_rank in ranks.gather(self._correlations) for part in of_rank]
         keys = torch.cat(ranks.gather(self._keys)).sort().values
         self._most = max(ranks.gather(self._most))
-        own = self._keys <= keys[: self._most][-1]
-        for theirs in ranks.gather((ranks.rank, self._keys[own], self._z[own], self._v[own])):
-            if theirs[0] != ranks.rank and len(theirs[1]):
-                self._keep(*theirs[1:])
-        found = torch.cat([part for _, part in sorted(everyone, key=lambda part: part[0])])
+        needed = self._keys <= keys[: self._most][-1]
+        for rank, *samples in ranks.gather((ranks.rank, self._keys[needed], self._z[needed], self._v[needed])):
+            if rank != ranks.rank and len(samples[0]):
+                self._keep(*samples)
+        correlations = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
         exchanged = agreement(self._z, self._v.roll(-1, 0))
-        # Of the first process: what depends on how a machine rounds must not differ.
-        result: Tensor = ranks.agree(probabilities(found, exchanged) if ranks.first else None)
+        # The first process computes the score: processes may round differently.
+        result: Tensor = ranks.agree(probabilities(correlations, exchanged) if ranks.first else None)
         return result

@@ -1,4 +1,4 @@
-"""A selection as one HTML page: what was kept, by which scores, and which samples these are."""
+"""A selection as one HTML page: how many samples were kept, by which scores, and which samples they are."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrds_fast.influence.scores import ERROR_SUFFIX
 from lrds_fast.pages import Figure, Gallery, Section, Table, charts, page, png
 
 if TYPE_CHECKING:
     from lrds_fast.selection.table import Pictures, Selection
 
-#: Pictures of each kind.
+#: Pictures per gallery.
 _GALLERY = 24
-#: Samples that agreement is measured on, at most: ranks of more tell nothing new.
+#: The most samples that the agreement of scores is measured on.
 _RANKED = 200_000
-#: Classes that are drawn, at most.
+#: The most classes in a chart.
 _CLASSES = 40
-#: What the name of a score's standard error ends in.
-_ERROR = "_standard_error"
 
 
 def selection_page(selection: Selection, pictures: Pictures | None, class_names: Sequence[str] | None) -> str:
@@ -32,7 +31,7 @@ def selection_page(selection: Selection, pictures: Pictures | None, class_names:
         if value is not None and value is not False
     )
     by = str(selection.policy.get("by", ""))
-    names = sorted((name for name in selection.scores if not name.endswith(_ERROR)), key=lambda name: name != by)
+    names = sorted((name for name in selection.scores if not name.endswith(ERROR_SUFFIX)), key=lambda name: name != by)
     sections = [_score(selection, name) for name in names]
     sections += _agreement(selection, names)
     if by in selection.scores:
@@ -47,7 +46,7 @@ def _text(value: object) -> str:
 
 
 def _teacher(selection: Selection) -> list[str]:
-    """How often the teacher is right, among the kept and the denied."""
+    """A sentence on how often the teacher is right, on the kept and on the denied samples."""
     if selection.labels is None or selection.teacher_pred is None or not len(selection):
         return []
     right = selection.teacher_pred == selection.labels
@@ -59,11 +58,14 @@ def _teacher(selection: Selection) -> list[str]:
 
 
 def threshold(selection: Selection) -> float | None:
-    """Where the score that decided parts the kept from the denied: the policy's threshold, else the middle between the
-    two sides; None where they overlap (a share per class, hysteresis) or one is empty."""
-    given = selection.policy.get("threshold")
-    if isinstance(given, (int, float)):
-        return float(given)
+    """The value of the deciding score that separates the kept from the denied samples.
+
+    The policy's threshold, else the middle between the two sides; None where the sides overlap (a share per class,
+    hysteresis) or one is empty.
+    """
+    of_policy = selection.policy.get("threshold")
+    if isinstance(of_policy, (int, float)):
+        return float(of_policy)
     score = selection.scores.get(str(selection.policy.get("by")))
     if score is None or selection.mask.all() or not selection.mask.any():
         return None
@@ -75,12 +77,15 @@ def threshold(selection: Selection) -> float | None:
 
 def standard_error(selection: Selection, name: str) -> Tensor | None:
     """(N,) the standard error of each sample's score; None where it was not stored."""
-    return selection.scores.get(f"{name}{_ERROR}")
+    return selection.scores.get(f"{name}{ERROR_SUFFIX}")
 
 
 def score_figures(selection: Selection, prefix: str = "", name: str = "") -> list[str]:
-    """SVGs of a score (the one that decided, by default): its histogram by who keeps the teacher and, where the
-    standard errors are known, the score with them by rank. prefix: of the charts' titles. [] without a finite value."""
+    """SVGs of a score: its histogram for kept and denied samples and, where standard errors are known, scores with
+    their standard errors by rank; [] without a finite value.
+
+    prefix: of the charts' titles. name: of the score; "" for the one that decided.
+    """
     by = str(selection.policy.get("by"))
     name = name or by
     score = selection.scores.get(name)
@@ -91,16 +96,16 @@ def score_figures(selection: Selection, prefix: str = "", name: str = "") -> lis
     width = float(confidence) if isinstance(confidence, (int, float)) else 1.96
     groups = {kept: score[selection.mask == kept].tolist() for kept in (True, False)}
     cut = threshold(selection) if decided else None
-    made = charts.histogram(
+    chart = charts.histogram(
         {str(kept): values for kept, values in groups.items()},
         {str(kept): style for kept, style in charts.KEPT.items()},
         x_label=name,
         threshold=cut,
     )
-    found = [charts.svg(made, f"{prefix}samples by {name}")]
+    figures = [charts.svg(chart, f"{prefix}samples by {name}")]
     error = standard_error(selection, name)
     if error is not None:
-        made = charts.ranked(
+        chart = charts.ranked(
             score.tolist(),
             error.tolist(),
             selection.mask.tolist(),
@@ -109,8 +114,8 @@ def score_figures(selection: Selection, prefix: str = "", name: str = "") -> lis
             width=width,
             threshold=cut if cut is not None or confidence is None else 0.0,
         )
-        found.append(charts.svg(made, f"{prefix}{name} with standard errors, by rank"))
-    return found
+        figures.append(charts.svg(chart, f"{prefix}{name} with standard errors, by rank"))
+    return figures
 
 
 _LEGEND = [("keeps the teacher", charts.KEPT[True]), ("label alone", charts.KEPT[False])]
@@ -128,9 +133,12 @@ def _score(selection: Selection, name: str) -> Section:
 
 
 class Overlap(NamedTuple):
-    """How far two selections of the same samples agree. kept: the mean share of both; jaccard: samples that both keep
-    over those that either keeps, and chance: what independent ones of these sizes have; kappa: Cohen's, nan where one
-    of them keeps all or none."""
+    """How far two selections of the same samples agree.
+
+    kept: the mean share that they keep. jaccard: samples that both keep over samples that at least one keeps. chance:
+    the Jaccard index of independent selections of these sizes. kappa: Cohen's kappa, nan where one selection keeps all
+    samples or none.
+    """
 
     kept: float
     jaccard: float
@@ -152,7 +160,7 @@ def overlap(one: Tensor, other: Tensor) -> Overlap:
 
 
 def _agreement(selection: Selection, names: Sequence[str]) -> list[Section]:
-    """Tables of rank correlations and of overlaps between the sets of D_t's size with the lowest scores."""
+    """Tables of rank correlations between scores, and of overlaps between what each would keep at D_t's size."""
     step = -(-len(selection) // _RANKED) or 1
     columns = {name: selection.scores[name].double()[::step] for name in names}
     columns = {k: v for k, v in columns.items() if len(v) > 1 and v.isfinite().all() and v.min() < v.max()}
@@ -180,7 +188,7 @@ def _agreement(selection: Selection, names: Sequence[str]) -> list[Section]:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """(N,) float64 ranks, equal values sharing their mean rank."""
+    """(N,) float64 ranks; equal values have their mean rank."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     middle: Tensor = ends - (counts.double() - 1) / 2
@@ -190,7 +198,7 @@ def _ranks(values: Tensor) -> Tensor:
 def _extremes(
     selection: Selection, by: str, pictures: Pictures | None, class_names: Sequence[str] | None
 ) -> list[Section]:
-    """The samples at both ends of the score that decided."""
+    """Galleries of the samples with the lowest and the highest values of the deciding score."""
     score = selection.scores[by].double()
     finite = score.isfinite().nonzero()[:, 0]
     order = finite[score[finite].argsort(stable=True, descending=bool(selection.policy.get("largest")))]
@@ -246,7 +254,7 @@ def _png(pictures: Pictures, index: int) -> str:
 
 
 def _classes(selection: Selection, by: str, class_names: Sequence[str] | None) -> Section:
-    """Every class's share of D_t, and how the score that decided is spread in it."""
+    """Every class's share of D_t, and the spread of the deciding score in it."""
     assert selection.labels is not None
     rows, shares, members = [], {}, {}
     for label in torch.unique(selection.labels).tolist():
@@ -262,12 +270,13 @@ def _classes(selection: Selection, by: str, class_names: Sequence[str] | None) -
     text = []
     if len(order) > _CLASSES:
         order = order[: _CLASSES // 2] + order[-_CLASSES // 2 :]
-        text = [f"Shown: the {_CLASSES // 2} classes of which least is kept and the {_CLASSES // 2} of which most is."]
-    made = charts.spreads(
+        half = _CLASSES // 2
+        text = [f"Shown: the {half} classes with the smallest kept share and the {half} with the largest."]
+    chart = charts.spreads(
         {_class(label, class_names): score[members[label]].tolist() for label in order},
         charts.KEPT[True],
         x_label=by,
         threshold=threshold(selection),
     )
     caption = "By the share that is kept. Thin: 5% to 95% of the class; thick: the middle half; dot: the median."
-    return Section("Classes", text, figures=[Figure(charts.svg(made, f"{by} by class"), caption)], tables=tables)
+    return Section("Classes", text, figures=[Figure(charts.svg(chart, f"{by} by class"), caption)], tables=tables)

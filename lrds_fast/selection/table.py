@@ -1,4 +1,4 @@
-"""A selection: its table on disk, and the fingerprint that ties it to a dataset."""
+"""A selection, its table on disk, and the fingerprint of the dataset that it belongs to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def dataset_fingerprint(labels: Tensor | Sequence[int], num_classes: int) -> str
     """sha256, in hex, of N, C and the labels in index order, each a little-endian int64.
 
     labels: (N,) integers in [0, num_classes). Two datasets with equal fingerprints have the same labels in the same
-    order, which is what a selection's row numbers refer to. Raises TypeError or ValueError for anything else.
+    order, so the row numbers of a selection mean the same samples. Raises TypeError or ValueError for anything else.
     """
     y = label_tensor("labels", labels)
     if (num_classes := integer("num_classes", num_classes, "an int >= 1")) < 1:
@@ -46,12 +46,12 @@ def dataset_fingerprint(labels: Tensor | Sequence[int], num_classes: int) -> str
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Selection:
-    """D_t: which of N samples keep teacher supervision, with the scores and the rule it came from.
+    """D_t: which of N samples keep teacher supervision, with the scores and the rule that decided.
 
-    mask: (N,) bool, on the CPU. indices: ascending int64 positions of the kept samples. scores: every score that was
-    computed, (N,) by name. labels, teacher_pred: (N,) int64 or None where unknown. policy: how select was called.
-    fingerprint: dataset_fingerprint of the dataset, None where unknown. num_classes: None where unknown. meta: facts
-    about the scores and library_version, the version that made the selection; JSON-ready.
+    mask: (N,) bool, on the CPU. scores: every score that was computed, (N,) float32 or float64 by name. labels,
+    teacher_pred: (N,) int64, or None where unknown. policy: the arguments of select. fingerprint: dataset_fingerprint
+    of the dataset, None where unknown. num_classes: None where unknown. meta: facts about the scores and
+    library_version, the version that made the selection; JSON-ready.
     """
 
     mask: Tensor
@@ -65,11 +65,11 @@ class Selection:
 
     @property
     def indices(self) -> Tensor:
-        """(K,) int64, ascending."""
+        """(K,) int64, the numbers of the kept samples, ascending."""
         return self.mask.nonzero()[:, 0]
 
     def __len__(self) -> int:
-        """N: the samples that were chosen from, not those chosen."""
+        """N, the number of all samples, kept or not."""
         return self.mask.shape[0]
 
     def __repr__(self) -> str:
@@ -82,8 +82,8 @@ class Selection:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a Parquet table, one row per sample: index, label, teacher_pred, every score, selected.
 
-        Labels and predictions that are not known are null. Policy, fingerprint and versions are in the schema's
-        metadata. The file appears complete or not at all. Raises OSError where it cannot be written.
+        Unknown labels and predictions are null. Policy, fingerprint and versions are in the schema's metadata. The file
+        is written atomically: complete or not at all. Raises OSError if it cannot be written.
         """
         size = len(self)
         columns: dict[str, pa.Array] = {"index": pa.array(range(size), pa.int64())}
@@ -108,11 +108,11 @@ class Selection:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dataset: object = None) -> Selection:
-        """Reads what save wrote; with `dataset`, only if it was made for that dataset.
+        """Reads what save wrote; with `dataset`, ValueError unless it was made for that dataset.
 
         dataset: a fingerprint (see dataset_fingerprint), or an object that has a `fingerprint` or, as torchvision's
         datasets do, `targets`, the (N,) labels; its `classes` (their names or number) are needed only where the file
-        does not know how many there are. Raises FileNotFoundError, TypeError for a dataset that has neither, or
+        lacks the number of classes. Raises FileNotFoundError, TypeError for a dataset that has neither, or
         ValueError naming the file for one that is damaged, is not a selection, or belongs to another dataset.
         """
         name = os.fspath(path)
@@ -145,9 +145,9 @@ class Selection:
         return selection
 
     def dataset(self, of: Any) -> Dataset[Any]:
-        """The samples of `of`, each with whether it is selected: (x, y, ...) becomes (x, y, ..., bool).
+        """The samples of `of` with a flag, True for selected samples: (x, y, ...) becomes (x, y, ..., bool).
 
-        of: a map-style Dataset (or a list) of the samples that the selection was made from, in their order, with any
+        of: a map-style Dataset (or a list) of the samples that the selection was made from, in the same order, with any
         transform; samples that are dicts get the key "selected". A DataLoader collates the flags to (B,) bool, for
         kd_loss's `selected` or for `prefix`. Raises ValueError where the numbers of samples or,
         if `of` has `targets` or a `fingerprint`, the labels differ.
@@ -158,9 +158,9 @@ class Selection:
             raise ValueError(
                 f"the selection is for {len(self)} samples, the dataset has {len(of)}; select for this dataset"
             )
-        known = any(getattr(of, name, None) is not None for name in ("fingerprint", "targets"))
-        countable = self.num_classes is not None or getattr(of, "classes", None) is not None
-        if self.fingerprint is not None and known and countable:
+        has_labels = any(getattr(of, name, None) is not None for name in ("fingerprint", "targets"))
+        has_classes = self.num_classes is not None or getattr(of, "classes", None) is not None
+        if self.fingerprint is not None and has_labels and has_classes:
             self._check_dataset("the selection", of)
         return _Flagged(of, self.mask.tolist())
 
@@ -168,17 +168,17 @@ class Selection:
         """ValueError unless the dataset has this fingerprint. name: of the selection, for the error."""
         assert self.fingerprint is not None
         try:
-            wanted = fingerprint_of(dataset, self.num_classes)
+            of_dataset = fingerprint_of(dataset, self.num_classes)
         except ValueError as error:
             raise ValueError(f"{name} cannot be compared with the dataset: {error}") from error
-        if self.fingerprint != wanted:
+        if self.fingerprint != of_dataset:
             raise ValueError(
                 f"{name} was made for another dataset ({len(self)} samples, fingerprint {self.fingerprint[:12]}; this"
-                f" one's is {wanted[:12]}); score this dataset and select again"
+                f" one's is {of_dataset[:12]}); score this dataset and select again"
             )
 
     def _relabelled(self) -> bool:
-        """Whether labels, C and fingerprint are all known and do not belong together."""
+        """Whether labels, C and fingerprint are all known and the fingerprint is not theirs."""
         if self.labels is None or self.num_classes is None or self.fingerprint is None:
             return False
         return dataset_fingerprint(self.labels, self.num_classes) != self.fingerprint
@@ -190,17 +190,17 @@ class Selection:
         pictures: Pictures | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """Writes one self-contained HTML page on what was kept and why.
+        """Writes one self-contained HTML page on which samples were kept and why.
 
-        A histogram of every score, with its threshold and, where they are known, standard errors; how far the scores
-        agree (rank correlation, and overlap of what each would keep); every class's share of D_t and how the score that
-        decided is spread in it; the samples that this score calls most helpful and most harmful.
-        pictures: what shows them: a function from a sample's index to its picture, or a dataset whose items are
-        pictures or begin with one. A picture is a PIL image, or an array or tensor (H, W), (H, W, 1 or 3) or (1 or 3,
-        H, W): uint8, or floating and then stretched from its lowest to its highest value. None: numbers only.
-        class_names: of the classes 0, 1, ...
-        Raises OSError where it cannot be written, ValueError or TypeError for a picture that is none, ImportError
-        without matplotlib and Jinja2.
+        It has a histogram of every score, with its threshold and, where they are known, standard errors; the agreement
+        of the scores (rank correlation, and overlap of what each would keep); every class's share of D_t and the spread
+        of the deciding score in it; the samples with the most helpful and the most harmful teacher by this score.
+        pictures: a function from a sample's index to its picture, or a dataset whose items are pictures or begin with
+        one. A picture is a PIL image, or an array or tensor (H, W), (H, W, 1 or 3) or (1 or 3, H, W): uint8, or
+        floating, which is scaled from its lowest to its highest value. None: the page has numbers only. class_names: of
+        the classes 0, 1, ...
+        Raises OSError if the page cannot be written, ValueError or TypeError for something that is not a picture,
+        ImportError without matplotlib and Jinja2.
         """
         from lrds_fast.selection.report import selection_page
 
@@ -210,7 +210,7 @@ class Selection:
 
 
 class _Flagged(Dataset[Any]):
-    """A dataset whose samples have a flag."""
+    """A dataset with a flag added to each sample; see Selection.dataset."""
 
     def __init__(self, of: Any, selected: list[bool]) -> None:
         self._of, self._selected = of, selected
@@ -236,8 +236,10 @@ def prefix(*batch: Tensor) -> tuple[Any, ...]:
     """
     selected = batch[-1] if batch else None
     if not isinstance(selected, Tensor) or selected.dtype != torch.bool or selected.dim() != 1:
-        found = f"{selected.dtype} {tuple(selected.shape)}" if isinstance(selected, Tensor) else type(selected).__name__
-        raise TypeError(f"the last part of a batch must be selected, (B,) bool; got {found}")
+        actual = (
+            f"{selected.dtype} {tuple(selected.shape)}" if isinstance(selected, Tensor) else type(selected).__name__
+        )
+        raise TypeError(f"the last part of a batch must be selected, (B,) bool; got {actual}")
     order = torch.argsort((~selected).to(torch.uint8), stable=True)
     parts = []
     for part in batch[:-1]:
@@ -252,7 +254,7 @@ def prefix(*batch: Tensor) -> tuple[Any, ...]:
 
 
 def label_tensor(name: str, labels: object) -> Tensor:
-    """(N,) int64 on the CPU, from anything that holds integers."""
+    """(N,) int64 on the CPU, from anything that holds integers. name: for the TypeError or ValueError."""
     try:
         tensor = torch.as_tensor(labels).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -263,7 +265,10 @@ def label_tensor(name: str, labels: object) -> Tensor:
 
 
 def fingerprint_of(dataset: object, num_classes: int | None = None) -> str:
-    """The fingerprint of a dataset, or the fingerprint itself. num_classes: C, if the dataset has no `classes`."""
+    """The fingerprint of a dataset, which may be the fingerprint itself. num_classes: C, if it has no `classes`.
+
+    Raises TypeError or ValueError for an object without labels or number of classes.
+    """
     if isinstance(dataset, str):
         if len(dataset) != 64 or not set(dataset) <= set("0123456789abcdef"):
             raise ValueError(f"dataset must be a fingerprint of 64 hex digits; got {dataset!r}")
