@@ -352,7 +352,7 @@ def _cache(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.settings)
 
-    from lrds_fast.data.label_shards import size_text
+    from lrds_fast.data.label_files import size_text
     from lrds_fast.train import run
 
     labels = run.cache(
