@@ -207,9 +207,8 @@ def test_options_and_keywords_open_the_same_data() -> None:
     for split in ("train", "score", "val", "test"):
         a, b = (list(getattr(data, split).epoch(1)) for data in (by_keys, by_options))
         assert len(a) == len(b)
-        assert all(
-            torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one[:3], other[:3], strict=True)
-        )
+        for one, other in zip(a, b, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(one[:3], other[:3], strict=True))
     with pytest.raises(TypeError, match="a DataOptions or keywords, not both; got batch_size"):
         data_sets.load(DataOptions(), batch_size=3)
     with pytest.raises(TypeError, match="mixup: loaders do not mix samples"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast import TopKTeacher, kd_loss
-from lrds_fast.data import Batch, MemoryLoader, SoftLabels, label_shards, soft_labels, write_soft_labels
+from lrds_fast.data import Batch, MemoryLoader, SoftLabels, label_files, soft_labels, write_soft_labels
 
 COUNT, CLASSES = 70, 11
 FACTS = {"data's fingerprint": "abc", "teacher's weights": "def", "seed": 0, "data.mean": (0.5, 0.25)}
@@ -41,13 +41,9 @@ def network(seed: int = 2, width: int = 12) -> nn.Module:
 
 
 def write(path: Path, *, views: int = 2, source: Any = None, **options: Any) -> SoftLabels:
-    """Shards of two batches: 5 batches a view are 3 shards."""
-    defaults = {"facts": FACTS, "shard_batches": 2, "progress": False}
+    """70 samples are 5 batches a view."""
+    defaults = {"facts": FACTS, "progress": False}
     return write_soft_labels(path, network(), source or loader(), views=views, **(defaults | options))
-
-
-def part(path: Path, view: int = 0, shard: int = 1) -> Path:
-    return path / label_shards.part_name(view, shard)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -181,11 +177,11 @@ def test_top_k_errors_on_real_logits_are_those_that_are_documented(teacher: str,
         (gradient,) = torch.autograd.grad(loss, logits)
         return loss.item(), gradient
 
-    layout = label_shards.Layout(len(y), len(y), "", 100, 1, 0, "float16", 4.0, 1, 1)
+    layout = label_files.Layout(len(y), len(y), "", 100, 1, 0, "float16", 4.0, 1)
     indices, boxes = torch.arange(len(y)), torch.zeros(len(y), 5, dtype=torch.int32)
     loss, gradient = measured(v)
     for k, (loss_error, gradient_error) in (MEASURED[teacher, student] | {100: (1e-6, 1e-6)}).items():
-        kept = label_shards.Layout(**(vars(layout) | {"top_k": k}))
+        kept = label_files.Layout(**(vars(layout) | {"top_k": k}))
         found, approximate = measured(kept.unpack(kept.pack(indices, boxes, v), "cpu"))
         assert 0.9 * loss_error <= abs(found - loss) / loss <= 1.1 * loss_error or k == 100
         assert float((approximate - gradient).norm() / gradient.norm()) <= 1.1 * gradient_error
@@ -227,8 +223,8 @@ def test_soft_labels_of_other_facts_are_refused_naming_them(tmp_path: Path, fact
     SoftLabels.open(tmp_path / "cache", facts=FACTS)
     with pytest.raises(ValueError, match="are not those that are wanted") as caught:
         SoftLabels.open(tmp_path / "cache", facts=FACTS | {fact: value})
-    was = label_shards.plain(FACTS).get(fact, "not there")
-    now = label_shards.plain({fact: value})[fact]
+    was = label_files.plain(FACTS).get(fact, "not there")
+    now = label_files.plain({fact: value})[fact]
     assert f"its {fact} is {was!r}, wanted is {now!r};" in str(caught.value)
     assert str(caught.value).count("wanted is") == 1
     assert "\n" not in str(caught.value)
@@ -251,41 +247,79 @@ def test_another_augmentation_is_found_by_its_boxes(tmp_path: Path, other: dict[
 def test_damage_is_found_and_repaired(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     write(path)
-    original = {file.name: file.read_bytes() for file in path.glob("view-*.npy")}
-    assert len(original) == 2 * (3 + 1)
+    original = contents(path)
+    assert sorted(original) == ["meta.json", "rows.npy", "view-0000.bin", "view-0001.bin"]
 
-    def repaired() -> None:
-        write(path, resume=True)
-        assert {file.name: file.read_bytes() for file in path.glob("view-*.npy")} == original
+    def repaired(batches: int) -> None:
+        source = Counting()
+        write(path, resume=True, source=source)
+        assert source.count == batches, "what is sound is not computed again"
+        assert contents(path) == original
         SoftLabels.open(path)
 
-    content = bytearray(original[part(path).name])
-    content[-3] ^= 4
-    part(path).write_bytes(content)
-    SoftLabels.open(path, verify=False)
-    with pytest.raises(ValueError, match=r"view-0000-part-00001.npy is damaged.*--resume"):
+    size = label_files.read_meta(path).layout.record.itemsize
+    for offset in (0, 4, 8, 12, size - 1):  # checksum, batch, its rows, box, logits
+        content = bytearray(original["view-0000.bin"])
+        content[33 * size + offset] ^= 4
+        (path / "view-0000.bin").write_bytes(content)
+        SoftLabels.open(path, verify=False)
+        damaged = (
+            r"view-0000.bin is damaged: 1 records have a wrong checksum, the first is that of sample 33;.*--resume"
+        )
+        with pytest.raises(ValueError, match=damaged):
+            SoftLabels.open(path)
+        repaired(1)
+
+    content = bytearray(original["view-0000.bin"])
+    content[:size], content[size : 2 * size] = content[size : 2 * size], content[:size]
+    (path / "view-0000.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="2 records have a wrong checksum"):
         SoftLabels.open(path)
-    repaired()
+    (path / "view-0000.bin").write_bytes(original["view-0001.bin"])
+    with pytest.raises(ValueError, match="70 records have a wrong checksum"):
+        SoftLabels.open(path)
+    repaired(5)
 
-    part(path, view=1, shard=0).write_bytes(original[part(path, 1, 0).name][:-9])
-    with pytest.raises(ValueError, match=r"view-0001-part-00000.npy is cut short or overwritten: \d+ bytes, not"):
+    (path / "view-0001.bin").write_bytes(original["view-0001.bin"][:-9])
+    with pytest.raises(ValueError, match=r"view-0001.bin is cut short or overwritten: \d+ bytes, not"):
         SoftLabels.open(path, verify=False)
-    repaired()
+    repaired(1)
 
-    (path / label_shards.rows_name(1)).unlink()
-    with pytest.raises(ValueError, match=r"view-0001-rows.npy is missing"):
+    (path / "view-0001.bin").unlink()
+    with pytest.raises(ValueError, match=r"view-0001.bin is missing"):
         SoftLabels.open(path, verify=False)
-    repaired()
+    repaired(5)
+
+    (path / "rows.npy").write_bytes(original["rows.npy"][:-1] + b"\0")
+    with pytest.raises(ValueError, match=r"rows.npy is damaged: its checksum"):
+        SoftLabels.open(path, verify=False)
+    repaired(0)
+    (path / "rows.npy").unlink()
+    with pytest.raises(ValueError, match=r"rows.npy is missing"):
+        SoftLabels.open(path, verify=False)
+    repaired(0)
 
     (path / "meta.json").write_text((path / "meta.json").read_text()[:300])
     with pytest.raises(ValueError, match=r"meta.json is damaged .*--overwrite"):
         SoftLabels.open(path)
     write(path, overwrite=True)
-    assert {file.name: file.read_bytes() for file in path.glob("view-*.npy")} == original
-    meta = json.loads((path / "meta.json").read_text()) | {"format": 99}
+    assert contents(path) == original
+
+
+def test_another_format_is_refused_and_overwritten(tmp_path: Path) -> None:
+    """Format 2 had shards."""
+    path = tmp_path / "cache"
+    write(path)
+    original = contents(path)
+    meta = json.loads((path / "meta.json").read_text()) | {"format": 2}
     (path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=r"has format 99, this version reads 2"):
-        SoftLabels.open(path)
+    for name in ("view-0000-part-00000.npy", "view-0000-rows.npy", "written.jsonl"):
+        (path / name).write_bytes(b"old")
+    for refused in (lambda: SoftLabels.open(path), lambda: write(path, resume=True)):
+        with pytest.raises(ValueError, match=r"has format 2, this version reads 3: run lrds-fast cache again"):
+            refused()
+    write(path, overwrite=True)
+    assert contents(path) == original
 
 
 class Counting:
@@ -313,36 +347,39 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
-@pytest.mark.parametrize("stop", [0, 3, 4, 5, 9])  # before the first; in a shard; between shards; views; in the last
-def test_interrupted_writing_goes_on_to_the_same_files(tmp_path: Path, stop: int) -> None:
-    write(tmp_path / "whole")
+@pytest.mark.parametrize("stop", [0, 1, 4, 5, 9])  # before the first; in a view; between views; in the last batch
+@pytest.mark.parametrize("selected", [False, True])
+def test_interrupted_writing_goes_on_to_the_same_files(tmp_path: Path, stop: int, selected: bool) -> None:
+    options = {"rows": torch.arange(COUNT) % 3 == 0} if selected else {}
+    write(tmp_path / "whole", **options)
     path = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        write(path, source=Counting(stop))
-    with pytest.raises(ValueError, match=rf"are not complete, {stop // 5 * 3 + stop % 5 // 2} of 6 shards are there"):
+        write(path, source=Counting(stop), **options)
+    with pytest.raises(ValueError, match=rf"are not complete, {1 + stop // 5} of 2 views are begun; .*--resume"):
         SoftLabels.open(path)
     rest = Counting()
-    write(path, source=rest, resume=True)
-    assert rest.count == 10 - (stop // 5 * 5 + stop % 5 // 2 * 2), "finished shards are not computed again"
+    write(path, source=rest, resume=True, **options)
+    assert rest.count == 10 - stop, "finished batches are not computed again"
     assert contents(path) == contents(tmp_path / "whole")
     again = Counting()
-    write(path, source=again, resume=True)
+    write(path, source=again, resume=True, **options)
     assert again.count == 0
 
 
 KILLED = """
-import os, sys, torch
+import os, sys
 sys.path.insert(0, {tests!r})
 import test_data_soft_labels as here
-from lrds_fast.data import label_shards
-save, left = label_shards.save, [{files}]
-def dying(folder, name, array, rows):
-    if left[0] == 0:
-        (folder / f".{{name}}.1.partial").write_bytes(b"half")
+from lrds_fast.data import label_files
+write, batches = label_files.write_records, []
+def dying(file, view, batch, places, records):
+    write(file, view, batch, places, records)
+    batches.append(batch)
+    if len(batches) == 3:
+        # The third batch is torn: one record's first half is written.
+        os.pwrite(file.fileno(), bytes(records.itemsize // 2), int(places[5]) * records.itemsize)
         os.kill(os.getpid(), 9)
-    left[0] -= 1
-    return save(folder, name, array, rows)
-label_shards.save = dying
+label_files.write_records = dying
 here.write(here.Path({path!r}))
 """
 
@@ -350,13 +387,12 @@ here.write(here.Path({path!r}))
 def test_a_killed_process_leaves_what_resuming_can_use(tmp_path: Path) -> None:
     write(tmp_path / "whole")
     path = tmp_path / "killed"
-    script = KILLED.format(tests=str(Path(__file__).parent), files=2, path=str(path))
+    script = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
     assert subprocess.run([sys.executable, "-c", script], check=False, capture_output=True).returncode == -9
-    journal = path / label_shards.JOURNAL
-    assert len(label_shards.read_journal(path)) == 2
-    journal.write_text(journal.read_text()[:-20])  # its last line did not get to the disk whole
-    assert len(label_shards.read_journal(path)) == 1
-    write(path, resume=True)
+    (path / ".meta.json.1.partial").write_bytes(b"half")
+    rest = Counting()
+    write(path, resume=True, source=rest)
+    assert rest.count == 10 - 2
     assert contents(path) == contents(tmp_path / "whole")
 
 
@@ -414,7 +450,7 @@ def test_logits_that_cannot_be_kept_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"views": 0}, r"views and shard_batches must be at least 1; got 0 and 2"),
+        ({"views": 0}, r"views must be at least 1; got 0"),
         ({"top_k": 12}, r"top_k must be 0 \(all\) to 11, the number of classes; got 12"),
         ({"dtype": "bfloat16"}, r"dtype must be one of float16, float32; got 'bfloat16'"),
         ({"top_k": 3, "temperature": 0.0}, r"temperature must be above 0 and finite; got 0.0"),
@@ -433,7 +469,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_written(
     usage = soft_labels.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(soft_labels.shutil, "disk_usage", lambda _: usage._replace(free=2000))
     with pytest.raises(
-        OSError, match=r"2 views of 70 samples, 11 classes, need 9.0 kB, 2.0 kB are free; .*cache_views"
+        OSError, match=r"2 views of 70 samples, 11 classes, need 7.6 kB, 2.0 kB are free; .*cache_views"
     ):
         write(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -459,7 +495,7 @@ def test_a_disk_that_fills_up_is_named_and_goes_on_when_there_is_room(tmp_path: 
                         (small / "more").write_bytes(bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_frsize))
                     yield batch
 
-        with pytest.raises(OSError, match=r"the disk of .* is too small: .* need 9.0 kB \(\d.\d kB are written, --res"):
+        with pytest.raises(OSError, match=r"the disk of .* is too small: .* need 7.6 kB \(\d.\d kB are written, --res"):
             write(small / "cache", source=Filling())
         assert not list((small / "cache").glob(".*.partial"))
         (small / "more").unlink()

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from lrds_fast.cli import main as cli
-from lrds_fast.data import label_shards
+from lrds_fast.data import label_files
 from lrds_fast.files import append_record, replacing, rewrite_records, write_text
 from lrds_fast.selection import Selection
 from lrds_fast.train import lock
@@ -46,7 +46,7 @@ WRITERS: dict[str, Callable[[Path, int], object]] = {
     "weights": lambda path, count: save_weights(path, torch.nn.Linear(count, 1), {}),
     "safetensors": safetensors,
     "selection": lambda path, count: selection(count).save(path),
-    "soft labels": lambda path, count: label_shards.save(path.parent, path.name, np.zeros(count), count),
+    "soft labels": lambda path, count: label_files.write_rows(path, np.zeros(count, bool)),
 }
 
 

@@ -54,7 +54,7 @@ def command(*extra: str, **values: Any) -> int:
 
 def test_the_command_writes_what_training_opens(capsys: pytest.CaptureFixture[str]) -> None:
     assert command() == cli.OK
-    assert capsys.readouterr().out == "180 soft labels, all of 10 classes, 2 views: 9.3 kB in soft\n"
+    assert capsys.readouterr().out == "180 soft labels, all of 10 classes, 2 views: 9.4 kB in soft\n"
     chosen = recipe()
     labels = opened(chosen)
     data = run.load_data(chosen)

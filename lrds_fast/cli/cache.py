@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.settings)
 
-    from lrds_fast.data.label_shards import size_text
+    from lrds_fast.data.label_files import size_text
     from lrds_fast.train.run import cache
 
     labels = cache(

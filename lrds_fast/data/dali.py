@@ -1,9 +1,9 @@
 """Pictures decoded by NVIDIA DALI, on the CPU or the GPU, in the trainer's order.
 
-DALI decodes, and on a GPU it also resizes and normalises; which samples come when, what is cut out of each and whether
-it is mirrored are decided here, per sample, seed and epoch. So epochs are exact, processes share them without
-duplicates, a run goes on in the middle of an epoch, and the same pictures come from DALI, from torchvision, and from
-any number of threads. On the CPU PyTorch's integer resampling takes over: 0.17 ms a photograph where DALI's takes 0.7.
+DALI decodes; on a GPU it also resizes and normalises. The order of the samples, their crops and their mirroring are
+drawn here, per sample, seed and epoch. So an epoch has every sample once, processes divide it without duplicates, a run
+can resume within it, and DALI, torchvision and any number of threads give the same pictures. On the CPU PyTorch's
+integer resampling replaces DALI's: 0.17 ms per photograph against 0.7.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lrds_fast.data.sources import Source
 from lrds_fast.data.strong import PLAIN, Strong
 from lrds_fast.recipe.recipe import DataOptions
 
-#: Batches that are decoded ahead.
+#: Batches that are read and decoded in advance.
 DEPTH = 2
 
 
-class _Prepared(NamedTuple):
-    """A sample for the pipeline: its bytes and what becomes of it. error: what was wrong with it, or None. seed: of its
-    strong augmentation."""
+class _Sample(NamedTuple):
+    """A sample for the pipeline: the file's bytes and the box to cut out. error: why it cannot be read, or None. seed:
+    of its strong augmentation."""
 
     data: np.ndarray
     box: Box
@@ -47,15 +47,15 @@ class _Prepared(NamedTuple):
 class DaliLoader:
     """A Loader over some rows of a Source; see Loader for its methods.
 
-    source: the pictures. rows: (size,) which of them are this split's. train=True: RandomResizedCrop(image_size) and a
-    mirror image half of the time; else Resize(image_size / 0.875) and CenterCrop(image_size). Bilinear, with
-    antialiasing; normalised by ImageNet's mean and standard deviation.
-    strong: what is done to the pictures beyond that, by torchvision: on the CPU in the threads, on a GPU after DALI.
-    device: "cpu" or a CUDA device, where pictures are decoded (JPEG) and where batches come from. threads: that decode
-    on the CPU. least: a last batch of fewer samples joins the one before it. views: 0 augments anew every epoch; n > 0
-    gives epoch e the augmentation of epoch e % n, in an order of its own.
-    A picture that cannot be read or decoded is replaced by a grey one and counted: `errors` has (index, name, reason)
-    for each, once. ImportError where DALI is missing.
+    source: the pictures. rows: (size,) int64, the split's samples in it. train=True: RandomResizedCrop(image_size) and
+    RandomHorizontalFlip; else Resize(image_size / 0.875) and CenterCrop(image_size). Bilinear with antialiasing.
+    Batches are float32 (N, 3, image_size, image_size), normalised by ImageNet's mean and standard deviation.
+    strong: further augmentation by torchvision, on the CPU in the threads, on a GPU after DALI.
+    device: "cpu" or a CUDA device, which decodes JPEG files and holds the batches. threads: that decode on the CPU.
+    least: a last batch of fewer samples is added to the one before it. views: 0 draws new augmentations in every epoch;
+    n > 0 gives epoch e the augmentations of epoch e % n, in a new order.
+    A picture that cannot be read or decoded is replaced by a grey one; `errors` lists (index, name, reason) of each.
+    ImportError without DALI, ValueError for sizes below 1.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class DaliLoader:
         self._source, self._rows = source, rows
         self._wrong: set[int] = set()
         self._pipeline: Any = None
-        self._room = 0
+        self._capacity = 0
         self._feed = _Feed(iter(()))
         self._pool: ThreadPoolExecutor | None = None
         _dali()
@@ -136,65 +136,63 @@ class DaliLoader:
             start=start,
             share=share,
         )
-        # Only the last batch may be so short that a process has no row of it; the pipeline takes no empty one.
-        nothing = batches.pop() if batches and not len(batches[-1]) else None
-        room = max(-(-(self.batch_size + self.least - 1) // share[1]), max(map(len, batches), default=0))
-        if room > self._room:
-            self._pipeline, self._room = None, room
+        # A process may have no row of the last batch, and the pipeline takes no empty batch.
+        empty = batches.pop() if batches and not len(batches[-1]) else None
+        capacity = max(-(-(self.batch_size + self.least - 1) // share[1]), max(map(len, batches), default=0))
+        if capacity > self._capacity:
+            self._pipeline, self._capacity = None, capacity
+        finished = False
         with ThreadPoolExecutor(self.threads) as pool:
             self._pool = pool
-            waiting: deque[tuple[Tensor, list[Future[_Prepared]]]] = deque()
-            following = iter(batches)
-
-            def ask() -> None:
-                index = next(following, None)
-                if index is not None:
-                    waiting.append((index, [pool.submit(self._prepare, i, view) for i in index.tolist()]))
-
-            def arriving() -> Iterator[tuple[Tensor, list[_Prepared]]]:
-                for _ in range(DEPTH):
-                    ask()
-                while waiting:
-                    index, futures = waiting.popleft()
-                    ask()
-                    prepared = [future.result() for future in futures]
-                    self._note(index, prepared)
-                    yield index, prepared
-
-            self._feed = _Feed(arriving())
-            done = False
             try:
-                while True:
-                    try:
-                        decoded = self._decode()
-                    except StopIteration:
-                        break
-                    except (MemoryError, ImportError):
-                        raise
-                    except Exception as error:
-                        # A broken pipeline takes the batches behind this one along: they are run again.
-                        self._repair(error)
-                        continue
-                    # Whoever asks may be in inference mode, whose tensors the threads could not write to.
-                    with torch.inference_mode(False):
-                        images = self._finish(decoded)
-                    index, _ = self._feed.given.popleft()
-                    yield Batch(images, self.labels[index].to(images.device), index)
-                if nothing is not None:
+                self._feed = _Feed(self._read_ahead(pool, batches, view))
+                yield from self._decoded_batches()
+                if empty is not None:
                     images = torch.empty(0, 3, self.image_size, self.image_size, device=self.device)
-                    yield Batch(images, self.labels[nothing].to(images.device), nothing)
-                done = True
+                    yield Batch(images, self.labels[empty].to(images.device), empty)
+                finished = True
             finally:
-                for _, futures in waiting:
-                    for future in futures:
-                        future.cancel()
-                if done and self._pipeline is not None:
+                pool.shutdown(cancel_futures=True)
+                if finished and self._pipeline is not None:
                     self._pipeline.reset()
-                else:  # left in the middle: what it has decoded ahead belongs to no other epoch
+                else:  # the epoch was left in the middle: the pipeline holds batches that belong to no other epoch
                     self._pipeline = None
 
+    def _decoded_batches(self) -> Iterator[Batch]:
+        """The feed's batches, decoded."""
+        while True:
+            try:
+                decoded = self._decode()
+            except StopIteration:
+                return
+            except (MemoryError, ImportError):
+                raise
+            except Exception as error:
+                # A broken pipeline loses the batches behind this one too: they run again.
+                self._repair(error)
+                continue
+            # The caller may be in inference mode, whose tensors the threads could not write to.
+            with torch.inference_mode(False):
+                images = self._finish(decoded)
+            index, _ = self._feed.in_pipeline.popleft()
+            yield Batch(images, self.labels[index].to(images.device), index)
+
+    def _read_ahead(
+        self, pool: ThreadPoolExecutor, batches: Sequence[Tensor], view: int
+    ) -> Iterator[tuple[Tensor, list[_Sample]]]:
+        """Batches as the pool has read them. While one is used, the DEPTH next ones are read."""
+        submitted: deque[tuple[Tensor, list[Future[_Sample]]]] = deque()
+        for index in [*batches, *[None] * DEPTH]:
+            if index is not None:
+                submitted.append((index, [pool.submit(self._prepare, i, view) for i in index.tolist()]))
+            if submitted and (index is None or len(submitted) > DEPTH):
+                first, futures = submitted.popleft()
+                samples = [future.result() for future in futures]
+                self._note(first, samples)
+                yield first, samples
+
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
-        """See Loader.boxes; reads the files' headers. An evaluated picture's box is all of it; one that cannot be read
+        """See Loader.boxes; reads the files' headers. Without train, a box is the whole picture; an unreadable picture
         has zeros."""
         view = view_of(epoch, self.views)
         seeds = [crop_seed(self.seed, view, i, self.strong.stream) for i in indices.tolist()]
@@ -208,8 +206,8 @@ class DaliLoader:
             return torch.full((96, 96, 3), 128, dtype=torch.uint8)
         return torch.from_numpy(np.array(small))
 
-    def _prepare(self, index: int, view: int) -> _Prepared:
-        """A sample's bytes and box; runs in a thread."""
+    def _prepare(self, index: int, view: int) -> _Sample:
+        """Reads a sample and draws its box; runs in a thread."""
         if index in self._wrong:
             return self._grey("known to be unreadable")
         try:
@@ -219,15 +217,15 @@ class DaliLoader:
             return self._grey(str(error))
         if self.train:
             box = random_box(height, width, self.image_size, crop_seed(self.seed, view, index, self.strong.stream))
-            return _Prepared(data, box, None, self.strong.seed(self.seed, view, index))
-        return _Prepared(data, centre_box(height, width, self.image_size), None)
+            return _Sample(data, box, None, self.strong.seed(self.seed, view, index))
+        return _Sample(data, centre_box(height, width, self.image_size), None)
 
-    def _grey(self, reason: str) -> _Prepared:
-        """In place of a sample that cannot be decoded."""
+    def _grey(self, reason: str) -> _Sample:
+        """The grey picture that replaces an unreadable one."""
         size = self.image_size
-        return _Prepared(_GREY, Box(0, 0, 1, 1, size, size, 0, 0, False), reason)
+        return _Sample(_GREY, Box(0, 0, 1, 1, size, size, 0, 0, False), reason)
 
-    def _note(self, index: Tensor, prepared: Sequence[_Prepared]) -> None:
+    def _note(self, index: Tensor, prepared: Sequence[_Sample]) -> None:
         for i, sample in zip(index.tolist(), prepared, strict=True):
             if sample.error is not None:
                 self._note_one(i, sample.error)
@@ -243,33 +241,33 @@ class DaliLoader:
         on_gpu = self.device.type == "cuda"
         if self._pipeline is None:
             build = _gpu_pipeline if on_gpu else _cpu_pipeline
-            # By a weak reference: a cycle would leave the pipeline and its threads to the garbage collector, which may
-            # run in a forked process, where they do not exist.
-            this = weakref.ref(self)
+            # A weak reference: in a reference cycle the garbage collector would end the pipeline, maybe in a forked
+            # process, where its threads do not exist.
+            reference = weakref.ref(self)
 
             def inputs() -> tuple[list[np.ndarray], ...]:
-                loader = this()
+                loader = reference()
                 assert loader is not None
                 return loader._next()
 
             options = {"normalise": not self.strong.moves_pixels} if on_gpu else {}
-            self._pipeline = build(inputs, self._room, self.image_size, self.device, self.threads, **options)
+            self._pipeline = build(inputs, self._capacity, self.image_size, self.device, self.threads, **options)
         (images,) = self._pipeline.run()
         return images
 
     def _finish(self, images: Any) -> Tensor:
-        """The batch at the head of the feed, ready for the network, from what was decoded."""
-        _, prepared = self._feed.given[0]
+        """The network's input for the oldest batch in the pipeline. images: DALI's list of its decoded pictures."""
+        _, prepared = self._feed.in_pipeline[0]
         seeds = [sample.seed for sample in prepared]
         if self.device.type == "cuda":
             plugin: Any = importlib.import_module("nvidia.dali.plugin.pytorch")
             dense = images.as_tensor()
             kind = torch.uint8 if self.strong.moves_pixels else torch.float32
-            found = torch.empty(dense.shape(), dtype=kind, device=self.device)
-            plugin.feed_ndarray(dense, found, cuda_stream=torch.cuda.current_stream(self.device))
+            batch = torch.empty(dense.shape(), dtype=kind, device=self.device)
+            plugin.feed_ndarray(dense, batch, cuda_stream=torch.cuda.current_stream(self.device))
             if self.strong.moves_pixels:
-                found = _normalised(self.strong.augment(found, seeds))
-            return self.strong.erase(found, seeds)
+                batch = _normalised(self.strong.augment(batch, seeds))
+            return self.strong.erase(batch, seeds)
         pixels = torch.empty(len(prepared), 3, self.image_size, self.image_size, dtype=torch.uint8)
 
         def resample(place: int) -> None:
@@ -292,7 +290,7 @@ class DaliLoader:
         )
         if self.device.type != "cuda":
             return inputs
-        # What stays after resizing, in pixels before it.
+        # The region that remains after resizing, in pixels before resizing.
         scales = [np.array((box.height / box.resized_height, box.width / box.resized_width)) for box in boxes]
         begins = [np.array((box.down, box.right)) for box in boxes]
         return (
@@ -306,28 +304,28 @@ class DaliLoader:
         )
 
     def _repair(self, error: Exception) -> None:
-        """Finds out which of the samples that the pipeline was given it cannot decode, one by one, makes those grey and
-        has their batches run again. RuntimeError where it is none of them: trying again would not end."""
+        """Decodes the samples in the pipeline one by one, replaces those that fail by grey pictures, and returns the
+        batches to the feed. RuntimeError if all can be decoded: another try would fail in the same way."""
         feed = self._feed
-        repaired, found = [], 0
-        for index, prepared in feed.given:
+        repaired, new_faults = [], 0
+        for index, prepared in feed.in_pipeline:
             sound = list(prepared)
             for place, (i, sample) in enumerate(zip(index.tolist(), prepared, strict=True)):
                 reason = sample.error or self._fault(sample)
                 if reason is not None:
-                    found += sample.error is None
+                    new_faults += sample.error is None
                     self._note_one(i, reason)
                     sound[place] = self._grey(reason)
             repaired.append((index, sound))
         self._feed = _Feed(itertools.chain(repaired, feed._batches))
         self._pipeline = None
-        if not found:
+        if not new_faults:
             if not isinstance(error, RuntimeError):
                 raise error
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise RuntimeError(f"DALI fails on pictures that it decodes one by one: {reason}") from error
 
-    def _fault(self, sample: _Prepared) -> str | None:
+    def _fault(self, sample: _Sample) -> str | None:
         """Why DALI cannot decode a sample; None if it can."""
         outer, self._feed, self._pipeline = self._feed, _Feed(iter([(torch.zeros(1), [sample])])), None
         try:
@@ -342,18 +340,18 @@ class DaliLoader:
 
 
 class _Feed:
-    """Batches on their way into the pipeline; `given` are those that have not come out yet."""
+    """Batches on their way into the pipeline. in_pipeline: those that it has taken and not yet returned."""
 
-    def __init__(self, batches: Iterator[tuple[Tensor, list[_Prepared]]]) -> None:
+    def __init__(self, batches: Iterator[tuple[Tensor, list[_Sample]]]) -> None:
         self._batches = batches
-        self.given: deque[tuple[Tensor, list[_Prepared]]] = deque()
+        self.in_pipeline: deque[tuple[Tensor, list[_Sample]]] = deque()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[_Prepared]]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, list[_Sample]]]:
         return self
 
-    def __next__(self) -> tuple[Tensor, list[_Prepared]]:
+    def __next__(self) -> tuple[Tensor, list[_Sample]]:
         batch = next(self._batches)
-        self.given.append(batch)
+        self.in_pipeline.append(batch)
         return batch
 
 
@@ -394,7 +392,7 @@ _Inputs = Callable[[], tuple[list[np.ndarray], ...]]
 
 
 def _decoded(inputs: _Inputs, names: int, device: torch.device) -> Any:
-    """In a pipeline: the decoded boxes, and what else the inputs give."""
+    """Within a pipeline's definition: the decoded boxes, and the other inputs."""
     dali = _dali()
     fn, types = dali.fn, dali.types
     kinds = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.INT32]
@@ -410,7 +408,7 @@ def _decoded(inputs: _Inputs, names: int, device: torch.device) -> Any:
         axes=[0, 1],
         device="mixed" if device.type == "cuda" else "cpu",
         output_type=types.RGB,
-        # As torchvision and the published models have it.
+        # Published models are trained on pictures without EXIF rotation, as torchvision reads them.
         adjust_orientation=False,
     )
     return pictures, more
@@ -460,7 +458,7 @@ def _gpu_pipeline(
 _CENTRE = torch.tensor(MEAN).view(3, 1, 1) * 255.0
 _SPREAD = torch.tensor(STD).view(3, 1, 1) * 255.0
 
-# A picture of one grey pixel, for those that cannot be decoded (PNG).
+# A PNG file of one grey pixel, in place of an unreadable picture.
 _GREY = np.frombuffer(
     bytes.fromhex(
         "89504e470d0a1a0a0000000d4948445200000001000000010800000000"

@@ -1,13 +1,13 @@
-"""Soft labels that a teacher gave once: its logits of a few augmented views of every sample, written and read back.
+"""A teacher's logits of a few augmented views of every sample, written once and read in every epoch.
 
-As FKD has it (Shen & Xing 2022), crop, mirroring and soft label belong together; here they are found by view and
-sample, and the crops are those that the loader draws again by itself.
+As in FKD (Shen & Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", 2022), a soft label belongs to
+one crop of its sample. Crops are drawn again from the seed rather than stored; the cache has the box of each crop, to
+check that it is the same.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import sys
@@ -15,46 +15,37 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrds_fast.data import label_shards as shards
-from lrds_fast.data.label_shards import Entry, Layout, size_text
+from lrds_fast.data import label_files as files
+from lrds_fast.data.label_files import Layout, Meta, size_text
 from lrds_fast.data.loader import Batch, Loader
 from lrds_fast.files import LOCK, remove_partial
 from lrds_fast.topk import TopKTeacher
 
-#: Batches that make up a shard.
-SHARD_BATCHES = 64
 #: Samples whose boxes are compared with the loader's, over all views; of every view at least 4.
 CHECKED_BOXES = 256
 
 
 class SoftLabels:
-    """A teacher's logits of `views` views of `samples` samples over `classes`, read from the disk as they are asked
-    for.
+    """A teacher's logits of `views` views of `samples` samples over `classes`, mapped from the disk. `open` makes one.
 
-    top_k: how many classes are kept of each sample, 0 for all. bytes: on the disk. facts: what the logits depend
-    on. `open` makes one.
+    top_k: how many classes are stored per sample, 0 for all. bytes: size on the disk. facts: what the logits depend on.
     """
 
-    def __init__(self, folder: Path, layout: Layout, facts: Mapping[str, Any], files: list[Entry]) -> None:
-        self.folder, self.facts = folder, dict(facts)
-        self.views, self.samples, self.classes = layout.views, layout.samples, layout.classes
-        self.top_k, self.bytes = layout.top_k, sum(entry.bytes for entry in files)
-        self._layout = layout
-        parts = {entry.file: entry.rows for entry in files}
-        # Where the records of each shard begin, and the end of the last, counted through the view.
-        self._starts = [
-            np.cumsum([0, *(parts[shards.part_name(view, shard)] for shard in range(layout.shards))])
-            for view in range(self.views)
-        ]
-        self._rows: dict[int, np.ndarray] = {}
-        self._records: dict[tuple[int, int], np.ndarray] = {}
+    def __init__(self, folder: Path, meta: Meta) -> None:
+        self.folder, self.facts, self._layout = folder, dict(meta.facts), meta.layout
+        self.views, self.samples, self.classes = meta.layout.views, meta.layout.samples, meta.layout.classes
+        self.top_k, self.bytes = meta.layout.top_k, meta.layout.bytes
+        self._rows = files.read_rows(folder, meta.layout)
+        #: Each cached sample's place among a view's records.
+        self._places = np.cumsum(self._rows) - 1
+        self._records = [files.map_view(folder, meta.layout, view) for view in range(self.views)]
 
     @classmethod
     def open(
@@ -67,52 +58,61 @@ class SoftLabels:
     ) -> SoftLabels:
         """The cache in a folder.
 
-        facts: what the logits must depend on, as it was given when they were written; None takes any. loader: whose
-        boxes must be those that the teacher saw, for a spread of the samples. verify: also reads every file and
-        compares checksums; sizes are always compared. Raises FileNotFoundError where there is no cache; ValueError for
-        one that is not complete, damaged, or of other facts or boxes, each named.
+        facts: what the logits must depend on, as passed when they were written; None accepts any. loader: its boxes
+        must be those that the teacher saw; a spread of the samples is compared. verify: reads everything and compares
+        checksums; sizes are always compared. Raises FileNotFoundError where there is no cache, ValueError for one that
+        is incomplete, damaged, or of other facts or boxes, each named.
         """
         folder = Path(path)
-        meta = shards.read_meta(folder)
+        meta = files.read_meta(folder)
         if facts is not None:
-            shards.check_facts(folder, meta["facts"], facts)
-        layout, files = meta["layout"], meta["files"]
-        if files is None:
-            done = sum("-part-" in entry.file for entry in shards.read_journal(folder))
+            files.check_facts(folder, meta.facts, facts)
+        if not meta.complete:
+            begun = sum(files.view_path(folder, view).exists() for view in range(meta.layout.views))
             raise ValueError(
-                f"the soft labels in {folder} are not complete, {done} of {layout.views * layout.shards} shards are"
-                " there; lrds-fast cache --resume goes on"
+                f"the soft labels in {folder} are not complete, {begun} of {meta.layout.views} views are begun;"
+                " lrds-fast cache --resume goes on"
             )
-        for entry in files:
-            shards.check(folder, entry, verify=verify)
-        found = cls(folder, layout, meta["facts"], files)
+        labels = cls(folder, meta)
+        if verify:
+            labels.verify()
         if loader is not None:
-            found.check_boxes(loader)
-        return found
+            labels.check_boxes(loader)
+        return labels
 
     def batch(self, view: int, indices: Tensor, device: torch.device | str = "cpu") -> Tensor | TopKTeacher:
-        """The teacher of a batch, for kd_loss: (N, C) logits as they are stored, or a TopKTeacher where top_k is not 0.
+        """The teacher of a batch, for kd_loss: (N, C) logits in the stored dtype, or a TopKTeacher if top_k is not 0.
 
-        view: in [0, views), of epoch e e % views. indices: (N,) int64. ValueError for a sample that is not cached.
+        view: in [0, views); epoch e has view e % views. indices: (N,) int64. ValueError for uncached samples.
         """
-        return self._layout.unpack(self._read(view, indices), device)
+        records, places = self._located(view, indices)
+        return self._layout.unpack(records, device, places)
 
     def boxes(self, view: int, indices: Tensor) -> Tensor:
-        """(N, 5) int32: what the teacher saw of the samples; see Loader.boxes."""
-        return torch.from_numpy(np.array(self._read(view, indices)["box"]))
+        """(N, 5) int32: the boxes of the samples that the teacher saw; see Loader.boxes. Arguments as in batch."""
+        records, places = self._located(view, indices)
+        return torch.from_numpy(records["box"][places])
 
     def cached(self, view: int) -> Tensor:
-        """(samples,) bool: who has soft labels in a view."""
-        return torch.from_numpy(np.array(self._rows_of(view) >= 0))
+        """(samples,) bool: which samples have soft labels in a view."""
+        self._check_view(view)
+        return torch.from_numpy(self._rows.copy())
+
+    def verify(self) -> None:
+        """Reads all records. ValueError naming the file with a record whose checksum is wrong."""
+        for view, records in enumerate(self._records):
+            wrong = np.flatnonzero(~files.valid_records(records, view))
+            if len(wrong):
+                sample = int(np.flatnonzero(self._rows)[wrong[0]])
+                how = f"damaged: {len(wrong)} records have a wrong checksum, the first is that of sample {sample}"
+                raise files.damaged(files.view_path(self.folder, view), how)
 
     def check_boxes(self, loader: Loader) -> None:
-        """ValueError where the loader cuts a sample out otherwise than the teacher saw it."""
+        """ValueError where the loader's crop of a sample is not the one that the teacher saw."""
+        cached = torch.from_numpy(np.flatnonzero(self._rows))
+        count = min(len(cached), max(4, CHECKED_BOXES // self.views))
+        indices = cached[torch.linspace(0, max(len(cached) - 1, 0), count).long()]
         for view in range(self.views):
-            there = self.cached(view).nonzero()[:, 0]
-            count = min(len(there), max(4, CHECKED_BOXES // self.views))
-            if not count:
-                continue
-            indices = there[torch.linspace(0, len(there) - 1, count).long()]
             ours, theirs = self.boxes(view, indices), loader.boxes(view, indices)
             for index, a, b in zip(indices.tolist(), ours.tolist(), theirs.tolist(), strict=True):
                 if a != b:
@@ -122,39 +122,24 @@ class SoftLabels:
                         " augmentation; write a cache of its own (lrds-fast cache)"
                     )
 
-    def _rows_of(self, view: int) -> np.ndarray:
+    def _check_view(self, view: int) -> None:
         if not 0 <= view < self.views:
             raise ValueError(f"view must be in [0, {self.views}), the cached views of {self.folder}; got {view}")
-        if view not in self._rows:
-            self._rows[view] = shards.load(self.folder, shards.rows_name(view))
-        return self._rows[view]
 
-    def _read(self, view: int, indices: Tensor) -> np.ndarray:
-        """The samples' records, copied."""
-        rows = self._rows_of(view)
+    def _located(self, view: int, indices: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """A view's records and the samples' places among them."""
+        self._check_view(view)
         wanted = indices.cpu().numpy()
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(rows):
-            odd = wanted[(wanted < 0) | (wanted >= len(rows))][0]
-            raise ValueError(f"indices must be in [0, {len(rows)}), the samples of {self.folder}; got {odd}")
-        places = rows[wanted]
-        if len(places) and places.min() < 0:
-            missing = int(wanted[places < 0][0])
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.samples:
+            odd = wanted[(wanted < 0) | (wanted >= self.samples)][0]
+            raise ValueError(f"indices must be in [0, {self.samples}), the samples of {self.folder}; got {odd}")
+        if self._layout.kept < self.samples and not self._rows[wanted].all():
+            missing = int(wanted[~self._rows[wanted]][0])
             raise ValueError(
-                f"{self.folder} has no soft labels of sample {missing} in view {view}: {int((rows >= 0).sum())} of"
-                f" {len(rows)} samples are cached; write a cache of all, or of the selection that is used now"
+                f"{self.folder} has no soft labels of sample {missing} in view {view}: {self._layout.kept} of"
+                f" {self.samples} samples are cached; write a cache of all, or of the selection that is used now"
             )
-        starts = self._starts[view]
-        shard_of = np.searchsorted(starts, places, side="right") - 1
-        found = np.empty(len(places), dtype=self._layout.record)
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            found[here] = self._part(view, int(shard))[places[here] - starts[shard]]
-        return found
-
-    def _part(self, view: int, shard: int) -> np.ndarray:
-        if (view, shard) not in self._records:
-            self._records[view, shard] = shards.load(self.folder, shards.part_name(view, shard))
-        return self._records[view, shard]
+        return self._records[view], self._places[wanted]
 
 
 def write_soft_labels(
@@ -173,156 +158,154 @@ def write_soft_labels(
     memory_format: torch.memory_format = torch.contiguous_format,
     resume: bool = False,
     overwrite: bool = False,
-    shard_batches: int = SHARD_BATCHES,
     progress: bool = True,
 ) -> SoftLabels:
     """Runs `teacher` once over the first `views` epochs of `loader` and writes its logits to the folder `path`.
 
-    teacher: from images to (N, C) logits; it is put in eval mode and onto `device`, its answer taken in batches as the
-    loader brings them, under autocast(). top_k: how many classes of each sample are kept, the largest, with the
-    logsumexp of the others at `temperature`, and can be used only at this temperature; 0 keeps all. dtype: "float16"
-    or "float32". facts: named JSON values that the logits depend on: the data, the teacher, the augmentation.
-    rows: (samples,) bool, whose logits are needed; None is all.
-    resume: goes on where a killed run stopped, and writes again what is damaged; without a cache it starts. overwrite:
-    a cache in the folder may go. Raises FileExistsError for one that may not, ValueError for one of other facts, or
-    logits that are NaN or too large for float16, OSError where the disk has no room, before anything is written.
+    teacher: from images to (N, C) logits; it is put in eval mode and onto `device`, and runs on the loader's batches
+    under autocast(). top_k: how many of each sample's largest logits are stored, with the logsumexp of the others at
+    `temperature`, at which alone they can be used; 0 stores all. dtype: "float16" or "float32". facts: named JSON
+    values that the logits depend on: the data, the teacher, the augmentation. rows: (samples,) bool, the samples to
+    cache; None is all. resume: continues where a killed run stopped, and writes damaged records again; starts where
+    there is no cache. overwrite: replaces a cache in the folder.
+
+    Raises FileExistsError for a folder in use without resume or overwrite; ValueError for a cache of other facts, a
+    loader whose order changed, or logits that are NaN or too large for float16; OSError where the disk has no room, if
+    possible before anything is written.
     """
-    folder, facts = Path(path), shards.plain(facts or {})
-    samples = len(loader.labels)
-    if rows is not None and (rows.dtype != torch.bool or rows.shape != (samples,)):
-        raise ValueError(
-            f"rows must be bool of shape ({samples},), one per sample; got {rows.dtype} of shape {tuple(rows.shape)}"
-        )
-    rows = torch.ones(samples, dtype=torch.bool) if rows is None else rows.cpu()
-    batches, kept = len(loader), int(rows.sum())
+    folder = Path(path)
+    mask = _mask(rows, len(loader.labels))
     layout = Layout(
-        samples=samples,
-        kept=kept,
-        rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16],
+        samples=len(mask),
+        kept=int(mask.sum()),
+        rows=files.rows_checksum(mask),
         classes=loader.num_classes,
         views=views,
         top_k=top_k,
         dtype=dtype,
         temperature=temperature if top_k else 1.0,
-        batches=batches,
-        shard_batches=shard_batches,
+        batches=len(loader),
     )
-    done = _begun(folder, layout, facts, resume=resume, overwrite=overwrite)
-
+    meta = Meta(layout, files.plain(facts or {}), complete=False)
+    _begin(folder, meta, mask, resume=resume, overwrite=overwrite)
     teacher.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     teacher.eval()
 
-    def records(view: int, batch: Batch) -> np.ndarray:
-        wanted = rows[batch.indices]
-        indices = batch.indices[wanted]
-        if not len(indices):
-            return np.empty(0, dtype=layout.record)
-        images = batch.images if len(indices) == len(wanted) else batch.images[wanted.to(batch.images.device)]
-        images = images.to(device, non_blocking=True, memory_format=memory_format)
+    def logits(images: Tensor) -> Tensor:
         with torch.inference_mode(), autocast():
-            logits = teacher(images)
-        if logits.shape != (len(indices), layout.classes):
-            raise ValueError(
-                f"the teacher gives {tuple(logits.shape)} logits for {len(indices)} samples of {layout.classes} classes"
-            )
-        return layout.pack(indices, loader.boxes(view, indices), logits)
+            return teacher(images.to(device, non_blocking=True, memory_format=memory_format))  # type: ignore[no-any-return]
 
-    bar = tqdm(total=views * batches, desc="soft labels", disable=not progress or sys.stderr is None, leave=False)
-    for view in range(views):
+    _write_views(folder, layout, logits, loader, mask, progress=progress)
+    files.write_meta(folder, meta._replace(complete=True))
+    return SoftLabels.open(folder, verify=False)
+
+
+def _mask(rows: Tensor | None, samples: int) -> np.ndarray:
+    if rows is None:
+        return np.ones(samples, bool)
+    if rows.dtype != torch.bool or rows.shape != (samples,):
+        raise ValueError(
+            f"rows must be bool of shape ({samples},), one per sample; got {rows.dtype} of shape {tuple(rows.shape)}"
+        )
+    return rows.cpu().numpy()
+
+
+_Logits: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def _write_views(
+    folder: Path, layout: Layout, teacher: _Logits, loader: Loader, rows: np.ndarray, *, progress: bool
+) -> None:
+    """Writes the batches that are missing."""
+    hidden = not progress or sys.stderr is None
+    with tqdm(total=layout.views * layout.batches, desc="soft labels", disable=hidden, leave=False) as bar:
+        try:
+            for view in range(layout.views):
+                _write_view(folder, layout, view, teacher, loader, rows, bar)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _check_room(folder, layout, full=True)
+
+
+def _write_view(
+    folder: Path, layout: Layout, view: int, teacher: _Logits, loader: Loader, rows: np.ndarray, bar: Any
+) -> None:
+    place_of = np.cumsum(rows) - 1
+    with files.open_view(folder, layout, view) as file:
+        done, written = files.finished(folder, layout, view)
         coming: Iterator[Batch] | None = None
-        place = np.full(samples, -1, dtype=np.int32)
-        filled = 0
-        for shard in range(layout.shards):
-            name = shards.part_name(view, shard)
-            first = shard * shard_batches
-            count = min(shard_batches, batches - first)
-            if name in done:
-                indices, coming = np.array(shards.load(folder, name)["index"]), None
-                bar.update(count)
+        for number in range(layout.batches):
+            if done[number]:
+                coming = None
             else:
-                coming = loader.epoch(view, start=first) if coming is None else coming
-                found = []
-                for _ in range(count):
-                    found.append(records(view, next(coming)))
-                    bar.update()
-                whole = np.concatenate(found)
-                indices = whole["index"]
-                _write(folder, layout, done, name, whole, len(whole))
-            place[indices] = np.arange(filled, filled + len(indices))
-            filled += len(indices)
-        if filled != kept or not np.array_equal(place >= 0, rows.numpy()):
+                coming = loader.epoch(view, start=number) if coming is None else coming
+                batch = next(coming)
+                wanted = torch.from_numpy(rows)[batch.indices]
+                places = place_of[batch.indices[wanted].numpy()]
+                if written[places].any():
+                    break
+                if len(places):
+                    records = _records(layout, view, teacher, loader, batch, wanted)
+                    files.write_records(file, view, number, places, records)
+                written[places] = True
+            bar.update()
+        if not written.all():
             raise ValueError(
                 f"view {view} of {folder} does not hold every sample once: the loader's order is not that of the run"
                 " which began it (another batch size or seed?); write it afresh with --overwrite"
             )
-        name = shards.rows_name(view)
-        if name not in done or not np.array_equal(shards.load(folder, name), place):
-            _write(folder, layout, done, name, place, filled)
-    bar.close()
-    shards.write_meta(folder, layout, facts, list(done.values()))
-    (folder / shards.JOURNAL).unlink(missing_ok=True)
-    return SoftLabels.open(folder, facts=facts, verify=False)
+        os.fsync(file.fileno())
 
 
-def _begun(
-    folder: Path, layout: Layout, facts: Mapping[str, Any], *, resume: bool, overwrite: bool
-) -> dict[str, Entry]:
-    """Makes the folder, or looks at what is in it; the files that are there and sound, by name."""
+def _records(layout: Layout, view: int, teacher: _Logits, loader: Loader, batch: Batch, wanted: Tensor) -> np.ndarray:
+    """Records of a batch's wanted rows, (N,) bool."""
+    indices = batch.indices[wanted]
+    every = len(indices) == len(wanted)
+    logits = teacher(batch.images if every else batch.images[wanted.to(batch.images.device)])
+    if logits.shape != (len(indices), layout.classes):
+        raise ValueError(
+            f"the teacher gives {tuple(logits.shape)} logits for {len(indices)} samples of {layout.classes} classes"
+        )
+    return layout.pack(indices, loader.boxes(view, indices), logits)
+
+
+def _begin(folder: Path, meta: Meta, rows: np.ndarray, *, resume: bool, overwrite: bool) -> None:
+    """Checks the folder and makes it one whose cache is being written."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the soft labels")
-    if (folder / shards.META).exists() and not overwrite:
+    exists = (folder / files.META).exists()
+    if exists and not overwrite:
         if not resume:
             raise FileExistsError(
                 f"{folder} holds soft labels already; go on with them (--resume), replace them (--overwrite), or name"
                 " another folder"
             )
-        meta = shards.read_meta(folder)
-        shards.check_facts(folder, meta["facts"], facts)
-        shards.check_facts(folder, asdict(meta["layout"]), asdict(layout))
-        remove_partial(folder)
-        complete = meta["files"] is not None
-        done = {}
-        for entry in meta["files"] if complete else shards.read_journal(folder):
-            try:
-                shards.check(folder, entry, verify=True)
-            except ValueError:
-                continue
-            done[entry.file] = entry
-        if complete and len(done) < len(meta["files"]):
-            # From now on it is one that is being written.
-            for entry in done.values():
-                shards.append_journal(folder, entry)
-            shards.write_meta(folder, layout, facts, None)
-        _check_room(folder, layout, sum(entry.bytes for entry in done.values()))
-        return done
-    if folder.exists() and not (folder / shards.META).exists() and any(path.name != LOCK for path in folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty and holds no soft labels; name a new folder")
-    _check_room(folder, layout, 0, freed=sum(old.stat().st_size for old in folder.glob("view-*.npy")))
-    # Last the file that says that there is a cache.
-    for pattern in ("view-*.npy", ".*.partial", shards.JOURNAL, shards.META):
-        for old in folder.glob(pattern):
-            old.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    shards.write_meta(folder, layout, facts, None)
-    return {}
+        old = files.read_meta(folder)
+        files.check_facts(folder, old.facts, meta.facts)
+        files.check_facts(folder, asdict(old.layout), asdict(meta.layout))
+        _check_room(folder, meta.layout)
+    else:
+        if not exists and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+            raise FileExistsError(f"{folder} is not empty and holds no soft labels; name a new folder")
+        # view-*.npy and written.jsonl are of formats before 3. meta.json, which says that this is a cache, goes last.
+        old_files = [path for pattern in ("view-*", "written.jsonl", files.META) for path in folder.glob(pattern)]
+        _check_room(folder, meta.layout, freed=sum(path.stat().st_size for path in old_files))
+        for path in old_files:
+            path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)
+    files.write_meta(folder, meta)
+    files.write_rows(folder / files.ROWS, rows)
 
 
-def _write(folder: Path, layout: Layout, done: dict[str, Entry], name: str, array: np.ndarray, rows: int) -> None:
-    """One more file, and its line in the journal."""
-    try:
-        done[name] = shards.save(folder, name, array, rows)
-        shards.append_journal(folder, done[name])
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _check_room(folder, layout, sum(entry.bytes for entry in done.values()), full=True)
-
-
-def _check_room(folder: Path, layout: Layout, written: int, *, freed: int = 0, full: bool = False) -> None:
-    """OSError where what is not `written` yet, in bytes, does not fit on the disk, `freed` bytes of which are to be
-    replaced. full: the disk has said so itself."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free + freed
+def _check_room(folder: Path, layout: Layout, *, freed: int = 0, full: bool = False) -> None:
+    """OSError where the records that are not written yet do not fit on the disk, `freed` bytes of which will be free.
+    full: the disk is known to be full."""
+    disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(disk).free + freed
+    views = [] if freed else [files.view_path(folder, view) for view in range(layout.views)]
+    written = sum(512 * path.stat().st_blocks for path in views if path.exists())
     if layout.bytes - written <= free and not full:
         return
     begun = f" ({size_text(written)} are written, --resume goes on)" if written else ""
