@@ -24,7 +24,7 @@ from lrds_fast.data import Data, answer_sources
 from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.selection import Selection
 from lrds_fast.train import run
-from lrds_fast.train.step import predicted
+from lrds_fast.train.teaching import predicted
 
 SEEDS = 3
 FOLDERS = {"teacher": "teacher"} | {arm.name: arm.folder for arm in ARMS}

@@ -22,7 +22,7 @@ from lrds_fast.recipe.recipe import ScheduleOptions
 from lrds_fast.train import Recipe, train
 from lrds_fast.train.evaluation import evaluate, outputs
 from lrds_fast.train.setup import lr_factor
-from lrds_fast.train.step import predicted, teacher_rows
+from lrds_fast.train.teaching import predicted, teacher_rows
 
 CPU = torch.device("cpu")
 

@@ -28,8 +28,7 @@ from lrds_fast.train import Recipe, setup, train
 from lrds_fast.train.evaluation import evaluate
 from lrds_fast.train.mix import Mix
 from lrds_fast.train.setup import autocast_factory
-from lrds_fast.train.step import leading_rows, predicted
-from lrds_fast.train.teaching import Teacher
+from lrds_fast.train.teaching import Teacher, leading_rows, predicted
 from lrds_fast.train.weights import load_weights
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Pages that are one file: sections of text, charts, tables and pictures, put together by Jinja2."""
+"""Self-contained HTML pages by Jinja2: sections of text, charts, tables and pictures."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lrds_fast.pages.charts import Style
 
 
 class Figure(NamedTuple):
-    """A chart. svg: as charts.svg writes it; it is the only part of a page that is not escaped."""
+    """A chart. svg: from charts.svg; it is the only part of a page that is not escaped."""
 
     svg: str
     caption: str
 
 
 class Table(NamedTuple):
-    """head: titles of the columns, () for none. rows: of cells, the first one the row's name. groups: (title, columns)
-    above head's titles, from the second column on. folded: shown when the reader asks for it. words: its cells are
-    words, which break over lines, not numbers."""
+    """A table. head: column titles, () for none. rows: cells; the first cell is the row's name. groups: (title, number
+    of columns) above the column titles, from the second column on. folded: hidden until the reader opens it. words: the
+    cells are words, which may break over lines, instead of numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -34,7 +34,7 @@ class Table(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Pictures in rows. pictures: (data: URI or "", lines of the caption)."""
+    """Pictures side by side. pictures: (data: URI or "", lines of the caption)."""
 
     title: str
     note: str
@@ -42,7 +42,7 @@ class Gallery(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading and what follows it. legend: what the colours of the figures mean."""
+    """A heading and its content. legend: the colours of the figures."""
 
     title: str
     text: Sequence[str] = ()
@@ -54,8 +54,7 @@ class Section(NamedTuple):
 
 
 def page(title: str, sections: Sequence[Section], introduction: Sequence[str] = ()) -> str:
-    """The HTML of a page. Whatever comes in is text and is escaped, but the figures' SVG. ImportError without Jinja2 or
-    matplotlib."""
+    """The HTML of a page. Everything but the figures' SVG is escaped. ImportError without Jinja2 or matplotlib."""
     charts.require()
     rendered: str = _template().render(title=title, introduction=introduction, sections=sections, css=charts.CSS)
     return rendered
@@ -74,7 +73,7 @@ def _template() -> Any:
 
 def png(pixels: Any) -> str:
     """A data: URI of pixels, a (height, width, 1 or 3) uint8 array."""
-    from PIL import Image  # which matplotlib brings
+    from PIL import Image  # a requirement of matplotlib
 
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG", optimize=True)

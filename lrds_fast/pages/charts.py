@@ -1,7 +1,7 @@
-"""Charts by matplotlib, as SVG that is readable in light and dark: for reports and for the documentation.
+"""Charts by matplotlib, as SVG for light and dark pages: for reports and for the documentation.
 
-Every chart is a function from numbers to a matplotlib Figure. `svg` writes it for a page, `save` to a file of its own.
-The same numbers give the same text. matplotlib is imported when the first chart is made.
+Every chart is a function from numbers to a matplotlib Figure. `svg` returns it for a page, `save` writes it to a file.
+The same numbers give the same SVG. matplotlib is imported when the first chart is drawn.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from xml.etree import ElementTree
 
 from lrds_fast.files import replacing
 
-#: Name of a colour -> in light, in dark. Charts are drawn in the light ones; pages and files define both.
+#: Colour name -> (in light pages, in dark pages). Charts are drawn in the light colours; pages and files define both.
 PALETTE = {
     "paper": ("#ffffff", "#14171c"),
     "ink": ("#1d2127", "#e6e8eb"),
     "muted": ("#59616c", "#a3abb6"),
     "grid": ("#d8dce1", "#363c45"),
-    # At least 3 : 1 against the paper; after Okabe and Ito, whom most colour-blind readers can tell apart.
+    # Contrast of at least 3 : 1 to the paper; after the palette of Okabe and Ito for colour-blind readers.
     "c0": ("#0072b2", "#56b4e9"),
     "c1": ("#d55e00", "#ff8f4a"),
     "c2": ("#00835f", "#2ec99a"),
@@ -35,7 +35,7 @@ PALETTE = {
     "c7": ("#2b8c9c", "#6fd3e3"),
 }
 PAPER, INK, MUTED, GRID, *SERIES = (light for light, _ in PALETTE.values())
-#: The palette as CSS: of the page, or of a file by itself.
+#: The palette as CSS variables.
 CSS = "".join(
     start
     + ":root{color-scheme:light dark;"
@@ -66,11 +66,11 @@ _STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9.0,
     "figure.constrained_layout.use": True,
-    # Names are text, whatever is in them; text stays text.
+    # Names may contain $, which is no formula; and the SVG has text, not outlines.
     "text.parse_math": False,
     "svg.fonttype": "none",
 }
-#: Width of a chart in points. It is shown at 360 to 480 pixels, so that its text is 9 to 13.
+#: Width of a chart in points. Pages show it at 360 to 480 pixels, which gives text of 9 to 13 pixels.
 _WIDTH = 360.0
 
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -79,7 +79,7 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def require() -> None:
-    """ImportError, with what to install, where there is no matplotlib or no Jinja2."""
+    """Raises ImportError, which says what to install, without matplotlib or Jinja2."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -91,14 +91,14 @@ def require() -> None:
 
 
 def styled(make: Made) -> Made:
-    """A function that draws in the style of these charts, and needs matplotlib when it is called."""
+    """Decorates a function that draws in the style of these charts. It needs matplotlib when it is called."""
 
     @functools.wraps(make)
     def drawn(*arguments: Any, **options: Any) -> Any:
         require()
         import matplotlib
 
-        # A font lacks some alphabets; the reader's does not.
+        # matplotlib's font lacks some alphabets; the browser's fonts have them.
         with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
             return make(*arguments, **options)
@@ -106,13 +106,13 @@ def styled(make: Made) -> Made:
     return drawn  # type: ignore[return-value]
 
 
-def _drawn(made: Any, title: str) -> ElementTree.Element:
-    """The figure as an <svg> element whose colours are the palette's variables, without dates or ids of chance."""
+def _drawn(fig: Any, title: str) -> ElementTree.Element:
+    """The figure as an <svg> element whose colours are the palette's variables, without dates and random ids."""
     import matplotlib
 
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
-        made.savefig(file, format="svg", metadata={"Date": None})
+        fig.savefig(file, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
     names = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
     for element in list(root.iter()):
@@ -120,7 +120,7 @@ def _drawn(made: Any, title: str) -> ElementTree.Element:
             if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):
                 element.remove(child)
         if element.tag == f"{_SVG}g":
-            element.attrib.pop("id", None)  # figure_1 would be in a page many times
+            element.attrib.pop("id", None)  # every figure of a page would have the id figure_1
         style = re.sub(r"(font: [\d.]+px) [^;]*", r"\1 system-ui, sans-serif", element.get("style", ""))
         if style:
             element.set("style", re.sub(r"#[0-9a-f]{6}", lambda colour: names.get(colour[0], colour[0]), style))
@@ -143,18 +143,18 @@ def _text(root: ElementTree.Element) -> str:
 
 
 @styled
-def svg(made: Any, title: str) -> str:
-    """A figure as an <svg> element for a page that defines CSS's colours. title: what it shows, for those who cannot
-    see it; of the figures of a page, each has another."""
-    root = _drawn(made, title)
+def svg(fig: Any, title: str) -> str:
+    """A figure as an <svg> element for a page that defines the colours of CSS. title: what it shows, for screen
+    readers; every figure of a page needs a title of its own."""
+    root = _drawn(fig, title)
     del root.attrib["width"], root.attrib["height"]
     return _text(root)
 
 
 @styled
-def save(made: Any, path: str | os.PathLike[str], title: str = "") -> None:
-    """Writes a figure as an SVG file that follows the reader's preference for light or dark; whole or not at all."""
-    root = _drawn(made, title)
+def save(fig: Any, path: str | os.PathLike[str], title: str = "") -> None:
+    """Writes a figure as an SVG file that follows the reader's preference for light or dark. Writes atomically."""
+    root = _drawn(fig, title)
     style = ElementTree.Element(f"{_SVG}style")
     style.text = f"{CSS}*{{stroke-linejoin:round;stroke-linecap:butt}}"
     root.insert(0, style)
@@ -163,19 +163,19 @@ def save(made: Any, path: str | os.PathLike[str], title: str = "") -> None:
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """(Figure, array (rows, columns) of axes) of width x height points; call it in a styled function."""
+    """(Figure, array (rows, columns) of axes) of width x height points; call it in a @styled function."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width / 72, height / 72))
-    return made, made.subplots(rows, columns, squeeze=False, **options)
+    fig = Figure(figsize=(width / 72, height / 72))
+    return fig, fig.subplots(rows, columns, squeeze=False, **options)
 
 
 class Interval(NamedTuple):
     """A line of a forest plot. mean: of the paired differences; low, high: the ends of its confidence interval, nan
     where there is none (one pair); pairs: the differences themselves, drawn faintly.
 
-    Of paired values: e = lrds_fast.report.statistics.paired(values, baseline), Interval(name, e.mean, *e.interval,
-    differences)."""
+    For paired values: e = lrds_fast.report.statistics.paired(values, baseline), then Interval(name, e.mean,
+    *e.interval, differences)."""
 
     name: str
     mean: float
@@ -188,20 +188,21 @@ class Interval(NamedTuple):
 def forest_plot(
     panels: Mapping[str, Sequence[Interval]], *, x_label: str, better: str = "higher", width: float = 0.0
 ) -> Any:
-    """Differences to a reference, which is the line at 0: a mean with its interval per line, the first line on top.
+    """Differences to a reference, which is the line at 0: one line per mean and its interval, the first one on top.
 
-    panels: title -> lines; several are drawn side by side on one scale, a name's line at the same height in all of them
-    (a regime a panel, say). x_label: what the difference is, with its unit. better: "higher" or "lower"; an interval
-    that excludes 0 is blue where it is better and orange where it is worse, one that holds 0 is grey and its mean is
-    open. width: in points, 0 for 360 and 150 more for every further panel. Lines whose mean is not finite are left
-    empty. Returns a matplotlib Figure: see `svg` and `save`. ValueError for another `better` or no line at all.
+    panels: title -> lines. Several panels are drawn side by side on one scale, each name at the same height in all of
+    them (one panel per regime, for example). x_label: the difference and its unit. better: "higher" or "lower"; an
+    interval that excludes 0 is blue where it is better and orange where it is worse. An interval that contains 0 is
+    grey, and its mean a hollow dot. width: in points; 0 is 360, and 150 more for every further panel. Lines whose mean
+    is not finite are left empty. Returns a matplotlib Figure: see `svg` and `save`. ValueError for another `better` or
+    without lines.
     """
     if better not in ("higher", "lower"):
         raise ValueError(f"better must be 'higher' or 'lower'; got {better!r}")
     names = list(dict.fromkeys(row.name for rows in panels.values() for row in rows))
     if not names:
         raise ValueError("a forest plot needs at least one line; got none")
-    made, axes = figure(
+    fig, axes = figure(
         width or _WIDTH + 150 * (len(panels) - 1), 52 + 20 * len(names), 1, len(panels), sharey=True, sharex=True
     )
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
@@ -224,12 +225,12 @@ def forest_plot(
         axis.spines["left"].set_visible(False)
     axes[0, 0].set_yticks(range(len(names)), [short(name) for name in names])
     axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
-    made.supxlabel(f"{x_label} ({better} is better)", fontsize=10)
-    return made
+    fig.supxlabel(f"{x_label} ({better} is better)", fontsize=10)
+    return fig
 
 
 def short(name: str, width: int = 26) -> str:
-    """A name in at most `width` characters, its middle left out: what tells long names apart stands at their ends."""
+    """A name in at most `width` characters, without its middle, because long names differ mostly at their ends."""
     name = " ".join(name.split())
     if len(name) <= width:
         return name
@@ -238,19 +239,19 @@ def short(name: str, width: int = 26) -> str:
 
 
 class Style(NamedTuple):
-    """How a name is drawn in every chart of a page. colour: a key of PALETTE; dash: matplotlib's and CSS's name."""
+    """How a name is drawn in every chart of a page. colour: a key of PALETTE. dash: a line style, as in CSS."""
 
     colour: str
     dash: str = "solid"
 
     @property
     def light(self) -> str:
-        """What matplotlib draws it in."""
+        """The colour that matplotlib draws with."""
         return PALETTE[self.colour][0]
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """A style per name, the first eight in solid lines."""
+    """A style per name; the first eight have solid lines."""
     count = len(SERIES)
     dashes = ("solid", "dashed", "dotted")
     return {name: Style(f"c{i % count}", dashes[i // count % 3]) for i, name in enumerate(names)}
@@ -272,20 +273,20 @@ def curves(
 ) -> Any:
     """A line per name through the means, and a band from the lowest to the highest value.
 
-    series: name -> x -> values (one per seed). Values that are not finite are left out. The y axis covers the bands but
-    for their first fifth: the first steps of a training run would press everything else into one line. levels: name ->
-    a value to compare with, a line where it lies in that range, else a number above the chart.
+    series: name -> x -> values (one per seed). Values that are not finite are left out. The y axis covers the bands
+    without their first fifth, because the first epochs of training would compress all later ones. levels: name -> a
+    constant to compare with: a line if it lies in the range of the y axis, else a number above the chart.
     """
-    made, axes = figure(_WIDTH, 210)
+    fig, axes = figure(_WIDTH, 210)
     axis = axes[0, 0]
     settled: list[float] = []
     for name, points in series.items():
-        found = {x: [y for y in values if math.isfinite(y)] for x, values in sorted(points.items())}
-        xs = [x for x, values in found.items() if values]
+        finite = {x: [y for y in values if math.isfinite(y)] for x, values in sorted(points.items())}
+        xs = [x for x, values in finite.items() if values]
         if not xs:
             continue
-        means = [math.fsum(found[x]) / len(found[x]) for x in xs]
-        low, high = [min(found[x]) for x in xs], [max(found[x]) for x in xs]
+        means = [math.fsum(finite[x]) / len(finite[x]) for x in xs]
+        low, high = [min(finite[x]) for x in xs], [max(finite[x]) for x in xs]
         colour, dash = look[name].light, look[name].dash
         axis.plot(xs, means, color=colour, linestyle=dash, linewidth=1.5, marker="o" if len(xs) == 1 else None)
         axis.fill_between(xs, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -299,7 +300,7 @@ def curves(
     _whole_numbers(axis.xaxis)
     if percent:
         axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
-    return made
+    return fig
 
 
 def _levels(axis: Any, levels: Mapping[str, float], percent: bool) -> None:
@@ -323,12 +324,13 @@ def _whole_numbers(axis: Any) -> None:
 
 @styled
 def reliability(series: Mapping[str, Sequence[tuple[float, float, float]]], look: Mapping[str, Style]) -> Any:
-    """Accuracy over confidence, and how many rows have that confidence.
+    """Accuracy by confidence, and below it how many rows have that confidence.
 
-    series: name -> (rows, mean confidence, accuracy) of each bin, shares in [0, 1]. A dot's area is the share of the
-    rows; bins of fewer than 10 have none. A calibrated network lies on the diagonal, an overconfident one below it.
+    series: name -> (rows, mean confidence, accuracy) of each bin, shares in [0, 1]. A dot's area is proportional to the
+    bin's rows; bins with fewer than 10 rows have no dot. A calibrated network lies on the diagonal, an overconfident
+    one below it.
     """
-    made, axes = figure(_WIDTH, 300, 2, 1, sharex=True, height_ratios=(3, 1))
+    fig, axes = figure(_WIDTH, 300, 2, 1, sharex=True, height_ratios=(3, 1))
     top, bottom = axes[:, 0]
     top.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle="dashed")
     for name, bins in series.items():
@@ -344,18 +346,18 @@ def reliability(series: Mapping[str, Sequence[tuple[float, float, float]]], look
         axis.set_xlim(0, 1)
     top.set(ylim=(0, 1), ylabel="accuracy")
     bottom.set(xlabel="confidence (highest probability)", ylabel="% of rows")
-    return made
+    return fig
 
 
 @styled
 def heat_map(
     counts: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], *, x_label: str, y_label: str
 ) -> Any:
-    """A table of numbers >= 0 as shades: counts[row][column], the number in each cell where there is room."""
+    """A table of numbers >= 0 as shades. counts[row][column] is also printed in its cell where it fits."""
     from matplotlib.patches import Rectangle
 
     cell = min(24.0, 270 / max(len(columns), 1))
-    made, axes = figure(_WIDTH, 84 + cell * len(rows))
+    fig, axes = figure(_WIDTH, 84 + cell * len(rows))
     axis = axes[0, 0]
     largest = max((value for row in counts for value in row), default=0) or 1
     for y, row in enumerate(counts):
@@ -372,7 +374,7 @@ def heat_map(
     axis.set_yticks([y + 0.5 for y in range(len(rows))], minor=True)
     axis.tick_params(which="both", length=0)
     axis.grid(which="minor")
-    return made
+    return fig
 
 
 @styled
@@ -384,16 +386,16 @@ def dots(
     x_label: str,
     aside: Sequence[str] = (),
 ) -> Any:
-    """A line per row from its lowest to its highest value, and a dot per name: series[name][row], nan is left out.
+    """A dot per row and name, and in each row a line from the lowest to the highest. series[name][row]; nan has no dot.
 
-    aside: names that do not count for the lines and the axis; their dots may fall outside.
+    aside: names that the lines and the axis leave out; their dots may lie outside the axis.
     """
-    made, axes = figure(_WIDTH, 48 + 15 * len(rows))
+    fig, axes = figure(_WIDTH, 48 + 15 * len(rows))
     axis = axes[0, 0]
     for y in range(len(rows)):
-        found = [values[y] for name, values in series.items() if name not in aside and math.isfinite(values[y])]
-        if found:
-            axis.plot([min(found), max(found)], [y, y], color=GRID, linewidth=3, zorder=1)
+        finite = [values[y] for name, values in series.items() if name not in aside and math.isfinite(values[y])]
+        if finite:
+            axis.plot([min(finite), max(finite)], [y, y], color=GRID, linewidth=3, zorder=1)
     axis.autoscale_view()
     axis.set_xlim(axis.get_xlim())
     for name, values in series.items():
@@ -405,7 +407,7 @@ def dots(
     axis.grid(axis="x")
     axis.set_axisbelow(True)
     axis.tick_params(axis="y", length=0)
-    return made
+    return fig
 
 
 @styled
@@ -417,23 +419,24 @@ def histogram(
     threshold: float | None = None,
     bins: int = 40,
 ) -> Any:
-    """Stacked counts of finite values per group; threshold: where a vertical line is drawn.
+    """Stacked counts of finite values per group. threshold: where a vertical line is drawn.
 
-    The outermost half per cent at either side is in the outermost bins: a few samples would press all others into one.
+    The outermost half per cent on either side is counted in the outermost bins; a few outliers would otherwise compress
+    all other samples into one bin.
     """
     import numpy as np
 
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in groups.items()}
     arrays = {name: values[np.isfinite(values)] for name, values in arrays.items()}
     everything = np.sort(np.concatenate([*arrays.values(), np.empty(0)]))
-    made, axes = figure(_WIDTH, 190)
+    fig, axes = figure(_WIDTH, 190)
     axis = axes[0, 0]
     if len(everything):
         cut = len(everything) // 200
         low, high = everything[cut], everything[-1 - cut]
         low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
         edges = np.linspace(low, high, bins + 1)
-        if threshold is not None and low < threshold < high:  # no bin has samples of both sides
+        if threshold is not None and low < threshold < high:  # the threshold is a bin edge
             step = edges[1] - edges[0]
             first, last = math.floor((low - threshold) / step), math.ceil((high - threshold) / step)
             edges = threshold + step * np.arange(first, last + 1)
@@ -445,7 +448,7 @@ def histogram(
     _threshold(axis.axvline, axis, threshold)
     axis.set(xlabel=x_label, ylabel="samples")
     _whole_numbers(axis.yaxis)
-    return made
+    return fig
 
 
 def _threshold(line: Callable[..., Any], axis: Any, threshold: float | None) -> None:
@@ -466,13 +469,13 @@ def ranked(
     width: float,
     threshold: float | None = None,
 ) -> Any:
-    """Scores in ascending order with error bars of `width` standard errors, at 60 evenly spaced ranks at most.
+    """Scores in ascending order with error bars of `width` standard errors, at no more than 60 evenly spaced ranks.
 
-    errors: a score's standard error. kept: whether its sample keeps the teacher, which look gives a style.
+    errors: the scores' standard errors. kept: whether a sample keeps the teacher; look has a style for either.
     """
     order = sorted((i for i, score in enumerate(scores) if math.isfinite(score)), key=lambda i: scores[i])
     count = min(len(order), 60)
-    made, axes = figure(_WIDTH, 210)
+    fig, axes = figure(_WIDTH, 210)
     axis = axes[0, 0]
     for value in (True, False):
         ranks = [round(k * (len(order) - 1) / max(count - 1, 1)) for k in range(count)]
@@ -489,15 +492,15 @@ def ranked(
     _threshold(axis.axhline, axis, threshold)
     axis.grid(axis="y")
     axis.set(xlabel="rank of the sample", ylabel=f"{y_label} ± {width:.3g} standard errors")
-    return made
+    return fig
 
 
 @styled
 def spreads(rows: Mapping[str, Sequence[float]], look: Style, *, x_label: str, threshold: float | None = None) -> Any:
-    """How each row's finite values are spread: 5% to 95% as a thin line, the middle half thick, the median a dot."""
+    """The distribution of each row's finite values: 5% to 95% as a thin line, 25% to 75% thick, the median as a dot."""
     import numpy as np
 
-    made, axes = figure(_WIDTH, 56 + 14 * len(rows))
+    fig, axes = figure(_WIDTH, 56 + 14 * len(rows))
     axis = axes[0, 0]
     for y, values in enumerate(rows.values()):
         array = np.asarray(values, dtype=np.float64)
@@ -511,4 +514,4 @@ def spreads(rows: Mapping[str, Sequence[float]], look: Style, *, x_label: str, t
     axis.set(xlabel=x_label, ylim=(len(rows) - 0.4, -0.6))
     axis.grid(axis="x")
     axis.tick_params(axis="y", length=0)
-    return made
+    return fig

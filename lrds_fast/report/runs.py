@@ -12,7 +12,7 @@ from typing import Any
 from lrds_fast.files import read_records
 from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.train.folder import LOG, RECIPE
-from lrds_fast.train.summary import read_summary
+from lrds_fast.train.summary import SUMMARY
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,20 @@ def read_run(folder: Path) -> Run:
     if not records:
         raise ValueError(f"{folder} has no finished epoch yet; continue it with lrds-fast train --resume")
     return Run(folder, from_mapping(values, where=str(path)), records, read_summary(folder))
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of the run in `folder`, {} where it has none; ValueError for a damaged one."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
+    if not isinstance(facts, dict) or not {"class_names", "test", "teacher", "made"} <= facts.keys():
+        raise ValueError(f"{path} is no summary of this version; delete it: reports work without it")
+    return facts
 
 
 def last_values(group: Sequence[Run], key: str) -> list[float]:

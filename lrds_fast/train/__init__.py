@@ -1,4 +1,4 @@
-"""The trainer: a recipe carried out, by one loop, with checkpoints to resume from."""
+"""The trainer: it trains what a recipe describes, in one loop, with checkpoints that a run resumes from."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Folder:
             if [r["epoch"] for r in self.records] != list(range(1, position.epochs + 1)):
                 raise ValueError(
                     f"{self._out / LOG} has {len(self.records)} of the {position.epochs} epochs that {path} has done;"
-                    " restore it from a copy, or start afresh (--overwrite)"
+                    " restore it from a copy, or start again (--overwrite)"
                 )
         elif exists and not overwrite:
             raise FileExistsError(

@@ -23,33 +23,33 @@ JOINTLY = "set_shift"
 
 
 def is_due(options: SelectionOptions, epoch: int) -> bool:
-    """Whether samples are scored before `epoch` (from 0): after the warm-up, then every options.every epochs."""
+    """Whether samples are scored before `epoch`, counted from 0: after the warm-up, then every options.every epochs."""
     since = epoch - options.after
     return options.after > 0 and (since == 0 or (options.every > 0 and since > 0 and since % options.every == 0))
 
 
 def path_of(out: Path, epoch: int) -> Path:
-    """The selection that was made when `epoch` epochs were done."""
+    """The file of the selection that is made after `epoch` epochs."""
     return out / FOLDER / f"epoch_{epoch:04d}.parquet"
 
 
 def forget(out: Path) -> None:
-    """Deletes the selections of an older run in the folder."""
+    """Deletes an older run's selections from the folder."""
     for path in (out / FOLDER).glob("epoch_*.parquet"):
         path.unlink()
 
 
 def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection | None:
-    """The selection that a run had in the last of its `epochs_done` epochs; None where it had made none by then.
+    """The selection in the last of a run's `epochs_done` epochs; None if the run had made none by then.
 
-    Raises FileNotFoundError where the run's folder lacks it.
+    Raises FileNotFoundError where its file is missing.
     """
     scored = [epoch for epoch in range(epochs_done) if is_due(options, epoch)]
     if not scored:
         return None
     path = path_of(out, scored[-1])
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the run cannot go on without it; start afresh without --resume")
+        raise FileNotFoundError(f"{path} is missing: the run cannot resume without it; start it again with --overwrite")
     return Selection.load(path)
 
 

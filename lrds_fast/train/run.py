@@ -138,7 +138,7 @@ def _cached_logits(
 
 
 def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
-    """Scores every training sample from the last layer of a trained student (score.base, else this recipe's own run).
+    """Scores every training sample from the last layer of a trained student: score.base, by default this recipe's run.
 
     The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched. The
     score set_shift is the length of each sample's influence.set_shift. Under torchrun every process makes this call and

@@ -1,4 +1,4 @@
-"""The summary of a finished run, for reports: its last evaluation, its teacher's errors, its provenance."""
+"""The summary that a finished run writes for reports: its last evaluation, its teacher's errors, its provenance."""
 
 from __future__ import annotations
 
@@ -40,20 +40,6 @@ def write_summary(
         "made": provenance(device, processes),
     }
     write_text(out / SUMMARY, json.dumps(plain(facts), allow_nan=False))
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of the run in `folder`, {} where it has none; ValueError for a damaged one."""
-    path = folder / SUMMARY
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
-    if not isinstance(facts, dict) or not {"class_names", "test", "teacher", "made"} <= facts.keys():
-        raise ValueError(f"{path} is no summary of this version; delete it: reports work without it")
-    return facts
 
 
 def errors(labels: Tensor, teacher_pred: Tensor, selected: Tensor | None) -> dict[str, Any]:

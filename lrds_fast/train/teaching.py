@@ -1,15 +1,16 @@
-"""The teacher: a network that runs beside the student, or its cached logits."""
+"""The teacher: a network that runs beside the student, or its cached logits; and which rows of a batch have it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lrds_fast.data import Batch, prefix_rows
 from lrds_fast.topk import TopKTeacher
 
 
@@ -106,3 +107,53 @@ class Teacher:
             current.wait_stream(self._stream)
             logits.record_stream(current)
         return logits
+
+
+class TeacherRows(NamedTuple):
+    """The rows of a batch that have a teacher.
+
+    prefix: the teacher's forward pass takes so many rows, from the first on. used: the loss uses so many of these.
+    mask: (N,) bool, the rows that have a teacher where they are not the first `used` ones; None where they are."""
+
+    prefix: int
+    used: int
+    mask: Tensor | None
+
+
+def teacher_rows(batch: Batch, selected: Tensor | None, num_selected: int, compose: str) -> TeacherRows:
+    """Which rows of a batch have a teacher.
+
+    selected: (num_samples,) bool, the samples that have the teacher; None is all. num_selected: how many they are.
+    compose: "prefix" or "mask". Where a batch begins with its selected rows, the teacher always takes prefix_rows rows,
+    which keeps shapes constant. If the batch has one selected row fewer, the loss ignores the extra row.
+    """
+    rows = len(batch.indices)
+    if selected is None:
+        return TeacherRows(rows, rows, None)
+    mask = selected[batch.indices]
+    count = int(mask.sum())
+    if compose == "prefix" and bool(mask[:count].all()):
+        return TeacherRows(max(count, prefix_rows(rows, len(selected), num_selected)), count, None)
+    return TeacherRows(rows, rows, mask)
+
+
+def predicted(logits: Tensor | TopKTeacher, target: Tensor) -> Tensor:
+    """(N,) the class of the highest logit; in a tie that includes the target, the target, as in the loss."""
+    if isinstance(logits, TopKTeacher):
+        top, place = logits.values.max(dim=1)
+        tied = ((logits.indices == target[:, None]) & (logits.values >= top[:, None])).any(dim=1)
+        return torch.where(tied, target, logits.indices.gather(1, place[:, None])[:, 0].long())
+    top, place = logits.max(dim=1)
+    return torch.where(logits.gather(1, target[:, None])[:, 0] >= top, target, place)
+
+
+def leading_rows(logits: Tensor | TopKTeacher, rows: int) -> Tensor | TopKTeacher:
+    """The logits of the first `rows` rows."""
+    if isinstance(logits, TopKTeacher):
+        return logits._replace(
+            values=logits.values[:rows],
+            indices=logits.indices[:rows],
+            logsumexp=logits.logsumexp[:rows],
+            rest=None if logits.rest is None else logits.rest[:rows],
+        )
+    return logits[:rows]

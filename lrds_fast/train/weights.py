@@ -1,4 +1,4 @@
-"""Weights from checkpoint files of any layout, read without running code."""
+"""Reads weights from checkpoint files of any layout, without running the code in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lrds_fast.ranks import Ranks
 
-# What published checkpoints contain beside tensors: argparse options, NumPy scalars. Unpickling them runs no code.
+# Types in published checkpoints besides tensors: argparse options, NumPy scalars. Unpickling them runs no code.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     np.dtype,
@@ -32,7 +32,7 @@ _HARMLESS: list[Any] = [
     ),
 ]
 
-# Names that wrappers put between a module and its parent, wherever in the network they were applied.
+# Names that wrappers insert between a module and its parent, at any depth of the network.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # state_dict_ema, model_ema, ema.module, params_ema, averaged_model, modelEMA, ...; not schema, avgpool.
 _AVERAGE = re.compile(r"(?<![a-z])(?:ema|swa|avg|averaged?)(?![a-z])|(?:EMA|Ema|SWA)(?![a-z])")
@@ -52,12 +52,12 @@ _SAVE_THE_STATE = "in the program that made it, save the weights alone: torch.sa
 
 
 def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "average") -> None:
-    """Fills `model` from a file of torch.save or safetensors that holds all of its weights, under whatever names.
+    """Loads the weights of `model` from a file of torch.save or safetensors.
 
     The weights may be nested in dicts and lists at any depth, and their names may have a common prefix. `weights`
     chooses between raw and averaged weights (EMA, SWA) where both fit; a line on stderr reports the choice. key: the
     recipe key of the file, for messages. Raises FileNotFoundError for a missing file, and ValueError for a file of
-    another kind, for another model, with numbers that are not finite, and where several different sets of weights fit.
+    another kind or for another model, for numbers that are not finite, and where several different sets of weights fit.
     """
     if path.is_dir():
         raise ValueError(f"{key}: {path} must be a file of weights; it is a folder: name the file in it")
@@ -67,40 +67,41 @@ def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "aver
     content = read(path, named=where, otherwise="copy or download it again")
     option = "teacher.weights" if key.startswith("teacher.") else "student.weights"
     sets = _fitting(model, content, where)
-    averages, raw = [found for found in sets if found.average], [found for found in sets if not found.average]
+    averages, raw = [one for one in sets if one.average], [one for one in sets if not one.average]
     if weights == "raw" and not raw:
         raise ValueError(f"{where} contains only averaged weights ({averages[0].place}); set {option}=average")
-    taken, others = (raw, averages) if weights == "raw" or not averages else (averages, raw)
-    if any(not taken[0].equals(another) for another in taken[1:]):
+    chosen, others = (raw, averages) if weights == "raw" or not averages else (averages, raw)
+    if any(not chosen[0].equals(another) for another in chosen[1:]):
         raise ValueError(
-            f"{where} contains several sets of weights that fit ({', '.join(found.place for found in taken)});"
+            f"{where} contains several sets of weights that fit ({', '.join(one.place for one in chosen)});"
             " load the file with torch.load, and save the right set alone with torch.save"
         )
     if others and Ranks.current().first:
-        kinds = ("average", "raw") if taken is averages else ("raw", "average")
+        kinds = ("average", "raw") if chosen is averages else ("raw", "average")
         print(
-            f"lrds-fast: {where} contains raw and averaged weights: loaded the {kinds[0]} ({taken[0].place});"
+            f"lrds-fast: {where} contains raw and averaged weights: loaded the {kinds[0]} ({chosen[0].place});"
             f" {option}={kinds[1]} loads the other ({others[0].place})",
             file=sys.stderr,
         )
-    broken = [entry.name for entry in taken[0].entries.values() if not bool(entry.tensor.isfinite().all())]
+    broken = [entry.name for entry in chosen[0].entries.values() if not bool(entry.tensor.isfinite().all())]
     if broken:
         raise ValueError(
             f"{where} has NaN or infinite numbers in {_some(broken)}: its training diverged, or the file is damaged;"
             " take an earlier checkpoint"
         )
-    taken[0].fill(model)
+    chosen[0].fill(model)
 
 
 def load_state(model: nn.Module, state: Any, where: str) -> None:
-    """Fills `model` from a state dict. Raises ValueError, beginning with `where`, that names the differences."""
+    """Loads `model` from a state dict. Raises a ValueError that begins with `where` and names the differences."""
     _fitting(model, state, where)[0].fill(model)
 
 
 def read(path: Path, *, named: str, otherwise: str) -> Any:
     """The content of a file of torch.save or safetensors, on the CPU. Code in the file is not run.
 
-    Raises ValueError, beginning with `named`, that says what another file is. otherwise: the advice for a damaged file.
+    Raises a ValueError that begins with `named` and says what the file is, if it is of another kind. otherwise: the
+    advice for a damaged file.
     """
     with path.open("rb") as file:
         head = file.read(1024)
@@ -111,19 +112,19 @@ def read(path: Path, *, named: str, otherwise: str) -> Any:
             return load_file(path)
         # Passed as an open file, because torch.load interprets the suffix of a path.
         with path.open("rb") as file, torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pickles that are errors below
+            warnings.simplefilter("ignore")  # on plain pickles, which raise an error below
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged zips raise RuntimeError, EOFError, OSError or KeyError
+    except Exception as error:  # a damaged zip raises RuntimeError, EOFError, OSError or KeyError
         try:
             kind = _kind(path, head, error, otherwise)
-        except Exception:  # of a zip whose directory is damaged
+        except Exception:  # the zip's directory is damaged
             kind = f"damaged; {otherwise}"
         raise ValueError(f"{named} is {kind}") from error
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A tensor of the file. container: the name of its dict. name: its full name, which begins with the container."""
+    """A tensor of the file. container: the name of its dict. name: its full name, which begins with container."""
 
     container: str
     name: str
@@ -132,8 +133,8 @@ class _Entry:
 
 @dataclass
 class _Weights:
-    """The tensors of a file whose names are a prefix and the model's names. entries: by the model's names. missing,
-    surplus: names that only the model, or only the file, has. average: whether the weights are averaged."""
+    """The tensors of a file whose names are the model's names behind a prefix. entries: by the model's names. missing:
+    names that only the model has; surplus: names that only the file has. average: whether the weights are averaged."""
 
     prefix: str
     entries: dict[str, _Entry] = field(default_factory=dict)
@@ -151,37 +152,37 @@ class _Weights:
         if self.entries.keys() != other.entries.keys():
             return False
         pairs = [(entry.tensor, other.entries[name].tensor) for name, entry in self.entries.items()]
-        return all(mine.dtype == theirs.dtype and torch.equal(mine, theirs) for mine, theirs in pairs)
+        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
-    def unlike(self, own: Mapping[str, Tensor]) -> list[str]:
-        """Names of the tensors whose shape differs from the model's."""
-        return [name for name, entry in self.entries.items() if entry.tensor.shape != own[name].shape]
+    def misshapen(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Names of the tensors whose shape differs from that in the model's state."""
+        return [name for name, entry in self.entries.items() if entry.tensor.shape != state[name].shape]
 
     def fill(self, model: nn.Module) -> None:
         """Loads the weights into the model."""
         names = {_plain(name): name for name in model.state_dict()}
-        # A plain dict has no layout version; PyTorch's batch norms then accept a state without their counters.
+        # Batch norms accept a state without their counters if it has no layout version, as a plain dict.
         model.load_state_dict({names[name]: entry.tensor for name, entry in self.entries.items()})
 
 
 def _fitting(model: nn.Module, content: Any, where: str) -> list[_Weights]:
     """All sets of weights in `content` that fit the model; ValueError where there are none."""
-    own = {_plain(name): value for name, value in model.state_dict().items()}
+    state = {_plain(name): value for name, value in model.state_dict().items()}
     entries = list(_tensors(content))
     if not entries:
         raise ValueError(f"{where} contains no state dict of tensors but {_outline(content)}")
-    found = _by_prefix(entries, own)
-    complete = [weights for weights in found if not weights.missing]
+    sets = _by_prefix(entries, state)
+    complete = [weights for weights in sets if not weights.missing]
     claimed = {entry for weights in complete for entry in weights.entries.values()}
-    candidates = complete or [max(found, key=lambda weights: len(weights.entries))]
+    candidates = complete or [max(sets, key=lambda weights: len(weights.entries))]
     for weights in candidates:
         _judge(weights, entries, claimed.union(weights.entries.values()))
     named = [weights for weights in complete if not weights.surplus]
-    fitting = [weights for weights in named if not weights.unlike(own)]
+    fitting = [weights for weights in named if not weights.misshapen(state)]
     if fitting:
         return fitting
     if named:
-        raise ValueError(f"{where} is for another model: {_shapes(named[0], own)}")
+        raise ValueError(f"{where} is for another model: {_shapes(named[0], state)}")
     nearest = min(candidates, key=lambda weights: len(weights.surplus))
     differences = [f"lacks {_some(nearest.missing)}"] if nearest.missing else []
     differences += [f"has {_some(nearest.surplus)}, which the model does not have"] if nearest.surplus else []
@@ -194,9 +195,9 @@ def _fitting(model: nn.Module, content: Any, where: str) -> list[_Weights]:
 def _tensors(content: Any) -> Iterator[_Entry]:
     """Every tensor in nested dicts and lists. A dict that occurs twice is read once."""
     seen: set[int] = set()
-    waiting = deque([("", content)])
-    while waiting:
-        container, value = waiting.popleft()
+    queue = deque([("", content)])
+    while queue:
+        container, value = queue.popleft()
         if not isinstance(value, (Mapping, list, tuple)) or id(value) in seen:
             continue
         seen.add(id(value))
@@ -204,28 +205,30 @@ def _tensors(content: Any) -> Iterator[_Entry]:
             if isinstance(item, Tensor):
                 yield _Entry(container, _plain(f"{container}{key}"), item)
             else:
-                waiting.append((_plain(f"{container}{key}."), item))
+                queue.append((_plain(f"{container}{key}."), item))
 
 
-def _by_prefix(entries: list[_Entry], own: Mapping[str, Tensor]) -> list[_Weights]:
-    """One _Weights for every prefix that occurs in the file before a name of the model."""
-    found: dict[str, _Weights] = {}
+def _by_prefix(entries: list[_Entry], state: Mapping[str, Tensor]) -> list[_Weights]:
+    """One _Weights for every prefix that precedes a name of the model in the file. state: the model's."""
+    sets: dict[str, _Weights] = {}
     for entry in entries:
         start = 0
         while start >= 0:
             name = entry.name[start:]
-            if name in own:
+            if name in state:
                 prefix = entry.name[:start]
-                found.setdefault(prefix, _Weights(prefix)).entries.setdefault(name, entry)
+                sets.setdefault(prefix, _Weights(prefix)).entries.setdefault(name, entry)
             start = entry.name.find(".", start) + 1 or -1
-    if not found:  # no common name: the error compares the model with the largest dict
+    if not sets:  # no common name: the error compares the model with the largest dict
         containers = [entry.container for entry in entries]
         largest = max(containers, key=containers.count)
-        found[largest] = _Weights(largest)
-    for weights in found.values():
+        sets[largest] = _Weights(largest)
+    for weights in sets.values():
         # PyTorch also loads files without these counters; only batch norms with momentum=None read them.
-        weights.missing = [name for name in own if name not in weights.entries and name.rpartition(".")[2] != _COUNTER]
-    return list(found.values())
+        weights.missing = [
+            name for name in state if name not in weights.entries and name.rpartition(".")[2] != _COUNTER
+        ]
+    return list(sets.values())
 
 
 def _judge(weights: _Weights, entries: list[_Entry], claimed: set[_Entry]) -> None:
@@ -245,19 +248,19 @@ def _plain(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def _shapes(weights: _Weights, own: Mapping[str, Tensor]) -> str:
+def _shapes(weights: _Weights, state: Mapping[str, Tensor]) -> str:
     """An error text with the first tensor of another shape and the likely reason."""
-    names = weights.unlike(own)
-    shapes = [(tuple(weights.entries[name].tensor.shape), tuple(own[name].shape)) for name in names]
-    theirs, ours = shapes[0]
-    said = f"{names[0]} has shape {theirs}, the model's has {ours}"
-    said += f", and {len(names) - 1} more differ" if len(names) > 1 else ""
-    if theirs and ours and all((a[:1], b[:1], a[1:]) == (theirs[:1], ours[:1], b[1:]) for a, b in shapes):
+    names = weights.misshapen(state)
+    shapes = [(tuple(weights.entries[name].tensor.shape), tuple(state[name].shape)) for name in names]
+    in_file, in_model = shapes[0]
+    text = f"{names[0]} has shape {in_file}, the model's has {in_model}"
+    text += f", and {len(names) - 1} more differ" if len(names) > 1 else ""
+    if in_file and in_model and all((a[:1], b[:1], a[1:]) == (in_file[:1], in_model[:1], b[1:]) for a, b in shapes):
         return (
-            f"{said}; the class counts differ: the file has {theirs[0]} classes, the model {ours[0]};"
+            f"{text}; the class counts differ: the file has {in_file[0]} classes, the model {in_model[0]};"
             " use weights with the model's classes"
         )
-    return f"{said}; the widths or the input sizes differ: set the model that it was saved from"
+    return f"{text}; the widths or the input sizes differ: set the model that it was saved from"
 
 
 def _some(names: list[str], limit: int = 3) -> str:
@@ -271,12 +274,12 @@ def _inventory(entries: list[_Entry]) -> str:
     for entry in entries:
         groups.setdefault(entry.container, []).append(entry)
     largest = sorted(groups.items(), key=lambda group: -len(group[1]))
-    said = [
+    groups_text = [
         f"{len(members)} tensors in {container.rstrip('.') or 'its top level'} ({members[0].name[len(container) :]!r}"
         f"{', ...' if len(members) > 1 else ''})"
         for container, members in largest[:3]
     ]
-    return ", ".join(said) + (f" and {len(largest) - 3} more dicts" if len(largest) > 3 else "")
+    return ", ".join(groups_text) + (f" and {len(largest) - 3} more dicts" if len(largest) > 3 else "")
 
 
 def _outline(content: Any) -> str:
