@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lrds_fast.recipe.errors import SECTIONS
+from lrds_fast.recipe.errors import TABLES
 from lrds_fast.recipe.keys import SCHEMA, help_text, markdown_table, recipe_keys
 from lrds_fast.recipe.options import DataOptions, LossOptions, RunOptions, SelectionOptions, TeacherOptions
 from lrds_fast.recipe.recipe import Recipe, all_keys, builtin_recipes, load_recipe, recipe_text
@@ -153,4 +153,4 @@ def test_every_table_of_a_recipe_is_checked() -> None:
     tables = [
         field.name for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(getattr(Recipe(), field.name))
     ]
-    assert tables == [name for name in SECTIONS if name]
+    assert tables == [name for name in TABLES if name]

@@ -88,8 +88,8 @@ import sys
 
 print(f"Python {sys.version.split()[0]}, {os.cpu_count()} processors")
 for name in (
-    "torch triton setuptools pybind11 ninja numpy pyarrow safetensors tqdm pytest pytest-xdist pytest-timeout hypothesis "
-    "scipy torchvision timm liger-kernel torchdistill"
+    "torch triton setuptools pybind11 ninja numpy pyarrow pydantic safetensors tqdm pytest pytest-xdist pytest-timeout "
+    "hypothesis scipy torchvision timm liger-kernel torchdistill"
 ).split():
     try:
         print(f"{name}: {importlib.metadata.version(name)}")

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any, NamedTuple
 
+from lrds_fast.recipe.library import library_text, tomllib
 from lrds_fast.recipe.recipe import ABLATIONS_FILE, Recipe, parse_settings
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 #: Separates a recipe's name from the cell's values.
 MARK = "@"
@@ -88,8 +82,7 @@ class Ablation(NamedTuple):
 
 
 def _read() -> dict[str, Ablation]:
-    text = resources.files("lrds_fast.recipes").joinpath(ABLATIONS_FILE).read_text(encoding="utf-8")
-    return {name: Ablation(**values) for name, values in tomllib.loads(text).items()}
+    return {name: Ablation(**values) for name, values in tomllib.loads(library_text(ABLATIONS_FILE)).items()}
 
 
 ABLATIONS: Mapping[str, Ablation] = _read()

@@ -14,7 +14,7 @@ from lrds_fast.recipe.keys import limits, type_name
 
 _T = TypeVar("_T")
 
-SECTIONS: dict[str, Any] = {}
+TABLES: dict[str, Any] = {}
 """Every class that `checked` decorates, by the name of its table; "" is the recipe itself."""
 
 
@@ -35,7 +35,7 @@ def checked(table: str) -> Callable[[type[_T]], type[_T]]:
                 raise ValueError(_line(cls, table, error)) from None
 
         setattr(cls, "__init__", __init__)  # noqa: B010  an assignment is an error to mypy
-        SECTIONS[table] = cls
+        TABLES[table] = cls
         return cls
 
     return decorate
@@ -49,7 +49,7 @@ def json_schema(cls: Any) -> dict[str, Any]:
 
 def all_keys() -> list[str]:
     """Every key of a recipe, dotted."""
-    names = {table: [field.name for field in dataclasses.fields(cls)] for table, cls in SECTIONS.items()}
+    names = {table: [field.name for field in dataclasses.fields(cls)] for table, cls in TABLES.items()}
     top = [name for name in names.pop("", []) if name not in names]
     return top + [f"{table}.{name}" for table, inner in names.items() for name in inner]
 

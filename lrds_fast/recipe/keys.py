@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any, NamedTuple
+
+from lrds_fast.recipe.library import library_text
 
 #: In lrds_fast.recipes; tools/recipe_keys.py writes it.
 SCHEMA = "recipe.schema.json"
@@ -56,8 +57,7 @@ def limits(node: Mapping[str, Any]) -> str:
 def recipe_keys(schema: Mapping[str, Any] | None = None) -> list[Key]:
     """Every key, in the order of a recipe. schema: as editor_schema returns it; None: the library's file."""
     if schema is None:
-        text = resources.files("lrds_fast.recipes").joinpath(SCHEMA).read_text(encoding="utf-8")
-        schema = json.loads(text)
+        schema = json.loads(library_text(SCHEMA))
     keys = []
     for name, node in schema["properties"].items():
         if name == "extends":

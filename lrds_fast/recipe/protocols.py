@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import csv
 import functools
-import sys
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from importlib import resources
 from typing import Any, NamedTuple
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from lrds_fast.recipe.library import library_text, library_toml, tomllib
 
 #: Values of a recipe, table by table.
 Values = Mapping[str, Mapping[str, Any]]
@@ -33,11 +28,6 @@ class Pair(NamedTuple):
     teacher: str
     student: str
     numbers: Mapping[str, float]
-
-    @property
-    def name(self) -> str:
-        """TEACHER-STUDENT."""
-        return f"{self.teacher}-{self.student}"
 
 
 class Method(NamedTuple):
@@ -99,21 +89,15 @@ PROTOCOLS: Mapping[str, Protocol] = _Protocols()
 @functools.cache
 def accuracies() -> Mapping[tuple[str, str, str, str], float]:
     """Published test accuracies in percent by (protocol, teacher, student, method)."""
-    text = resources.files("lrds_fast.recipes").joinpath("published.csv").read_text(encoding="utf-8")
-    rows = csv.DictReader(text.splitlines())
+    rows = csv.DictReader(library_text("published.csv").splitlines())
     return {(row["protocol"], row["teacher"], row["student"], row["method"]): float(row["accuracy"]) for row in rows}
 
 
 @functools.cache
 def _read() -> dict[str, Protocol]:
-    folder = resources.files("lrds_fast.recipes").joinpath("protocols")
-    texts = {
-        entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".toml")
-    }
+    texts = library_toml("protocols")
     merged: dict[str, dict[str, Any]] = {}
-    for name in sorted(texts):
+    for name in texts:
         _merge(name, texts, merged)
     return {name: _protocol(values) for name, values in merged.items()}
 

@@ -7,16 +7,15 @@ import difflib
 import functools
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
 from lrds_fast.recipe import names as grid
-from lrds_fast.recipe.errors import SECTIONS, all_keys, checked
+from lrds_fast.recipe.errors import TABLES, all_keys, checked
+from lrds_fast.recipe.library import library_toml, tomllib
 from lrds_fast.recipe.mappings import nested, overlay
 from lrds_fast.recipe.options import (
     STRICT,
@@ -32,11 +31,6 @@ from lrds_fast.recipe.options import (
     TeacherOptions,
     about,
 )
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "DataOptions",
@@ -208,17 +202,15 @@ def _check_features(recipe: Recipe) -> None:
 
 def builtin_recipes() -> list[str]:
     """Names of the recipes that come with the library."""
-    return sorted(_builtin())
+    return list(_builtin())
 
 
 @functools.cache
 def _builtin() -> dict[str, str]:
     """Their TOML texts by name."""
-    return {
-        entry.name.removesuffix(".toml"): entry.read_text(encoding="utf-8")
-        for entry in resources.files("lrds_fast.recipes").iterdir()
-        if entry.name.endswith(".toml") and entry.name != ABLATIONS_FILE
-    }
+    texts = library_toml()
+    del texts[ABLATIONS_FILE.removesuffix(".toml")]
+    return texts
 
 
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
@@ -321,8 +313,8 @@ def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 def _table(key: str, value: Any) -> Any:
     """The options of the table `key`; the value itself where `key` is no table."""
-    if not key or key not in SECTIONS:
+    if not key or key not in TABLES:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"{key} must be a table; got {value!r}")
-    return SECTIONS[key](**value)
+    return TABLES[key](**value)

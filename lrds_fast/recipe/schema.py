@@ -6,7 +6,7 @@ import copy
 import json
 from typing import Any
 
-from lrds_fast.recipe.errors import SECTIONS, json_schema
+from lrds_fast.recipe.errors import TABLES, json_schema
 from lrds_fast.recipe.recipe import Recipe
 
 
@@ -14,7 +14,7 @@ def editor_schema() -> dict[str, Any]:
     """What a recipe's file may hold: every table and key, with types, ranges, choices, defaults and descriptions, and
     `extends`. TOML has no null: "none" stands for it."""
     schema = _without_titles(copy.deepcopy(json_schema(Recipe)))
-    tables = {name: {"$ref": f"#/$defs/{cls.__name__}"} for name, cls in SECTIONS.items() if name}
+    tables = {name: {"$ref": f"#/$defs/{cls.__name__}"} for name, cls in TABLES.items() if name}
     extends = {"type": "string", "description": "recipe to start from: a name, or a path relative to this file"}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
