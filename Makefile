@@ -1,4 +1,5 @@
 # make demo      students distilled on real digits, a table and a report (under a minute once it is built)
+# make tidy      clang-tidy on the C++ sources without CUDA (two to three minutes of one core)
 # make test      linters, the C++ and CUDA kernels without a GPU, Python tests
 # make test-full make test, the slow tests, comparisons with other packages, and the two targets below
 # make test-cuda   compiles the CUDA kernels for every architecture; checks registers and machine code, loads the extension
@@ -24,7 +25,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full test-cuda test-cpu test-python coverage docs wheels bench gpu-check format lint venv clean
+.PHONY: demo test test-full test-cuda test-cpu test-python coverage docs wheels bench gpu-check format lint tidy venv clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -69,6 +70,9 @@ lint: venv
 	$(BIN)/shellcheck tools/*.sh .ci/run
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu|cuh)$$')
 
+tidy: venv
+	@JOBS=$(JOBS) tools/tidy.sh "$(VENV)"
+
 # The pytest summary comes last: it is what a reader looks for.
 test: venv lint
 	$(PYTEST) $(FAST) --durations=15
@@ -88,7 +92,7 @@ test-cuda: venv
 test-cpu: venv
 	@tools/cpu_torch_build.sh "$(PYTHON)"
 
-test-full: test-cpu test-cuda lint $(VENV)/peers
+test-full: test-cpu test-cuda lint tidy $(VENV)/peers
 	$(PYTEST) -m "not nvcc" --durations=30
 
 bench: venv

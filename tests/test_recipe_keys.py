@@ -154,3 +154,11 @@ def test_every_table_of_a_recipe_is_checked() -> None:
         field.name for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(getattr(Recipe(), field.name))
     ]
     assert tables == [name for name in TABLES if name]
+
+
+def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    from lrds_fast.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert help_text() in capsys.readouterr().out

@@ -78,6 +78,8 @@ RowError sweep_short_rows(const KdLossArgs& args, double gradient_scale, std::in
       if (weights.ce != 0.0f || weights.kd != 0.0f) {
         gather_lane(static_cast<const Z*>(args.student) + row * args.student_stride, classes,
                     rows.z, lane);
+        // A row with a weight is valid: read_row has checked that its y is in [0, classes).
+        // NOLINTNEXTLINE(clang-analyzer-security.ArrayBound)
         lanes.z_y[lane] = *lane_of(rows.z, y[lane], lane);
       } else {
         clear_lane(classes, rows.z, lane);
@@ -86,6 +88,7 @@ RowError sweep_short_rows(const KdLossArgs& args, double gradient_scale, std::in
       if (weights.kd != 0.0f) {
         any_teacher = true;
         gather_teacher(args, row, rows.v, lane);
+        // NOLINTNEXTLINE(clang-analyzer-security.ArrayBound)
         lanes.v_y[lane] = *lane_of(rows.v, y[lane], lane);
       } else {
         clear_lane(classes, rows.v, lane);

@@ -20,6 +20,7 @@ using lrds::RowWeights;
 using lrds::cpu::RowError;
 
 constexpr int kWidth = Simd::kWidth;
+constexpr std::int64_t kTwoVectors = std::int64_t{2} * kWidth;
 // A lane adds at most kBlock / kWidth terms before its partial sum is added to the total, which
 // keeps sums over long rows accurate.
 constexpr std::int64_t kBlock = 4096;
@@ -97,7 +98,7 @@ template <class T>
 inline float row_max(const T* row, std::int64_t classes) {
   Simd::V top = Simd::set(-__builtin_inff()), top2 = top;
   std::int64_t k = 0;
-  for (; k + 2 * kWidth <= classes; k += 2 * kWidth) {
+  for (; k + kTwoVectors <= classes; k += kTwoVectors) {
     top = Simd::max(top, Simd::load(row + k));
     top2 = Simd::max(top2, Simd::load(row + k + kWidth));
   }
@@ -225,7 +226,7 @@ float revision_sum(const Hyper& hyper, const V* v, const float* stored, float ma
       const std::int64_t end = block + kBlock < hyper.classes ? block + kBlock : hyper.classes;
       Simd::V first = Simd::set(0.0f), second = first;
       std::int64_t k = block;
-      for (; k + 2 * kWidth <= end; k += 2 * kWidth) {
+      for (; k + kTwoVectors <= end; k += kTwoVectors) {
         first = Simd::add(first, term(k, std::integral_constant<int, kWidth>()));
         second = Simd::add(second, term(k + kWidth, std::integral_constant<int, kWidth>()));
       }
@@ -526,8 +527,8 @@ RowError sweep_by_temperature(const KdLossArgs& args, double gradient_scale, std
   return sweep(args, gradient_scale, begin, end, scratch);
 }
 
-RowError sweep_by_type(const KdLossArgs& args, double gradient_scale, std::int64_t begin,
-                       std::int64_t end, void* scratch) {
+[[maybe_unused]] RowError sweep_by_type(const KdLossArgs& args, double gradient_scale,
+                                        std::int64_t begin, std::int64_t end, void* scratch) {
   using lrds::DType;
   using lrds::cpu::BFloat16;
   using lrds::cpu::Float16;

@@ -39,11 +39,12 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
 void advise_huge_pages(const Tensor& tensor) {
 #if defined(__linux__)
   constexpr std::uintptr_t kHugePage = std::uintptr_t{1} << 21;
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+  char* const data = static_cast<char*>(tensor.mutable_data_ptr());
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data);
   const std::uintptr_t end = begin + tensor.nbytes();
   const std::uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
   const std::uintptr_t last = end & ~(kHugePage - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (first < last) madvise(data + (first - begin), last - first, MADV_HUGEPAGE);
 #endif
 }
 

@@ -5,14 +5,28 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TypeAlias
-
-#: What ArgumentParser.add_subparsers returns.
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from typing import NoReturn, TypeAlias
 
 #: Exit codes: success; the work failed (training diverged, disk full, ...); the command line or a recipe is wrong;
 #: interrupted. Training that a signal stops exits with 128 + the signal's number once its checkpoint is written.
 OK, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line. details: text at the end of --help, made only where it is shown."""
+
+    details: Callable[[], str] | None = None
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISUSED, f"lrds-fast: error: {message} (see {self.prog} --help)\n")
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return f"{text}\n{self.details()}\n" if self.details else text
+
+
+#: What Parser.add_subparsers returns.
+Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 #: The hint after an interruption, for commands with --resume.
 RESUME_HINT = "; to resume from the last checkpoint, run the same command with --resume"
@@ -26,7 +40,7 @@ def add_command(
     summary: str,
     example: str,
     interrupted_hint: str = "",
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Adds the parser of one command.
 
     run: does the command's work and returns the exit code. summary: one line for both help texts. interrupted_hint: is

@@ -8,12 +8,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
 
 from lrds_fast import _build
 from lrds_fast._version import __version__
 from lrds_fast.cli import bench, cache, demo, doctor, recipes, report, score, select, sweep, train
-from lrds_fast.cli.command import FAILED, INTERRUPTED, MISUSED, OK
+from lrds_fast.cli.command import FAILED, INTERRUPTED, MISUSED, OK, Parser
 
 __all__ = ["FAILED", "INTERRUPTED", "MISUSED", "OK", "main"]
 
@@ -62,16 +61,9 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(MISUSED, f"lrds-fast: error: {message} (see {self.prog} --help)\n")
-
-
 def _parsed(arguments: list[str]) -> argparse.Namespace:
     """The parsed arguments. A wrong argument ends the program with one line that names the nearest valid one."""
-    parser = _Parser(
+    parser = Parser(
         prog="lrds-fast",
         description="Knowledge distillation with label revision (LR) and data selection (DS).",
         epilog="Start with: lrds-fast demo",
@@ -95,10 +87,10 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
 
 def _unknown_argument(argument: str, *, takes_settings: bool) -> str:
     """The error for an unknown argument; for --epochs it names the recipe key schedule.epochs."""
-    from lrds_fast.recipe.recipe import all_keys
+    from lrds_fast.recipe.keys import recipe_keys
 
     name = argument.partition("=")[0].lstrip("-").replace("-", "_")
-    keys = [key for key in all_keys() if key == name or key.endswith(f".{name}")]
+    keys = [key.name for key in recipe_keys() if f".{key.name}".endswith(f".{name}")]
     if not takes_settings or not argument.startswith("--") or not keys:
         return f"unknown argument {argument}"
     ways = " or ".join(f"--set {key}=..." for key in keys)

@@ -15,6 +15,7 @@ from lrds_fast.cli.command import (
     epoch_printer,
     shows_progress,
 )
+from lrds_fast.recipe.keys import help_text
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -27,6 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
         example="lrds-fast train digits_alone --set schedule.epochs=20 --set seed=1",
         interrupted_hint=RESUME_HINT,
     )
+    parser.details = help_text
     add_recipe(parser)
     add_resume_or_overwrite(
         parser,

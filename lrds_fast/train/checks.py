@@ -1,6 +1,6 @@
 """Checks of recipe, data and networks together, before anything is trained or written.
 
-Rules on the recipe alone are in lrds_fast.recipe.checks, unless they hold only where a teacher's weights or a selection
+Rules on the recipe alone are in lrds_fast.recipe, unless they hold only where a teacher's weights or a selection
 are really read: those are here.
 """
 
