@@ -467,7 +467,7 @@ def _warn_of_few_positions(positions: Mapping[str, int], a: Mapping[str, Tensor]
     if few:
         warnings.warn(
             f"too few samples for a factor of full rank: positions seen for the inputs of layer {', '.join(few)}."
-            " Directions that no sample has are left to the damping; pass more data",
+            " In the other directions H is its damping alone; pass more data",
             stacklevel=5,
         )
 

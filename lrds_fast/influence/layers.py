@@ -354,7 +354,8 @@ def _normalisation(module: nn.Module, inputs: Tensor, delta: Tensor) -> Direct:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         if module.running_mean is None or module.running_var is None:
             raise ValueError(
-                "BatchNorm without running statistics mixes the samples of a batch: its gradients are none"
+                "BatchNorm without running statistics mixes the samples of a batch, so it has no per-sample gradients:"
+                " freeze its parameters (requires_grad_(False)), or name the layers to use"
             )
         normal = F.batch_norm(inputs, module.running_mean, module.running_var, eps=module.eps)
     elif isinstance(module, nn.GroupNorm):

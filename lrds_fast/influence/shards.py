@@ -261,7 +261,7 @@ def load_scores(path: str | os.PathLike[str]) -> Scores:
             ) from error
         raw = (table.schema.metadata or {}).get(_KEY)
         if raw is None or raw.decode() != plan:
-            raise ValueError(f"{file} belongs to another run than {folder / '_plan.json'}; take it away and resume")
+            raise ValueError(f"{file} belongs to another run than {folder / '_plan.json'}; delete it and resume")
         part = {name: torch.tensor(table[name].to_numpy()) for name in table.column_names}
         index = part["index"]
         if not torch.equal(index, torch.arange(expected, expected + len(index))):
