@@ -325,7 +325,7 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path: Path) -> Non
     assert error.startswith("lrds-fast: interrupted") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "sweep", "score", "select", "report", "recipes", "doctor"])
+@pytest.mark.parametrize("command", [command.__name__.rpartition(".")[2] for command in cli.COMMANDS])
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as raised:
         cli.main([command, "--help"])

@@ -6,7 +6,6 @@ import argparse
 import difflib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from lrds_fast import _build
@@ -44,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError, ImportError) as error:
         if options.debug:
+            import traceback
+
             traceback.print_exc()
         print(f"lrds-fast: error: {_one_line(error)}", file=sys.stderr)
         misused = isinstance(error, (ValueError, TypeError, FileNotFoundError, FileExistsError))

@@ -162,8 +162,14 @@ class TrainingRun:
             with bar:
                 for epoch in range(position.epochs, epochs):
                     started = time.perf_counter()
-                    self._begin_epoch(epoch, position if epoch == position.epochs else None, progress)
-                    self._train_epoch(epoch, position.steps if epoch == position.epochs else 0, stop, bar)
+                    start = position.steps if epoch == position.epochs else 0
+                    if start == 0:
+                        self._select_if_due(epoch, progress)
+                    self._student.train()
+                    self._step.begin_epoch(epoch, self._selected)
+                    if start > 0:
+                        self._step.load_state_dict(position.state, within_epoch=True)
+                    self._train_epoch(epoch, start, stop, bar)
                     record, test = self._evaluated(epoch)
                     record["seconds"] = round(time.perf_counter() - started, 4)
                     bar.set_postfix(loss=f"{record['train_loss']:.3f}", test=f"{record['test_acc']:.2%}")
@@ -172,11 +178,9 @@ class TrainingRun:
             teacher_pred = self._step.predicted.cpu() if self._with_teacher else None
             return TrainResult(self._folder.records, teacher_pred, self._selected)
 
-    def _begin_epoch(self, epoch: int, resumed: Position | None, progress: bool) -> None:
-        """Scores and selects samples where that is due. resumed: the position that the run continues from, for the
-        first epoch; its state is loaded where it lies within the epoch."""
-        within = resumed is not None and resumed.steps > 0
-        if self._teacher is not None and not within and rescoring.is_due(self._recipe.selection, epoch):
+    def _select_if_due(self, epoch: int, progress: bool) -> None:
+        """Scores the samples and makes a new selection, if one is due before this epoch."""
+        if self._teacher is not None and rescoring.is_due(self._recipe.selection, epoch):
             self._selected = rescoring.rescore(
                 self._recipe,
                 self._data,
@@ -188,10 +192,6 @@ class TrainingRun:
                 selected=self._selected,
                 progress=progress,
             )
-        self._student.train()
-        self._step.begin_epoch(epoch, self._selected)
-        if resumed is not None and within:
-            self._step.load_state_dict(resumed.state, within_epoch=True)
 
     def _train_epoch(self, epoch: int, start: int, stop: StopRequest, bar: tqdm[Any]) -> None:
         """The steps of an epoch, after the first `start` ones."""
@@ -314,9 +314,9 @@ def _warn_of_revision(recipe: Recipe, earlier: Sequence[Mapping[str, Any]], reco
         advice = "Set" if at_one else "Revise at T = 1 (loss.revise_temperature=1), or set"
         note(
             f"label revision gives the label a probability of {record['p_label_revised']:.2f} where the teacher is"
-            f" wrong, {record['p_label_right']:.2f} is the teacher's own where it is right (means at the loss's"
-            f" temperature): the hardest samples become the surest targets. {advice} loss.eta near 0.95 (it is"
-            f" {recipe.loss.eta:g})"
+            f" wrong, {record['p_label_right']:.2f} is the teacher's own probability of the label where it is right"
+            " (means at the loss's temperature): the hardest samples get the most confident targets."
+            f" {advice} loss.eta near 0.95 (it is {recipe.loss.eta:g})"
         )
 
 
