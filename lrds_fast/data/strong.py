@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lrds_fast.data.loader import Batch, Loader, derived_seed
 from lrds_fast.recipe.rand_augment import parse_rand_augment
+from lrds_fast.recipe.recipe import DataOptions
 
 #: Level of cutouts, and of pixels from outside the picture after it was moved.
 GREY = 128
@@ -101,6 +102,11 @@ def second_view(name: str) -> Strong | None:
     if name not in ("", "strong"):
         raise ValueError(f"data.second_view must be '' or 'strong'; got {name!r}")
     return Strong(rand_augment="m10-n2-mstdinf", cutout=True, stream=" second") if name else None
+
+
+def training_views(options: DataOptions) -> tuple[Strong, Strong | None]:
+    """The augmentation of training pictures after cropping, and that of their second view (None: no second view)."""
+    return Strong(options.rand_augment, options.erasing), second_view(options.second_view)
 
 
 def apply(name: str, images: Tensor, value: float) -> Tensor:

@@ -89,7 +89,7 @@ class FeatureDistillation(nn.Module):
             return self._zero(student)
         if any(value.is_inference() for value in teacher):
             raise RuntimeError(
-                "features: the teacher ran under torch.inference_mode, and what it gave cannot be saved for backward;"
+                "features: the teacher ran under torch.inference_mode, whose outputs cannot be saved for backward;"
                 " run it under torch.no_grad"
             )
 

@@ -34,7 +34,7 @@ def unwrapped(network: nn.Module, role: str) -> nn.Module:
         network = network.module
     if hasattr(network, "_orig_mod") or getattr(network, "_compiled_call_impl", None) is not None:
         raise ValueError(
-            f"features.method does not go with torch.compile, whose code skips the hooks: pass the {role} as it was"
+            f"features.method does not go with torch.compile, whose code skips the hooks: pass the uncompiled {role}"
         )
     return network.net if isinstance(network, External) else network
 
