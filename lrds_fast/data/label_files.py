@@ -165,9 +165,13 @@ def open_view(folder: Path, layout: Layout, view: int) -> BinaryIO:
     path = view_path(folder, view)
     with naming(path):
         file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        file.truncate(layout.view_bytes)
-        if layout.kept:
-            os.posix_fallocate(file.fileno(), 0, layout.view_bytes)
+        try:
+            file.truncate(layout.view_bytes)
+            if layout.kept:
+                os.posix_fallocate(file.fileno(), 0, layout.view_bytes)
+        except OSError:
+            file.close()
+            raise
     return file
 
 
