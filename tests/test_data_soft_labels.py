@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -473,6 +474,20 @@ def test_a_disk_without_room_is_an_error_before_anything_is_written(
     ):
         write(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_an_error_of_the_disk_names_the_file_and_resuming_mends_it(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as refused:
+            write(tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.value.filename == str(tmp_path / "cache" / "view-0000.bin")
+    write(tmp_path / "cache", resume=True)
+    write(tmp_path / "whole")
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
 def test_a_disk_that_fills_up_is_named_and_goes_on_when_there_is_room(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is cut out of a picture, drawn per sample, seed and epoch: the same for every reader. Sizes from headers."""
+"""Crops of pictures, drawn per sample, seed and epoch, the same for every reader."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from lrds_fast.data.loader import derived_seed
 from lrds_fast.data.pictures import Unreadable, picture_size, reading
 from lrds_fast.data.sources import Source
 
-#: Share of the area, and ratio of the sides, of what RandomResizedCrop cuts out (Szegedy et al. 2015).
+#: RandomResizedCrop's range of the crop's share of the area, and of its ratio of width to height (Szegedy et al. 2015).
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 
 
 class Box(NamedTuple):
-    """What becomes of a picture: the pixels [top, top + height) x [left, left + width) are decoded and resized to
-    (resized_height, resized_width); of these the image_size squared from (down, right) on stay, mirrored or not."""
+    """A crop, in pixels. The region [top, top + height) x [left, left + width) is decoded and resized to
+    (resized_height, resized_width). The image_size x image_size square from (down, right) on is used, mirrored or not.
+    """
 
     top: int
     left: int
@@ -35,13 +36,13 @@ class Box(NamedTuple):
 
 
 def crop_seed(seed: int, view: int, index: int, stream: str = "") -> int:
-    """What a sample's box is drawn from. view: the epoch whose augmentation it is; stream: see Strong."""
+    """The seed of a sample's box. view: the epoch whose augmentation it is; stream: see Strong."""
     return derived_seed(f"crop{stream}", seed, view, index)
 
 
 def random_box(height: int, width: int, size: int, seed: int) -> Box:
-    """RandomResizedCrop(size) and RandomHorizontalFlip: ten tries of a random area and ratio, else the largest box
-    within the ratios."""
+    """RandomResizedCrop(size) and RandomHorizontalFlip: up to ten draws of an area and a ratio; if no crop fits, the
+    largest central one within RATIO."""
     draws = np.random.Generator(np.random.PCG64(seed))
     mirrored = bool(draws.random() < 0.5)
     for _ in range(10):
@@ -56,7 +57,7 @@ def random_box(height: int, width: int, size: int, seed: int) -> Box:
 
 
 def centre_box(height: int, width: int, size: int) -> Box:
-    """Resize(size / 0.875) of the shorter side and CenterCrop(size), as torchvision rounds them."""
+    """Resize(size / 0.875) of the shorter side and CenterCrop(size), with torchvision's rounding."""
     shorter = round(size / 0.875)
     if height <= width:
         h, w = shorter, max(shorter, int(shorter * width / height))
@@ -66,9 +67,9 @@ def centre_box(height: int, width: int, size: int) -> Box:
 
 
 def geometry(source: Source, rows: Tensor, seeds: Sequence[int] | None, size: int) -> Tensor:
-    """(N, 5) int32: top, left, height, width and mirrored of the boxes that the seeds draw in the pictures of `rows`;
-    without seeds all of the picture. Zeros where no size can be read."""
-    found = torch.zeros(len(rows), 5, dtype=torch.int32)
+    """(N, 5) int32: top, left, height, width and mirrored of the boxes that `seeds` draw in the pictures `rows`, (N,)
+    int64; without seeds, the whole pictures. Reads the files' headers; an unreadable picture has zeros."""
+    boxes = torch.zeros(len(rows), 5, dtype=torch.int32)
     for i, row in enumerate(rows.tolist()):
         try:
             with reading():
@@ -76,5 +77,5 @@ def geometry(source: Source, rows: Tensor, seeds: Sequence[int] | None, size: in
         except Unreadable:
             continue
         box = centre_box(height, width, size) if seeds is None else random_box(height, width, size, seeds[i])
-        found[i] = torch.tensor((*box[:4], box.mirrored), dtype=torch.int32)
-    return found
+        boxes[i] = torch.tensor((*box[:4], box.mirrored), dtype=torch.int32)
+    return boxes

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the official pickles, from WebP sheets, or from torchvision's download."""
+"""CIFAR-10 and CIFAR-100 from the official pickles, from WebP sheets, or downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from lrds_fast.data.memory import npz_arrays
 from lrds_fast.data.pictures import Unreadable, decoded, reading
 
-#: What the CIFAR literature subtracts and divides by, per channel.
+#: Mean and standard deviation per channel in the CIFAR literature.
 MEAN = (0.5071, 0.4867, 0.4408)
 STD = (0.2675, 0.2565, 0.2761)
 
@@ -26,7 +26,7 @@ _FILES = {
     100: (["train"], ["test"], b"fine_labels"),
 }
 _SIDE = 32
-#: Pictures along a sheet's side.
+#: Pictures per row and per column of a sheet.
 _PER_SIDE = 50
 
 
@@ -40,12 +40,12 @@ class Pictures(NamedTuple):
 
 
 def cifar(classes: int, root: str = "") -> Pictures:
-    """CIFAR-10 or CIFAR-100, whichever form `root` holds.
+    """CIFAR-10 or CIFAR-100.
 
-    root: a folder with the official Python version (cifar-100-python/, cifar-10-batches-py/, or that folder itself),
-    or, for CIFAR-100, with WebP sheets (labels.npz, train_00.webp, ...). "" is the folder cifar100/ or cifar10/ in
-    LRDS_DATA where it exists, else "data". What is not there is downloaded by torchvision. Pickles are read without
-    running code. Raises ValueError for damaged files, OSError where the download fails.
+    classes: 10 or 100. root: a folder with the official Python version (cifar-100-python/, cifar-10-batches-py/, or
+    that folder itself) or, for CIFAR-100, with WebP sheets (labels.npz, train_00.webp, ...). "" is the folder cifar100/
+    or cifar10/ in LRDS_DATA if it exists, else "data". torchvision downloads missing files. Code in pickles is never
+    run. Raises ValueError for damaged files, OSError if the download fails, ImportError if a library is missing.
     """
     folder = Path(root) if root else _default(classes)
     if classes == 100 and (folder / "labels.npz").is_file():
@@ -57,7 +57,7 @@ def cifar(classes: int, root: str = "") -> Pictures:
 
 
 def class_names(classes: int, root: str = "") -> tuple[str, ...]:
-    """The classes' names, from the files that `cifar` reads; () where these do not tell them. Arguments as cifar's."""
+    """The classes' names, from the files that `cifar` reads; () if they have none. Arguments: see cifar."""
     folder = Path(root) if root else _default(classes)
     names: Any = ()
     try:
@@ -68,10 +68,10 @@ def class_names(classes: int, root: str = "") -> tuple[str, ...]:
             file, key = {10: ("batches.meta", "label_names"), 100: ("meta", "fine_label_names")}[classes]
             content = _Plain(io.BytesIO((_official(classes, folder) / file).read_bytes()), encoding="bytes").load()
             names = content.get(key.encode()) or content[key]
-        found = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+        decoded_names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
     except (OSError, pickle.UnpicklingError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError):
         return ()
-    return found if len(found) == classes else ()
+    return decoded_names if len(decoded_names) == classes else ()
 
 
 def _official(classes: int, folder: Path) -> Path:
@@ -103,7 +103,7 @@ def _download(classes: int, folder: Path) -> None:
 
 
 class _Plain(pickle.Unpickler):
-    """Reads arrays, bytes and plain containers; refuses everything else that a pickle could name."""
+    """Reads arrays, bytes and plain containers; a pickle that names anything else is an error."""
 
     # The inner package's name differs between NumPy 1 and 2. Arrays use _reconstruct or, in protocol 5, _frombuffer.
     _CORE = "numpy._core" if int(np.__version__.partition(".")[0]) >= 2 else "numpy.core"
@@ -117,10 +117,10 @@ class _Plain(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        found = re.sub(r"^numpy\._?core(?=\.)", self._CORE, module)
-        if (found, name) not in self._ALLOWED:
+        installed = re.sub(r"^numpy\._?core(?=\.)", self._CORE, module)
+        if (installed, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(found, name)
+        return super().find_class(installed, name)
 
 
 def _unpickled(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:
@@ -140,19 +140,19 @@ def _unpickled(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:
 
 def _from_pickles(classes: int, folder: Path) -> Pictures:
     train, test, key = _FILES[classes]
-    found = []
+    splits = []
     for files in (train, test):
         parts = []
         for name in files:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"data.root: {folder} lacks the file {name}; get CIFAR-{classes} again")
             parts.append(_unpickled(folder / name, key, classes))
-        found += [torch.cat(side) for side in zip(*parts, strict=True)]
-    return Pictures(*found)
+        splits += [torch.cat(side) for side in zip(*parts, strict=True)]
+    return Pictures(*splits)
 
 
 def _from_sheets(folder: Path) -> Pictures:
-    """Lossless WebP sheets of 50 x 50 pictures, in the labels' order."""
+    """CIFAR-100 from lossless WebP sheets of 50 x 50 pictures, row by row in the labels' order."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:
@@ -161,7 +161,7 @@ def _from_sheets(folder: Path) -> Pictures:
     labels = {
         split: torch.from_numpy(array.astype(np.int64)) for split, array in zip(("train", "test"), arrays, strict=True)
     }
-    found = []
+    splits = []
     for split in ("train", "test"):
         count = len(labels[split])
         sheets = []
@@ -174,5 +174,5 @@ def _from_sheets(folder: Path) -> Pictures:
             except Unreadable as error:
                 raise ValueError(f"{path} is missing, damaged or no sheet of 50 x 50 pictures ({error})") from error
             sheets.append(torch.from_numpy(tiles.reshape(-1, 3, _SIDE, _SIDE).copy()))
-        found += [torch.cat(sheets)[:count], labels[split]]
-    return Pictures(*found)
+        splits += [torch.cat(sheets)[:count], labels[split]]
+    return Pictures(*splits)

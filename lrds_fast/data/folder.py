@@ -1,4 +1,4 @@
-"""Encoded pictures, read by Pillow and augmented by torchvision: what DALI's are compared with, and the fallback."""
+"""Encoded pictures, decoded by Pillow and augmented by torchvision: the reference for DALI, and the fallback."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lrds_fast.data.sources import Source
 from lrds_fast.data.strong import PLAIN, Strong
 from lrds_fast.recipe.recipe import DataOptions
 
-# The statistics of ImageNet's training set that every published network expects.
+#: Mean and standard deviation per channel of ImageNet's training set, with which published networks are trained.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 class _Samples(Dataset[tuple[Tensor, int, int]]):
-    """Items are asked for as (index, seed of the box, seed of the strong augmentation): a sample's augmentation does
-    not depend on the worker that draws it, the order in the batch or the number of workers. crop: the side of random
-    boxes, 0 for none."""
+    """Samples by (index, seed of the box, seed of the strong augmentation): the augmentation depends neither on the
+    worker nor on the batch. crop: the side of random crops in pixels, 0 for none. cut: the other transforms of a PIL
+    image, to uint8. finish: from uint8 to normalised float32."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
         return self.strong.erase(finished, [strong_seed])[0], target, index
 
     def picture(self, index: int) -> Any:
-        """The PIL image; ValueError naming the file where there is none."""
+        """The PIL image; ValueError naming the file if it is unreadable."""
         row = int(self.rows[index])
         try:
             with reading():
@@ -64,7 +64,7 @@ class _Samples(Dataset[tuple[Tensor, int, int]]):
 
 
 def _cut(image: Any, size: int, seed: int) -> Any:
-    """A PIL image of size x size: the box that the seed draws, as DALI cuts it out."""
+    """A random crop of a PIL image, size x size: the box that DALI crops for this seed."""
     from torchvision.transforms.v2 import functional
 
     box = random_box(image.height, image.width, size, seed)
@@ -73,7 +73,7 @@ def _cut(image: Any, size: int, seed: int) -> Any:
 
 
 class _Items:
-    """The items of each batch, made when the batch is due."""
+    """The batch sampler: the items of each batch, derived when the batch is needed."""
 
     def __init__(self, batches: list[Tensor], seed: int, view: int, strong: Strong) -> None:
         self.batches, self.seed, self.view, self.strong = batches, seed, view, strong
@@ -91,10 +91,11 @@ class _Items:
         return index, crop, self.strong.seed(self.seed, self.view, index)
 
 
-def _keep(_: int) -> None:
-    """In a new worker: what its parent has left is not its to collect, such as objects with threads of the parent's.
-    A signal to all processes is the parent's to answer: it saves a checkpoint first, and then ends its workers."""
+def _start_worker(_: int) -> None:
+    """Runs first in every worker process."""
+    # Inherited objects are never collected here: their destructors could join threads that only the parent has.
     gc.freeze()
+    # Ctrl-C and SIGTERM reach the whole process group. The parent saves a checkpoint and then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -102,10 +103,14 @@ def _keep(_: int) -> None:
 class FolderLoader:
     """A Loader over some rows of a Source; see Loader for its methods.
 
-    train=True: RandomResizedCrop(image_size) and a mirror image half of the time; else Resize(image_size / .875) and
-    CenterCrop. strong: what is done to the pictures beyond that. workers: processes that decode; 0 decodes in this one.
-    least: a last batch of fewer samples joins the one before it. views: 0 augments anew every epoch; n > 0 gives epoch
-    e the augmentation of epoch e % n, in an order of its own.
+    source: the pictures. rows: (size,) int64, the split's samples in it. train=True: RandomResizedCrop(image_size) and
+    RandomHorizontalFlip; else Resize(image_size / 0.875) and CenterCrop(image_size). Batches are float32 (N, 3,
+    image_size, image_size) on the CPU, normalised by ImageNet's mean and standard deviation. strong: further
+    augmentation. workers: processes that decode; 0 decodes in this process.
+    least: a last batch of fewer samples is added to the one before it. views: 0 draws new augmentations in every epoch;
+    n > 0 gives epoch e the augmentations of epoch e % n, in a new order.
+    An unreadable picture is a ValueError that names the file. ImportError without torchvision, ValueError for sizes
+    below 1.
     """
 
     def __init__(
@@ -181,24 +186,24 @@ class FolderLoader:
             start=start,
             share=share,
         )
-        # Only the last batch may be so short that a process has no row of it, and nothing cannot be collated.
-        nothing = batches.pop() if batches and not len(batches[-1]) else None
+        # A process may have no row of the last batch, and an empty batch cannot be collated.
+        empty = batches.pop() if batches and not len(batches[-1]) else None
         loader: DataLoader[Any] = DataLoader(
             cast(Any, self._samples),
             batch_sampler=cast(Any, _Items(batches, self.seed, view_of(epoch, self.views), self._samples.strong)),
             num_workers=self.workers,
-            worker_init_fn=_keep,
+            worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
-            # Its draw of a seed for the workers must not move the global generator.
+            # The loader draws its workers' seed from this generator, so that the global one does not advance.
             generator=torch.Generator(),
         )
         for images, targets, index in loader:
             yield Batch(images, targets, index)
-        if nothing is not None:
-            yield Batch(torch.empty(0, 3, self.image_size, self.image_size), self.labels[nothing], nothing)
+        if empty is not None:
+            yield Batch(torch.empty(0, 3, self.image_size, self.image_size), self.labels[empty], empty)
 
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
-        """See Loader.boxes; DALI's boxes. Reads the files' headers; an evaluated picture's box is all of it."""
+        """See Loader.boxes; the same as DaliLoader's. Reads the files' headers. Without train, the whole pictures."""
         view = view_of(epoch, self.views)
         seeds = [crop_seed(self.seed, view, i, self._samples.strong.stream) for i in indices.tolist()]
         rows = self._samples.rows[indices]

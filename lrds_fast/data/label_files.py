@@ -103,7 +103,7 @@ class Layout:
         records = np.zeros(len(logits), dtype=self.record)
         records["box"] = boxes.numpy()
         if self.top_k:
-            # Of the rounded logits, so that the probabilities of the kept classes and of the rest add up to one.
+            # From the rounded logits, so that the probabilities of the kept classes and of the rest add up to one.
             largest = TopKTeacher.from_logits(stored.float(), self.top_k, temperature=self.temperature)
             records["values"] = largest.values.cpu().numpy()
             records["indices"] = largest.indices.cpu().numpy()
@@ -141,7 +141,7 @@ def map_view(folder: Path, layout: Layout, view: int) -> np.ndarray:
         raise damaged(path, "missing")
     if path.stat().st_size != layout.view_bytes:
         raise damaged(path, f"cut short or overwritten: {path.stat().st_size} bytes, not {layout.view_bytes}")
-    if not layout.kept:  # nothing cannot be mapped
+    if not layout.kept:  # an empty file cannot be mapped
         return np.empty(0, layout.record)
     return np.memmap(path, layout.record, "r").view(np.ndarray)
 
@@ -165,9 +165,13 @@ def open_view(folder: Path, layout: Layout, view: int) -> BinaryIO:
     path = view_path(folder, view)
     with naming(path):
         file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        file.truncate(layout.view_bytes)
-        if layout.kept:
-            os.posix_fallocate(file.fileno(), 0, layout.view_bytes)
+        try:
+            file.truncate(layout.view_bytes)
+            if layout.kept:
+                os.posix_fallocate(file.fileno(), 0, layout.view_bytes)
+        except OSError:
+            file.close()
+            raise
     return file
 
 

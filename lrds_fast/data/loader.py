@@ -1,4 +1,4 @@
-"""What the trainer asks of data, and the order in which samples arrive."""
+"""The interface between data and trainer, and the order of the samples."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """images (N, channels, height, width), ready for the network but for the device; targets (N,) int64; indices (N,)
-    int64 on the CPU, each sample's place in its split. strong: like images, the same samples in another view, where one
-    was asked for (data.second_view), else None."""
+    """N samples.
+
+    images: (N, channels, height, width) float32, normalised, on any device. targets: (N,) int64. indices: (N,) int64 on
+    the CPU, the samples' numbers in their split. strong: with data.second_view, a second view of the same samples, like
+    images; else None.
+    """
 
     images: Tensor
     targets: Tensor
@@ -25,7 +28,7 @@ class Batch(NamedTuple):
 class Loader(Protocol):
     """One split of a data set.
 
-    num_classes: C; class numbers are 0 .. C - 1. labels: (size,) int64, the split's targets in index order.
+    num_classes: C; class numbers are 0 to C - 1. labels: (size,) int64 on the CPU, the targets by sample number.
     """
 
     num_classes: int
@@ -37,36 +40,36 @@ class Loader(Protocol):
     def epoch(
         self, epoch: int, selected: Tensor | None = None, *, start: int = 0, share: tuple[int, int] = (0, 1)
     ) -> Iterator[Batch]:
-        """The batches of one epoch: a function of the loader's seed and `epoch` alone, whatever ran before.
+        """The batches of one epoch. They depend only on the loader's seed and `epoch`, not on earlier calls.
 
-        selected: (size,) bool. Where given, each batch brings its share of the selected samples, first, so that the
-        teacher needs to see a prefix of constant length only (see epoch_batches); a loader that cannot do so ignores
-        it, and the trainer falls back to a mask.
-        start: how many batches to leave out, for a run that goes on in the middle; the others are those of the whole
-        epoch, and what is left out is not decoded. share: (number, count) of this process: of every batch it gets
-        the rows number, number + count, ..., so that selected samples are first everywhere, counts differ by one row
-        at most, and all processes together have every sample once. A last batch with fewer than two
-        rows per process goes to the first process alone, because batch norm needs two rows.
+        selected: (size,) bool. If passed, each batch has its share of the selected samples, as its first rows, so that
+        the teacher runs on a prefix of constant length (see epoch_batches). A loader that cannot order samples so
+        ignores it, and the trainer uses a mask.
+        start: the number of batches to skip, to resume within an epoch; skipped batches are not decoded, and the others
+        do not change. share: (number, count) of this process, which gets the rows number, number + count, ... of every
+        batch. So selected samples are first on all processes, their numbers differ by at most one, and every sample is
+        on one process. A last batch with fewer than two rows per process goes to the first process alone, because batch
+        norm needs two rows.
         """
 
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
-        """(N, 5) int32 on the CPU: where in their pictures samples are cut out in an epoch. top, left, height, width
-        in the picture's own pixels, and 1 where what is cut out is mirrored, else 0.
+        """The samples' crops in an epoch: (N, 5) int32 on the CPU, with top, left, height and width in pixels of the
+        stored picture, and 1 if the crop is mirrored, else 0.
 
-        indices: (N,) int64. A box that begins in an added border has a negative top or left.
+        indices: (N,) int64. A crop that begins in the padding has a negative top or left.
         """
 
     def picture(self, index: int) -> Tensor:
-        """(height, width, 1 or 3) uint8: the sample as people see it, without augmentation."""
+        """(height, width, 1 or 3) uint8: the sample for display, without augmentation and normalisation."""
 
 
 @dataclass(frozen=True)
 class Data:
     """The splits of one data set.
 
-    train: shuffled and augmented. score: the same samples, in order and as they are. val: a slice held out from the
-    training samples (None where there is none). test: never used to decide anything. class_names: of the classes 0, 1,
-    ..., empty where they have only numbers.
+    train: shuffled and augmented. score: the same samples, in order and without augmentation. val: samples that are
+    held out from training; None without any. test: the test split, on which nothing is decided. class_names: of the
+    classes 0, 1, ...; () if they have only numbers.
     """
 
     name: str
@@ -83,7 +86,7 @@ class Data:
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part; equal parts give equal seeds on every machine."""
+    """A 63-bit seed: a hash of the parts, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -94,12 +97,12 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 def view_of(epoch: int, views: int) -> int:
-    """The epoch whose augmentation `epoch` has: its own, or with views > 0 that of one of the first `views`."""
+    """The epoch whose augmentation `epoch` has: `epoch` itself or, with views > 0, epoch % views."""
     return epoch % views if views else epoch
 
 
 def check_sizes(batch_size: int, least: int, views: int) -> None:
-    """Raises ValueError for a loader's sizes that make no sense."""
+    """Raises ValueError for sizes that a loader cannot have."""
     if batch_size < 1 or least < 1:
         raise ValueError(f"batch_size and least must be at least 1; got {batch_size} and {least}")
     if views < 0:
@@ -107,8 +110,8 @@ def check_sizes(batch_size: int, least: int, views: int) -> None:
 
 
 def batch_count(size: int, batch_size: int, least: int = 2) -> int:
-    """Batches of an epoch. A last batch of fewer than `least` samples joins the one before it: one row has no batch
-    statistics."""
+    """Number of batches in an epoch. A last batch of fewer than `least` samples is added to the one before it: one row
+    has no batch statistics."""
     full, rest = divmod(size, batch_size)
     return full + (rest >= max(least, 1) or (rest > 0 and full == 0))
 
@@ -125,11 +128,11 @@ def epoch_batches(
     start: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> list[Tensor]:
-    """Index tensors of one epoch's batch_count batches; every sample is in one of them.
+    """The (rows,) int64 sample numbers of each batch of an epoch; every sample is in one batch.
 
-    With `selected`, (size,) bool, each batch has its share of the selected samples, first, and then of the others: of
-    B samples floor or ceil of B * (number selected) / size. Within the selected, and within the others, the order is
-    that of one shuffle of all. start, share: see Loader.epoch. Raises ValueError for these out of range.
+    selected: (size,) bool. If passed, the first rows of a batch of B samples are selected ones, floor or ceil of B *
+    (number selected) / size, and the others follow. The selected samples, and the others, keep the order of the epoch's
+    shuffle. start, share: see Loader.epoch; ValueError if these are out of range.
     """
     number, count = share
     if not 0 <= number < count:
@@ -165,5 +168,6 @@ def _whole_batches(
 
 
 def prefix_rows(rows: int, size: int, count: int) -> int:
-    """The most selected samples that a batch of `rows` has where epoch_batches divides `count` of `size` samples."""
+    """The largest number of selected samples in a batch of `rows`, if `count` of `size` samples are selected; see
+    epoch_batches."""
     return min(rows, -(-rows * count // size)) if size else 0

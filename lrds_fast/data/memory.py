@@ -1,4 +1,4 @@
-"""Data sets that fit in memory: tensors, .npz files, the digits of scikit-learn and numbers made of them."""
+"""Data sets in memory: tensors, .npz files, scikit-learn's digits and two-digit numbers made of them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class MemoryLoader:
     """A Loader over tensors; see Loader for its methods.
 
     images: (size, channels, height, width), uint8 (divided by 255) or floating in [0, 1]. targets: (size,) integers in
-    [0, num_classes). augment: "none", "shift" (random shift by up to an eighth of the side), or "crop-flip" (the same
-    and a mirror image half of the time). strong: what is done to the pictures beyond that. mean, std: per channel,
-    taken off after augmentation. device: where the images stay and are augmented, and where batches come from; None
-    leaves them where they are.
-    least: a last batch of fewer samples joins the one before it. views: 0 augments anew every epoch; n > 0 gives epoch
-    e the augmentation of epoch e % n, in an order of its own.
+    [0, num_classes). augment: "none", "shift" (random shift by up to an eighth of the width, with zero padding), or
+    "crop-flip" (the same, and mirrored with probability 1/2). strong: further augmentation. mean, std: per channel, for
+    normalisation after augmentation; one value stands for all channels. device: where images are stored and augmented,
+    and where batches are; None leaves images on their device.
+    least: a last batch of fewer samples is added to the one before it. views: 0 draws new augmentations in every epoch;
+    n > 0 gives epoch e the augmentations of epoch e % n, in a new order.
+    ValueError for shapes, labels or values that do not fit, TypeError for targets that are not integers.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class MemoryLoader:
             if values is not None and len(values) not in (1, channels):
                 raise ValueError(f"{key} must have one value per channel, {channels}; got {len(values)}")
         scale = 1.0 / 255.0 if images.dtype == torch.uint8 else 1.0
-        # (x * scale - mean) / std as one factor and one offset.
+        # (x * scale - mean) / std = x * factor - offset
         divisor = torch.tensor(std or (1.0,), dtype=torch.float64).view(-1, 1, 1)
         offset = torch.tensor(mean or (0.0,), dtype=torch.float64).view(-1, 1, 1) / divisor
         self._factor = (scale / divisor).float().to(self.images.device)
@@ -135,14 +136,14 @@ class MemoryLoader:
             yield Batch(images, self._targets[place], index)
 
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
-        """See Loader.boxes. height and width are the picture's: top and left are the shift, down and to the right where
-        they are positive, up to an eighth of the side."""
-        found = torch.zeros(len(indices), 5, dtype=torch.int32)
-        found[:, 2], found[:, 3] = self.images.shape[2], self.images.shape[3]
+        """See Loader.boxes. height and width are the picture's; top and left are the crop's place in it, from minus to
+        plus an eighth of the width."""
+        boxes = torch.zeros(len(indices), 5, dtype=torch.int32)
+        boxes[:, 2], boxes[:, 3] = self.images.shape[2], self.images.shape[3]
         if self.augment != "none":
             down, right, mirrored = (column.cpu()[indices] for column in self._draws(view_of(epoch, self.views)))
-            found[:, 0], found[:, 1], found[:, 4] = down - self._reach, right - self._reach, mirrored
-        return found
+            boxes[:, 0], boxes[:, 1], boxes[:, 4] = down - self._padding, right - self._padding, mirrored
+        return boxes
 
     def picture(self, index: int) -> Tensor:
         image = self.images[index].cpu()
@@ -150,24 +151,24 @@ class MemoryLoader:
         return pixels.permute(1, 2, 0)
 
     def _draws(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and columns that each sample of the split begins at, and whether it is mirrored: one draw per sample and
-        epoch, so that a sample's picture does not depend on its batch."""
+        """For every sample of the split, (size,) each: the first row and column of its crop in the padded picture, and
+        whether it is mirrored. Drawn for the whole epoch, so that a crop does not depend on the batch."""
         draws = generator(f"augment{self.strong.stream}", self.seed, epoch)
         size, device = len(self.images), self.images.device
-        down, right = torch.randint(0, 2 * self._reach + 1, (size, 2), generator=draws).to(device).unbind(dim=1)
+        down, right = torch.randint(0, 2 * self._padding + 1, (size, 2), generator=draws).to(device).unbind(dim=1)
         mirrored = torch.zeros(size, dtype=torch.bool)
         if self.augment == "crop-flip":
             mirrored = torch.rand(size, generator=draws) < 0.5
         return down, right, mirrored.to(device)
 
     @property
-    def _reach(self) -> int:
+    def _padding(self) -> int:
         return max(1, self.images.shape[-1] // 8)
 
     def _moved(self, images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
-        """images (N, C, H, W) cut out of themselves with a zero border, from (down, right) on; one gather for all."""
+        """Crops (N, C, H, W) of the zero-padded images, from row `down` and column `right`, (N,) each; one gather."""
         batch, channels, height, width = images.shape
-        padded = F.pad(images, (self._reach,) * 4)
+        padded = F.pad(images, (self._padding,) * 4)
         rows = down[:, None] + torch.arange(height, device=images.device)
         columns = right[:, None] + torch.arange(width, device=images.device)
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
@@ -188,9 +189,9 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def two_digit_numbers(images: Tensor, targets: Tensor, count: int, *, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Numbers from 00 to 99, each made of two digits side by side.
+    """`count` pictures of numbers from 00 to 99, each of two digits side by side.
 
-    images (n, 1, 8, 8), targets (n,) in [0, 10): the digits, which are drawn with replacement. Returns images
+    images: (n, 1, 8, 8), targets: (n,) in [0, 10): the digits, drawn with replacement by `draws`. Returns images
     (count, 1, 8, 16) and targets (count,) int64, 10 * tens + units.
     """
     tens, units = torch.randint(len(images), (2, count), generator=draws)
@@ -198,12 +199,12 @@ def two_digit_numbers(images: Tensor, targets: Tensor, count: int, *, draws: tor
 
 
 def from_npz(path: Path, *, first_label: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(train images, train labels, test images, test labels) of a .npz file with these arrays:
+    """(train images, train labels, test images, test labels) from a .npz file with these arrays:
 
     train_images, test_images: (size, height, width) or (size, height, width, channels), uint8 or floating in [0, 1];
-    train_labels, test_labels: (size,) integers, from first_label on. No pickled objects are read. Images come as (size,
-    channels, height, width), labels as int64 from 0 on. Raises ValueError for other arrays, and for shapes
-    that may be (size, channels, height, width).
+    train_labels, test_labels: (size,) integers, first_label and above. Pickled objects are not read.
+    Returns images (size, channels, height, width) in the file's dtype, and labels int64 from 0. Raises
+    FileNotFoundError, and ValueError for other arrays or for shapes that may be (size, channels, height, width).
     """
     if not path.is_file():
         raise FileNotFoundError(f"data.root: there is no file {path}; name an existing .npz file")
@@ -227,7 +228,7 @@ def from_npz(path: Path, *, first_label: int = 0) -> tuple[Tensor, Tensor, Tenso
 
 
 def npz_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """The arrays of a .npz file; ValueError where one is missing or the file is damaged."""
+    """The named arrays of a .npz file; ValueError if one is missing or the file is damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [name for name in names if name not in archive.files]

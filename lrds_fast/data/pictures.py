@@ -1,4 +1,4 @@
-"""Encoded pictures, for all readers: sizes from headers, decoding, and the scaling of levels to 255."""
+"""Encoded pictures, for all readers: sizes from headers, decoding, and scaling of levels to 255."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-#: The largest number of pixels that is read: Pillow's limit against decompression bombs.
+#: Largest number of pixels to read: Pillow's limit against decompression bombs.
 MOST_PIXELS = 178_956_970
 
 
@@ -20,8 +20,8 @@ class Unreadable(ValueError):
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Turns every exception of a decoder into Unreadable, because decoders raise many types for damaged files. Only
-    MemoryError and ImportError pass, which are not the picture's fault."""
+    """Turns every exception of the body into Unreadable, because decoders raise many types for damaged files.
+    MemoryError and ImportError, which do not come from the picture, pass."""
     try:
         yield
     except (Unreadable, MemoryError, ImportError):
@@ -48,23 +48,26 @@ def picture_size(data: np.ndarray) -> tuple[int, int]:
 
 
 def decoded(data: np.ndarray, *, about: int = 0) -> Any:
-    """The PIL image, RGB. data: (bytes,) uint8. about > 0: a thumbnail of at most that side. Raises Unreadable.
+    """The PIL image in RGB. data: (bytes,) uint8. about > 0: a thumbnail with sides of at most `about` pixels.
 
-    Levels of 16 bits are divided by 65535 / 255 and floating levels multiplied by 255; Pillow would clip both at 255.
+    16-bit levels are divided by 65535 / 255 and floating levels multiplied by 255; Pillow would clip both at 255.
+    Raises Unreadable.
     """
     with reading(), _opened(data) as image:
         _checked(image.height, image.width)
         if about:
             image.draft("RGB", (about, about))
-        found = _rgb(image)
+        pixels = _rgb(image)
         if about:
-            found.thumbnail((about, about))
-        return found
+            pixels.thumbnail((about, about))
+        return pixels
 
 
 def for_dali(data: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """(data, height, width): the file for DALI to decode. Formats whose levels DALI reads differently from `decoded`
-    (PNM, floating and 32-bit levels) are decoded already. Raises Unreadable."""
+    """(file, height, width), the file as DALI is to decode it.
+
+    Formats whose levels DALI scales otherwise than `decoded` (PNM, floating and 32-bit levels) are decoded here and
+    passed on as PPM. Raises Unreadable."""
     with reading():
         size = _plain_size(data)
         if size is None:
@@ -86,7 +89,7 @@ def _opened(data: np.ndarray) -> Iterator[Any]:
 
 
 def _rgb(image: Any) -> Any:
-    """An opened PIL image in RGB."""
+    """A PIL image in RGB, its levels scaled to 255."""
     from PIL import Image
 
     if image.mode == "F":
@@ -119,13 +122,13 @@ def _plain_size(data: np.ndarray) -> tuple[int, int] | None:
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int]:
-    """(height, width) from the frame header; other segments are skipped."""
+    """(height, width) from a JPEG's frame header, the first segment SOF."""
     at = 2
     while at + 9 < len(data):
         if data[at] != 0xFF:
             break
         marker = data[at + 1]
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # padding between segments
             at += 1
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):

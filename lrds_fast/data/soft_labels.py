@@ -265,7 +265,8 @@ def _records(layout: Layout, view: int, teacher: _Logits, loader: Loader, batch:
     logits = teacher(batch.images if every else batch.images[wanted.to(batch.images.device)])
     if logits.shape != (len(indices), layout.classes):
         raise ValueError(
-            f"the teacher gives {tuple(logits.shape)} logits for {len(indices)} samples of {layout.classes} classes"
+            f"the teacher's logits must have shape ({len(indices)}, {layout.classes}), samples x classes; got"
+            f" {tuple(logits.shape)}: use a teacher of the data's classes"
         )
     return layout.pack(indices, loader.boxes(view, indices), logits)
 

@@ -1,4 +1,4 @@
-"""Encoded pictures by index: folders per class, WebDataset tars, TFRecords. Bytes come from where they lie."""
+"""Encoded pictures by index: folders per class, WebDataset tars, TFRecords, each read from its place in the files."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Files that count as pictures, as torchvision's ImageFolder has them.
+#: Extensions of pictures, the same as torchvision's ImageFolder has.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-#: The largest number of classes that may exceed the number of samples. Larger numbers are not class numbers but, for
+#: The largest number of classes that may be above the number of samples. Larger numbers are no class numbers but, for
 #: example, WordNet offsets, and a network with so many classes would fill the memory.
 MOST_CLASSES = 100_000
 
 
 class Source(Protocol):
-    """Encoded pictures with labels. classes: names, in the order of their numbers. labels: (size,) int64."""
+    """Encoded pictures with labels. classes: names of the classes 0, 1, .... labels: (size,) int64."""
 
     classes: list[str]
     labels: Tensor
 
     def read(self, index: int) -> np.ndarray:
-        """(bytes,) uint8: the file as it is stored. Threads may call it at the same time."""
+        """(bytes,) uint8: the encoded picture. Threads may call it at the same time."""
 
     def name(self, index: int) -> str:
-        """Where the sample lies, for messages."""
+        """The sample's path, and its name within an archive, for messages."""
 
 
 class Folder:
-    """root/CLASS/.../picture: classes and samples in alphabetical order, as torchvision's ImageFolder has them.
+    """root/CLASS/.../picture: classes and samples in alphabetical order, as in torchvision's ImageFolder.
 
-    Unlike there, hidden files and folders (.ipynb_checkpoints, __MACOSX) are left out, and a class has each folder
-    once, even if several links lead to it.
+    Unlike there, hidden files and folders (.ipynb_checkpoints, __MACOSX) are skipped, and a folder that several links
+    point to is read once per class. FileNotFoundError for a missing folder and for a class without pictures.
     """
 
     def __init__(self, root: Path) -> None:
@@ -68,7 +68,7 @@ class Folder:
 
 
 def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder under root with its files. Follows links, also cyclic ones; each folder is listed once."""
+    """(folder, file names) of every folder under root, once each; follows links, also cyclic ones."""
     seen: set[str] = set()
     for folder, inside, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -87,7 +87,7 @@ def _is_picture(name: str) -> bool:
 
 
 class _Place(NamedTuple):
-    """Bytes of a file."""
+    """A range of bytes: the file's number, and offset and size in bytes."""
 
     file: int
     offset: int
@@ -95,7 +95,7 @@ class _Place(NamedTuple):
 
 
 class _Archives:
-    """Pictures that are ranges of bytes of a few large files."""
+    """Pictures that are byte ranges of a few large files."""
 
     def __init__(self, paths: Sequence[Path], places: Sequence[_Place], names: Sequence[str]) -> None:
         self._paths = [str(path) for path in paths]
@@ -106,7 +106,7 @@ class _Archives:
     def read(self, index: int) -> np.ndarray:
         file, offset, size = self._places[index].tolist()
         if file not in self._handles:
-            # Two threads may both open it: one handle is kept, pread needs no position of its own.
+            # pread has no file position, so threads may share the handle.
             self._handles[file] = os.open(self._paths[file], os.O_RDONLY)
         return np.frombuffer(os.pread(self._handles[file], size, offset), dtype=np.uint8)
 
@@ -122,15 +122,15 @@ class _Archives:
 
 
 class Tars(_Archives):
-    """WebDataset: tar files in which KEY.jpg (or another picture) and KEY.cls, the class number, belong together.
+    """WebDataset: tar files in which KEY.jpg (or another picture) and KEY.cls, the class number, are one sample.
 
-    Members are grouped as the webdataset library does: KEY is a member's path up to the first dot of the file's name,
-    the rest is its extension, whatever its case, and a key has an extension once. The picture is the member whose
-    extension is one of EXTENSIONS (KEY.seg.png is none), the label is in .cls or, without it, in .json under "cls" or
-    "label"; other members, and hidden ones (macOS's ._*), are left out.
-    classes: names for the numbers; None numbers them. first_label: the number of the first class.
-    The tars' headers are read once, at the start; members must not be compressed. Raises ValueError for a sample
-    without a picture or label, or with several.
+    Members are grouped as in the webdataset library: KEY is a member's path up to the first dot of the file name, the
+    rest is the extension, without regard to case, and a key has each extension once. The picture is the member whose
+    extension is in EXTENSIONS (KEY.seg.png is none). The label is in .cls or, without it, in .json as "cls" or "label".
+    Other members, and hidden ones (macOS's ._*), are skipped.
+    classes: names of the class numbers; None for numbers only. first_label: the number of the first class.
+    The constructor reads the headers of all tars, which must not be compressed. ValueError for a damaged tar and for a
+    sample without a picture or label, or with several.
     """
 
     def __init__(self, paths: Sequence[Path], classes: Sequence[str] | None = None, *, first_label: int = 0) -> None:
@@ -169,12 +169,12 @@ class Tars(_Archives):
         self.labels, self.classes = numbered(labels, self.name, classes, first=first_label)
 
 
-#: How webdataset forms keys, for errors.
+#: The webdataset library's rule for keys, for errors.
 _GROUPING = "a member's key ends at the first dot of its file name; the rest is the extension"
 
 
 def _key_of(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member, as in webdataset; ("", "") for a member of no sample."""
+    """(key, extension in lower case) of a member, as in webdataset; ("", "") for a member to skip."""
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     if not stem or not dot or "__MACOSX" in folder.split("/") or re.match(r"__[^/]*__($|/)", name):
@@ -187,7 +187,7 @@ def _listed(sample: dict[str, bytes]) -> str:
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Every file of a tar, with its content where that is a label."""
+    """Every file in a tar, with its content if it is a label."""
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
@@ -202,7 +202,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
 
 
 def _label_of(sample: dict[str, bytes], where: str) -> int:
-    """The class number in a sample's .cls or, without it, in its .json."""
+    """The class number in a sample's .cls or, without it, in its .json; ValueError that names `where` without one."""
     extension = next((name for name in ("cls", "json") if name in sample), "")
     if not extension:
         raise ValueError(f"{where} has a picture but no label (.cls, or .json with cls or label)")
@@ -210,10 +210,10 @@ def _label_of(sample: dict[str, bytes], where: str) -> int:
         if extension == "cls":
             return int(sample["cls"])
         parsed = json.loads(sample["json"])
-        found = parsed["cls"] if "cls" in parsed else parsed["label"]
-        if isinstance(found, bool) or (isinstance(found, float) and found != int(found)):
-            raise ValueError(f"{found!r} is not an integer")
-        return int(found)
+        label = parsed["cls"] if "cls" in parsed else parsed["label"]
+        if isinstance(label, bool) or (isinstance(label, float) and label != int(label)):
+            raise ValueError(f"{label!r} is not an integer")
+        return int(label)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where}.{extension} must contain a class number ({error})") from error
 
@@ -221,11 +221,11 @@ def _label_of(sample: dict[str, bytes], where: str) -> int:
 def numbered(
     numbers: Sequence[int], name: Callable[[int], str], classes: Sequence[str] | None = None, *, first: int = 0
 ) -> tuple[Tensor, list[str]]:
-    """(labels (size,) int64 from 0 on, names of the classes) of the class numbers in the data.
+    """(labels (size,) int64 from 0, names of the classes) from the class numbers in the data.
 
-    name: gives a sample's name, for errors. classes: names, in the order of their numbers; None numbers them. first:
-    the number of the first class. Raises ValueError for numbers below `first`, and for those that make more classes
-    than there are names or, without names, more than both the number of samples and MOST_CLASSES.
+    name: a sample's name by its index, for errors. classes: names in the order of the numbers; None for numbers as
+    names. first: the number of the first class. ValueError for numbers below `first`, and for numbers that imply more
+    classes than there are names or, without names, more than both the number of samples and MOST_CLASSES.
     """
     if numbers:
         low = min(range(len(numbers)), key=numbers.__getitem__)
@@ -256,8 +256,11 @@ def numbered(
 class TFRecords(_Archives):
     """TFRecord files of tf.train.Example with `image/encoded` and `image/class/label`, as ImageNet's converters write.
 
-    first_label: the number of the first class in the files (1 where 0 is a background class). The files are read
-    once, at the start, to find the pictures; checksums are not verified.
+    first_label: the number of the first class in the files (1 if 0 is a background class). The constructor reads the
+    files once, to locate the pictures; checksums are not verified. ValueError for a damaged file and for a record
+    without a picture or label.
+    The parser below exists because the trainer reads pictures by index: DALI's and other TFRecord readers give records
+    one after another, and protobuf's parser gives values but not their place in the file.
     """
 
     def __init__(self, paths: Sequence[Path], classes: Sequence[str] | None = None, *, first_label: int = 1) -> None:
@@ -282,7 +285,8 @@ class TFRecords(_Archives):
 
 
 def _records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset of the content, content): length (8 bytes), its checksum (4), content, checksum (4)."""
+    """(offset of the content, content) of each record. A record is its length (8 bytes), the length's checksum (4), the
+    content and its checksum (4)."""
     with path.open("rb") as file:
         whole = os.fstat(file.fileno()).st_size
         while header := file.read(12):
@@ -295,7 +299,7 @@ def _records(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, place after it) of a protocol buffer's integer."""
+    """(value, place after it) of a varint, protobuf's integer."""
     value, shift = 0, 0
     while True:
         byte = data[at]
@@ -306,7 +310,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, start, end) of the parts of a protocol buffer message; of an integer, where its bytes lie."""
+    """(field number, start, end) of the values in a protobuf message, data[start:end] being a value's bytes."""
     at = start
     while at < end:
         tag, at = _varint(data, at)
@@ -327,11 +331,11 @@ def _fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]
 
 
 def _features(data: bytes) -> dict[str, tuple[int, int]]:
-    """Of an Example: where each feature's bytes lie, or its list of integers: (start, size) by name.
+    """(start, size) of each feature of an Example by name: of the first bytes value, or of the list of integers.
 
     Example { features = 1 { feature = 1 { key = 1, value = 2 { bytes_list = 1 | int64_list = 3 { value = 1 } } } } }
     """
-    found: dict[str, tuple[int, int]] = {}
+    places: dict[str, tuple[int, int]] = {}
     for _, features, features_end in _fields(data, 0, len(data)):
         for _, entry, entry_end in _fields(data, features, features_end):
             parts = {number: (a, b) for number, a, b in _fields(data, entry, entry_end)}
@@ -339,14 +343,14 @@ def _features(data: bytes) -> dict[str, tuple[int, int]]:
             for kind, a, b in _fields(data, *parts[2]):
                 if kind == 1:
                     _, start, end = next(_fields(data, a, b))
-                    found[key] = (start, end - start)
+                    places[key] = (start, end - start)
                 elif kind == 3:
-                    found[key] = (a, b - a)
-    return found
+                    places[key] = (a, b - a)
+    return places
 
 
 def _first_integer(data: bytes, place: tuple[int, int]) -> int:
-    """The first value of a list of integers of 64 bits, packed or not."""
+    """The first value of a list of 64-bit integers, packed or not."""
     start, size = place
     _, begin, _ = next(_fields(data, start, start + size))
     value = _varint(data, begin)[0]
@@ -354,26 +358,28 @@ def _first_integer(data: bytes, place: tuple[int, int]) -> int:
 
 
 def open_split(kind: str, root: Path, split: str, *, first_label: int = -1) -> Source:
-    """A split of a data set: kind "folder" (root/SPLIT/CLASS/...), "webdataset" (root/SPLIT*.tar or root/SPLIT/*.tar),
-    or "tfrecord" (root/SPLIT* or root/SPLIT/*). split: "train" or "val"; "validation" is taken for the latter.
+    """A split of a data set.
 
-    A file classes.txt in root, one name a line, names the classes of archives. first_label: the number of their first
-    class; -1 means 1 for "tfrecord", as in ImageNet's converters, else 0. FileNotFoundError for missing files.
+    kind: "folder" (root/SPLIT/CLASS/...), "webdataset" (root/SPLIT*.tar or root/SPLIT/*.tar), or "tfrecord"
+    (root/SPLIT* or root/SPLIT/*). split: "train" or "val"; a folder or prefix "validation" is taken for "val".
+    first_label: the number of the first class in archives; -1 means 1 for "tfrecord", as ImageNet's converters number,
+    else 0. The file root/classes.txt, one name per line, may name the classes of archives. FileNotFoundError for
+    missing files, ValueError for damaged ones.
     """
     if kind == "folder":
         return Folder(root / split)
     ending = ".tar" if kind == "webdataset" else ""
-    # "val*" has validation-00000 as well.
+    # "val*" matches validation-00000 too.
     patterns = [f"{split}*{ending}", f"{split}/*{ending}"] + ([f"validation/*{ending}"] if split == "val" else [])
-    found = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.is_file()]
-    if not found:
+    paths = [path for pattern in patterns for path in sorted(root.glob(pattern)) if path.is_file()]
+    if not paths:
         raise FileNotFoundError(f"data.root: there is no {root / (split + '*' + ending)} for the split {split!r}")
     listed = root / "classes.txt"
     classes = listed.read_text(encoding="utf-8").split("\n") if listed.is_file() else None
     classes = [name for name in classes if name] if classes else None
     first_label = int(kind == "tfrecord") if first_label < 0 else first_label
     archive = Tars if kind == "webdataset" else TFRecords
-    source = archive(found, classes, first_label=first_label)
+    source = archive(paths, classes, first_label=first_label)
     if not len(source.labels):
-        raise FileNotFoundError(f"data.root: {', '.join(map(str, found[:3]))} contain no pictures")
+        raise FileNotFoundError(f"data.root: {', '.join(map(str, paths[:3]))} contain no pictures")
     return source

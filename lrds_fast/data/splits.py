@@ -16,7 +16,7 @@ from lrds_fast.data.loader import Data, Loader, generator
 from lrds_fast.data.memory import MemoryLoader, as_labels, digits, from_npz, two_digit_numbers
 from lrds_fast.data.noise import mislabelled
 from lrds_fast.data.sources import open_split
-from lrds_fast.data.strong import PLAIN, Strong, TwoViews, second_view
+from lrds_fast.data.strong import PLAIN, Strong, TwoViews, training_views
 from lrds_fast.recipe.recipe import DataOptions
 
 #: Share of the digits that is the test split. It is drawn by a fixed seed.
@@ -83,7 +83,7 @@ def load(
     if chosen.name in _ENCODED:
         return _encoded(chosen, seed=seed, device=device, least=least, views=views)
     tensors = _IN_MEMORY[chosen.name](chosen)
-    return _in_memory(tensors, chosen, *_views(chosen), seed=seed, device=device, least=least, views=views)
+    return _in_memory(tensors, chosen, *training_views(chosen), seed=seed, device=device, least=least, views=views)
 
 
 def in_memory(
@@ -179,13 +179,8 @@ def _check(options: DataOptions) -> None:
         raise ValueError(f"data.label_noise is for data in memory; got {options.label_noise} with data {name!r}")
     if options.augment not in ("none", "crop-flip"):
         raise ValueError(f"augment must be 'none' or 'crop-flip' for encoded pictures; got {options.augment!r}")
-    if options.augment == "none" and _views(options) != (PLAIN, None):
+    if options.augment == "none" and training_views(options) != (PLAIN, None):
         raise ValueError("data.rand_augment, erasing and second_view go with augment 'crop-flip'; got augment 'none'")
-
-
-def _views(options: DataOptions) -> tuple[Strong, Strong | None]:
-    """Further augmentation of the training pictures, and that of their second view."""
-    return Strong(options.rand_augment, options.erasing), second_view(options.second_view)
 
 
 def _digits(options: DataOptions) -> _Tensors:
@@ -286,7 +281,7 @@ def _encoded(options: DataOptions, *, seed: int, device: torch.device | str | No
     def training(strong: Strong) -> Loader:
         return loader(train, rows.train, train=True, strong=strong, seed=seed, least=least, views=views)
 
-    strong, second = _views(options)
+    strong, second = training_views(options)
     numbered = train.classes == [str(number) for number in range(len(train.classes))]
     return Data(
         name=options.name,

@@ -1,9 +1,9 @@
 """Strong augmentation, drawn per sample: RandAugment, cutout, random erasing; and a second view of every sample.
 
-What becomes of a picture is a function of its seed alone, which holds the run's seed, the epoch and the sample's index:
-it depends neither on the batch nor on who augments, and no global generator is read or moved, so threads may share it.
-The pixels are worked on by torchvision's functions for tensors, on the CPU or the GPU; samples that drew the same
-operation with the same value are worked on together.
+The result depends only on the picture and on its seed, which is derived from the run's seed, the epoch and the sample's
+index. It depends neither on the batch nor on the reader, and no global generator is used, so that threads may augment.
+torchvision's functions for tensors transform the pixels, on the CPU or the GPU, for all samples of a batch at once that
+have the same operation and value.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from torch import Tensor
 
 from lrds_fast.data.loader import Batch, Loader, derived_seed
 from lrds_fast.recipe.rand_augment import parse_rand_augment
+from lrds_fast.recipe.recipe import DataOptions
 
-#: What lies outside of a picture that was moved, and a cutout.
+#: Level of cutouts, and of pixels from outside the picture after it was moved.
 GREY = 128
 
 
 @dataclass(frozen=True)
 class Strong:
-    """What is done to a sample's picture beyond cropping and mirroring it; by default nothing.
+    """Augmentation of a picture after cropping and mirroring; none by default.
 
-    rand_augment: see parse_rand_augment; "" is none. cutout: a grey square, half as wide as the picture, around a
-    uniform point, clipped at the border. erasing: the probability of replacing a box by normal noise after
-    normalisation. stream: part of the seeds, so that two views of one sample differ.
+    rand_augment: a policy, see parse_rand_augment; "" is none. erasing: the probability that a box is replaced by
+    normal noise, after normalisation. cutout: a grey square, half as wide as the picture, around a uniform point, is
+    clipped at the border. stream: a part of the seeds, so that two views of one sample differ.
+    ValueError for values out of range, ImportError if rand_augment needs torchvision and it is missing.
     """
 
     rand_augment: str = ""
@@ -51,21 +53,22 @@ class Strong:
         return bool(self.rand_augment) or self.cutout
 
     def seed(self, seed: int, view: int, index: int) -> int:
-        """A sample's, for augment and erase. view: the epoch whose augmentation it is."""
+        """A sample's seed for augment and erase. view: the epoch whose augmentation it is."""
         return derived_seed(f"strong{self.stream}", seed, view, index)
 
     def augment(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """RandAugment and cutout of (N, 1 or 3, H, W) pictures, uint8 or floating in [0, 1], one seed each.
+        """RandAugment and cutout of images (N, 1 or 3, H, W), uint8 or floating in [0, 1]; seeds: one per image.
 
-        Returns the same shape and dtype; `images` is not changed. Floating pictures go through 8 bits.
+        Returns images of the same shape and dtype and leaves the argument as it is. Floating images are rounded to 8
+        bits in between.
         """
         if not self.moves_pixels:
             return images
         whole = images.dtype == torch.uint8
         pixels = images.clone() if whole else (images * 255.0).round().clamp(0, 255).to(torch.uint8)
         if self.rand_augment:
-            how = parse_rand_augment(self.rand_augment)
-            plans = [how.plan(derived_seed("rand augment", seed)) for seed in seeds]
+            policy = parse_rand_augment(self.rand_augment)
+            plans = [policy.plan(derived_seed("rand augment", seed)) for seed in seeds]
             for step in zip(*plans, strict=True):
                 groups: dict[tuple[str, float], list[int]] = {}
                 for row, drawn in enumerate(step):
@@ -79,10 +82,10 @@ class Strong:
         return pixels if whole else pixels.to(images.dtype) / 255.0
 
     def erase(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Erases boxes of normalised (N, C, H, W) pictures in place, and returns them.
+        """Random erasing of normalised images (N, C, H, W), in place; returns the images. seeds: one per image.
 
-        Zhong et al., "Random Erasing Data Augmentation", 2020: 2% to a third of the area, sides of a ratio from 0.3 to
-        1 / 0.3; a value per pixel."""
+        As in Zhong et al., "Random Erasing Data Augmentation", 2020: 2% to a third of the area, a ratio of height to
+        width from 0.3 to 1 / 0.3, noise per pixel."""
         if self.erasing:
             for picture, seed in zip(images, seeds, strict=True):
                 _erase(picture, self.erasing, seed)
@@ -94,16 +97,21 @@ PLAIN = Strong()
 
 
 def second_view(name: str) -> Strong | None:
-    """What data.second_view says: None for "". "strong" is the literature's RandAugment(2, 10) and cutout; each
-    operation with probability 1/2 and a uniform magnitude, as in Sohn et al., "FixMatch", 2020."""
+    """The augmentation of a second view by its name, a value of data.second_view; None for "". "strong": RandAugment(2,
+    10) and cutout, each operation with probability 1/2 and a uniform magnitude, as in Sohn et al., "FixMatch", 2020."""
     if name not in ("", "strong"):
         raise ValueError(f"data.second_view must be '' or 'strong'; got {name!r}")
     return Strong(rand_augment="m10-n2-mstdinf", cutout=True, stream=" second") if name else None
 
 
+def training_views(options: DataOptions) -> tuple[Strong, Strong | None]:
+    """The augmentation of training pictures after cropping, and that of their second view (None: no second view)."""
+    return Strong(options.rand_augment, options.erasing), second_view(options.second_view)
+
+
 def apply(name: str, images: Tensor, value: float) -> Tensor:
-    """One of OPERATIONS, done to (N, 1 or 3, H, W) uint8 pictures with `value`: degrees, bits to keep, a threshold,
-    what is added, a factor (1 keeps), the tangent of a shear, or a share of the side."""
+    """Applies one of RandAugment's OPERATIONS to images (N, 1 or 3, H, W) uint8. value, by operation: degrees, number
+    of bits, a threshold, an addend, a factor, the tangent of the shear's angle, or a share of the side."""
     f = _functions()
     if name in ("autocontrast", "equalize", "invert"):
         return _tensor(getattr(f, name)(images))
@@ -125,7 +133,7 @@ def apply(name: str, images: Tensor, value: float) -> Tensor:
     degrees = math.degrees(math.atan(value))
     shear = {"shear_x": [degrees, 0.0], "shear_y": [0.0, degrees]}.get(name, [0.0, 0.0])
     moved = {"translate_x": [round(value * width), 0], "translate_y": [0, round(value * height)]}.get(name, [0, 0])
-    # About the corner, as shears of Pillow's are.
+    # Pillow shears about the corner.
     centre = [0.0, 0.0] if name.startswith("shear") else None
     return _tensor(
         f.affine(
@@ -156,7 +164,7 @@ def _functions() -> Any:
 
 
 def _cut_out(picture: Tensor, seed: int) -> None:
-    """Greys a square of (C, H, W)."""
+    """Cutout of an image (C, H, W), in place."""
     height, width = picture.shape[1:]
     draws = np.random.Generator(np.random.PCG64(derived_seed("cutout", seed)))
     side = max(1, width // 2)
@@ -165,7 +173,7 @@ def _cut_out(picture: Tensor, seed: int) -> None:
 
 
 def _erase(picture: Tensor, probability: float, seed: int) -> None:
-    """Fills a box of (C, H, W) with noise; ten tries of one that lies inside."""
+    """Random erasing of an image (C, H, W), in place, after up to ten draws of a box that fits."""
     channels, height, width = picture.shape
     draws = np.random.Generator(np.random.PCG64(derived_seed("erase", seed)))
     if draws.random() >= probability:
@@ -182,10 +190,10 @@ def _erase(picture: Tensor, probability: float, seed: int) -> None:
 
 
 class TwoViews:
-    """A Loader whose batches have the pictures of a second one in `strong`: the same samples, otherwise augmented.
+    """A Loader whose batches have two views of each sample: `images` of the first loader, `strong` of the second.
 
-    first, second: loaders over the same samples with the same seed and batch size; everything but the second's
-    pictures is the first's.
+    first, second: loaders over the same samples with the same seed and batch size. Everything but `strong` comes from
+    the first. ValueError if their labels differ; RuntimeError, while iterating, if their order does.
     """
 
     def __init__(self, first: Loader, second: Loader) -> None:
@@ -198,7 +206,7 @@ class TwoViews:
         return len(self.first)
 
     def epoch(self, epoch: int, selected: Tensor | None = None, **options: Any) -> Iterator[Batch]:
-        """Both loaders' batches; options go to both."""
+        """See Loader.epoch; options are passed to both loaders."""
         batches = self.first.epoch(epoch, selected, **options), self.second.epoch(epoch, selected, **options)
         for one, other in zip(*batches, strict=True):
             if not torch.equal(one.indices, other.indices):
@@ -208,14 +216,14 @@ class TwoViews:
             yield one._replace(strong=other.images)
 
     def boxes(self, epoch: int, indices: Tensor) -> Tensor:
-        """The first loader's; see Loader.boxes."""
+        """The first loader's boxes; see Loader.boxes."""
         return self.first.boxes(epoch, indices)
 
     def picture(self, index: int) -> Tensor:
-        """The sample as it is."""
+        """See Loader.picture."""
         return self.first.picture(index)
 
     @property
     def errors(self) -> list[tuple[int, str, str]]:
-        """(index, name, reason) of the pictures that could not be read; both loaders meet the same."""
+        """(index, name, reason) of each unreadable picture; they are the same for both loaders."""
         return list(getattr(self.first, "errors", []))

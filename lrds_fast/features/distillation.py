@@ -1,4 +1,4 @@
-"""Feature distillation beside the logits' loss: torchdistill's losses over the rows that have a teacher."""
+"""Feature distillation: torchdistill's losses over the rows that have the teacher, added to the loss on logits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from lrds_fast.recipe.recipe import FeatureOptions
 
 
 class FeatureDistillation(nn.Module):
-    """weight * K / N * the method's loss over the K of a batch's N rows that have a teacher: a mean over the batch, as
-    kd_loss is for logits.
+    """weight * K / N * the method's loss over the K of a batch's N rows that have the teacher. As in kd_loss, the other
+    rows count as 0 in the mean over the batch.
 
-    options: a recipe's [features], with a method. student, teacher: the networks, on the device that `images` is on;
-    DistributedDataParallel around the student is seen through. images: (B, channels, height, width), B >= 2, passed
-    through both once, in eval mode, to learn the shapes. num_samples: of the training set; labels: their (num_samples,)
-    int64 targets, from which "crd" draws negatives of other classes (None: any other sample).
+    options: a recipe's [features], with a method. student, teacher: the networks, on the device of `images`;
+    DistributedDataParallel is unwrapped. images: (B, channels, height, width), B >= 2, run through both networks once,
+    in eval mode, to find the features' shapes. num_samples: size of the training set. labels: its (num_samples,) int64
+    targets, with which "crd" draws negatives from other classes; None: from all other samples.
 
-    What this module has of parameters (regressors, embeddings) is trained with the student and is no part of it; its
-    state dict (crd's memory bank too) goes to checkpoints. It draws from PyTorch's global generators. Features are
-    float32 here, whatever autocast made them.
-    Raises ImportError without torchdistill, ValueError for places that are not there, not known, or of a wrong shape.
+    This module's parameters (regressors, embeddings) are trained with the student but are not a part of it; store its
+    state dict, which also has crd's memory bank, in checkpoints. It draws from PyTorch's global generators. Features
+    are converted to float32.
+    Raises ImportError without torchdistill, ValueError for modules that do not exist, whose defaults are unknown, or
+    whose features have a shape that the method cannot use.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class FeatureDistillation(nn.Module):
         self._teacher = Tap(teacher, self.teacher_layers, "teacher")
 
     def forward(self, target: Tensor, indices: Tensor, rows: Tensor | int | None = None) -> Tensor:
-        """The 0-dim float32 loss of the last passes of student and teacher, whose features are then dropped.
+        """The 0-dim float32 loss of the last forward passes of student and teacher, whose features are then released.
 
-        target, indices: (N,) int64, the student's batch and its samples' places in the training set. rows: who has the
-        teacher. An int K: the first K rows, and the teacher ran on these at least (K = 0: it need not have run). A
-        bool (N,): the teacher ran on all N. None: as many first rows as the teacher ran on.
-        With K = 0, or 1 where the method compares rows with each other or takes batch statistics, the loss is 0 and so
-        are all gradients. Raises RuntimeError where a pass is missing or the teacher ran in inference mode.
+        target, indices: (N,) int64, the batch's labels and its samples' numbers in the training set. rows: which rows
+        have the teacher. An int K: the first K, and the teacher ran at least on these (K = 0: it need not have run). A
+        bool (N,): the teacher ran on all N rows. None: those that the teacher ran on, which are the first ones.
+        For K = 0, and for K = 1 if the method compares rows or uses batch statistics, loss and gradients are 0. Raises
+        RuntimeError if a forward pass is missing or the teacher ran in inference mode, ValueError for row numbers that
+        do not fit.
         """
         student, teacher = self._student.take(), self._teacher.take()
         if not student:
@@ -81,18 +83,18 @@ class FeatureDistillation(nn.Module):
             )
         if rows is None and not teacher:
             raise RuntimeError("features: the teacher did not run since the last loss; call it, or pass rows=0")
-        places = _places(rows, len(target), len(teacher[0]) if teacher else 0)
-        count = places if isinstance(places, int) else len(places)
+        with_teacher = _teacher_rows(rows, len(target), len(teacher[0]) if teacher else 0)
+        count = with_teacher if isinstance(with_teacher, int) else len(with_teacher)
         if count < METHODS[self.method].least:
-            return self._nothing(student)
+            return self._zero(student)
         if any(value.is_inference() for value in teacher):
             raise RuntimeError(
-                "features: the teacher ran under torch.inference_mode, and what it gave cannot be saved for backward;"
+                "features: the teacher ran under torch.inference_mode, whose outputs cannot be saved for backward;"
                 " run it under torch.no_grad"
             )
 
         def cut(value: Tensor) -> Tensor:
-            return value[:places] if isinstance(places, int) else value[places.to(value.device)]
+            return value[:with_teacher] if isinstance(with_teacher, int) else value[with_teacher.to(value.device)]
 
         device = student[0].device
         with torch.autocast(device.type, enabled=False):
@@ -111,16 +113,17 @@ class FeatureDistillation(nn.Module):
 
     def extra_repr(self) -> str:
         pairs = zip(self.student_layers, self.teacher_layers, strict=True)
-        return f"{self.method!r}, weight={self.weight:g}, " + ", ".join(f"{own} <- {given}" for own, given in pairs)
+        return f"{self.method!r}, weight={self.weight:g}, " + ", ".join(f"{ours} <- {theirs}" for ours, theirs in pairs)
 
-    def _nothing(self, student: Sequence[Tensor]) -> Tensor:
-        """0 with a graph to everything that a loss would reach, inf and NaN included: sums of no elements."""
-        parts = [value.flatten()[:0].float().sum() for value in (*student, *self.parameters())]
-        return torch.stack(parts).sum()
+    def _zero(self, student: Sequence[Tensor]) -> Tensor:
+        """0 with a graph to all inputs of a loss: a sum of empty slices, which is 0 even beside inf and NaN."""
+        empty_sums = [value.flatten()[:0].float().sum() for value in (*student, *self.parameters())]
+        return torch.stack(empty_sums).sum()
 
 
-def _places(rows: Tensor | int | None, total: int, taught: int) -> Tensor | int:
-    """The rows with a teacher that ran on `taught` of `total`: how many first ones, or their numbers."""
+def _teacher_rows(rows: Tensor | int | None, total: int, taught: int) -> Tensor | int:
+    """The rows with the teacher, as a number of first rows or as row numbers (K,) int64. The teacher ran on the first
+    `taught` of `total` rows."""
     if isinstance(rows, Tensor):
         if rows.dtype != torch.bool or rows.shape != (total,) or taught != total:
             raise ValueError(
@@ -135,12 +138,13 @@ def _places(rows: Tensor | int | None, total: int, taught: int) -> Tensor | int:
 
 
 def _shapes(network: nn.Module, places: Sequence[str], role: str, images: Tensor, method: str) -> list[torch.Size]:
-    """The shapes of one pass in eval mode, which leaves no trace; ValueError where the method cannot use them."""
+    """The features' shapes, from a forward pass in eval mode that changes no state. ValueError if the method cannot use
+    them."""
     tap = Tap(network, places, role)
     training = {module: module.training for module in network.modules()}
     try:
         network.eval()
-        with torch.enable_grad():  # what the student's hooks wait for
+        with torch.enable_grad():  # the student's hooks store features only then
             network(images[:2])
         shapes = [value.shape for value in tap.take()]
     finally:

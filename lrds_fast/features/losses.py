@@ -1,4 +1,4 @@
-"""torchdistill's losses with the regressors and embeddings that they need, behind one signature."""
+"""torchdistill's losses, with the regressors and embeddings that they need, behind one signature."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def criterion(
     num_samples: int,
     labels: Tensor | None,
 ) -> nn.Module:
-    """The method's loss for features of these shapes, a module of float32 parameters on the CPU.
+    """The method's loss for features of these shapes: a module with float32 parameters on the CPU.
 
-    Its forward takes (student features, teacher features, indices (K,), target (K,)), K rows each, and gives a 0-dim
-    tensor. numbers: of feature_methods.values. num_samples, labels: as FeatureDistillation. ImportError without
-    torchdistill.
+    Its forward takes (student features, teacher features, indices (K,), target (K,)), all with K rows, and returns a
+    0-dim tensor. numbers: the method's options, see feature_methods.values. num_samples, labels: see
+    FeatureDistillation. ImportError without torchdistill.
     """
     mid_level, adaptation, wrapper = _library()
-    channels = [(own[1], given[1]) for own, given in zip(student, teacher, strict=True)]
+    channels = [(ours[1], theirs[1]) for ours, theirs in zip(student, teacher, strict=True)]
     widths = _width(student[0]), _width(teacher[0])
     pairs = {
         str(k): {role: {"io": "output", "path": str(k)} for role in ("student", "teacher")}
@@ -54,8 +54,8 @@ def criterion(
     if method == "vid":
         variance = numbers["variance"]
         regressors = [
-            wrapper.Regressor4VID(own, given, given, eps=min(1e-5, variance / 2), init_pred_var=variance)
-            for own, given in channels
+            wrapper.Regressor4VID(ours, theirs, theirs, eps=min(1e-5, variance / 2), init_pred_var=variance)
+            for ours, theirs in channels
         ]
         return _Maps(mid_level.VIDLoss(pairs), regressors)
     if method == "ickd":
@@ -63,8 +63,8 @@ def criterion(
         return _Maps(_TimesRows(mid_level.ChSimLoss(pairs)), [embedding], same_size=False)
     if method == "sp":
         similarity = mid_level.SPKDLoss("0", "0", "batchmean")
-        # The paper's rows have Euclidean norm 1. torchdistill 1.1.5 divides them by the sum of absolute values, which
-        # makes the loss smaller by about the batch size, and the published weight wrong.
+        # The paper's rows have Euclidean norm 1. torchdistill 1.1.5 divides them by the sum of absolute values. That
+        # makes the loss smaller by about the batch size, for which the published weight is wrong.
         similarity.matmul_and_normalize = _similarities
         return _Maps(similarity, same_size=False)
     if method == "reviewkd":
@@ -83,12 +83,12 @@ def criterion(
 
 
 def _io(features: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Features by place as torchdistill's losses look them up."""
+    """Features in the dictionary from which torchdistill's losses take them."""
     return {str(k): {"output": value} for k, value in enumerate(features)}
 
 
 def _pooled(features: Tensor) -> Tensor:
-    """(N, d): maps (N, C, H, W) averaged over positions, tokens (N, T, d) over tokens."""
+    """(N, d): the mean over positions of maps (N, C, H, W), over tokens of (N, T, d); vectors stay."""
     if features.dim() == 4:
         return features.mean(dim=(2, 3))
     return features.mean(dim=1) if features.dim() == 3 else features
@@ -99,22 +99,22 @@ def _width(shape: torch.Size) -> int:
     return shape[1] if len(shape) == 4 else shape[-1]
 
 
-def _one_size(own: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps, the larger averaged to the smaller one's height and width."""
-    if own.shape[2:] != given.shape[2:]:
-        size = (min(own.shape[2], given.shape[2]), min(own.shape[3], given.shape[3]))
-        own, given = F.adaptive_avg_pool2d(own, size), F.adaptive_avg_pool2d(given, size)
-    return own, given
+def _one_size(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps (N, C, H, W), averaged to the smaller height and width."""
+    if ours.shape[2:] != theirs.shape[2:]:
+        size = (min(ours.shape[2], theirs.shape[2]), min(ours.shape[3], theirs.shape[3]))
+        ours, theirs = F.adaptive_avg_pool2d(ours, size), F.adaptive_avg_pool2d(theirs, size)
+    return ours, theirs
 
 
 def _similarities(features: Tensor) -> Tensor:
-    """(N, N) inner products of the rows, each row of them divided by its norm (Tung & Mori 2019, eq. 2)."""
+    """(N, N): inner products between the rows, each row divided by its Euclidean norm (Tung & Mori 2019, eq. 2)."""
     rows = features.flatten(1)
     return F.normalize(rows @ rows.T, dim=1)
 
 
 class _Maps(nn.Module):
-    """A loss of maps, pair by pair; the student's behind a regressor where the method has one."""
+    """A loss of pairs of maps; regressors, if the method has them, transform the student's."""
 
     def __init__(self, loss: nn.Module, regressors: Sequence[nn.Module] = (), *, same_size: bool = True) -> None:
         super().__init__()
@@ -124,24 +124,24 @@ class _Maps(nn.Module):
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], indices: Tensor, target: Tensor) -> Tensor:
         if self.same_size:
-            sized = [_one_size(own, given) for own, given in zip(student, teacher, strict=True)]
-            student, teacher = [own for own, _ in sized], [given for _, given in sized]
+            sized = [_one_size(ours, theirs) for ours, theirs in zip(student, teacher, strict=True)]
+            student, teacher = [ours for ours, _ in sized], [theirs for _, theirs in sized]
         if self.regressors:
-            student = [regressor(own) for regressor, own in zip(self.regressors, student, strict=True)]
+            student = [regressor(value) for regressor, value in zip(self.regressors, student, strict=True)]
         # ChSimLoss views maps as (N, C, H * W), which channels_last strides do not allow.
-        student, teacher = [[_plain(value) for value in features] for features in (student, teacher)]
+        student, teacher = [[_contiguous(value) for value in features] for features in (student, teacher)]
         loss: Tensor = self.loss(_io(student), _io(teacher), target)
         return loss
 
 
-def _plain(value: Any) -> Any:
-    """Contiguous; VID's regressor gives a pair, which stays."""
+def _contiguous(value: Any) -> Any:
+    """A contiguous tensor; the pair that VID's regressor returns stays as it is."""
     return value.contiguous() if isinstance(value, Tensor) else value
 
 
 class _TimesRows(nn.Module):
-    """The mean over rows of a loss that is divided by their number twice, as ICKD's ImageNet code and torchdistill do;
-    the published weight is that of the mean."""
+    """Turns a loss that is divided by the number of rows twice, as in ICKD's ImageNet code and in torchdistill, into
+    the mean over rows, to which the published weight belongs."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class _TimesRows(nn.Module):
 
 
 class _Embeddings(nn.Module):
-    """A loss of one vector a row; both behind linear layers where the method has them."""
+    """A loss of one vector per row, behind linear layers (heads) if the method has them."""
 
     def __init__(self, loss: nn.Module, heads: Sequence[nn.Module] = ()) -> None:
         super().__init__()
@@ -161,15 +161,16 @@ class _Embeddings(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], indices: Tensor, target: Tensor) -> Tensor:
-        own, given = _pooled(student[0]), _pooled(teacher[0])
+        ours, theirs = _pooled(student[0]), _pooled(teacher[0])
         if self.heads:
-            own, given = self.heads[0](own), self.heads[1](given)
-        loss: Tensor = self.loss(_io([own]), _io([given]), target)
+            ours, theirs = self.heads[0](ours), self.heads[1](theirs)
+        loss: Tensor = self.loss(_io([ours]), _io([theirs]), target)
         return loss
 
 
 class _Review(nn.Module):
-    """ReviewKD: from the deepest place to the shallowest, the student's map fused with the deeper ones and compared."""
+    """ReviewKD: from the deepest stage to the shallowest, the student's map is fused with the deeper ones and compared
+    with the teacher's."""
 
     def __init__(
         self, mid_level: Any, wrapper: Any, channels: Sequence[tuple[int, int]], numbers: Mapping[str, float]
@@ -177,27 +178,27 @@ class _Review(nn.Module):
         super().__init__()
         width = min(int(numbers["width"]), channels[-1][0])
         self.fusions = nn.ModuleList(
-            wrapper.AttentionBasedFusion(own, width, given, uses_attention=k < len(channels) - 1)
-            for k, (own, given) in enumerate(channels)
+            wrapper.AttentionBasedFusion(ours, width, theirs, uses_attention=k < len(channels) - 1)
+            for k, (ours, theirs) in enumerate(channels)
         )
         self.loss = mid_level.HierarchicalContextLoss("0", "output", "0", "output")
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], indices: Tensor, target: Tensor) -> Tensor:
         total: Tensor | None = None
         residual: Tensor | None = None
-        for fusion, own, given in zip(reversed(self.fusions), reversed(student), reversed(teacher), strict=True):
-            own, given = (value if value.dim() == 4 else value[:, :, None, None] for value in (own, given))
-            fused, residual = fusion(own, residual, own.shape[-1])
-            fused, given = _one_size(fused, given)
-            level = self.loss(_io([(fused, residual)]), _io([given]), target)
+        for fusion, ours, theirs in zip(reversed(self.fusions), reversed(student), reversed(teacher), strict=True):
+            ours, theirs = (value if value.dim() == 4 else value[:, :, None, None] for value in (ours, theirs))
+            fused, residual = fusion(ours, residual, ours.shape[-1])
+            fused, theirs = _one_size(fused, theirs)
+            level = self.loss(_io([(fused, residual)]), _io([theirs]), target)
             total = level if total is None else total + level
         if total is None:
-            raise RuntimeError("ReviewKD without places")
+            raise RuntimeError("ReviewKD needs features of at least one module; got none")
         return total
 
 
 class _Contrast(nn.Module):
-    """CRD: each row's embeddings against those of other samples, which a memory bank holds of both networks."""
+    """CRD: contrasts each row's embedding with those of other samples, from a memory bank of both networks."""
 
     def __init__(
         self,
@@ -211,8 +212,8 @@ class _Contrast(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.negatives = int(numbers["negatives"])
         size = int(numbers["size"])
-        # With one row: CRDLoss prepares the drawing of negatives of its own row by row, which takes 15 s for ImageNet
-        # and is not used here.
+        # output_size=1: CRDLoss prepares its own sampling of negatives per output row. That takes 15 s for ImageNet,
+        # and this class samples by itself.
         self.loss = mid_level.CRDLoss(
             "0",
             "index",
@@ -227,7 +228,7 @@ class _Contrast(nn.Module):
         bound = (3.0 / size) ** 0.5
         self.loss.memory_v1 = torch.empty(num_samples, size).uniform_(-bound, bound)
         self.loss.memory_v2 = torch.empty(num_samples, size).uniform_(-bound, bound)
-        # Without labels every sample is a class of its own.
+        # Without labels, every sample is a class by itself.
         classes = torch.arange(num_samples) if labels is None else labels.cpu().long()
         counts = torch.bincount(classes)
         if int(counts.max()) == num_samples:
@@ -245,17 +246,19 @@ class _Contrast(nn.Module):
         self.classes: Tensor
 
     def forward(self, student: list[Tensor], teacher: list[Tensor], indices: Tensor, target: Tensor) -> Tensor:
-        own, given = self.heads[0](_pooled(student[0])), self.heads[1](_pooled(teacher[0]))
+        ours, theirs = self.heads[0](_pooled(student[0])), self.heads[1](_pooled(teacher[0]))
         contrast = torch.cat([indices[:, None], self._others(indices)], dim=1)
-        row = {"0": {"output": own}, "index": {"input": {"pos_idx": indices, "contrast_idx": contrast}}}
-        loss: Tensor = self.loss(row, _io([given]), target)
+        row = {"0": {"output": ours}, "index": {"input": {"pos_idx": indices, "contrast_idx": contrast}}}
+        loss: Tensor = self.loss(row, _io([theirs]), target)
         return loss.squeeze()
 
     def _others(self, indices: Tensor) -> Tensor:
-        """(K, negatives) samples of other classes than the rows', uniformly and with replacement: a draw among all but
-        the class, counted in an order in which every class is a run, with a jump over the row's own."""
-        own = self.classes[indices]
-        starts, counts = self.starts[own][:, None], self.counts[own][:, None]
+        """(K, negatives) int64: samples of other classes than each row's, uniform, with replacement.
+
+        In `order` the samples are sorted by class. A position is drawn among all but the row's class; positions from
+        the start of this class on are shifted by its size."""
+        classes = self.classes[indices]
+        starts, counts = self.starts[classes][:, None], self.counts[classes][:, None]
         draws = torch.rand(len(indices), self.negatives, device=indices.device, dtype=torch.float64)
         places = (draws * (len(self.order) - counts)).long()
         return self.order[torch.where(places < starts, places, places + counts)]

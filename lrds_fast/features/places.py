@@ -1,7 +1,7 @@
-"""Where features are read: a network's places by name, the usual ones of the families, and the hooks that read them.
+"""Which features are read: module names, the default ones of each network family, and the hooks that read them.
 
-A place is a module's name and stands for its output; "NAME:input" is its input, "NAME:relu" its output behind a ReLU
-that the network applies by itself.
+A place is a module's name and stands for the module's output; "NAME:input" is its input, "NAME:relu" the ReLU of its
+output, for networks that apply the ReLU outside of the module.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ _LISTED = 40
 
 
 def unwrapped(network: nn.Module, role: str) -> nn.Module:
-    """The network that has the names: inside DistributedDataParallel and behind torchvision: and timm:."""
+    """The network whose module names count: inside DistributedDataParallel and the torchvision: and timm: wrapper.
+
+    role: "student" or "teacher", for errors. ValueError for a network compiled by torch.compile."""
     if isinstance(network, nn.parallel.DistributedDataParallel):
         network = network.module
     if hasattr(network, "_orig_mod") or getattr(network, "_compiled_call_impl", None) is not None:
         raise ValueError(
-            f"features.method does not go with torch.compile, whose code skips the hooks: pass the {role} as it was"
+            f"features.method does not go with torch.compile, whose code skips the hooks: pass the uncompiled {role}"
         )
     return network.net if isinstance(network, External) else network
 
 
 def usual_stages(network: nn.Module) -> list[str]:
-    """The feature maps that the literature compares, shallow to deep, without the stem; [] where it is not known."""
+    """The places of the feature maps that the literature compares, shallow to deep, without the stem; [] for an unknown
+    network."""
     if isinstance(network, CifarVGG):
         return [f"block{i}:relu" for i in range(1, 5)]
     if isinstance(network, WideResNet):
@@ -50,14 +53,14 @@ def usual_stages(network: nn.Module) -> list[str]:
     layers = [name for name, _ in network.named_children() if name in ("layer1", "layer2", "layer3", "layer4")]
     if len(layers) > 2:
         return layers
-    # timm says where its networks' maps are; the stem's are larger than a quarter of the picture.
+    # timm lists its networks' maps; reductions below 4 belong to the stem.
     info: Any = getattr(network, "feature_info", None)
     maps = [entry for entry in info if entry.get("reduction", 0) >= 4] if isinstance(info, list) else []
     return [entry["module"] for entry in maps] if len({entry["reduction"] for entry in maps}) > 1 else []
 
 
 def embedding(network: nn.Module) -> str:
-    """The input of the last linear layer; "" where there is none."""
+    """The place of the last linear layer's input; "" without a linear layer."""
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     return f"{linear[-1]}:input" if linear else ""
 
@@ -69,69 +72,71 @@ def choose(
     student_layers: Sequence[str] = (),
     teacher_layers: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
-    """The places of both, in pairs: those that are named, else the method's usual ones. Of networks with different
-    numbers of stages, the deepest are paired. ValueError where the usual places are not known or do not pair."""
+    """(student's places, teacher's places), in pairs: those in student_layers and teacher_layers or, where these are
+    empty, the method's defaults. If the networks have different numbers of stages, the deepest are paired. ValueError
+    if the defaults are unknown or the numbers of places differ."""
     places = METHODS[method].places
     networks, named = (student, teacher), (list(student_layers), list(teacher_layers))
     if all(named):
         return named
     known = [
-        given or ([embedding(network)] if places == "embedding" else usual_stages(network))
-        for network, given in zip(networks, named, strict=True)
+        layers or ([embedding(network)] if places == "embedding" else usual_stages(network))
+        for network, layers in zip(networks, named, strict=True)
     ]
-    for role, network, given, stages in zip(("student", "teacher"), networks, named, known, strict=True):
+    for role, network, layers, stages in zip(("student", "teacher"), networks, named, known, strict=True):
         last = embedding(network) if places == "review" else "none"
-        if not given and not (stages and all(stages) and last):
+        if not layers and not (stages and all(stages) and last):
             raise ValueError(
                 f"features.{role}_layers: the usual places of {type(network).__name__} for {method!r} are not known;"
                 f" name them, out of {_listing(network)}"
             )
-    # A single place that is named is the counterpart of one chosen among all stages of the other network; places that
-    # are named for ReviewKD end with the embedding.
+    # Number of stages to pair. "hint" and "last" compare one pair: if one network's place is named, the other network's
+    # is chosen among all of its stages. Places named for ReviewKD end with the embedding, which is no stage.
     depth = min(
-        len(stages) - (places == "review" and bool(given))
-        for stages, given in zip(known, named, strict=True)
-        if not (given and places in ("hint", "last"))
+        len(stages) - (places == "review" and bool(layers))
+        for stages, layers in zip(known, named, strict=True)
+        if not (layers and places in ("hint", "last"))
     )
     chosen = []
-    for network, given, stages in zip(networks, named, known, strict=True):
+    for network, layers, stages in zip(networks, named, known, strict=True):
         paired = stages[len(stages) - depth :]
-        usual = {
+        defaults = {
             "hint": paired[:2][-1:],
             "last": paired[-1:],
             "review": [*paired, embedding(network)],
         }
-        chosen.append(given or usual.get(places, paired))
+        chosen.append(layers or defaults.get(places, paired))
     if len(chosen[0]) != len(chosen[1]):
-        role, own, others = ("teacher", chosen[1], chosen[0]) if named[0] else ("student", chosen[0], chosen[1])
+        role, default, others = ("teacher", chosen[1], chosen[0]) if named[0] else ("student", chosen[0], chosen[1])
         raise ValueError(
             f"features.{role}_layers: name {len(others)} places, as many as of the other network; the usual ones are"
-            f" {', '.join(own)}"
+            f" {', '.join(default)}"
         )
     return chosen[0], chosen[1]
 
 
 def _listing(network: nn.Module) -> str:
-    """Module names for an error: the upper two levels."""
+    """Module names for an error, of the upper two levels."""
     names = [name for name, _ in network.named_modules() if name and name.count(".") < 2]
     more = f", ... ({len(names)} in all)" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 
 
 class Tap:
-    """Keeps what a network's places last gave until it is taken.
+    """Stores a network's features at some places, from its last forward pass until `take`.
 
-    role: "student" or "teacher", for errors. The student's places are kept only of passes that record a graph, so that
-    evaluation leaves nothing behind. Copies of the network (a moving average) are not heard.
+    role: "student" or "teacher", for errors. The student's features are stored only while gradients are enabled, so
+    that evaluation stores none. Copies of the network, such as a moving average, store none. ValueError for places that
+    the network does not have.
     """
 
     def __init__(self, network: nn.Module, places: Sequence[str], role: str) -> None:
         self.role = role
         self.places = tuple(places)
-        self._kept: dict[int, Tensor] = {}
+        self._features: dict[int, Tensor] = {}
         network = unwrapped(network, role)
         modules = dict(network.named_modules())
-        heard = []
+        taps = []
         for place in places:
             name, _, reading = place.partition(":")
             reading = reading or "output"
@@ -143,29 +148,29 @@ class Tap:
                 raise ValueError(
                     f"features.{role}_layers: the {role} has no module {name!r}; {hint}it has {_listing(network)}"
                 )
-            heard.append((modules[name], reading))
+            taps.append((modules[name], reading))
         self._handles = [
             module.register_forward_hook(self._hook(module, number, reading))
-            for number, (module, reading) in enumerate(heard)
+            for number, (module, reading) in enumerate(taps)
         ]
 
     def _hook(self, owner: nn.Module, number: int, reading: str) -> Callable[..., None]:
-        # A function, not a method: copying the network must not copy what was kept.
-        kept, student = self._kept, self.role == "student"
+        # A closure, not a method: a copy of the network must not copy the stored features.
+        features, student = self._features, self.role == "student"
 
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if module is not owner or (student and not torch.is_grad_enabled()):
                 return
             value = arguments[0] if reading == "input" and arguments else output
             if isinstance(value, Tensor):
-                kept[number] = F.relu(value) if reading == "relu" else value
+                features[number] = F.relu(value) if reading == "relu" else value
 
         return hook
 
     def take(self) -> list[Tensor]:
-        """What the places gave, in their order, and forgets it; [] where the network did not run."""
-        taken = [self._kept[number] for number in sorted(self._kept)]
-        self._kept.clear()
+        """Returns the stored features in the order of the places and releases them; [] if the network did not run."""
+        taken = [self._features[number] for number in sorted(self._features)]
+        self._features.clear()
         if taken and len(taken) < len(self.places):
             raise ValueError(
                 f"features.{self.role}_layers: {', '.join(self.places)}: not all of these run, and give a tensor, in a"
@@ -178,4 +183,4 @@ class Tap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._kept.clear()
+        self._features.clear()
