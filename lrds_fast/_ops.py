@@ -33,7 +33,7 @@ def _accumulate(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-# The operators of the loss share their parameters (csrc/torch/kd_loss.cpp: kParameters); the shapes of the results
+# The operators of the loss share their parameters (csrc/torch/problem.h: kParameters); the shapes of the results
 # depend on three of them. A fake kernel gets each argument as the caller passed it: by position or by name.
 _PARAMETERS = tuple(argument.name for argument in torch.ops.lrds_fast.kd_loss.default._schema.arguments)
 
