@@ -1,4 +1,4 @@
-"""Selection during training: samples are scored after a warm-up, and again every few epochs."""
+"""Selections that training makes as it goes: scored after a warm-up, and again every few epochs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lrds_fast.selection import Selection, select, select_jointly
 from lrds_fast.train.setup import scored_loss
 
 FOLDER = "selections"
-#: The value of selection.by for which the denied samples are chosen jointly, instead of by a rank.
+#: The "score" that is not ranked: the denied are chosen together.
 JOINTLY = "set_shift"
 
 

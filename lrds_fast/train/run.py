@@ -157,13 +157,13 @@ def _cached_logits(
 
 
 def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
-    """Scores every training sample from the last layer of a trained student: score.base, by default this recipe's run.
+    """Scores every training sample from the last layer of a trained student (score.base, else this recipe's own run).
 
-    kd_gain takes its gradient from the held-out slice (data.val_fraction); the test split is not used. Raises
-    FileExistsError while this recipe's run is still training.
+    The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched. Raises
+    FileExistsError while this recipe's own run is still training.
     """
-    locks = not recipe.score.base and os.access(recipe.out, os.W_OK)
-    with holding(recipe.out, shared=True) if locks else nullcontext():
+    own = not recipe.score.base and os.access(recipe.out, os.W_OK)
+    with holding(recipe.out, shared=True) if own else nullcontext():
         return _scored(recipe, progress)
 
 
