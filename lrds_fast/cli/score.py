@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from lrds_fast.cli.command import OK, Subparsers, add_command, add_recipe, shows_progress
@@ -31,6 +32,8 @@ def run(options: argparse.Namespace) -> int:
     from lrds_fast.train.run import score
 
     scores = score(recipe, progress=shows_progress(options))
+    if int(os.environ.get("RANK", "0")):
+        return OK  # under torchrun every process has the scores, and the first one writes them
     path = options.out or recipe.out / "scores.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Scores are stored as a selection that keeps every sample: it has the same columns, the labels and the fingerprint.

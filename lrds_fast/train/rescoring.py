@@ -53,6 +53,92 @@ def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection 
     return Selection.load(path)
 
 
+<<<<<<< HEAD
+=======
+def check(recipe: Recipe, data: Data, teacher: nn.Module | None) -> None:
+    """Raises ValueError, before an epoch is spent, for what scoring would need."""
+    options = recipe.selection
+    if options.after == 0:
+        return
+    if teacher is None:
+        raise ValueError(
+            f"selection.after is {options.after}, but there is no teacher to select for; set teacher.model"
+        )
+    if data.val is None and options.by.startswith("kd_gain"):
+        raise ValueError(f"selection.by = {options.by!r} needs held-out samples; set data.val_fraction, e.g. to 0.1")
+
+
+def rescore(
+    recipe: Recipe,
+    data: Data,
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    epoch: int,
+    path: Path,
+    fingerprint: str,
+    selected: Tensor | None,
+    progress: bool,
+) -> Tensor:
+    """(N,) bool: the samples that keep their teacher from `epoch` on. The selection is first written to `path`.
+
+    epoch: the next one, counted from 0; samples are scored by its objective. selected: (N,) bool, the samples that had
+    the teacher so far, for the objective's Hessian and the hysteresis; None: all.
+    """
+    options = recipe.selection
+    names = [options.by, *(name for name in recipe.score.scores if name != JOINTLY)]
+    scored = score_samples(
+        recipe,
+        data,
+        student,
+        teacher,
+        names=[name for name in names if data.val is not None or not needs_held_out(name)],
+        loss=scored_loss(recipe.loss, epoch),
+        selected=selected,
+        progress=progress,
+    )
+    scores = scored.scores
+    if scored.shift is not None and options.by == JOINTLY:
+        selection = select_jointly(
+            scored.shift, ratio=options.ratio, per_class=options.per_class, scores=scores, dataset=fingerprint or None
+        )
+    else:
+        selection = _ranked(options, scores, selected, fingerprint)
+    ranks = Ranks.current()
+    if ranks.first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        selection.save(path)
+    ranks.wait()
+    return ranks.same(selection.mask)
+
+
+def _ranked(
+    options: SelectionOptions, scores: influence.Scores, selected: Tensor | None, fingerprint: str
+) -> Selection:
+    """The selection by one score; samples that were selected before stay within the margin."""
+    if options.by_confidence:
+        rule: dict[str, Any] = {"confidence": options.confidence, "max_drop": options.max_drop}
+        leave = options.confidence + options.margin
+    elif options.ratio >= 0:
+        rule, leave = {"ratio": options.ratio}, min(options.ratio + options.margin, 1.0)
+    elif options.outliers is not None:
+        rule = {"outliers": options.outliers, "max_drop": options.max_drop}
+        leave = options.outliers + options.margin
+    else:
+        assert options.threshold is not None
+        rule, leave = {"threshold": options.threshold}, options.threshold + options.margin
+    return select(
+        scores,
+        options.by,
+        **rule,
+        leave=leave,
+        previous=None if selected is None else selected.cpu(),
+        per_class=options.per_class,
+        dataset=fingerprint or None,
+    )
+
+
+>>>>>>> influence
 class Scored(NamedTuple):
     """scores: of the names other than set_shift. shift: influence.set_shift, (N, 512); None where it was not named."""
 
@@ -96,76 +182,6 @@ def score_samples(
     ranked = [name for name in dict.fromkeys(names) if name != JOINTLY]
     scores = influence.score(student, teacher, train, held_out, scores=ranked, **keywords)
     return Scored(scores, influence.set_shift(student, teacher, train, **keywords) if JOINTLY in names else None)
-
-
-def rescore(
-    recipe: Recipe,
-    data: Data,
-    student: nn.Module,
-    teacher: nn.Module,
-    *,
-    epoch: int,
-    path: Path,
-    fingerprint: str,
-    selected: Tensor | None,
-    progress: bool,
-) -> Tensor:
-    """(N,) bool, who keeps the teacher from now on; the selection is written to `path` before it counts.
-
-    epoch: the one that comes, counted from 0; samples are scored by its objective. selected: who had it so far, which
-    the objective's Hessian and the hysteresis go by.
-    """
-    options = recipe.selection
-    names = [options.by, *(name for name in recipe.score.scores if name != JOINTLY)]
-    scored = score_samples(
-        recipe,
-        data,
-        student,
-        teacher,
-        names=[name for name in names if data.val is not None or not needs_held_out(name)],
-        loss=scored_loss(recipe.loss, epoch),
-        selected=selected,
-        progress=progress,
-    )
-    scores = scored.scores
-    if scored.shift is not None and options.by == JOINTLY:
-        selection = select_jointly(
-            scored.shift, ratio=options.ratio, per_class=options.per_class, scores=scores, dataset=fingerprint or None
-        )
-    else:
-        selection = _ranked(options, scores, selected, fingerprint)
-    ranks = Ranks.current()
-    if ranks.first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        selection.save(path)
-    ranks.wait()
-    return ranks.same(selection.mask)
-
-
-def _ranked(
-    options: SelectionOptions, scores: influence.Scores, selected: Tensor | None, fingerprint: str
-) -> Selection:
-    """By one score, with what was selected before kept within the margin."""
-    if options.by_confidence:
-        rule: dict[str, Any] = {"confidence": options.confidence, "max_drop": options.max_drop}
-        leave = options.confidence + options.margin
-    elif options.ratio >= 0:
-        rule, leave = {"ratio": options.ratio}, min(options.ratio + options.margin, 1.0)
-    elif options.outliers is not None:
-        rule = {"outliers": options.outliers, "max_drop": options.max_drop}
-        leave = options.outliers + options.margin
-    else:
-        assert options.threshold is not None
-        rule, leave = {"threshold": options.threshold}, options.threshold + options.margin
-    return select(
-        scores,
-        options.by,
-        **rule,
-        leave=leave,
-        previous=None if selected is None else selected.cpu(),
-        per_class=options.per_class,
-        dataset=fingerprint or None,
-    )
 
 
 class _Batches:
