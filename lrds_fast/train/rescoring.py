@@ -23,49 +23,34 @@ JOINTLY = "set_shift"
 
 
 def is_due(options: SelectionOptions, epoch: int) -> bool:
-    """Whether samples are scored before `epoch`, counted from 0: after the warm-up, then every options.every epochs."""
+    """Whether samples are scored before `epoch` (from 0): after the warm-up, then every options.every epochs."""
     since = epoch - options.after
     return options.after > 0 and (since == 0 or (options.every > 0 and since > 0 and since % options.every == 0))
 
 
 def path_of(out: Path, epoch: int) -> Path:
-    """The file of the selection that is made after `epoch` epochs."""
+    """The selection that was made when `epoch` epochs were done."""
     return out / FOLDER / f"epoch_{epoch:04d}.parquet"
 
 
 def forget(out: Path) -> None:
-    """Deletes an older run's selections from the folder."""
+    """Deletes the selections of an older run in the folder."""
     for path in (out / FOLDER).glob("epoch_*.parquet"):
         path.unlink()
 
 
 def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection | None:
-    """The selection in the last of a run's `epochs_done` epochs; None if the run had made none by then.
+    """The selection that a run had in the last of its `epochs_done` epochs; None where it had made none by then.
 
-    Raises FileNotFoundError where its file is missing.
+    Raises FileNotFoundError where the run's folder lacks it.
     """
     scored = [epoch for epoch in range(epochs_done) if is_due(options, epoch)]
     if not scored:
         return None
     path = path_of(out, scored[-1])
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the run cannot resume without it; start it again with --overwrite")
+        raise FileNotFoundError(f"{path} is missing: the run cannot go on without it; start afresh without --resume")
     return Selection.load(path)
-
-
-<<<<<<< HEAD
-=======
-def check(recipe: Recipe, data: Data, teacher: nn.Module | None) -> None:
-    """Raises ValueError, before an epoch is spent, for what scoring would need."""
-    options = recipe.selection
-    if options.after == 0:
-        return
-    if teacher is None:
-        raise ValueError(
-            f"selection.after is {options.after}, but there is no teacher to select for; set teacher.model"
-        )
-    if data.val is None and options.by.startswith("kd_gain"):
-        raise ValueError(f"selection.by = {options.by!r} needs held-out samples; set data.val_fraction, e.g. to 0.1")
 
 
 def rescore(
@@ -138,7 +123,6 @@ def _ranked(
     )
 
 
->>>>>>> influence
 class Scored(NamedTuple):
     """scores: of the names other than set_shift. shift: influence.set_shift, (N, 512); None where it was not named."""
 
