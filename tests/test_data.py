@@ -26,9 +26,12 @@ from lrds_fast.data import (
     mislabelled,
     prefix_rows,
 )
+from lrds_fast.data.class_numbers import MOST_CLASSES
+from lrds_fast.data.class_numbers import numbered as class_numbers
 from lrds_fast.data.pictures import Unreadable, reading
-from lrds_fast.data.sources import MOST_CLASSES, Folder, Tars, TFRecords
-from lrds_fast.data.sources import numbered as class_numbers
+from lrds_fast.data.sources import Folder
+from lrds_fast.data.tfrecord import TFRecords
+from lrds_fast.data.webdataset import Tars
 from lrds_fast.recipe.recipe import DataOptions
 
 

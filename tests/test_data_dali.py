@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from lrds_fast.data import SoftLabels, write_soft_labels
 from lrds_fast.data.folder import STD, FolderLoader
-from lrds_fast.data.sources import Folder, Tars, TFRecords
+from lrds_fast.data.sources import Folder
+from lrds_fast.data.tfrecord import TFRecords
+from lrds_fast.data.webdataset import Tars
 
 pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
 Image = pytest.importorskip("PIL.Image")

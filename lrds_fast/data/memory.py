@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrds_fast.data.class_numbers import numbered
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, generator, view_of
-from lrds_fast.data.sources import numbered
 from lrds_fast.data.strong import PLAIN, Strong
 from lrds_fast.recipe.recipe import DataOptions
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+#: Extensions of pictures, the same as torchvision's ImageFolder has.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 #: Largest number of pixels to read: Pillow's limit against decompression bombs.
 MOST_PIXELS = 178_956_970
 
