@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.tables import csv_text
 from lrds_fast.files import write_text
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.report import paper
@@ -71,11 +72,7 @@ def rows_of(runs: list[Run], commit: str, command: str) -> list[dict[str, Any]]:
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
     """The rows with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*FACTS, *LOGGED], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([*FACTS, *LOGGED], rows)
 
 
 def runs_of(text: str) -> list[Run]:

@@ -17,8 +17,6 @@ kept in the folder --cache. `python -m benchmarks.lab_statistics` makes the page
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import sys
 import time
@@ -31,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench_kd_loss import commit as checkout_commit
 from benchmarks.lab_students import CE_WEIGHTS, Arm, Problem, Revision, Selection, Training, kd_name, run
+from benchmarks.tables import append_csv, stored_rows
 from lrds_fast.data.cifar import cifar
+from lrds_fast.train.provenance import commit as checkout_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "method_features.csv"
@@ -135,7 +134,8 @@ def load_pictures(cache: Path) -> Pictures:
         temporary = path.with_suffix(".tmp")
         torch.save(stored, temporary)
         os.replace(temporary, path)
-    return Pictures(*torch.load(path), 100)
+    student, teacher, labels, test_student, test_teacher, test_labels = torch.load(path)
+    return Pictures(student, teacher, labels, test_student, test_teacher, test_labels, 100)
 
 
 # --- Teachers and regimes -------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def teacher_logits(pictures: Pictures, kind: str, seed: int, cache: Path) -> Ten
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         torch.save((logits, float(right)), temporary)
         os.replace(temporary, path)
-    logits, _ = torch.load(path)
-    return logits
+    stored: Tensor = torch.load(path)[0]
+    return stored
 
 
 def problem_of(pictures: Pictures, regime: Regime, seed: int, cache: Path) -> Problem:
@@ -353,15 +353,19 @@ def search_suite() -> list[Arm]:
         Arm("lr1_0.95+match", revision=Revision(eta=0.95), selection=match),
         Arm("oracle", selection=Selection("oracle")),
     ]
-    wanted = ("margin", "posterior1", "ce_wrong1", "soft", "soft_z", "z2cap_raise", "outlier3", "margin+z2cap")
-    wanted += ("lr1+outlier3", "lr1_0.95+outlier3", "lr1_0.95+z2_train", "z2_train", "z2cap_train", "oracle")
-    wanted += ("random_outlier3", "outlier2", "robust", "robust_late", "lr1_0.95+robust")
-    wanted += ("match", "random_match", "match_uce", "match_soft", "lr1_0.8+match", "lr1_0.95+match")
-    tuned = [replace(arm, name=f"tuned+{arm.name}", ce=None) for arm in arms if arm.name in wanted]
+    tuned_names = {"margin", "posterior1", "ce_wrong1", "soft", "soft_z", "z2cap_raise", "outlier3", "margin+z2cap"}
+    tuned_names |= {"lr1+outlier3", "lr1_0.95+outlier3", "lr1_0.95+z2_train", "z2_train", "z2cap_train", "oracle"}
+    tuned_names |= {"random_outlier3", "outlier2", "robust", "robust_late", "lr1_0.95+robust"}
+    tuned_names |= {"match", "random_match", "match_uce", "match_soft", "lr1_0.8+match", "lr1_0.95+match"}
+    tuned = [replace(arm, name=f"tuned+{arm.name}", ce=None) for arm in arms if arm.name in tuned_names]
     return arms + tuned
 
 
-SUITES = {"first": first_suite, "search": search_suite, "all": lambda: first_suite() + search_suite()}
+def all_suites() -> list[Arm]:
+    return first_suite() + search_suite()
+
+
+SUITES = {"first": first_suite, "search": search_suite, "all": all_suites}
 
 
 # --- Running --------------------------------------------------------------------------------------------------------
@@ -388,24 +392,6 @@ COLUMNS = (
 )
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Adds rows, the header where the file is new, in one write: two processes may share the file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not path.exists():
-        writer.writeheader()
-    writer.writerows(rows)
-    with path.open("ab", buffering=0) as file:
-        file.write(text.getvalue().encode())
-
-
 def tuned_ce(held: dict[str, float]) -> float:
     """The cross-entropy weight whose plain KD has the lowest NLL on the held-out slice; held: by arm."""
     return min(CE_WEIGHTS, key=lambda ce: held[kd_name(ce)])
@@ -413,7 +399,9 @@ def tuned_ce(held: dict[str, float]) -> float:
 
 def run_seed(problem: Problem, regime: str, arms: Sequence[Arm], path: Path, commit: str, training: Training) -> int:
     """Runs the arms of this seed that the CSV lacks and appends them; returns how many."""
-    there = {row["arm"]: row for row in read_rows(path) if (row["regime"], row["seed"]) == (regime, str(problem.seed))}
+    there = {
+        row["arm"]: row for row in stored_rows(path) if (row["regime"], row["seed"]) == (regime, str(problem.seed))
+    }
     count = 0
     for suite in (baselines(), arms):
         missing = [arm for arm in suite if arm.name not in there]
@@ -427,7 +415,7 @@ def run_seed(problem: Problem, regime: str, arms: Sequence[Arm], path: Path, com
             known = {"ce_weight": arm.ce, "unselected": arm.unselected if arm.selection else ""}
             numbers = {key: "" if value != value else f"{value:.5g}" for key, value in result.items()}
             rows.append(facts | known | numbers)
-        append(path, rows)
+        append_csv(path, COLUMNS, rows)
         there |= {str(row["arm"]): {key: str(value) for key, value in row.items()} for row in rows}
         count += len(rows)
     return count

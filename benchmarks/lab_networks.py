@@ -13,7 +13,6 @@ may share one cache: each takes the next pair that no other process has. The tea
 from __future__ import annotations
 
 import argparse
-import csv
 import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lrds_fast
-from benchmarks.bench_kd_loss import commit, cpu_name
 from benchmarks.lab_students import measures, revise_logits
+from benchmarks.tables import append_csv, markdown_table, stored_rows
 from lrds_fast import influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
 from lrds_fast.files import replacing, write_text
 from lrds_fast.pages import charts
 from lrds_fast.report.statistics import estimate
+from lrds_fast.train.provenance import commit, cpu_name
 from lrds_fast.train.setup import available_amp
 
 HERE = Path(__file__).resolve().parent
@@ -80,6 +80,9 @@ FIELDS = (
 )  # fmt: skip
 
 
+Network = models.Classifier | models.External
+
+
 class Split(NamedTuple):
     """Indices of the training pictures."""
 
@@ -91,7 +94,7 @@ class Split(NamedTuple):
 class Trained(NamedTuple):
     """A student between two epochs."""
 
-    model: nn.Module
+    model: Network
     optimizer: torch.optim.Optimizer
     epoch: int
 
@@ -140,7 +143,8 @@ def precision() -> str:
 
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision() == "bf16"):
-        return model(images).float()
+        logits: Tensor = model(images)
+        return logits.float()
 
 
 @torch.no_grad()
@@ -150,7 +154,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, images: Tensor) -> Tensor:
+def features_of(model: Network, images: Tensor) -> Tensor:
     model.eval()
     return torch.cat([model.features(normalised(part)).float() for part in images.split(500)])
 
@@ -299,7 +303,7 @@ class Pair:
             state = one_epoch(state, order, EPOCHS, batches, loss_of)
         return state
 
-    def gain(self, arm: Arm, model: nn.Module) -> tuple[Tensor, Tensor]:
+    def gain(self, arm: Arm, model: Network) -> tuple[Tensor, Tensor]:
         """kd_gain of every sample and its standard error over FOLDS parts of the held-out slice."""
         features, logits = features_of(model, self.images), logits_of(model, self.images)
         val_features, val_logits = features_of(model, self.held_out), logits_of(model, self.held_out)
@@ -327,7 +331,7 @@ class Pair:
         values = torch.stack(folds).double()
         return values.mean(0), values.std(0) / FOLDS**0.5
 
-    def selection(self, arm: Arm, model: nn.Module) -> Tensor:
+    def selection(self, arm: Arm, model: Network) -> Tensor:
         """Who keeps the teacher: all but those whose kd_gain exceeds CONFIDENCE standard errors, at most MAX_DROP."""
         score, error = self.gain(arm, model)
         count = len(score)
@@ -382,24 +386,6 @@ class Pair:
             "epochs": EPOCHS, "seconds": round(time.monotonic() - began), "precision": precision(),
             "cpu": cpu_name(), "torch": torch.__version__, "commit": commit(),
         }  # fmt: skip
-
-
-def stored_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, object]) -> None:
-    """Adds a row, under a lock that the processes of one machine share."""
-    with STORED.open("a+", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        file.seek(0, 2)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 @contextmanager
@@ -473,11 +459,8 @@ def signed(values: Sequence[float], digits: int) -> str:
 
 def table(results: Results) -> str:
     """Markdown: a row an arm."""
-    lines = [
-        "| arm | pairs | accuracy, % | NLL | ECE, % | accuracy - kd | NLL - kd | accuracy - tuned | NLL - tuned"
-        " | denied (teacher wrong) |",
-        "|---" * 10 + "|",
-    ]
+    header = ["arm", "pairs", "accuracy, %", "NLL", "ECE, %", "accuracy - kd", "NLL - kd", "accuracy - tuned"]
+    body = []
     for arm in [*ARMS, TUNED]:
         rows = results.get(arm, {}).values()
         if not rows:
@@ -490,8 +473,8 @@ def table(results: Results) -> str:
                 same = arm == baseline
                 cells.append("" if same else signed(differences(results, arm, baseline, key), digits))
         cells.append(f"{denied / len(rows):.0f} ({wrong / denied:.0%})" if denied else "0")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return "\n".join(markdown_table([*header, "NLL - tuned", "denied (teacher wrong)"], body))
 
 
 def registered(results: Mapping[str, Results]) -> list[str]:
@@ -597,7 +580,7 @@ def main() -> None:
                 done = {(row["regime"], int(row["teacher"]), int(row["student"]), row["arm"]) for row in rows}
                 if (regime, teacher, student, name) not in done:
                     pair = pair or Pair(regime, teacher, student, data, options.cache)
-                    append(pair.run(name))
+                    append_csv(STORED, FIELDS, [pair.run(name)])
 
 
 if __name__ == "__main__":

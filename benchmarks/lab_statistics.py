@@ -15,8 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.lab_features import REGIMES, STORED, baselines, read_rows, tuned_ce
+from benchmarks.lab_features import REGIMES, STORED, baselines, tuned_ce
 from benchmarks.lab_students import kd_name
+from benchmarks.tables import markdown_table, stored_rows
 from lrds_fast.pages import charts
 from lrds_fast.report.statistics import LEVEL, Estimate, estimate, holm, paired
 
@@ -158,9 +159,8 @@ def matrix(
     digits = 3 if key == "nll" else 2
     regimes = [regime for regime in runs.regimes() if runs.mean(regime, baseline, key, seeds).n]
     broken = [regime for regime in regimes if regime in BROKEN]
-    lines = ["| | broken regimes | " + " | ".join(regimes) + " |", "|---" * (len(regimes) + 2) + "|"]
     level = [f"{runs.mean(regime, baseline, key, seeds).mean:.{digits}f}" for regime in regimes]
-    lines.append(f"| {baseline} itself | | " + " | ".join(level) + " |")
+    body = [[f"{baseline} itself", "", *level]]
     table: dict[str, list[Estimate]] = {}
     for arm in arms:
         found = [runs.difference(regime, arm, baseline, key, seeds) for regime in regimes]
@@ -169,8 +169,8 @@ def matrix(
     p_values = [each.p_value if each.n > 1 else math.nan for cells in table.values() for each in cells]
     found_p = iter(holm(p_values) if corrected else p_values)
     for arm, cells in table.items():
-        lines.append(f"| {arm} | " + " | ".join(signed(each, digits, next(found_p)) for each in cells) + " |")
-    return "\n".join(lines)
+        body.append([arm, *(signed(each, digits, next(found_p)) for each in cells)])
+    return "\n".join(markdown_table(["", "broken regimes", *regimes], body))
 
 
 # --- The page -------------------------------------------------------------------------------------------------------
@@ -195,15 +195,23 @@ def plot(runs: Runs, regime: str, path: Path, seeds: range = SEARCH) -> None:
 
 def regime_table(runs: Runs, seeds: range = SEARCH) -> str:
     """What the regimes are: how often their teachers are wrong on the student's samples, how far KD gets."""
-    lines = [
-        "| regime | teacher and student | samples | held out | epochs | teacher wrong | alone | KD | tuned KD | seeds |"
+    header = [
+        "regime",
+        "teacher and student",
+        "samples",
+        "held out",
+        "epochs",
+        "teacher wrong",
+        "alone",
+        "KD",
+        "tuned KD",
     ]
-    lines.append("|---" * 10 + "|")
+    body: list[list[object]] = []
     for name in runs.regimes():
         regime = REGIMES[name]
         levels = [f"{runs.mean(name, arm, 'acc', seeds).mean:.2f}" for arm in ("alone", "kd", "tuned")]
         wrong = f"{100 * runs.mean(name, 'kd', 'teacher_wrong', seeds).mean:.0f}%"
-        cells = [
+        cells: list[object] = [
             name,
             regime.about,
             regime.rows,
@@ -213,8 +221,8 @@ def regime_table(runs: Runs, seeds: range = SEARCH) -> str:
             *levels,
             runs.mean(name, "kd", "acc", seeds).n,
         ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return "\n".join(markdown_table([*header, "seeds"], body))
 
 
 def section(runs: Runs) -> str:
@@ -271,7 +279,7 @@ def page_with(page: str, runs: Runs) -> str:
 
 def render(path: Path, out: Path) -> Path:
     """Writes the plots into `out` and the section into its method.md, a copy of docs/benchmarks/method.md elsewhere."""
-    runs = Runs(read_rows(path))
+    runs = Runs(stored_rows(path))
     for regime in runs.regimes():
         if len([seed for seed in runs.of(regime, "kd") if seed in SEARCH]) > 1:
             plot(runs, regime, out / f"method_features_{regime}.svg")
@@ -288,7 +296,7 @@ def main() -> int:
     if not options.print:
         print(render(options.csv, PAGE.parent))
         return 0
-    runs = Runs(read_rows(options.csv))
+    runs = Runs(stored_rows(options.csv))
     for seeds, title in ((SEARCH, "search"), (CONFIRM, "confirmation")):
         for baseline in ("kd", "tuned"):
             for key in ("acc", "nll"):

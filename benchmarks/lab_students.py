@@ -135,7 +135,8 @@ def shrunk(gain: Tensor, error: Tensor, rounds: int = 200) -> Tensor:
         mu, tau2 = mean.mean(), (spread + (mean - mean.mean()).square()).mean()
     spread = tau2 * noise / (tau2 + noise)
     mean = (gain * tau2 + mu * noise) / (tau2 + noise)
-    return torch.special.ndtr(-mean / spread.clamp(min=1e-30).sqrt()).float()
+    weight: Tensor = torch.special.ndtr(-mean / spread.clamp(min=1e-30).sqrt())
+    return weight.float()
 
 
 def mismatch(z: Tensor, v: Tensor, order: Tensor) -> Tensor:
@@ -155,7 +156,8 @@ def kept(selection: Selection, scored: Scored) -> Tensor:
         foreign = mismatch(scored.z, scored.v, scored.order)
         return 1.0 - foreign if selection.by == "match_soft" else (foreign <= 0.5).float()
     if selection.by == "soft_z":
-        return torch.special.ndtr(selection.value - gain / scored.error.clamp(min=1e-30))
+        weight: Tensor = torch.special.ndtr(selection.value - gain / scored.error.clamp(min=1e-30))
+        return weight
     if selection.by == "random":
         assert selection.like is not None
         count = int((kept(selection.like, scored) > 0).sum())
@@ -402,8 +404,9 @@ def _train_group(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-    moments = ([optimizer.state[weight][key] for weight in weights] for key in ("exp_avg", "exp_avg_sq"))
-    parts = [unstacked(tensors) for tensors in ([weight.detach() for weight in weights], *moments)]
+    means: State = [optimizer.state[weight]["exp_avg"] for weight in weights]
+    squares: State = [optimizer.state[weight]["exp_avg_sq"] for weight in weights]
+    parts = [unstacked(tensors) for tensors in ([weight.detach() for weight in weights], means, squares)]
     return [sum(state, []) for state in zip(*parts, strict=True)]
 
 

@@ -145,7 +145,7 @@ def make_contender(
     teacher, student = copy.deepcopy(pair.teacher), copy.deepcopy(pair.student)
     memory_format = torch.channels_last if arm.channels_last else torch.contiguous_format
     for network in (teacher, student):
-        network.to(memory_format=memory_format)  # type: ignore[call-overload]
+        network.to(memory_format=memory_format)
     # The trainer compiles by itself, as the recipe says.
     called: list[Any] = [torch.compile(m) if arm.compiled and not arm.ours else m for m in (teacher, student)]
     make = our_step if arm.ours else published_step
@@ -326,7 +326,7 @@ def first_update(contender: Contender, batch: Batch) -> Tensor:
 
 def distance(update: Tensor, reference: Tensor) -> float:
     """The length of the difference of two updates over that of the reference."""
-    return ((update - reference).norm() / reference.norm()).item()
+    return float((update - reference).norm() / reference.norm())
 
 
 def profiled(run: Callable[[], None], device: torch.device) -> list[dict[str, Any]]:

@@ -57,10 +57,10 @@ def check_case(name: str, device: str, inject: str) -> dict[str, Any]:
 
 
 def time_case(name: str, device: str, inject: str) -> dict[str, Any]:
-    from benchmarks.bench_kd_loss import roofline_cuda, time_cpu, time_cuda_graph
+    from benchmarks.timing import bandwidths, time_cpu, time_cuda_graph
 
     case = path_cases.CASES[name]
-    rates = {f"{key}_gb_s": rate / 1e9 for key, rate in roofline_cuda().items()} if device == "cuda" else {}
+    rates = {f"{key}_gb_s": rate / 1e9 for key, rate in bandwidths("cuda").items()} if device == "cuda" else {}
     torch.cuda.empty_cache()
     rows = case.timed_rows if device == "cuda" else case.rows
     call, moved = path_cases.timed(case, device, rows)
