@@ -77,13 +77,13 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
 
 def runs_of(text: str) -> list[Run]:
     """The runs of a stored CSV, in its order."""
-    found: dict[tuple[str, int], Run] = {}
+    runs: dict[tuple[str, int], Run] = {}
     for row in csv.DictReader(io.StringIO(text)):
         name, seed = row["name"], int(row["seed"])
         recipe = Recipe(name=name, seed=seed).with_values(**{"schedule.epochs": int(row["epochs"])})
-        run = found.setdefault((name, seed), Run(Path(name), recipe, []))
+        run = runs.setdefault((name, seed), Run(Path(name), recipe, []))
         run.records.append({key: float(row[key]) for key in LOGGED if row[key] != ""})
-    return list(found.values())
+    return list(runs.values())
 
 
 def origin(text: str) -> str:

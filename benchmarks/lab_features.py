@@ -1,4 +1,4 @@
-"""The laboratory on frozen features: when do label revision and data selection help a student, and how much?
+"""Experiments on frozen features: when do label revision and data selection help a student, and how much?
 
     python -m benchmarks.lab_features --cache /tmp/lab --suite first --seeds 0-9
     python -m benchmarks.lab_features --cache /tmp/lab --suite first --regimes other foreign --arms kd lr1_0.8
@@ -6,12 +6,12 @@
 
 CIFAR-100 (LRDS_DATA, or what lrds_fast.data.cifar downloads) as fixed features: distances of whitened 6 x 6 patches to
 k-means centres, pooled over quadrants (Coates, Lee and Ng, "An analysis of single-layer networks in unsupervised
-feature learning", 2011), principal components. Teachers see a large dictionary, students a small one. A student is an
-MLP that trains in a fraction of a second, so that every question can be asked in pairs: all arms of a seed share the
-split, the teacher, the initial weights and the order of the samples (lab_students.py has the arms).
+feature learning", 2011), then principal components. Teachers get features of a large dictionary, students of a small
+one. A student is an MLP that trains in a fraction of a second, which allows paired comparisons: all arms of a seed
+share the split, the teacher, the initial weights and the order of the samples (lab_students.py defines the arms).
 
-Every finished run is appended to the CSV at once; what is there already is not run again. Features and teachers are
-kept in the folder --cache. `python -m benchmarks.lab_statistics` makes the page.
+Every finished run is appended to the CSV file at once, and runs that are in it are not repeated. Features and teachers
+are stored in the folder --cache. `python -m benchmarks.lab_statistics` writes the page.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ STUDENT_DICTIONARY, TEACHER_DICTIONARY = (100, 128), (800, 512)
 
 
 def patches_of(images: Tensor) -> Tensor:
-    """(size, positions, 108) patches of uint8 pictures, each with its own mean and contrast taken out."""
-    found = F.unfold(images.float(), PATCH, stride=STRIDE).transpose(1, 2)
-    found = found - found.mean(dim=2, keepdim=True)
-    return found / (found.square().mean(dim=2, keepdim=True) + 10.0).sqrt()
+    """(size, positions, 108) patches of uint8 pictures, each with its mean subtracted and its contrast normalised."""
+    patches = F.unfold(images.float(), PATCH, stride=STRIDE).transpose(1, 2)
+    patches = patches - patches.mean(dim=2, keepdim=True)
+    return patches / (patches.square().mean(dim=2, keepdim=True) + 10.0).sqrt()
 
 
 class Dictionary:
@@ -206,7 +206,7 @@ def train_teacher(
 
 
 def teacher_logits(pictures: Pictures, kind: str, seed: int, cache: Path) -> Tensor:
-    """(students, C): what the seed's teacher of this kind says of the students' samples; kept in the cache."""
+    """(students, C) logits of the seed's teacher of this kind on the students' samples; stored in the cache."""
     path = cache / "teachers" / f"{kind}-{seed}.pt"
     if not path.exists():
         order = split_of(seed, len(pictures.labels))
@@ -282,7 +282,7 @@ def first_suite() -> list[Arm]:
     choices |= {f"ratio{share:g}": Selection("ratio", share) for share in (0.7, 0.8, 0.9, 0.95)}
     for name, selection in choices.items():
         arms.append(Arm(name, selection=selection))
-        if name not in ("z1cap", "z3cap"):  # as many as others deny, but for a few
+        if name not in ("z1cap", "z3cap"):  # a random selection of the same size, for most selections
             arms.append(Arm(f"random_{name}", selection=Selection("random", like=selection)))
     arms += [Arm("teacher_correct", selection=Selection("teacher_correct"))]
     arms += [Arm("teacher_loss0.9", selection=Selection("teacher_loss", 0.9))]
@@ -301,12 +301,12 @@ def first_suite() -> list[Arm]:
 
 
 def baselines() -> list[Arm]:
-    """Plain KD with every cross-entropy weight that is tuned over."""
+    """Plain KD with each cross-entropy weight of the tuning."""
     return [Arm(kd_name(ce), ce=ce) for ce in CE_WEIGHTS]
 
 
 def search_suite() -> list[Arm]:
-    """The variants that docs/benchmarks/method.md foretells."""
+    """The variants in docs/benchmarks/method.md, which has a prediction for each."""
     capped = Selection("confidence", 2, cap=0.1)
     outlier = Selection("outlier", 3.0)
     match, robust = Selection("match"), Selection("robust", 3.0)
@@ -398,7 +398,7 @@ def tuned_ce(held: dict[str, float]) -> float:
 
 
 def run_seed(problem: Problem, regime: str, arms: Sequence[Arm], path: Path, commit: str, training: Training) -> int:
-    """Runs the arms of this seed that the CSV lacks and appends them; returns how many."""
+    """Runs the arms of this seed that are not in the CSV file and appends their rows; returns their number."""
     there = {
         row["arm"]: row for row in stored_rows(path) if (row["regime"], row["seed"]) == (regime, str(problem.seed))
     }
@@ -432,10 +432,10 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="folder for features and teachers, outside the checkout")
     parser.add_argument("--suite", choices=SUITES, default="first")
     parser.add_argument("--regimes", nargs="*", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--arms", nargs="*", help="these of the suite (default: all)")
+    parser.add_argument("--arms", nargs="*", help="names of arms of the suite (default: all)")
     parser.add_argument("--seeds", type=seeds_of, default=seeds_of("0-9"))
     parser.add_argument("--csv", type=Path, default=STORED)
-    parser.add_argument("--list", action="store_true", help="print regimes and arms and end")
+    parser.add_argument("--list", action="store_true", help="print regimes and arms and exit")
     options = parser.parse_args()
     arms = [arm for arm in SUITES[options.suite]() if not options.arms or arm.name in options.arms]
     if options.list:
@@ -444,7 +444,7 @@ def main() -> int:
         print("\n".join(arm.name for arm in baselines() + arms))
         return 0
     if options.cache is None:
-        parser.error("--cache: a folder for features and teachers is needed")
+        parser.error("--cache is required: a folder to store features and teachers in, outside the checkout")
     torch.set_num_threads(1)
     commit = checkout_commit()
     pictures = load_pictures(options.cache)

@@ -1,4 +1,4 @@
-"""What the laboratory's runs say: paired differences with t intervals, tables, a forest plot for each regime, the page.
+"""Statistics of lab_features.py's runs: paired differences with t intervals, tables, forest plots, the page.
 
     python -m benchmarks.lab_statistics             docs/benchmarks/method.md's section and its plots
     python -m benchmarks.lab_statistics --print     the tables alone
@@ -91,9 +91,11 @@ class Runs:
             self._rows.setdefault((row["regime"], row["arm"]), {})[int(row["seed"])] = numbers
         names = [kd_name(arm.ce) for arm in baselines() if arm.ce is not None]
         for regime in self.regimes():
-            have = [self.of(regime, name) for name in names]
-            for seed in set.intersection(*(set(found) for found in have)):
-                ce = tuned_ce({name: found[seed]["val_nll"] for name, found in zip(names, have, strict=True)})
+            baseline_rows = [self.of(regime, name) for name in names]
+            for seed in set.intersection(*(set(by_seed) for by_seed in baseline_rows)):
+                ce = tuned_ce(
+                    {name: by_seed[seed]["val_nll"] for name, by_seed in zip(names, baseline_rows, strict=True)}
+                )
                 self._rows.setdefault((regime, "tuned"), {})[seed] = self.of(regime, kd_name(ce))[seed]
 
     def regimes(self) -> list[str]:
@@ -116,26 +118,26 @@ class Runs:
 
     def difference(self, regime: str, arm: str, baseline: str, key: str, seeds: range | None = None) -> Estimate:
         """arm - baseline, paired over the seeds that both have."""
-        ours, theirs = self.of(regime, arm), self.of(regime, baseline)
-        both = [seed for seed in sorted(ours.keys() & theirs.keys()) if seeds is None or seed in seeds]
-        return paired([ours[seed][key] for seed in both], [theirs[seed][key] for seed in both])
+        of_arm, of_baseline = self.of(regime, arm), self.of(regime, baseline)
+        both = [seed for seed in sorted(of_arm.keys() & of_baseline.keys()) if seeds is None or seed in seeds]
+        return paired([of_arm[seed][key] for seed in both], [of_baseline[seed][key] for seed in both])
 
 
 #: Seeds that a cell has; one of fewer says how many it has.
 FULL = 10
 
 
-def signed(found: Estimate, digits: int = 2, p_value: float | None = None) -> str:
+def signed(difference: Estimate, digits: int = 2, p_value: float | None = None) -> str:
     """ "+0.71 ± 0.16", the half-width of the 95% interval; in bold where it excludes 0; " (3)" of 3 seeds.
 
     p_value: in place of the estimate's own, once corrected for many comparisons.
     """
-    if found.n < 2:
+    if difference.n < 2:
         return "-"
-    text = f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f}"
-    significant = (found.p_value if p_value is None else p_value) <= LEVEL
+    text = f"{difference.mean:+.{digits}f} ± {difference.half_width:.{digits}f}"
+    significant = (difference.p_value if p_value is None else p_value) <= LEVEL
     text = f"**{text}**" if significant else text
-    return text if found.n >= FULL else f"{text} ({found.n})"
+    return text if difference.n >= FULL else f"{text} ({difference.n})"
 
 
 def averaged(runs: Runs, arm: str, baseline: str, key: str, regimes: Sequence[str], seeds: range) -> Estimate:
@@ -143,9 +145,12 @@ def averaged(runs: Runs, arm: str, baseline: str, key: str, regimes: Sequence[st
     pairs = [(runs.of(regime, arm), runs.of(regime, baseline)) for regime in regimes]
     if not pairs:
         return estimate([])
-    both = set.intersection(*(set(ours) & set(theirs) for ours, theirs in pairs)) & set(seeds)
+    both = set.intersection(*(set(of_arm) & set(of_baseline) for of_arm, of_baseline in pairs)) & set(seeds)
     return estimate(
-        [sum(ours[seed][key] - theirs[seed][key] for ours, theirs in pairs) / len(pairs) for seed in sorted(both)]
+        [
+            sum(of_arm[seed][key] - of_baseline[seed][key] for of_arm, of_baseline in pairs) / len(pairs)
+            for seed in sorted(both)
+        ]
     )
 
 
@@ -163,13 +168,13 @@ def matrix(
     body = [[f"{baseline} itself", "", *level]]
     table: dict[str, list[Estimate]] = {}
     for arm in arms:
-        found = [runs.difference(regime, arm, baseline, key, seeds) for regime in regimes]
-        if arm != baseline and any(each.n > 1 for each in found):
-            table[arm] = [averaged(runs, arm, baseline, key, broken, seeds), *found]
+        differences = [runs.difference(regime, arm, baseline, key, seeds) for regime in regimes]
+        if arm != baseline and any(each.n > 1 for each in differences):
+            table[arm] = [averaged(runs, arm, baseline, key, broken, seeds), *differences]
     p_values = [each.p_value if each.n > 1 else math.nan for cells in table.values() for each in cells]
-    found_p = iter(holm(p_values) if corrected else p_values)
+    cell_p_values = iter(holm(p_values) if corrected else p_values)
     for arm, cells in table.items():
-        body.append([arm, *(signed(each, digits, next(found_p)) for each in cells)])
+        body.append([arm, *(signed(each, digits, next(cell_p_values)) for each in cells)])
     return "\n".join(markdown_table(["", "broken regimes", *regimes], body))
 
 
@@ -184,9 +189,9 @@ def plot(runs: Runs, regime: str, path: Path, seeds: range = SEARCH) -> None:
     """A forest plot: each arm's paired differences to plain KD, in accuracy."""
     lines = []
     for arm in SHOWN:
-        found = runs.difference(regime, arm, "kd", "acc", seeds)
-        if arm not in FAR and found.n > 1:
-            lines.append(charts.Interval(arm, found.mean, *found.interval))
+        difference = runs.difference(regime, arm, "kd", "acc", seeds)
+        if arm not in FAR and difference.n > 1:
+            lines.append(charts.Interval(arm, difference.mean, *difference.interval))
     if not lines:
         raise ValueError(f"{regime} has no two seeds of any arm; a plot needs intervals")
     made = charts.forest_plot({regime: lines}, x_label="accuracy - kd, points")

@@ -70,12 +70,12 @@ def time_case(name: str, device: str, inject: str) -> dict[str, Any]:
 
     timed = (time_cuda_graph if device == "cuda" else time_cpu)(run)
     seconds = statistics.median(timed() for _ in range(5))
-    found: dict[str, Any] = {"rows": rows, "us": round(seconds * 1e6, 2), **rates}
+    measured: dict[str, Any] = {"rows": rows, "us": round(seconds * 1e6, 2), **rates}
     if moved:
-        found["gb_s"] = moved / seconds / 1e9
+        measured["gb_s"] = moved / seconds / 1e9
         if rates:
-            found["percent_of_triad"] = 100 * found["gb_s"] / rates["triad_gb_s"]
-    return {key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}
+            measured["percent_of_triad"] = 100 * measured["gb_s"] / rates["triad_gb_s"]
+    return {key: round(value, 2) if isinstance(value, float) else value for key, value in measured.items()}
 
 
 def child(work: str, name: str, device: str, inject: str, answer: Connection) -> None:
