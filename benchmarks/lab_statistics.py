@@ -258,19 +258,19 @@ INTRODUCTION = """## On frozen features
 students are MLPs on frozen features of CIFAR-100, teachers larger MLPs on richer features. Every seed has its own
 split, teacher, initial weights and order, which all arms of the seed share. Differences are paired over seeds; ± is
 the half-width of a 95% t interval, bold where it excludes 0, (n) where a cell has fewer than ten seeds. {cells} cells
-have an interval; one in twenty would exclude 0 by chance, so that what was chosen here was run again on seeds that
-nothing was chosen on (Confirmation). It ranks ideas cheaply and proves nothing for deep networks.
+have an interval. One in twenty would exclude 0 by chance; therefore the arms chosen here were run again on seeds on
+which nothing was chosen (Confirmation). Such runs rank ideas cheaply and prove nothing for deep networks.
 
 Plain KD: T 4, cross-entropy weight 0.1, divergence 0.9. kd_ceX: cross-entropy weight X. tuned: the weight of 0.1, 0.3,
-1, 3 with the lowest NLL on the held-out slice, seed by seed; tuned+: on top of it. lrT_E: label revision as published,
+1, 3 with the lowest NLL on the held-out slice, for each seed; tuned+: on top of it. lrT_E: label revision as published,
 at the divergence's T, eta E; lr1_E: at T = 1. zN: the teacher is denied where kd_gain lies above N standard errors;
-zNcap: to at most 10% of the samples. below0: denied where kd_gain >= 0. ratioR: the lowest R keep the teacher.
-random_X: as many as X keeps, at random. uX: cross-entropy weight of the denied (1 where nothing is said; uce:
-unchanged). The others are under Variants. Scores: EK-FAC of the last layer after a third of the epochs, errors over 10
-folds of the held-out slice."""
-CONFIRMATION = """Seeds from 100 on, on which nothing was chosen; the arms were fixed before, but for robust_late, which
-was written after robust had lost in few_short on these seeds too. Bold here: 0 is excluded after Holm's correction for
-all cells of the table."""
+zNcap: to at most 10% of the samples. below0: denied where kd_gain >= 0. ratioR: the share R with the lowest kd_gain
+keeps the teacher. random_X: as many samples as X keeps, at random. uX: cross-entropy weight of the denied (1 in arms
+without u; uce: unchanged). The others are under Variants. Scores: EK-FAC of the last layer after a third of the
+epochs, errors over 10 folds of the held-out slice."""
+CONFIRMATION = """Seeds from 100 on, on which nothing was chosen. The arms were fixed before these runs, except
+robust_late, which was written after robust had lost in few_short on these seeds too. Bold here: 0 is excluded after
+Holm's correction for all cells of the table."""
 
 
 def page_with(page: str, runs: Runs) -> str:

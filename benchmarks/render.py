@@ -99,32 +99,33 @@ def page_kd_loss(rows: list[Row], stem: str, out: Path) -> str:
     plot_kd_loss(rows, plot)
     return (
         f"# kd_loss, forward + backward: {rows[0]['device']}\n\n"
-        "Every row was checked against the float64 reference before it was timed; contenders took turns within each\n"
-        "round, and a cell is a median over rounds. vs X: the median of X's time over kd_loss's in the same round.\n"
-        "% of triad: the bytes that must move (read student, read teacher of selected rows, write gradient) against\n"
-        "the bandwidth of a = b + s * c measured in the same run. Other divergences are compared with the same loss\n"
-        "as PyTorch ops, lrds_fast.reference. Peak memory is what the allocator held beyond the inputs.\n\n"
-        f"![speed-up and percent of the roofline by shape]({plot.name})\n\n{table(rows)}\n"
+        "Every contender was checked against the float64 reference before it was timed. Contenders took turns\n"
+        "within each round, and a cell is a median over rounds. vs X: the median of X's time over kd_loss's in the\n"
+        "same round. % of triad: the bytes a second that must move (read student, read teacher of selected rows,\n"
+        "write gradient) over those of the triad a = b + s * c in the same run. Other divergences are compared\n"
+        "with the same loss in PyTorch ops, lrds_fast.reference. Peak memory: the most that the allocator held\n"
+        "beyond the inputs.\n\n"
+        f"![speed-up and percent of the triad's bandwidth by shape]({plot.name})\n\n{table(rows)}\n"
     )
 
 
 def page_linear_kd_loss(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# linear_kd_loss, forward + backward: {rows[0]['device']}\n\n"
-        "Every contender was checked against the float64 reference before it was timed; they took turns within each\n"
-        "round. Peak: memory above what was there before the call, the gradients included. Liger's losses revise no\n"
-        f"label.\n\n{bench_linear_kd_loss.table(rows)}\n"
+        "Every contender was checked against the float64 reference before it was timed. Contenders took turns within\n"
+        "each round. Peak: memory above what was in use before the call, the gradients included. Liger's losses do\n"
+        f"not revise labels.\n\n{bench_linear_kd_loss.table(rows)}\n"
     )
 
 
 def page_bandwidth(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# kd_loss, forward + backward, against memory bandwidth: {rows[0]['device']}\n\n"
-        "% of triad: the bytes that must move (read student, read teacher, write gradient) a second over those of\n"
-        "a = b + s * c in the same round. memory: what becomes of a gradient that is dropped. Returned to the\n"
-        "operating system, as glibc does with large blocks, the next one costs page faults; jemalloc, tcmalloc, or\n"
-        "glibc with `MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647` keep it for the\n"
-        "next step.\n\n"
+        "% of triad: the bytes a second that must move (read student, read teacher, write gradient) over those of\n"
+        "the triad a = b + s * c in the same round. memory: what the allocator does with the freed gradient of the\n"
+        "step before. If it is returned to the operating system, as glibc does with large blocks, the next\n"
+        "gradient costs page faults. jemalloc and tcmalloc keep it for the next step, and so does glibc with\n"
+        "`MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647`.\n\n"
         f"{bench_bandwidth.table(rows)}\n"
     )
 
@@ -132,12 +133,15 @@ def page_bandwidth(rows: list[Row], stem: str, out: Path) -> str:
 def page_influence(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# Influence scores: {rows[0]['device']}\n\n"
-        "Process time of one thread per sample, per pair for the pairs; medians of interleaved rounds. self: EK-FAC\n"
-        "self-influence of a linear head with 512 inputs, all with kronfluence's factors. ours: from a model\n"
-        "and a dataset, forward and backward included, as kronfluence and captum run. closed form: from features and\n"
-        "logits. plain: the same in three lines of PyTorch over all rows at once. pairs: products of last-layer\n"
-        "gradients, 256 queries; captum's lack the bias. pairs-ekfac: 64 queries under EK-FAC. resnet20: EK-FAC\n"
-        "self-influence over all convolutions and the head. Results were compared before anything was timed.\n\n"
+        "Process time of one thread per sample, in the cases with pairs per pair; medians over rounds in which the\n"
+        "contenders take turns. Their results were compared before anything was timed.\n\n"
+        "Cases. self: EK-FAC self-influence of a linear head with 512 inputs, all contenders with kronfluence's\n"
+        "factors. pairs: products of last-layer gradients, 256 queries; captum's are without the bias.\n"
+        "pairs-ekfac: the same under EK-FAC, 64 queries. resnet20: EK-FAC self-influence over all convolutions and\n"
+        "the head.\n\n"
+        "Contenders. ours: from a model and a dataset, forward and backward included, as kronfluence and captum\n"
+        "run. closed form: from features and logits. plain: the closed form in three lines of PyTorch over all\n"
+        "rows at once.\n\n"
         f"{bench_influence.table(rows)}\n"
     )
 
@@ -145,14 +149,14 @@ def page_influence(rows: list[Row], stem: str, out: Path) -> str:
 def page_lds(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# Linear datamodeling score of influence scores: {rows[0]['device']}\n\n"
-        f"An MLP is trained again on {rows[0]['halves']} random halves of the training set, {rows[0]['seeds']} seeds"
-        " each. LDS:\n"
-        "rank correlation over the halves between a query's loss and the sum of its influences from the half, mean\n"
-        "over the queries. The interval resamples halves and queries. All contenders share them: differences\n"
-        "between two are surer than their intervals. CPU seconds: from a model and the data to every pair's\n"
-        "score, factors included.\n\n"
+        f"MLPs are retrained on {rows[0]['halves']} random halves of the training set, with {rows[0]['seeds']} seeds\n"
+        "for each half. LDS: the rank correlation, over the halves, of a query's output after retraining and the\n"
+        "sum of the influences of the half's samples on it; the mean over the queries. The interval comes from\n"
+        "resampling halves and queries. All contenders are compared on the same retrained models, so that the\n"
+        "difference of two contenders is more certain than their intervals are. CPU seconds: from a model and the\n"
+        "data to the scores of all pairs, factors included.\n\n"
         "digits: scikit-learn's, MLP 64-64-10. cifar: ten classes of CIFAR-100 at 16 x 16, MLP 768-128-10. same\n"
-        "label: the cosine of the inputs, negative across classes.\n\n"
+        "label: the cosine of the inputs, negated if the labels differ.\n\n"
         f"{bench_lds.table(rows)}\n"
     )
 
@@ -160,10 +164,11 @@ def page_lds(rows: list[Row], stem: str, out: Path) -> str:
 def page_influence_scale(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# Scores at ImageNet's size: {rows[0]['device']}\n\n"
-        "Six scores (kd_gain, self_influence, param_shift, conflict, el2n, ce) of every sample by one call of\n"
-        "influence.score with out=: forward passes of student and teacher (linear heads on synthetic features, drawn\n"
-        "as they are read), EK-FAC factors over all samples, held-out gradient, Parquet. Peak memory is the\n"
-        "process's, its libraries included; disk is what the run holds there until it ends.\n\n"
+        "One call of influence.score with out= computes six scores (kd_gain, self_influence, param_shift,\n"
+        "conflict, el2n, ce) of every sample: forward passes of student and teacher (linear heads on synthetic\n"
+        "features, drawn as they are read), EK-FAC factors over all samples, held-out gradient, Parquet. Peak\n"
+        "memory is that of the process with its libraries. disk meanwhile: the largest size of the run's temporary\n"
+        "files and scores.\n\n"
         f"{bench_influence_scale.table(rows)}\n"
     )
 
@@ -178,13 +183,15 @@ def page_train(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# A distillation step, teacher included: {rows[0]['device']}\n\n"
         "baseline: the step as mdistiller writes it, with label revision (float32, NCHW, eager losses, teacher on\n"
-        "every row, torchvision's loaders). tuned: the same in bfloat16, channels_last and torch.compile. ours: the\n"
-        "trainer's. checked: how far one step of ours in float32 moves the parameters from where the baseline's, with\n"
-        "the same rows masked, takes them, over the length of its step; update error: the same, as the arm is timed\n"
-        "(bfloat16 alone moves a network that has not learned anything as far, a deep one without shortcuts farther).\n"
-        "vs baseline: the median over rounds of the baseline's time over the arm's, with its range; prepared batches\n"
-        "against prepared, loaded against the published loader. of its ceiling: images/s over the same arm's on\n"
-        "prepared batches. Shares are torch.profiler's. Weights are random: the numbers are of speed alone.\n\n"
+        "every row, torchvision's loaders). tuned: the same in bfloat16, channels_last and torch.compile. ours:\n"
+        "the step of the trainer.\n\n"
+        "checked: the relative distance between the update of one float32 step of ours and the baseline's update\n"
+        "with the same rows masked. update error: the same for the arm as it is timed. bfloat16 alone causes an\n"
+        "error of this size in an untrained network, and a larger one in a deep network without shortcuts. vs\n"
+        "baseline: the median over rounds of the baseline's time over the arm's, with its range; both on prepared\n"
+        "batches, or the baseline on the published loader for arms that load pictures. of its ceiling: images/s\n"
+        "over those of the same arm on prepared batches. Shares are torch.profiler's. Weights are random: the\n"
+        "numbers say nothing about accuracy.\n\n"
         f"{picture}{bench_train.table(rows)}\n"
     )
 
