@@ -1,9 +1,10 @@
-"""What ptxas says about every CUDA kernel: registers, stack, spills. `tests/kernel_registers.csv` is the table.
+"""Registers, stack and spills of every CUDA kernel as ptxas reports them; the table is tests/kernel_registers.csv.
 
 python tools/kernel_registers.py                     compile and print the differences from the table
-python tools/kernel_registers.py --write             make the table what this nvcc says
+python tools/kernel_registers.py --write             write the table anew with this nvcc's figures
 
-Each file is compiled for sm_90 and, in turns, for one of the other architectures that wheels hold; small files for all.
+Large files are compiled for sm_90 and for one other architecture of the wheels, a different one from file to file;
+small files for all architectures.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def compile_for(nvcc: str, source: Path, arch: str, target: Path) -> str:
-    """ptxas's report. AssertionError with the compiler's words where it refuses or warns."""
+    """ptxas's report. AssertionError with the compiler's output if there is an error or a warning."""
     command = [nvcc, *FLAGS, f"-arch=sm_{arch}", "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{source.name} for sm_{arch}:\n{done.stderr}"
