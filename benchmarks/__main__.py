@@ -16,12 +16,12 @@ HERE = Path(__file__).resolve().parent
 
 def programs() -> dict[str, str]:
     """Name of each program -> the first line of its docstring."""
-    found = {}
+    descriptions = {}
     for path in sorted(HERE.glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if path.name != "__main__.py" and '__name__ == "__main__"' in text:
-            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    return found
+            descriptions[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return descriptions
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
         return 0
     name = sys.argv[1] if sys.argv[1] in known else f"bench_{sys.argv[1]}"
     if name not in known:
-        sys.stderr.write(f"there is no program {sys.argv[1]!r}; there are: {', '.join(known)}\n")
+        sys.stderr.write(f"there is no program {sys.argv[1]!r}; choose one of: {', '.join(known)}\n")
         return 2
     del sys.argv[1]
     runpy.run_module(f"benchmarks.{name}", run_name="__main__", alter_sys=True)

@@ -1,10 +1,10 @@
-"""What kd_loss is measured against.
+"""The losses that kd_loss is compared with.
 
-Frozen before the kernels were written: the ratios of every release keep their meaning. Every
-baseline takes (student_logits, teacher_logits, target) and the Objective, returns the mean loss as
-a 0-d float32 tensor and is differentiated by autograd. They cover what the field's own code covers:
-2-d logits, int64 targets without ignored rows, a bool selection, reduction "mean". Half-precision
-logits are cast to float32 first, as autocast does for these ops.
+They were written before the kernels and do not change, so that ratios of different releases can be compared. Every
+baseline takes (student_logits, teacher_logits, target) and the Objective, returns the mean loss as a 0-d float32 tensor
+and is differentiated by autograd. They support what published code supports: 2-d logits, int64 targets without ignored
+rows, a bool selection, reduction "mean". Half-precision logits are cast to float32 first, as autocast does for these
+ops.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The hyperparameters that all contenders share, with the names of lrds_fast.kd_loss. Labels are revised as
-    published, at the divergence's temperature."""
+    """The hyperparameters of all contenders, named as in lrds_fast.kd_loss. Labels are revised as published, at the
+    temperature of the divergence."""
 
     temperature: float = 4.0
     ce_weight: float = 0.1
@@ -40,7 +40,7 @@ def eager(
     objective: Objective,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """CE, label revision and T^2 * KL as published distillation code spells them: op by op."""
+    """Cross-entropy, label revision and T^2 * KL, op by op as in published distillation code."""
     z, v = student_logits.float(), teacher_logits.float()
     temperature = objective.temperature
 
@@ -70,9 +70,10 @@ def lean_eager(
     objective: Objective,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """The same loss by someone who counts passes.
+    """The same loss with as few passes over the logits as PyTorch ops allow.
 
-    No one-hot, the revision in place, its entropy in closed form, one log-softmax where T = 1.
+    It has no one-hot matrix, revises in place, computes the entropy of the revised labels in closed form, and needs one
+    log-softmax where T = 1.
     """
     z, v = student_logits.float(), teacher_logits.float()
     temperature, index = objective.temperature, target[:, None]
@@ -105,5 +106,5 @@ def lean_eager(
 
 
 def compiled(mode: str = "default") -> Baseline:
-    """torch.compile of `eager`, specialised per shape as a loop with a fixed batch would be."""
+    """torch.compile of `eager`, specialised for each shape as in a training loop with a fixed batch size."""
     return torch.compile(eager, mode=mode, dynamic=False, fullgraph=True)

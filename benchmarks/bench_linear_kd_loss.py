@@ -1,25 +1,25 @@
-"""linear_kd_loss forward + backward, time and peak memory, against logits that are materialised first.
+"""linear_kd_loss forward + backward, time and peak memory, against losses that store all logits.
 
     python -m benchmarks.bench_linear_kd_loss                     this machine's CPU, one thread
     python -m benchmarks.bench_linear_kd_loss --quick             a minute
     python -m benchmarks.bench_linear_kd_loss --device cuda --csv out.csv
     python -m benchmarks.bench_linear_kd_loss --markdown results/linear_kd_loss_cpu.csv   a stored run as a table
 
-Contenders: ours, ours with chunks of 256 rows, two F.linear and kd_loss ("materialised"), two F.linear and the eager
-loss of benchmarks/baselines.py ("eager"), and where liger-kernel is installed its chunked distillation loss (PyTorch
-and torch.compile: CPU and CUDA) and its fused linear JSD (Triton: CUDA). Liger's are run as T^2 KL, without label
-revision, its only difference from ours; the Triton one has no cross-entropy either.
+Contenders: ours; ours with chunks of 256 rows; "materialised", two F.linear and kd_loss; "eager", two F.linear and the
+eager loss of benchmarks/baselines.py; and, if liger-kernel is installed, its chunked distillation loss (PyTorch and
+torch.compile: CPU and CUDA) and its fused linear JSD (Triton: CUDA). Liger's losses compute T^2 KL without label
+revision, which they do not have; the Triton one has no cross-entropy either.
 
-Every contender is first checked against lrds_fast.reference in float64. They take turns within each round; a row holds
-medians. CPU: process time of one thread, and the peak of resident memory above what was resident before the call. CUDA:
-events around queued calls, and the allocator's peak.
+Every contender is first checked against lrds_fast.reference in float64. The contenders take turns within each round; a
+row holds medians. On the CPU the clock is the process time of one thread, and the peak is that of resident memory above
+what was resident before the call. On CUDA they are events around queued calls and the allocator's peak.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -37,7 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import baselines
-from benchmarks.bench_kd_loss import Row, facts, time_cpu, write_csv
+from benchmarks.program import parse_suite, say, suite_parser
+from benchmarks.tables import Row, facts, markdown_table, origin, processor_details, write_csv
+from benchmarks.timing import time_cpu, time_cuda
 from lrds_fast import kd_loss, reference
 from lrds_fast.linear import default_chunk_rows, linear_kd_loss
 
@@ -47,7 +49,7 @@ CE_WEIGHT, KD_WEIGHT = 0.1, 0.9
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: N rows of width d, C classes; the teacher's width is the student's."""
+    """N rows of width d, C classes; the teacher's features have the student's width."""
 
     rows: int
     width: int
@@ -56,7 +58,7 @@ class Case:
 
     @property
     def flop(self) -> int:
-        """Of the four matrix products: two heads, the gradients of hidden and weight."""
+        """Operations of the four matrix products: two heads, the gradients of hidden and weight."""
         return 4 * 2 * self.rows * self.width * self.classes
 
     def __str__(self) -> str:
@@ -75,6 +77,8 @@ CUDA = [
 
 @dataclass
 class Inputs:
+    """hidden (N, d) and weight (C, d) of the student, leaves with gradients, and of the teacher; target (N,) int64."""
+
     hidden: Tensor
     weight: Tensor
     teacher_hidden: Tensor
@@ -95,7 +99,7 @@ class Inputs:
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     """Logits with the spread of trained networks; the teacher is right on three rows of four.
 
-    By a margin: a 16-bit teacher must agree with the float64 reference about which rows are to be revised.
+    It is right by a margin, so that a 16-bit teacher and the float64 reference revise the same rows.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -108,8 +112,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     target = torch.randint(case.classes, (case.rows,), generator=generator, device=device)
     right = torch.rand(case.rows, generator=generator, device=device) < 0.75
     teacher_hidden += 2.0 * right[:, None] * teacher_weight[target]
-    student = (tensor.to(case.dtype).requires_grad_() for tensor in (hidden, weight))
-    return Inputs(*student, teacher_hidden.to(case.dtype), teacher_weight.to(case.dtype), target)
+    hidden, weight = (tensor.to(case.dtype).requires_grad_() for tensor in (hidden, weight))
+    return Inputs(hidden, weight, teacher_hidden.to(case.dtype), teacher_weight.to(case.dtype), target)
 
 
 Loss = Callable[[Inputs], Tensor]
@@ -117,7 +121,7 @@ Loss = Callable[[Inputs], Tensor]
 
 @dataclass
 class Contender:
-    """A loss, the arguments with which the reference defines it, and the rows of its chunks (0: all at once)."""
+    """A loss, the arguments with which lrds_fast.reference computes the same, and the rows of its chunks (0: all)."""
 
     loss: Loss
     arguments: dict[str, Any]
@@ -156,17 +160,17 @@ def contenders(case: Case, device: str) -> dict[str, Contender]:
         return baselines.eager(logits, teacher_logits(inputs), inputs.target, objective)
 
     default = default_chunk_rows(case.rows, case.classes, 2 * case.dtype.itemsize, device)
-    found = {
+    here = {
         "ours": Contender(ours, revised, default),
         "ours, 256 rows": Contender(lambda inputs: ours(inputs, 256), revised, 256),
         "materialised": Contender(materialised, revised),
         "eager": Contender(eager, revised),
     }
-    return found | liger_contenders(device)
+    return here | liger_contenders(device)
 
 
 def liger_contenders(device: str) -> dict[str, Contender]:
-    """Liger's two losses of the same shape, if it is installed; the Triton one on CUDA alone."""
+    """Liger's chunked loss, and on CUDA its Triton loss; {} if liger-kernel is not installed."""
     if importlib.util.find_spec("liger_kernel") is None:
         return {}
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -178,7 +182,7 @@ def liger_contenders(device: str) -> dict[str, Contender]:
         temperature=TEMPERATURE,
     )
     both = {"temperature": TEMPERATURE, "ce_weight": CE_WEIGHT, "kd_weight": KD_WEIGHT, "revise": None}
-    found = {
+    liger = {
         "liger chunked": Contender(
             lambda i: chunked(i.hidden, i.weight, i.teacher_hidden, i.teacher_weight, i.target), both, 1024
         )
@@ -188,21 +192,23 @@ def liger_contenders(device: str) -> dict[str, Contender]:
 
         fused = LigerFusedLinearJSD(jsd_beta=0.0, temperature=TEMPERATURE)
         soft = both | {"ce_weight": 0.0, "kd_weight": 1 / TEMPERATURE**2}
-        found["liger fused (KD alone)"] = Contender(
+        liger["liger fused (KD alone)"] = Contender(
             lambda i: fused(i.hidden, i.weight, i.teacher_hidden, i.teacher_weight, i.target), soft
         )
-    return found
+    return liger
 
 
 def backward(loss: Loss, inputs: Inputs) -> None:
+    """Forward and backward; the gradients are those of inputs.hidden and inputs.weight."""
     inputs.hidden.grad = inputs.weight.grad = None
     loss(inputs).backward()
 
 
-def check(case: Case, inputs: Inputs, found: dict[str, Contender]) -> None:
-    """Loss and both gradients of a slice against the float64 reference on materialised logits.
+def check(case: Case, inputs: Inputs, contenders: dict[str, Contender]) -> None:
+    """Compares every contender's loss and gradients on the first rows with the float64 reference; AssertionError where
+    they differ.
 
-    On the logits as the case's dtype rounds them: that rounding is part of the task, not an error in it.
+    The reference gets the logits rounded to the case's dtype, because that rounding is the input's, not the loss's.
     """
     rows = min(case.rows, max(8, 4_000_000 // case.classes))
     part, exact = inputs.first(rows, case.dtype), inputs.first(rows, torch.float64)
@@ -211,49 +217,35 @@ def check(case: Case, inputs: Inputs, found: dict[str, Contender]) -> None:
     logits = F.linear(exact.hidden, exact.weight)
     logits = logits + (F.linear(part.hidden, part.weight).double() - logits).detach()
     definitions: dict[str, tuple[Tensor, tuple[Tensor, ...]]] = {}
-    for name, contender in found.items():
+    for name, contender in contenders.items():
         key = repr(contender.arguments)
         if key not in definitions:
             loss = reference.kd_loss(logits, teacher, exact.target, **contender.arguments)
             leaves = (exact.hidden, exact.weight)
             definitions[key] = loss.detach(), torch.autograd.grad(loss, leaves, retain_graph=True)
-        expected, wanted = definitions[key]
+        expected_loss, expected_gradients = definitions[key]
         loss = contender.loss(part)
         gradients = torch.autograd.grad(loss, (part.hidden, part.weight))
-        for what, actual, value in zip(
+        for quantity, actual, expected in zip(
             ("loss", "gradient of hidden", "gradient of weight"),
             (loss.detach(), *gradients),
-            (expected, *wanted),
+            (expected_loss, *expected_gradients),
             strict=True,
         ):
-            error = ((actual.double() - value).norm() / value.norm()).item()
+            error = ((actual.double() - expected).norm() / expected.norm()).item()
             if not error <= accuracy:
-                raise AssertionError(f"{name}: {what} of {case} is off by {error:.1e}")
-
-
-def time_cuda(run: Callable[[], None]) -> Callable[[], float]:
-    """A timer of one of five queued calls: seconds on the device."""
-
-    def timed() -> float:
-        run()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(5):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / 5
-
-    return timed
+                raise AssertionError(f"{name}: {quantity} of {case} is off by {error:.1e}")
 
 
 def resident_mib(field: str) -> float:
+    """A field of /proc/self/status, "VmRSS:" or "VmHWM:", in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def peak_mib(run: Callable[[], None], device: str) -> float | str:
-    """MiB above what was there before the call, its results included; empty where the system does not tell."""
+    """Peak memory of `run` in MiB above what was in use before, its results included; "" if the system has no such
+    figure."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -262,28 +254,29 @@ def peak_mib(run: Callable[[], None], device: str) -> float | str:
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide what the call takes
-        before = resident_mib("VmRSS:")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide what the call allocates
+        resident = resident_mib("VmRSS:")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         run()
-        return resident_mib("VmHWM:") - before
+        return resident_mib("VmHWM:") - resident
     except (OSError, AttributeError):
         return ""
 
 
 def run_case(case: Case, device: str, rounds: int) -> list[Row]:
+    """Checks and times the contenders on a case; a row for each."""
     inputs = make_inputs(case, device)
-    found = contenders(case, device)
-    check(case, inputs, found)
-    torch._dynamo.reset()  # a baseline that compiled the check's shape starts with a fresh cache
-    runs = {name: lambda loss=contender.loss: backward(loss, inputs) for name, contender in found.items()}
+    losses = contenders(case, device)
+    check(case, inputs, losses)
+    torch._dynamo.reset()  # contenders that compile have compiled for the shape of the check
+    runs = {name: functools.partial(backward, contender.loss, inputs) for name, contender in losses.items()}
     for run in runs.values():
         run()
     timers = {name: time_cuda(run) if device == "cuda" else time_cpu(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, timed in timers.items():
-            times[name].append(timed())
+        for name, timer in timers.items():
+            times[name].append(timer())
     rows = []
     for name, seconds in times.items():
         inputs.hidden.grad = inputs.weight.grad = None
@@ -294,7 +287,7 @@ def run_case(case: Case, device: str, rounds: int) -> list[Row]:
                 "classes": case.classes,
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "contender": name,
-                "chunk_rows": found[name].chunk_rows or "",
+                "chunk_rows": losses[name].chunk_rows or "",
                 "median_ms": statistics.median(seconds) * 1e3,
                 "min_ms": min(seconds) * 1e3,
                 "max_ms": max(seconds) * 1e3,
@@ -309,66 +302,57 @@ def run_case(case: Case, device: str, rounds: int) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     header = ["case", "contender", "chunk", "ms", "GFLOP/s", "peak MiB", "time / ours"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        peak = f"{float(row['peak_mib']):.0f}" if row["peak_mib"] != "" else ""
-        cells = [
+    body = [
+        [
             f"{row['rows']} x {row['width']} -> {row['classes']} {row['dtype']}",
             row["contender"],
-            str(row["chunk_rows"]),
+            row["chunk_rows"],
             f"{float(row['median_ms']):.4g}",
             f"{float(row['gflop_s']):.0f}",
-            peak,
+            f"{float(row['peak_mib']):.0f}" if row["peak_mib"] != "" else "",
             f"{float(row['speedup_of_ours']):.2f}x",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    first = rows[0]
-    threads = f", {first['threads']} thread(s), {first['isa']}" if first["threads"] != "" else ""
-    lines += [
-        "",
-        f"{first['device']}{threads}; torch {first['torch']}; commit {first['commit']}; `{first['command']}`.",
+        for row in rows
     ]
-    return "\n".join(lines)
+    return "\n".join([*markdown_table(header, body), "", origin(rows[0], processor_details(rows[0]))])
+
+
+def run_cases(cases: list[Case], common: Row, arguments: argparse.Namespace) -> list[Row]:
+    """The rows of all cases, written to --csv after each; common: columns that all rows share."""
+    rows: list[Row] = []
+    began, longest = time.perf_counter(), 0.0
+    for case in cases:
+        begin = time.perf_counter()
+        # A case starts only if one as long as the longest so far would fit.
+        if begin - began + longest > arguments.budget:
+            say(f"left out, the budget is used up: {case} and the cases after it")
+            break
+        measured = run_case(case, arguments.device, arguments.rounds)
+        longest = max(longest, time.perf_counter() - begin)
+        rows += [row | common for row in measured]
+        for row in measured:
+            peak = row["peak_mib"] if row["peak_mib"] == "" else f"{row['peak_mib']:.0f} MiB"
+            say(f"{case}: {row['contender']} {row['median_ms']:.4g} ms {peak}")
+        if arguments.csv is not None:
+            write_csv(arguments.csv, rows)
+    return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--quick", action="store_true", help="small shapes")
+    parser = suite_parser(__doc__, quick="small shapes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds; cases that do not fit are left out")
-    parser.add_argument("--csv", type=Path, help="write the rows here")
-    parser.add_argument("--markdown", type=Path, metavar="CSV", help="print a stored run as a table and end")
-    arguments = parser.parse_args()
-    if arguments.markdown is not None:
-        with arguments.markdown.open(newline="", encoding="utf-8") as file:
-            sys.stdout.write(table(list(csv.DictReader(file))) + "\n")
+    arguments = parse_suite(parser, table)
+    if arguments is None:
         return 0
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here")
     torch.set_num_threads(arguments.threads)
     common = facts(arguments.device)
-    liger = importlib.util.find_spec("liger_kernel") is not None
-    common["liger"] = importlib.metadata.version("liger-kernel") if liger else ""
-    rows: list[Row] = []
-    began, longest = time.perf_counter(), 0.0
-    for case in QUICK if arguments.quick else {"cpu": CPU, "cuda": CUDA}[arguments.device]:
-        begin = time.perf_counter()
-        if begin - began + longest > arguments.budget:  # the longest case so far stands for the next one
-            sys.stdout.write(f"left out, the budget is used up: {case} and what follows\n")
-            break
-        found = run_case(case, arguments.device, arguments.rounds)
-        longest = max(longest, time.perf_counter() - begin)
-        rows += [row | common for row in found]
-        for row in found:
-            peak = row["peak_mib"] if row["peak_mib"] == "" else f"{row['peak_mib']:.0f} MiB"
-            sys.stdout.write(f"{case}: {row['contender']} {row['median_ms']:.4g} ms {peak}\n")
-        sys.stdout.flush()
-        if arguments.csv is not None:  # a run that is cut short keeps what it has
-            write_csv(arguments.csv, rows)
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    common["liger"] = importlib.metadata.version("liger-kernel") if has_liger else ""
+    cases = QUICK if arguments.quick else CUDA if arguments.device == "cuda" else CPU
+    rows = run_cases(cases, common, arguments)
     if rows:
-        sys.stdout.write("\n" + table(rows) + "\n")
+        say(f"\n{table(rows)}")
     return 0
 
 

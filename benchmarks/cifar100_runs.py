@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.tables import csv_text
 from lrds_fast.files import write_text
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.report import paper
@@ -72,22 +73,18 @@ def rows_of(runs: list[Run], commit: str, command: str) -> list[dict[str, Any]]:
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
     """The rows with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*FACTS, *LOGGED], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text([*FACTS, *LOGGED], rows)
 
 
 def runs_of(text: str) -> list[Run]:
     """The runs of a stored CSV, in its order."""
-    found: dict[tuple[str, int], Run] = {}
+    runs: dict[tuple[str, int], Run] = {}
     for row in csv.DictReader(io.StringIO(text)):
         name, seed = row["name"], int(row["seed"])
         recipe = Recipe(name=name, seed=seed).with_values(**{"schedule.epochs": int(row["epochs"])})
-        run = found.setdefault((name, seed), Run(Path(name), recipe, []))
+        run = runs.setdefault((name, seed), Run(Path(name), recipe, []))
         run.records.append({key: float(row[key]) for key in LOGGED if row[key] != ""})
-    return list(found.values())
+    return list(runs.values())
 
 
 def origin(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The laboratory on frozen features: when do label revision and data selection help a student, and how much?
+"""Experiments on frozen features: when do label revision and data selection help a student, and how much?
 
     python -m benchmarks.lab_features --cache /tmp/lab --suite first --seeds 0-9
     python -m benchmarks.lab_features --cache /tmp/lab --suite first --regimes other foreign --arms kd lr1_0.8
@@ -6,19 +6,17 @@
 
 CIFAR-100 (LRDS_DATA, or what lrds_fast.data.cifar downloads) as fixed features: distances of whitened 6 x 6 patches to
 k-means centres, pooled over quadrants (Coates, Lee and Ng, "An analysis of single-layer networks in unsupervised
-feature learning", 2011), principal components. Teachers see a large dictionary, students a small one. A student is an
-MLP that trains in a fraction of a second, so that every question can be asked in pairs: all arms of a seed share the
-split, the teacher, the initial weights and the order of the samples (lab_students.py has the arms).
+feature learning", 2011), then principal components. Teachers get features of a large dictionary, students of a small
+one. A student is an MLP that trains in a fraction of a second, which allows paired comparisons: all arms of a seed
+share the split, the teacher, the initial weights and the order of the samples (lab_students.py defines the arms).
 
-Every finished run is appended to the CSV at once; what is there already is not run again. Features and teachers are
-kept in the folder --cache. `python -m benchmarks.lab_statistics` makes the page.
+Every finished run is appended to the CSV file at once, and runs that are in it are not repeated. Features and teachers
+are stored in the folder --cache. `python -m benchmarks.lab_statistics` writes the page.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import sys
 import time
@@ -31,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.bench_kd_loss import commit as checkout_commit
 from benchmarks.lab_students import CE_WEIGHTS, Arm, Problem, Revision, Selection, Training, kd_name, run
+from benchmarks.tables import append_csv, stored_rows
 from lrds_fast.data.cifar import cifar
+from lrds_fast.train.provenance import commit as checkout_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "method_features.csv"
@@ -61,10 +60,10 @@ STUDENT_DICTIONARY, TEACHER_DICTIONARY = (100, 128), (800, 512)
 
 
 def patches_of(images: Tensor) -> Tensor:
-    """(size, positions, 108) patches of uint8 pictures, each with its own mean and contrast taken out."""
-    found = F.unfold(images.float(), PATCH, stride=STRIDE).transpose(1, 2)
-    found = found - found.mean(dim=2, keepdim=True)
-    return found / (found.square().mean(dim=2, keepdim=True) + 10.0).sqrt()
+    """(size, positions, 108) patches of uint8 pictures, each with its mean subtracted and its contrast normalised."""
+    patches = F.unfold(images.float(), PATCH, stride=STRIDE).transpose(1, 2)
+    patches = patches - patches.mean(dim=2, keepdim=True)
+    return patches / (patches.square().mean(dim=2, keepdim=True) + 10.0).sqrt()
 
 
 class Dictionary:
@@ -135,7 +134,8 @@ def load_pictures(cache: Path) -> Pictures:
         temporary = path.with_suffix(".tmp")
         torch.save(stored, temporary)
         os.replace(temporary, path)
-    return Pictures(*torch.load(path), 100)
+    student, teacher, labels, test_student, test_teacher, test_labels = torch.load(path)
+    return Pictures(student, teacher, labels, test_student, test_teacher, test_labels, 100)
 
 
 # --- Teachers and regimes -------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def train_teacher(
 
 
 def teacher_logits(pictures: Pictures, kind: str, seed: int, cache: Path) -> Tensor:
-    """(students, C): what the seed's teacher of this kind says of the students' samples; kept in the cache."""
+    """(students, C) logits of the seed's teacher of this kind on the students' samples; stored in the cache."""
     path = cache / "teachers" / f"{kind}-{seed}.pt"
     if not path.exists():
         order = split_of(seed, len(pictures.labels))
@@ -236,8 +236,8 @@ def teacher_logits(pictures: Pictures, kind: str, seed: int, cache: Path) -> Ten
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         torch.save((logits, float(right)), temporary)
         os.replace(temporary, path)
-    logits, _ = torch.load(path)
-    return logits
+    stored: Tensor = torch.load(path)[0]
+    return stored
 
 
 def problem_of(pictures: Pictures, regime: Regime, seed: int, cache: Path) -> Problem:
@@ -282,7 +282,7 @@ def first_suite() -> list[Arm]:
     choices |= {f"ratio{share:g}": Selection("ratio", share) for share in (0.7, 0.8, 0.9, 0.95)}
     for name, selection in choices.items():
         arms.append(Arm(name, selection=selection))
-        if name not in ("z1cap", "z3cap"):  # as many as others deny, but for a few
+        if name not in ("z1cap", "z3cap"):  # a random selection of the same size, for most selections
             arms.append(Arm(f"random_{name}", selection=Selection("random", like=selection)))
     arms += [Arm("teacher_correct", selection=Selection("teacher_correct"))]
     arms += [Arm("teacher_loss0.9", selection=Selection("teacher_loss", 0.9))]
@@ -301,12 +301,12 @@ def first_suite() -> list[Arm]:
 
 
 def baselines() -> list[Arm]:
-    """Plain KD with every cross-entropy weight that is tuned over."""
+    """Plain KD with each cross-entropy weight of the tuning."""
     return [Arm(kd_name(ce), ce=ce) for ce in CE_WEIGHTS]
 
 
 def search_suite() -> list[Arm]:
-    """The variants that docs/benchmarks/method.md foretells."""
+    """The variants in docs/benchmarks/method.md, which has a prediction for each."""
     capped = Selection("confidence", 2, cap=0.1)
     outlier = Selection("outlier", 3.0)
     match, robust = Selection("match"), Selection("robust", 3.0)
@@ -353,15 +353,19 @@ def search_suite() -> list[Arm]:
         Arm("lr1_0.95+match", revision=Revision(eta=0.95), selection=match),
         Arm("oracle", selection=Selection("oracle")),
     ]
-    wanted = ("margin", "posterior1", "ce_wrong1", "soft", "soft_z", "z2cap_raise", "outlier3", "margin+z2cap")
-    wanted += ("lr1+outlier3", "lr1_0.95+outlier3", "lr1_0.95+z2_train", "z2_train", "z2cap_train", "oracle")
-    wanted += ("random_outlier3", "outlier2", "robust", "robust_late", "lr1_0.95+robust")
-    wanted += ("match", "random_match", "match_uce", "match_soft", "lr1_0.8+match", "lr1_0.95+match")
-    tuned = [replace(arm, name=f"tuned+{arm.name}", ce=None) for arm in arms if arm.name in wanted]
+    tuned_names = {"margin", "posterior1", "ce_wrong1", "soft", "soft_z", "z2cap_raise", "outlier3", "margin+z2cap"}
+    tuned_names |= {"lr1+outlier3", "lr1_0.95+outlier3", "lr1_0.95+z2_train", "z2_train", "z2cap_train", "oracle"}
+    tuned_names |= {"random_outlier3", "outlier2", "robust", "robust_late", "lr1_0.95+robust"}
+    tuned_names |= {"match", "random_match", "match_uce", "match_soft", "lr1_0.8+match", "lr1_0.95+match"}
+    tuned = [replace(arm, name=f"tuned+{arm.name}", ce=None) for arm in arms if arm.name in tuned_names]
     return arms + tuned
 
 
-SUITES = {"first": first_suite, "search": search_suite, "all": lambda: first_suite() + search_suite()}
+def all_suites() -> list[Arm]:
+    return first_suite() + search_suite()
+
+
+SUITES = {"first": first_suite, "search": search_suite, "all": all_suites}
 
 
 # --- Running --------------------------------------------------------------------------------------------------------
@@ -388,32 +392,16 @@ COLUMNS = (
 )
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Adds rows, the header where the file is new, in one write: two processes may share the file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if not path.exists():
-        writer.writeheader()
-    writer.writerows(rows)
-    with path.open("ab", buffering=0) as file:
-        file.write(text.getvalue().encode())
-
-
 def tuned_ce(held: dict[str, float]) -> float:
     """The cross-entropy weight whose plain KD has the lowest NLL on the held-out slice; held: by arm."""
     return min(CE_WEIGHTS, key=lambda ce: held[kd_name(ce)])
 
 
 def run_seed(problem: Problem, regime: str, arms: Sequence[Arm], path: Path, commit: str, training: Training) -> int:
-    """Runs the arms of this seed that the CSV lacks and appends them; returns how many."""
-    there = {row["arm"]: row for row in read_rows(path) if (row["regime"], row["seed"]) == (regime, str(problem.seed))}
+    """Runs the arms of this seed that are not in the CSV file and appends their rows; returns their number."""
+    there = {
+        row["arm"]: row for row in stored_rows(path) if (row["regime"], row["seed"]) == (regime, str(problem.seed))
+    }
     count = 0
     for suite in (baselines(), arms):
         missing = [arm for arm in suite if arm.name not in there]
@@ -427,7 +415,7 @@ def run_seed(problem: Problem, regime: str, arms: Sequence[Arm], path: Path, com
             known = {"ce_weight": arm.ce, "unselected": arm.unselected if arm.selection else ""}
             numbers = {key: "" if value != value else f"{value:.5g}" for key, value in result.items()}
             rows.append(facts | known | numbers)
-        append(path, rows)
+        append_csv(path, COLUMNS, rows)
         there |= {str(row["arm"]): {key: str(value) for key, value in row.items()} for row in rows}
         count += len(rows)
     return count
@@ -444,10 +432,10 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="folder for features and teachers, outside the checkout")
     parser.add_argument("--suite", choices=SUITES, default="first")
     parser.add_argument("--regimes", nargs="*", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--arms", nargs="*", help="these of the suite (default: all)")
+    parser.add_argument("--arms", nargs="*", help="names of arms of the suite (default: all)")
     parser.add_argument("--seeds", type=seeds_of, default=seeds_of("0-9"))
     parser.add_argument("--csv", type=Path, default=STORED)
-    parser.add_argument("--list", action="store_true", help="print regimes and arms and end")
+    parser.add_argument("--list", action="store_true", help="print regimes and arms and exit")
     options = parser.parse_args()
     arms = [arm for arm in SUITES[options.suite]() if not options.arms or arm.name in options.arms]
     if options.list:
@@ -456,7 +444,7 @@ def main() -> int:
         print("\n".join(arm.name for arm in baselines() + arms))
         return 0
     if options.cache is None:
-        parser.error("--cache: a folder for features and teachers is needed")
+        parser.error("--cache is required: a folder to store features and teachers in, outside the checkout")
     torch.set_num_threads(1)
     commit = checkout_commit()
     pictures = load_pictures(options.cache)

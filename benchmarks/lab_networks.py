@@ -4,16 +4,16 @@
     python -m benchmarks.lab_networks run --cache DIR --regimes unseen  # those of one regime
     python -m benchmarks.lab_networks page                              # docs/benchmarks/method.md and its plots
 
-The protocol is in docs/benchmarks/method.md. A pair is a teacher and a student's initialisation; its arms differ in
-nothing else: same samples, same augmented views in the same order. Arms with a selection continue from the checkpoint
-of the arm without one. A finished run is a row of results/method_networks.csv and is not run again. Several processes
-may share one cache: each takes the next pair that no other process has. The teachers' weights are in teachers/.
+The protocol is in docs/benchmarks/method.md. A pair is a teacher and an initialisation of the student. All arms of a
+pair share them, the samples, and the augmented views in the same order. Arms with a selection continue from the
+checkpoint of the arm without one. A finished run is a row of results/method_networks.csv and is not repeated. Several
+processes may share one cache: each takes the next pair that no other process has claimed. The teachers' weights are in
+teachers/.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lrds_fast
-from benchmarks.bench_kd_loss import commit, cpu_name
 from benchmarks.lab_students import measures, revise_logits
+from benchmarks.tables import append_csv, markdown_table, stored_rows
 from lrds_fast import influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
 from lrds_fast.files import replacing, write_text
 from lrds_fast.pages import charts
 from lrds_fast.report.statistics import estimate
+from lrds_fast.train.provenance import commit, cpu_name
 from lrds_fast.train.setup import available_amp
 
 HERE = Path(__file__).resolve().parent
@@ -80,6 +81,9 @@ FIELDS = (
 )  # fmt: skip
 
 
+Network = models.Classifier | models.External
+
+
 class Split(NamedTuple):
     """Indices of the training pictures."""
 
@@ -91,13 +95,13 @@ class Split(NamedTuple):
 class Trained(NamedTuple):
     """A student between two epochs."""
 
-    model: nn.Module
+    model: Network
     optimizer: torch.optim.Optimizer
     epoch: int
 
 
 def generator(*key: object) -> torch.Generator:
-    """A generator of its own for every use."""
+    """A generator seeded by the key; every random draw of the experiment has its own key."""
     return torch.Generator().manual_seed(int.from_bytes(repr(key).encode(), "little") % (2**61 - 1))
 
 
@@ -140,7 +144,8 @@ def precision() -> str:
 
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision() == "bf16"):
-        return model(images).float()
+        logits: Tensor = model(images)
+        return logits.float()
 
 
 @torch.no_grad()
@@ -150,7 +155,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def features_of(model: nn.Module, images: Tensor) -> Tensor:
+def features_of(model: Network, images: Tensor) -> Tensor:
     model.eval()
     return torch.cat([model.features(normalised(part)).float() for part in images.split(500)])
 
@@ -199,7 +204,8 @@ def loaded(path: Path, state: Trained) -> Trained:
 
 
 def teacher_labels(regime: str, teacher: int, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the teacher's samples: which it is trained on (bool), and the labels that it is given."""
+    """Which samples the teacher is trained on, (N,) bool, and the labels that it is trained with; labels (N,): the true
+    ones."""
     random = generator("regime", regime, teacher)
     keep = torch.ones(len(labels), dtype=torch.bool)
     if regime == "unseen":
@@ -212,7 +218,7 @@ def teacher_labels(regime: str, teacher: int, labels: Tensor) -> tuple[Tensor, T
 
 
 def teacher_of(regime: str, number: int, data: Pictures, cache: Path) -> nn.Module:
-    """A resnet20 of the regime, from teachers/ or trained; an interrupted training goes on after its last epoch."""
+    """A resnet20 of the regime, loaded from teachers/ or trained; interrupted training resumes after the last epoch."""
     path = TEACHERS / f"resnet20_{regime}_{number}.safetensors"
     state = fresh("resnet20", regime, number)
     if not path.exists():
@@ -232,7 +238,7 @@ def teacher_of(regime: str, number: int, data: Pictures, cache: Path) -> nn.Modu
             order = torch.randperm(len(images), generator=random)
             state = one_epoch(state, order, TEACHER_EPOCHS, -(-len(images) // BATCH), loss_of)
             saved(half_done, state)
-        # Students see the stored weights, rounded to 16 bits, so that anybody can repeat them.
+        # Students learn from the stored weights, rounded to 16 bits, so that their runs can be repeated from these.
         half = {k: v.half() if v.is_floating_point() else v for k, v in state.model.state_dict().items()}
         TEACHERS.mkdir(exist_ok=True)
         with replacing(path) as name:
@@ -243,7 +249,11 @@ def teacher_of(regime: str, number: int, data: Pictures, cache: Path) -> nn.Modu
 
 
 class Pair:
-    """The data, views and teacher's logits that all arms of a pair share."""
+    """The data, views and teacher's logits that all arms of a pair share.
+
+    view_logits: (VIEWS + 1, N, C), the teacher's for each view. wrong: (N,) bool, where the teacher's top class is not
+    the label.
+    """
 
     def __init__(self, regime: str, teacher: int, student: int, data: Pictures, cache: Path) -> None:
         self.regime, self.teacher, self.student, self.cache, self.data = regime, teacher, student, cache, data
@@ -252,7 +262,7 @@ class Pair:
         self.held_out, self.held_out_labels = data.train_images[split.held_out], data.train_labels[split.held_out]
         with claimed(cache / f"teacher_{regime}_{teacher}.lock", wait=True):
             network = teacher_of(regime, teacher, data, cache)
-        # View VIEWS is the picture itself, which is scored.
+        # The last view, number VIEWS, is the picture without augmentation: scores are computed on it.
         self.views = [augmented(self.images, generator("view", teacher, view)) for view in range(VIEWS)] + [self.images]
         path = cache / f"logits_{regime}_{teacher}.pt"
         if not path.exists():
@@ -260,28 +270,30 @@ class Pair:
             with replacing(path) as name:
                 torch.save({"views": logits, "test": logits_of(network, data.test_images)}, name)
         kept = torch.load(path, weights_only=True)
-        self.answers = kept["views"].float()
+        self.view_logits = kept["views"].float()
         self.teacher_test_acc = measures(kept["test"], data.test_labels)["acc"]
-        self.wrong = self.answers[VIEWS].argmax(1) != self.labels
+        self.wrong = self.view_logits[VIEWS].argmax(1) != self.labels
 
     def checkpoint(self, arm: Arm) -> Path:
         return self.cache / f"student_{self.regime}_{self.teacher}_{self.student}_{arm.revise}.pt"
 
-    def told(self, arm: Arm, view: int) -> Tensor:
+    def teacher_logits(self, arm: Arm, view: int) -> Tensor:
         """The teacher's logits, already revised where the arm revises at temperature 1."""
-        given = self.answers[view]
-        return revise_logits(given, self.labels, at=1.0, eta=ETA) if arm.revise == "one" else given
+        logits = self.view_logits[view]
+        return revise_logits(logits, self.labels, at=1.0, eta=ETA) if arm.revise == "one" else logits
 
     def train(self, arm: Arm, state: Trained, epochs: int, selected: Tensor | None) -> Trained:
         batches = -(-len(self.images) // BATCH)
         while state.epoch < epochs:
             view = state.epoch % VIEWS
-            told = self.told(arm, view)
+            teacher_logits = self.teacher_logits(arm, view)
 
-            def loss_of(model: nn.Module, rows: Tensor, view: int = view, told: Tensor = told) -> Tensor:
+            def loss_of(
+                model: nn.Module, rows: Tensor, view: int = view, teacher_logits: Tensor = teacher_logits
+            ) -> Tensor:
                 return lrds_fast.kd_loss(
                     run_network(model, normalised(self.views[view][rows])),
-                    told[rows],
+                    teacher_logits[rows],
                     self.labels[rows],
                     temperature=TEMPERATURE,
                     ce_weight=arm.ce_weight,
@@ -299,7 +311,7 @@ class Pair:
             state = one_epoch(state, order, EPOCHS, batches, loss_of)
         return state
 
-    def gain(self, arm: Arm, model: nn.Module) -> tuple[Tensor, Tensor]:
+    def gain(self, arm: Arm, model: Network) -> tuple[Tensor, Tensor]:
         """kd_gain of every sample and its standard error over FOLDS parts of the held-out slice."""
         features, logits = features_of(model, self.images), logits_of(model, self.images)
         val_features, val_logits = features_of(model, self.held_out), logits_of(model, self.held_out)
@@ -313,22 +325,26 @@ class Pair:
         folds = []
         for fold in range(FOLDS):
             part = slice(fold, None, FOLDS)
-            found = influence.last_layer_scores(
+            scores = influence.last_layer_scores(
                 features=features,
                 student_logits=logits,
-                teacher_logits=self.told(arm, VIEWS),
+                teacher_logits=self.teacher_logits(arm, VIEWS),
                 target=self.labels,
                 val_features=val_features[part],
                 val_logits=val_logits[part],
                 val_target=self.held_out_labels[part],
                 loss=loss,
             )
-            folds.append(found["kd_gain"])
+            folds.append(scores["kd_gain"])
         values = torch.stack(folds).double()
         return values.mean(0), values.std(0) / FOLDS**0.5
 
-    def selection(self, arm: Arm, model: nn.Module) -> Tensor:
-        """Who keeps the teacher: all but those whose kd_gain exceeds CONFIDENCE standard errors, at most MAX_DROP."""
+    def selection(self, arm: Arm, model: Network) -> Tensor:
+        """The samples that keep the teacher, (N,) bool.
+
+        Denied are those whose kd_gain exceeds CONFIDENCE standard errors; if they are more than a share MAX_DROP of the
+        samples, those of them with the largest kd_gain. With arm.deny "random" as many random samples are denied.
+        """
         score, error = self.gain(arm, model)
         count = len(score)
         worst = torch.zeros(count, dtype=torch.bool)
@@ -343,7 +359,7 @@ class Pair:
         return ~denied
 
     def run(self, name: str) -> dict[str, object]:
-        """One arm from start to end: a row of the table."""
+        """Trains and measures one arm; returns its row."""
         arm, began = ARMS[name], time.monotonic()
         state, selected = fresh("resnet8", "student", self.teacher, self.student), None
         branch = self.checkpoint(arm)
@@ -359,16 +375,16 @@ class Pair:
         state = self.train(arm, state, EPOCHS, selected)
         test = measures(logits_of(state.model, self.data.test_images), self.data.test_labels)
         val = measures(logits_of(state.model, self.held_out), self.held_out_labels)
-        told = self.told(arm, 0)
+        teacher_logits = self.teacher_logits(arm, 0)
         if arm.revise == "published":
-            told = (
+            teacher_logits = (
                 lrds_fast.revise_labels(
-                    told, self.labels, temperature=TEMPERATURE, eta=ETA, revise_temperature=None
+                    teacher_logits, self.labels, temperature=TEMPERATURE, eta=ETA, revise_temperature=None
                 ).log()
                 * TEMPERATURE
             )
-        p_y = (told / TEMPERATURE).softmax(1).gather(1, self.labels[:, None])[:, 0]
-        wrong_view = self.answers[0].argmax(1) != self.labels
+        p_y = (teacher_logits / TEMPERATURE).softmax(1).gather(1, self.labels[:, None])[:, 0]
+        wrong_view = self.view_logits[0].argmax(1) != self.labels
         denied = torch.zeros_like(self.wrong) if selected is None else ~selected
         return {
             "regime": self.regime, "teacher": self.teacher, "student": self.student, "arm": name,
@@ -384,29 +400,12 @@ class Pair:
         }  # fmt: skip
 
 
-def stored_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, object]) -> None:
-    """Adds a row, under a lock that the processes of one machine share."""
-    with STORED.open("a+", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        file.seek(0, 2)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 @contextmanager
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether no other process holds path's lock; it is then this process's until the block ends or the process dies.
+    """Yields True and holds the lock of the file until the block or the process ends; yields False if another process
+    holds it.
 
-    wait: for another process to let go of it; the answer is then always True.
+    wait: waits until the other process releases the lock, so that True is always yielded.
     """
     with path.open("w") as file:
         try:
@@ -423,13 +422,13 @@ def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]
     primary, tuned, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-ce0.3", "kd-ce1"), ("lr-published", "alone")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
     yield from ((regimes[0], *pair, primary) for pair in pairs)
-    for arms, wanted in (
+    for arms, part in (
         ((*primary, *tuned), pairs[:3]),
         ((*primary, *tuned, *rest), pairs[:3]),
         ((*primary, *tuned, *rest), pairs[3:]),
     ):
         for regime in regimes:
-            yield from ((regime, *pair, arms) for pair in wanted)
+            yield from ((regime, *pair, arms) for pair in part)
 
 
 # --- The page -------------------------------------------------------------------------------------------------------
@@ -443,41 +442,40 @@ Results = dict[str, dict[tuple[int, int], dict[str, str]]]
 
 def results_of(rows: Sequence[dict[str, str]], regime: str) -> Results:
     """The regime's rows by arm and pair, with those of tuned KD where a pair has all three weights."""
-    found: Results = {}
+    results: Results = {}
     for row in rows:
         if row["regime"] == regime:
-            found.setdefault(row["arm"], {})[int(row["teacher"]), int(row["student"])] = row
-    weights = [found.get(arm, {}) for arm in ("kd", "kd-ce0.3", "kd-ce1")]
+            results.setdefault(row["arm"], {})[int(row["teacher"]), int(row["student"])] = row
+    weights = [results.get(arm, {}) for arm in ("kd", "kd-ce0.3", "kd-ce1")]
     for pair in set.intersection(*(set(each) for each in weights)):
         tuned = max((each[pair] for each in weights), key=lambda row: float(row["val_acc"]))
-        found.setdefault(TUNED, {})[pair] = tuned
-    return found
+        results.setdefault(TUNED, {})[pair] = tuned
+    return results
 
 
 def differences(results: Results, arm: str, baseline: str, key: str) -> list[float]:
     """arm - baseline for each pair that has both, in the pairs' order."""
-    ours, theirs = results.get(arm, {}), results.get(baseline, {})
-    return [float(ours[pair][key]) - float(theirs[pair][key]) for pair in sorted(ours.keys() & theirs.keys())]
+    of_arm, of_baseline = results.get(arm, {}), results.get(baseline, {})
+    return [
+        float(of_arm[pair][key]) - float(of_baseline[pair][key]) for pair in sorted(of_arm.keys() & of_baseline.keys())
+    ]
 
 
 def signed(values: Sequence[float], digits: int) -> str:
-    """Mean and half-width of the 95% t interval, in bold where it excludes 0; the mean alone of one pair."""
+    """Mean and half-width of the 95% t interval, in bold if it excludes 0; the mean alone if there is one value."""
     if not values:
         return "-"
-    found = estimate(values)
-    if found.n == 1:
-        return f"{found.mean:+.{digits}f}"
-    text = f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f}"
-    return text if found.within_noise else f"**{text}**"
+    difference = estimate(values)
+    if difference.n == 1:
+        return f"{difference.mean:+.{digits}f}"
+    text = f"{difference.mean:+.{digits}f} ± {difference.half_width:.{digits}f}"
+    return text if difference.within_noise else f"**{text}**"
 
 
 def table(results: Results) -> str:
     """Markdown: a row an arm."""
-    lines = [
-        "| arm | pairs | accuracy, % | NLL | ECE, % | accuracy - kd | NLL - kd | accuracy - tuned | NLL - tuned"
-        " | denied (teacher wrong) |",
-        "|---" * 10 + "|",
-    ]
+    header = ["arm", "pairs", "accuracy, %", "NLL", "ECE, %", "accuracy - kd", "NLL - kd", "accuracy - tuned"]
+    body = []
     for arm in [*ARMS, TUNED]:
         rows = results.get(arm, {}).values()
         if not rows:
@@ -490,8 +488,8 @@ def table(results: Results) -> str:
                 same = arm == baseline
                 cells.append("" if same else signed(differences(results, arm, baseline, key), digits))
         cells.append(f"{denied / len(rows):.0f} ({wrong / denied:.0%})" if denied else "0")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return "\n".join(markdown_table([*header, "NLL - tuned", "denied (teacher wrong)"], body))
 
 
 def registered(results: Mapping[str, Results]) -> list[str]:
@@ -507,9 +505,9 @@ def registered(results: Mapping[str, Results]) -> list[str]:
     parts = [f"`{arm}` {signed(differences(clean, arm, 'kd', 'test_acc'), 2)}" for arm in ("lr", "ds", "lr+ds")]
     lines.append(f"3. Safety, *clean*, accuracy - `kd`: {', '.join(parts)}.")
     parts = [
-        f"*{regime}* {signed(differences(found, 'lr+ds', TUNED, 'test_acc'), 2)} (NLL"
-        f" {signed(differences(found, 'lr+ds', TUNED, 'test_nll'), 3)})"
-        for regime, found in results.items()
+        f"*{regime}* {signed(differences(of_regime, 'lr+ds', TUNED, 'test_acc'), 2)} (NLL"
+        f" {signed(differences(of_regime, 'lr+ds', TUNED, 'test_nll'), 3)})"
+        for regime, of_regime in results.items()
     ]
     lines.append(f"4. `lr+ds` - tuned KD, accuracy: {', '.join(parts)}.")
     return lines
@@ -518,10 +516,10 @@ def registered(results: Mapping[str, Results]) -> list[str]:
 def forest(results: Mapping[str, Results], key: str) -> Any:
     """Differences to plain KD, a panel a regime."""
     panels = {}
-    for regime, found in results.items():
+    for regime, of_regime in results.items():
         lines = []
         for arm in [*ARMS, TUNED]:
-            pairs = differences(found, arm, "kd", key)
+            pairs = differences(of_regime, arm, "kd", key)
             if arm not in ("kd", "alone") and len(pairs) > 1:
                 mean = estimate(pairs)
                 lines.append(charts.Interval(arm, mean.mean, *mean.interval, pairs))
@@ -536,18 +534,18 @@ def section(rows: Sequence[dict[str, str]]) -> str:
     results = {regime: results_of(rows, regime) for regime in REGIMES}
     places = sorted({f"{row['cpu']}, {row['precision']}, torch {row['torch']}, commit {row['commit']}" for row in rows})
     parts = ["## On convolutional networks: the results", "\n".join(registered(results))]
-    for regime, found in results.items():
-        if found:
-            some = next(iter(found.values()))
+    for regime, of_regime in results.items():
+        if of_regime:
+            some_arm = next(iter(of_regime.values()))
             accuracy, wrong = (
-                estimate([float(row[key]) for row in some.values()]).mean
+                estimate([float(row[key]) for row in some_arm.values()]).mean
                 for key in ("teacher_test_acc", "teacher_wrong")
             )
             parts += [
                 f"### {regime}",
                 f"The teachers are right on {accuracy:.1f}% of the test pictures and wrong on {wrong:.1%} of the"
                 " students'.",
-                table(found),
+                table(of_regime),
             ]
     parts += [f"![Paired differences: {name}](method_networks_{name}.svg)" for name in ("acc", "nll")]
     parts.append(f"± is the half-width of a 95% t interval over pairs, bold where it excludes 0. {'; '.join(places)}.")
@@ -590,14 +588,14 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     data = cifar(CLASSES, options.data)
     for regime, teacher, student, arms in jobs(options.regimes):
-        with claimed(options.cache / f"{regime}_{teacher}_{student}.lock") as mine:
+        with claimed(options.cache / f"{regime}_{teacher}_{student}.lock") as is_claimed:
             pair = None
-            for name in arms if mine else ():
+            for name in arms if is_claimed else ():
                 rows = stored_rows(STORED)
                 done = {(row["regime"], int(row["teacher"]), int(row["student"]), row["arm"]) for row in rows}
                 if (regime, teacher, student, name) not in done:
                     pair = pair or Pair(regime, teacher, student, data, options.cache)
-                    append(pair.run(name))
+                    append_csv(STORED, FIELDS, [pair.run(name)])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the laboratory's runs say: paired differences with t intervals, tables, a forest plot for each regime, the page.
+"""Statistics of lab_features.py's runs: paired differences with t intervals, tables, forest plots, the page.
 
     python -m benchmarks.lab_statistics             docs/benchmarks/method.md's section and its plots
     python -m benchmarks.lab_statistics --print     the tables alone
@@ -15,8 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.lab_features import REGIMES, STORED, baselines, read_rows, tuned_ce
+from benchmarks.lab_features import REGIMES, STORED, baselines, tuned_ce
 from benchmarks.lab_students import kd_name
+from benchmarks.tables import markdown_table, stored_rows
 from lrds_fast.pages import charts
 from lrds_fast.report.statistics import LEVEL, Estimate, estimate, holm, paired
 
@@ -90,9 +91,11 @@ class Runs:
             self._rows.setdefault((row["regime"], row["arm"]), {})[int(row["seed"])] = numbers
         names = [kd_name(arm.ce) for arm in baselines() if arm.ce is not None]
         for regime in self.regimes():
-            have = [self.of(regime, name) for name in names]
-            for seed in set.intersection(*(set(found) for found in have)):
-                ce = tuned_ce({name: found[seed]["val_nll"] for name, found in zip(names, have, strict=True)})
+            baseline_rows = [self.of(regime, name) for name in names]
+            for seed in set.intersection(*(set(by_seed) for by_seed in baseline_rows)):
+                ce = tuned_ce(
+                    {name: by_seed[seed]["val_nll"] for name, by_seed in zip(names, baseline_rows, strict=True)}
+                )
                 self._rows.setdefault((regime, "tuned"), {})[seed] = self.of(regime, kd_name(ce))[seed]
 
     def regimes(self) -> list[str]:
@@ -115,26 +118,26 @@ class Runs:
 
     def difference(self, regime: str, arm: str, baseline: str, key: str, seeds: range | None = None) -> Estimate:
         """arm - baseline, paired over the seeds that both have."""
-        ours, theirs = self.of(regime, arm), self.of(regime, baseline)
-        both = [seed for seed in sorted(ours.keys() & theirs.keys()) if seeds is None or seed in seeds]
-        return paired([ours[seed][key] for seed in both], [theirs[seed][key] for seed in both])
+        of_arm, of_baseline = self.of(regime, arm), self.of(regime, baseline)
+        both = [seed for seed in sorted(of_arm.keys() & of_baseline.keys()) if seeds is None or seed in seeds]
+        return paired([of_arm[seed][key] for seed in both], [of_baseline[seed][key] for seed in both])
 
 
 #: Seeds that a cell has; one of fewer says how many it has.
 FULL = 10
 
 
-def signed(found: Estimate, digits: int = 2, p_value: float | None = None) -> str:
+def signed(difference: Estimate, digits: int = 2, p_value: float | None = None) -> str:
     """ "+0.71 ± 0.16", the half-width of the 95% interval; in bold where it excludes 0; " (3)" of 3 seeds.
 
     p_value: in place of the estimate's own, once corrected for many comparisons.
     """
-    if found.n < 2:
+    if difference.n < 2:
         return "-"
-    text = f"{found.mean:+.{digits}f} ± {found.half_width:.{digits}f}"
-    significant = (found.p_value if p_value is None else p_value) <= LEVEL
+    text = f"{difference.mean:+.{digits}f} ± {difference.half_width:.{digits}f}"
+    significant = (difference.p_value if p_value is None else p_value) <= LEVEL
     text = f"**{text}**" if significant else text
-    return text if found.n >= FULL else f"{text} ({found.n})"
+    return text if difference.n >= FULL else f"{text} ({difference.n})"
 
 
 def averaged(runs: Runs, arm: str, baseline: str, key: str, regimes: Sequence[str], seeds: range) -> Estimate:
@@ -142,9 +145,12 @@ def averaged(runs: Runs, arm: str, baseline: str, key: str, regimes: Sequence[st
     pairs = [(runs.of(regime, arm), runs.of(regime, baseline)) for regime in regimes]
     if not pairs:
         return estimate([])
-    both = set.intersection(*(set(ours) & set(theirs) for ours, theirs in pairs)) & set(seeds)
+    both = set.intersection(*(set(of_arm) & set(of_baseline) for of_arm, of_baseline in pairs)) & set(seeds)
     return estimate(
-        [sum(ours[seed][key] - theirs[seed][key] for ours, theirs in pairs) / len(pairs) for seed in sorted(both)]
+        [
+            sum(of_arm[seed][key] - of_baseline[seed][key] for of_arm, of_baseline in pairs) / len(pairs)
+            for seed in sorted(both)
+        ]
     )
 
 
@@ -158,19 +164,18 @@ def matrix(
     digits = 3 if key == "nll" else 2
     regimes = [regime for regime in runs.regimes() if runs.mean(regime, baseline, key, seeds).n]
     broken = [regime for regime in regimes if regime in BROKEN]
-    lines = ["| | broken regimes | " + " | ".join(regimes) + " |", "|---" * (len(regimes) + 2) + "|"]
     level = [f"{runs.mean(regime, baseline, key, seeds).mean:.{digits}f}" for regime in regimes]
-    lines.append(f"| {baseline} itself | | " + " | ".join(level) + " |")
+    body = [[f"{baseline} itself", "", *level]]
     table: dict[str, list[Estimate]] = {}
     for arm in arms:
-        found = [runs.difference(regime, arm, baseline, key, seeds) for regime in regimes]
-        if arm != baseline and any(each.n > 1 for each in found):
-            table[arm] = [averaged(runs, arm, baseline, key, broken, seeds), *found]
+        differences = [runs.difference(regime, arm, baseline, key, seeds) for regime in regimes]
+        if arm != baseline and any(each.n > 1 for each in differences):
+            table[arm] = [averaged(runs, arm, baseline, key, broken, seeds), *differences]
     p_values = [each.p_value if each.n > 1 else math.nan for cells in table.values() for each in cells]
-    found_p = iter(holm(p_values) if corrected else p_values)
+    cell_p_values = iter(holm(p_values) if corrected else p_values)
     for arm, cells in table.items():
-        lines.append(f"| {arm} | " + " | ".join(signed(each, digits, next(found_p)) for each in cells) + " |")
-    return "\n".join(lines)
+        body.append([arm, *(signed(each, digits, next(cell_p_values)) for each in cells)])
+    return "\n".join(markdown_table(["", "broken regimes", *regimes], body))
 
 
 # --- The page -------------------------------------------------------------------------------------------------------
@@ -184,9 +189,9 @@ def plot(runs: Runs, regime: str, path: Path, seeds: range = SEARCH) -> None:
     """A forest plot: each arm's paired differences to plain KD, in accuracy."""
     lines = []
     for arm in SHOWN:
-        found = runs.difference(regime, arm, "kd", "acc", seeds)
-        if arm not in FAR and found.n > 1:
-            lines.append(charts.Interval(arm, found.mean, *found.interval))
+        difference = runs.difference(regime, arm, "kd", "acc", seeds)
+        if arm not in FAR and difference.n > 1:
+            lines.append(charts.Interval(arm, difference.mean, *difference.interval))
     if not lines:
         raise ValueError(f"{regime} has no two seeds of any arm; a plot needs intervals")
     made = charts.forest_plot({regime: lines}, x_label="accuracy - kd, points")
@@ -195,15 +200,23 @@ def plot(runs: Runs, regime: str, path: Path, seeds: range = SEARCH) -> None:
 
 def regime_table(runs: Runs, seeds: range = SEARCH) -> str:
     """What the regimes are: how often their teachers are wrong on the student's samples, how far KD gets."""
-    lines = [
-        "| regime | teacher and student | samples | held out | epochs | teacher wrong | alone | KD | tuned KD | seeds |"
+    header = [
+        "regime",
+        "teacher and student",
+        "samples",
+        "held out",
+        "epochs",
+        "teacher wrong",
+        "alone",
+        "KD",
+        "tuned KD",
     ]
-    lines.append("|---" * 10 + "|")
+    body: list[list[object]] = []
     for name in runs.regimes():
         regime = REGIMES[name]
         levels = [f"{runs.mean(name, arm, 'acc', seeds).mean:.2f}" for arm in ("alone", "kd", "tuned")]
         wrong = f"{100 * runs.mean(name, 'kd', 'teacher_wrong', seeds).mean:.0f}%"
-        cells = [
+        cells: list[object] = [
             name,
             regime.about,
             regime.rows,
@@ -213,8 +226,8 @@ def regime_table(runs: Runs, seeds: range = SEARCH) -> str:
             *levels,
             runs.mean(name, "kd", "acc", seeds).n,
         ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return "\n".join(markdown_table([*header, "seeds"], body))
 
 
 def section(runs: Runs) -> str:
@@ -245,19 +258,19 @@ INTRODUCTION = """## On frozen features
 students are MLPs on frozen features of CIFAR-100, teachers larger MLPs on richer features. Every seed has its own
 split, teacher, initial weights and order, which all arms of the seed share. Differences are paired over seeds; ± is
 the half-width of a 95% t interval, bold where it excludes 0, (n) where a cell has fewer than ten seeds. {cells} cells
-have an interval; one in twenty would exclude 0 by chance, so that what was chosen here was run again on seeds that
-nothing was chosen on (Confirmation). It ranks ideas cheaply and proves nothing for deep networks.
+have an interval. One in twenty would exclude 0 by chance; therefore the arms chosen here were run again on seeds on
+which nothing was chosen (Confirmation). Such runs rank ideas cheaply and prove nothing for deep networks.
 
 Plain KD: T 4, cross-entropy weight 0.1, divergence 0.9. kd_ceX: cross-entropy weight X. tuned: the weight of 0.1, 0.3,
-1, 3 with the lowest NLL on the held-out slice, seed by seed; tuned+: on top of it. lrT_E: label revision as published,
+1, 3 with the lowest NLL on the held-out slice, for each seed; tuned+: on top of it. lrT_E: label revision as published,
 at the divergence's T, eta E; lr1_E: at T = 1. zN: the teacher is denied where kd_gain lies above N standard errors;
-zNcap: to at most 10% of the samples. below0: denied where kd_gain >= 0. ratioR: the lowest R keep the teacher.
-random_X: as many as X keeps, at random. uX: cross-entropy weight of the denied (1 where nothing is said; uce:
-unchanged). The others are under Variants. Scores: EK-FAC of the last layer after a third of the epochs, errors over 10
-folds of the held-out slice."""
-CONFIRMATION = """Seeds from 100 on, on which nothing was chosen; the arms were fixed before, but for robust_late, which
-was written after robust had lost in few_short on these seeds too. Bold here: 0 is excluded after Holm's correction for
-all cells of the table."""
+zNcap: to at most 10% of the samples. below0: denied where kd_gain >= 0. ratioR: the share R with the lowest kd_gain
+keeps the teacher. random_X: as many samples as X keeps, at random. uX: cross-entropy weight of the denied (1 in arms
+without u; uce: unchanged). The others are under Variants. Scores: EK-FAC of the last layer after a third of the
+epochs, errors over 10 folds of the held-out slice."""
+CONFIRMATION = """Seeds from 100 on, on which nothing was chosen. The arms were fixed before these runs, except
+robust_late, which was written after robust had lost in few_short on these seeds too. Bold here: 0 is excluded after
+Holm's correction for all cells of the table."""
 
 
 def page_with(page: str, runs: Runs) -> str:
@@ -271,7 +284,7 @@ def page_with(page: str, runs: Runs) -> str:
 
 def render(path: Path, out: Path) -> Path:
     """Writes the plots into `out` and the section into its method.md, a copy of docs/benchmarks/method.md elsewhere."""
-    runs = Runs(read_rows(path))
+    runs = Runs(stored_rows(path))
     for regime in runs.regimes():
         if len([seed for seed in runs.of(regime, "kd") if seed in SEARCH]) > 1:
             plot(runs, regime, out / f"method_features_{regime}.svg")
@@ -288,7 +301,7 @@ def main() -> int:
     if not options.print:
         print(render(options.csv, PAGE.parent))
         return 0
-    runs = Runs(read_rows(options.csv))
+    runs = Runs(stored_rows(options.csv))
     for seeds, title in ((SEARCH, "search"), (CONFIRM, "confirmation")):
         for baseline in ("kd", "tuned"):
             for key in ("acc", "nll"):

@@ -37,11 +37,12 @@ FOLDS = 10
 
 @dataclass(frozen=True)
 class Revision:
-    """How a teacher's answer is changed where it is wrong.
+    """How the teacher's distribution is changed where its top class is not the label.
 
-    kind: "lr" (arXiv 2404.03693) at temperature `at` (None: the divergence's own, the published form), "swap", "mft";
-    "margin": as lr, with the row's own eta: the label wins by the margin that it lost by; "posterior": on all rows the
-    label's logit rises by `strength`, Bayes' rule for a label whose odds of being right are e^strength to any other's.
+    kind: "lr" (arXiv 2404.03693) at temperature `at` (None: the temperature of the divergence, as published), "swap",
+    "mft"; "margin": lr with an eta for each row, such that the label leads by as much as it was behind; "posterior": on
+    all rows the label's logit rises by `strength`: Bayes' rule where the odds of the label against any other class
+    are e^strength.
     """
 
     kind: str = "lr"
@@ -67,7 +68,7 @@ def revise_logits(v: Tensor, y: Tensor, at: float, eta: float | Tensor) -> Tenso
 
 
 def revised_logits(v: Tensor, y: Tensor, revision: Revision | None, temperature: float) -> Tensor:
-    """Logits v' (N, C) with softmax(v' / temperature) the distribution that the student is to imitate."""
+    """Logits v' (N, C) such that softmax(v' / temperature) is the target distribution of the student."""
     if revision is None:
         return v
     if revision.kind == "lr" and revision.at is not None:
@@ -89,7 +90,7 @@ def revised_logits(v: Tensor, y: Tensor, revision: Revision | None, temperature:
 
 @dataclass(frozen=True)
 class Selection:
-    """Who keeps the teacher.
+    """Which samples keep the teacher.
 
     by: "threshold": gain < value. "confidence": all but gain > value standard errors. "ratio": that share, lowest gain
     first. "random": as many as `like` keeps. "teacher_correct". "teacher_loss": that share, lowest cross-entropy of the
@@ -114,8 +115,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scored:
-    """What selections know: gain and its standard error (N,), the divergence of student and teacher, their logits
-    z and v, labels, a random order, corrupted rows."""
+    """What selections are computed from: gain and its standard error (N,), the divergence of student and teacher (N,),
+    their logits z and v (N, C), labels y (N,), a random permutation `order` (N,), the corrupted rows (N,) bool."""
 
     gain: Tensor
     error: Tensor
@@ -137,16 +138,17 @@ def shrunk(gain: Tensor, error: Tensor, rounds: int = 200) -> Tensor:
         mu, tau2 = mean.mean(), (spread + (mean - mean.mean()).square()).mean()
     spread = tau2 * noise / (tau2 + noise)
     mean = (gain * tau2 + mu * noise) / (tau2 + noise)
-    return torch.special.ndtr(-mean / spread.clamp(min=1e-30).sqrt()).float()
+    weight: Tensor = torch.special.ndtr(-mean / spread.clamp(min=1e-30).sqrt())
+    return weight.float()
 
 
 def mismatch(z: Tensor, v: Tensor, order: Tensor) -> Tensor:
-    """The library's mismatch (N,), the teacher's answers exchanged in an order of the problem's own."""
+    """The library's score `mismatch` (N,), with the teacher's rows permuted by `order`."""
     return mixture(agreement(z, v), agreement(z, v[order])).float()
 
 
 def kept(selection: Selection, scored: Scored) -> Tensor:
-    """(N,) float32 in [0, 1], the teacher's weight."""
+    """The teacher's weight for each sample, (N,) float32 in [0, 1]."""
     size = len(scored.gain)
     gain = scored.gain
     if selection.by == "soft":
@@ -157,13 +159,14 @@ def kept(selection: Selection, scored: Scored) -> Tensor:
         foreign = mismatch(scored.z, scored.v, scored.order)
         return 1.0 - foreign if selection.by == "match_soft" else (foreign <= 0.5).float()
     if selection.by == "soft_z":
-        return torch.special.ndtr(selection.value - gain / scored.error.clamp(min=1e-30))
+        weight: Tensor = torch.special.ndtr(selection.value - gain / scored.error.clamp(min=1e-30))
+        return weight
     if selection.by == "random":
         assert selection.like is not None
         count = int((kept(selection.like, scored) > 0).sum())
-        found = torch.zeros(size)
-        found[scored.order[:count]] = 1.0
-        return found
+        weights = torch.zeros(size)
+        weights[scored.order[:count]] = 1.0
+        return weights
     if selection.by == "oracle":
         return (~scored.corrupted).float()
     if selection.by == "teacher_correct":
@@ -193,8 +196,8 @@ def kept(selection: Selection, scored: Scored) -> Tensor:
         for group in groups.unique():
             members = (groups == group).nonzero()[:, 0]
             most = math.floor(selection.cap * len(members) + 0.5)
-            mine = members[denied[members]]
-            denied[mine[worst[mine].argsort(descending=True, stable=True)[most:]]] = False
+            denied_members = members[denied[members]]
+            denied[denied_members[worst[denied_members].argsort(descending=True, stable=True)[most:]]] = False
     return (~denied).float()
 
 
@@ -228,7 +231,7 @@ class Arm:
     on_training: bool = False
 
     def at(self, ce: float) -> Arm:
-        """The arm with its cross-entropy weight known."""
+        """The arm with `ce` as its cross-entropy weight, unless it has a weight itself."""
         known = ce if self.ce is None else self.ce
         unselected = known if self.unselected is None else max(self.unselected, known)
         return replace(self, ce=known, unselected=unselected)
@@ -309,14 +312,14 @@ def orders(problem: Problem) -> Tensor:
 
 
 def hidden_of(weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    """(A, B, hidden): what the last layers of A stacked MLPs see; weights as `stacked` lays them out."""
+    """(A, B, hidden): the inputs of the last layers of A stacked MLPs; weights: see `stacked`."""
     models, width = weights[2].shape[0], weights[2].shape[1]
     first = torch.addmm(weights[1], x, weights[0]).relu().view(len(x), models, width).transpose(0, 1)
     return torch.baddbmm(weights[3], first, weights[2]).relu()
 
 
 def logits_of(weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    """(A, B, C)."""
+    """The logits (A, B, C) of A stacked MLPs on x (B, D)."""
     return torch.baddbmm(weights[5], hidden_of(weights, x), weights[4])
 
 
@@ -360,11 +363,11 @@ def train(
     span: tuple[int, int],
 ) -> list[State]:
     """The states after the epochs span[0] to span[1]; models share each batch."""
-    found: list[State] = []
+    ends: list[State] = []
     for first in range(0, len(states), training.together):
         group = slice(first, first + training.together)
-        found += _train_group(problem, states[group], objectives[group], training, span)
-    return found
+        ends += _train_group(problem, states[group], objectives[group], training, span)
+    return ends
 
 
 def _train_group(
@@ -404,13 +407,15 @@ def _train_group(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-    moments = ([optimizer.state[weight][key] for weight in weights] for key in ("exp_avg", "exp_avg_sq"))
-    parts = [unstacked(tensors) for tensors in ([weight.detach() for weight in weights], *moments)]
+    means: State = [optimizer.state[weight]["exp_avg"] for weight in weights]
+    squares: State = [optimizer.state[weight]["exp_avg_sq"] for weight in weights]
+    parts = [unstacked(tensors) for tensors in ([weight.detach() for weight in weights], means, squares)]
     return [sum(state, []) for state in zip(*parts, strict=True)]
 
 
 def objective_of(arm: Arm, problem: Problem, weight: Tensor | None) -> Objective:
-    """weight: (N,) the teacher's, None before there are scores: everyone has it. The arm's ce is known."""
+    """The arm's objective; arm.ce must be a number. weight: (N,) of the teacher; None for 1 everywhere, as before there
+    are scores."""
     assert arm.ce is not None and arm.unselected is not None
     v, y = problem.v, problem.y
     w = torch.ones(len(y)) if weight is None else weight
@@ -439,15 +444,15 @@ def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Te
     names, folds = parse_score_names("kd_gain"), arm.folds
     layer = LastLayer(LayerRows(h, z, True), v, problem.y, torch.float32, TrainingObjective(loss))
     layer.fit(CurvatureOptions())
-    found = []
+    fold_gains = []
     held = (h, z, problem.y) if arm.on_training else (val_h, val_z, problem.val_y)
     for fold in range(folds):
         fold_h, fold_z, fold_y = (part[fold::folds] for part in held)
         # The gradient of the fold's mean cross-entropy in the last layer.
         errors = (fold_z.double().softmax(dim=1) - F.one_hot(fold_y, problem.classes)) / len(fold_y)
         layer.aim((errors.T @ F.pad(fold_h.double(), (0, 1), value=1.0))[None], torch.ones(1, dtype=torch.float64))
-        found.append(torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)]))
-    each = torch.stack(found).double()
+        fold_gains.append(torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)]))
+    each = torch.stack(fold_gains).double()
     if arm.on_training:
         others = torch.arange(len(h)) % folds != torch.arange(folds)[:, None]
         each = each.T[others.T].reshape(len(h), folds - 1).T
@@ -460,8 +465,8 @@ def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
     """acc and ece in percent, nll, brier of logits (M, C)."""
     log_p = z.log_softmax(dim=1)
     p = log_p.exp()
-    confidence, found = p.max(dim=1)
-    right = (found == y).float()
+    confidence, predicted = p.max(dim=1)
+    right = (predicted == y).float()
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins).index_add_(0, place, confidence - right)
     # |p - e_y|^2 = |p|^2 - 2 p_y + 1
@@ -476,7 +481,7 @@ def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
 
 
 class Trunk(NamedTuple):
-    """What an arm's objective depends on before there are scores."""
+    """The options of an arm on which its objective depends before there are scores."""
 
     ce: float | None
     kd: float
@@ -485,9 +490,12 @@ class Trunk(NamedTuple):
 
 
 def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[str, float]]:
-    """One dict of results an arm, in their order. Every arm's cross-entropy weight is known."""
+    """Trains the arms' students on a problem; returns one dict of results for each arm. Every arm.ce must be a number.
+
+    Scores are computed after a third of the epochs. Arms are trained as one student as long as their objectives agree.
+    """
     first, second = problem.epochs // 3, 2 * problem.epochs // 3
-    # Before there are scores, arms with one objective are one student.
+    # Before there are scores, arms with the same objective share a student.
     trunk_of = [Trunk(arm.ce, arm.kd, arm.ce_wrong, arm.revision) for arm in arms]
     trunks = list(dict.fromkeys(trunk_of))
     leaders = [arms[trunk_of.index(trunk)] for trunk in trunks]
@@ -510,7 +518,7 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
 
     weights = [weight_of(arm, at_first[trunk], trunk) for arm, trunk in zip(arms, trunk_of, strict=True)]
     objectives = [objective_of(arm, problem, weight) for arm, weight in zip(arms, weights, strict=True)]
-    # Arms that choose the same go on as one student.
+    # Arms whose selections agree still share a student.
     keys = [
         (trunk, o.ce.numpy().tobytes(), o.kd.numpy().tobytes(), arm.name if arm.rescored or arm.late else "")
         for trunk, arm, o in zip(trunk_of, arms, objectives, strict=True)
@@ -527,27 +535,41 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     states = train(problem, states, [objectives[i] for i in branches], training, (second, problem.epochs))
     ends = dict(zip(distinct, states, strict=True))
 
-    results = {}
-    wrong = problem.v.gather(1, problem.y[:, None])[:, 0] < problem.v.amax(dim=1)
-    with torch.no_grad():
-        for key, state in ends.items():
-            stack = stacked([state[:6]])
-            found = measures(logits_of(stack, problem.test_x)[0], problem.test_y)
-            held = measures(logits_of(stack, problem.val_x)[0], problem.val_y)
-            results[key] = found | {"val_acc": held["acc"], "val_nll": held["nll"]}
-    rows = []
-    for key, objective, weight in zip(keys, objectives, weights, strict=True):
-        p_y = objective.target.gather(1, problem.y[:, None])[:, 0]
-        w = torch.ones(len(problem.y)) if weight is None else weight
-        denied = (1.0 - w).double()
-        total = float(denied.sum())
-        facts = {
-            "kept": float(w.double().mean()),
-            "teacher_wrong": float(wrong.double().mean()),
-            "p_wrong": float(p_y[wrong].mean()) if wrong.any() else math.nan,
-            "p_right": float(p_y[~wrong].mean()) if not wrong.all() else math.nan,
-            "denied_wrong": float(denied[wrong].sum()) / total if total else math.nan,
-            "denied_corrupted": float(denied[problem.corrupted].sum()) / total if total else math.nan,
-        }
-        rows.append(results[key] | facts)
-    return rows
+    results = {key: final_measures(problem, state) for key, state in ends.items()}
+    return [
+        results[key] | selection_facts(problem, objective, weight)
+        for key, objective, weight in zip(keys, objectives, weights, strict=True)
+    ]
+
+
+@torch.no_grad()
+def final_measures(problem: Problem, state: State) -> dict[str, float]:
+    """`measures` on the test set; val_acc and val_nll on the held-out slice."""
+    weights = stacked([state[:6]])
+    test = measures(logits_of(weights, problem.test_x)[0], problem.test_y)
+    val = measures(logits_of(weights, problem.val_x)[0], problem.val_y)
+    return test | {"val_acc": val["acc"], "val_nll": val["nll"]}
+
+
+def selection_facts(problem: Problem, objective: Objective, weight: Tensor | None) -> dict[str, float]:
+    """What revision and selection did to the samples; NaN for the mean of no samples.
+
+    kept: the mean weight of the teacher. teacher_wrong: the share of rows where the teacher is wrong. p_wrong, p_right:
+    the probability of the label in p', on rows where the teacher is wrong and where it is right. denied_wrong,
+    denied_corrupted: of the denied weight, the share on rows where the teacher is wrong, and on corrupted rows.
+    weight: (N,) of the teacher, None for 1 everywhere.
+    """
+    label = problem.y[:, None]
+    wrong = problem.v.gather(1, label)[:, 0] < problem.v.amax(dim=1)
+    p_y = objective.target.gather(1, label)[:, 0]
+    w = torch.ones(len(problem.y)) if weight is None else weight
+    denied = (1.0 - w).double()
+    total = float(denied.sum())
+    return {
+        "kept": float(w.double().mean()),
+        "teacher_wrong": float(wrong.double().mean()),
+        "p_wrong": float(p_y[wrong].mean()) if wrong.any() else math.nan,
+        "p_right": float(p_y[~wrong].mean()) if not wrong.all() else math.nan,
+        "denied_wrong": float(denied[wrong].sum()) / total if total else math.nan,
+        "denied_corrupted": float(denied[problem.corrupted].sum()) / total if total else math.nan,
+    }

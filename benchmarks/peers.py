@@ -1,4 +1,7 @@
-"""Other people's influence packages on a classifier: for gates and benchmarks that need them."""
+"""Influence scores of a classifier from other packages, and from this one in the same shape.
+
+Tests and benchmarks that compare packages use them: pip install -e '.[peers]'.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lrds_fast.influence import Factors
+from lrds_fast.influence import Factors, pairwise
 from lrds_fast.influence.factors import Block, fingerprint
 
 
+def pairwise_scores(model: nn.Module, queries: TensorDataset, train: TensorDataset, factors: Factors) -> Tensor:
+    """(Q, N) by lrds_fast.influence.pairwise: the influence of every training sample on every query."""
+    scores = pairwise(model, queries, train, factors=factors, progress=False)
+    assert isinstance(scores, Tensor), "without top_k the result is a tensor"
+    return scores
+
+
 class Kronfluence:
-    """An analysis of `model` (left alone) in `folder`: EK-FAC factors fitted to `train` at damping 0.1 mean(Lambda)."""
+    """kronfluence's EK-FAC scores of a copy of `model`, with damping 0.1 mean(Lambda).
+
+    layers: names of the modules in the analysis. train: what the factors are fitted to, and the samples that are
+    scored. folder: where kronfluence writes factors and scores. batch: samples a forward pass.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], train: TensorDataset, folder: Path, batch: int = 64):
         from kronfluence.analyzer import Analyzer, prepare_model
         from kronfluence.task import Task
 
-        layers = list(layers)
+        names = list(layers)
 
         class Classification(Task):
             def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
@@ -41,12 +55,12 @@ class Kronfluence:
                 return self.compute_train_loss(batch, model)
 
             def get_influence_tracked_modules(self) -> list[str]:
-                return layers
+                return names
 
             def get_attention_mask(self, batch: Any) -> None:
                 return None
 
-        self.layers, self._train, self._batch = layers, train, batch
+        self.layers, self._train, self._batch = names, train, batch
         self._original = model
         task = Classification()
         prepared = prepare_model(copy.deepcopy(model).eval(), task)
@@ -55,12 +69,13 @@ class Kronfluence:
         )
 
     def fit(self) -> None:
+        """Fits the factors; every other method needs them."""
         self._analyzer.fit_all_factors(
             "factors", self._train, per_device_batch_size=self._batch, overwrite_output_dir=True
         )
 
     def factors(self) -> Factors:
-        """What fit has found, as ours."""
+        """The fitted factors in this library's form."""
         eigen = self._analyzer.load_eigendecomposition("factors")
         fitted = self._analyzer.load_lambda_matrices("factors")
         blocks, damping = {}, {}
@@ -72,18 +87,20 @@ class Kronfluence:
         return Factors("ekfac", blocks, damping, fingerprint(self._original, self.layers))
 
     def self_influence(self) -> Tensor:
+        """(N,) of every training sample."""
         self._analyzer.compute_self_scores(
-            "own",
+            "self",
             "factors",
             self._train,
             per_device_train_batch_size=self._batch,
             overwrite_output_dir=True,
             score_args=self._arguments(),
         )
-        return self._analyzer.load_self_scores("own")["all_modules"].flatten()
+        scores: Tensor = self._analyzer.load_self_scores("self")["all_modules"]
+        return scores.flatten()
 
     def pairwise(self, queries: TensorDataset, *, aggregate: bool = False) -> Tensor:
-        """(Q, N); (1, N) with aggregate, the queries' gradients added up first."""
+        """(Q, N) of every training sample on every query; with aggregate (1, N) on the sum of the queries."""
         self._analyzer.compute_pairwise_scores(
             "pairs",
             "factors",
@@ -94,7 +111,8 @@ class Kronfluence:
             overwrite_output_dir=True,
             score_args=self._arguments(aggregate_query_gradients=aggregate),
         )
-        return self._analyzer.load_pairwise_scores("pairs")["all_modules"]
+        scores: Tensor = self._analyzer.load_pairwise_scores("pairs")["all_modules"]
+        return scores
 
     @staticmethod
     def _arguments(**more: Any) -> Any:
@@ -104,7 +122,8 @@ class Kronfluence:
 
 
 def captum_last_layer(model: nn.Sequential, train: TensorDataset, batch: int) -> Any:
-    """captum's TracInCPFast on a model's last module, one checkpoint of weight 1: products without the bias."""
+    """captum's TracInCPFast on a model's last module, with one checkpoint of weight 1: products of the gradients of the
+    weight, without the bias. `influence((inputs, targets))` of the result gives (Q, N)."""
     from captum.influence import TracInCPFast
 
     def load(_: nn.Module, __: str) -> float:
@@ -114,7 +133,7 @@ def captum_last_layer(model: nn.Sequential, train: TensorDataset, batch: int) ->
 
 
 def dattri_ekfac(model: nn.Module, train: TensorDataset, queries: TensorDataset, batch: int = 200) -> Tensor:
-    """(Q, N) dattri's EK-FAC over the Linear layers; damping: 0.1 times the mean of its Lambda over all of them."""
+    """(Q, N) from dattri's EK-FAC over the Linear layers, damped by 0.1 times the mean of Lambda over all of them."""
     from dattri.algorithm.influence_function import IFAttributorEKFAC
     from dattri.task import AttributionTask
 
@@ -132,24 +151,24 @@ def dattri_ekfac(model: nn.Module, train: TensorDataset, queries: TensorDataset,
     with _without_progress_bars():
         peer.cache(loaders[0])
         peer.damping = 0.1 * float(torch.cat([values.flatten() for values in peer.cached_lambdas.values()]).mean())
-        found: Tensor = peer.attribute(*loaders)
-    return found.detach().T
+        scores: Tensor = peer.attribute(*loaders)
+    return scores.detach().T
 
 
 def trak(
     models: Sequence[nn.Module], train: TensorDataset, queries: TensorDataset, folder: Path, *, dims: int = 256
 ) -> Tensor:
-    """(Q, N) TRAK from several models, its projection in PyTorch (the fast one needs CUDA).
+    """(Q, N) from TRAK over several models, with its projection in PyTorch (the fast one needs CUDA).
 
-    dims: of the projection. TRAK inverts the Gram matrix of the projected gradients and wants fewer of them than
-    samples: with 512 and 1200 samples its scores are worse than with 256, with 128 about the same.
+    dims: of the projection. TRAK inverts the Gram matrix of the projected gradients, so dims must be well below the
+    number of samples: for 1200 samples 512 gives worse scores than 256, and 128 about the same.
     """
     from trak import TRAKer
     from trak.projectors import BasicProjector, ProjectionType
 
     model = copy.deepcopy(models[0])
     size = sum(parameter.numel() for parameter in model.parameters())
-    # In two blocks: of one it would not draw its matrix again after freeing it.
+    # In two blocks: TRAK frees a single block after its first use and does not draw it again.
     projector = BasicProjector(size, dims, 0, ProjectionType.rademacher, torch.device("cpu"), block_size=dims // 2)
     peer = TRAKer(
         model=model,
@@ -172,16 +191,17 @@ def trak(
             peer.start_scoring_checkpoint("queries", state, model_id=number, num_targets=len(queries))
             for batch in DataLoader(queries, batch_size=200):
                 peer.score(batch=batch, num_samples=len(batch[0]))
-        found = peer.finalize_scores(exp_name="queries")
-    return torch.as_tensor(found).T.float()
+        scores = peer.finalize_scores(exp_name="queries")
+    return torch.as_tensor(scores).T.float()
 
 
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
+    """Discards what Python code writes to stderr."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 
 
 def has(package: str) -> bool:
-    """Whether a peer can be imported."""
+    """Whether a package can be imported."""
     return importlib.util.find_spec(package) is not None

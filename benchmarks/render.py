@@ -1,4 +1,4 @@
-"""Renders stored runs as pages: docs/benchmarks/<name>.md with a table, and an SVG plot beside it.
+"""Renders stored runs as pages: docs/benchmarks/<name>.md with tables, and an SVG plot beside it where there is one.
 
 python -m benchmarks.render                                   every CSV of benchmarks/results
 python -m benchmarks.render out/kd_loss_cuda.csv --out out    one run, elsewhere
@@ -7,9 +7,8 @@ python -m benchmarks.render out/kd_loss_cuda.csv --out out    one run, elsewhere
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import (
@@ -23,7 +22,9 @@ from benchmarks import (
     lab_networks,
     lab_statistics,
 )
-from benchmarks.bench_kd_loss import Row, is_headline, table
+from benchmarks.bench_kd_loss import is_headline, table
+from benchmarks.tables import Row, markdown_table, read_csv
+from lrds_fast.files import write_text
 from lrds_fast.pages import charts
 from lrds_fast.pages.charts import INK, MUTED, SERIES
 
@@ -35,14 +36,9 @@ PARTS = dict(zip(("teacher", "student", "backward", "optimizer", "loss", "loader
 PARTS |= {"other": MUTED, "idle": charts.GRID}
 
 
-def read(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 @charts.styled
 def plot_kd_loss(rows: list[Row], path: Path) -> None:
-    """Two panels over the shapes: how many times slower each contender is, and kd_loss's percent of the roofline."""
+    """Two panels over the shapes: each contender's time over kd_loss's, and kd_loss's percent of the triad."""
     headline = [row for row in rows if is_headline(row) or (int(row["classes"]) < 100 and row["divergence"] == "kl")]
     headline = [row for row in headline if row["dtype"] == "float32" and float(row["temperature"]) == 4]
     shapes = list(dict.fromkeys((int(row["rows"]), int(row["classes"])) for row in headline))
@@ -53,10 +49,10 @@ def plot_kd_loss(rows: list[Row], path: Path) -> None:
     for name in dict.fromkeys(row["contender"] for row in headline):
         if name == "ours":
             continue
-        found = {
+        by_shape = {
             (int(r["rows"]), int(r["classes"])): float(r["speedup_of_ours"]) for r in headline if r["contender"] == name
         }
-        ratios.plot(labels, [found.get(shape) for shape in shapes], marker="o", color=COLOURS[name], label=name)
+        ratios.plot(labels, [by_shape.get(shape) for shape in shapes], marker="o", color=COLOURS[name], label=name)
     ratios.axhline(1.0, color=COLOURS["ours"], label="kd_loss")
     ratios.set_yscale("log")
     ratios.yaxis.set_major_formatter("{x:g}")
@@ -77,202 +73,177 @@ def plot_kd_loss(rows: list[Row], path: Path) -> None:
 
 @charts.styled
 def plot_train(rows: list[Row], path: Path) -> None:
-    """A panel per case: milliseconds an image by arm, a bar in the parts where the time goes."""
+    """A panel per case: milliseconds an image of each arm, as a bar of parts."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     counts = [sum(row["case"] == case for row in rows) for case in cases]
     figure, axes = charts.figure(640, 17 * sum(counts) + 60 * len(cases) + 24, len(cases), 1, height_ratios=counts)
     for axis, case in zip(axes[:, 0], cases, strict=True):
-        mine = [row for row in rows if row["case"] == case][::-1]
-        labels = [row["arm"] + ("" if row["loader"] == "synthetic" else f", {row['loader']}") for row in mine]
-        whole = [float(row["median_ms"]) / int(row["batch"]) for row in mine]
-        left = [0.0] * len(mine)
+        of_case = [row for row in rows if row["case"] == case][::-1]
+        labels = [row["arm"] + ("" if row["loader"] == "synthetic" else f", {row['loader']}") for row in of_case]
+        whole = [float(row["median_ms"]) / int(row["batch"]) for row in of_case]
+        left = [0.0] * len(of_case)
         for name in PARTS:
-            widths = [ms * float(row[f"share_{name}"]) for ms, row in zip(whole, mine, strict=True)]
-            axis.barh(range(len(mine)), widths, left=left, color=PARTS[name], label=name, height=0.75)
+            widths = [ms * float(row[f"share_{name}"]) for ms, row in zip(whole, of_case, strict=True)]
+            axis.barh(range(len(of_case)), widths, left=left, color=PARTS[name], label=name, height=0.75)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axis.set_yticks(range(len(mine)), labels)
+        axis.set_yticks(range(len(of_case)), labels)
         axis.set_xlabel("ms an image")
-        axis.set_title(f"{case}, batch {mine[0]['batch']}")
+        axis.set_title(f"{case}, batch {of_case[0]['batch']}")
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, ncols=len(names), loc="outside lower center")
     charts.save(figure, path, "milliseconds an image by arm, in parts")
 
 
-def page_kd_loss(path: Path, out: Path) -> Path:
-    rows = read(path)
-    plot = out / f"{path.stem}.svg"
+def page_kd_loss(rows: list[Row], stem: str, out: Path) -> str:
+    plot = out / f"{stem}.svg"
     plot_kd_loss(rows, plot)
-    page = out / f"{path.stem}.md"
-    title = f"kd_loss, forward + backward: {rows[0]['device']}"
-    text = (
-        f"# {title}\n\n"
-        "Every row was checked against the float64 reference before it was timed; contenders took turns within each\n"
-        "round, and a cell is a median over rounds. vs X: the median of X's time over kd_loss's in the same round.\n"
-        "% of triad: the bytes that must move (read student, read teacher of selected rows, write gradient) against\n"
-        "the bandwidth of a = b + s * c measured in the same run. Other divergences are compared with the same loss\n"
-        "as PyTorch ops, lrds_fast.reference. Peak memory is what the allocator held beyond the inputs.\n\n"
-        f"![speed-up and percent of the roofline by shape]({plot.name})\n\n{table(rows)}\n"
+    return (
+        f"# kd_loss, forward + backward: {rows[0]['device']}\n\n"
+        "Every contender was checked against the float64 reference before it was timed. Contenders took turns\n"
+        "within each round, and a cell is a median over rounds. vs X: the median of X's time over kd_loss's in the\n"
+        "same round. % of triad: the bytes a second that must move (read student, read teacher of selected rows,\n"
+        "write gradient) over those of the triad a = b + s * c in the same run. Other divergences are compared\n"
+        "with the same loss in PyTorch ops, lrds_fast.reference. Peak memory: the most that the allocator held\n"
+        "beyond the inputs.\n\n"
+        f"![speed-up and percent of the triad's bandwidth by shape]({plot.name})\n\n{table(rows)}\n"
     )
-    page.write_text(text, encoding="utf-8")
-    return page
 
 
-def page_linear_kd_loss(path: Path, out: Path) -> Path:
-    rows = read(path)
-    page = out / f"{path.stem}.md"
-    page.write_text(
+def page_linear_kd_loss(rows: list[Row], stem: str, out: Path) -> str:
+    return (
         f"# linear_kd_loss, forward + backward: {rows[0]['device']}\n\n"
-        "Every contender was checked against the float64 reference before it was timed; they took turns within each\n"
-        "round. Peak: memory above what was there before the call, the gradients included. Liger's losses revise no\n"
-        f"label.\n\n{bench_linear_kd_loss.table(rows)}\n",
-        encoding="utf-8",
+        "Every contender was checked against the float64 reference before it was timed. Contenders took turns within\n"
+        "each round. Peak: memory above what was in use before the call, the gradients included. Liger's losses do\n"
+        f"not revise labels.\n\n{bench_linear_kd_loss.table(rows)}\n"
     )
-    return page
 
 
-def page_bandwidth(path: Path, out: Path) -> Path:
-    rows = read(path)
-    page = out / f"{path.stem}.md"
-    page.write_text(
+def page_bandwidth(rows: list[Row], stem: str, out: Path) -> str:
+    return (
         f"# kd_loss, forward + backward, against memory bandwidth: {rows[0]['device']}\n\n"
-        "% of triad: the bytes that must move (read student, read teacher, write gradient) a second over those of\n"
-        "a = b + s * c in the same round. memory: what becomes of a gradient that is dropped. Returned to the\n"
-        "operating system, as glibc does with large blocks, the next one costs page faults; jemalloc, tcmalloc, or\n"
-        "glibc with `MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647` keep it for the\n"
-        "next step.\n\n"
-        f"{bench_bandwidth.table(rows)}\n",
-        encoding="utf-8",
+        "% of triad: the bytes a second that must move (read student, read teacher, write gradient) over those of\n"
+        "the triad a = b + s * c in the same round. memory: what the allocator does with the freed gradient of the\n"
+        "step before. If it is returned to the operating system, as glibc does with large blocks, the next\n"
+        "gradient costs page faults. jemalloc and tcmalloc keep it for the next step, and so does glibc with\n"
+        "`MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647`.\n\n"
+        f"{bench_bandwidth.table(rows)}\n"
     )
-    return page
 
 
-def page_influence(path: Path, out: Path) -> Path:
-    rows = read(path)
-    page = out / f"{path.stem}.md"
-    page.write_text(
+def page_influence(rows: list[Row], stem: str, out: Path) -> str:
+    return (
         f"# Influence scores: {rows[0]['device']}\n\n"
-        "Process time of one thread per sample, per pair for the pairs; medians of interleaved rounds. self: EK-FAC\n"
-        "self-influence of a linear head with 512 inputs, all with kronfluence's factors. ours: from a model\n"
-        "and a dataset, forward and backward included, as kronfluence and captum run. closed form: from features and\n"
-        "logits. plain: the same in three lines of PyTorch over all rows at once. pairs: products of last-layer\n"
-        "gradients, 256 queries; captum's lack the bias. pairs-ekfac: 64 queries under EK-FAC. resnet20: EK-FAC\n"
-        "self-influence over all convolutions and the head. Results were compared before anything was timed.\n\n"
-        f"{bench_influence.table(rows)}\n",
-        encoding="utf-8",
+        "Process time of one thread per sample, in the cases with pairs per pair; medians over rounds in which the\n"
+        "contenders take turns. Their results were compared before anything was timed.\n\n"
+        "Cases. self: EK-FAC self-influence of a linear head with 512 inputs, all contenders with kronfluence's\n"
+        "factors. pairs: products of last-layer gradients, 256 queries; captum's are without the bias.\n"
+        "pairs-ekfac: the same under EK-FAC, 64 queries. resnet20: EK-FAC self-influence over all convolutions and\n"
+        "the head.\n\n"
+        "Contenders. ours: from a model and a dataset, forward and backward included, as kronfluence and captum\n"
+        "run. closed form: from features and logits. plain: the closed form in three lines of PyTorch over all\n"
+        "rows at once.\n\n"
+        f"{bench_influence.table(rows)}\n"
     )
-    return page
 
 
-def page_lds(path: Path, out: Path) -> Path:
-    rows = read(path)
-    page = out / f"{path.stem}.md"
-    page.write_text(
+def page_lds(rows: list[Row], stem: str, out: Path) -> str:
+    return (
         f"# Linear datamodeling score of influence scores: {rows[0]['device']}\n\n"
-        f"An MLP is trained again on {rows[0]['halves']} random halves of the training set, {rows[0]['seeds']} seeds"
-        " each. LDS:\n"
-        "rank correlation over the halves between a query's loss and the sum of its influences from the half, mean\n"
-        "over the queries. The interval resamples halves and queries. All contenders share them: differences\n"
-        "between two are surer than their intervals. CPU seconds: from a model and the data to every pair's\n"
-        "score, factors included.\n\n"
+        f"MLPs are retrained on {rows[0]['halves']} random halves of the training set, with {rows[0]['seeds']} seeds\n"
+        "for each half. LDS: the rank correlation, over the halves, of a query's output after retraining and the\n"
+        "sum of the influences of the half's samples on it; the mean over the queries. The interval comes from\n"
+        "resampling halves and queries. All contenders are compared on the same retrained models, so that the\n"
+        "difference of two contenders is more certain than their intervals are. CPU seconds: from a model and the\n"
+        "data to the scores of all pairs, factors included.\n\n"
         "digits: scikit-learn's, MLP 64-64-10. cifar: ten classes of CIFAR-100 at 16 x 16, MLP 768-128-10. same\n"
-        "label: the cosine of the inputs, negative across classes.\n\n"
-        f"{bench_lds.table(rows)}\n",
-        encoding="utf-8",
+        "label: the cosine of the inputs, negated if the labels differ.\n\n"
+        f"{bench_lds.table(rows)}\n"
     )
-    return page
 
 
-def page_influence_scale(path: Path, out: Path) -> Path:
-    rows = read(path)
-    page = out / f"{path.stem}.md"
-    page.write_text(
+def page_influence_scale(rows: list[Row], stem: str, out: Path) -> str:
+    return (
         f"# Scores at ImageNet's size: {rows[0]['device']}\n\n"
-        "Six scores (kd_gain, self_influence, param_shift, conflict, el2n, ce) of every sample by one call of\n"
-        "influence.score with out=: forward passes of student and teacher (linear heads on synthetic features, drawn\n"
-        "as they are read), EK-FAC factors over all samples, held-out gradient, Parquet. Peak memory is the\n"
-        "process's, its libraries included; disk is what the run holds there until it ends.\n\n"
-        f"{bench_influence_scale.table(rows)}\n",
-        encoding="utf-8",
+        "One call of influence.score with out= computes six scores (kd_gain, self_influence, param_shift,\n"
+        "conflict, el2n, ce) of every sample: forward passes of student and teacher (linear heads on synthetic\n"
+        "features, drawn as they are read), EK-FAC factors over all samples, held-out gradient, Parquet. Peak\n"
+        "memory is that of the process with its libraries. disk meanwhile: the largest size of the run's temporary\n"
+        "files and scores.\n\n"
+        f"{bench_influence_scale.table(rows)}\n"
     )
-    return page
 
 
-def page_cifar100(path: Path, out: Path) -> Path:
-    page = out / f"{path.stem}.md"
-    page.write_text(cifar100_runs.page(path.read_text(encoding="utf-8")), encoding="utf-8")
-    return page
-
-
-def page_train(path: Path, out: Path) -> Path:
-    rows = read(path)
+def page_train(rows: list[Row], stem: str, out: Path) -> str:
     steps = [row for row in rows if row["part"] == "step"]
-    page = out / f"{path.stem}.md"
     picture = ""
     if steps:
-        plot = out / f"{path.stem}.svg"
+        plot = out / f"{stem}.svg"
         plot_train(steps, plot)
         picture = f"![milliseconds an image by arm, in parts]({plot.name})\n\n"
-    page.write_text(
+    return (
         f"# A distillation step, teacher included: {rows[0]['device']}\n\n"
         "baseline: the step as mdistiller writes it, with label revision (float32, NCHW, eager losses, teacher on\n"
-        "every row, torchvision's loaders). tuned: the same in bfloat16, channels_last and torch.compile. ours: the\n"
-        "trainer's. checked: how far one step of ours in float32 moves the parameters from where the baseline's, with\n"
-        "the same rows masked, takes them, over the length of its step; update error: the same, as the arm is timed\n"
-        "(bfloat16 alone moves a network that has not learned anything as far, a deep one without shortcuts farther).\n"
-        "vs baseline: the median over rounds of the baseline's time over the arm's, with its range; prepared batches\n"
-        "against prepared, loaded against the published loader. of its ceiling: images/s over the same arm's on\n"
-        "prepared batches. Shares are torch.profiler's. Weights are random: the numbers are of speed alone.\n\n"
-        f"{picture}{bench_train.table(rows)}\n",
-        encoding="utf-8",
+        "every row, torchvision's loaders). tuned: the same in bfloat16, channels_last and torch.compile. ours:\n"
+        "the step of the trainer.\n\n"
+        "checked: the relative distance between the update of one float32 step of ours and the baseline's update\n"
+        "with the same rows masked. update error: the same for the arm as it is timed. bfloat16 alone causes an\n"
+        "error of this size in an untrained network, and a larger one in a deep network without shortcuts. vs\n"
+        "baseline: the median over rounds of the baseline's time over the arm's, with its range; both on prepared\n"
+        "batches, or the baseline on the published loader for arms that load pictures. of its ceiling: images/s\n"
+        "over those of the same arm on prepared batches. Shares are torch.profiler's. Weights are random: the\n"
+        "numbers say nothing about accuracy.\n\n"
+        f"{picture}{bench_train.table(rows)}\n"
     )
-    return page
 
 
-def page_plain(path: Path, out: Path) -> Path:
-    """Any other run, as it is stored."""
-    rows = read(path)
-    hidden = {"device", "threads", "torch", "cuda", "lrds_fast", "commit", "isa", "command", "triad_gb_s", "copy_gb_s"}
-    columns = [name for name in rows[0] if name not in hidden]
-    lines = [f"# {path.stem}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row[name] or "" for name in columns) + " |" for row in rows]
-    facts = ", ".join(f"{name} {rows[0][name]}" for name in rows[0] if name in hidden and rows[0][name])
-    page = out / f"{path.stem}.md"
-    page.write_text("\n".join([*lines, "", facts, ""]), encoding="utf-8")
-    return page
+def page_plain(rows: list[Row], stem: str, out: Path) -> str:
+    """A run of which only the columns are known."""
+    about_run = {"device", "threads", "torch", "cuda", "lrds_fast", "commit", "isa", "command"}
+    about_run |= {"triad_gb_s", "copy_gb_s"}
+    columns = [name for name in rows[0] if name not in about_run]
+    lines = markdown_table(columns, [[row[name] or "" for name in columns] for row in rows])
+    facts = ", ".join(f"{name} {rows[0][name]}" for name in rows[0] if name in about_run and rows[0][name])
+    return "\n".join([f"# {stem}", "", *lines, "", facts, ""])
+
+
+#: The beginning of a file's name -> its page's text; the first that fits.
+PAGE_TEXTS: dict[str, Callable[[list[Row], str, Path], str]] = {
+    "kd_loss": page_kd_loss,
+    "linear_kd_loss": page_linear_kd_loss,
+    "bandwidth": page_bandwidth,
+    "lds": page_lds,
+    "influence_scale": page_influence_scale,
+    "influence": page_influence,
+    "train": page_train,
+    "": page_plain,
+}
+#: Files whose programs write their pages themselves.
+RENDERERS = {"method_features": lab_statistics.render, "method_networks": lab_networks.render}
 
 
 def render(path: Path, out: Path) -> Path:
-    """Writes the page of one CSV into `out`; returns its path. ValueError for a file without rows."""
-    if not read(path):
-        raise ValueError(f"{path} holds no rows")
+    """Writes the page of one CSV file and its plots into `out`; returns the page's path. ValueError for a file without
+    rows."""
+    rows = read_csv(path)
+    if not rows:
+        raise ValueError(f"{path} has no rows; run the benchmark with --csv {path} first")
     out.mkdir(parents=True, exist_ok=True)
-    if path.stem.startswith("kd_loss"):
-        return page_kd_loss(path, out)
-    if path.stem.startswith("linear_kd_loss"):
-        return page_linear_kd_loss(path, out)
-    if path.stem.startswith("bandwidth"):
-        return page_bandwidth(path, out)
-    if path.stem.startswith("lds"):
-        return page_lds(path, out)
-    if path.stem.startswith("influence_scale"):
-        return page_influence_scale(path, out)
+    for prefix, write in RENDERERS.items():
+        if path.stem.startswith(prefix):
+            return write(path, out)
+    page = out / f"{path.stem}.md"
     if path.stem.startswith("cifar100"):
-        return page_cifar100(path, out)
-    if path.stem.startswith("method_features"):
-        return lab_statistics.render(path, out)
-    if path.stem.startswith("method_networks"):
-        return lab_networks.render(path, out)
-    if path.stem.startswith("train"):
-        return page_train(path, out)
-    if path.stem.startswith("influence"):
-        return page_influence(path, out)
-    return page_plain(path, out)
+        write_text(page, cifar100_runs.page(path.read_text(encoding="utf-8")))
+        return page
+    make = next(make for prefix, make in PAGE_TEXTS.items() if path.stem.startswith(prefix))
+    write_text(page, make(rows, path.stem, out))
+    return page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", nargs="*", type=Path, help="stored runs (default: benchmarks/results/*.csv)")
-    parser.add_argument("--out", type=Path, default=PAGES, help="folder of the pages (default: docs/benchmarks)")
+    parser.add_argument("--out", type=Path, default=PAGES, help="folder for the pages (default: docs/benchmarks)")
     arguments = parser.parse_args(argv)
     for path in arguments.csv or sorted(RESULTS.glob("*.csv")):
         sys.stdout.write(f"{render(path, arguments.out)}\n")

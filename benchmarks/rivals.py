@@ -1,8 +1,7 @@
-"""The same loss made of other people's kernels, and as a plain Triton kernel of two passes: what runs on a GPU beside
-torch.compile.
+"""Baselines for GPUs beside torch.compile: the loss from Liger's kernels, and as a Triton kernel of two passes.
 
-Same signature and restrictions as the baselines (benchmarks/baselines.py). On a machine without a GPU the Triton
-kernel runs under Triton's interpreter (TRITON_INTERPRET=1): tests/test_kd_loss_baselines.py checks it so.
+They have the signature and the restrictions of benchmarks/baselines.py. tests/test_kd_loss_baselines.py checks the
+Triton kernel without a GPU, under Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ def liger_composed(
     objective: Objective,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """Liger's cross-entropy and its KL divergence, which takes log-probabilities of one and probabilities of the other.
+    """Liger's cross-entropy and its KL divergence of the student's log-probabilities and the teacher's probabilities.
 
-    The revision and the softmaxes between the two kernels are PyTorch's: Liger has neither.
+    Label revision and the softmaxes are PyTorch's, because Liger has no kernels for them.
     """
     from liger_kernel.transformers.functional import liger_cross_entropy, liger_kl_div
 
@@ -55,9 +54,9 @@ def liger_composed(
         p = p.mul_(beta).scatter_add_(1, index, 1.0 - beta)
     ce_weight, kd_weight = _row_weights(len(target), objective, selected, student_logits)
     log_q = F.log_softmax(student_logits.float() / t, dim=1)
-    kd = liger_kl_div(log_q, p, "none").sum(dim=1)
-    # Liger's per-row cross-entropy writes its gradient before it knows the row's weight: it takes a mean only.
-    ce = liger_cross_entropy(student_logits.clone(), target, reduction="mean")
+    kd: Tensor = liger_kl_div(log_q, p, "none").sum(dim=1)
+    # Liger's cross-entropy writes its gradient in the forward pass, without the rows' weights: it supports means alone.
+    ce: Tensor = liger_cross_entropy(student_logits.clone(), target, reduction="mean")
     if selected is not None:
         ce_rows = F.cross_entropy(student_logits.float(), target, reduction="none")
         return (ce_weight * ce_rows).sum() + (kd_weight * kd).sum()
@@ -68,7 +67,7 @@ _KERNEL: Any = None
 
 
 def _kernel() -> Any:
-    """The Triton kernel, compiled by whoever asks first: the module must import where there is no Triton."""
+    """The launcher of the Triton kernel, imported at the first call: Triton need not be installed."""
     global _KERNEL
     if _KERNEL is None:
         from benchmarks import triton_two_pass as module
@@ -79,7 +78,7 @@ def _kernel() -> Any:
 
 class _TritonTwoPass(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, z: Tensor, v: Tensor, target: Tensor, objective: Objective, selected: Tensor | None
     ) -> Tensor:
         ce_weight, kd_weight = _row_weights(len(target), objective, selected, z)
@@ -89,7 +88,7 @@ class _TritonTwoPass(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_output).to(gradient.dtype), None, None, None, None
 
@@ -101,6 +100,6 @@ def triton_two_pass(
     objective: Objective,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """The honest rival: one Triton program per row, one pass for the statistics, one for the gradient."""
+    """One Triton program per row: one pass for the statistics, one for the gradient."""
     loss: Tensor = _TritonTwoPass.apply(student_logits, teacher_logits, target, objective, selected)
     return loss

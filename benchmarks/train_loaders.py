@@ -1,7 +1,7 @@
-"""The loaders that benchmarks/bench_train.py compares: prepared batches, the published ones of torchvision, and ours.
+"""The loaders that benchmarks/bench_train.py compares: prepared batches, torchvision's as published, and ours.
 
-Each is a lrds_fast.data.Loader as far as a step needs it. Photographs are those of $LRDS_DATA/imagenet_jpegs if there,
-repeated to fill an epoch, else JPEGs made on the spot; CIFAR-100 is that of $LRDS_DATA/cifar100, else noise.
+Photographs are those of $LRDS_DATA/imagenet_jpegs, repeated to fill an epoch, or, where there are none, generated
+JPEGs. CIFAR-100 is that of $LRDS_DATA/cifar100, or noise of its shape.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lrds_fast.data import Batch, DaliLoader, FolderLoader, Loader, MemoryLoader, epoch_batches
+from lrds_fast.data import Batch, DaliLoader, FolderLoader, MemoryLoader, epoch_batches
 from lrds_fast.data.cifar import MEAN as CIFAR_MEAN
 from lrds_fast.data.cifar import STD as CIFAR_STD
 from lrds_fast.data.cifar import cifar
@@ -33,20 +33,29 @@ def missing(*modules: str) -> str:
     return ", ".join(name for name in modules if importlib.util.find_spec(name) is None)
 
 
-class Prepared:
-    """A Loader over batches that were made before and lie on the device, `count` of them an epoch, over and over."""
+class Loader(Protocol):
+    """What the benchmark needs of a lrds_fast.data.Loader. labels: (size,) int64, by sample index."""
 
-    def __init__(self, batches: Sequence[Batch], labels: Tensor, *, num_classes: int, count: int) -> None:
-        self.batches, self.labels, self.num_classes, self.count = list(batches), labels, num_classes, count
+    labels: Tensor
+
+    def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
+        """The batches of an epoch. selected: (size,) bool, the samples that keep the teacher; None for all."""
+
+
+class Prepared:
+    """A Loader that repeats the same batches, which lie on the device, until an epoch has `count` of them.
+
+    labels: (size,) int64, the targets of the epoch that the batches were drawn from.
+    """
+
+    def __init__(self, batches: Sequence[Batch], labels: Tensor, *, count: int) -> None:
+        self.batches, self.labels, self.count = list(batches), labels, count
 
     def __len__(self) -> int:
         return self.count
 
     def epoch(self, epoch: int, selected: Tensor | None = None) -> Iterator[Batch]:
         yield from itertools.islice(itertools.cycle(self.batches), self.count)
-
-    def picture(self, index: int) -> Tensor:
-        raise ValueError("prepared batches have no pictures")
 
 
 def prepared(
@@ -60,21 +69,25 @@ def prepared(
     device: torch.device,
     selected: Tensor | None = None,
 ) -> Prepared:
-    """Noise of `shape` (channels, height, width): the first `distinct` batches of an epoch of `size` samples, of which
-    the `selected` come first; `batches` of them make an epoch."""
-    draws = torch.Generator(device).manual_seed(1)
-    noise = torch.randn(distinct * batch, *shape, generator=draws, device=device)
+    """Batches of noise of `shape` (channels, height, width).
+
+    size: samples of the epoch that the batches are drawn from. distinct: how many different batches there are. batches:
+    how many batches an epoch of the result has. selected: (size,) bool; in each batch the selected samples come first.
+    """
+    random = torch.Generator(device).manual_seed(1)
+    noise = torch.randn(distinct * batch, *shape, generator=random, device=device)
     labels = torch.randint(classes, (size,), generator=torch.Generator().manual_seed(1))
     orders = epoch_batches(size, batch, seed=0, epoch=0, shuffle=True, selected=selected)
-    made = [
+    distinct_batches = [
         Batch(noise[i * batch : i * batch + len(order)], labels[order].to(device), order)
         for i, order in enumerate(orders[:distinct])
     ]
-    return Prepared(made, labels, num_classes=classes, count=batches)
+    return Prepared(distinct_batches, labels, count=batches)
 
 
 class _Indexed(Dataset[tuple[Tensor, int, int]]):
-    """What mdistiller's datasets give: the transformed picture, its class, its index; samples may repeat."""
+    """Items as mdistiller's datasets return them: the transformed picture, its class, its index. rows: the sample of
+    each index; samples may repeat."""
 
     def __init__(self, get: Callable[[int], tuple[Any, int]], rows: Tensor, transform: Callable[[Any], Tensor]) -> None:
         self.get, self.rows, self.transform = get, rows, transform
@@ -88,7 +101,11 @@ class _Indexed(Dataset[tuple[Tensor, int, int]]):
 
 
 class Published:
-    """A Loader as mdistiller writes it: PIL pictures, torchvision's transforms, DataLoader with workers."""
+    """A Loader as mdistiller has it: PIL pictures, torchvision's transforms, DataLoader with workers.
+
+    get: from a sample's number to its picture and class. labels: by sample number. rows: (size,) int64, the numbers of
+    an epoch's samples.
+    """
 
     def __init__(
         self,
@@ -97,12 +114,11 @@ class Published:
         rows: Tensor,
         transform: Callable[[Any], Tensor],
         *,
-        num_classes: int,
         batch_size: int,
         workers: int,
         shuffle: bool = True,
     ) -> None:
-        self.labels, self.num_classes = labels[rows], num_classes
+        self.labels = labels[rows]
         self._loader: DataLoader[Any] = DataLoader(
             _Indexed(get, rows, transform),
             batch_size=batch_size,
@@ -118,20 +134,18 @@ class Published:
         for images, targets, indices in self._loader:
             yield Batch(images, targets, indices)
 
-    def picture(self, index: int) -> Tensor:
-        raise ValueError("the published loader has no pictures")
 
-
-def made_photographs(folder: Path, count: int = 64) -> Path:
-    """`count` JPEGs of about ImageNet's sizes and detail in 8 classes under `folder`; returns it. Needs Pillow."""
+def generated_photographs(folder: Path, count: int = 64) -> Path:
+    """Writes `count` JPEGs with about ImageNet's sizes and detail, in 8 classes, into `folder`, and returns it. Needs
+    Pillow."""
     from PIL import Image
 
-    draws = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     for i in range(count):
         height, width = 333 + 21 * (i % 9), 500 - 17 * (i % 7)
         y, x = np.mgrid[0:height, 0:width]
         waves = [128 + 90 * np.sin((x * (k + 1) + y * (i % 5 + 1)) / 23.0) for k in range(3)]
-        pixels = np.stack(waves, axis=2) + draws.normal(0, 12, (height, width, 3))
+        pixels = np.stack(waves, axis=2) + random.normal(0, 12, (height, width, 3))
         path = folder / f"class{i % 8}" / f"{i:03d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
@@ -140,29 +154,29 @@ def made_photographs(folder: Path, count: int = 64) -> Path:
 
 @dataclass(frozen=True)
 class Photographs:
-    """A folder of JPEGs by class, and what they are."""
+    """A folder with a folder of JPEGs for each class. description: for tables."""
 
     root: Path
-    words: str
+    description: str
 
 
 def photographs(scratch: Path) -> Photographs:
-    """The real ones of $LRDS_DATA, else made ones in `scratch`."""
-    shared = os.environ.get("LRDS_DATA")
-    real = Path(shared or "") / "imagenet_jpegs"
-    if shared and real.is_dir():
-        return Photographs(real, "ImageNet photographs")
-    return Photographs(made_photographs(scratch), "made JPEGs")
+    """Those of $LRDS_DATA, or, where there are none, generated ones in `scratch`."""
+    data = os.environ.get("LRDS_DATA")
+    imagenet = Path(data or "") / "imagenet_jpegs"
+    if data and imagenet.is_dir():
+        return Photographs(imagenet, "ImageNet photographs")
+    return Photographs(generated_photographs(scratch), "made JPEGs")
 
 
 def repeated(size: int, count: int) -> Tensor:
-    """(count,) int64: 0 .. size - 1 over and over."""
+    """(count,) int64: 0 .. size - 1, repeated."""
     return torch.arange(count) % size
 
 
 def photograph_loader(
     kind: str,
-    found: Photographs,
+    pictures: Photographs,
     *,
     count: int,
     batch_size: int,
@@ -174,7 +188,7 @@ def photograph_loader(
 ) -> Loader:
     """kind: "published" (ImageFolder, torchvision's transforms on PIL pictures), "torchvision" (our FolderLoader) or
     "DALI". count: samples of an epoch. workers: processes, for DALI threads."""
-    source = Folder(found.root)
+    source = Folder(pictures.root)
     rows = repeated(len(source.labels), count)
     if kind == "DALI":
         return DaliLoader(
@@ -193,7 +207,7 @@ def photograph_loader(
         )
     from torchvision import datasets, transforms
 
-    folder = datasets.ImageFolder(str(found.root))
+    folder = datasets.ImageFolder(str(pictures.root))
     crop = (
         [transforms.RandomResizedCrop(image_size), transforms.RandomHorizontalFlip()]
         if train
@@ -205,7 +219,6 @@ def photograph_loader(
         source.labels,
         rows,
         transform,
-        num_classes=len(source.classes),
         batch_size=batch_size,
         workers=workers,
         shuffle=shuffle,
@@ -213,12 +226,12 @@ def photograph_loader(
 
 
 def photograph_kinds() -> tuple[list[str], list[str]]:
-    """(kinds of photograph_loader that can be used here, reasons why others cannot)."""
+    """The kinds of photograph_loader whose libraries are installed, and why the others are left out."""
     kinds, reasons = [], []
-    if lacking := missing("PIL"):
-        return [], [f"photographs: {lacking} is not installed"]
-    if lacking := missing("torchvision"):
-        reasons.append(f"torchvision's loaders: {lacking} is not installed")
+    if absent := missing("PIL"):
+        return [], [f"photographs: {absent} is not installed"]
+    if absent := missing("torchvision"):
+        reasons.append(f"torchvision's loaders: {absent} is not installed")
     else:
         kinds += ["published", "torchvision"]
     if has_dali():
@@ -229,15 +242,15 @@ def photograph_kinds() -> tuple[list[str], list[str]]:
 
 
 def cifar_pictures(count: int) -> tuple[Tensor, Tensor, str]:
-    """(count, 3, 32, 32) uint8, (count,) int64 and what they are."""
-    shared = os.environ.get("LRDS_DATA")
-    if shared and (Path(shared) / "cifar100").is_dir():
-        found = cifar(100)
-        rows = repeated(len(found.train_labels), count)
-        return found.train_images[rows], found.train_labels[rows], "CIFAR-100"
-    draws = torch.Generator().manual_seed(2)
-    images = torch.randint(256, (count, 3, 32, 32), generator=draws, dtype=torch.uint8)
-    return images, torch.randint(100, (count,), generator=draws), "noise of CIFAR's shape"
+    """Pictures (count, 3, 32, 32) uint8, targets (count,) int64, and their description for tables."""
+    data = os.environ.get("LRDS_DATA")
+    if data and (Path(data) / "cifar100").is_dir():
+        splits = cifar(100)
+        rows = repeated(len(splits.train_labels), count)
+        return splits.train_images[rows], splits.train_labels[rows], "CIFAR-100"
+    random = torch.Generator().manual_seed(2)
+    images = torch.randint(256, (count, 3, 32, 32), generator=random, dtype=torch.uint8)
+    return images, torch.randint(100, (count,), generator=random), "noise of CIFAR's shape"
 
 
 def cifar_loader(
@@ -274,15 +287,14 @@ def cifar_loader(
         targets,
         torch.arange(len(targets)),
         transform,
-        num_classes=100,
         batch_size=batch_size,
         workers=workers,
     )
 
 
 def cifar_kinds() -> tuple[list[str], list[str]]:
-    """(kinds of cifar_loader that can be used here, reasons why others cannot)."""
-    lacking = missing("torchvision", "PIL")
-    if lacking:
-        return ["in memory"], [f"the published CIFAR loader: {lacking} is not installed"]
+    """The kinds of cifar_loader whose libraries are installed, and why the others are left out."""
+    absent = missing("torchvision", "PIL")
+    if absent:
+        return ["in memory"], [f"the published CIFAR loader: {absent} is not installed"]
     return ["published", "in memory"], []

@@ -1,4 +1,7 @@
-"""What reads photographs: DALI against torchvision and its workers, for equal pixels. Part of bench_train.py."""
+"""Loaders of pictures compared: torchvision's with its workers, DALI's, and CIFAR's in memory. Part of bench_train.py.
+
+The pixels of photographs are compared before anything is timed.
+"""
 
 from __future__ import annotations
 
@@ -7,50 +10,50 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from benchmarks import train_loaders as loaders
-from benchmarks.train_loaders import Photographs, photograph_loader
+from benchmarks.tables import Row, markdown_table
+from benchmarks.train_loaders import Loader, Photographs, photograph_loader
 from benchmarks.train_steps import cpu_seconds
-from lrds_fast.data import DaliLoader, Loader
+from lrds_fast.data import DaliLoader
 from lrds_fast.data.folder import MEAN, STD
 from lrds_fast.data.sources import Folder
 
-Row = dict[str, Any]
-
 
 def levels(images: Tensor) -> Tensor:
-    """Normalised photographs as levels of 255."""
+    """Normalised photographs (N, 3, H, W) as pixel values from 0 to 255, float32 on the CPU."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (images.cpu() * std + mean) * 255
 
 
 def in_index_order(loader: Loader) -> Tensor:
-    """Every picture of epoch 0, by sample index, on the CPU."""
+    """Every picture of epoch 0 in the order of sample indices, on the CPU."""
     batches = list(loader.epoch(0))
     order = torch.cat([batch.indices for batch in batches]).argsort()
     return torch.cat([batch.images.cpu() for batch in batches])[order]
 
 
-def check_evaluated(found: Photographs, count: int, kinds: Sequence[str], device: torch.device) -> dict[str, float]:
-    """Every kind's evaluated pictures against the published loader's: the mean difference in levels of 255.
+def check_evaluated(pictures: Photographs, count: int, kinds: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Compares the pictures that each kind of loader returns for evaluation with those of the published one; returns
+    the mean difference of pixels for each kind, on the scale from 0 to 255.
 
-    AssertionError beyond 0.05 on average, or where the worst pixel of the median picture is more than 2 off, the
-    tolerance of tests/test_data_dali.py. A GPU decodes JPEG by other rules: 2 on average there.
+    AssertionError for a mean above 0.05, or above 2 for the worst pixel of the median picture, the tolerance of
+    tests/test_data_dali.py. GPUs decode JPEG differently: there the mean may be 2.
     """
-    made = {
+    images_of = {
         kind: in_index_order(
-            photograph_loader(kind, found, count=count, batch_size=25, train=False, workers=0, device=device)
+            photograph_loader(kind, pictures, count=count, batch_size=25, train=False, workers=0, device=device)
         )
         for kind in kinds
     }
-    wanted = levels(made["published"])
+    expected = levels(images_of["published"])
     errors = {}
-    for kind, images in made.items():
-        off = (levels(images) - wanted).abs()
+    for kind, images in images_of.items():
+        off = (levels(images) - expected).abs()
         errors[kind] = float(off.mean())
         on_gpu = kind == "DALI" and device.type == "cuda"
         close = errors[kind] <= 2.0 if on_gpu else errors[kind] <= 0.05 and off.amax(dim=(1, 2, 3)).median() <= 2.0
@@ -59,25 +62,27 @@ def check_evaluated(found: Photographs, count: int, kinds: Sequence[str], device
     return errors
 
 
-def check_trained(found: Photographs, count: int, device: torch.device) -> float:
-    """DALI's augmented pictures against Pillow's cut of the same boxes, resized by torchvision: the mean difference in
-    levels of 255. AssertionError beyond 1 on average (2 on a GPU), or on the CPU 6 for the worst pixel of the median
-    picture."""
+def check_trained(pictures: Photographs, count: int, device: torch.device) -> float:
+    """Compares DALI's augmented pictures with crops of the same boxes by Pillow and torchvision; returns the mean
+    difference of pixels on the scale from 0 to 255.
+
+    AssertionError for a mean above 1 (2 on a GPU), or on the CPU above 6 for the worst pixel of the median picture.
+    """
     from PIL import Image
     from torchvision.transforms.v2 import functional
 
     loader = cast(
         DaliLoader,
-        photograph_loader("DALI", found, count=count, batch_size=25, train=True, workers=1, device=device),
+        photograph_loader("DALI", pictures, count=count, batch_size=25, train=True, workers=1, device=device),
     )
-    got, source = levels(in_index_order(loader)), Folder(found.root)
+    augmented, source = levels(in_index_order(loader)), Folder(pictures.root)
     errors = []
     for i in range(count):
         box = loader._prepare(i, 0).box
-        opened = Image.open(io.BytesIO(source.read(int(loader._rows[i])).tobytes())).convert("RGB")
-        cut = functional.resized_crop(opened, box.top, box.left, box.height, box.width, [224, 224], antialias=True)
-        cut = functional.horizontal_flip(cut) if box.mirrored else cut
-        errors.append((got[i] - functional.pil_to_tensor(cut).float()).abs())
+        image = Image.open(io.BytesIO(source.read(int(loader._rows[i])).tobytes())).convert("RGB")
+        crop = functional.resized_crop(image, box.top, box.left, box.height, box.width, [224, 224], antialias=True)
+        crop = functional.horizontal_flip(crop) if box.mirrored else crop
+        errors.append((augmented[i] - functional.pil_to_tensor(crop).float()).abs())
     off = torch.stack(errors)
     mean, worst = float(off.mean()), float(off.amax(dim=(1, 2, 3)).median())
     if mean > (1.0 if device.type == "cpu" else 2.0) or (device.type == "cpu" and worst > 6.0):
@@ -88,91 +93,108 @@ def check_trained(found: Photographs, count: int, device: torch.device) -> float
 def rows_of(
     scratch: Path, *, device: torch.device, count: int, workers: int, rounds: int, say: Callable[[str], None]
 ) -> list[Row]:
-    """Pictures a second and a CPU-second by what reads them: CIFAR's to train on, photographs to train on and to
-    evaluate, these checked for equal pixels first."""
-    rows: list[Row] = []
+    """A row for each loader: of CIFAR for training, of photographs for training and for evaluation.
+
+    scratch: folder for generated photographs. count: photographs of an epoch. say: prints a line.
+    """
+    return cifar_rows(device=device, count=20 * count, workers=workers, rounds=rounds, say=say) + photograph_rows(
+        scratch, device=device, count=count, workers=workers, rounds=rounds, say=say
+    )
+
+
+def workers_of(name: str, workers: int) -> int:
+    """ "published, no workers" has none, the other loaders have `workers`."""
+    return 0 if name.endswith("no workers") else workers
+
+
+def cifar_rows(*, device: torch.device, count: int, workers: int, rounds: int, say: Callable[[str], None]) -> list[Row]:
     kinds, reasons = loaders.cifar_kinds()
     for reason in reasons:
         say(f"readers: without {reason}")
-    if "published" in kinds:
-        pictures = loaders.cifar_pictures(20 * count)
-        made = {
-            name: loaders.cifar_loader(
-                name.partition(",")[0],
-                pictures,
-                batch_size=64,
-                workers=0 if name.endswith("no workers") else workers,
-                device=device,
-            )
-            for name in ("published", "published, no workers", "in memory")
-        }
-        facts = {"case": "train, 32 x 32", "pictures": pictures[2], "samples": 20 * count, "workers": workers}
-        rows += compared(made, facts, {}, device, rounds)
+    if "published" not in kinds:
+        return []
+    pictures = loaders.cifar_pictures(count)
+    by_name = {
+        name: loaders.cifar_loader(
+            name.partition(",")[0], pictures, batch_size=64, workers=workers_of(name, workers), device=device
+        )
+        for name in ("published", "published, no workers", "in memory")
+    }
+    facts = {"case": "train, 32 x 32", "pictures": pictures[2], "samples": count, "workers": workers}
+    return compared(by_name, facts, {}, device, rounds)
+
+
+def photograph_rows(
+    scratch: Path, *, device: torch.device, count: int, workers: int, rounds: int, say: Callable[[str], None]
+) -> list[Row]:
     kinds, reasons = loaders.photograph_kinds()
     for reason in reasons:
         say(f"readers: without {reason}")
     if "published" not in kinds:
-        return rows
-    found = loaders.photographs(scratch)
-    off = {"eval": check_evaluated(found, min(count, 100), kinds, device), "train": {}}
+        return []
+    pictures = loaders.photographs(scratch)
+    levels_off = {"eval": check_evaluated(pictures, min(count, 100), kinds, device), "train": {}}
     if "DALI" in kinds:
-        off["train"]["DALI"] = check_trained(found, min(count, 100), device)
+        levels_off["train"]["DALI"] = check_trained(pictures, min(count, 100), device)
+    rows: list[Row] = []
     for transform in ("train", "eval"):
-        made = {
+        by_name = {
             name: photograph_loader(
                 name.partition(",")[0],
-                found,
+                pictures,
                 count=count,
                 batch_size=50,
                 train=transform == "train",
-                workers=0 if name.endswith("no workers") else workers,
+                workers=workers_of(name, workers),
                 device=device,
             )
             for name in ["published", "published, no workers", *kinds[1:]]
         }
-        facts = {"case": f"{transform}, 224 x 224", "pictures": found.words, "samples": count, "workers": workers}
-        rows += compared(made, facts, off[transform], device, rounds)
+        case = f"{transform}, 224 x 224"
+        facts = {"case": case, "pictures": pictures.description, "samples": count, "workers": workers}
+        rows += compared(by_name, facts, levels_off[transform], device, rounds)
     return rows
 
 
 def compared(
-    made: dict[str, Loader], facts: Row, off: dict[str, float], device: torch.device, rounds: int
+    by_name: dict[str, Loader], facts: Row, levels_off: dict[str, float], device: torch.device, rounds: int
 ) -> list[Row]:
-    """Epochs of the loaders in turns: CPU time, that of ended workers included, and wall time, against "published"."""
-    cpu: dict[str, list[float]] = {kind: [] for kind in made}
-    wall: dict[str, list[float]] = {kind: [] for kind in made}
+    """Times epochs of the loaders in turns, in CPU time (with that of workers that have ended) and in wall time; a row
+    for each, with its ratios to "published"."""
+    cpu: dict[str, list[float]] = {name: [] for name in by_name}
+    wall: dict[str, list[float]] = {name: [] for name in by_name}
     for epoch in range(rounds + 1):
-        for kind, loader in made.items():
+        for name, loader in by_name.items():
             began, cpu_began = time.perf_counter(), cpu_seconds()
             for batch in loader.epoch(epoch):
                 batch.images.to(device, non_blocking=True)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if epoch:  # the first one builds pipelines and fills the file cache
-                wall[kind].append(time.perf_counter() - began)
-                cpu[kind].append(cpu_seconds() - cpu_began)
+            if epoch:  # the first epoch builds pipelines and fills the file cache
+                wall[name].append(time.perf_counter() - began)
+                cpu[name].append(cpu_seconds() - cpu_began)
     rows = []
-    for kind in made:
-        ratios = [a / b for a, b in zip(cpu["published"], cpu[kind], strict=True)]
-        walls = [a / b for a, b in zip(wall["published"], wall[kind], strict=True)]
+    for name in by_name:
+        ratios = [a / b for a, b in zip(cpu["published"], cpu[name], strict=True)]
+        walls = [a / b for a, b in zip(wall["published"], wall[name], strict=True)]
         rows.append(
-            {"part": "reader", "loader": kind, "rounds": rounds}
+            {"part": "reader", "loader": name, "rounds": rounds}
             | facts
             | {
-                "images_s": facts["samples"] / statistics.median(wall[kind]),
-                "images_cpu_s": facts["samples"] / statistics.median(cpu[kind]),
+                "images_s": facts["samples"] / statistics.median(wall[name]),
+                "images_cpu_s": facts["samples"] / statistics.median(cpu[name]),
                 "vs_published": statistics.median(ratios),
                 "vs_low": min(ratios),
                 "vs_high": max(ratios),
                 "vs_published_wall": statistics.median(walls),
-                "levels_off": off.get(kind, ""),
+                "levels_off": levels_off.get(name, ""),
             }
         )
     return rows
 
 
 def shown(value: object, form: str, empty: str = "") -> str:
-    """A number for a table; `empty` where the row has none."""
+    """A number for a table; `empty` if the row has none."""
     return empty if value in ("", None) else format(float(str(value)), form)
 
 
@@ -181,11 +203,10 @@ def table(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     header = ["pictures", "reader", "images / CPU-s", "vs published, CPU time", "images/s", "levels of 255 off"]
-    lines = [f"## Readers, {rows[0]['workers']} worker(s) or thread(s)", ""]
-    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    body = []
     for row in rows:
         spread = f"({shown(row['vs_low'], '.2f')} to {shown(row['vs_high'], '.2f')})"
         cells = [f"{row['samples']} {row['pictures']}, {row['case']}", row["loader"], shown(row["images_cpu_s"], ".4g")]
         cells += [f"{shown(row['vs_published'], '.2f')}x {spread}", shown(row["images_s"], ".4g")]
-        lines.append("| " + " | ".join([*cells, shown(row["levels_off"], ".4f")]) + " |")
-    return [*lines, ""]
+        body.append([*cells, shown(row["levels_off"], ".4f")])
+    return [f"## Readers, {rows[0]['workers']} worker(s) or thread(s)", "", *markdown_table(header, body), ""]

@@ -145,7 +145,7 @@ def make_contender(
     teacher, student = copy.deepcopy(pair.teacher), copy.deepcopy(pair.student)
     memory_format = torch.channels_last if arm.channels_last else torch.contiguous_format
     for network in (teacher, student):
-        network.to(memory_format=memory_format)  # type: ignore[call-overload]
+        network.to(memory_format=memory_format)
     # The trainer compiles by itself, as the recipe says.
     called: list[Any] = [torch.compile(m) if arm.compiled and not arm.ours else m for m in (teacher, student)]
     make = our_step if arm.ours else published_step
@@ -195,7 +195,7 @@ def published_step(
 
 
 def recipe_of(arm: Arm, case: Case) -> Recipe:
-    """The arm as the trainer would be told."""
+    """The arm as a recipe of the trainer."""
     words = {
         "loss": {
             "temperature": case.objective.temperature,
@@ -240,7 +240,7 @@ def our_step(
     selected: Tensor | None,
     cache: Tensor | None,
 ) -> Step:
-    """The trainer's step, what it keeps for the log and its look for losses that are not finite included."""
+    """The trainer's step, with its totals for the log and its check for losses that are not finite."""
     recipe = recipe_of(arm, case)
     carry_out = TrainerStep(
         recipe,
@@ -326,7 +326,7 @@ def first_update(contender: Contender, batch: Batch) -> Tensor:
 
 def distance(update: Tensor, reference: Tensor) -> float:
     """The length of the difference of two updates over that of the reference."""
-    return ((update - reference).norm() / reference.norm()).item()
+    return float((update - reference).norm() / reference.norm())
 
 
 def profiled(run: Callable[[], None], device: torch.device) -> list[dict[str, Any]]:
@@ -366,18 +366,18 @@ def shares(events: Iterable[dict[str, Any]]) -> dict[str, float]:
             kernels.append((event["args"].get("correlation", -2), event["dur"]))
     if total <= 0.0:
         raise ValueError(f"the trace has no region {TURN!r}")
-    found = dict.fromkeys((*REGIONS, "other", "idle"), 0.0)
+    shares_of = dict.fromkeys((*REGIONS, "other", "idle"), 0.0)
     if not kernels:
         for begin, end, name in spans:
-            found[name] += (end - begin) / total
-        found["other"] = max(0.0, 1.0 - sum(found.values()))
-        return found
+            shares_of[name] += (end - begin) / total
+        shares_of["other"] = max(0.0, 1.0 - sum(shares_of.values()))
+        return shares_of
     spans.sort()
     begins = [span[0] for span in spans]
     for correlation, duration in kernels:
         when = launched.get(correlation)
         place = -1 if when is None else bisect.bisect_right(begins, when) - 1
         inside = place >= 0 and when is not None and when <= spans[place][1]
-        found[spans[place][2] if inside else "other"] += duration / total
-    found["idle"] = max(0.0, 1.0 - sum(found.values()))
-    return found
+        shares_of[spans[place][2] if inside else "other"] += duration / total
+    shares_of["idle"] = max(0.0, 1.0 - sum(shares_of.values()))
+    return shares_of

@@ -106,10 +106,10 @@ def test_a_case_is_prepared_timed_and_stored(tmp_path: Path, monkeypatch: pytest
     assert rows[2]["share_loader"] > rows[1]["share_loader"]
 
     pytest.importorskip("matplotlib")
-    from benchmarks import bench_kd_loss, render
+    from benchmarks import render, tables
 
     stored = tmp_path / "train_test.csv"
-    bench_kd_loss.write_csv(stored, [row | bench_kd_loss.facts("cpu") for row in rows])
+    tables.write_csv(stored, [row | tables.facts("cpu") for row in rows])
     page = render.render(stored, tmp_path)
     text = page.read_text()
     assert f"## {case}, C = 100, batch 10" in text and "noise of CIFAR's shape" in text
@@ -264,10 +264,10 @@ def test_made_photographs_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pytest.importorskip(name)
     monkeypatch.delenv("LRDS_DATA", raising=False)
     monkeypatch.setattr(
-        train_loaders, "made_photographs", lambda folder, make=train_loaders.made_photographs: make(folder, 8)
+        train_loaders, "generated_photographs", lambda folder, make=train_loaders.generated_photographs: make(folder, 8)
     )
     found = train_loaders.photographs(tmp_path)
-    assert found.words == "made JPEGs" and len(list(found.root.rglob("*.jpg"))) == 8
+    assert found.description == "made JPEGs" and len(list(found.root.rglob("*.jpg"))) == 8
     errors = train_readers.check_evaluated(found, 10, ["published", "torchvision", "DALI"], CPU)
     assert errors["published"] == 0.0 and errors["DALI"] <= 0.05
     assert train_readers.check_trained(found, 10, CPU) < 1.0
@@ -281,7 +281,7 @@ def test_made_photographs_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_pixel_check_sees_another_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
-    found = train_loaders.Photographs(train_loaders.made_photographs(tmp_path, 8), "made JPEGs")
+    found = train_loaders.Photographs(train_loaders.generated_photographs(tmp_path, 8), "made JPEGs")
     whole = train_readers.in_index_order
     calls: list[int] = []
 
@@ -299,7 +299,7 @@ def test_readers_take_turns_and_every_row_has_its_ratio(tmp_path: Path, monkeypa
         pytest.importorskip(name)
     monkeypatch.delenv("LRDS_DATA", raising=False)
     monkeypatch.setattr(
-        train_loaders, "made_photographs", lambda folder, make=train_loaders.made_photographs: make(folder, 8)
+        train_loaders, "generated_photographs", lambda folder, make=train_loaders.generated_photographs: make(folder, 8)
     )
     rows = train_readers.rows_of(tmp_path, device=CPU, count=8, workers=1, rounds=2, say=print)
     by_case = {(row["case"], row["loader"]): row for row in rows}

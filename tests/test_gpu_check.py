@@ -143,7 +143,7 @@ def test_outputs_of_the_operators_hold_nan_before_they_run() -> None:
 
 @pytest.mark.parametrize("has_commit", [True, False])
 def test_benchmarks_need_no_git(has_commit: bool) -> None:
-    code = "from benchmarks.bench_kd_loss import facts; print(facts('cpu')['commit'])"
+    code = "from benchmarks.tables import facts; print(facts('cpu')['commit'])"
     environment = {key: value for key, value in os.environ.items() if key != "LRDS_COMMIT"}
     environment |= {"PATH": "/nonexistent"} | ({"LRDS_COMMIT": "abc123"} if has_commit else {})
     done = subprocess.run(

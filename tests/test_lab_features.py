@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import lab_features, lab_statistics, lab_students
 from benchmarks.lab_students import Arm, Problem, Revision, Scored, Selection, Training
+from benchmarks.tables import stored_rows
 from lrds_fast import KDLoss, reference, revise_labels
 from lrds_fast.influence import last_layer_scores
 
@@ -279,7 +280,7 @@ def test_runs_resume(tmp_path: Path) -> None:
     ]
     case = problem(3)
     assert lab_features.run_seed(case, "tiny", arms, path, "abc", TINY) == len(arms) + len(lab_students.CE_WEIGHTS)
-    rows = lab_features.read_rows(path)
+    rows = stored_rows(path)
     assert lab_features.run_seed(case, "tiny", arms, path, "abc", TINY) == 0
     by_arm = {row["arm"]: row for row in rows}
     assert len(by_arm) == len(rows) and float(by_arm["oracle"]["denied_corrupted"]) == 1.0
@@ -293,7 +294,7 @@ def test_runs_resume(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(rows[:-2])
     assert lab_features.run_seed(case, "tiny", arms, path, "abc", TINY) == 2
-    again = {row["arm"]: row for row in lab_features.read_rows(path)}
+    again = {row["arm"]: row for row in stored_rows(path)}
     for name in ("oracle", "tuned+lr1"):
         assert float(again[name]["nll"]) == pytest.approx(float(by_arm[name]["nll"]), rel=1e-3)
 
@@ -325,7 +326,7 @@ def test_statistics() -> None:
 def test_the_page_is_of_the_stored_runs() -> None:
     """docs/benchmarks/method.md says what the CSV says, and shows the plots that lie beside it."""
     page = lab_statistics.PAGE.read_text(encoding="utf-8")
-    runs = lab_statistics.Runs(lab_features.read_rows(lab_features.STORED))
+    runs = lab_statistics.Runs(stored_rows(lab_features.STORED))
     assert lab_statistics.page_with(page, runs) == page
     assert set(runs.regimes()) == set(lab_features.REGIMES)
     for regime in runs.regimes():

@@ -27,7 +27,7 @@ def case() -> Case:
     subsets = torch.stack([torch.randperm(1200, generator=generator)[:600] for _ in range(40)])
     everything = bench_lds.train(problem, torch.arange(1200).expand(3, -1), 2)
     models = [bench_lds.module_of(everything, k) for k in range(3)]
-    return Case(problem, subsets, bench_lds.measured(problem, subsets, 2), models)
+    return Case(problem, subsets, bench_lds.retrained(problem, subsets, 2), models)
 
 
 def test_the_models_are_trained(case: Case) -> None:

@@ -113,7 +113,7 @@ def test_lds_is_kronfluences(tmp_path: Path) -> None:
     problem = bench_lds.digits(100)
     generator = torch.Generator().manual_seed(1)
     subsets = torch.stack([torch.randperm(1200, generator=generator)[:600] for _ in range(40)])
-    outputs = bench_lds.measured(problem, subsets, 2)
+    outputs = bench_lds.retrained(problem, subsets, 2)
     model = bench_lds.module_of(bench_lds.train(problem, torch.arange(1200)[None], 2), 0)
     peer = Kronfluence(model, ["0", "2"], problem.train_set, tmp_path)
     peer.fit()
@@ -137,7 +137,7 @@ def test_lds_of_dattri_and_trak(tmp_path: Path) -> None:
     problem = bench_lds.digits(50)
     generator = torch.Generator().manual_seed(1)
     subsets = torch.stack([torch.randperm(1200, generator=generator)[:600] for _ in range(40)])
-    outputs = bench_lds.measured(problem, subsets, 1)
+    outputs = bench_lds.retrained(problem, subsets, 1)
     model = bench_lds.module_of(bench_lds.train(problem, torch.arange(1200)[None], 2), 0)
     found = {
         "dattri": dattri_ekfac(model, problem.train_set, problem.query_set),

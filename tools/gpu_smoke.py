@@ -1,10 +1,11 @@
-"""Each kernel path and type once, against float64, each case in a process of its own; then their times.
+"""Checks each kernel path and dtype once against float64, each case in its own process; then times the cases.
 
     python tools/gpu_smoke.py --out out/smoke.jsonl
     python tools/gpu_smoke.py --device cpu --cases "warp vector,dkd"     the same cases on the CPU
 
-A case that crashes, hangs or poisons its process ends alone: it is reported, and the rest goes on. Outputs hold NaN
-before the operators run. Lines of JSON are written as they come. Exit code: how many cases were not "ok" (at most 100).
+A case that crashes, hangs or corrupts its CUDA context is reported, and the other cases still run. Outputs hold NaN
+before the operators run. A line of JSON is written as soon as a case ends. Exit code: the number of cases that were not
+"ok" (at most 100).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# cuBLAS in deterministic mode asks for this before it is loaded.
+# cuBLAS reads this when it is loaded, and needs it in deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import path_cases  # noqa: E402
@@ -37,7 +38,7 @@ context = multiprocessing.get_context("fork")
 
 
 def poison_outputs(device: str) -> None:
-    """torch.empty and at::empty hand out NaN (all ones for integers) from here on."""
+    """From now on torch.empty and at::empty return memory filled with NaN (the largest value for integers)."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     if not torch.empty(1000, device=device).isnan().all():
@@ -45,6 +46,7 @@ def poison_outputs(device: str) -> None:
 
 
 def check_case(name: str, device: str, inject: str) -> dict[str, Any]:
+    """Compares a case with float64. inject: "wrong", "crash" or "hang" to test this program, or ""."""
     if inject == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if inject == "hang":
@@ -57,10 +59,11 @@ def check_case(name: str, device: str, inject: str) -> dict[str, Any]:
 
 
 def time_case(name: str, device: str, inject: str) -> dict[str, Any]:
-    from benchmarks.bench_kd_loss import roofline_cuda, time_cpu, time_cuda_graph
+    """The time of a case, and its bandwidth next to that of a copy and a triad."""
+    from benchmarks.timing import bandwidths, time_cpu, time_cuda_graph
 
     case = path_cases.CASES[name]
-    rates = {f"{key}_gb_s": rate / 1e9 for key, rate in roofline_cuda().items()} if device == "cuda" else {}
+    rates = {f"{key}_gb_s": rate / 1e9 for key, rate in bandwidths("cuda").items()} if device == "cuda" else {}
     torch.cuda.empty_cache()
     rows = case.timed_rows if device == "cuda" else case.rows
     call, moved = path_cases.timed(case, device, rows)
@@ -70,15 +73,16 @@ def time_case(name: str, device: str, inject: str) -> dict[str, Any]:
 
     timed = (time_cuda_graph if device == "cuda" else time_cpu)(run)
     seconds = statistics.median(timed() for _ in range(5))
-    found: dict[str, Any] = {"rows": rows, "us": round(seconds * 1e6, 2), **rates}
+    measured: dict[str, Any] = {"rows": rows, "us": round(seconds * 1e6, 2), **rates}
     if moved:
-        found["gb_s"] = moved / seconds / 1e9
+        measured["gb_s"] = moved / seconds / 1e9
         if rates:
-            found["percent_of_triad"] = 100 * found["gb_s"] / rates["triad_gb_s"]
-    return {key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}
+            measured["percent_of_triad"] = 100 * measured["gb_s"] / rates["triad_gb_s"]
+    return {key: round(value, 2) if isinstance(value, float) else value for key, value in measured.items()}
 
 
 def child(work: str, name: str, device: str, inject: str, answer: Connection) -> None:
+    """The main function of a case's process: sends its result through `answer`."""
     try:
         torch.set_num_threads(1)
         result = {"status": "ok"} | {"check": check_case, "time": time_case}[work](name, device, inject)
@@ -98,7 +102,7 @@ class Running:
 
 
 def run_all(work: str, names: list[str], options: argparse.Namespace, until: float, out: TextIO) -> list[str]:
-    """Runs the work of every case, some at once; returns the names of those that are ok."""
+    """Runs "check" or "time" of every case, checks in several processes at once; returns the names that are "ok"."""
     waiting = list(names)
     running: list[Running] = []
     ok: list[str] = []
@@ -160,10 +164,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--cases", default="", help="only cases with one of these in their names, separated by commas")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases and end")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and exit")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="cases checked at once")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for a case")
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds; then no further case begins")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no case starts")
     parser.add_argument("--no-times", action="store_true", help="check only")
     parser.add_argument("--inject", action="append", default=[], metavar="FAULT=CASE", help="wrong, crash or hang")
     parser.add_argument("--out", type=Path, help="write lines of JSON here")

@@ -1,9 +1,10 @@
-"""What ptxas says about every CUDA kernel: registers, stack, spills. `tests/kernel_registers.csv` is the table.
+"""Registers, stack and spills of every CUDA kernel as ptxas reports them; the table is tests/kernel_registers.csv.
 
 python tools/kernel_registers.py                     compile and print the differences from the table
-python tools/kernel_registers.py --write             make the table what this nvcc says
+python tools/kernel_registers.py --write             write the table anew with this nvcc's figures
 
-Each file is compiled for sm_90 and, in turns, for one of the other architectures that wheels hold; small files for all.
+Large files are compiled for sm_90 and for one other architecture of the wheels, a different one from file to file;
+small files for all architectures.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ def find_nvcc() -> str | None:
 
 def nvcc_version(nvcc: str) -> str:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"V([\d.]+)", text)
-    return found.group(1) if found else "unknown"
+    version = re.search(r"V([\d.]+)", text)
+    return version.group(1) if version else "unknown"
 
 
 def compile_for(nvcc: str, source: Path, arch: str, target: Path) -> str:
-    """ptxas's report. AssertionError with the compiler's words where it refuses or warns."""
+    """ptxas's report. AssertionError with the compiler's output if there is an error or a warning."""
     command = [nvcc, *FLAGS, f"-arch=sm_{arch}", "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{source.name} for sm_{arch}:\n{done.stderr}"
@@ -99,13 +100,13 @@ def demangle(names: list[str]) -> list[str]:
 
 def parse(report: str) -> list[Row]:
     """One row per kernel, its name demangled. ValueError where ptxas reported none."""
-    found = re.findall(
+    kernels = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
         report,
         re.DOTALL,
     )
-    if not found:
+    if not kernels:
         raise ValueError("ptxas reported no kernel")
     return [
         {
@@ -115,7 +116,7 @@ def parse(report: str) -> list[Row]:
             "spill_bytes": str(int(stores) + int(loads)),
         }
         for name, (_, stack, stores, loads, registers) in zip(
-            demangle([name for name, *_ in found]), found, strict=True
+            demangle([name for name, *_ in kernels]), kernels, strict=True
         )
     ]
 
@@ -145,7 +146,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
-def differences(found: list[Row], expected: list[Row]) -> list[str]:
+def differences(rows: list[Row], expected: list[Row]) -> list[str]:
     """What changed, a line each; empty where the tables are the same."""
 
     def by_kernel(rows: list[Row]) -> dict[str, str]:
@@ -155,7 +156,7 @@ def differences(found: list[Row], expected: list[Row]) -> list[str]:
             for row in rows
         }
 
-    before, now = by_kernel(expected), by_kernel(found)
+    before, now = by_kernel(expected), by_kernel(rows)
     return [
         f"{kernel}: {before.get(kernel, 'not there')} -> {now.get(kernel, 'not there')}"
         for kernel in sorted(before.keys() | now.keys())

@@ -77,8 +77,8 @@ class Instruction:
         """Where a branch goes; None for other instructions and for branches through a register."""
         if self.name != "BRA":
             return None
-        found = re.search(r"(0x[0-9a-f]+)\s*$", self.operands)
-        return int(found.group(1), 16) if found else None
+        address = re.search(r"(0x[0-9a-f]+)\s*$", self.operands)
+        return int(address.group(1), 16) if address else None
 
     @property
     def falls_through(self) -> bool:
@@ -109,17 +109,17 @@ def disassemble(cuobjdump: str, compiled: Path) -> str:
 
 def kernels(text: str) -> dict[str, list[Instruction]]:
     """Instructions by mangled name, from what cuobjdump -sass prints. ValueError where it holds no kernel."""
-    found: dict[str, list[Instruction]] = {}
+    by_name: dict[str, list[Instruction]] = {}
     code: list[Instruction] = []
     for line in text.splitlines():
         if header := re.match(r"\s*Function : (\S+)", line):
-            code = found.setdefault(header.group(1), [])
+            code = by_name.setdefault(header.group(1), [])
         elif parsed := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
             address, predicate, operation, operands = parsed.groups()
             code.append(Instruction(int(address, 16), predicate is not None, operation, operands))
-    if not found:
+    if not by_name:
         raise ValueError("the disassembly holds no kernel")
-    return found
+    return by_name
 
 
 def blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[set[int]]]:
@@ -235,8 +235,8 @@ def table(cuobjdump: str, folder: Path, pairs: list[tuple[str, str]], version: s
     """Rows of the objects that kernel_registers.compile_all left in `folder`."""
     rows = []
     for stem, arch in pairs:
-        found = kernels(disassemble(cuobjdump, kernel_registers.object_path(folder, stem, arch)))
-        for kernel, code in zip(demangle(list(found)), found.values(), strict=True):
+        by_name = kernels(disassemble(cuobjdump, kernel_registers.object_path(folder, stem, arch)))
+        for kernel, code in zip(demangle(list(by_name)), by_name.values(), strict=True):
             rows.append({"nvcc": version, "file": stem, "arch": arch, "kernel": kernel, **describe(code)})
     return sorted(rows, key=lambda row: (row["file"], int(row["arch"]), row["kernel"]))
 
@@ -245,13 +245,13 @@ def read_table() -> list[Row]:
     return kernel_registers.read_rows(TABLE)
 
 
-def differences(found: list[Row], expected: list[Row]) -> list[str]:
+def differences(compiled: list[Row], expected: list[Row]) -> list[str]:
     """What changed, a line each; empty where the tables are the same."""
 
     def by_kernel(rows: list[Row]) -> dict[str, Row]:
         return {f"{row['file']} sm_{row['arch']} {row['kernel']}": row for row in rows}
 
-    before, now = by_kernel(expected), by_kernel(found)
+    before, now = by_kernel(expected), by_kernel(compiled)
     lines = []
     for kernel in sorted(before.keys() | now.keys()):
         if kernel not in before or kernel not in now:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 
 def requirements(text: str, extra: str = "dev", *, only: bool = False) -> list[str]:
-    """The requirements of `text`, a pyproject.toml, its own extras resolved. Runs before tomli is installed.
+    """The requirements in `text`, a pyproject.toml; extras of this package are replaced by what they list. Runs before
+    tomli is installed.
 
     only: those of the extra, without the build system's and the package's.
     """
@@ -23,19 +24,19 @@ def requirements(text: str, extra: str = "dev", *, only: bool = False) -> list[s
     parsed = tomllib.loads(text)
     project = parsed["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
-    found = [] if only else parsed["build-system"]["requires"] + project["dependencies"]
+    listed = [] if only else parsed["build-system"]["requires"] + project["dependencies"]
 
     def add(extra: str) -> None:
         for requirement in extras[extra]:
-            own = re.fullmatch(re.escape(project["name"]) + r"\[(.+)\]", requirement)
-            if own is None:
-                found.append(requirement)
+            extras_of_this = re.fullmatch(re.escape(project["name"]) + r"\[(.+)\]", requirement)
+            if extras_of_this is None:
+                listed.append(requirement)
                 continue
-            for name in own.group(1).split(","):
+            for name in extras_of_this.group(1).split(","):
                 add(name.strip())
 
     add(extra)
-    return sorted(set(found))
+    return sorted(set(listed))
 
 
 if __name__ == "__main__":

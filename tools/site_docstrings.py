@@ -22,13 +22,13 @@ def listed(text: str) -> str:
     inside = False  # an item is open
     paragraphs = False  # and has several paragraphs
     for line in text.splitlines():
-        found = _ARGUMENT.match(line)
-        if found:
-            indent, names = found.groups()
+        argument = _ARGUMENT.match(line)
+        if argument:
+            indent, names = argument.groups()
             if (paragraphs or not inside) and lines and lines[-1]:
                 lines.append("")
             code = ", ".join(f"`{name}`" for name in names.split(", "))
-            line = f"{indent}- {code}: {line[found.end() :]}"
+            line = f"{indent}- {code}: {line[argument.end() :]}"
             inside, paragraphs = True, False
         elif inside and line and not line.startswith(" ") and (_AFTER.match(line) or not lines[-1]):
             lines.append("")

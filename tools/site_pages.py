@@ -46,13 +46,13 @@ def rewritten(text: str, source: str) -> tuple[str, set[str]]:
     linked: set[str] = set()
     here = posixpath.dirname(site_path(source))
 
-    def link(found: re.Match[str]) -> str:
-        before, target, anchor, after = found.groups()
+    def link(match: re.Match[str]) -> str:
+        before, target, anchor, after = match.groups()
         if ":" in target or target.startswith("/"):
-            return found.group()
+            return match.group()
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if not (ROOT / path).is_file():
-            return found.group()
+            return match.group()
         if site_path(path).startswith("source/"):
             linked.add(path)
         return f"{before}{posixpath.relpath(site_path(path), here or '.')}{anchor or ''}{after}"

@@ -231,7 +231,7 @@ def sample_gradients(
                 roots.append(output.requires_grad_())
                 output = output.clone()
             # Registered now, because the gradient is another one after an in-place operation on the output.
-            output.register_hook(call.delta.append)  # type: ignore[no-untyped-call]
+            output.register_hook(call.delta.append)
             return output
 
         return hook
