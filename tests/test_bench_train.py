@@ -334,7 +334,7 @@ def test_step_regions_are_those_that_are_counted() -> None:
     ready = train_loaders.prepared((3, 64, 64), classes=7, size=40, batch=10, distinct=2, batches=2, device=CPU)
     for arm in (bench_train.BASELINE, OURS):
         made = train_steps.make_contender(arm, CASE, pair, CPU, 40, None, None)
-        turn = bench_train.Turn(made, "synthetic", ready, "", None, None, 0.0, bench_train.Length(2))
+        turn = bench_train.Turn(made, "synthetic", ready, "", None, None, 0.0, bench_train.Length(2))  # type: ignore[arg-type]
         found = train_steps.shares(train_steps.profiled(lambda turn=turn: turn.run(0), CPU))  # type: ignore[misc]
         assert sum(found.values()) == pytest.approx(1.0)
         assert all(found[name] > 0 for name in REGIONS), arm.name

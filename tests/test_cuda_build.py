@@ -31,7 +31,7 @@ VECTOR_KERNELS = (
 
 @pytest.fixture(scope="module")
 def nvcc() -> str:
-    found = kernel_registers.find_nvcc()
+    found: str | None = kernel_registers.find_nvcc()
     if found is None:
         pytest.skip("nvcc was not found: set CUDA_HOME to compile the CUDA kernels")
     return found
@@ -46,7 +46,8 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reports(nvcc: str, objects: Path) -> Reports:
     """What ptxas said, by file and architecture."""
-    return kernel_registers.compile_all(nvcc, objects)
+    compiled: Reports = kernel_registers.compile_all(nvcc, objects)
+    return compiled
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def machine_code(nvcc: str, objects: Path, reports: Reports) -> list[Row]:
     cuobjdump = kernel_sass.find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("cuobjdump and nvdisasm were not found: CUDA_HOME/bin, the PATH and triton's package were searched")
-    return kernel_sass.table(cuobjdump, objects, sorted(reports), kernel_registers.nvcc_version(nvcc))
+    rows: list[Row] = kernel_sass.table(cuobjdump, objects, sorted(reports), kernel_registers.nvcc_version(nvcc))
+    return rows
 
 
 def named(row: Row) -> str:

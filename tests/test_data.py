@@ -201,7 +201,13 @@ def test_boxes_say_what_pictures_in_memory_became(augment: str) -> None:
 
 
 def test_options_and_keywords_open_the_same_data() -> None:
-    keys = {"batch_size": 20, "val_fraction": 0.1, "split_seed": 3, "augment": "shift", "train_limit": 90}
+    keys: dict[str, Any] = {
+        "batch_size": 20,
+        "val_fraction": 0.1,
+        "split_seed": 3,
+        "augment": "shift",
+        "train_limit": 90,
+    }
     by_keys = data_sets.load("digits", seed=2, views=2, **keys)
     by_options = data_sets.load(DataOptions(name="digits", **keys), seed=2, views=2)
     for split in ("train", "score", "val", "test"):
@@ -346,7 +352,7 @@ def test_bad_tensors_are_named() -> None:
 
 def write_npz(path: Path) -> None:
     generator = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, Any] = {
         "train_images": generator.integers(0, 256, (9, 4, 4, 3), dtype=np.uint8),
         "train_labels": np.arange(9) % 3,
         "test_images": generator.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8),
@@ -382,7 +388,7 @@ def test_bad_npz_files_are_named(tmp_path: Path) -> None:
 
 
 def save_npz(path: Path, **changed: np.ndarray) -> str:
-    arrays = {
+    arrays: dict[str, Any] = {
         "train_images": np.zeros((4, 6, 5), np.uint8),
         "train_labels": np.arange(4) % 2,
         "test_images": np.zeros((2, 6, 5), np.uint8),

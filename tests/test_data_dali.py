@@ -9,6 +9,7 @@ import os
 import struct
 import tarfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from lrds_fast.data.sources import Folder, Tars, TFRecords
 pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
 Image = pytest.importorskip("PIL.Image")
 
-from lrds_fast.data.boxes import picture_size, random_box  # noqa: E402
+from lrds_fast.data.boxes import random_box  # noqa: E402
 from lrds_fast.data.dali import DaliLoader  # noqa: E402
+from lrds_fast.data.pictures import picture_size  # noqa: E402
 
 COUNT = 26
 SIZE = 32
@@ -123,12 +125,13 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
     whole = torch.zeros(3, 300, 400)
     theirs = np.array([RandomResizedCrop.get_params(whole, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)])
     ours = np.array([random_box(300, 400, SIZE, seed)[:4] for seed in range(3000)])
-    for measure in (
+    measures: list[Callable[[np.ndarray], np.ndarray]] = [
         lambda b: b[:, 2] * b[:, 3],
         lambda b: b[:, 3] / b[:, 2],
         lambda b: b[:, 0] / np.maximum(300 - b[:, 2], 1),
         lambda b: b[:, 1] / np.maximum(400 - b[:, 3], 1),
-    ):
+    ]
+    for measure in measures:
         assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
     assert 0.45 < np.mean([random_box(300, 400, SIZE, seed).mirrored for seed in range(3000)]) < 0.55
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast import TopKTeacher, kd_loss
-from lrds_fast.data import Batch, MemoryLoader, SoftLabels, label_shards, soft_labels, write_soft_labels
+from lrds_fast.data import Batch, MemoryLoader, SoftLabels, label_shards, write_soft_labels
 
 COUNT, CLASSES = 70, 11
 FACTS = {"data's fingerprint": "abc", "teacher's weights": "def", "seed": 0, "data.mean": (0.5, 0.25)}
@@ -26,7 +27,7 @@ def loader(**options: Any) -> MemoryLoader:
     draws = torch.Generator().manual_seed(0)
     images = torch.rand(COUNT, 1, 8, 8, generator=draws)
     targets = torch.randint(0, CLASSES, (COUNT,), generator=draws)
-    defaults = {"num_classes": CLASSES, "batch_size": 16, "shuffle": True, "augment": "crop-flip"}
+    defaults: dict[str, Any] = {"num_classes": CLASSES, "batch_size": 16, "shuffle": True, "augment": "crop-flip"}
     return MemoryLoader(images, targets, **(defaults | options))
 
 
@@ -42,7 +43,7 @@ def network(seed: int = 2, width: int = 12) -> nn.Module:
 
 def write(path: Path, *, views: int = 2, source: Any = None, **options: Any) -> SoftLabels:
     """Shards of two batches: 5 batches a view are 3 shards."""
-    defaults = {"facts": FACTS, "shard_batches": 2, "progress": False}
+    defaults: dict[str, Any] = {"facts": FACTS, "shard_batches": 2, "progress": False}
     return write_soft_labels(path, network(), source or loader(), views=views, **(defaults | options))
 
 
@@ -59,13 +60,17 @@ def test_every_sample_of_every_view_has_its_teachers_logits(tmp_path: Path, dtyp
         for batch in loader().epoch(view):
             with torch.inference_mode():
                 wanted = teacher(batch.images).to(getattr(torch, dtype))
-            assert torch.equal(found.batch(view, batch.indices), wanted), "the same batches: the same bits"
+            stored = found.batch(view, batch.indices)
+            assert isinstance(stored, Tensor)
+            assert torch.equal(stored, wanted), "the same batches: the same bits"
             assert torch.equal(found.boxes(view, batch.indices), loader().boxes(view, batch.indices))
             # In another order they are the same samples'.
             order = torch.randperm(len(batch.indices))
-            assert torch.equal(found.batch(view, batch.indices[order]), wanted[order])
+            reordered = found.batch(view, batch.indices[order])
+            assert isinstance(reordered, Tensor)
+            assert torch.equal(reordered, wanted[order])
     empty = found.batch(1, torch.tensor([], dtype=torch.int64))
-    assert empty.shape == (0, CLASSES)
+    assert isinstance(empty, Tensor) and empty.shape == (0, CLASSES)
 
 
 def distil(taught: Callable[[int, Batch], Tensor | TopKTeacher], epochs: int, views: int) -> nn.Module:
@@ -98,7 +103,8 @@ def test_distillation_from_the_cache_is_that_from_the_teacher(
 
     def online(_: int, batch: Batch) -> Tensor:
         with torch.inference_mode():
-            return teacher(batch.images)
+            logits: Tensor = teacher(batch.images)
+        return logits
 
     wanted = distil(online, epochs=3, views=3)
     found = distil(lambda epoch, batch: cache.batch(epoch % 3, batch.indices), epochs=3, views=3)
@@ -430,8 +436,8 @@ def test_bad_arguments_are_named(tmp_path: Path, options: dict[str, Any], messag
 def test_a_disk_without_room_is_an_error_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = soft_labels.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(soft_labels.shutil, "disk_usage", lambda _: usage._replace(free=2000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2000))
     with pytest.raises(
         OSError, match=r"2 views of 70 samples, 11 classes, need 9.0 kB, 2.0 kB are free; .*cache_views"
     ):

@@ -236,7 +236,7 @@ def test_gradcheck(divergence: Divergence, revise: str | None, standardize: bool
     for temperature in (2.0, (1.0, 3.0)):
 
         def loss(x: Tensor, temperature: Any = temperature, function: Any = kd_loss) -> Tensor:
-            return function(
+            value: Tensor = function(
                 x,
                 v,
                 y,
@@ -247,6 +247,7 @@ def test_gradcheck(divergence: Divergence, revise: str | None, standardize: bool
                 selected=selected,
                 reduction="none",
             )
+            return value
 
         assert torch.autograd.gradcheck(loss, z.requires_grad_(), atol=1e-6)
         assert torch.autograd.gradcheck(lambda x: loss(x, function=reference.kd_loss), z, atol=1e-6)
@@ -291,7 +292,7 @@ def test_resolve() -> None:
     [
         (lambda: DKD(alpha=-1.0), ValueError, r"DKD's alpha must be finite and >= 0; got -1.0"),
         (lambda: DKD(beta=math.inf), ValueError, r"DKD's beta"),
-        (lambda: DKD(beta="8"), TypeError, r"DKD's beta must be a number; got '8'"),
+        (lambda: DKD(beta="8"), TypeError, r"DKD's beta must be a number; got '8'"),  # type: ignore[arg-type]
         (lambda: RLD(confidence_temperature=0.0), ValueError, r"confidence_temperature must be finite and > 0"),
         (lambda: NKD(gamma=math.nan), ValueError, r"NKD's gamma"),
         (lambda: JSD(weight=1.0), ValueError, r"JSD's weight must be finite and inside \(0, 1\); got 1.0"),

@@ -20,7 +20,6 @@ from lrds_fast.cli import main as cli
 from lrds_fast.data import label_shards
 from lrds_fast.files import append_record, replacing, rewrite_records, write_text
 from lrds_fast.selection import Selection
-from lrds_fast.train import lock
 from lrds_fast.train.checkpoint import Position, save, save_weights
 from lrds_fast.train.lock import holding
 
@@ -158,7 +157,7 @@ def test_without_locks_a_note_says_so_and_the_run_goes_on(
     def refused(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", refused)
+    monkeypatch.setattr("lrds_fast.train.lock.fcntl.flock", refused)
     with holding(tmp_path / "run"):
         pass
     said = capsys.readouterr().err

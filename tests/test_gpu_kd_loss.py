@@ -119,8 +119,14 @@ def test_nothing_synchronises() -> None:
     kd_loss(student, teacher, target).backward()  # first use asks the device about itself
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for extra in ({}, {"reduction": "none"}, {"num_valid": 60.0, "grad_scale": scale}, {"grad_scale": 1024.0}):
-            parts = kd_loss_parts(student, teacher, target, selected=target > 10, **extra)  # type: ignore[arg-type]
+        options: list[dict[str, Any]] = [
+            {},
+            {"reduction": "none"},
+            {"num_valid": 60.0, "grad_scale": scale},
+            {"grad_scale": 1024.0},
+        ]
+        for extra in options:
+            parts = kd_loss_parts(student, teacher, target, selected=target > 10, **extra)
             parts.loss.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -173,7 +179,8 @@ def test_launches(shape: tuple[int, int]) -> None:
     def launched() -> list[str]:
         events = profile.events()
         assert events is not None
-        return [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+        return [event.name for event in events if event.device_type == cuda]
 
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lrds_fast import influence, reference
 from lrds_fast.influence import curvature as curvature_module
-from lrds_fast.influence.curvature import HessianTerm, Identity, Iterative, LayerRows, fit_curvature
+from lrds_fast.influence.curvature import Identity, Iterative, LayerRows, fit_curvature
 from lrds_fast.influence.last_layer import SCORERS
+from lrds_fast.influence.objective import HessianTerm
 from lrds_fast.influence.options import CurvatureOptions
 from lrds_fast.nn import KDLoss
 
@@ -324,9 +325,10 @@ def test_a_curvature_that_has_vanished_is_refused(
         monkeypatch.setattr(curvature_module, "DENSE_LIMIT", 10)
         curvature = "exact"
     arguments = saturated(scale, dtype) | {"loss": KDLoss(), "selected": None, "curvature": curvature}
-    for options in ({}, {"damping": 0.0}, {"damping_scale": 1e6}):
+    changes: list[dict[str, Any]] = [{}, {"damping": 0.0}, {"damping_scale": 1e6}]
+    for change in changes:
         with pytest.raises(ValueError, match=f"curvature '{curvature}' of the last layer is zero up to.*damping="):
-            influence.last_layer_scores(**arguments, **options)
+            influence.last_layer_scores(**(arguments | change))
     # What the message offers: damping by itself is a multiple of I.
     damped = influence.last_layer_scores(**arguments, damping=0.5)["kd_gain"]
     identity = influence.last_layer_scores(**arguments | {"curvature": "identity"})["kd_gain"]

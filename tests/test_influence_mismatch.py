@@ -31,7 +31,13 @@ def answers(
 def score(z: Tensor, v: Tensor, **change: Any) -> influence.Scores:
     target = torch.arange(len(z)) % z.shape[1]
     features = torch.zeros(len(z), 1, dtype=z.dtype)
-    keywords = {"features": features, "student_logits": z, "teacher_logits": v, "target": target, "scores": "mismatch"}
+    keywords: dict[str, Any] = {
+        "features": features,
+        "student_logits": z,
+        "teacher_logits": v,
+        "target": target,
+        "scores": "mismatch",
+    }
     return influence.last_layer_scores(**(keywords | change))
 
 
@@ -76,13 +82,14 @@ def plain(found: np.ndarray, exchanged: np.ndarray) -> np.ndarray:
     """The model's EM in densities, without logarithms."""
 
     def density(x: np.ndarray, mean: float, std: float) -> np.ndarray:
-        return np.exp(-((x - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi))
+        values: np.ndarray = np.exp(-((x - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi))
+        return values
 
     f, e = np.arctanh(found), np.arctanh(exchanged)
     other = density(f, e.mean(), e.std(ddof=1))
     # torch's median is the lower one of two.
     share, mean, std = 0.1, np.sort(f)[(len(f) - 1) // 2], f.std(ddof=1)
-    foreign = np.zeros_like(f)
+    foreign: np.ndarray = np.zeros_like(f)
     for _ in range(100):
         both = share * other + (1 - share) * density(f, mean, std)
         foreign = np.where(f > mean, 0, share * other / both)

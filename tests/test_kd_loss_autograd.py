@@ -603,7 +603,7 @@ def test_transforms_find_the_values_that_the_kernel_refuses() -> None:
 def test_transforms_compile(transform: Callable[..., Any]) -> None:
     torch.compiler.reset()
     student, teacher, target = kd_cases.rows(4, 5)
-    f = transform(lambda z: kd_loss(z, teacher[:3], target, teacher_rows=3))
+    f: Callable[[Tensor], Tensor] = transform(lambda z: kd_loss(z, teacher[:3], target, teacher_rows=3))
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(student), f(student))
 
 
@@ -732,7 +732,7 @@ def test_func_grad() -> None:
     student, teacher, target = kd_cases.rows(6, 10, torch.float64)
     expected = torch.func.grad(lambda z: reference.kd_loss(z, teacher, target))(student)
     refuses_or_equals(lambda: torch.func.grad(lambda z: kd_loss(z, teacher, target))(student), expected)
-    part = {"teacher_rows": 4}
+    part: dict[str, Any] = {"teacher_rows": 4}
     expected = torch.func.grad(lambda z: reference.kd_loss(z, teacher[:4], target, **part))(student)
     refuses_or_equals(lambda: torch.func.grad(lambda z: kd_loss(z, teacher[:4], target, **part))(student), expected)
     with pytest.raises(ValueError, match="teacher_rows=4"):
@@ -755,7 +755,8 @@ def test_func_jvp() -> None:
     tangent = torch.ones_like(student).cumsum(1)
 
     def jvp(loss: Callable[..., Tensor]) -> Tensor:
-        return torch.func.jvp(lambda z: loss(z, teacher, target), (student,), (tangent,))[1]
+        along: Tensor = torch.func.jvp(lambda z: loss(z, teacher, target), (student,), (tangent,))[1]
+        return along
 
     refuses_or_equals(lambda: jvp(kd_loss), jvp(reference.kd_loss))
 

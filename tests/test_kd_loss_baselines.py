@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_baseline_matches_reference(name: str, temperature: float, share: float 
         detached = reference.kd_loss_parts(z.detach(), v, y, **arguments)
         return detached._replace(loss=loss)
 
-    arguments = {
+    arguments: dict[str, Any] = {
         "temperature": temperature,
         "ce_weight": 0.3,
         "kd_weight": 1.1,

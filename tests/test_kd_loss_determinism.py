@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import kd_cases
 import pytest
@@ -24,7 +25,7 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def results(rows: kd_cases.Rows, **arguments: object) -> list[Tensor]:
+def results(rows: kd_cases.Rows, **arguments: Any) -> list[Tensor]:
     student = rows.student.detach().requires_grad_()
     parts = kd_loss_parts(student, rows.teacher, rows.target, **arguments)
     weight = torch.ones_like(parts.loss)
@@ -55,13 +56,15 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(classes: int, dtype: torch.
     rows = kd_cases.rows(9, classes, dtype)
     whole = results(rows, reduction="none")
     for row in range(9):
-        part = kd_cases.Rows(*(x[row : row + 1].clone() for x in rows))
+        part = kd_cases.Rows._make(x[row : row + 1].clone() for x in rows)
         alone = results(part, reduction="none")
         assert torch.equal(alone[0][0], whole[0][row])
         assert torch.equal(alone[-1][0], whole[-1][row])
     for layout in ("wide rows", "unaligned", "every other row", "transposed"):
         moved = (kd_cases.strided(x, layout) for x in (rows.student, rows.teacher))
-        for ours, theirs in zip(results(kd_cases.Rows(*moved, rows.target), reduction="none"), whole, strict=True):
+        for ours, theirs in zip(
+            results(kd_cases.Rows._make([*moved, rows.target]), reduction="none"), whole, strict=True
+        ):
             assert torch.equal(ours, theirs), layout
 
 

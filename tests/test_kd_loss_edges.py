@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import kd_cases
 import pytest
@@ -31,7 +32,7 @@ def test_ignored_rows_do_not_leak(classes: int, reduction: str, dtype: torch.dty
         student[row] = poison
         teacher[row] = poison
         student[row, 0] = math.nan
-    arguments = {"reduction": reduction, "label_smoothing": 0.1}
+    arguments: dict[str, Any] = {"reduction": reduction, "label_smoothing": 0.1}
     assert_matches_reference(kd_loss_parts, student, teacher, target, **arguments)
     student.requires_grad_()
     loss = kd_loss(student, teacher, target, **arguments)
@@ -70,7 +71,7 @@ def test_terms_of_weight_zero_are_not_read() -> None:
     # A student row that neither term asks for: unselected, and unselected rows weigh nothing.
     student[4] = math.nan
     selected = torch.arange(9) != 4
-    arguments = {"selected": selected, "ce_weight_unselected": 0.0}
+    arguments: dict[str, Any] = {"selected": selected, "ce_weight_unselected": 0.0}
     assert_matches_reference(kd_loss_parts, student, teacher, target, **arguments)
     assert kd_loss(student, teacher, target, **arguments).isfinite()
     # Nothing asked for at all.
@@ -282,7 +283,7 @@ def test_gradient_rows_sum_to_zero(dtype: torch.dtype) -> None:
     for classes in (2, 33, 1000):
         rows = kd_cases.rows(30, classes, dtype)
         rows.student.requires_grad_()
-        arguments = {"reduction": "sum", "label_smoothing": 0.1}
+        arguments: dict[str, Any] = {"reduction": "sum", "label_smoothing": 0.1}
         grad = gradient(kd_loss(*rows, **arguments), rows.student).double()
         compute = TOLERANCES[torch.float64 if dtype == torch.float64 else torch.float32]
         bound = compute.gradient * sizes(*rows, **arguments).gradient.sum(-1)
@@ -330,13 +331,14 @@ def test_teacher_gets_no_gradient() -> None:
     loss = kd_loss(student, teacher, target)
     loss.backward()
     assert teacher.grad is None and student.grad is not None
-    assert torch.autograd.grad(kd_loss(student, teacher, target), teacher, allow_unused=True) == (None,)
+    (missing,) = torch.autograd.grad(kd_loss(student, teacher, target), teacher, allow_unused=True)
+    assert missing is None
 
 
 def test_selection_weights_interpolate() -> None:
     """w = 0.25 is a quarter of the selected row's loss and three quarters of the unselected one's."""
     student, teacher, target = kd_cases.rows(9, 33, torch.float64)
-    options = {"reduction": "none", "ce_weight": 0.3, "kd_weight": 2.0, "ce_weight_unselected": 1.5}
+    options: dict[str, Any] = {"reduction": "none", "ce_weight": 0.3, "kd_weight": 2.0, "ce_weight_unselected": 1.5}
     selected, unselected, quarter = (
         kd_loss(student, teacher, target, selected=torch.full((9,), w), **options) for w in (1.0, 0.0, 0.25)
     )

@@ -188,7 +188,8 @@ def test_soft_targets_that_are_no_distribution(divergence: lrds_fast.divergences
     z.requires_grad_()
 
     def loss(x: Tensor, function: Any = kd_loss, **weights: float) -> Tensor:
-        return function(x, v, t, divergence=divergence, **weights)
+        value: Tensor = function(x, v, t, divergence=divergence, **weights)
+        return value
 
     for smoothing in (0.0, 0.1):
         got = kd_loss(z, v, t, ce_weight=1.0, kd_weight=0.0, label_smoothing=smoothing)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import lrds_fast
 from benchmarks import lab_networks as lab
 from benchmarks.lab_students import measures, revise_logits
-from lrds_fast.data.cifar import Pictures
+from lrds_fast.data.cifar import MEAN, Pictures
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_augmentation_is_a_crop_of_the_padded_picture() -> None:
     random = torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, (50, 3, 32, 32), generator=random, dtype=torch.uint8)
     found = lab.augmented(images, random)
-    mean = torch.tensor([round(255 * value) for value in lab.MEAN], dtype=torch.uint8).view(3, 1, 1)
+    mean = torch.tensor([round(255 * value) for value in MEAN], dtype=torch.uint8).view(3, 1, 1)
     for image, view in zip(images, found, strict=True):
         padded = mean.repeat(1, 40, 40)
         padded[:, 4:36, 4:36] = image
@@ -132,7 +132,12 @@ def test_an_interrupted_teacher_goes_on(small: Pictures, tmp_path: Path, monkeyp
 
 
 def test_the_page_has_the_paired_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracy = {"kd": [30, 32, 34], "lr+ds": [31, 33.5, 35.1], "kd-ce0.3": [29, 33, 30], "kd-ce1": [28, 30, 36]}
+    accuracy: dict[str, list[float]] = {
+        "kd": [30, 32, 34],
+        "lr+ds": [31, 33.5, 35.1],
+        "kd-ce0.3": [29, 33, 30],
+        "kd-ce1": [28, 30, 36],
+    }
     held_out = {"kd": [5, 1, 1], "lr+ds": [0, 0, 0], "kd-ce0.3": [1, 5, 1], "kd-ce1": [1, 1, 5]}
     path = tmp_path / "rows.csv"
     with path.open("w", newline="") as file:

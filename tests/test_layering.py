@@ -88,7 +88,7 @@ def cpp_violations(folder: str, text: str) -> list[str]:
             if layer not in CPP_MAY_INCLUDE[folder]:
                 found.append(include)
         else:
-            forbidden = () if folder == "torch" else TORCH_HEADERS
+            forbidden: tuple[str, ...] = () if folder == "torch" else TORCH_HEADERS
             if folder in ("core", "cpu"):
                 forbidden += ("cuda", "cooperative_groups")
             if include.startswith(forbidden):

@@ -72,7 +72,7 @@ def test_the_temperature_may_be_positional() -> None:
     """As in RepDistiller's DistillKL(T) and others."""
     assert vars_of(KDLoss(2.5)) == vars_of(KDLoss(temperature=2.5))
     with pytest.raises(TypeError, match="KDLoss got .*'tau': did you mean 'temperature'"):
-        KDLoss(tau=2.5)
+        KDLoss(tau=2.5)  # type: ignore[arg-type]
     assert KDLoss(revise="none").revise is None
 
 
@@ -159,7 +159,8 @@ def test_trains_a_layer() -> None:
         loss.backward()
         with torch.no_grad():
             for parameter in layer.parameters():
-                parameter -= 0.3 * parameter.grad
+                assert parameter.grad is not None
+                parameter.sub_(0.3 * parameter.grad)
         losses.append(loss.item())
     assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import kd_cases
 import pytest
@@ -56,8 +57,9 @@ def test_cached_options_are_the_checked_ones() -> None:
 def test_signed_weights() -> None:
     assert kd_options(ce_weight=-1.0, kd_weight=-2.0, signed=True)[1:3] == (-1.0, -2.0)
     for name in ("ce_weight", "kd_weight", "ce_weight_unselected"):
+        negative: dict[str, Any] = {name: -1.0}
         with pytest.raises(ValueError, match=f"{name} must be >= 0; got -1.0"):
-            kd_options(**{name: -1.0})
+            kd_options(**negative)
 
 
 def test_functions_of_rows_refuse_what_they_do_not_use() -> None:

@@ -55,6 +55,7 @@ def test_kronfluence_with_its_own_factors(tmp_path: Path) -> None:
     own = influence.self_influence(model, train, factors=factors, batch_size=32)
     errors = {"self": relative_error(own, peer.self_influence())}
     pairs = influence.pairwise(model, queries, train, factors=factors, batch_size=32)
+    assert isinstance(pairs, Tensor)
     errors["pairwise"] = relative_error(pairs, peer.pairwise(queries))
     errors["aggregated"] = relative_error(pairs.sum(dim=0, keepdim=True), peer.pairwise(queries, aggregate=True))
     print(f"gate 2, kronfluence: {errors}")
@@ -95,6 +96,7 @@ def test_captum_closed_form(bias: bool) -> None:
     theirs = peer.influence(queries.tensors)
     factors = influence.Factors.fit(model, train.tensors[0].split(70), layers=["2"], curvature="identity")
     ours = influence.pairwise(model, queries, train, factors=factors)
+    assert isinstance(ours, Tensor)
     error = relative_error(ours, theirs)
     print(f"gate 2, captum, bias {bias}: {error:.1e}")
     if bias:

@@ -107,7 +107,7 @@ def test_the_schema_is_shipped() -> None:
 
 
 def test_options_of_one_table_check_themselves() -> None:
-    options = DataOptions(name="cifar100", batch_size=32, mean=[0.5], mixup=1)
+    options = DataOptions(name="cifar100", batch_size=32, mean=[0.5], mixup=1)  # type: ignore[arg-type]
     assert (options.batch_size, options.mean, options.mixup) == (32, (0.5,), 1.0)
     assert pickle.loads(pickle.dumps(options)) == options
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -146,7 +146,7 @@ def test_wrong_options_are_one_line(table: Any, values: dict[str, Any], message:
 
 def test_options_are_given_by_keyword() -> None:
     with pytest.raises(ValueError, match="DataOptions takes its options by keyword; got 'digits'"):
-        DataOptions("digits")  # type: ignore[misc]
+        DataOptions("digits")  # type: ignore[call-arg]
 
 
 def test_every_table_of_a_recipe_is_checked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_revise_labels_matches_the_formulas() -> None:
 @pytest.mark.parametrize(("ce_weight", "kd_weight"), [(0.1, 0.9), (0.0, 1.0), (0.7, 0.0), (-0.3, -0.9)])
 def test_logit_gradient_is_the_gradient(ce_weight: float, kd_weight: float) -> None:
     z, v, y = batch()
-    options = {
+    options: dict[str, Any] = {
         "temperature": 3.0,
         "ce_weight": ce_weight,
         "kd_weight": kd_weight,

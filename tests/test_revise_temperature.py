@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import kd_cases
@@ -230,7 +231,7 @@ def test_derivatives(name: str, soft: bool) -> None:
     assert torch.autograd.gradgradcheck(loss, student)
     (first,) = torch.autograd.grad(loss(student), student)
     torch.testing.assert_close(torch.func.grad(loss)(z), first, rtol=1e-9, atol=1e-11)
-    _, along = torch.func.jvp(loss, (z,), (torch.ones_like(z),))
+    along: Tensor = torch.func.jvp(loss, (z,), (torch.ones_like(z),))[1]
     torch.testing.assert_close(along, first.sum(), rtol=1e-9, atol=1e-11)
     (narrow,) = torch.autograd.grad(
         kd_loss((near := z.float() + 1e4).requires_grad_(), v.float() + 1e4, target, **options), near, create_graph=True
@@ -260,9 +261,7 @@ def test_influences_functions(divergence: str, revise: str | None) -> None:
         options |= {"revise_temperature": r}
         h = reference.kd_logit_gradient(z.double(), v.double(), y, ce_weight=0.0, kd_weight=1.0, **options)
         got = functional.kd_logit_gradient(z, v, y, ce_weight=0.0, kd_weight=1.0, **options)
-        tolerance: dict[str, float] = (
-            {"rtol": 1e-10, "atol": 1e-11} if dtype == DOUBLE else {"rtol": 1e-4, "atol": 1e-4}
-        )
+        tolerance: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-11} if dtype == DOUBLE else {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(got.double(), h, **tolerance)
         kd = reference.kd_loss(z.double(), v.double(), y, ce_weight=0.0, kd_weight=1.0, reduction="none", **options)
         moments = functional.kd_moments(z, v, y, **options)
@@ -278,10 +277,11 @@ def test_linear_kd_loss() -> None:
     for divergence in ("kl", "dkd"):
         options: dict[str, Any] = {"divergence": divergence, "revise_temperature": 1.0}
         found = []
-        for loss in (
+        losses: list[Callable[[Tensor, Tensor, dict[str, Any]], Tensor]] = [
             lambda h, w, o: linear_kd_loss(h, w, taught, fixed, y, chunk_rows=7, **o),
             lambda h, w, o: reference.kd_loss(h @ w.T, taught @ fixed.T, y, **o),
-        ):
+        ]
+        for loss in losses:
             leaves = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
             value = loss(*leaves, options)
             found.append((value.detach(), *torch.autograd.grad(value, leaves)))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -414,7 +414,7 @@ def test_targets_alone_say_which_dataset(scores: influence.Scores, tmp_path: Pat
 def test_a_dataset_says_who_keeps_the_teacher(scores: influence.Scores) -> None:
     chosen = select(scores, ratio=0.4)
     x, y = torch.arange(60.0)[:, None], scores.target
-    flagged = chosen.dataset(TensorDataset(x, y))
+    flagged: Any = chosen.dataset(TensorDataset(x, y))
     assert len(flagged) == 60 and flagged[3][2] is bool(chosen.mask[3]) and torch.equal(flagged[3][0], x[3])
     with_index = chosen.dataset([(x[i], int(y[i]), i) for i in range(60)])
     assert with_index[-1][2:] == (59, bool(chosen.mask[59]))
@@ -659,7 +659,7 @@ def _pil(index: int) -> Any:
 def test_report_shows_both_ends(make: Any, scores: influence.Scores, tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     chosen, pictures = select(scores, threshold=0.0), Pictures(make)
-    chosen.report(tmp_path / "report.html", pictures=pictures, class_names=["ant & bee", "b", "c", "d", "e"])
+    chosen.report(tmp_path / "report.html", pictures=pictures, class_names=["ant & bee", "b", "c", "d", "e"])  # type: ignore[arg-type]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     order = scores["kd_gain"].argsort(stable=True)
     assert pictures.asked == set(order[:24].tolist()) | set(order[-24:].tolist())

@@ -105,7 +105,8 @@ class _Net(nn.Module):
         self.hidden, self.fc = nn.Linear(5, hidden), nn.Linear(hidden, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.tanh(self.hidden(x)))
+        logits: Tensor = self.fc(torch.tanh(self.hidden(x)))
+        return logits
 
 
 def samples(count: int, seed: int) -> list[tuple[Tensor, int]]:

@@ -105,8 +105,9 @@ def test_residual_of_random_is_that_of_random_choices() -> None:
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"shift": torch.rand(3, 2), "ratio": 0.5}
     with pytest.raises(ValueError, match=message):
-        select_jointly(**({"shift": torch.rand(3, 2), "ratio": 0.5} | change))
+        select_jointly(**(arguments | change))
 
 
 def network() -> tuple[nn.Module, nn.Module, TensorDataset]:

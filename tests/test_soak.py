@@ -279,9 +279,9 @@ def test_full_disk(attempts: Attempts) -> None:
             (small / "filler").unlink()
             check_whole(attempts.folder / out)
         assert full > 0
-        for out in sorted(small.iterdir()):
-            attempts.finish(*train_arguments(f"small/{out.name}"), "--resume")
-            same_run(out, attempts.folder / "runs" / "roomy")
+        for folder in sorted(small.iterdir()):
+            attempts.finish(*train_arguments(f"small/{folder.name}"), "--resume")
+            same_run(folder, attempts.folder / "runs" / "roomy")
     print(f"full disk: {full} runs ended by it, {killed} killed")
 
 

@@ -151,7 +151,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, with_teacher: 
             "cut",
             recipe=chosen,
             teacher=guide,
-            data=Data("cut", Stopping(), data.score, data.val, data.test),
+            data=Data("cut", Stopping(), data.score, data.val, data.test),  # type: ignore[arg-type]
         )
     torch.manual_seed(12345)  # whatever ran in between
     resumed, again = run(tmp_path, "cut", recipe=chosen, teacher=guide, data=data, resume=True)

@@ -8,6 +8,7 @@ import re
 import shutil
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_the_short_protocol_trains_every_run_on_the_same_samples() -> None:
 
 
 def test_a_name_follows_the_protocol_it_extends(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = {"schedule": {"epochs": 120, "name": "step"}, "optimizer": {"lr": 0.5}}
+    base: dict[str, dict[str, Any]] = {"schedule": {"epochs": 120, "name": "step"}, "optimizer": {"lr": 0.5}}
     composed = grid.compose("cifar100/resnet32x4-ShuffleV2/dkd+ds", base)
     assert composed["optimizer"] == {"lr": pytest.approx(0.1)}
     assert composed["selection"]["after"] == 40 and composed["loss"]["kd_warmup_epochs"] == 10

@@ -94,7 +94,7 @@ def test_rows_without_a_teacher_have_the_cross_entropy_of_both_views() -> None:
 def test_the_loss_is_the_sum_of_its_parts(method: str, heard: int) -> None:
     """Half the kd_weight halves kd and leaves ce unchanged."""
     z, v, z2, v2, y = views(12, 6)
-    options = LossOptions(method=method.split(",")[0], ce_weight=0.3, kd_weight=0.9, label_smoothing=0.1)
+    options = LossOptions(method=method.split(",")[0], ce_weight=0.3, kd_weight=0.9, label_smoothing=0.1)  # type: ignore[arg-type]
     more: dict[str, Any] = {"strong": (z2, v2[:heard])} if "views" in method else {}
     measure = objective(options)
     whole, half, shared = (

@@ -133,7 +133,8 @@ def test_class_weights_count_as_they_do_in_the_loss(reduction: str) -> None:
     scale = {"mean": 1.0, "sum": 1.0 / ROWS, "elementmean": float(CLASSES)}[reduction]
 
     def trained(w: Tensor, mask: Tensor) -> Tensor:
-        return scale * loss(p["h"] @ w.T, p["v"], p["y"], mask)
+        value: Tensor = scale * loss(p["h"] @ w.T, p["v"], p["y"], mask)
+        return value
 
     torch.testing.assert_close(scored(p, loss, curved=True), differences(p, trained, curved=True), rtol=1e-5, atol=1e-6)
     # From the models, over all layers: the same loss, the same weights.
@@ -219,9 +220,9 @@ def test_probabilities_of_the_label_are_of_the_rows_that_count() -> None:
     mask = torch.rand(400, generator=draws) < 0.8
     arguments = {"temperature": 4.0, "revise": "lr", "eta": 0.8, "revise_temperature": None}
 
-    def measured(*rows: Any) -> list[float]:
+    def measured(teacher: Tensor, target: Tensor, selected: Tensor | None) -> list[float]:
         totals = Totals(torch.device("cpu"))
-        totals.add_revised(*rows, arguments)
+        totals.add_revised(teacher, target, selected, arguments)
         return totals._sums[7:].tolist()
 
     some, all_of_them = measured(v, y, mask), measured(v[mask], y[mask], None)

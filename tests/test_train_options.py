@@ -57,7 +57,7 @@ def test_mixing_stays_within_those_with_a_teacher_and_those_without(mixup: float
 
 
 def test_mixed_training_is_sgd_on_mixed_pictures_and_targets(tmp_path: Path) -> None:
-    values = {"data.mixup": 0.4, "data.cutmix": 1.0, "schedule.epochs": 1, "schedule.name": "constant"}
+    values: dict[str, Any] = {"data.mixup": 0.4, "data.cutmix": 1.0, "schedule.epochs": 1, "schedule.name": "constant"}
     data, guide, selected = blobs(), teacher(), selection()
     torch.manual_seed(1)
     expected = MLP(3, inputs=16)
@@ -73,7 +73,7 @@ def test_mixed_training_is_sgd_on_mixed_pictures_and_targets(tmp_path: Path) -> 
         )
         torch.autograd.backward(loss)
         optimizer.step()
-    result, student = trained(tmp_path / "run", data=data, **values)
+    result, student = trained(tmp_path / "run", data=data, values=values)
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
     # What a teacher says of a mixture is about no sample.
@@ -83,12 +83,12 @@ def test_mixed_training_is_sgd_on_mixed_pictures_and_targets(tmp_path: Path) -> 
 
 def test_mixing_without_a_prefix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.mixup and data.cutmix need selection.compose 'prefix'"):
-        trained(tmp_path / "run", **{"data.mixup": 0.4, "selection.compose": "mask"})
+        trained(tmp_path / "run", values={"data.mixup": 0.4, "selection.compose": "mask"})
 
 
 def test_compiled_training_is_the_same(tmp_path: Path) -> None:
-    eager, student = trained(tmp_path / "eager", **{"schedule.epochs": 1})
-    compiled, other = trained(tmp_path / "compiled", **{"schedule.epochs": 1, "run.compile": "default"})
+    eager, student = trained(tmp_path / "eager", values={"schedule.epochs": 1})
+    compiled, other = trained(tmp_path / "compiled", values={"schedule.epochs": 1, "run.compile": "default"})
     assert compiled.records[0]["train_loss"] == pytest.approx(eager.records[0]["train_loss"], rel=1e-5)
     assert other.state_dict().keys() == student.state_dict().keys()
     for name, value in student.state_dict().items():
@@ -126,15 +126,17 @@ def test_16_bits_are_computed_in_float32_where_the_cpu_has_no_instructions_for_t
     """PyTorch's convolutions take ten times as long in them there. One note; the numbers of float32."""
     monkeypatch.setattr(setup, "_computes", lambda _: False)
     setup._note_fall_back.cache_clear()
-    plain, _ = trained(tmp_path / "off", **{"schedule.epochs": 1})
-    found, _ = trained(tmp_path / amp, **{"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": False})
+    plain, _ = trained(tmp_path / "off", values={"schedule.epochs": 1})
+    found, _ = trained(tmp_path / amp, values={"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": False})
     said = capsys.readouterr().err
     assert said == (
         f"lrds-fast: this CPU has no instructions for run.amp={amp} ({needs}): computing in float32, which is faster;"
         f" to compute in {amp} anyway, set run.amp_emulated=true\n"
     )
     assert numbers(found.records) == numbers(plain.records)
-    insisted, _ = trained(tmp_path / "insisted", **{"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": True})
+    insisted, _ = trained(
+        tmp_path / "insisted", values={"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": True}
+    )
     assert numbers(insisted.records) != numbers(plain.records)
     assert setup.available_amp(amp, torch.device("cuda")) == amp
     monkeypatch.setattr(setup, "_computes", lambda _: True)
@@ -146,11 +148,11 @@ def test_a_run_that_goes_on_with_other_threads_says_that_its_bits_will_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    trained(tmp_path / "run", **{"schedule.epochs": 1})
-    trained(tmp_path / "run", resume=True, **{"schedule.epochs": 1})
+    trained(tmp_path / "run", values={"schedule.epochs": 1})
+    trained(tmp_path / "run", resume=True, values={"schedule.epochs": 1})
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    trained(tmp_path / "run", resume=True, **{"schedule.epochs": 1})
+    trained(tmp_path / "run", resume=True, values={"schedule.epochs": 1})
     said = capsys.readouterr().err
     assert re.fullmatch(
         r"lrds-fast: .*last.pt was written with threads 1, now 2: the results will not be bit for bit .*\n", said
@@ -199,10 +201,11 @@ def test_cached_answers_train_as_the_teacher_itself(tmp_path: Path, top_k: int) 
             out=tmp_path / name,
             selected=selection(),
             progress=False,
-            **given,  # type: ignore[arg-type]
+            **given,
         )
         found[name] = (result, student.state_dict())
     online, asked = found["online"][0], found["cached"][0]
+    assert online.teacher_pred is not None and asked.teacher_pred is not None
     assert torch.equal(online.teacher_pred, asked.teacher_pred)
     for name, value in found["online"][1].items():
         torch.testing.assert_close(found["cached"][1][name], value, rtol=1e-5, atol=1e-6)
@@ -230,7 +233,7 @@ def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
 
 def test_the_best_weights_are_kept_and_load_as_a_model(tmp_path: Path) -> None:
     """Chosen by the held-out accuracy; the network that was judged, the moving average here."""
-    result, _ = trained(tmp_path / "run", **{"schedule.epochs": 6, "run.ema_decay": 0.5, "optimizer.lr": 0.5})
+    result, _ = trained(tmp_path / "run", values={"schedule.epochs": 6, "run.ema_decay": 0.5, "optimizer.lr": 0.5})
     accuracies = [record["val_acc"] for record in result.records]
     best = result.records[accuracies.index(max(accuracies))]
     again = MLP(3, inputs=16)
@@ -253,11 +256,11 @@ def test_a_line_tells_of_every_epoch(tmp_path: Path) -> None:
 def test_tensorboard_has_the_log_and_forgets_what_was_done_again(tmp_path: Path) -> None:
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "run"
-    trained(out, **{"schedule.epochs": 2, "run.save_every": 2})
+    trained(out, values={"schedule.epochs": 2, "run.save_every": 2})
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["epoch"] == 2
-    result, _ = trained(out, resume=True, **{"schedule.epochs": 2})
-    whole, _ = trained(tmp_path / "off", **{"schedule.epochs": 2, "run.tensorboard": False})
+    result, _ = trained(out, resume=True, values={"schedule.epochs": 2})
+    whole, _ = trained(tmp_path / "off", values={"schedule.epochs": 2, "run.tensorboard": False})
     assert not (tmp_path / "off" / "tensorboard").exists()
     events = event_file.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
@@ -278,18 +281,18 @@ def test_wandb_gets_the_log_where_it_is_asked_for(tmp_path: Path, monkeypatch: p
         return SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    result, _ = trained(tmp_path / "run", **{"run.wandb": "project"})
+    result, _ = trained(tmp_path / "run", values={"run.wandb": "project"})
     assert begun[0]["project"] == "project" and begun[0]["config"]["loss.eta"] == 0.8
     assert [step for _, step in logged] == [STEPS, 2 * STEPS, 3 * STEPS]
     assert [values["test_acc"] for values, _ in logged] == [record["test_acc"] for record in result.records]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="run.wandb is 'project', which needs W&B: pip install wandb"):
-        trained(tmp_path / "without", **{"run.wandb": "project"})
+        trained(tmp_path / "without", values={"run.wandb": "project"})
 
 
 def test_the_steps_are_regions_of_a_profile(tmp_path: Path) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        trained(tmp_path / "run", **{"schedule.epochs": 1})
+        trained(tmp_path / "run", values={"schedule.epochs": 1})
     counts = {event.key: event.count for event in profile.key_averages()}
     for region in ("teacher", "student", "loss", "backward", "optimizer"):
         assert counts[region] == STEPS
@@ -352,9 +355,9 @@ GPU_OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", GPU_OPTIONS, ids=["plain", "own stream", "bf16, CUDA graphs", "fp16, in parts"])
 def test_training_on_a_gpu_is_training_on_the_cpu(tmp_path: Path, options: dict[str, Any]) -> None:
-    values = {"optimizer.lr": 0.02, "schedule.epochs": 2}
-    cpu, expected = trained(tmp_path / "cpu", data=blobs(), **values)
-    gpu, student = trained(tmp_path / "gpu", data=blobs(), **values, **options, **{"run.device": "cuda"})
+    values: dict[str, Any] = {"optimizer.lr": 0.02, "schedule.epochs": 2}
+    cpu, expected = trained(tmp_path / "cpu", data=blobs(), values=values)
+    gpu, student = trained(tmp_path / "gpu", data=blobs(), values=values | options | {"run.device": "cuda"})
     tolerance = 1e-4 if options.get("run.amp", "off") == "off" else 2e-2
     for a, b in zip(gpu.records, cpu.records, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=tolerance)

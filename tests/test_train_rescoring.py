@@ -54,7 +54,7 @@ def run(out: Path, chosen: Recipe, data: Data | None = None, **options: Any) -> 
         ({"after": 9, "every": 1}, []),
     ],
 )
-def test_when(options: dict[str, int], epochs: list[int]) -> None:
+def test_when(options: dict[str, Any], epochs: list[int]) -> None:
     assert [epoch for epoch in range(6) if rescoring.is_due(SelectionOptions(**options), epoch)] == epochs
 
 
@@ -184,7 +184,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, cut_in: int) -
             return data.train.picture(index)
 
     with pytest.raises(Stop):
-        run(tmp_path / "cut", chosen, Data("cut", Stopping(), data.score, data.val, data.test))
+        run(tmp_path / "cut", chosen, Data("cut", Stopping(), data.score, data.val, data.test))  # type: ignore[arg-type]
     torch.manual_seed(12345)
     resumed, again = run(tmp_path / "cut", chosen, data, resume=True)
     assert losses(resumed.records) == losses(whole.records)

@@ -230,7 +230,7 @@ def sample_gradients(
                 roots.append(output.requires_grad_())
                 output = output.clone()
             # On the tensor of this moment: what an in-place operation makes of it later has another gradient.
-            output.register_hook(call.delta.append)  # type: ignore[no-untyped-call]
+            output.register_hook(call.delta.append)
             return output
 
         return hook
