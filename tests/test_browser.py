@@ -25,7 +25,7 @@ def tab() -> Iterator[browser.Browser]:
         yield found
 
 
-def test_the_browser_finds_what_is_wrong(tab: browser.Browser, tmp_path: Path) -> None:
+def test_the_browser_reports_layout_faults(tab: browser.Browser, tmp_path: Path) -> None:
     """Planted faults: what does not report these would pass everything."""
     page = tmp_path / "page.html"
     for body, message in (

@@ -90,7 +90,7 @@ def mlkd_by_hand(z: Tensor, v: Tensor, y: Tensor, temperatures: tuple[float, ...
 
 
 @pytest.mark.parametrize("loss", [lambda z, v, _: dist_loss(z, v), revision_loss, mlkd_loss])
-def test_of_no_rows_is_0(loss: Callable[..., Tensor]) -> None:
+def test_no_rows_give_0(loss: Callable[..., Tensor]) -> None:
     student, teacher, target = (x[:0] for x in kd_cases.family_rows(3, 4, DOUBLE))
     value = loss(student.requires_grad_(), teacher, target)
     assert value.item() == 0.0

@@ -92,7 +92,7 @@ def test_pixels_of_an_evaluation_are_torchvisions(root: Path) -> None:
     assert ((found - wanted)[rest] * torch.tensor(STD).view(3, 1, 1) * 255).abs().mean() < 0.05
 
 
-def test_pixels_of_training_are_those_of_its_boxes(root: Path) -> None:
+def test_training_pixels_match_their_boxes(root: Path) -> None:
     """The box that the seed gives, cut out by Pillow and resized by torchvision."""
     from torchvision.transforms.v2 import functional
 
@@ -167,7 +167,7 @@ def test_selected_samples_come_first(root: Path) -> None:
         assert mask[: int(mask.sum())].all()
 
 
-def test_going_on_in_the_middle(root: Path) -> None:
+def test_epochs_start_in_the_middle(root: Path) -> None:
     whole = list(loader(root, train=True, shuffle=True).epoch(4))
     rest = list(loader(root, train=True, shuffle=True).epoch(4, start=2))
     assert len(rest) == 2
@@ -175,7 +175,7 @@ def test_going_on_in_the_middle(root: Path) -> None:
         assert torch.equal(a.indices, b.indices) and torch.equal(a.images, b.images)
 
 
-def test_an_epoch_left_early_does_not_leak_into_the_next(root: Path) -> None:
+def test_an_abandoned_epoch_does_not_leak_into_the_next(root: Path) -> None:
     found = loader(root, train=True, shuffle=True)
     for batch in found.epoch(0):
         assert len(batch.indices) == 8
@@ -185,7 +185,7 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(root: Path) -> None:
         assert torch.equal(a.indices, b.indices) and torch.equal(a.images, b.images)
 
 
-def test_a_loader_goes_with_its_last_reference(root: Path) -> None:
+def test_a_loader_is_freed_with_its_last_reference(root: Path) -> None:
     """Not with the garbage collector, which in a forked process would end threads that are not there."""
     gc.collect()
     gc.disable()
@@ -203,7 +203,7 @@ def test_a_loader_goes_with_its_last_reference(root: Path) -> None:
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_forked_processes_collect_garbage_in_peace(root: Path, alive: bool) -> None:
+def test_forked_processes_can_collect_garbage(root: Path, alive: bool) -> None:
     found: DaliLoader | None = loader(root)
     assert found is not None
     list(found.epoch(0))
@@ -374,7 +374,7 @@ def write_tars(root: Path, folder: Path, *, as_json: bool = False) -> list[Path]
     return paths
 
 
-def test_tars_hold_what_the_folder_holds(root: Path, tmp_path: Path) -> None:
+def test_tars_yield_the_samples_of_the_folder(root: Path, tmp_path: Path) -> None:
     folder = Folder(root)
     for as_json in (False, True):
         tars = Tars(write_tars(root, tmp_path, as_json=as_json), classes=folder.classes)
@@ -394,7 +394,7 @@ def test_tars_hold_what_the_folder_holds(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_tfrecords_hold_what_the_folder_holds(root: Path, tmp_path: Path, packed: bool) -> None:
+def test_tfrecords_yield_the_samples_of_the_folder(root: Path, tmp_path: Path, packed: bool) -> None:
     folder = Folder(root)
     paths = [tmp_path / f"train-{k:05d}-of-00002" for k in range(2)]
     for k, path in enumerate(paths):
@@ -445,7 +445,7 @@ def test_real_photographs() -> None:
     assert ours.errors == []
 
 
-def test_who_asks_in_inference_mode_gets_the_same_pictures(root: Path) -> None:
+def test_inference_mode_reads_the_same_pictures(root: Path) -> None:
     """As evaluation does; threads could not write to such tensors, and everything would look unreadable."""
     found = loader(root)
     expected = images_of(found)
@@ -456,7 +456,7 @@ def test_who_asks_in_inference_mode_gets_the_same_pictures(root: Path) -> None:
     assert found.errors == []
 
 
-def test_a_failure_that_is_no_pictures_fault_is_raised(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_not_caused_by_a_picture_are_raised(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = loader(root)
     tries = []
     fault = DaliLoader._fault

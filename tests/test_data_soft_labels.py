@@ -52,7 +52,7 @@ def part(path: Path, view: int = 0, shard: int = 1) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_every_sample_of_every_view_has_its_teachers_logits(tmp_path: Path, dtype: str) -> None:
+def test_every_sample_of_every_view_has_teacher_logits(tmp_path: Path, dtype: str) -> None:
     found = write(tmp_path / "cache", dtype=dtype)
     teacher = network().eval()
     assert (found.views, found.samples, found.classes, found.top_k) == (2, COUNT, CLASSES, 0)
@@ -131,7 +131,7 @@ def test_later_epochs_see_the_views_again(tmp_path: Path) -> None:
                 )
 
 
-def test_the_largest_logits_are_a_teacher_for_kd_loss(tmp_path: Path) -> None:
+def test_top_k_logits_are_a_teacher_for_kd_loss(tmp_path: Path) -> None:
     found = write(tmp_path / "cache", top_k=4, temperature=2.0, dtype="float32")
     batch = next(loader().epoch(1))
     with torch.inference_mode():
@@ -247,14 +247,14 @@ def test_every_fact_that_differs_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"seed": 9}, {"augment": "none"}])
-def test_another_augmentation_is_found_by_its_boxes(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_another_augmentation_is_detected_by_its_boxes(tmp_path: Path, other: dict[str, Any]) -> None:
     write(tmp_path / "cache")
     SoftLabels.open(tmp_path / "cache", loader=loader(views=2))
     with pytest.raises(ValueError, match=r"the teacher saw sample \d+ in view 0 at .* the loader shows it at"):
         SoftLabels.open(tmp_path / "cache", loader=loader(views=2, **other))
 
 
-def test_damage_is_found_and_repaired(tmp_path: Path) -> None:
+def test_damage_is_detected_and_repaired(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     write(path)
     original = {file.name: file.read_bytes() for file in path.glob("view-*.npy")}
@@ -320,7 +320,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stop", [0, 3, 4, 5, 9])  # before the first; in a shard; between shards; views; in the last
-def test_interrupted_writing_goes_on_to_the_same_files(tmp_path: Path, stop: int) -> None:
+def test_interrupted_writing_resumes_to_the_same_files(tmp_path: Path, stop: int) -> None:
     write(tmp_path / "whole")
     path = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
@@ -353,7 +353,7 @@ here.write(here.Path({path!r}))
 """
 
 
-def test_a_killed_process_leaves_what_resuming_can_use(tmp_path: Path) -> None:
+def test_writing_resumes_after_a_killed_process(tmp_path: Path) -> None:
     write(tmp_path / "whole")
     path = tmp_path / "killed"
     script = KILLED.format(tests=str(Path(__file__).parent), files=2, path=str(path))
@@ -366,7 +366,7 @@ def test_a_killed_process_leaves_what_resuming_can_use(tmp_path: Path) -> None:
     assert contents(path) == contents(tmp_path / "whole")
 
 
-def test_going_on_with_other_facts_layout_or_order_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_other_facts_layout_or_order_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
         write(path, source=Counting(3))
@@ -445,7 +445,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_written(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_disk_that_fills_up_is_named_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_writing_resumes_with_free_space(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(

@@ -31,7 +31,7 @@ def pictures(count: int, size: int = 24, channels: int = 3) -> Tensor:
     return (127 + 90 * torch.sin((x * 2 + y + 11 * phases) / 7)).to(torch.uint8)
 
 
-def test_names_are_timms() -> None:
+def test_names_match_timm() -> None:
     assert parse_rand_augment("m9-n2-mstd0.5") == RandAugment(9.0, 2, 0.5)
     assert parse_rand_augment("rand-m6-n3-mstdinf-inc1-p1.0-mmax20") == RandAugment(6.0, 3, math.inf, 20.0, True, 1.0)
     assert parse_rand_augment("m7-mstd101").deviation == math.inf
@@ -47,7 +47,7 @@ def test_names_are_timms() -> None:
 
 
 @pytest.mark.parametrize("increasing", [False, True])
-def test_operations_go_as_far_as_timms(increasing: bool) -> None:
+def test_operation_strengths_match_timm(increasing: bool) -> None:
     """The arguments that timm's operations get at the same magnitude, signs aside."""
     auto_augment = pytest.importorskip("timm.data.auto_augment", reason="pip install timm")
     theirs = {
@@ -70,7 +70,7 @@ def test_operations_go_as_far_as_timms(increasing: bool) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_is_pillows(name: str) -> None:
+def test_every_operation_matches_pillow(name: str) -> None:
     """timm's operation on the same picture, but for a level of rounding, and for what is interpolated at borders."""
     auto_augment = pytest.importorskip("timm.data.auto_augment", reason="pip install timm")
     value = {"rotate": 17.0, "posterize": 3.0, "solarize": 130.0, "solarize_add": 40.0}.get(name, 0.25)
@@ -110,7 +110,7 @@ def numpy_state() -> np.ndarray:
     return words
 
 
-def test_a_picture_depends_on_its_seed_alone() -> None:
+def test_augmentation_depends_on_the_seed_alone() -> None:
     images, seeds = pictures(40), [STRONG.seed(3, 1, i) for i in range(40)]
     torch.manual_seed(1)
     before = torch.random.get_rng_state(), random.getstate(), numpy_state()
@@ -126,7 +126,7 @@ def test_a_picture_depends_on_its_seed_alone() -> None:
     assert torch.equal(images, pictures(40)), "what is given stays"
 
 
-def test_rand_augment_draws_as_it_says() -> None:
+def test_rand_augment_draws_the_documented_distribution() -> None:
     plans = [RandAugment(9.0, 2, 0.5).plan(seed) for seed in range(3000)]
     names = [name for plan in plans for name, _ in plan]
     assert len(names) == 6000 and 0.47 < names.count("") / 6000 < 0.53
@@ -138,7 +138,7 @@ def test_rand_augment_draws_as_it_says() -> None:
     assert np.mean(uniform) == pytest.approx(1.0, abs=0.1) and np.ptp(uniform) > 1.6
 
 
-def test_erasing_and_cutout_are_as_frequent_and_as_large_as_they_say() -> None:
+def test_erasing_and_cutout_have_the_documented_frequency_and_size() -> None:
     erased = Strong(erasing=0.25).erase(torch.full((2000, 1, 20, 20), 9.0), list(range(2000)))
     changed = (erased != 9.0).flatten(1).float().mean(dim=1)
     assert 0.21 < (changed > 0).float().mean() < 0.29
@@ -214,7 +214,7 @@ def test_encoded_pictures_do_not_depend_on_batch_or_workers(root: Path, reader: 
     assert not torch.equal(found(5, 1), found(5, 1, "m3-n2"))
 
 
-def test_readers_augment_alike(root: Path) -> None:
+def test_readers_apply_the_same_augmentation(root: Path) -> None:
     """Crops, operations and boxes are the same; what differs is a level or two of resampling before them."""
     pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
     options: dict[str, Any] = {
@@ -235,7 +235,7 @@ def test_readers_augment_alike(root: Path) -> None:
     assert (found[0] - found[1].roll(1, dims=1)).abs().mean() > 0.5, "other samples are far"
 
 
-def test_encoded_pictures_are_those_of_before_where_nothing_is_asked(root: Path) -> None:
+def test_cutout_changes_only_its_square(root: Path) -> None:
     source = Folder(root / "train")
     plain = [FolderLoader(source, torch.arange(12), batch_size=4, image_size=16, train=True) for _ in range(2)]
     plain[1]._samples.strong = Strong(cutout=True)

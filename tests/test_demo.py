@@ -60,7 +60,7 @@ def differences(result: DemoResult, name: str, base: str, key: str = "test_acc")
     ("better", "worse"),
     [("KD", "student alone"), ("KD + LR", "KD"), ("KD + LR + DS", "KD"), ("KD + LR + DS", "KD + random")],
 )
-def test_the_teacher_is_worth_having_and_revision_and_selection_worth_more(
+def test_distillation_beats_labels_and_revision_and_selection_beat_distillation(
     result: DemoResult, better: str, worse: str
 ) -> None:
     """What the demo is for, on fewer seeds than its own: see the gate of test_gates.py for all of it."""
@@ -146,12 +146,12 @@ def test_counts_are_those_of_the_data(result: DemoResult) -> None:
     assert rows["student alone"].revised is None
 
 
-def test_chance_denies_as_many_samples_as_kd_gain(result: DemoResult) -> None:
+def test_random_selection_deselects_as_many_samples_as_kd_gain(result: DemoResult) -> None:
     for seed in range(SEEDS):
         assert last(result, seed, "KD + random")["n_selected"] == last(result, seed, "KD + DS")["n_selected"]
 
 
-def test_students_differ_in_nothing_but_what_they_are_told(result: DemoResult) -> None:
+def test_students_differ_only_in_their_targets(result: DemoResult) -> None:
     recipes = {arm.name: dataclasses.asdict(recipe_of(result, 1, arm.name)) for arm in ARMS}
     for recipe in recipes.values():
         for table in ("data", "student", "optimizer", "schedule", "seed"):
@@ -168,7 +168,7 @@ def test_teacher_and_students_draw_different_numbers_in_every_seed(result: DemoR
     assert len(set(drawn)) == 2 * SEEDS
 
 
-def test_the_text_says_how_unreliable_the_teacher_is_and_what_is_not_shown(result: DemoResult) -> None:
+def test_the_text_reports_teacher_errors_and_omissions(result: DemoResult) -> None:
     text = " ".join(result.introduction)
     assert "300 labelled numbers of 100 classes" in text and "learnt from 5000 others" in text
     accuracy = mean(last(result, seed, "teacher")["test_acc"] for seed in range(SEEDS))
@@ -181,7 +181,7 @@ def test_the_text_says_how_unreliable_the_teacher_is_and_what_is_not_shown(resul
     assert "a tuned KD from a good teacher" in result.conclusions[-1]
 
 
-def test_noise_is_called_noise(result: DemoResult) -> None:
+def test_differences_within_noise_are_called_noise(result: DemoResult) -> None:
     """With two epochs nobody has learnt enough to differ by more than the seeds do, and no claim is made."""
     out = result.report.parent / "short"
     short = run_demo(out, seeds=2, settings=["schedule.epochs=2"], progress=False)
@@ -215,7 +215,7 @@ def test_the_report_is_one_file_with_charts_tables_and_digits(result: DemoResult
     assert int(data.train.labels[entry["index"]]) == entry["label"]
 
 
-def test_a_summary_is_that_of_the_last_epoch(result: DemoResult) -> None:
+def test_the_summary_describes_the_last_epoch(result: DemoResult) -> None:
     """Against the log, and against the networks and the teacher asked anew."""
     folder = result.report.parent / "seed0" / "kd_lr_ds"
     summary = json.loads((folder / "summary.json").read_text())
@@ -236,11 +236,11 @@ def test_a_summary_is_that_of_the_last_epoch(result: DemoResult) -> None:
     assert summary["made"]["torch"] == torch.__version__
 
 
-def test_nothing_temporary_is_left(result: DemoResult) -> None:
+def test_no_temporary_files_remain(result: DemoResult) -> None:
     assert not [path for path in Path(result.report.parent).rglob("*") if path.name.startswith(".")]
 
 
-def test_the_number_of_threads_is_as_before(result: DemoResult) -> None:
+def test_the_number_of_threads_is_restored(result: DemoResult) -> None:
     assert result.rows
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match="unknown key 'x'"):

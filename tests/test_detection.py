@@ -116,7 +116,7 @@ def test_flipped_labels() -> None:
 
 
 @pytest.mark.slow
-def test_flipped_labels_learnt_by_heart() -> None:
+def test_memorised_flipped_labels() -> None:
     """An MLP trained until it fits the wrong labels too: losses are small, but their order goes on telling."""
     found = []
     for seed in range(3):

@@ -229,7 +229,7 @@ def test_selection_by_kd_gain_finds_the_teachers_mistakes() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_shows_what_it_is_for(tmp_path: Path) -> None:
+def test_the_demo_shows_the_gain_of_revision_and_selection(tmp_path: Path) -> None:
     """KD is worth having, LR and DS are worth more, within the time that is promised."""
     gate = GATES["demo"]
     started = time.process_time()

@@ -127,7 +127,7 @@ def test_smoke_reports_each_fault_and_goes_on(tmp_path: Path) -> None:
     assert [case for work, case in lines if work == "time"] == ["scale_gradient float32"]
 
 
-def test_outputs_of_the_operators_hold_nan_before_they_run() -> None:
+def test_uninitialised_operator_outputs_hold_nan() -> None:
     """at::empty inside the operators is filled too: an element that nobody writes is NaN."""
     code = (
         "import torch; from torch.profiler import profile; import lrds_fast.functional\n"

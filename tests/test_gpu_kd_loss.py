@@ -85,7 +85,7 @@ def test_empty_and_ignored(rows: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 21841])
-def test_target_out_of_range_is_nan_in_its_row_alone(classes: int) -> None:
+def test_target_out_of_range_is_nan_in_that_row_only(classes: int) -> None:
     student, teacher, target = kd_cases.rows(6, classes, device="cuda")
     target[2], target[4] = classes, -1
     student.requires_grad_()

@@ -119,7 +119,7 @@ def test_ties_with_the_label_count_as_right() -> None:
             assert kd_loss_parts(teacher, teacher, target).n_revised.item() == 1
 
 
-def test_selection_weights_outside_the_unit_interval_are_nan_in_their_rows() -> None:
+def test_selection_weights_outside_the_unit_interval_give_nan_in_that_row() -> None:
     """The CPU raises; a device that is not waited for can only mark the row."""
     student, teacher, target = kd_cases.rows(6, 100, device=DEVICE)
     selected = torch.tensor([0.0, 1.5, 0.3, -0.1, math.nan, 1.0], device=DEVICE)
@@ -158,7 +158,7 @@ def test_gradients_survive_a_kept_graph() -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 104, 1000, 4096, 60000])  # every row as aligned as its copy
-def test_a_rows_bits_do_not_depend_on_its_neighbours(classes: int) -> None:
+def test_a_rows_bits_do_not_depend_on_other_rows(classes: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher, target = kd_cases.rows(40, classes, dtype, device=DEVICE)
         student.requires_grad_()

@@ -66,7 +66,7 @@ def test_scores_under_autocast_are_the_same() -> None:
         assert torch.equal(ours[name], expected), name
 
 
-def test_baselines_are_their_definitions() -> None:
+def test_baselines_match_their_definitions() -> None:
     case = make_case(1, bias=True)
     arguments = case.arguments(torch.float64)
     scores = influence.last_layer_scores(**arguments, scores=NAMES)
@@ -171,7 +171,7 @@ def test_scores_are_repeatable() -> None:
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "exact"])
-def test_samples_are_scored_wherever_they_stand(curvature: str) -> None:
+def test_scores_do_not_depend_on_the_sample_order(curvature: str) -> None:
     """Permuting the rows permutes the scores."""
     case = make_case(4, selected="weights")
     arguments = case.arguments(torch.float64)
@@ -185,7 +185,7 @@ def test_samples_are_scored_wherever_they_stand(curvature: str) -> None:
         torch.testing.assert_close(there, here[order], rtol=1e-8, atol=1e-10)
 
 
-def test_a_sample_is_never_expanded_to_its_gradient() -> None:
+def test_per_sample_gradients_are_never_materialised() -> None:
     """Peak of a layer whose per-sample gradients would take 2.6 GB: chunks and factors only."""
     rows, classes, width = 4000, 100, 800
     generator = torch.Generator().manual_seed(0)
@@ -249,7 +249,7 @@ def test_exact_beyond_the_dense_limit_solves_by_conjugate_gradients(
         score(curvature="exact", damping=damping, scores=("self_influence",))
 
 
-def test_conjugate_gradients_say_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conjugate_gradients_raise_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curvature_module, "CG_ITERATIONS", 2)
     case = make_case(0)
     arguments = case.arguments(torch.float64)
@@ -260,7 +260,7 @@ def test_conjugate_gradients_say_when_they_fail(monkeypatch: pytest.MonkeyPatch)
         plain.solve(torch.randn(5, 8, dtype=torch.float64))
 
 
-def test_solve_inverts_its_own_product() -> None:
+def test_solve_inverts_the_product() -> None:
     arguments = make_case(0).arguments(torch.float64)
     rows = LayerRows(arguments["features"], arguments["student_logits"], True)
     terms = [HessianTerm(torch.rand(60, dtype=torch.float64), 4.0)]
@@ -318,7 +318,7 @@ def saturated(scale: float, dtype: torch.dtype) -> dict[str, Any]:
     [(90.0, torch.float32), (200.0, torch.float32), (1e3, torch.float32), (200.0, torch.float64), (1e4, torch.float64)],
 )
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "exact", "conjugate gradients"])
-def test_a_curvature_that_has_vanished_is_refused(
+def test_a_vanished_curvature_is_refused(
     curvature: str, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if curvature == "conjugate gradients":
@@ -515,7 +515,7 @@ def test_bad_input_is_named(what: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_validation_is_asked_for_by_kd_gain_alone() -> None:
+def test_only_kd_gain_needs_validation_data() -> None:
     change = dict.fromkeys(("val_features", "val_logits", "val_target"))
     scores = influence.last_layer_scores(**{**GOOD, **change, "scores": ("self_influence", "ce")})
     assert list(scores) == ["self_influence", "ce"]
@@ -529,7 +529,7 @@ def test_a_score_that_was_not_computed_is_named() -> None:
         scores["kd"]
 
 
-def test_scores_can_be_made_by_hand_and_check_their_shapes() -> None:
+def test_scores_check_the_shapes_of_tensors() -> None:
     y = torch.zeros(4, dtype=torch.int64)
     made = influence.Scores({"mine": torch.rand(4)}, target=y, teacher_pred=y, meta={})
     assert repr(made) == "Scores(mine; 4 samples)"

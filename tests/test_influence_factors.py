@@ -113,7 +113,7 @@ def test_factors_by_definition() -> None:
 
 
 @pytest.mark.parametrize("curvature", BLOCK_CURVATURES)
-def test_a_last_layer_is_the_last_layers_closed_form(curvature: str) -> None:
+def test_a_last_layer_matches_its_closed_form(curvature: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(7, CLASSES).double()
     h, target = torch.randn(30, 7, dtype=torch.float64), torch.randint(CLASSES, (30,))
@@ -146,7 +146,7 @@ def test_drawn_labels_approach_all_of_them() -> None:
 
 
 @pytest.mark.parametrize("curvature", BLOCK_CURVATURES)
-def test_saved_factors_are_the_factors(curvature: str, tmp_path: Path) -> None:
+def test_saved_factors_load_unchanged(curvature: str, tmp_path: Path) -> None:
     model, batches = model_and_batches()
     factors = Factors.fit(model, batches, curvature=curvature, labels=2)
     factors.save(tmp_path / "factors.safetensors")

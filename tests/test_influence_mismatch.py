@@ -49,7 +49,7 @@ def auc(found: Tensor, foreign: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("share", [0.02, 0.25, 0.5])
-def test_answers_of_others_are_found(share: float, dtype: torch.dtype) -> None:
+def test_swapped_answers_are_detected(share: float, dtype: torch.dtype) -> None:
     z, v, foreign = answers(share)
     scores = score(z.to(dtype), v.to(dtype))
     found = scores["mismatch"]
@@ -72,7 +72,7 @@ def test_own_answers_are_kept(noise: float) -> None:
         assert float(score(z, v)["mismatch"].max()) == 0
 
 
-def test_an_untrained_student_denies_hardly_anyone() -> None:
+def test_an_untrained_student_deselects_few_samples() -> None:
     z, _, _ = answers(0.0)
     _, v, _ = answers(0.0, seed=1)
     assert float((score(z, v)["mismatch"] >= 0.5).double().mean()) < 0.01

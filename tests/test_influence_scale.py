@@ -85,7 +85,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_a_folder_holds_what_memory_does(tmp_path: Path, layers: str) -> None:
+def test_scores_in_a_folder_equal_scores_in_memory(tmp_path: Path, layers: str) -> None:
     found = scored(tmp_path / "scores", layers=layers)
     expected = scored(layers=layers)
     assert list(found) == list(NAMES) and found.meta == json.loads(json.dumps(expected.meta))
@@ -107,7 +107,7 @@ def test_a_folder_holds_what_memory_does(tmp_path: Path, layers: str) -> None:
     [("last", 100, 1), ("all", 20, 1), ("all", 60, 2), ("all", 60, 3), ("all", 100, 4)],
     ids=["features", "factors", "eigenvalues", "mismatch", "scores"],
 )
-def test_a_killed_run_goes_on_to_the_same_scores(tmp_path: Path, layers: str, dies_at: int, dies_at_pass: int) -> None:
+def test_a_killed_run_resumes_to_the_same_scores(tmp_path: Path, layers: str, dies_at: int, dies_at_pass: int) -> None:
     out = tmp_path / "scores"
     code = f"""
 from lrds_fast.influence import shards

@@ -88,7 +88,7 @@ def test_against_dense_gradients(curvature: str) -> None:
 
 @pytest.mark.parametrize("layers", ["last", ["7"]])
 @pytest.mark.parametrize("hessian", ["gt", "objective"])
-def test_the_last_layer_is_its_closed_form(hessian: str, layers: Any) -> None:
+def test_the_last_layer_matches_its_closed_form(hessian: str, layers: Any) -> None:
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 40), data(3, 9)
     selected = torch.arange(40) % 3 > 0
     common: dict[str, Any] = {"scores": NAMES, "hessian": hessian, "selected": selected, "loss": LOSS}
@@ -110,7 +110,7 @@ def test_the_last_layer_is_its_closed_form(hessian: str, layers: Any) -> None:
     assert torch.equal(found.teacher_pred, expected.teacher_pred)
 
 
-def test_kd_gain_predicts_what_a_step_does() -> None:
+def test_kd_gain_predicts_the_effect_of_a_step() -> None:
     """The definition: n times the change of the held-out loss when one sample's teacher enters the objective."""
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 12), data(3, 9)
     found = influence.score(student, teacher, train, val, layers="all", curvature="identity", loss=LOSS)["kd_gain"]
@@ -145,7 +145,7 @@ def test_data_in_other_forms(layers: str) -> None:
     assert first["kd_gain"].dtype == torch.float32 and not first["kd_gain"].requires_grad
 
 
-def test_fitted_factors_are_taken() -> None:
+def test_fitted_factors_are_used() -> None:
     student, teacher, train, val = network(0), network(1), data(2, 23), data(3, 9)
     batches = train.tensors[0].split(23)
     factors = influence.Factors.fit(student.eval(), batches, curvature="kfac", damping=0.1, layers=["3", "7"])
@@ -184,7 +184,7 @@ def test_exact_curvature_and_newton_steps_from_the_models() -> None:
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_a_teacher_may_be_its_logits(layers: str) -> None:
+def test_precomputed_teacher_logits_are_accepted(layers: str) -> None:
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 23), data(3, 9)
     with torch.no_grad():
         stored = teacher(train.tensors[0])
@@ -265,7 +265,7 @@ def test_mistakes_are_named(layers: str) -> None:
 
 
 @pytest.mark.parametrize("labels", [1, "all"])
-def test_a_saturated_student_is_refused_wherever_its_curvature_is_fitted(labels: Any) -> None:
+def test_a_saturated_student_is_refused_by_every_curvature(labels: Any) -> None:
     student, teacher, train, val = network(0).eval(), network(1), data(2, 40), data(3, 9)
     with torch.no_grad():
         for parameter in student[7].parameters():
@@ -372,7 +372,7 @@ def test_batches_that_are_not_pairs(layers: str) -> None:
         influence.score(student, teacher, dicts, **options, batch=lambda b: b["pixel_values"])
 
 
-def test_factors_are_fitted_to_what_score_takes() -> None:
+def test_factors_accept_the_data_forms_of_score() -> None:
     student, train = network(0).eval(), data(2, 23)
     x, y = train.tensors
     expected = influence.Factors.fit(student, x.split(10)).fingerprint

@@ -377,7 +377,7 @@ def test_the_first_bad_row_is_named_whatever_the_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def test_what_was_right_before_excuses_nothing() -> None:
+def test_cached_argument_checks_still_detect_wrong_types() -> None:
     """Checked numbers are remembered; an equal value of another type, or another value, is a mistake all the same."""
     given = arguments()
     checked: dict[str, Any] = {"ce_weight": 1.0, "ignore_index": 1, "standardize": True}
@@ -435,7 +435,7 @@ def test_numbers_of_numpy_and_tensors_without_dimensions(kind: Callable[[float],
         assert torch.equal(loss(kind), loss(float))
 
 
-def test_a_tensors_value_counts_at_every_call() -> None:
+def test_tensor_arguments_are_read_at_every_call() -> None:
     """Checked numbers are remembered, but a tensor can change."""
     given = arguments()
     temperature = torch.tensor(2.0)

@@ -88,7 +88,7 @@ def test_gradients_accumulate() -> None:
     torch.testing.assert_close(both, 2.0 * once)
 
 
-def test_gradient_flows_through_what_made_the_logits() -> None:
+def test_gradient_reaches_the_producer_of_the_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(16, 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(33, 8, generator=generator, dtype=torch.float64).requires_grad_()

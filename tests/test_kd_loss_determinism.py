@@ -51,7 +51,7 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype, shape: tuple[int, int
 
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 @pytest.mark.parametrize("classes", [10, 33, 100, 300, 1001, 40000])
-def test_a_rows_bits_do_not_depend_on_its_neighbours(classes: int, dtype: torch.dtype) -> None:
+def test_a_rows_bits_do_not_depend_on_other_rows(classes: int, dtype: torch.dtype) -> None:
     """Not on its place in the batch, its alignment, or the batch's size."""
     rows = kd_cases.rows(9, classes, dtype)
     whole = results(rows, reduction="none")

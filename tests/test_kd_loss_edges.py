@@ -189,7 +189,7 @@ def test_student_that_rules_out_the_label() -> None:
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
-def test_row_of_minus_infinity_is_nan_and_stays_in_its_row(which: str) -> None:
+def test_a_row_of_minus_infinity_is_nan_in_that_row_only(which: str) -> None:
     for dtype in kd_cases.FLOATING:
         for classes in (1, 10, 1000, 40000):
             rows = kd_cases.rows(5, classes, dtype)

@@ -28,7 +28,7 @@ def gradient(loss: Tensor, student: Tensor, grad_output: Tensor | None = None) -
 
 @FLOATING
 @FAMILY
-def test_what_is_not_needed_is_not_read(divergence: Divergence, dtype: torch.dtype) -> None:
+def test_values_without_effect_are_not_read(divergence: Divergence, dtype: torch.dtype) -> None:
     """Ignored rows of NaN, NaN teachers of unselected rows: neither loss nor gradient knows of them."""
     for classes in (2, 17, 100):
         student, teacher, target = kd_cases.family_rows(12, classes, dtype)
@@ -280,7 +280,7 @@ def test_mistakes_are_named(options: dict[str, Any], error: type[Exception], mes
 
 
 @pytest.mark.parametrize("columns", [3, 5], ids=["without rest", "with rest"])
-def test_cached_teachers_of_samples_are_a_batchs(columns: int) -> None:
+def test_cached_teachers_of_samples_collate_to_a_batch(columns: int) -> None:
     student, teacher, target = kd_cases.family_rows(4, 10)
     cached = TopKTeacher.from_logits(teacher, np.int64(3), temperature=np.float32(2.0))
     cached = cached._replace(rest=cached.rest if columns == 5 else None)

@@ -153,7 +153,7 @@ def test_cached_teacher_that_is_confident(divergence: str) -> None:
     assert bool((dense.isfinite()).all() and (dense >= dense.gather(1, cached.indices).amin(1, True) - 40).all())
 
 
-def test_cached_teacher_without_its_rest() -> None:
+def test_cached_teacher_without_rest() -> None:
     """Where the logsumexp resolves it, what it leaves is the rest."""
     v = torch.randn(6, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for k in (1, 10, 50):

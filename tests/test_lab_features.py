@@ -255,7 +255,7 @@ def test_soft_weights_are_probabilities_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
-def test_mismatched_answers_are_found(share: float) -> None:
+def test_mismatched_answers_are_detected(share: float) -> None:
     """Rows whose teacher answers for another sample; with none, none is found."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(3000, 20, generator=generator)

@@ -65,7 +65,7 @@ def test_augmentation_is_a_crop_of_the_padded_picture() -> None:
         assert any(torch.equal(view, crop) or torch.equal(view, crop.flip(2)) for crop in crops)
 
 
-def test_teachers_see_what_their_regime_says() -> None:
+def test_teachers_train_on_the_data_of_their_regime() -> None:
     labels = torch.randint(0, 100, (20_000,), generator=torch.Generator().manual_seed(3))
     keep, same = lab.teacher_labels("clean", 0, labels)
     assert keep.all() and torch.equal(same, labels)
@@ -85,7 +85,7 @@ def test_measures_are_those_of_a_known_case() -> None:
     assert ece == pytest.approx(100 * (0.5 * abs(0.5 - 0.9) + 0.5 * abs(1.0 - 0.6)), rel=1e-5)
 
 
-def test_arms_share_their_start_and_runs_are_not_repeated(
+def test_arms_share_initial_weights_and_runs_are_not_repeated(
     small: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lab, "cifar", lambda *_: small)

@@ -240,7 +240,7 @@ def test_signature_extends_that_of_kd_loss() -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_rows_that_nobody_reads_may_hold_anything(poison: float) -> None:
+def test_masked_rows_may_hold_nan_or_inf(poison: float) -> None:
     """0 * NaN is NaN: a zero logit gradient alone would not keep a masked row out of the weight gradient."""
     clean = problem()
     selected = torch.arange(23) % 3 > 0
@@ -516,7 +516,7 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert not ours(Problem._make([*p[:3], *teacher, p.target]), p[:3]).requires_grad
 
 
-def test_gradient_flows_through_what_made_the_hidden_states() -> None:
+def test_gradient_reaches_the_producer_of_the_hidden_states() -> None:
     p = problem()
     hidden, weight, bias = p.student()
     tanh = hidden.tanh()
@@ -587,7 +587,7 @@ def test_derivatives_beyond_the_first(reduction: str) -> None:
     torch.testing.assert_close(derivatives(chunked, p.student()), derivatives(materialised, p.student()))
 
 
-def test_derivatives_beyond_the_first_of_what_changed() -> None:
+def test_second_derivatives_after_an_in_place_change_are_refused() -> None:
     """The teacher may be overwritten before backward; a second derivative from it is refused."""
     p = problem()
     for mode in (contextlib.nullcontext, torch.inference_mode):
@@ -603,7 +603,7 @@ def test_derivatives_beyond_the_first_of_what_changed() -> None:
             torch.autograd.grad(loss, leaves, create_graph=True)
 
 
-def test_derivatives_where_rows_that_nobody_reads_hold_nan() -> None:
+def test_derivatives_with_nan_in_masked_rows() -> None:
     p = problem(rows=6, width=3, classes=5)
     p.hidden[3:5] = torch.nan  # the ignored ones
     leaves = p.student()

@@ -62,7 +62,7 @@ def test_signed_weights() -> None:
             kd_options(**negative)
 
 
-def test_functions_of_rows_refuse_what_they_do_not_use() -> None:
+def test_functions_without_reduction_refuse_unused_options() -> None:
     rows = kd_cases.rows(4, 3)
     for function in (kd_logit_gradient, kd_moments):
         for name, value in (("reduction", "mean"), ("ignore_index", 1), ("ce_weight_unselected", 0.5)):

@@ -46,7 +46,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def test_kronfluence_with_its_own_factors(tmp_path: Path) -> None:
+def test_kronfluence_with_kronfluence_factors(tmp_path: Path) -> None:
     pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     model, train, queries = network(), data(90, 1, 3, 9, 9), data(11, 2, 3, 9, 9)
     peer = Kronfluence(model, ["0", "3", "7", "9"], train, tmp_path)
@@ -62,7 +62,7 @@ def test_kronfluence_with_its_own_factors(tmp_path: Path) -> None:
     assert max(errors.values()) <= 1e-5, errors
 
 
-def test_our_factors_are_kronfluences(tmp_path: Path) -> None:
+def test_our_factors_match_kronfluence(tmp_path: Path) -> None:
     """Both draw labels: the two fits agree as far as two draws do."""
     pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     model, train = network(), data(2000, 1, 3, 9, 9)
@@ -109,7 +109,7 @@ def test_captum_closed_form(bias: bool) -> None:
         assert error <= 1e-6
 
 
-def test_lds_is_kronfluences(tmp_path: Path) -> None:
+def test_lds_matches_kronfluence(tmp_path: Path) -> None:
     """Gate 5: with the same H no worse than .01; with our own H, which takes every label, no worse at all."""
     pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     problem = bench_lds.digits(100)

@@ -42,7 +42,7 @@ def test_generated_files_are_up_to_date() -> None:
     assert tool().outdated() == [], "run python tools/recipe_keys.py"
 
 
-def test_an_outdated_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outdated_file_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tool()
     for name in (f"lrds_fast/recipes/{SCHEMA}", "docs/training.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def test_wrong_options_are_one_line(table: Any, values: dict[str, Any], message:
     assert type(raised.value) is ValueError
 
 
-def test_options_are_given_by_keyword() -> None:
+def test_options_are_keyword_only() -> None:
     with pytest.raises(ValueError, match="DataOptions takes its options by keyword; got 'digits'"):
         DataOptions("digits")  # type: ignore[call-arg]
 

@@ -52,7 +52,7 @@ def test_the_default_is_temperature_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
-def test_kl_is_its_definition(dtype: torch.dtype) -> None:
+def test_kl_matches_its_definition(dtype: torch.dtype) -> None:
     for classes, (t, r) in itertools.product(CLASSES, TEMPERATURES):
         z, v, y = (x[5:] for x in kd_cases.rows(45, classes, dtype))
         student = z.clone().requires_grad_()
@@ -157,7 +157,7 @@ def test_saturated_rows_in_sixteen_bits(dtype: torch.dtype) -> None:
         kd_oracle.compare(z_row, v_row, torch.tensor([y]), eta=0.75, standardize=False, revise_temperature=r, **options)
 
 
-def test_a_sure_wrong_row_by_hand() -> None:
+def test_a_confident_wrong_row_by_hand() -> None:
     """At R = 1 a gap of 60 leaves p = (0, 1): the label's new logit is that of the top + log((2 - eta) / eta)."""
     v = torch.tensor([[0.0, 60.0]], dtype=DOUBLE)
     p = lrds_fast.revise_labels(v, torch.tensor([0]), eta=0.8, temperature=4.0, revise_temperature=1.0)

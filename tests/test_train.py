@@ -219,7 +219,7 @@ def test_teacher_prefix_equals_mask_up_to_rounding_and_saves_the_teacher_rows(tm
         torch.testing.assert_close(value, weights["mask"][name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_selection_of_nobody_is_training_on_labels_alone(tmp_path: Path) -> None:
+def test_an_empty_selection_trains_on_labels_alone(tmp_path: Path) -> None:
     data = blobs()
     nobody = torch.zeros(len(data.train.labels), dtype=torch.bool)
     guide = Counting()
@@ -350,7 +350,7 @@ def test_float16_gradients_are_scaled_and_unscaled(tmp_path: Path) -> None:
         assert (value - trained["off"].state_dict()[name]).norm() < 0.02 * moved
 
 
-def test_moving_average_is_what_is_judged_and_kept(tmp_path: Path) -> None:
+def test_the_moving_average_is_evaluated_and_saved(tmp_path: Path) -> None:
     chosen = recipe(**{"run.ema_decay": 0.999, "schedule.epochs": 2, "optimizer.lr": 0.2})
     records, model = run(tmp_path, recipe=chosen)
     logits = outputs_of(model, blobs(), "test")
@@ -559,7 +559,7 @@ def test_other_objectives_over_the_selected(tmp_path: Path, method: str, compose
 
 
 @pytest.mark.parametrize("method", ["dist", "mlkd", "revision"])
-def test_other_objectives_without_anyone_selected(tmp_path: Path, method: str) -> None:
+def test_other_objectives_with_an_empty_selection(tmp_path: Path, method: str) -> None:
     data = blobs()
     nobody = torch.zeros(len(data.train.labels), dtype=torch.bool)
     chosen = recipe(**{"loss.method": method})

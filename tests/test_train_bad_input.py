@@ -94,7 +94,7 @@ def test_torchvision_names_an_unreadable_picture_and_ends(root: Path, capsys: py
     assert not (root.parent / "run" / "last.pt").exists()
 
 
-def test_an_unreadable_picture_in_a_worker_is_told_as_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_picture_in_a_worker_is_a_one_line_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(root)
     assert cli.main(arguments(root, "torchvision")) in (cli.MISUSED, cli.FAILED)
     said = capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path: Path, small_disk: tu
         assert torch.equal(value, found.state_dict()[name]), name
 
 
-def test_a_full_disk_is_told_in_one_line(
+def test_a_full_disk_is_a_one_line_error(
     small_disk: tuple[Path, Callable[[], Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk, fill = small_disk

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_on_it_alone_lowers_it_and_leaves_the_teacher(method: str) -> None:
+def test_training_lowers_the_loss_and_keeps_the_teacher(method: str) -> None:
     student, teacher = pair()
     loss = features(method, student, teacher)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -47,7 +47,7 @@ def test_training_on_it_alone_lowers_it_and_leaves_the_teacher(method: str) -> N
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_fitnet_at_rkd_and_sp_are_their_formulas() -> None:
+def test_fitnet_at_rkd_and_sp_match_their_formulas() -> None:
     student, teacher = pair()
     student.eval()
     images, _ = batch()
@@ -89,7 +89,7 @@ def test_fitnet_at_rkd_and_sp_are_their_formulas() -> None:
         torch.testing.assert_close(one_loss(loss, student, teacher), value, rtol=1e-4, atol=1e-5, msg=method)
 
 
-def test_the_others_are_torchdistills() -> None:
+def test_other_losses_match_torchdistill() -> None:
     """Its losses and auxiliary modules called by hand, with the parameters that ours drew."""
     from torchdistill.losses import mid_level
 
@@ -223,7 +223,7 @@ def test_the_rows_with_a_teacher_count_and_the_mean_is_over_the_batch(method: st
 
 
 @pytest.mark.parametrize("method", ["fitnet", "at", "vid", "ickd"])
-def test_a_loss_of_single_rows_is_their_mean(method: str) -> None:
+def test_the_batch_loss_is_the_mean_over_single_rows(method: str) -> None:
     student, teacher = pair()
     student.eval()
     loss = features(method, student, teacher).eval()
@@ -349,7 +349,7 @@ def test_passes_that_are_missing_or_cannot_be_used_are_named() -> None:
         loss(target[:7], INDICES)
 
 
-def test_evaluations_and_copies_in_between_are_not_heard() -> None:
+def test_evaluations_and_copies_do_not_disturb_the_hooks() -> None:
     student, teacher = pair()
     student.eval()
     loss = features("at", student, teacher)
@@ -391,7 +391,7 @@ def test_bfloat16_passes_give_a_float32_loss_close_to_that_of_float32() -> None:
         torch.testing.assert_close(value, expected, rtol=0.1, atol=1e-2)
 
 
-def test_distributed_students_are_seen_through() -> None:
+def test_distributed_students_are_unwrapped() -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
@@ -416,7 +416,7 @@ def test_compiled_networks_are_refused() -> None:
             features("at", network, teacher)
 
 
-def test_without_torchdistill_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchdistill_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair()
     monkeypatch.setitem(sys.modules, "torchdistill.losses", None)
     with pytest.raises(ImportError, match=r"needs torchdistill: pip install torchdistill") as raised:

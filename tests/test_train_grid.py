@@ -371,7 +371,7 @@ def test_feature_methods_are_published_ones_with_their_weights() -> None:
         ),
     ],
 )
-def test_what_does_not_go_together_is_said(values: dict[str, object], message: str) -> None:
+def test_incompatible_options_are_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe("cifar100/resnet56-resnet20/kd-crd").with_values(**values)
 

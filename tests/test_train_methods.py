@@ -91,7 +91,7 @@ def test_rows_without_a_teacher_have_the_cross_entropy_of_both_views() -> None:
 
 @pytest.mark.parametrize("heard", [0, 1, 7, 12])
 @pytest.mark.parametrize("method", ["kd", "dist", "mlkd", "mlkd, two views", "revision"])
-def test_the_loss_is_the_sum_of_its_parts(method: str, heard: int) -> None:
+def test_the_loss_equals_the_sum_of_its_parts(method: str, heard: int) -> None:
     """Half the kd_weight halves kd and leaves ce unchanged."""
     z, v, z2, v2, y = views(12, 6)
     options = LossOptions(method=method.split(",")[0], ce_weight=0.3, kd_weight=0.9, label_smoothing=0.1)  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def test_views_of_other_shapes_are_refused() -> None:
         measure(z, v, y, selected=None, kd_weight=0.9, strong=(z2[1:], v2))
 
 
-def test_recipes_say_what_strong_data_they_want() -> None:
+def test_recipes_name_the_strong_data_they_need() -> None:
     data = load_recipe("cifar100/resnet56-resnet20/kd", ["data.rand_augment=m9-n2-mstd0.5", "data.erasing=0.25"]).data
     assert (data.rand_augment, data.erasing, data.mixup, data.mix_probability) == ("m9-n2-mstd0.5", 0.25, 0.0, 1.0)
     for setting, message in (

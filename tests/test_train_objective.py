@@ -188,7 +188,9 @@ def label_probabilities(options: LossOptions, v: Tensor, y: Tensor) -> tuple[flo
     return float(own[own == top].mean()), float((beta * own + 1 - beta)[own < top].mean())
 
 
-def test_a_run_tells_when_revised_rows_are_the_surest(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_warns_when_revised_rows_are_the_most_confident(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data, guide = blobs(300), teacher()
     batch = torch.cat([batch.images for batch in data.score.epoch(0)])
     with torch.no_grad():
@@ -213,7 +215,7 @@ def test_a_run_tells_when_revised_rows_are_the_surest(tmp_path: Path, capfd: pyt
     assert "label revision" not in capfd.readouterr().err
 
 
-def test_probabilities_of_the_label_are_of_the_rows_that_count() -> None:
+def test_label_probabilities_are_of_selected_rows() -> None:
     """Masked rows do not count, and fewer than 32 rows of a kind give no number."""
     draws = torch.Generator().manual_seed(0)
     v, y = 3 * torch.randn(400, 5, generator=draws), torch.randint(0, 5, (400,), generator=draws)
@@ -232,7 +234,7 @@ def test_probabilities_of_the_label_are_of_the_rows_that_count() -> None:
     assert n_right + n_wrong == int(mask.sum())
 
 
-def test_a_runs_recipe_says_the_number_that_a_default_stood_for(tmp_path: Path) -> None:
+def test_the_saved_recipe_resolves_defaults_to_numbers(tmp_path: Path) -> None:
     chosen = recipe(**{"schedule.epochs": 1, "loss.ce_weight": 0.2, "loss.kd_weight": 0.3})
     assert chosen.loss.ce_weight_unselected is None
     train(chosen, blobs(), student(), teacher(), out=tmp_path, progress=False)

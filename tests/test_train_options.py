@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_stays_within_those_with_a_teacher_and_those_without(mixup: float, cutmix: float) -> None:
+def test_mixing_keeps_selected_and_unselected_rows_apart(mixup: float, cutmix: float) -> None:
     """Pictures are of one grey, their class: what a picture has of each class is what its target says."""
     target = torch.tensor([0, 1, 0, 1, 1, 2, 3, 3, 2])
     images = F.one_hot(target, 4).float()[:, :, None, None].expand(9, 4, 16, 16).contiguous()
@@ -109,7 +109,7 @@ class Asked(nn.Module):
 
 
 @pytest.mark.parametrize(("own", "run", "expected"), [("bf16", "off", torch.bfloat16), ("off", "bf16", torch.float32)])
-def test_the_teacher_has_a_precision_of_its_own(tmp_path: Path, own: str, run: str, expected: torch.dtype) -> None:
+def test_the_teacher_has_a_separate_precision(tmp_path: Path, own: str, run: str, expected: torch.dtype) -> None:
     guide = Asked()
     chosen = Recipe().with_values(
         **{"teacher.amp": own, "run.amp": run, "run.device": "cpu", "schedule.epochs": 1, "run.amp_emulated": True}
@@ -120,7 +120,7 @@ def test_the_teacher_has_a_precision_of_its_own(tmp_path: Path, own: str, run: s
 
 
 @pytest.mark.parametrize(("amp", "needs"), [("bf16", "AVX512_BF16 or AMX"), ("fp16", "AVX512_FP16")])
-def test_16_bits_are_computed_in_float32_where_the_cpu_has_no_instructions_for_them(
+def test_16_bit_types_fall_back_to_float32_without_cpu_instructions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], amp: str, needs: str
 ) -> None:
     """PyTorch's convolutions take ten times as long in them there. One note; the numbers of float32."""
@@ -144,7 +144,7 @@ def test_16_bits_are_computed_in_float32_where_the_cpu_has_no_instructions_for_t
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_that_goes_on_with_other_threads_says_that_its_bits_will_differ(
+def test_resuming_with_other_threads_prints_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -159,7 +159,7 @@ def test_a_run_that_goes_on_with_other_threads_says_that_its_bits_will_differ(
     )
 
 
-def test_a_teacher_whose_activations_a_loss_needs_gives_no_inference_tensors() -> None:
+def test_a_teacher_with_feature_losses_returns_no_inference_tensors() -> None:
     guide = Asked()
     kept = Teacher(guide, CPU, autocast=autocast_factory("off", CPU), keep_tensors=True)
     answers = kept.wait(kept.start(torch.zeros(2, 1, 4, 4), torch.arange(2), 0))
@@ -186,7 +186,7 @@ class Cached:
 
 
 @pytest.mark.parametrize("top_k", [0, 3], ids=["full", "top 3 of 3"])
-def test_cached_answers_train_as_the_teacher_itself(tmp_path: Path, top_k: int) -> None:
+def test_cached_logits_train_like_the_teacher(tmp_path: Path, top_k: int) -> None:
     data, cached = blobs(), Cached(top_k)
     data.train.augment = "none"  # type: ignore[attr-defined]
     found = {}
@@ -244,7 +244,7 @@ def test_the_best_weights_are_kept_and_load_as_a_model(tmp_path: Path) -> None:
     assert facts["epoch"] == str(best["epoch"]) and facts["chosen by"] == "val_acc"
 
 
-def test_a_line_tells_of_every_epoch(tmp_path: Path) -> None:
+def test_every_epoch_prints_a_line(tmp_path: Path) -> None:
     lines: list[str] = []
     chosen = Recipe().with_values(**{"name": "some", "run.device": "cpu", "schedule.epochs": 2})
     train(chosen, blobs(), MLP(3, inputs=16), teacher(), out=tmp_path, progress=False, say=lines.append)
@@ -253,7 +253,7 @@ def test_a_line_tells_of_every_epoch(tmp_path: Path) -> None:
     assert re.fullmatch(pattern, lines[0]), lines[0]
 
 
-def test_tensorboard_has_the_log_and_forgets_what_was_done_again(tmp_path: Path) -> None:
+def test_tensorboard_has_the_log_without_repeated_steps(tmp_path: Path) -> None:
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "run"
     trained(out, values={"schedule.epochs": 2, "run.save_every": 2})
@@ -272,7 +272,7 @@ def test_tensorboard_has_the_log_and_forgets_what_was_done_again(tmp_path: Path)
     assert numbers(whole.records) == numbers(result.records)
 
 
-def test_wandb_gets_the_log_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_the_log_when_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[dict[str, Any], int]] = []
     begun: list[dict[str, Any]] = []
 

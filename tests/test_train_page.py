@@ -160,7 +160,7 @@ def test_bins_of_several_runs_are_put_together() -> None:
     assert found == [(2, 0.05, 0.5), (4, pytest.approx((0.99 + 3 * 0.95) / 4), 0.25)]
 
 
-def test_classes_have_their_names_and_accuracies(runs: list[Run], figures: dict[str, Any]) -> None:
+def test_classes_have_names_and_accuracies(runs: list[Run], figures: dict[str, Any]) -> None:
     page = Page(html_report(runs, title="t", baseline="KD"))
     (axis,) = figures["accuracy by class"].axes
     assert [text.get_text() for text in axis.get_yticklabels()] == NAMES, "the lowest accuracy first"
@@ -188,7 +188,7 @@ def test_only_revised_rows_are_confused(runs: list[Run], figures: dict[str, Any]
     assert {(text.get_position(), text.get_text()) for text in axis.texts} == {((1, 0), "20"), ((2, 1), "4")}
 
 
-def test_selections_are_compared_where_the_samples_are_the_same(tmp_path: Path, figures: dict[str, Any]) -> None:
+def test_selections_of_the_same_samples_are_compared(tmp_path: Path, figures: dict[str, Any]) -> None:
     runs = []
     for seed in range(2):
         for name, shift in (("a", 0), ("b", 10)):
@@ -210,7 +210,7 @@ def test_selections_are_compared_where_the_samples_are_the_same(tmp_path: Path, 
     assert "Do the selections agree?" not in again.headings and "Scores" in again.headings
 
 
-def test_how_it_was_made_and_in_what_recipes_differ(runs: list[Run]) -> None:
+def test_the_page_shows_provenance_and_recipe_differences(runs: list[Run]) -> None:
     page = Page(html_report(runs, title="t", baseline="KD"))
     made = {row[0]: row[1] for table in page.tables for row in table if row[0] in ("torch", "command")}
     assert (
@@ -225,7 +225,7 @@ def test_how_it_was_made_and_in_what_recipes_differ(runs: list[Run]) -> None:
     assert recipe_differences({"KD": runs[1::3]}) == {}
 
 
-def test_pictures_are_those_that_the_run_kept(runs: list[Run]) -> None:
+def test_pictures_come_from_the_gallery_of_the_run(runs: list[Run]) -> None:
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     for shape in ([2, 3, 3], [6, 3, 1]):
         entry = {
@@ -274,7 +274,7 @@ def test_a_single_run_gives_a_clean_page(parts: str, tmp_path: Path) -> None:
     assert "nan" not in " ".join(page.texts)
 
 
-def test_one_seed_and_unequal_seeds_are_said(tmp_path: Path) -> None:
+def test_one_seed_and_unequal_seeds_are_reported(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, name, seed, accuracy=0.5) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     text = html_report(runs, title="t", baseline="a")
     (row,) = Page(text).table("run", "pairs")

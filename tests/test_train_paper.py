@@ -79,7 +79,7 @@ def test_every_method_has_a_label() -> None:
     assert set(METHODS) == {method for protocol in grid.PROTOCOLS.values() for method in protocol.methods}
 
 
-def test_text_lines_up_and_says_best_and_last(runs: list[Run]) -> None:
+def test_text_is_aligned_with_best_and_last(runs: list[Run]) -> None:
     lines = text(paper_tables(runs)[0]).splitlines()
     assert lines[0] == "cifar100"
     assert "vgg13 -> vgg8" in lines[1] and lines[1].endswith("resnet56 -> resnet20")

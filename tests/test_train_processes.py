@@ -195,7 +195,7 @@ for name, values in cases.SHARED.items():
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_two_processes_are_one(tmp_path: Path, two_processes: Path, name: str) -> None:
+def test_two_processes_train_like_one(tmp_path: Path, two_processes: Path, name: str) -> None:
     """The same batches, gradients of the same mean: weights and logs equal those of one process to 1e-6."""
     whole, student = trained(tmp_path / "one", data=blobs(), values=SHARED[name])
     for rank in range(2):
@@ -255,7 +255,7 @@ assert rank == 1 or os.waitpid(other, 0)[1] == 0
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_batch_in_parts_is_the_batch(tmp_path: Path) -> None:
+def test_an_accumulated_batch_equals_the_whole_batch(tmp_path: Path) -> None:
     whole, student = trained(tmp_path / "whole")
     for count in (2, 3):
         divided, other = trained(tmp_path / f"in{count}", values={"run.accumulate": count})
@@ -280,7 +280,7 @@ EXTRAS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=["plain", "averaged, bf16, adamw", "fp16, in parts", "rescored"])
 @pytest.mark.parametrize("at", [(0, 1), (1, 0), (1, 7), (2, 9)], ids=str)
-def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path: Path, at: tuple[int, int], extra: Any) -> None:
+def test_a_run_stopped_at_any_step_resumes_bit_for_bit(tmp_path: Path, at: tuple[int, int], extra: Any) -> None:
     """A signal arrives before the step `at`: that step is done, the checkpoint written, and nothing is lost."""
     from lrds_fast.train.stopping import Stopped
 
@@ -311,7 +311,7 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path: Path, at: tuple
 @pytest.mark.parametrize(
     ("at", "every"), [((0, 0), 0), ((0, 5), 4), ((1, 3), 0), ((2, 6), 1)], ids=["first", "early", "middle", "late"]
 )
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, at: tuple[int, int], every: int) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, at: tuple[int, int], every: int) -> None:
     """kill -9 at a step: the last checkpoint is whole, and going on from it gives the uninterrupted run."""
     values: dict[str, Any] = {"run.save_every_steps": every, "run.ema_decay": 0.9}
     code = f"""

@@ -87,7 +87,7 @@ def test_features_are_a_part_of_the_loss_over_the_selected(tmp_path: Path, metho
 
 
 @pytest.mark.parametrize("method", [VID, CRD], ids=["vid", "crd"])
-def test_a_run_with_features_goes_on_bit_for_bit(tmp_path: Path, method: dict[str, Any]) -> None:
+def test_a_run_with_features_resumes_bit_for_bit(tmp_path: Path, method: dict[str, Any]) -> None:
     whole, expected = trained(tmp_path / "whole", values=method)
     stopping = blobs((1, 4), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
