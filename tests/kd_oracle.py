@@ -439,7 +439,7 @@ def soft_targets(y: Tensor, classes: int, dtype: torch.dtype, seed: int) -> Tens
 def compare(z: Tensor, v: Tensor, target: Tensor, function: Callable[..., Tensor] = kd_loss, **options: Any) -> int:
     """kd_loss's KD rows and their gradient against the oracle's; the number of rows. AssertionError names the first.
 
-    Of another function, whose gradient autograd adds up and takes away again, eight digits of the row are asked.
+    For another function, whose gradient autograd sums with cancellation, the tolerance is eight digits of the row.
     """
     student = z.clone().requires_grad_()
     got = function(student, v, target, ce_weight=0.0, kd_weight=1.0, reduction="none", **options)

@@ -1,4 +1,4 @@
-"""The suite "train": its arms are one step, its clock counts workers, its shares add up, what is missing is said."""
+"""The suite "train": equal steps in all arms, CPU time of workers, shares that add up, reports of missing packages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ARMS = [
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """CPU time is what is compared; other tests get their threads back."""
+    """The suite compares CPU time on one thread; the thread count is restored afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -70,7 +70,7 @@ def test_our_step_equals_the_published_step(arm: Arm) -> None:
 
 
 def test_the_check_detects_another_loss() -> None:
-    """Selected rows shown to the wrong objective, a teacher that is not asked, a wrong weight: far beyond the gate."""
+    """Rows under the wrong objective, a missing teacher and a wrong weight all differ by more than the tolerance."""
     arm = ARMS[1]
     wanted, got = updates([arm], SHARE)
     everyone = updates([], 1.0)[0]
@@ -261,7 +261,7 @@ def test_missing_lists_packages_that_cannot_be_imported() -> None:
 
 
 def test_readers_agree_on_generated_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without real ones JPEGs are made; every reader gives the same pixels, repeated samples too."""
+    """Without real photographs JPEGs are generated; every reader yields the same pixels, for repeated samples too."""
     for name in ("torchvision", "nvidia.dali", "PIL"):
         pytest.importorskip(name)
     monkeypatch.delenv("LRDS_DATA", raising=False)

@@ -26,7 +26,7 @@ def tab() -> Iterator[browser.Browser]:
 
 
 def test_the_browser_reports_layout_faults(tab: browser.Browser, tmp_path: Path) -> None:
-    """Planted faults: what does not report these would pass everything."""
+    """Pages with known faults: the browser must report each of them."""
     page = tmp_path / "page.html"
     for body, message in (
         ("<div style='width:500px'>x</div>", "the page is"),

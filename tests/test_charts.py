@@ -1,4 +1,4 @@
-"""Charts: what is drawn is what was given, the same every time, and names are text."""
+"""Charts show the data, are reproducible, and treat names as text."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("dark", [0, 1])
 def test_colours_contrast_with_the_background(dark: int) -> None:
-    """WCAG 2: 4.5 : 1 for text, 3 : 1 for what is drawn."""
+    """WCAG 2: 4.5 : 1 for text, 3 : 1 for lines and markers."""
     paper = luminance(charts.PALETTE["paper"][dark])
     for name, pair in charts.PALETTE.items():
         light, deep = sorted((paper, luminance(pair[dark])), reverse=True)

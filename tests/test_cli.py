@@ -46,7 +46,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = cli.M
 
 
 def test_from_teacher_to_report(capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole way a user goes, on a tenth of the data: the files of one command are what the next one takes."""
+    """All commands in order on a tenth of the data: each reads the files of the one before."""
     succeeds("train", "digits_teacher", *SMALL)
     succeeds("train", "digits_kd_lr", *SMALL)
     succeeds("score", "digits_kd_lr", *SMALL)
@@ -295,12 +295,12 @@ done += [run("sweep", "digits_alone", "--grid", "loss.eta=0.1,0.2", "--seeds", "
 assert done == [0] * 7, done
 assert [run("fly"), run("train", "digits_alone", "--epochs", "3"), run("train", "absent.toml")] == [2, 2, 2]
 run("doctor")
-print("torch is asked for", run("train", "digits_alone"))
+print("torch import fails:", run("train", "digits_alone"))
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"torch is asked for {cli.FAILED}\n")
+    assert done.stdout.endswith(f"torch import fails: {cli.FAILED}\n")
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("lrds-fast: error: ")
 
@@ -385,7 +385,7 @@ def test_python_m_lrds_fast_is_the_same_program_and_survives_a_closed_pipe() -> 
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
-    """SIGKILL at whatever the process is doing, then --resume: every number but the time is that of an unbroken run."""
+    """SIGKILL at a random moment, then --resume: every number but the time equals the uninterrupted run."""
     settings = ["--set", "schedule.epochs=200", "--set", "run.device=cpu", "--set", "data.train_limit=200", "--quiet"]
     succeeds("train", "digits_alone", *settings, "--set", "run.out=whole")
     # As many threads as here: sums are in another order with another number.

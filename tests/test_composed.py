@@ -132,7 +132,7 @@ def test_mlkd_loss_of_selected_rows(revise: str | None) -> None:
 
 
 def test_mlkd_loss_under_autocast() -> None:
-    """The products of the float32 matrices are not made of 16-bit ones."""
+    """Products of float32 matrices are not computed in 16 bits."""
     student, teacher, target = kd_cases.family_rows(30, 12, torch.float32)
     z = student.requires_grad_()
     expected = mlkd_loss(z, teacher, target, temperature=1.0)

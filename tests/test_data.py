@@ -1,4 +1,4 @@
-"""Loaders: every sample once, orders that depend on seed and epoch alone, pictures as they are."""
+"""Loaders: every sample once, an order that depends on seed and epoch alone, correct pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lrds_fast.recipe.recipe import DataOptions
 
 
 def numbered(size: int, **options: object) -> MemoryLoader:
-    """Pictures whose every pixel is their index / 256, so that a batch can be told from its content."""
+    """Pictures whose every pixel is their index / 256, so that a batch reveals its indices."""
     images = (torch.arange(size) / 256.0)[:, None, None, None].expand(size, 1, 8, 8).clone()
     return MemoryLoader(images, torch.arange(size) % 3, num_classes=3, batch_size=4, **options)  # type: ignore[arg-type]
 
@@ -447,7 +447,7 @@ def test_npz_of_every_integer_and_byte_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [2**64 - 1, 102084071, -1, MOST_CLASSES])
 def test_labels_out_of_range_are_named(tmp_path: Path, number: int) -> None:
-    """Before anything is made for every class."""
+    """The error comes before memory for every class is allocated."""
     labels = np.array([0, number, 0, 0], np.uint64 if number > 0 else np.int64)
     with pytest.raises(ValueError, match=rf"a.npz: train_labels\[1\] has the class number {number}"):
         data_sets.load("npz", root=save_npz(tmp_path / "a.npz", train_labels=labels))
@@ -840,7 +840,7 @@ def test_hidden_folders_are_skipped_and_links_are_followed_once(tmp_path: Path) 
 @pytest.mark.parametrize("reader", ["torchvision", "dali"])
 @pytest.mark.parametrize("name", ["webdataset", "tfrecord"])
 def test_archives_yield_the_samples_of_the_folder(tmp_path: Path, name: str, reader: str) -> None:
-    """The same pictures, labels, classes and held-out samples, whatever they lie in and whoever reads them."""
+    """The same pictures, labels, classes and held-out samples for every archive format and reader."""
     pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
     make_folder(tmp_path / "folder")
     archives = tmp_path / name

@@ -35,7 +35,7 @@ SIZE = 32
 
 
 def picture(index: int, mode: str = "RGB") -> object:
-    """Smooth, so that what differs is the resampling and not the noise; every size is another."""
+    """Smooth pictures of different sizes: readers may differ by resampling only."""
     height, width = 40 + 3 * (index % 7), 38 + 5 * (index % 5)
     y, x = np.mgrid[0:height, 0:width]
     channels = [128 + 100 * np.sin((x * (k + 1) + y * 2 + 7 * index) / 17) for k in range(3)]
@@ -186,7 +186,7 @@ def test_an_abandoned_epoch_does_not_leak_into_the_next(root: Path) -> None:
 
 
 def test_a_loader_is_freed_with_its_last_reference(root: Path) -> None:
-    """Not with the garbage collector, which in a forked process would end threads that are not there."""
+    """Not by the garbage collector, which in a forked process would join threads that do not exist there."""
     gc.collect()
     gc.disable()
     try:
@@ -446,7 +446,7 @@ def test_real_photographs() -> None:
 
 
 def test_inference_mode_reads_the_same_pictures(root: Path) -> None:
-    """As evaluation does; threads could not write to such tensors, and everything would look unreadable."""
+    """Evaluation runs in inference mode; reader threads cannot write to inference tensors."""
     found = loader(root)
     expected = images_of(found)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Soft labels from the disk: the same as from the teacher, of its very pictures, and never another's."""
+"""Cached soft labels equal the teacher's logits of the same views; caches of other teachers are refused."""
 
 from __future__ import annotations
 
@@ -204,10 +204,10 @@ def test_selected_samples_alone_are_cached(tmp_path: Path) -> None:
     assert torch.equal(found.cached(1), rows)
     teacher = network().eval()
     for batch in loader().epoch(1, rows):
-        heard = batch.indices[: int(rows[batch.indices].sum())]
+        selected_indices = batch.indices[: int(rows[batch.indices].sum())]
         with torch.inference_mode():
-            wanted = teacher(batch.images)[: len(heard)]
-        torch.testing.assert_close(found.batch(1, heard), wanted, rtol=1e-5, atol=1e-5)
+            wanted = teacher(batch.images)[: len(selected_indices)]
+        torch.testing.assert_close(found.batch(1, selected_indices), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"has no soft labels of sample 7 in view 1: 24 of 70 samples are cached"):
         found.batch(1, torch.tensor([3, 7, 8]))
     whole = write(tmp_path / "whole", dtype="float32")

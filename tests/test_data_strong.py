@@ -215,7 +215,7 @@ def test_encoded_pictures_do_not_depend_on_batch_or_workers(root: Path, reader: 
 
 
 def test_readers_apply_the_same_augmentation(root: Path) -> None:
-    """Crops, operations and boxes are the same; what differs is a level or two of resampling before them."""
+    """Crops, operations and boxes are equal; pixels differ by one or two levels from resampling."""
     pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
     options: dict[str, Any] = {
         "root": str(root),

@@ -63,7 +63,7 @@ def differences(result: DemoResult, name: str, base: str, key: str = "test_acc")
 def test_distillation_beats_labels_and_revision_and_selection_beat_distillation(
     result: DemoResult, better: str, worse: str
 ) -> None:
-    """What the demo is for, on fewer seeds than its own: see the gate of test_gates.py for all of it."""
+    """The demo's claim on fewer seeds than the demo uses; the gate in test_gates.py checks all seeds."""
     assert interval(differences(result, better, worse))[0] > 0
     assert interval(differences(result, better, worse, "test_ce"))[1] < 0
 
@@ -108,7 +108,7 @@ def test_statistics_are_those_of_the_logs(result: DemoResult) -> None:
         assert row.accuracy_difference.interval == pytest.approx(interval(differences(result, row.name, "KD")))
 
 
-def asked_anew(recipe: Recipe, data: Data) -> torch.Tensor:
+def recomputed_logits(recipe: Recipe, data: Data) -> torch.Tensor:
     """The teacher's own logits of every training sample, (N, C)."""
     teacher = run.build_teacher(recipe, data)
     assert teacher is not None
@@ -118,11 +118,11 @@ def asked_anew(recipe: Recipe, data: Data) -> torch.Tensor:
 
 
 def test_counts_are_those_of_the_data(result: DemoResult) -> None:
-    """Revised: rows whose answer, this teacher's asked anew and mixed up, is wrong. Denied: by evidence, capped."""
+    """Revised rows: the recomputed, swapped teacher answer is wrong. Deselected: by the standard error, capped."""
     rows = {row.name: row for row in result.rows}
     recipe = recipe_of(result, 0, "KD + LR")
     data = run.load_data(recipe)
-    logits = asked_anew(recipe, data)
+    logits = recomputed_logits(recipe, data)
     right = int((predicted(logits, data.score.labels) == data.score.labels).sum())
     source = answer_sources(len(logits), 0.25, seed=0)
     assert int((source != torch.arange(len(logits))).sum()) == 75
@@ -182,7 +182,7 @@ def test_the_text_reports_teacher_errors_and_omissions(result: DemoResult) -> No
 
 
 def test_differences_within_noise_are_called_noise(result: DemoResult) -> None:
-    """With two epochs nobody has learnt enough to differ by more than the seeds do, and no claim is made."""
+    """After two epochs the students differ by less than the seeds do, and the text makes no claim."""
     out = result.report.parent / "short"
     short = run_demo(out, seeds=2, settings=["schedule.epochs=2"], progress=False)
     claims = [sentence for sentence in short.conclusions if " against " in sentence]
@@ -216,7 +216,7 @@ def test_the_report_is_one_file_with_charts_tables_and_digits(result: DemoResult
 
 
 def test_the_summary_describes_the_last_epoch(result: DemoResult) -> None:
-    """Against the log, and against the networks and the teacher asked anew."""
+    """Against the log, the networks, and recomputed teacher logits."""
     folder = result.report.parent / "seed0" / "kd_lr_ds"
     summary = json.loads((folder / "summary.json").read_text())
     record = last(result, 0, "KD + LR + DS")
@@ -225,7 +225,7 @@ def test_the_summary_describes_the_last_epoch(result: DemoResult) -> None:
     assert summary["teacher"]["asked"] == record["n_selected"] and summary["teacher"]["wrong"] == record["n_revised"]
     recipe = from_mapping(json.loads((folder / "recipe.json").read_text()))
     data = run.load_data(recipe)
-    answers = asked_anew(recipe, data)
+    answers = recomputed_logits(recipe, data)
     answers = answers[answer_sources(len(answers), 0.25, seed=0)]
     mask, labels = Selection.load(folder / "selection.parquet").mask, data.train.labels
     pairs = Counter(zip(labels[mask].tolist(), predicted(answers, labels)[mask].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What each divergence is: formulas written out once more, in float64, and the identities between them.
+"""Each divergence against its formula, written out independently, in float64, and the identities between them.
 
 The functions here share no code with lrds_fast.reference: they are the papers' formulas, for one row at a time.
 """

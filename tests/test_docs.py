@@ -1,4 +1,4 @@
-"""The documentation: what its pages say can be done as they say it, and their links lead somewhere."""
+"""The documentation: its commands and snippets run, and its links have targets."""
 
 from __future__ import annotations
 

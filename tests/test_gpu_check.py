@@ -128,7 +128,7 @@ def test_smoke_reports_each_fault_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_uninitialised_operator_outputs_hold_nan() -> None:
-    """at::empty inside the operators is filled too: an element that nobody writes is NaN."""
+    """at::empty inside the operators is filled with NaN, so that an unwritten element is NaN."""
     code = (
         "import torch; from torch.profiler import profile; import lrds_fast.functional\n"
         "torch.use_deterministic_algorithms(True)\n"

@@ -1,4 +1,4 @@
-"""kd_loss on CUDA against the float64 reference, and what CUDA alone promises: no sync, graphs, few launches."""
+"""kd_loss on CUDA against the float64 reference, and on CUDA alone: no synchronisation, graph capture, few launches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kd_loss on CUDA in its corners: what must not be read, masked classes, factors of backward, streams, memory."""
+"""Edge cases of kd_loss on CUDA: values that must not be read, masked classes, factors of backward, streams, memory."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_ties_with_the_label_count_as_right() -> None:
 
 
 def test_selection_weights_outside_the_unit_interval_give_nan_in_that_row() -> None:
-    """The CPU raises; a device that is not waited for can only mark the row."""
+    """The CPU raises an error; CUDA marks the row with NaN, because raising would need a synchronisation."""
     student, teacher, target = kd_cases.rows(6, 100, device=DEVICE)
     selected = torch.tensor([0.0, 1.5, 0.3, -0.1, math.nan, 1.0], device=DEVICE)
     loss = kd_loss(student, teacher, target, selected=selected, reduction="none")
@@ -172,7 +172,7 @@ def test_a_rows_bits_do_not_depend_on_other_rows(classes: int) -> None:
 
 
 def test_agrees_with_the_cpu() -> None:
-    """Not the CPU's bits, but its numbers and its counts."""
+    """Equal counts, and values equal within the tolerance; the bits may differ."""
     for dtype in kd_cases.FLOATING:
         rows = kd_cases.rows(65, 1000, dtype)
         there = kd_cases.Rows(*(x.to(DEVICE) for x in rows))

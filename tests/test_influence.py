@@ -1,4 +1,4 @@
-"""Last-layer scores: what they promise besides the gates of test_gates.py."""
+"""Last-layer scores: their properties beside the gates of test_gates.py."""
 
 from __future__ import annotations
 
@@ -118,14 +118,14 @@ def test_teacher_pred_of_a_tie_is_the_label_if_it_takes_part() -> None:
 
 @pytest.mark.parametrize("name", ["kd_gain", "teacher_correct", "kd", "conflict", "param_shift:kd"])
 def test_lower_means_keep_the_teacher(name: str) -> None:
-    """A teacher that says what the student's label says scores below one that insists on a wrong class."""
+    """A teacher that agrees with the label scores below one that is confident of a wrong class."""
     case = make_case(2, rows=200, revise=None, ce_weight=1.0, kd_weight=1.0, ce_weight_unselected=1.0)
     arguments = case.arguments(torch.float64)
     z = (3 * F.one_hot(case.target, 5) + arguments["student_logits"] / 2).double()
     wrong = torch.arange(200) % 2 == 0
     teacher_class = torch.where(wrong, (case.target + 1) % 5, case.target)
     arguments.update(student_logits=z, teacher_logits=6.0 * F.one_hot(teacher_class, 5).double())
-    # Held-out rows are training rows with their labels: what is learnt there is what is asked for.
+    # Held-out rows are training rows with their labels: the training labels are the validation labels.
     arguments.update(val_features=case.features, val_logits=z, val_target=case.target)
     values = influence.last_layer_scores(**arguments, scores=(name,))[name]
     assert values[~wrong].mean() < values[wrong].mean()
@@ -133,7 +133,7 @@ def test_lower_means_keep_the_teacher(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["self_influence", "ce", "el2n", "grand"])
 def test_lower_means_an_ordinary_sample(name: str) -> None:
-    """Scores of the label alone rank the mislabelled last, who are the ones to be denied supervision."""
+    """Scores of the label alone rank mislabelled samples last: those are the ones to deselect."""
     case = make_case(2, rows=200)
     arguments = case.arguments(torch.float64)
     noisy = torch.arange(200) % 10 == 0

@@ -128,8 +128,8 @@ def test_class_weights_are_normalized_by_their_mean() -> None:
 
 def test_terms_without_weight_are_dropped() -> None:
     _, _, y = rows()
-    nobody = torch.zeros(ROWS)
-    terms = TrainingObjective(KDLoss()).hessian_terms(y, nobody, torch.float64)
+    none_selected = torch.zeros(ROWS)
+    terms = TrainingObjective(KDLoss()).hessian_terms(y, none_selected, torch.float64)
     assert [term.temperature for term in terms] == [1.0, 4.0]
     assert [term.temperature for term in nonzero_terms(terms, Ranks())] == [1.0]
 

@@ -31,19 +31,19 @@ def model(seed: int) -> nn.Module:
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """Samples made from their index. dies_at: a sample that must never be asked for, on pain of SIGKILL."""
+    """Samples made from their index. dies_at: reading this sample kills the process with SIGKILL."""
 
     def __init__(self, count: int, seed: int, dies_at: int = -1) -> None:
         self._count, self._seed, self._dies_at = count, seed, dies_at
-        self.asked: list[int] = []
+        self.reads: list[int] = []
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.asked.append(index)
+        self.reads.append(index)
         # The forward passes of the earlier shards have been through; a later pass may be the one that dies.
-        if index == self._dies_at and self.asked.count(index) == int(os.environ.get("DIES_AT_PASS", "1")):
+        if index == self._dies_at and self.reads.count(index) == int(os.environ.get("DIES_AT_PASS", "1")):
             os.kill(os.getpid(), signal.SIGKILL)
         generator = torch.Generator().manual_seed(self._seed * 100_003 + index)
         return torch.randn(WIDTH, generator=generator), index * 7 % CLASSES
@@ -126,14 +126,14 @@ scale.scored(folder / "scores", dies_at={dies_at}, layers={layers!r})
     if dies_at == 100:
         # Shards of 24 samples: the first four were finished, and nothing of them is read again.
         wanted = "_rows-00000003.safetensors" if layers == "last" else "part-00000003.parquet"
-        assert wanted in begun and min(data.asked) == 96
+        assert wanted in begun and min(data.reads) == 96
     expected = scored(layers=layers)
     for name in NAMES:
         assert torch.equal(resumed[name], expected[name])
     # Once complete, resuming reads nothing.
     silent = Samples(SAMPLES, 1)
     assert torch.equal(scored(out, layers=layers, resume=True, train_data=silent)["kd_gain"], expected["kd_gain"])
-    assert silent.asked == []
+    assert silent.reads == []
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -147,24 +147,24 @@ for layers in scale.LAYERS:
     on_disk = scale.scored(folder / layers, layers=layers)
     for name in scale.NAMES:
         assert torch.equal(memory[name], on_disk[name]), name
-    assert (dist.get_rank() == 0) == (0 in data.asked)
-    torch.save((dict(memory), memory.target, data.asked), folder / f"{layers}{dist.get_rank()}.pt")
+    assert (dist.get_rank() == 0) == (0 in data.reads)
+    torch.save((dict(memory), memory.target, data.reads), folder / f"{layers}{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
     done = run(tmp_path, code, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     for layers, passes in (("last", 1), ("all", 4)):
         expected = scored(layers=layers)
-        asked: list[int] = []
+        reads: list[int] = []
         for rank in range(processes):
             found, target, own = torch.load(tmp_path / f"{layers}{rank}.pt")
-            asked += own
+            reads += own
             assert torch.equal(target, expected.target)
             for name in NAMES:
                 # Sums over the data are added up in another order: float64 factors, float32 scores.
                 torch.testing.assert_close(found[name], expected[name], rtol=2e-5, atol=2e-6)
         # Each process has read its first batch, of 8, once more.
-        assert len(asked) == passes * SAMPLES + 8 * processes and set(asked) == set(range(SAMPLES))
+        assert len(reads) == passes * SAMPLES + 8 * processes and set(reads) == set(range(SAMPLES))
         assert sorted(pd.read_parquet(tmp_path / layers)["index"]) == list(range(SAMPLES))
 
 

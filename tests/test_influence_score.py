@@ -393,13 +393,13 @@ class Moving(Dataset[tuple[Tensor, int]]):
     def __init__(self, of: TensorDataset, flips: bool) -> None:
         self._x, self._y = of.tensors
         self._flips = flips
-        self.asked = 0
+        self.reads = 0
 
     def __len__(self) -> int:
         return len(self._x)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.asked += 1
+        self.reads += 1
         x = self._x[index]
         return x.flip(-1) if self._flips and torch.rand(()) < 0.5 else x, int(self._y[index])
 
@@ -456,4 +456,4 @@ def test_data_that_change_between_readings_are_refused(layers: str) -> None:
         influence.score(student, teacher, steady, val, layers="last")
     steady = Moving(data(2, 40), flips=False)
     influence.score(student, teacher, steady, val, layers=layers)
-    assert steady.asked == 16 + 40 * (1 if layers == "last" else 3)
+    assert steady.reads == 16 + 40 * (1 if layers == "last" else 3)

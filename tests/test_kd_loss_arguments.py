@@ -1,4 +1,4 @@
-"""What kd_loss refuses; one line says which argument, what was expected and what arrived."""
+"""Errors of kd_loss: one line names the argument, the expected value and the actual one."""
 
 from __future__ import annotations
 
@@ -378,7 +378,7 @@ def test_the_first_bad_row_is_named_whatever_the_threads() -> None:
 
 
 def test_cached_argument_checks_still_detect_wrong_types() -> None:
-    """Checked numbers are remembered; an equal value of another type, or another value, is a mistake all the same."""
+    """Argument checks are cached by value; an equal value of another type is still an error."""
     given = arguments()
     checked: dict[str, Any] = {"ce_weight": 1.0, "ignore_index": 1, "standardize": True}
     for _ in range(2):
@@ -436,7 +436,7 @@ def test_numbers_of_numpy_and_tensors_without_dimensions(kind: Callable[[float],
 
 
 def test_tensor_arguments_are_read_at_every_call() -> None:
-    """Checked numbers are remembered, but a tensor can change."""
+    """Argument checks are cached by value, but a tensor can change."""
     given = arguments()
     temperature = torch.tensor(2.0)
     for value in (2.0, 4.0, 8.0):

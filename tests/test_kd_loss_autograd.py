@@ -55,7 +55,7 @@ def test_parts_are_detached() -> None:
 @pytest.mark.parametrize("grad_scale", [None, 8.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_survive_a_kept_graph(reduction: str, grad_scale: float | None, dtype: torch.dtype) -> None:
-    """The saved gradient may be scaled in place only when nobody will ask again."""
+    """The saved gradient may be scaled in place only if backward runs once."""
     student, teacher, target = kd_cases.rows(16, 33, dtype)
     student.requires_grad_()
     loss = kd_loss(student, teacher, target, reduction=reduction, grad_scale=grad_scale)
@@ -185,7 +185,7 @@ def test_saving_for_second_derivatives_does_not_affect_first_ones() -> None:
 
 
 def gradient(loss: Callable[[Tensor], Tensor], at: Tensor, grad_output: Tensor) -> Tensor:
-    """The kernel's."""
+    """The gradient of the kernel."""
     leaf = at.detach().clone().requires_grad_()
     return torch.autograd.grad(loss(leaf), leaf, grad_output)[0]
 
@@ -675,7 +675,7 @@ def test_errors_survive_compilation() -> None:
 
 
 def test_fake_tensors_have_the_real_metadata() -> None:
-    """What a tracer is told equals what the kernel returns: shape, dtype and strides."""
+    """The fake implementation and the kernel return the same shape, dtype and strides."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for dtype in kd_cases.FLOATING:
@@ -717,7 +717,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 def refuses_or_equals(ours: Callable[[], Tensor], expected: Tensor) -> None:
-    """A transform works, or says that it does not. A wrong number is the forbidden outcome."""
+    """A transform works or raises an error. It must never return a wrong number."""
     try:
         actual = ours()
     except RuntimeError as error:

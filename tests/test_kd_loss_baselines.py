@@ -77,7 +77,7 @@ for classes in (10, 300):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (CPU-only torch)")
 def test_triton_rival_matches_reference() -> None:
-    """The GPU's honest rival, under Triton's interpreter."""
+    """The Triton baseline, under Triton's interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", TRITON_CHECK],
         cwd=Path(__file__).parents[1],

@@ -77,7 +77,7 @@ def test_repeated_calls_give_the_same_bits() -> None:
 
 
 def test_the_backward_forms_agree() -> None:
-    """Saved and recomputed gradients are the same formula and, at grad_output 1, the same bits."""
+    """Saved and recomputed gradients agree, and at grad_output 1 have the same bits."""
     rows = kd_cases.rows(33, 1001)
     student = rows.student.requires_grad_()
     saved = torch.autograd.grad(kd_loss_parts(*rows, reduction="sum").loss, student)[0]
@@ -128,7 +128,7 @@ def run_with_isa(level: str | None, code: str) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def best_isa() -> str:
-    """What this CPU can run of what was compiled, whatever the test run's own cap."""
+    """The compiled instruction sets that this CPU supports, whatever limit the test run has."""
     done = run_with_isa(None, 'import lrds_fast; print(lrds_fast._C.build_info()["cpu_isa"])')
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]

@@ -1,4 +1,4 @@
-"""kd_loss in its corners: rows nobody asked for, masked classes, ties, empty batches, exact facts."""
+"""Edge cases of kd_loss: rows without weight, masked classes, ties, empty batches, exact identities."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_terms_of_weight_zero_are_not_read() -> None:
     arguments: dict[str, Any] = {"selected": selected, "ce_weight_unselected": 0.0}
     assert_matches_reference(kd_loss_parts, student, teacher, target, **arguments)
     assert kd_loss(student, teacher, target, **arguments).isfinite()
-    # Nothing asked for at all.
+    # All weights are 0.
     arguments = {"ce_weight": 0.0, "kd_weight": 0.0, "ce_weight_unselected": 0.0}
     student = torch.full((9, 33), math.nan, requires_grad=True)
     parts = kd_loss_parts(student, broken, target, **arguments)
@@ -204,7 +204,7 @@ def test_a_row_of_minus_infinity_is_nan_in_that_row_only(which: str) -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("classes", [10, 33, 1000, 40000])
 def test_nan_and_inf_in_rows_that_count_are_not_hidden(classes: int, poison: float) -> None:
-    """In vectors and in tails. A silent finite loss would be the worst answer."""
+    """In vectors and in tails. A finite loss would hide the error."""
     for position in {0, 7, classes // 2, classes - 1}:
         for which in (0, 1):
             rows = kd_cases.rows(5, classes)

@@ -1,4 +1,4 @@
-"""The laboratory on networks, on a handful of random pictures: its arms, its rows, how it goes on, its page."""
+"""The laboratory on networks, on a handful of random pictures: its arms, its rows, resumption, and its page."""
 
 from __future__ import annotations
 

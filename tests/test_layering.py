@@ -240,7 +240,7 @@ def test_a_forbidden_import_is_detected(layer: str, line: str) -> None:
 
 
 def test_no_attic() -> None:
-    """No drawer for everything: a file says what it holds."""
+    """No file has a catch-all name."""
     attics = {"utils.py", "util.py", "helpers.py", "common.h", "common.py", "misc.py", "utils.h", "utils.cuh"}
     sources = [p for top in ("csrc", "lrds_fast", "benchmarks", "tests") for p in (ROOT / top).rglob("*")]
     assert [p.name for p in sources if p.name in attics] == []

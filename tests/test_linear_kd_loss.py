@@ -453,7 +453,7 @@ def test_gradcheck(reduction: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("grad_scale", [None, 8.0])
 def test_gradients_survive_a_kept_graph(grad_scale: float | None, dtype: torch.dtype) -> None:
-    """The saved gradients may be scaled in place only when nobody will ask again."""
+    """The saved gradients may be scaled in place only if backward runs once."""
     p = problem(dtype=dtype)
     leaves = p.student()
     loss = ours(p, leaves, grad_scale=grad_scale, chunk_rows=7)

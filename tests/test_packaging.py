@@ -207,11 +207,11 @@ def test_without_a_gpu_the_build_says_how_to_compile_the_kernels() -> None:
 
 
 @in_checkout
-@pytest.mark.parametrize("wish", ["1", ""])
-def test_without_nvcc_the_build_says_how_to_install_it(wish: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["1", ""])
+def test_without_nvcc_the_build_says_how_to_install_it(setting: str, tmp_path: Path) -> None:
     if torch.version.cuda is None:
         pytest.skip("this torch is CPU-only: the missing piece is torch, not nvcc")
-    # The search is asked in a process where no place has an nvcc.
+    # The search runs in a process where no folder has an nvcc.
     script = (
         "import runpy, sys, pathlib;"
         "real = pathlib.Path.is_file;"
@@ -224,14 +224,14 @@ def test_without_nvcc_the_build_says_how_to_install_it(wish: str, tmp_path: Path
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
-        env={**env, "LRDS_FAST_CUDA": wish} if wish else env,
+        env={**env, "LRDS_FAST_CUDA": setting} if setting else env,
         capture_output=True,
         text=True,
     )
     lines = [line for line in done.stderr.splitlines() if "nvcc" in line]
     assert len(lines) == 1, done.stderr
     assert "nvidia-cuda-nvcc" in lines[0]
-    assert (done.returncode == 0) == (wish == "")
+    assert (done.returncode == 0) == (setting == "")
 
 
 @in_checkout

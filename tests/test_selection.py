@@ -1,4 +1,4 @@
-"""Selections: choosing, the file, and what it refuses."""
+"""Selections: rules, the file format, and errors."""
 
 from __future__ import annotations
 
@@ -469,8 +469,8 @@ def test_scores_of_another_dataset_are_refused(scores: influence.Scores) -> None
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "nothing asked": ({}, ValueError, "exactly one of confidence, outliers, ratio and threshold"),
-    "both asked": (
+    "no criterion": ({}, ValueError, "exactly one of confidence, outliers, ratio and threshold"),
+    "two criteria": (
         {"ratio": 0.5, "threshold": 0.0},
         ValueError,
         "exactly one of confidence, outliers, ratio and threshold",
@@ -628,13 +628,13 @@ class Pictures:
 
     def __init__(self, make: Any) -> None:
         self._make = make
-        self.asked: set[int] = set()
+        self.reads: set[int] = set()
 
     def __len__(self) -> int:
         return 60
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        self.asked.add(index)
+        self.reads.add(index)
         return self._make(index), 0
 
 
@@ -662,7 +662,7 @@ def test_report_shows_both_ends(make: Any, scores: influence.Scores, tmp_path: P
     chosen.report(tmp_path / "report.html", pictures=pictures, class_names=["ant & bee", "b", "c", "d", "e"])  # type: ignore[arg-type]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     order = scores["kd_gain"].argsort(stable=True)
-    assert pictures.asked == set(order[:24].tolist()) | set(order[-24:].tolist())
+    assert pictures.reads == set(order[:24].tolist()) | set(order[-24:].tolist())
     assert page.count('<img src="data:image/png;base64,') == 48
     helpful, harmful = page.index("Most helpful teacher, by kd_gain"), page.index("Most harmful teacher, by kd_gain")
     assert helpful < page.index(f"#{int(order[0])}: ") < harmful < page.index(f"#{int(order[-1])}: ")
@@ -679,7 +679,7 @@ def test_report_refuses_invalid_pictures(scores: influence.Scores, tmp_path: Pat
 
 
 def test_report_measures_agreement(tmp_path: Path) -> None:
-    """Against scipy, ties included; and the overlap of what each score would keep."""
+    """Against scipy, ties included; and the overlap of the selections of two scores."""
     from scipy.stats import spearmanr
 
     draws = torch.Generator().manual_seed(3)

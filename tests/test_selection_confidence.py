@@ -1,4 +1,4 @@
-"""The standard error of kd_gain, against held-out slices taken apart; selection by it; weights by shrinkage."""
+"""The standard error of kd_gain, against separate parts of the held-out slice; selection by it; shrinkage."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_models_and_data_give_the_same_error(layers: str, tmp_path: Path) -> Non
     torch.testing.assert_close(again.standard_error["kd_gain"], scores.standard_error["kd_gain"])
     assert torch.equal(stored.standard_error["kd_gain"], again.standard_error["kd_gain"])
     default = influence.score(student, teacher, train, val, **common)  # type: ignore[arg-type]
-    assert bool(default.standard_error) == (layers == "last"), "a JVP a part is asked for, not given"
+    assert bool(default.standard_error) == (layers == "last"), "each part costs a JVP, so that it is off by default"
 
 
 SCORE = torch.tensor([5.0, 1.0, 3.0, -2.0, 4.0, 2.1, 0.0, 4.0])

@@ -1,4 +1,4 @@
-"""Joint selection: the sums it finds, against brute force and chance, and what denying those samples does."""
+"""Joint selection: its sums against brute force and random choice, and its effect on the student."""
 
 from __future__ import annotations
 

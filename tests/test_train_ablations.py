@@ -1,4 +1,4 @@
-"""Grids around a recipe: every combination a run of its own, in a folder of its own, that goes on where it was cut."""
+"""Grids around a recipe: every combination is a run in its own folder, and a grid resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user's data and disk do to a training run: one line that says what is wrong, or a skip that is counted."""
+"""Bad data and full disks in training: a one-line error, or samples that are skipped and counted."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_class_that_val_lacks_is_named(root: Path, capsys: pytest.CaptureFixtu
 def test_class_counts_of_teacher_student_and_data_must_agree(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The teacher's file decides: it is of a hundred classes, the data have three."""
+    """The teacher's checkpoint has a hundred classes, the data have three."""
     assert cli.main(["train", "digits_teacher", "--quiet", "--set", "schedule.epochs=1", "--set", "run.device=cpu",
                      "--set", f"run.out={tmp_path / 'teacher'}"]) == cli.OK  # fmt: skip
     capsys.readouterr()
@@ -180,7 +180,7 @@ def test_a_full_disk_is_a_one_line_error(
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_and_not_the_checkpoint(root: Path) -> None:
-    """As the system does where memory runs out."""
+    """As the kernel does when memory runs out."""
     from test_train_options import command
 
     out = root.parent / "run"
@@ -200,7 +200,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_not_the_checkpoint(root: Path)
                 os.kill(int(child), signal.SIGKILL)
                 hit = True
                 break
-        # One that was ending anyway is no loss; a second loss while the first is being told would be another case.
+        # One that was ending anyway is no loss; a second loss during the report of the first would be another case.
         time.sleep(5.0 if hit else 0.02)
     _, err = begun.communicate(timeout=60)
     assert begun.returncode == cli.FAILED, err[-2000:]

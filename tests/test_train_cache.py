@@ -80,7 +80,7 @@ def logged(chosen: Recipe) -> list[dict[str, Any]]:
 
 
 def test_training_from_the_cache_is_training_with_the_teacher() -> None:
-    """Bit for bit in float32 with a view an epoch; the teacher is asked about as many rows."""
+    """Bit for bit in float32 with a view an epoch; the teacher sees the same number of rows."""
     values: dict[str, Any] = {"schedule.epochs": 3, "teacher.cache_views": 3, "teacher.cache_dtype": "float32"}
     assert command(**{"teacher.cache_views": 3, "teacher.cache_dtype": "float32"}) == cli.OK
     online = logged(recipe(**(values | {"teacher.cache": "", "run.out": "online"})))
@@ -174,7 +174,7 @@ def test_only_the_selected_samples_are_cached_on_request(capsys: pytest.CaptureF
 
 
 def test_a_share_of_the_samples_gets_the_answer_to_another_one() -> None:
-    """What training and scoring take for the teacher's answers, against the teacher asked here; live and cached."""
+    """The teacher logits of training and scoring equal logits that are computed here, live and cached."""
     values: dict[str, Any] = {"data.augment": "none", "teacher.answer_noise": 0.3, "schedule.epochs": 2}
     live = recipe(**(values | {"teacher.cache": "", "run.out": "live", "data.val_fraction": 0.1}))
     data = run.load_data(live)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is accepted, and one line for everything that is not."""
+"""Checkpoints: accepted formats, and one-line errors for all others."""
 
 from __future__ import annotations
 

@@ -237,8 +237,8 @@ def test_the_batch_loss_is_the_mean_over_single_rows(method: str) -> None:
 def test_no_teacher_is_zero_with_zero_gradients(method: str) -> None:
     student, teacher = pair()
     loss = features(method, student, teacher)
-    nobody = torch.zeros(N, dtype=torch.bool)
-    cases: list[tuple[Any, int]] = [(0, 0), (0, 1), (nobody, N)]
+    empty = torch.zeros(N, dtype=torch.bool)
+    cases: list[tuple[Any, int]] = [(0, 0), (0, 1), (empty, N)]
     cases += [(1, 1)] if METHODS[method].least == 2 else []
     for rows, shown in cases:
         with torch.no_grad():
@@ -284,7 +284,7 @@ def test_a_checkpoint_gives_the_same_next_loss(method: str, tmp_path: Path) -> N
 
 
 def test_a_plain_loop_with_revision_selection_and_features() -> None:
-    """All that a loop does: the loss beside kd_loss's, its parameters beside the student's."""
+    """A plain loop adds the loss to kd_loss and the adapters to the optimizer."""
     student, teacher = pair()
     pictures = torch.randn(SAMPLES, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     selected = torch.arange(SAMPLES) % 3 != 0

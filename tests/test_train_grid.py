@@ -1,4 +1,4 @@
-"""The literature's experiments by name, and lists of runs that can be interrupted."""
+"""Published experiments by name, and sweeps that resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is scored is what is trained: scores against finite differences of the trainer's own objective."""
+"""Scores use the objective that is trained: scores against finite differences of the trainer's own objective."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def test_without_a_teacher_a_sample_keeps_the_weight_of_the_warmed_up_loss(tmp_p
     """The default of ce_weight_unselected goes by the full kd_weight: in the first epoch of a warm-up too."""
     chosen = recipe(**{"loss.kd_warmup_epochs": 3, "schedule.epochs": 3, "optimizer.lr": 1e-9})
     data, model = blobs(), student()
-    nobody = torch.zeros(len(data.train.labels), dtype=torch.bool)
-    records = train(chosen, data, model, teacher(), out=tmp_path, selected=nobody, progress=False).records
+    empty = torch.zeros(len(data.train.labels), dtype=torch.bool)
+    records = train(chosen, data, model, teacher(), out=tmp_path, selected=empty, progress=False).records
     losses = [record["train_ce"] for record in records]
     assert max(losses) < 1.3 * min(losses), "not .4, .7 and 1 times the cross-entropy"
 
@@ -204,13 +204,13 @@ def test_a_run_warns_when_revised_rows_are_the_most_confident(
     for record in records:
         found = (record["p_label_right"], record["p_label_revised"])
         assert found == pytest.approx(expected, rel=1e-5)
-    told = capfd.readouterr().err
-    assert told.count("label revision gives the label a probability of") == 1, "once a run"
-    assert f"{expected[1]:.2f} where the teacher is wrong, {expected[0]:.2f} is" in told
-    assert "Revise at T = 1 (loss.revise_temperature=1), or set loss.eta near 0.95 (it is 0.8)" in told
+    note = capfd.readouterr().err
+    assert note.count("label revision gives the label a probability of") == 1, "once a run"
+    assert f"{expected[1]:.2f} where the teacher is wrong, {expected[0]:.2f} is" in note
+    assert "Revise at T = 1 (loss.revise_temperature=1), or set loss.eta near 0.95 (it is 0.8)" in note
     run(tmp_path / "at one")
-    told = capfd.readouterr().err
-    assert "Set loss.eta near 0.95 (it is 0.8)" in told and "loss.revise_temperature=1" not in told
+    note = capfd.readouterr().err
+    assert "Set loss.eta near 0.95 (it is 0.8)" in note and "loss.revise_temperature=1" not in note
     run(tmp_path / "plain", **{"loss.revise": "none"})
     assert "label revision" not in capfd.readouterr().err
 

@@ -1,4 +1,4 @@
-"""What a recipe can switch on in the loop: mixing, compilation, precisions, cached answers, best weights, trackers."""
+"""Options of the loop: mixing, compilation, precision, cached logits, best weights, trackers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mixing_keeps_selected_and_unselected_rows_apart(mixup: float, cutmix: float) -> None:
-    """Pictures are of one grey, their class: what a picture has of each class is what its target says."""
+    """Every pixel of a picture is its class, so that the mixed pixels show the mixed target."""
     target = torch.tensor([0, 1, 0, 1, 1, 2, 3, 3, 2])
     images = F.one_hot(target, 4).float()[:, :, None, None].expand(9, 4, 16, 16).contiguous()
     mix = Mix(mixup, cutmix, 4)
@@ -64,12 +64,12 @@ def test_mixed_training_is_sgd_on_mixed_pictures_and_targets(tmp_path: Path) -> 
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     mix = Mix(0.4, 1.0, 3)
     for number, batch in enumerate(data.train.epoch(0, selected)):
-        heard = int(selected[batch.indices].sum())
-        images, target = mix(batch.images, batch.targets, heard, 0, 0, number, 0, 0)
+        count = int(selected[batch.indices].sum())
+        images, target = mix(batch.images, batch.targets, count, 0, 0, number, 0, 0)
         optimizer.zero_grad()
-        answers = guide(images)[:heard].detach()
+        answers = guide(images)[:count].detach()
         loss = lrds_fast.reference.kd_loss(
-            expected(images), answers, target, teacher_rows=heard, ce_weight_unselected=1.0
+            expected(images), answers, target, teacher_rows=count, ce_weight_unselected=1.0
         )
         torch.autograd.backward(loss)
         optimizer.step()
@@ -96,7 +96,7 @@ def test_compiled_training_is_the_same(tmp_path: Path) -> None:
 
 
 class Asked(nn.Module):
-    """A teacher that remembers the precision it was asked in, and whether a graph was kept."""
+    """A teacher that records the dtype of its inputs and whether gradients were enabled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def test_the_teacher_has_a_separate_precision(tmp_path: Path, own: str, run: str
 def test_16_bit_types_fall_back_to_float32_without_cpu_instructions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], amp: str, needs: str
 ) -> None:
-    """PyTorch's convolutions take ten times as long in them there. One note; the numbers of float32."""
+    """PyTorch's 16-bit convolutions take ten times as long there. A run prints one note and computes in float32."""
     monkeypatch.setattr(setup, "_computes", lambda _: False)
     setup._note_fall_back.cache_clear()
     plain, _ = trained(tmp_path / "off", values={"schedule.epochs": 1})
@@ -169,7 +169,7 @@ def test_a_teacher_with_feature_losses_returns_no_inference_tensors() -> None:
 
 
 class Cached:
-    """What the teacher says of the pictures as they are; two views, of which the second is its opposite."""
+    """Teacher logits of the pictures without augmentation in view 0, their negatives in view 1."""
 
     views = 2
 
@@ -177,10 +177,10 @@ class Cached:
         with torch.no_grad():
             self._logits = torch.cat([teacher()(batch.images) for batch in blobs().score.epoch(0)])
         self._top_k = top_k
-        self.asked: list[tuple[int, int]] = []
+        self.requests: list[tuple[int, int]] = []
 
     def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor | TopKTeacher:
-        self.asked.append((view, len(indices)))
+        self.requests.append((view, len(indices)))
         logits = self._logits[indices] if view == 0 else -self._logits[indices]
         return TopKTeacher.from_logits(logits, self._top_k, temperature=4.0) if self._top_k else logits
 
@@ -204,16 +204,16 @@ def test_cached_logits_train_like_the_teacher(tmp_path: Path, top_k: int) -> Non
             **given,
         )
         found[name] = (result, student.state_dict())
-    online, asked = found["online"][0], found["cached"][0]
-    assert online.teacher_pred is not None and asked.teacher_pred is not None
-    assert torch.equal(online.teacher_pred, asked.teacher_pred)
+    online, offline = found["online"][0], found["cached"][0]
+    assert online.teacher_pred is not None and offline.teacher_pred is not None
+    assert torch.equal(online.teacher_pred, offline.teacher_pred)
     for name, value in found["online"][1].items():
         torch.testing.assert_close(found["cached"][1][name], value, rtol=1e-5, atol=1e-6)
     # Only rows that count are read.
-    assert sum(rows for _, rows in cached.asked) == int(selection().sum()) == asked.records[0]["teacher_rows"]
+    assert sum(rows for _, rows in cached.requests) == int(selection().sum()) == offline.records[0]["teacher_rows"]
     trained_twice = Recipe().with_values(**{"run.device": "cpu", "schedule.epochs": 3})
     train(trained_twice, data, MLP(3, inputs=16), cached=cached, out=tmp_path / "views", progress=False)
-    assert [view for view, _ in cached.asked[-3 * STEPS :]] == [0] * STEPS + [1] * STEPS + [0] * STEPS
+    assert [view for view, _ in cached.requests[-3 * STEPS :]] == [0] * STEPS + [1] * STEPS + [0] * STEPS
 
 
 def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
@@ -222,7 +222,7 @@ def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
     target = torch.randint(0, 7, (200,), generator=draws)
     answers = TopKTeacher.from_logits(logits, 7, temperature=2.0)
     agree = predicted(answers, target) == predicted(logits, target)
-    # Without the target in it a tie may be told either way.
+    # If the target is not among tied classes, either may be predicted.
     tied = (logits == logits.amax(dim=1, keepdim=True)).sum(dim=1) > 1
     assert bool((agree | tied).all())
     assert torch.equal(predicted(answers, target) == target, predicted(logits, target) == target)
@@ -232,7 +232,7 @@ def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
 
 
 def test_the_best_weights_are_kept_and_load_as_a_model(tmp_path: Path) -> None:
-    """Chosen by the held-out accuracy; the network that was judged, the moving average here."""
+    """The best epoch by held-out accuracy; the saved network is the evaluated one, here the moving average."""
     result, _ = trained(tmp_path / "run", values={"schedule.epochs": 6, "run.ema_decay": 0.5, "optimizer.lr": 0.5})
     accuracies = [record["val_acc"] for record in result.records]
     best = result.records[accuracies.index(max(accuracies))]
@@ -304,7 +304,7 @@ def command(*arguments: str, processes: int = 1) -> list[str]:
 
 
 def test_the_command_under_torchrun_is_the_command(tmp_path: Path) -> None:
-    """One line of result, one folder; the numbers of one process."""
+    """One result line and one folder, with the numbers of a single process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, processes in (("two", 2), ("one", 1)):
         arguments = ["train", "digits_teacher", "--quiet", "--set", "schedule.epochs=2", "--set", "run.device=cpu"]

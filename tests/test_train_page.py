@@ -1,4 +1,4 @@
-"""The page of a comparison: every table and chart holds what the runs' folders hold; what is missing is left out."""
+"""The page of a comparison: tables and charts show the numbers of the run folders; missing parts are left out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_run(
     wrong: list[list[int]] | None = None,
     values: dict[str, Any] | None = None,
 ) -> Run:
-    """A finished run. Of each class's 10 test rows it has equally many right, of the first class's seed + 1 less."""
+    """A finished run with 10 test rows per class, equally many right in each, seed + 1 fewer in the first."""
     out = folder / f"{name}{seed}".replace("/", "_").replace("<", "_")
     out.mkdir(parents=True)
     recipe = Recipe(name=name, seed=seed).with_values(

@@ -68,7 +68,7 @@ def test_rows_are_methods_and_columns_pairs(runs: list[Run]) -> None:
     assert vgg["KD"].published == 72.98 and vgg["teacher"].texts() == ("-", "-", "74.64")
     assert vgg["KD+LR"].texts() == ("-", "-", "-")
     assert short.columns == (("resnet20", "resnet8"),)
-    assert {cell.published for _, row in short.rows for cell in row} == {None}, "the short protocol is nobody's"
+    assert {cell.published for _, row in short.rows for cell in row} == {None}, "no paper uses the short protocol"
     assert paper_tables([run for run in runs if run.recipe.name == "digits_alone"]) == []
     assert paper_tables([]) == []
 

@@ -1,4 +1,4 @@
-"""Training in several processes and parts, and what happens when one of them is stopped, killed or silent."""
+"""Training in several processes and accumulation steps, with stopped, killed and hanging processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Noisy(Classifier):
 
 
 class Train:
-    """A training split to which something happens: `event` is called before the batch of (epoch, step)."""
+    """A training split that calls `event` before the batch of (epoch, step)."""
 
     def __init__(self, loader: Any, at: tuple[int, int], event: Any) -> None:
         self._loader, self._at, self._event = loader, at, event
@@ -154,7 +154,7 @@ def numbers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """Equal to 1e-6, or to the rounding of a float32 sum.
 
-    Of a divided batch each part shows the teacher its largest share: one row too many at most.
+    In an accumulated batch each part may give the teacher one row more than are selected.
     """
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
@@ -379,7 +379,7 @@ cases.trained(folder / "two", data=cases.blobs((1, 4), lose), values={{"run.time
     started = time.monotonic()
     done = run(tmp_path, code, processes=2)
     assert done.returncode != 0
-    # A silent process is given up after run.timeout; torchrun kills it half a minute after it asked it to end.
+    # A silent process is given up after run.timeout; torchrun kills it half a minute after SIGTERM.
     assert time.monotonic() - started < 120, "it hung"
     state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
     assert (state["epoch"], state["steps"]) == (1, 0)

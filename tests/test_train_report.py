@@ -1,4 +1,4 @@
-"""Reports: averages over seeds, differences only where they are paired, noise named as noise."""
+"""Reports: averages over seeds, paired differences, and verdicts about noise."""
 
 from __future__ import annotations
 

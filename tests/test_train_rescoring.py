@@ -1,4 +1,4 @@
-"""Selections made during training: when, from what, and the same after an interruption."""
+"""Selections during training: their epochs, their scores, and resumption."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_by_default_samples_harmed_beyond_the_error_are_deselected(tmp_path: Pat
 
 
 def test_the_teacher_labels_only_selected_samples_after_scoring(tmp_path: Path) -> None:
-    """Everyone is heard until the first scoring, and as many as were selected after it."""
+    """Before the first scoring every sample has its teacher, afterwards the selected half."""
     chosen = recipe(
         **RESCORED
         | {"selection.threshold": None}
@@ -114,8 +114,8 @@ def test_the_teacher_labels_only_selected_samples_after_scoring(tmp_path: Path) 
     )
     result, _ = run(tmp_path, chosen)
     size = len(blobs().train.labels)
-    heard = [record["n_selected"] for record in result.records]
-    assert heard == [size, *[int(0.5 * size + 0.5)] * 4]
+    n_selected = [record["n_selected"] for record in result.records]
+    assert n_selected == [size, *[int(0.5 * size + 0.5)] * 4]
 
 
 def test_outliers_and_foreign_answers_need_no_held_out_samples(tmp_path: Path) -> None:
