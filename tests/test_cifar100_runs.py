@@ -1,4 +1,4 @@
-"""The stored CIFAR-100 runs: README.md and the page say what the CSV says."""
+"""The stored CIFAR-100 runs: README.md and the page agree with the CSV."""
 
 from __future__ import annotations
 

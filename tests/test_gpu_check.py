@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh with programs that only pretend, and tools/gpu_smoke.py on the CPU: no fault ends a run."""
+"""tools/gpu_check.sh with stub programs, and tools/gpu_smoke.py on the CPU: a failed step does not end a run."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_solve_inverts_the_product() -> None:
 
 
 def test_masked_classes_are_legal() -> None:
-    """-inf logits: the class has no mass, the scores are those of the problem without it."""
+    """-inf logits: the class has no mass, and the scores equal those without it."""
     arguments = make_case(6).arguments(torch.float64)
     inf = torch.full((60, 1), -torch.inf, dtype=torch.float64)
     wider = dict(arguments)
@@ -307,7 +307,7 @@ def test_objective_hessian_without_weight_needs_another() -> None:
 
 
 def saturated(scale: float, dtype: torch.dtype) -> dict[str, Any]:
-    """A student that has learnt its labels by heart: its logits are a multiple of the one-hot labels."""
+    """A student that has memorised its labels: its logits are a multiple of the one-hot labels."""
     arguments = make_case(0).arguments(dtype)
     arguments["student_logits"] = F.one_hot(arguments["target"], 5).to(dtype) * scale
     return arguments
@@ -329,7 +329,7 @@ def test_a_vanished_curvature_is_refused(
     for change in changes:
         with pytest.raises(ValueError, match=f"curvature '{curvature}' of the last layer is zero up to.*damping="):
             influence.last_layer_scores(**(arguments | change))
-    # What the message offers: damping by itself is a multiple of I.
+    # The remedy in the message: damping as an absolute multiple of I.
     damped = influence.last_layer_scores(**arguments, damping=0.5)["kd_gain"]
     identity = influence.last_layer_scores(**arguments | {"curvature": "identity"})["kd_gain"]
     torch.testing.assert_close(damped, identity / 0.5, rtol=1e-4, atol=1e-6)

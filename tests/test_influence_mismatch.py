@@ -178,7 +178,7 @@ def test_just_enough_to_estimate_from(samples: int, classes: int) -> None:
 
 
 class Shuffled(nn.Module):
-    """A teacher: another linear head on the same inputs, which is given another sample's where the input says so."""
+    """A teacher: another linear head; a flag in the input makes it answer for another sample."""
 
     def __init__(self, student: nn.Linear) -> None:
         super().__init__()

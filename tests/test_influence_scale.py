@@ -1,4 +1,4 @@
-"""Scoring large data: shards on disk, going on after kill -9, several processes, memory that does not grow."""
+"""Scoring large data: shards on disk, resumption after kill -9, several processes, constant memory."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     part.unlink()
     with pytest.raises(ValueError, match=r"part-00000003.parquet begins at sample 72, where 48 is next"):
         influence.load_scores(out)
-    # As the message says: the missing part alone is made again.
+    # Only the missing part is computed again, as the message says.
     (out / "_complete.json").unlink()
     expected = scored()
     assert torch.equal(scored(out, resume=True)["kd_gain"], expected["kd_gain"])
@@ -254,7 +254,7 @@ def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
-    """Peak resident memory of 4,000 and of 32,000 samples: what a sample costs is its row of scores."""
+    """Peak resident memory of 4,000 and of 32,000 samples differs by the rows of scores only."""
     code = """
 import resource, sys
 from lrds_fast.influence import shards

@@ -125,7 +125,7 @@ def test_one_class() -> None:
 @pytest.mark.parametrize("classes", SIZES)
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 def test_masked_classes(dtype: torch.dtype, classes: int) -> None:
-    """-inf in both: the class is not there, its gradient exactly 0."""
+    """-inf in both logits excludes the class; its gradient is exactly 0."""
     student, teacher, target = kd_cases.rows(9, classes, dtype)
     keep = torch.ones(classes, dtype=torch.bool)
     keep[:: max(2, classes // 7)] = False  # the first class, and more of them
@@ -144,7 +144,7 @@ def test_masked_classes(dtype: torch.dtype, classes: int) -> None:
 
 @pytest.mark.parametrize("classes", SIZES)
 def test_masked_teacher_classes(classes: int) -> None:
-    """0 log 0 = 0: a class that only the teacher rules out costs nothing infinite."""
+    """0 log 0 = 0: a class that only the teacher excludes has a finite loss."""
     for dtype in kd_cases.FLOATING:
         student, teacher, target = kd_cases.rows(9, classes, dtype)
         teacher[:, 1:-1:2] = -math.inf

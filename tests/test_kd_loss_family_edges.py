@@ -29,7 +29,7 @@ def gradient(loss: Tensor, student: Tensor, grad_output: Tensor | None = None) -
 @FLOATING
 @FAMILY
 def test_values_without_effect_are_not_read(divergence: Divergence, dtype: torch.dtype) -> None:
-    """Ignored rows of NaN, NaN teachers of unselected rows: neither loss nor gradient knows of them."""
+    """Ignored rows of NaN, NaN teachers of unselected rows: neither the loss nor the gradient depends on them."""
     for classes in (2, 17, 100):
         student, teacher, target = kd_cases.family_rows(12, classes, dtype)
         target[5] = -100
@@ -76,7 +76,7 @@ def test_one_class_has_nothing_to_distil(divergence: Divergence) -> None:
 @FLOATING
 @FAMILY
 def test_excluded_classes(divergence: Divergence, dtype: torch.dtype) -> None:
-    """-inf in the same classes of both, as a vocabulary is masked: as if the classes were not there."""
+    """-inf in the same classes of both, as in a masked vocabulary: the result equals that without these classes."""
     student, teacher, target = kd_cases.family_rows(12, 40, dtype)
     gone = torch.zeros(40, dtype=torch.bool)
     gone[[0, 1, 15, 16, 38, 39]] = True  # a whole first vector but for its end, and the row's end

@@ -256,7 +256,7 @@ def test_soft_weights_are_probabilities_of_the_model() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_mismatched_answers_are_detected(share: float) -> None:
-    """Rows whose teacher answers for another sample; with none, none is found."""
+    """Rows whose teacher logits belong to another sample; without such rows none is reported."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(3000, 20, generator=generator)
     v = 3 * z + 2 * torch.randn(3000, 20, generator=generator)
@@ -299,7 +299,7 @@ def test_runs_resume(tmp_path: Path) -> None:
 
 
 def test_statistics() -> None:
-    """A paired difference by hand; tuned KD picked in each seed."""
+    """A paired difference computed by hand; the best KD weight is chosen per seed."""
     rows = []
     for seed, (kd, other, arm) in enumerate([(20.0, 21.0, 20.5), (22.0, 21.5, 23.0), (24.0, 24.0, 26.0)]):
         names = [lab_students.kd_name(ce) for ce in lab_students.CE_WEIGHTS]
@@ -323,7 +323,7 @@ def test_statistics() -> None:
 
 
 def test_the_page_is_of_the_stored_runs() -> None:
-    """docs/benchmarks/method.md says what the CSV says, and shows the plots that lie beside it."""
+    """docs/benchmarks/method.md agrees with the CSV and shows the plots beside it."""
     page = lab_statistics.PAGE.read_text(encoding="utf-8")
     runs = lab_statistics.Runs(lab_features.read_rows(lab_features.STORED))
     assert lab_statistics.page_with(page, runs) == page

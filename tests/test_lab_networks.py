@@ -104,7 +104,7 @@ def test_arms_share_initial_weights_and_runs_are_not_repeated(
     lab.main()
     assert lab.STORED.read_bytes() == before, "finished runs are not run again"
 
-    # The arm that went on from the other's checkpoint is the arm that starts by itself.
+    # An arm that continues another arm's checkpoint equals the arm trained from the start.
     (tmp_path / "another").mkdir()
     pair = lab.Pair("unseen", 0, 0, small, tmp_path / "another")
     alone = pair.run("ds")

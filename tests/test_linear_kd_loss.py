@@ -1,4 +1,4 @@
-"""linear_kd_loss against the same loss of materialised float64 logits, and what it promises about memory."""
+"""linear_kd_loss against the same loss of materialised float64 logits, and its peak memory."""
 
 from __future__ import annotations
 
@@ -400,7 +400,7 @@ def test_autocast_over_any_dtypes(
 @pytest.mark.parametrize("reduction", ["mean", "sum", "elementmean"])
 @pytest.mark.parametrize("divergence", ["mse_probs", "mse_logits"])
 def test_float16_gradients_of_means_over_classes_do_not_underflow(divergence: str, reduction: str) -> None:
-    """Both are divided by the classes too, and by a thousand of them mse_probs's are below float16's normal numbers."""
+    """Both divide by the number of classes; for 1000 classes the gradients of mse_probs are subnormal in float16."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(64, 32, generator=generator) for _ in range(2))
     weight, teacher_weight = (0.1 * torch.randn(1000, 32, generator=generator) for _ in range(2))
@@ -474,7 +474,7 @@ def test_gradients_survive_a_kept_graph(grad_scale: float | None, dtype: torch.d
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 def test_only_the_gradients_that_are_wanted(wanted: tuple[int, ...]) -> None:
-    """A frozen head, a frozen body, a bias alone: the others' are neither returned nor computed."""
+    """A frozen head, a frozen body, a bias alone: gradients of frozen tensors are neither returned nor computed."""
     p = problem()
     _, exact = expected(p)
     leaves = p.student()
@@ -541,7 +541,7 @@ Derivatives = dict[str, tuple[Tensor, ...]]
 
 
 def derivatives(loss: Callable[..., Tensor], leaves: tuple[Tensor, Tensor, Tensor]) -> Derivatives:
-    """Those of loss(hidden, weight, bias) that are no plain first ones, by every mode that PyTorch has."""
+    """Derivatives of loss(hidden, weight, bias) beyond plain backward, in every mode of PyTorch."""
     generator = torch.Generator().manual_seed(0)
     directions = tuple(torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for leaf in leaves)
     grad_output = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
@@ -869,7 +869,7 @@ def test_errors_name_the_argument(changed: dict[str, Any], error: type[Exception
 
 
 def test_errors_give_the_row_of_the_batch() -> None:
-    """Not that of the chunk."""
+    """The count is of the whole batch, not of the chunk."""
     p = problem()
     target = p.target.clone()
     target[17] = 40

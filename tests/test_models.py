@@ -1,4 +1,4 @@
-"""Networks: published names, shapes and outputs; logits and features that belong together."""
+"""Networks: published names, shapes and outputs; consistent logits and features."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_the_temperature_may_be_positional() -> None:
 
 
 def test_repr_rebuilds_the_module() -> None:
-    """But for class_weight: a buffer, as in nn.CrossEntropyLoss."""
+    """The state is empty except for class_weight, which is a buffer as in nn.CrossEntropyLoss."""
     for module in (KDLoss(), KDLoss(**STORED | {"class_weight": None})):
         rebuilt = eval(repr(module))
         assert vars_of(rebuilt) == vars_of(module)
@@ -114,7 +114,7 @@ def test_has_no_state_but_class_weights() -> None:
 
 
 def test_assigned_hyperparameters_count() -> None:
-    """A temperature schedule assigns to the module; what it assigns is checked on the next call."""
+    """A temperature schedule assigns to the module; the next call checks the value."""
     rows = kd_cases.rows(12, 10)
     module = KDLoss()
     module.temperature = 2.0

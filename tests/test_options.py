@@ -16,7 +16,7 @@ from lrds_fast.options import KEYWORDS, REDUCTION, DivergenceKeywords, KDOptions
 
 
 def test_fields_are_the_last_arguments_of_every_operator() -> None:
-    """The operators take the fields by position: one in another place would be a wrong loss without an error."""
+    """The operators take the fields by position: a wrong order would give a wrong loss without an error."""
     for operator, after in ((_ops.kd_loss, 0), (_ops.kd_loss_forward, 1), (_ops.kd_moments, 1)):
         arguments = operator._schema.arguments
         names = [argument.name for argument in arguments]

@@ -1,4 +1,4 @@
-"""What a user gets: one version, everything in the source archive, readable errors from the build."""
+"""Packaging: one version, a complete source archive, readable errors from the build."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_an_old_setuptools_is_named_before_anything_else(monkeypatch: pytest.Mon
 
 @in_checkout
 def test_a_wheel_requires_the_torch_that_its_binary_fits(tmp_path: Path) -> None:
-    """The metadata alone: nothing is compiled."""
+    """Reads the metadata only; nothing is compiled."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -308,7 +308,7 @@ def parsed(path: Path) -> Any:
 
 
 def workflows() -> dict[str, dict[str, Any]]:
-    """File name -> what each of GitHub's workflows says. YAML reads the key "on" as True."""
+    """File name -> the parsed GitHub workflow. YAML reads the key "on" as True."""
     found = {path.name: parsed(path) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
     assert set(found) == {"lint.yml", "tests.yml", "docs.yml", "wheels.yml"}
     return found

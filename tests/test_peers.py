@@ -1,4 +1,4 @@
-"""Scores against other people's packages, run side by side: pip install -e '.[peers]'.
+"""Scores against other packages, run side by side: pip install -e '.[peers]'.
 
 kronfluence gives its own factors to both, so that what is compared is the algebra. Its grouped convolutions are left
 out: they average activations over the groups.
@@ -63,7 +63,7 @@ def test_kronfluence_with_kronfluence_factors(tmp_path: Path) -> None:
 
 
 def test_our_factors_match_kronfluence(tmp_path: Path) -> None:
-    """Both draw labels: the two fits agree as far as two draws do."""
+    """Both sample labels: the two fits agree as closely as two samples do."""
     pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     model, train = network(), data(2000, 1, 3, 9, 9)
     layers = ["0", "3", "7", "9"]
@@ -133,7 +133,7 @@ def test_lds_matches_kronfluence(tmp_path: Path) -> None:
 
 
 def test_lds_of_dattri_and_trak(tmp_path: Path) -> None:
-    """That they run as benchmarks/bench_lds.py has them: their scores foresee something."""
+    """They run with the settings of benchmarks/bench_lds.py, and their LDS is positive."""
     for package in ("dattri", "trak"):
         pytest.importorskip(package, reason="pip install -e '.[peers]'")
     problem = bench_lds.digits(50)

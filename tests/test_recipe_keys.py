@@ -1,4 +1,4 @@
-"""What is made from the options of recipes: the table in the docs, the help text, the JSON schema; and their errors."""
+"""Files generated from the options of recipes: the table in the docs, the help text, the JSON schema; and errors."""
 
 from __future__ import annotations
 

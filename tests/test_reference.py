@@ -241,7 +241,7 @@ def test_gradient_is_right_by_finite_differences() -> None:
 
 
 def test_masked_classes() -> None:
-    """-inf on both sides is a class that is not there; under teacher mass it is an infinite loss."""
+    """-inf in both logits excludes the class; -inf in the student under teacher mass is an infinite loss."""
     z, v, y = batch(6, 5)
     y.clamp_(max=3)
     masked_z, masked_v = z.clone(), v.clone()

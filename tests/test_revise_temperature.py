@@ -43,7 +43,7 @@ def kl(z: Tensor, p: Tensor, t: float) -> Tensor:
 
 
 def test_the_default_is_temperature_one() -> None:
-    """One line changes it: lrds_fast.divergences.REVISE_TEMPERATURE."""
+    """The constant lrds_fast.divergences.REVISE_TEMPERATURE sets the default."""
     assert REVISE_TEMPERATURE == 1.0
     rows = kd_cases.rows(12, 10)
     assert torch.equal(kd_loss(*rows), kd_loss(*rows, revise_temperature=1.0))
@@ -107,7 +107,7 @@ def test_matches_reference(divergence: Divergence, revise: str | None, dtype: to
 @pytest.mark.parametrize("rest", [True, False], ids=("rest", "without rest"))
 @pytest.mark.parametrize("divergence", ["kl", "rkl", "dkd", "nkd", "jsd", "mse_probs"])
 def test_cached_teacher(divergence: str, rest: bool, k: int) -> None:
-    """What is not kept is spread evenly: C - k classes of the logit T (rest - log(C - k)), at R as at T."""
+    """The remaining mass is spread evenly: C - k classes of the logit T (rest - log(C - k)), at R as at T."""
     for dtype in (DOUBLE, torch.float32):
         z, v, y = kd_cases.family_rows(40, 33, dtype)
         cached = TopKTeacher.from_logits(v / 8 + torch.linspace(-1, 1, 33).to(dtype), k, temperature=2.0)
@@ -306,7 +306,7 @@ def test_mlkd_loss() -> None:
 
 
 def test_counts_and_threads() -> None:
-    """The same rows are revised; the bits do not depend on threads; nothing but wrong rows changes."""
+    """The same rows are revised, with the same bits for any thread count; only wrong rows change."""
     z, v, y = kd_cases.rows(64, 1000)
     published, ours = (kd_loss_parts(z, v, y, revise_temperature=r) for r in (None, 1.0))
     assert ours.n_revised == published.n_revised > 0

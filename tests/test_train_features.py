@@ -90,7 +90,7 @@ def test_fitnet_at_rkd_and_sp_match_their_formulas() -> None:
 
 
 def test_other_losses_match_torchdistill() -> None:
-    """Its losses and auxiliary modules called by hand, with the parameters that ours drew."""
+    """torchdistill's losses and auxiliary modules called directly, with the initial parameters of ours."""
     from torchdistill.losses import mid_level
 
     student, teacher = pair()

@@ -240,7 +240,7 @@ def test_the_saved_recipe_resolves_defaults_to_numbers(tmp_path: Path) -> None:
     train(chosen, blobs(), student(), teacher(), out=tmp_path, progress=False)
     written = from_mapping(json.loads((tmp_path / "recipe.json").read_text()))
     assert written.loss.ce_weight_unselected == 0.5
-    # Not another run than one that was given the number.
+    # A run with the explicit number is the same run.
     train(written, blobs(), student(), teacher(), out=tmp_path, resume=True, progress=False)
     other = chosen.with_values(**{"loss.ce_weight_unselected": 1.0})
     with pytest.raises(ValueError, match="loss.ce_weight_unselected"):

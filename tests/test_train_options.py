@@ -76,7 +76,7 @@ def test_mixed_training_is_sgd_on_mixed_pictures_and_targets(tmp_path: Path) -> 
     result, student = trained(tmp_path / "run", data=data, values=values)
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
-    # What a teacher says of a mixture is about no sample.
+    # Predictions for mixed pictures belong to no sample.
     assert bool((result.teacher_pred == -1).all())
     assert result.records[0]["n_selected"] == int(selected.sum())
 

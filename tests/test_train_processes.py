@@ -379,7 +379,7 @@ cases.trained(folder / "two", data=cases.blobs((1, 4), lose), values={{"run.time
     started = time.monotonic()
     done = run(tmp_path, code, processes=2)
     assert done.returncode != 0
-    # A silent process is given up after run.timeout; torchrun kills it half a minute after SIGTERM.
+    # A hanging process fails after run.timeout; torchrun kills it half a minute after SIGTERM.
     assert time.monotonic() - started < 120, "it hung"
     state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
     assert (state["epoch"], state["steps"]) == (1, 0)

@@ -46,7 +46,7 @@ def recipe(**values: Any) -> Recipe:
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_scores_are_the_last_layers(noise: float) -> None:
-    """Of features and logits that are computed here, with the teacher's logits of other samples too."""
+    """Scores of features and logits that are computed here, also with swapped teacher logits."""
     chosen = recipe(**{"teacher.answer_noise": noise, "loss.ce_weight": 0.4})
     data = run.load_data(chosen)
     student, teacher = (create("mlp", num_classes=10) for _ in range(2))
