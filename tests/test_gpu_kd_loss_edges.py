@@ -65,7 +65,7 @@ def test_terms_of_weight_zero_are_not_read() -> None:
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 def test_masked_classes(dtype: torch.dtype, classes: int) -> None:
-    """-inf in both logits excludes the class; in the teacher alone it costs 0; in the student alone, an infinite loss."""
+    """-inf in both logits excludes the class; in the teacher alone it costs 0; in the student alone the loss is inf."""
     student, teacher, target = kd_cases.rows(9, classes, dtype, device=DEVICE)
     masked_student, masked_teacher = student.clone(), teacher.clone()
     masked_student[:, 1::2] = masked_teacher[:, 1::2] = -math.inf

@@ -869,7 +869,7 @@ def test_errors_name_the_argument(changed: dict[str, Any], error: type[Exception
 
 
 def test_errors_give_the_row_of_the_batch() -> None:
-    """The count is of the whole batch, not of the chunk."""
+    """The row counts from the start of the batch, not of the chunk."""
     p = problem()
     target = p.target.clone()
     target[17] = 40

@@ -77,7 +77,7 @@ def test_the_temperature_may_be_positional() -> None:
 
 
 def test_repr_rebuilds_the_module() -> None:
-    """The state is empty except for class_weight, which is a buffer as in nn.CrossEntropyLoss."""
+    """class_weight is not in the repr: it is a buffer, as in nn.CrossEntropyLoss."""
     for module in (KDLoss(), KDLoss(**STORED | {"class_weight": None})):
         rebuilt = eval(repr(module))
         assert vars_of(rebuilt) == vars_of(module)
