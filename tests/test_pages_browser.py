@@ -9,7 +9,7 @@ from typing import Any
 import browser
 import pytest
 import torch
-from test_train_page import make_run
+from test_report_page import make_run
 
 from lrds_fast.report.page import html_report
 from lrds_fast.selection import select

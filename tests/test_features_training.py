@@ -104,7 +104,7 @@ def test_a_run_with_features_resumes_bit_for_bit(tmp_path: Path, method: dict[st
 
 def test_adapters_learn_from_all_processes_and_parts(tmp_path: Path) -> None:
     code = f"""
-import test_train_with_features as features
+import test_features_training as features
 result, student = features.trained(folder / "two", data=cases.blobs(), values={VID!r})
 torch.save([result.records, student.state_dict()], folder / f"rank{{rank}}.pt")
 """

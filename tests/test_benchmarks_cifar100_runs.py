@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_train_report import write_run
+from test_report import write_run
 
 from benchmarks import cifar100_runs
 from lrds_fast.report.runs import read_run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from html_page import Page
-from test_train_report import write_run
+from test_report import write_run
 
 from lrds_fast.cli import main as cli
 from lrds_fast.recipe import names as grid
