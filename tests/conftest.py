@@ -1,4 +1,4 @@
-"""Skips what this machine cannot run, with one reason each, and says in the summary whether real data was there."""
+"""Skips tests that this machine cannot run, each with a reason; the summary says whether real data was found."""
 
 from __future__ import annotations
 

@@ -50,9 +50,9 @@ for divergence in kd_cases.FAMILY:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             assert_family(*(x.to(device) for x in kd_cases.family_rows(5, classes, dtype)), divergence=divergence)
             ran += 1
-for divergence in NAMES:
+for name in NAMES:
     for classes in (10, 1001, 40000):
-        path_cases.check(path_cases.PathCase("moments", 5, classes, divergence=divergence), device)
+        path_cases.check(path_cases.PathCase("moments", 5, classes, divergence=name), device)
         ran += 1
 # Several rows through each block's ring, and through each cluster's.
 for rows, classes in ((300, 21841), (100, 128256)):

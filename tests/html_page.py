@@ -1,4 +1,4 @@
-"""A page as tests look at it: whether it is whole, its headings, its tables, what it would fetch."""
+"""A parser of HTML pages for tests: well-formedness, headings, tables, external resources."""
 
 from __future__ import annotations
 

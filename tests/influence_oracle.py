@@ -150,7 +150,8 @@ class Case:
         change = rows(self.weight, h, self.teacher_logits, self.target, on)
         change = (change - rows(self.weight, h, self.teacher_logits, self.target, off)).reshape(count, size, size)
         switched = curvature + (1 - 2 * w)[:, None, None] * change / count
-        return -(torch.linalg.solve(switched, delta) @ self.validation_gradient())
+        shift: Tensor = -(torch.linalg.solve(switched, delta) @ self.validation_gradient())
+        return shift
 
 
 def _loss(loss: KDLoss, z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None) -> Tensor:

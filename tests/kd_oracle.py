@@ -40,7 +40,8 @@ def log_sum(x: Array) -> Array:
     """logsumexp over the last axis, kept; -inf of nothing."""
     top = x.max(axis=-1, keepdims=True)
     top = np.where(top == -INF, 0, top)
-    return top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
+    total: Array = top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
+    return total
 
 
 def distribution(x: Array) -> Array:
@@ -438,7 +439,7 @@ def soft_targets(y: Tensor, classes: int, dtype: torch.dtype, seed: int) -> Tens
 def compare(z: Tensor, v: Tensor, target: Tensor, function: Callable[..., Tensor] = kd_loss, **options: Any) -> int:
     """kd_loss's KD rows and their gradient against the oracle's; the number of rows. AssertionError names the first.
 
-    Of another function, whose gradient autograd adds up and takes away again, eight digits of the row are asked.
+    For another function, whose gradient autograd sums with cancellation, the tolerance is eight digits of the row.
     """
     student = z.clone().requires_grad_()
     got = function(student, v, target, ce_weight=0.0, kd_weight=1.0, reduction="none", **options)
@@ -449,10 +450,10 @@ def compare(z: Tensor, v: Tensor, target: Tensor, function: Callable[..., Tensor
     if target.is_floating_point():
         soft = target.double().numpy().astype(np.longdouble)
         y = target.argmax(dim=-1)
-    wide = [x.double().numpy().astype(np.longdouble) for x in (z, v)]
+    z_wide, v_wide = (x.double().numpy().astype(np.longdouble) for x in (z, v))
     floor = FLOOR[compute]
-    exact = Rows(*wide, y.numpy(), soft, 0.0, **options).answer()
-    flushed = Rows(*wide, y.numpy(), soft, floor, **options).answer()
+    exact = Rows(z_wide, v_wide, y.numpy(), soft, 0.0, **options).answer()
+    flushed = Rows(z_wide, v_wide, y.numpy(), soft, floor, **options).answer()
     loss, gradient = got.detach().double().numpy(), got_gradient.double().numpy()
     t = max(1.0, options["temperature"])
     unit = torch.finfo(compute).eps / 2 * (ULPS + z.shape[1]) if function is kd_loss else 1e-8

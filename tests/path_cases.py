@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import kd_cases
 import torch
@@ -90,8 +91,8 @@ def check(case: PathCase, device: str, wrong: bool = False) -> None:
         if case.rows > 5:
             target[5] = -100
 
-        def loss(z: Tensor, *arguments: object, **options: object) -> object:
-            return kd_loss_parts(z * 1.01 if wrong else z, *arguments, **options)  # type: ignore[arg-type]
+        def loss(z: Tensor, *arguments: Any, **options: Any) -> Any:
+            return kd_loss_parts(z * 1.01 if wrong else z, *arguments, **options)
 
         z, v = laid_out(student, case.layout), laid_out(teacher, case.layout)
         assert_matches_reference(loss, z, v, target)
@@ -102,10 +103,10 @@ def check(case: PathCase, device: str, wrong: bool = False) -> None:
             assert_family(*(tensor.to(device) for tensor in rows), divergence=divergence)
     elif case.kind == "moments":
         student, teacher, target = (x.to(device) for x in kd_cases.family_rows(case.rows, case.classes, case.dtype))
-        on_host = [tensor.cpu().double() for tensor in (student, teacher)]
-        expected = kd_moments(*on_host, target.cpu(), direction=on_host[1], divergence=case.divergence)
+        z, v = (tensor.cpu().double() for tensor in (student, teacher))
+        moments = kd_moments(z, v, target.cpu(), direction=v, divergence=case.divergence)
         found = kd_moments(student, teacher, target, direction=teacher, divergence=case.divergence)
-        for name, wanted in expected._asdict().items():
+        for name, wanted in moments._asdict().items():
             got = getattr(found, name).cpu().to(wanted)
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(1 + wanted.abs().max()), msg=name)
     elif case.kind == "scale":
@@ -129,7 +130,7 @@ def check_linear(case: PathCase, device: str) -> None:
     weight, teacher_weight = normal(case.classes, 64, scale=0.2), normal(case.classes, 96, scale=0.2)
     target = torch.randint(case.classes, (case.rows,), generator=generator).to(device)
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
-    loss = lrds_fast.linear_kd_loss(*inputs, teacher_hidden, teacher_weight, target, chunk_rows=32)
+    loss = lrds_fast.linear_kd_loss(inputs[0], inputs[1], teacher_hidden, teacher_weight, target, chunk_rows=32)
     found = torch.autograd.grad(loss, inputs)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     teacher = teacher_hidden.double() @ teacher_weight.double().t()

@@ -46,7 +46,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = cli.M
 
 
 def test_from_teacher_to_report(capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole way a user goes, on a tenth of the data: the files of one command are what the next one takes."""
+    """All commands in order on a tenth of the data: each reads the files of the one before."""
     succeeds("train", "digits_teacher", *SMALL)
     succeeds("train", "digits_kd_lr", *SMALL)
     succeeds("score", "digits_kd_lr", *SMALL)
@@ -135,7 +135,7 @@ def test_resume_and_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--seeds", "0"], "seeds must be at least 1"),
     ],
 )
-def test_errors_are_one_line_that_says_what_to_do(
+def test_errors_are_one_line_with_a_remedy(
     capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
 ) -> None:
     assert message in fails(capsys, *arguments)
@@ -149,7 +149,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert error.splitlines()[-1].startswith("lrds-fast: error: there is no recipe file")
 
 
-def test_closed_streams_cost_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_survive_closed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a daemon."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
@@ -182,7 +182,7 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "runs/digits_alone/last.pt: No space left on device" in error
 
 
-def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_prints_how_to_resume(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -213,7 +213,7 @@ def doctor(capsys: pytest.CaptureFixture[str], *, code: int = cli.OK) -> str:
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_doctor_reports_what_was_built(
+def test_doctor_reports_the_build(
     recorded: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = _ops.build_info()
@@ -238,7 +238,7 @@ def answered(command: Sequence[str], output: str) -> subprocess.CompletedProcess
     return subprocess.CompletedProcess(command, 0, stdout=output, stderr="")
 
 
-def test_doctor_works_where_nothing_else_does(
+def test_doctor_runs_without_the_extension_or_torch(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Without the extension, with another torch or without torch, doctor prints a line and its exit code is 1."""
@@ -267,7 +267,7 @@ def test_doctor_works_where_nothing_else_does(
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "no such level"])
-def test_doctor_knows_the_level_that_the_kernels_run(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_the_cpu_level_of_the_kernels(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     info = _ops.build_info()
     order = info["cpu_isas"]
     monkeypatch.delenv("LRDS_FAST_CPU_ISA", raising=False)
@@ -277,7 +277,7 @@ def test_doctor_knows_the_level_that_the_kernels_run(level: str, monkeypatch: py
     assert cpu_level(order) == (level if lower else best)
 
 
-def test_nothing_but_work_imports_torch() -> None:
+def test_help_and_usage_errors_do_not_import_torch() -> None:
     """Help, recipes, doctor and mistakes: also where torch, NumPy and the extension cannot be imported."""
     code = """
 import sys
@@ -295,12 +295,12 @@ done += [run("sweep", "digits_alone", "--grid", "loss.eta=0.1,0.2", "--seeds", "
 assert done == [0] * 7, done
 assert [run("fly"), run("train", "digits_alone", "--epochs", "3"), run("train", "absent.toml")] == [2, 2, 2]
 run("doctor")
-print("torch is asked for", run("train", "digits_alone"))
+print("torch import fails:", run("train", "digits_alone"))
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"torch is asked for {cli.FAILED}\n")
+    assert done.stdout.endswith(f"torch import fails: {cli.FAILED}\n")
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("lrds-fast: error: ")
 
@@ -385,7 +385,7 @@ def test_python_m_lrds_fast_is_the_same_program_and_survives_a_closed_pipe() -> 
 
 
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
-    """SIGKILL at whatever the process is doing, then --resume: every number but the time is that of an unbroken run."""
+    """SIGKILL at a random moment, then --resume: every number but the time equals the uninterrupted run."""
     settings = ["--set", "schedule.epochs=200", "--set", "run.device=cpu", "--set", "data.train_limit=200", "--quiet"]
     succeeds("train", "digits_alone", *settings, "--set", "run.out=whole")
     # As many threads as here: sums are in another order with another number.

@@ -171,7 +171,7 @@ def test_selections_of_other_data_are_refused(tmp_path: Path) -> None:
         forward_selected(nn.Linear(5, 3), torch.randn(2, 5), None, {})
 
 
-def test_without_torchdistill_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchdistill_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lrds_fast.compat.torchdistill")
     monkeypatch.setitem(sys.modules, "torchdistill.losses.registry", None)
     with pytest.raises(ImportError, match=r"needs torchdistill: pip install torchdistill"):

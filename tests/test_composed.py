@@ -43,7 +43,7 @@ def test_revision_loss(dtype: torch.dtype, rows: str) -> None:
     for weights in ((4.0, 1.0, 0.8), (0.5, 3.0, 0.3), (0.0, 0.0, 0.5)):
         ours = revision_loss(student, teacher, target, *weights)
         theirs = revision_by_hand(student, teacher, target, *weights)
-        tolerance = {"rtol": 1e-11, "atol": 1e-12} if dtype == DOUBLE else {"rtol": 1e-5, "atol": 1e-6}
+        tolerance: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-12} if dtype == DOUBLE else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(ours, theirs, **tolerance)
         if rows != "none":
             gradients = (torch.autograd.grad(x, student)[0] for x in (ours, theirs))
@@ -90,7 +90,7 @@ def mlkd_by_hand(z: Tensor, v: Tensor, y: Tensor, temperatures: tuple[float, ...
 
 
 @pytest.mark.parametrize("loss", [lambda z, v, _: dist_loss(z, v), revision_loss, mlkd_loss])
-def test_of_no_rows_is_0(loss: Callable[..., Tensor]) -> None:
+def test_no_rows_give_0(loss: Callable[..., Tensor]) -> None:
     student, teacher, target = (x[:0] for x in kd_cases.family_rows(3, 4, DOUBLE))
     value = loss(student.requires_grad_(), teacher, target)
     assert value.item() == 0.0
@@ -132,7 +132,7 @@ def test_mlkd_loss_of_selected_rows(revise: str | None) -> None:
 
 
 def test_mlkd_loss_under_autocast() -> None:
-    """The products of the float32 matrices are not made of 16-bit ones."""
+    """Products of float32 matrices are not computed in 16 bits."""
     student, teacher, target = kd_cases.family_rows(30, 12, torch.float32)
     z = student.requires_grad_()
     expected = mlkd_loss(z, teacher, target, temperature=1.0)
@@ -172,11 +172,12 @@ def test_second_derivatives_are_the_gradients_differences(loss: Callable[..., Te
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 def test_types_and_devices(dtype: torch.dtype) -> None:
     student, teacher, target = kd_cases.family_rows(8, 6, dtype)
-    for make in (
+    losses: list[Callable[[Tensor], Tensor]] = [
         lambda z: revision_loss(z, teacher, target),
         lambda z: dist_loss(z, teacher),
         lambda z: mlkd_loss(z, teacher, target),
-    ):
+    ]
+    for make in losses:
         z = student.clone().requires_grad_()
         loss = make(z)
         assert loss.dtype == (DOUBLE if dtype == DOUBLE else torch.float32) and loss.shape == ()
@@ -193,8 +194,8 @@ def test_types_and_devices(dtype: torch.dtype) -> None:
         (lambda z, v, y: revision_loss(z, v, F.one_hot(y, 5).double()), TypeError, "class indices; got torch.float64"),
         (lambda z, v, y: dist_loss(z, v, beta=math.nan), ValueError, "beta must be finite"),
         (lambda z, v, y: dist_loss(z, v, temperature=0.0), ValueError, "temperature must be > 0"),
-        (lambda z, v, y: dist_loss(z, "teacher"), TypeError, "teacher_logits must be a Tensor of logits; got str"),
-        (lambda z, v, y: mlkd_loss(z, v, y, batch_weight="1"), TypeError, "batch_weight must be a number; got '1'"),
+        (lambda z, v, y: dist_loss(z, "teacher"), TypeError, "teacher_logits must be a Tensor of logits; got str"),  # type: ignore[arg-type]
+        (lambda z, v, y: mlkd_loss(z, v, y, batch_weight="1"), TypeError, "batch_weight must be a number; got '1'"),  # type: ignore[arg-type]
         (lambda z, v, y: mlkd_loss(z, v, y, temperature=()), ValueError, "temperature must be a number or 1 to 8"),
         (lambda z, v, y: mlkd_loss(z, v, y[:3]), ValueError, r"target must have student_logits' leading shape \(6,\)"),
     ],

@@ -31,7 +31,7 @@ VECTOR_KERNELS = (
 
 @pytest.fixture(scope="module")
 def nvcc() -> str:
-    found = kernel_registers.find_nvcc()
+    found: str | None = kernel_registers.find_nvcc()
     if found is None:
         pytest.skip("nvcc was not found: set CUDA_HOME to compile the CUDA kernels")
     return found
@@ -46,7 +46,8 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reports(nvcc: str, objects: Path) -> Reports:
     """What ptxas said, by file and architecture."""
-    return kernel_registers.compile_all(nvcc, objects)
+    compiled: Reports = kernel_registers.compile_all(nvcc, objects)
+    return compiled
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,8 @@ def machine_code(nvcc: str, objects: Path, reports: Reports) -> list[Row]:
     cuobjdump = kernel_sass.find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("cuobjdump and nvdisasm were not found: CUDA_HOME/bin, the PATH and triton's package were searched")
-    return kernel_sass.table(cuobjdump, objects, sorted(reports), kernel_registers.nvcc_version(nvcc))
+    rows: list[Row] = kernel_sass.table(cuobjdump, objects, sorted(reports), kernel_registers.nvcc_version(nvcc))
+    return rows
 
 
 def named(row: Row) -> str:
@@ -74,7 +76,7 @@ def test_no_kernel_spills(reports: Reports) -> None:
     assert spilling == []
 
 
-def test_registers_are_the_tables(nvcc: str, reports: Reports) -> None:
+def test_registers_match_the_table(nvcc: str, reports: Reports) -> None:
     expected = kernel_registers.read_table()
     version = kernel_registers.nvcc_version(nvcc)
     if expected[0]["nvcc"] != version:
@@ -83,7 +85,7 @@ def test_registers_are_the_tables(nvcc: str, reports: Reports) -> None:
     assert changed == [], "if it is meant: python tools/kernel_sass.py --write"
 
 
-def test_gradients_leave_as_vectors(machine_code: list[Row]) -> None:
+def test_gradients_are_stored_as_vectors(machine_code: list[Row]) -> None:
     # Before sm_90 the bulk kernel is empty.
     rows = [row for row in machine_code if any(part in row["kernel"] for part in VECTOR_KERNELS) and row["stg"]]
     assert len(rows) >= 20
@@ -112,7 +114,7 @@ def test_rows_wait_for_no_fence(machine_code: list[Row]) -> None:
     assert [f"{named(row)}: {row['cctl']}" for row in rows if int(row["cctl"]) > at_most[named(row)]] == []
 
 
-def test_machine_code_is_the_tables(nvcc: str, machine_code: list[Row]) -> None:
+def test_machine_code_matches_the_table(nvcc: str, machine_code: list[Row]) -> None:
     expected = kernel_sass.read_table()
     version = kernel_registers.nvcc_version(nvcc)
     if expected[0]["nvcc"] != version:

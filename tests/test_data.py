@@ -1,4 +1,4 @@
-"""Loaders: every sample once, orders that depend on seed and epoch alone, pictures as they are."""
+"""Loaders: every sample once, an order that depends on seed and epoch alone, correct pictures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lrds_fast.recipe.recipe import DataOptions
 
 
 def numbered(size: int, **options: object) -> MemoryLoader:
-    """Pictures whose every pixel is their index / 256, so that a batch can be told from its content."""
+    """Pictures whose every pixel is their index / 256, so that a batch reveals its indices."""
     images = (torch.arange(size) / 256.0)[:, None, None, None].expand(size, 1, 8, 8).clone()
     return MemoryLoader(images, torch.arange(size) % 3, num_classes=3, batch_size=4, **options)  # type: ignore[arg-type]
 
@@ -127,7 +127,7 @@ def test_a_short_last_batch_joins_the_one_before(size: int, least: int) -> None:
 
 @pytest.mark.parametrize("selecting", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_shares_are_rows_of_every_batch_and_together_the_whole(count: int, selecting: bool) -> None:
+def test_shares_split_every_batch_and_cover_it(count: int, selecting: bool) -> None:
     selected = torch.arange(50) % 3 == 0 if selecting else None
     loader = numbered(50, shuffle=True, seed=2, augment="crop-flip")
     whole = list(loader.epoch(1, selected))
@@ -147,7 +147,7 @@ def test_shares_are_rows_of_every_batch_and_together_the_whole(count: int, selec
 
 
 @pytest.mark.parametrize("start", [0, 3, 13])
-def test_a_start_in_the_middle_is_the_tail_of_the_epoch(start: int) -> None:
+def test_a_later_start_yields_the_tail_of_the_epoch(start: int) -> None:
     loader = numbered(50, shuffle=True, augment="crop-flip")
     whole, tail = list(loader.epoch(4)), list(loader.epoch(4, start=start))
     assert len(whole) == 13
@@ -187,7 +187,7 @@ def test_views_repeat_pictures_but_not_the_order() -> None:
 
 
 @pytest.mark.parametrize("augment", ["none", "shift", "crop-flip"])
-def test_boxes_say_what_pictures_in_memory_became(augment: str) -> None:
+def test_boxes_describe_the_augmentation_of_pictures_in_memory(augment: str) -> None:
     images = torch.rand(30, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     loader = MemoryLoader(images, torch.zeros(30).long(), num_classes=1, batch_size=7, shuffle=True, augment=augment)
     for batch in loader.epoch(3):
@@ -204,7 +204,13 @@ def test_boxes_say_what_pictures_in_memory_became(augment: str) -> None:
 
 
 def test_options_and_keywords_open_the_same_data() -> None:
-    keys = {"batch_size": 20, "val_fraction": 0.1, "split_seed": 3, "augment": "shift", "train_limit": 90}
+    keys: dict[str, Any] = {
+        "batch_size": 20,
+        "val_fraction": 0.1,
+        "split_seed": 3,
+        "augment": "shift",
+        "train_limit": 90,
+    }
     by_keys = data_sets.load("digits", seed=2, views=2, **keys)
     by_options = data_sets.load(DataOptions(name="digits", **keys), seed=2, views=2)
     for split in ("train", "score", "val", "test"):
@@ -228,7 +234,7 @@ def test_hold_out_is_a_partition() -> None:
     assert not torch.equal(kept, hold_out(101, 0.25, seed=4)[0])
 
 
-def test_label_noise_changes_exactly_its_share_and_never_to_the_same_class() -> None:
+def test_label_noise_changes_the_exact_share_and_always_the_class() -> None:
     targets = torch.arange(200) % 5
     noisy = mislabelled(targets, 0.3, num_classes=5, seed=0)
     assert int((noisy != targets).sum()) == 60
@@ -253,7 +259,7 @@ def test_digits_test_split_does_not_depend_on_any_seed() -> None:
     assert sum(len(part.labels) for part in (splits[0].train, splits[0].test)) + len(splits[0].val.labels) == 1797  # type: ignore[union-attr]
 
 
-def test_two_digit_numbers_are_two_digits_of_their_own_split_side_by_side() -> None:
+def test_two_digit_numbers_join_two_digits_of_one_split() -> None:
     """Every half of every picture is one of the digits, with the label's tens or units, and of the right split."""
     pictures, digit = data_sets.digits()
     trained, tested = hold_out(len(pictures), data_sets.DIGITS_TEST_FRACTION, seed=0)
@@ -285,7 +291,7 @@ def test_two_digit_numbers_are_drawn_by_split_seed_and_the_test_numbers_are_fixe
     assert len(mine & theirs) < 50, "of 5,000, from more than a million pairs"
 
 
-def test_answer_noise_gives_exactly_its_share_another_samples_answer() -> None:
+def test_answer_noise_swaps_the_exact_share_of_answers() -> None:
     source = answer_sources(200, 0.25, seed=0)
     assert int((source != torch.arange(200)).sum()) == 50
     assert torch.equal(source, answer_sources(200, 0.25, seed=0))
@@ -326,7 +332,7 @@ def test_augmentation_moves_pictures_and_is_the_same_for_any_batch_size(augment:
     assert 10 <= sum(mirrored) <= 20 if augment == "crop-flip" else not any(mirrored)
 
 
-def test_mean_and_std_are_taken_off_per_channel() -> None:
+def test_mean_and_std_normalize_per_channel() -> None:
     images = torch.full((2, 3, 4, 4), 128, dtype=torch.uint8)
     loader = MemoryLoader(images, torch.tensor([0, 1]), num_classes=2, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 2.0))
     seen = next(iter(loader.epoch(0))).images[0, :, 0, 0]
@@ -348,7 +354,7 @@ def test_bad_tensors_are_named() -> None:
 
 def write_npz(path: Path) -> None:
     generator = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, Any] = {
         "train_images": generator.integers(0, 256, (9, 4, 4, 3), dtype=np.uint8),
         "train_labels": np.arange(9) % 3,
         "test_images": generator.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8),
@@ -357,7 +363,7 @@ def write_npz(path: Path) -> None:
     np.savez(path, allow_pickle=False, **arrays)
 
 
-def test_npz_gives_its_pictures_and_labels(tmp_path: Path) -> None:
+def test_npz_yields_pictures_and_labels(tmp_path: Path) -> None:
     path = tmp_path / "small.npz"
     write_npz(path)
     loaded = data_sets.load("npz", root=str(path), batch_size=4)
@@ -384,7 +390,7 @@ def test_bad_npz_files_are_named(tmp_path: Path) -> None:
 
 
 def save_npz(path: Path, **changed: np.ndarray) -> str:
-    arrays = {
+    arrays: dict[str, Any] = {
         "train_images": np.zeros((4, 6, 5), np.uint8),
         "train_labels": np.arange(4) % 2,
         "test_images": np.zeros((2, 6, 5), np.uint8),
@@ -442,8 +448,8 @@ def test_npz_of_every_integer_and_byte_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [2**64 - 1, 102084071, -1, MOST_CLASSES])
-def test_a_number_that_is_no_class_is_named(tmp_path: Path, number: int) -> None:
-    """Before anything is made for every class."""
+def test_labels_out_of_range_are_named(tmp_path: Path, number: int) -> None:
+    """The error comes before memory for every class is allocated."""
     labels = np.array([0, number, 0, 0], np.uint64 if number > 0 else np.int64)
     with pytest.raises(ValueError, match=rf"a.npz: train_labels\[1\] has the class number {number}"):
         data_sets.load("npz", root=save_npz(tmp_path / "a.npz", train_labels=labels))
@@ -457,7 +463,7 @@ def test_a_number_that_is_no_class_is_named(tmp_path: Path, number: int) -> None
         TFRecords([tmp_path / "r"], first_label=0)
 
 
-def test_class_numbers_up_to_the_samples_are_taken() -> None:
+def test_class_numbers_up_to_the_sample_count_are_accepted() -> None:
     many = list(range(MOST_CLASSES + 5))
     labels, names = class_numbers(many, str)
     assert labels.tolist() == many and names == [str(k) for k in many]
@@ -469,7 +475,7 @@ def test_class_numbers_up_to_the_samples_are_taken() -> None:
 
 @pytest.mark.parametrize("name", ["npz", "webdataset", "tfrecord"])
 @pytest.mark.parametrize("first", [0, 1])
-def test_class_numbers_begin_where_first_label_says(tmp_path: Path, name: str, first: int) -> None:
+def test_class_numbers_start_at_first_label(tmp_path: Path, name: str, first: int) -> None:
     pytest.importorskip("torchvision")
     root = str(tmp_path)
     if name == "npz":
@@ -497,7 +503,7 @@ def test_class_numbers_begin_where_first_label_says(tmp_path: Path, name: str, f
 
 
 @pytest.mark.parametrize("name", ["npz", "folder", "webdataset", "tfrecord"])
-def test_an_empty_root_is_said(name: str) -> None:
+def test_an_empty_root_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=rf"data.root is empty: set it to the (file|folder) of data '{name}'"):
         data_sets.load(name)
 
@@ -549,13 +555,13 @@ def test_members_are_grouped_as_webdataset_does(
         ([("1.jpg", b""), ("1.json", b"[" * 100000)], "a.tar:1.json must contain a class number"),
     ],
 )  # fmt: skip
-def test_samples_that_are_not_clear_are_named(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
+def test_ambiguous_samples_are_named(tmp_path: Path, members: list[tuple[str, bytes]], said: str) -> None:
     write_tar(tmp_path / "a.tar", members)
     with pytest.raises(ValueError, match=said):
         Tars([tmp_path / "a.tar"])
 
 
-def test_records_that_claim_too_much_are_damaged(tmp_path: Path) -> None:
+def test_records_with_excessive_lengths_are_damaged(tmp_path: Path) -> None:
     (tmp_path / "r").write_bytes(struct.pack("<Q", 1 << 39) + b"crc1" + b"short")
     with pytest.raises(ValueError, match="r is damaged or no TFRecord file"):
         TFRecords([tmp_path / "r"])
@@ -666,7 +672,7 @@ def test_folders_start_in_the_middle_share_their_batches_and_repeat_views(tmp_pa
 
 
 @pytest.mark.parametrize("reader", ["torchvision", "dali"])
-def test_reading_a_folder_leaves_the_global_generator_alone(tmp_path: Path, reader: str) -> None:
+def test_reading_a_folder_does_not_advance_the_global_generator(tmp_path: Path, reader: str) -> None:
     pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
     make_folder(tmp_path)
     loaded = data_sets.load("folder", root=str(tmp_path), augment="crop-flip", image_size=8, reader=reader)
@@ -715,7 +721,7 @@ def bomb(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["bmp", "png", "none", "garbage"])
 @pytest.mark.parametrize("reader", ["torchvision", "dali"])
-def test_headers_that_claim_too_much_are_unreadable_pictures(tmp_path: Path, kind: str, reader: str) -> None:
+def test_headers_with_excessive_sizes_are_unreadable_pictures(tmp_path: Path, kind: str, reader: str) -> None:
     pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
     make_folder(tmp_path)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no picture" if kind == "garbage" else bomb(kind))
@@ -779,7 +785,7 @@ def test_levels_of_16_bits_and_floating_ones_are_scaled(tmp_path: Path, kind: st
 
 
 @pytest.mark.parametrize("reader", ["torchvision", "dali"])
-def test_levels_that_mean_nothing_are_unreadable(tmp_path: Path, reader: str) -> None:
+def test_unscalable_pixel_values_are_unreadable(tmp_path: Path, reader: str) -> None:
     pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
     image = pytest.importorskip("PIL.Image")
     make_folder(tmp_path)
@@ -811,7 +817,7 @@ def test_pnm_of_any_range_is_the_same_in_both_readers(tmp_path: Path, reader: st
     assert (levels - 127.5).abs().max() < 0.6
 
 
-def test_hidden_folders_are_no_classes_and_links_are_followed_once(tmp_path: Path) -> None:
+def test_hidden_folders_are_skipped_and_links_are_followed_once(tmp_path: Path) -> None:
     make_folder(tmp_path)
     root = tmp_path / "train"
     wanted = Folder(root)
@@ -835,8 +841,8 @@ def test_hidden_folders_are_no_classes_and_links_are_followed_once(tmp_path: Pat
 
 @pytest.mark.parametrize("reader", ["torchvision", "dali"])
 @pytest.mark.parametrize("name", ["webdataset", "tfrecord"])
-def test_archives_are_the_folder(tmp_path: Path, name: str, reader: str) -> None:
-    """The same pictures, labels, classes and held-out samples, whatever they lie in and whoever reads them."""
+def test_archives_yield_the_samples_of_the_folder(tmp_path: Path, name: str, reader: str) -> None:
+    """The same pictures, labels, classes and held-out samples for every archive format and reader."""
     pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
     make_folder(tmp_path / "folder")
     archives = tmp_path / name

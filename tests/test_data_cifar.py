@@ -127,7 +127,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         cifar(100, str(tmp_path))
 
 
-def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_names_the_manual_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
 
     def offline(root: str, download: bool) -> None:

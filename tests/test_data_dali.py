@@ -9,6 +9,7 @@ import os
 import struct
 import tarfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ from lrds_fast.data.webdataset import Tars
 pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
 Image = pytest.importorskip("PIL.Image")
 
-from lrds_fast.data.boxes import picture_size, random_box  # noqa: E402
+from lrds_fast.data.boxes import random_box  # noqa: E402
 from lrds_fast.data.dali import DaliLoader  # noqa: E402
+from lrds_fast.data.pictures import picture_size  # noqa: E402
 
 COUNT = 26
 SIZE = 32
 
 
 def picture(index: int, mode: str = "RGB") -> object:
-    """Smooth, so that what differs is the resampling and not the noise; every size is another."""
+    """Smooth pictures of different sizes: readers may differ by resampling only."""
     height, width = 40 + 3 * (index % 7), 38 + 5 * (index % 5)
     y, x = np.mgrid[0:height, 0:width]
     channels = [128 + 100 * np.sin((x * (k + 1) + y * 2 + 7 * index) / 17) for k in range(3)]
@@ -92,7 +94,7 @@ def test_pixels_of_an_evaluation_are_torchvisions(root: Path) -> None:
     assert ((found - wanted)[rest] * torch.tensor(STD).view(3, 1, 1) * 255).abs().mean() < 0.05
 
 
-def test_pixels_of_training_are_those_of_its_boxes(root: Path) -> None:
+def test_training_pixels_match_their_boxes(root: Path) -> None:
     """The box that the seed gives, cut out by Pillow and resized by torchvision."""
     from torchvision.transforms.v2 import functional
 
@@ -125,12 +127,13 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
     whole = torch.zeros(3, 300, 400)
     theirs = np.array([RandomResizedCrop.get_params(whole, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)])
     ours = np.array([random_box(300, 400, SIZE, seed)[:4] for seed in range(3000)])
-    for measure in (
+    measures: list[Callable[[np.ndarray], np.ndarray]] = [
         lambda b: b[:, 2] * b[:, 3],
         lambda b: b[:, 3] / b[:, 2],
         lambda b: b[:, 0] / np.maximum(300 - b[:, 2], 1),
         lambda b: b[:, 1] / np.maximum(400 - b[:, 3], 1),
-    ):
+    ]
+    for measure in measures:
         assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-3
     assert 0.45 < np.mean([random_box(300, 400, SIZE, seed).mirrored for seed in range(3000)]) < 0.55
 
@@ -166,7 +169,7 @@ def test_selected_samples_come_first(root: Path) -> None:
         assert mask[: int(mask.sum())].all()
 
 
-def test_going_on_in_the_middle(root: Path) -> None:
+def test_epochs_start_in_the_middle(root: Path) -> None:
     whole = list(loader(root, train=True, shuffle=True).epoch(4))
     rest = list(loader(root, train=True, shuffle=True).epoch(4, start=2))
     assert len(rest) == 2
@@ -174,7 +177,7 @@ def test_going_on_in_the_middle(root: Path) -> None:
         assert torch.equal(a.indices, b.indices) and torch.equal(a.images, b.images)
 
 
-def test_an_epoch_left_early_does_not_leak_into_the_next(root: Path) -> None:
+def test_an_abandoned_epoch_does_not_leak_into_the_next(root: Path) -> None:
     found = loader(root, train=True, shuffle=True)
     for batch in found.epoch(0):
         assert len(batch.indices) == 8
@@ -184,8 +187,8 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(root: Path) -> None:
         assert torch.equal(a.indices, b.indices) and torch.equal(a.images, b.images)
 
 
-def test_a_loader_goes_with_its_last_reference(root: Path) -> None:
-    """Not with the garbage collector, which in a forked process would end threads that are not there."""
+def test_a_loader_is_freed_with_its_last_reference(root: Path) -> None:
+    """Not by the garbage collector, which in a forked process would join threads that do not exist there."""
     gc.collect()
     gc.disable()
     try:
@@ -202,7 +205,7 @@ def test_a_loader_goes_with_its_last_reference(root: Path) -> None:
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_forked_processes_collect_garbage_in_peace(root: Path, alive: bool) -> None:
+def test_forked_processes_can_collect_garbage(root: Path, alive: bool) -> None:
     found: DaliLoader | None = loader(root)
     assert found is not None
     list(found.epoch(0))
@@ -373,7 +376,7 @@ def write_tars(root: Path, folder: Path, *, as_json: bool = False) -> list[Path]
     return paths
 
 
-def test_tars_hold_what_the_folder_holds(root: Path, tmp_path: Path) -> None:
+def test_tars_yield_the_samples_of_the_folder(root: Path, tmp_path: Path) -> None:
     folder = Folder(root)
     for as_json in (False, True):
         tars = Tars(write_tars(root, tmp_path, as_json=as_json), classes=folder.classes)
@@ -393,7 +396,7 @@ def test_tars_hold_what_the_folder_holds(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_tfrecords_hold_what_the_folder_holds(root: Path, tmp_path: Path, packed: bool) -> None:
+def test_tfrecords_yield_the_samples_of_the_folder(root: Path, tmp_path: Path, packed: bool) -> None:
     folder = Folder(root)
     paths = [tmp_path / f"train-{k:05d}-of-00002" for k in range(2)]
     for k, path in enumerate(paths):
@@ -444,8 +447,8 @@ def test_real_photographs() -> None:
     assert ours.errors == []
 
 
-def test_who_asks_in_inference_mode_gets_the_same_pictures(root: Path) -> None:
-    """As evaluation does; threads could not write to such tensors, and everything would look unreadable."""
+def test_inference_mode_reads_the_same_pictures(root: Path) -> None:
+    """Evaluation runs in inference mode; reader threads cannot write to inference tensors."""
     found = loader(root)
     expected = images_of(found)
     with torch.inference_mode():
@@ -455,7 +458,7 @@ def test_who_asks_in_inference_mode_gets_the_same_pictures(root: Path) -> None:
     assert found.errors == []
 
 
-def test_a_failure_that_is_no_pictures_fault_is_raised(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_not_caused_by_a_picture_are_raised(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = loader(root)
     tries = []
     fault = DaliLoader._fault

@@ -1,10 +1,11 @@
-"""Soft labels from the disk: the same as from the teacher, of its very pictures, and never another's."""
+"""Cached soft labels equal the teacher's logits of the same views; caches of other teachers are refused."""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast import TopKTeacher, kd_loss
-from lrds_fast.data import Batch, MemoryLoader, SoftLabels, label_files, soft_labels, write_soft_labels
+from lrds_fast.data import Batch, MemoryLoader, SoftLabels, label_files, write_soft_labels
 
 COUNT, CLASSES = 70, 11
 FACTS = {"data's fingerprint": "abc", "teacher's weights": "def", "seed": 0, "data.mean": (0.5, 0.25)}
@@ -27,7 +28,7 @@ def loader(**options: Any) -> MemoryLoader:
     draws = torch.Generator().manual_seed(0)
     images = torch.rand(COUNT, 1, 8, 8, generator=draws)
     targets = torch.randint(0, CLASSES, (COUNT,), generator=draws)
-    defaults = {"num_classes": CLASSES, "batch_size": 16, "shuffle": True, "augment": "crop-flip"}
+    defaults: dict[str, Any] = {"num_classes": CLASSES, "batch_size": 16, "shuffle": True, "augment": "crop-flip"}
     return MemoryLoader(images, targets, **(defaults | options))
 
 
@@ -43,12 +44,12 @@ def network(seed: int = 2, width: int = 12) -> nn.Module:
 
 def write(path: Path, *, views: int = 2, source: Any = None, **options: Any) -> SoftLabels:
     """70 samples are 5 batches a view."""
-    defaults = {"facts": FACTS, "progress": False}
+    defaults: dict[str, Any] = {"facts": FACTS, "progress": False}
     return write_soft_labels(path, network(), source or loader(), views=views, **(defaults | options))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_every_sample_of_every_view_has_its_teachers_logits(tmp_path: Path, dtype: str) -> None:
+def test_every_sample_of_every_view_has_teacher_logits(tmp_path: Path, dtype: str) -> None:
     found = write(tmp_path / "cache", dtype=dtype)
     teacher = network().eval()
     assert (found.views, found.samples, found.classes, found.top_k) == (2, COUNT, CLASSES, 0)
@@ -56,13 +57,17 @@ def test_every_sample_of_every_view_has_its_teachers_logits(tmp_path: Path, dtyp
         for batch in loader().epoch(view):
             with torch.inference_mode():
                 wanted = teacher(batch.images).to(getattr(torch, dtype))
-            assert torch.equal(found.batch(view, batch.indices), wanted), "the same batches: the same bits"
+            stored = found.batch(view, batch.indices)
+            assert isinstance(stored, Tensor)
+            assert torch.equal(stored, wanted), "the same batches: the same bits"
             assert torch.equal(found.boxes(view, batch.indices), loader().boxes(view, batch.indices))
             # In another order they are the same samples'.
             order = torch.randperm(len(batch.indices))
-            assert torch.equal(found.batch(view, batch.indices[order]), wanted[order])
+            reordered = found.batch(view, batch.indices[order])
+            assert isinstance(reordered, Tensor)
+            assert torch.equal(reordered, wanted[order])
     empty = found.batch(1, torch.tensor([], dtype=torch.int64))
-    assert empty.shape == (0, CLASSES)
+    assert isinstance(empty, Tensor) and empty.shape == (0, CLASSES)
 
 
 def distil(taught: Callable[[int, Batch], Tensor | TopKTeacher], epochs: int, views: int) -> nn.Module:
@@ -95,7 +100,8 @@ def test_distillation_from_the_cache_is_that_from_the_teacher(
 
     def online(_: int, batch: Batch) -> Tensor:
         with torch.inference_mode():
-            return teacher(batch.images)
+            logits: Tensor = teacher(batch.images)
+        return logits
 
     wanted = distil(online, epochs=3, views=3)
     found = distil(lambda epoch, batch: cache.batch(epoch % 3, batch.indices), epochs=3, views=3)
@@ -122,7 +128,7 @@ def test_later_epochs_see_the_views_again(tmp_path: Path) -> None:
                 )
 
 
-def test_the_largest_logits_are_a_teacher_for_kd_loss(tmp_path: Path) -> None:
+def test_top_k_logits_are_a_teacher_for_kd_loss(tmp_path: Path) -> None:
     found = write(tmp_path / "cache", top_k=4, temperature=2.0, dtype="float32")
     batch = next(loader().epoch(1))
     with torch.inference_mode():
@@ -195,10 +201,10 @@ def test_selected_samples_alone_are_cached(tmp_path: Path) -> None:
     assert torch.equal(found.cached(1), rows)
     teacher = network().eval()
     for batch in loader().epoch(1, rows):
-        heard = batch.indices[: int(rows[batch.indices].sum())]
+        selected_indices = batch.indices[: int(rows[batch.indices].sum())]
         with torch.inference_mode():
-            wanted = teacher(batch.images)[: len(heard)]
-        torch.testing.assert_close(found.batch(1, heard), wanted, rtol=1e-5, atol=1e-5)
+            wanted = teacher(batch.images)[: len(selected_indices)]
+        torch.testing.assert_close(found.batch(1, selected_indices), wanted, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"has no soft labels of sample 7 in view 1: 24 of 70 samples are cached"):
         found.batch(1, torch.tensor([3, 7, 8]))
     whole = write(tmp_path / "whole", dtype="float32")
@@ -238,14 +244,14 @@ def test_every_fact_that_differs_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"seed": 9}, {"augment": "none"}])
-def test_another_augmentation_is_found_by_its_boxes(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_another_augmentation_is_detected_by_its_boxes(tmp_path: Path, other: dict[str, Any]) -> None:
     write(tmp_path / "cache")
     SoftLabels.open(tmp_path / "cache", loader=loader(views=2))
     with pytest.raises(ValueError, match=r"the teacher saw sample \d+ in view 0 at .* the loader shows it at"):
         SoftLabels.open(tmp_path / "cache", loader=loader(views=2, **other))
 
 
-def test_damage_is_found_and_repaired(tmp_path: Path) -> None:
+def test_damage_is_detected_and_repaired(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     write(path)
     original = contents(path)
@@ -316,7 +322,8 @@ def test_another_format_is_refused_and_overwritten(tmp_path: Path) -> None:
     (path / "meta.json").write_text(json.dumps(meta))
     for name in ("view-0000-part-00000.npy", "view-0000-rows.npy", "written.jsonl"):
         (path / name).write_bytes(b"old")
-    for refused in (lambda: SoftLabels.open(path), lambda: write(path, resume=True)):
+    attempts: tuple[Callable[[], SoftLabels], ...] = (lambda: SoftLabels.open(path), lambda: write(path, resume=True))
+    for refused in attempts:
         with pytest.raises(ValueError, match=r"has format 2, this version reads 3: run lrds-fast cache again"):
             refused()
     write(path, overwrite=True)
@@ -350,8 +357,8 @@ def contents(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 5, 9])  # before the first; in a view; between views; in the last batch
 @pytest.mark.parametrize("selected", [False, True])
-def test_interrupted_writing_goes_on_to_the_same_files(tmp_path: Path, stop: int, selected: bool) -> None:
-    options = {"rows": torch.arange(COUNT) % 3 == 0} if selected else {}
+def test_interrupted_writing_resumes_to_the_same_files(tmp_path: Path, stop: int, selected: bool) -> None:
+    options: dict[str, Any] = {"rows": torch.arange(COUNT) % 3 == 0} if selected else {}
     write(tmp_path / "whole", **options)
     path = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
@@ -385,7 +392,7 @@ here.write(here.Path({path!r}))
 """
 
 
-def test_a_killed_process_leaves_what_resuming_can_use(tmp_path: Path) -> None:
+def test_writing_resumes_after_a_killed_process(tmp_path: Path) -> None:
     write(tmp_path / "whole")
     path = tmp_path / "killed"
     script = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
@@ -397,7 +404,7 @@ def test_a_killed_process_leaves_what_resuming_can_use(tmp_path: Path) -> None:
     assert contents(path) == contents(tmp_path / "whole")
 
 
-def test_going_on_with_other_facts_layout_or_order_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_other_facts_layout_or_order_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
         write(path, source=Counting(3))
@@ -467,8 +474,8 @@ def test_bad_arguments_are_named(tmp_path: Path, options: dict[str, Any], messag
 def test_a_disk_without_room_is_an_error_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = soft_labels.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(soft_labels.shutil, "disk_usage", lambda _: usage._replace(free=2000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2000))
     with pytest.raises(
         OSError, match=r"2 views of 70 samples, 11 classes, need 7.6 kB, 2.0 kB are free; .*cache_views"
     ):
@@ -490,7 +497,7 @@ def test_an_error_of_the_disk_names_the_file_and_resuming_mends_it(tmp_path: Pat
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
-def test_a_disk_that_fills_up_is_named_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_writing_resumes_with_free_space(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(

@@ -1,4 +1,4 @@
-"""What each divergence is: formulas written out once more, in float64, and the identities between them.
+"""Each divergence against its formula, written out independently, in float64, and the identities between them.
 
 The functions here share no code with lrds_fast.reference: they are the papers' formulas, for one row at a time.
 """
@@ -90,7 +90,7 @@ def by_hand(d: Divergence, z: list[float], v: list[float], y: int, t: float, eta
 @pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
 @pytest.mark.parametrize("revise", [None, "lr"])
 @pytest.mark.parametrize("divergence", kd_cases.FAMILY, ids=repr)
-def test_is_its_formula(divergence: Divergence, revise: str | None, function: Callable[..., Tensor]) -> None:
+def test_matches_its_formula(divergence: Divergence, revise: str | None, function: Callable[..., Tensor]) -> None:
     generator = torch.Generator().manual_seed(3)
     for classes in (2, 3, 10):
         z, v = (2.0 * torch.randn(20, classes, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -115,7 +115,7 @@ def is_wrong(rows: kd_cases.Rows) -> Tensor:
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
-def test_rld_is_dkd_where_the_teacher_is_right(rows: kd_cases.Rows, function: Callable[..., Tensor]) -> None:
+def test_rld_equals_dkd_where_the_teacher_is_right(rows: kd_cases.Rows, function: Callable[..., Tensor]) -> None:
     tied = (rows.teacher == rows.teacher.amax(dim=1, keepdim=True)).sum(dim=1) > 1
     right = ~is_wrong(rows) & ~tied
     assert right.sum() > 20
@@ -129,7 +129,9 @@ def test_rld_is_dkd_where_the_teacher_is_right(rows: kd_cases.Rows, function: Ca
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
 @pytest.mark.parametrize("revise", [None, "lr"])
-def test_kd_is_its_two_parts(rows: kd_cases.Rows, revise: str | None, function: Callable[..., Tensor]) -> None:
+def test_kd_equals_its_decoupled_parts(
+    rows: kd_cases.Rows, revise: str | None, function: Callable[..., Tensor]
+) -> None:
     """KD = TCKD + (1 - p'_y) NCKD."""
     options: dict[str, Any] = {"temperature": 4.0, "revise": revise, "eta": 0.6}
     target_class = kd_term(function, *rows, divergence=DKD(1.0, 0.0), **options)
@@ -144,7 +146,7 @@ def test_kd_is_its_two_parts(rows: kd_cases.Rows, revise: str | None, function: 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
 @pytest.mark.parametrize("divergence", kd_cases.FAMILY, ids=repr)
-def test_mft_is_lr_where_the_teacher_is_wrong(
+def test_mft_equals_lr_where_the_teacher_is_wrong(
     rows: kd_cases.Rows, divergence: Divergence, function: Callable[..., Tensor]
 ) -> None:
     wrong = is_wrong(rows)
@@ -236,7 +238,7 @@ def test_gradcheck(divergence: Divergence, revise: str | None, standardize: bool
     for temperature in (2.0, (1.0, 3.0)):
 
         def loss(x: Tensor, temperature: Any = temperature, function: Any = kd_loss) -> Tensor:
-            return function(
+            value: Tensor = function(
                 x,
                 v,
                 y,
@@ -247,6 +249,7 @@ def test_gradcheck(divergence: Divergence, revise: str | None, standardize: bool
                 selected=selected,
                 reduction="none",
             )
+            return value
 
         assert torch.autograd.gradcheck(loss, z.requires_grad_(), atol=1e-6)
         assert torch.autograd.gradcheck(lambda x: loss(x, function=reference.kd_loss), z, atol=1e-6)
@@ -265,7 +268,7 @@ def test_reference_has_second_derivatives() -> None:
 # --- the objects
 
 
-def test_codes_are_the_kernels() -> None:
+def test_codes_match_the_kernels() -> None:
     """csrc/core/divergences.h lists the types in the order of their codes."""
     text = (kd_cases.ROOT / "csrc" / "core" / "divergences.h").read_text(encoding="utf-8")
     listed = text.split("using Divergences = DivergenceList<")[1].split(">")[0].replace("\n", " ")
@@ -291,7 +294,7 @@ def test_resolve() -> None:
     [
         (lambda: DKD(alpha=-1.0), ValueError, r"DKD's alpha must be finite and >= 0; got -1.0"),
         (lambda: DKD(beta=math.inf), ValueError, r"DKD's beta"),
-        (lambda: DKD(beta="8"), TypeError, r"DKD's beta must be a number; got '8'"),
+        (lambda: DKD(beta="8"), TypeError, r"DKD's beta must be a number; got '8'"),  # type: ignore[arg-type]
         (lambda: RLD(confidence_temperature=0.0), ValueError, r"confidence_temperature must be finite and > 0"),
         (lambda: NKD(gamma=math.nan), ValueError, r"NKD's gamma"),
         (lambda: JSD(weight=1.0), ValueError, r"JSD's weight must be finite and inside \(0, 1\); got 1.0"),

@@ -20,7 +20,6 @@ from lrds_fast.cli import main as cli
 from lrds_fast.data import label_files
 from lrds_fast.files import append_record, replacing, rewrite_records, write_text
 from lrds_fast.selection import Selection
-from lrds_fast.train import lock
 from lrds_fast.train.checkpoint import Position, save, save_weights
 from lrds_fast.train.lock import holding
 
@@ -97,7 +96,7 @@ def test_an_error_of_the_disk_names_the_log(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[0]) == {"epoch": 1}
 
 
-def test_a_device_is_written_to_as_it_is() -> None:
+def test_a_device_is_written_in_place() -> None:
     write_text(Path(os.devnull), "gone")
     assert not Path(os.devnull).is_file()
     with pytest.raises(OSError, match="No space left on device") as refused:
@@ -126,7 +125,7 @@ def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_ends_with_its_process_though_its_workers_live(tmp_path: Path) -> None:
+def test_a_lock_ends_with_its_process_while_workers_live(tmp_path: Path) -> None:
     """kill -9 of a run whose loader has forked: another holds the folder at once."""
     read, write = os.pipe()
     run = os.fork()
@@ -152,13 +151,13 @@ def test_a_lock_ends_with_its_process_though_its_workers_live(tmp_path: Path) ->
         os.kill(worker, signal.SIGKILL)
 
 
-def test_without_locks_a_note_says_so_and_the_run_goes_on(
+def test_without_file_locks_the_run_continues_with_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", refused)
+    monkeypatch.setattr("lrds_fast.train.lock.fcntl.flock", refused)
     with holding(tmp_path / "run"):
         pass
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Promises of lrds_fast.influence and of the demo: thresholds in gates.toml, measured values on stdout (-s)."""
+"""Gates of lrds_fast.influence and of the demo: thresholds in gates.toml, measured values on stdout (-s)."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ REMOVED = KDLoss(ce_weight=0.0, kd_weight=0.0, ce_weight_unselected=1.0)
 def test_scores_predict_exact_retraining() -> None:
     """Gate 3: giving one row a teacher, or leaving it out, and training the head again to convergence.
 
-    Held to the gate is the correlation over all seeds together: a score claims a size, so seeds are one population.
+    The gate applies to the correlation over all seeds together: a score claims a size, so seeds are one population.
     """
     gate = GATES["retraining"]
     predicted: dict[str, list[Tensor]] = {}
@@ -229,7 +229,7 @@ def test_selection_by_kd_gain_finds_the_teachers_mistakes() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_shows_what_it_is_for(tmp_path: Path) -> None:
+def test_the_demo_shows_the_gain_of_revision_and_selection(tmp_path: Path) -> None:
     """KD is worth having, LR and DS are worth more, within the time that is promised."""
     gate = GATES["demo"]
     started = time.process_time()

@@ -1,4 +1,4 @@
-"""tools/gpu_check.sh with programs that only pretend, and tools/gpu_smoke.py on the CPU: no fault ends a run."""
+"""tools/gpu_check.sh with stub programs, and tools/gpu_smoke.py on the CPU: a failed step does not end a run."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_smoke_reports_each_fault_and_goes_on(tmp_path: Path) -> None:
     assert [case for work, case in lines if work == "time"] == ["scale_gradient float32"]
 
 
-def test_outputs_of_the_operators_hold_nan_before_they_run() -> None:
-    """at::empty inside the operators is filled too: an element that nobody writes is NaN."""
+def test_uninitialised_operator_outputs_hold_nan() -> None:
+    """at::empty inside the operators is filled with NaN, so that an unwritten element is NaN."""
     code = (
         "import torch; from torch.profiler import profile; import lrds_fast.functional\n"
         "torch.use_deterministic_algorithms(True)\n"
@@ -138,7 +138,7 @@ def test_outputs_of_the_operators_hold_nan_before_they_run() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(done.stdout.split()[-1]) >= 1, done.stdout
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("has_commit", [True, False])

@@ -1,4 +1,4 @@
-"""kd_loss on CUDA against the float64 reference, and what CUDA alone promises: no sync, graphs, few launches."""
+"""kd_loss on CUDA against the float64 reference, and on CUDA alone: no synchronisation, graph capture, few launches."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_empty_and_ignored(rows: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 21841])
-def test_target_out_of_range_is_nan_in_its_row_alone(classes: int) -> None:
+def test_target_out_of_range_is_nan_in_that_row_only(classes: int) -> None:
     student, teacher, target = kd_cases.rows(6, classes, device="cuda")
     target[2], target[4] = classes, -1
     student.requires_grad_()
@@ -119,8 +119,14 @@ def test_nothing_synchronises() -> None:
     kd_loss(student, teacher, target).backward()  # first use asks the device about itself
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for extra in ({}, {"reduction": "none"}, {"num_valid": 60.0, "grad_scale": scale}, {"grad_scale": 1024.0}):
-            parts = kd_loss_parts(student, teacher, target, selected=target > 10, **extra)  # type: ignore[arg-type]
+        options: list[dict[str, Any]] = [
+            {},
+            {"reduction": "none"},
+            {"num_valid": 60.0, "grad_scale": scale},
+            {"grad_scale": 1024.0},
+        ]
+        for extra in options:
+            parts = kd_loss_parts(student, teacher, target, selected=target > 10, **extra)
             parts.loss.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -173,7 +179,8 @@ def test_launches(shape: tuple[int, int]) -> None:
     def launched() -> list[str]:
         events = profile.events()
         assert events is not None
-        return [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+        return [event.name for event in events if event.device_type == cuda]
 
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -1,4 +1,4 @@
-"""kd_loss on CUDA in its corners: what must not be read, masked classes, factors of backward, streams, memory."""
+"""Edge cases of kd_loss on CUDA: values that must not be read, masked classes, factors of backward, streams, memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_terms_of_weight_zero_are_not_read() -> None:
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 def test_masked_classes(dtype: torch.dtype, classes: int) -> None:
-    """-inf in both: not there. In the teacher alone: 0 log 0. In the student alone: an infinite loss."""
+    """-inf in both logits excludes the class; in the teacher alone it costs 0; in the student alone the loss is inf."""
     student, teacher, target = kd_cases.rows(9, classes, dtype, device=DEVICE)
     masked_student, masked_teacher = student.clone(), teacher.clone()
     masked_student[:, 1::2] = masked_teacher[:, 1::2] = -math.inf
@@ -119,8 +119,8 @@ def test_ties_with_the_label_count_as_right() -> None:
             assert kd_loss_parts(teacher, teacher, target).n_revised.item() == 1
 
 
-def test_selection_weights_outside_the_unit_interval_are_nan_in_their_rows() -> None:
-    """The CPU raises; a device that is not waited for can only mark the row."""
+def test_selection_weights_outside_the_unit_interval_give_nan_in_that_row() -> None:
+    """The CPU raises an error; CUDA marks the row with NaN, because raising would need a synchronisation."""
     student, teacher, target = kd_cases.rows(6, 100, device=DEVICE)
     selected = torch.tensor([0.0, 1.5, 0.3, -0.1, math.nan, 1.0], device=DEVICE)
     loss = kd_loss(student, teacher, target, selected=selected, reduction="none")
@@ -158,7 +158,7 @@ def test_gradients_survive_a_kept_graph() -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 104, 1000, 4096, 60000])  # every row as aligned as its copy
-def test_a_rows_bits_do_not_depend_on_its_neighbours(classes: int) -> None:
+def test_a_rows_bits_do_not_depend_on_other_rows(classes: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         student, teacher, target = kd_cases.rows(40, classes, dtype, device=DEVICE)
         student.requires_grad_()
@@ -172,7 +172,7 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours(classes: int) -> None:
 
 
 def test_agrees_with_the_cpu() -> None:
-    """Not the CPU's bits, but its numbers and its counts."""
+    """Equal counts, and values equal within the tolerance; the bits may differ."""
     for dtype in kd_cases.FLOATING:
         rows = kd_cases.rows(65, 1000, dtype)
         there = kd_cases.Rows(*(x.to(DEVICE) for x in rows))

@@ -1,4 +1,4 @@
-"""The cases that run first on a GPU, seen from a machine without one: they are right, and they take their paths."""
+"""The first cases of a GPU run, on the CPU: their results are right, and the dispatch table gives their paths."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ CALLS
 
 
 def test_every_case_takes_its_path(tmp_path: Path) -> None:
-    """As the dispatch table answers for an H100 or H200."""
+    """The dispatch table for an H100 or H200."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         pytest.skip(f"no C++ compiler {compiler}")

@@ -1,4 +1,4 @@
-"""Last-layer scores: what they promise besides the gates of test_gates.py."""
+"""Last-layer scores: their properties beside the gates of test_gates.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lrds_fast import influence, reference
 from lrds_fast.influence import curvature as curvature_module
-from lrds_fast.influence.curvature import HessianTerm, Identity, Iterative, LayerRows, fit_curvature
+from lrds_fast.influence.curvature import Identity, Iterative, LayerRows, fit_curvature
 from lrds_fast.influence.last_layer import SCORERS
+from lrds_fast.influence.objective import HessianTerm
 from lrds_fast.influence.options import CurvatureOptions
 from lrds_fast.nn import KDLoss
 
@@ -65,7 +66,7 @@ def test_scores_under_autocast_are_the_same() -> None:
         assert torch.equal(ours[name], expected), name
 
 
-def test_baselines_are_their_definitions() -> None:
+def test_baselines_match_their_definitions() -> None:
     case = make_case(1, bias=True)
     arguments = case.arguments(torch.float64)
     scores = influence.last_layer_scores(**arguments, scores=NAMES)
@@ -117,14 +118,14 @@ def test_teacher_pred_of_a_tie_is_the_label_if_it_takes_part() -> None:
 
 @pytest.mark.parametrize("name", ["kd_gain", "teacher_correct", "kd", "conflict", "param_shift:kd"])
 def test_lower_means_keep_the_teacher(name: str) -> None:
-    """A teacher that says what the student's label says scores below one that insists on a wrong class."""
+    """A teacher that agrees with the label scores below one that is confident of a wrong class."""
     case = make_case(2, rows=200, revise=None, ce_weight=1.0, kd_weight=1.0, ce_weight_unselected=1.0)
     arguments = case.arguments(torch.float64)
     z = (3 * F.one_hot(case.target, 5) + arguments["student_logits"] / 2).double()
     wrong = torch.arange(200) % 2 == 0
     teacher_class = torch.where(wrong, (case.target + 1) % 5, case.target)
     arguments.update(student_logits=z, teacher_logits=6.0 * F.one_hot(teacher_class, 5).double())
-    # Held-out rows are training rows with their labels: what is learnt there is what is asked for.
+    # Held-out rows are training rows with their labels: the training labels are the validation labels.
     arguments.update(val_features=case.features, val_logits=z, val_target=case.target)
     values = influence.last_layer_scores(**arguments, scores=(name,))[name]
     assert values[~wrong].mean() < values[wrong].mean()
@@ -132,7 +133,7 @@ def test_lower_means_keep_the_teacher(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["self_influence", "ce", "el2n", "grand"])
 def test_lower_means_an_ordinary_sample(name: str) -> None:
-    """Scores of the label alone rank the mislabelled last, who are the ones to be denied supervision."""
+    """Scores of the label alone rank mislabelled samples last: those are the ones to deselect."""
     case = make_case(2, rows=200)
     arguments = case.arguments(torch.float64)
     noisy = torch.arange(200) % 10 == 0
@@ -170,7 +171,7 @@ def test_scores_are_repeatable() -> None:
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "exact"])
-def test_samples_are_scored_wherever_they_stand(curvature: str) -> None:
+def test_scores_do_not_depend_on_the_sample_order(curvature: str) -> None:
     """Permuting the rows permutes the scores."""
     case = make_case(4, selected="weights")
     arguments = case.arguments(torch.float64)
@@ -184,7 +185,7 @@ def test_samples_are_scored_wherever_they_stand(curvature: str) -> None:
         torch.testing.assert_close(there, here[order], rtol=1e-8, atol=1e-10)
 
 
-def test_a_sample_is_never_expanded_to_its_gradient() -> None:
+def test_per_sample_gradients_are_never_materialised() -> None:
     """Peak of a layer whose per-sample gradients would take 2.6 GB: chunks and factors only."""
     rows, classes, width = 4000, 100, 800
     generator = torch.Generator().manual_seed(0)
@@ -248,7 +249,7 @@ def test_exact_beyond_the_dense_limit_solves_by_conjugate_gradients(
         score(curvature="exact", damping=damping, scores=("self_influence",))
 
 
-def test_conjugate_gradients_say_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conjugate_gradients_raise_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curvature_module, "CG_ITERATIONS", 2)
     case = make_case(0)
     arguments = case.arguments(torch.float64)
@@ -259,7 +260,7 @@ def test_conjugate_gradients_say_when_they_fail(monkeypatch: pytest.MonkeyPatch)
         plain.solve(torch.randn(5, 8, dtype=torch.float64))
 
 
-def test_solve_inverts_its_own_product() -> None:
+def test_solve_inverts_the_product() -> None:
     arguments = make_case(0).arguments(torch.float64)
     rows = LayerRows(arguments["features"], arguments["student_logits"], True)
     terms = [HessianTerm(torch.rand(60, dtype=torch.float64), 4.0)]
@@ -270,7 +271,7 @@ def test_solve_inverts_its_own_product() -> None:
 
 
 def test_masked_classes_are_legal() -> None:
-    """-inf logits: the class has no mass, the scores are those of the problem without it."""
+    """-inf logits: the class has no mass, and the scores equal those without it."""
     arguments = make_case(6).arguments(torch.float64)
     inf = torch.full((60, 1), -torch.inf, dtype=torch.float64)
     wider = dict(arguments)
@@ -306,7 +307,7 @@ def test_objective_hessian_without_weight_needs_another() -> None:
 
 
 def saturated(scale: float, dtype: torch.dtype) -> dict[str, Any]:
-    """A student that has learnt its labels by heart: its logits are a multiple of the one-hot labels."""
+    """A student that has memorised its labels: its logits are a multiple of the one-hot labels."""
     arguments = make_case(0).arguments(dtype)
     arguments["student_logits"] = F.one_hot(arguments["target"], 5).to(dtype) * scale
     return arguments
@@ -317,17 +318,18 @@ def saturated(scale: float, dtype: torch.dtype) -> dict[str, Any]:
     [(90.0, torch.float32), (200.0, torch.float32), (1e3, torch.float32), (200.0, torch.float64), (1e4, torch.float64)],
 )
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac", "exact", "conjugate gradients"])
-def test_a_curvature_that_has_vanished_is_refused(
+def test_a_vanished_curvature_is_refused(
     curvature: str, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if curvature == "conjugate gradients":
         monkeypatch.setattr(curvature_module, "DENSE_LIMIT", 10)
         curvature = "exact"
     arguments = saturated(scale, dtype) | {"loss": KDLoss(), "selected": None, "curvature": curvature}
-    for options in ({}, {"damping": 0.0}, {"damping_scale": 1e6}):
+    changes: list[dict[str, Any]] = [{}, {"damping": 0.0}, {"damping_scale": 1e6}]
+    for change in changes:
         with pytest.raises(ValueError, match=f"curvature '{curvature}' of the last layer is zero up to.*damping="):
-            influence.last_layer_scores(**arguments, **options)
-    # What the message offers: damping by itself is a multiple of I.
+            influence.last_layer_scores(**(arguments | change))
+    # The remedy in the message: damping as an absolute multiple of I.
     damped = influence.last_layer_scores(**arguments, damping=0.5)["kd_gain"]
     identity = influence.last_layer_scores(**arguments | {"curvature": "identity"})["kd_gain"]
     torch.testing.assert_close(damped, identity / 0.5, rtol=1e-4, atol=1e-6)
@@ -513,7 +515,7 @@ def test_bad_input_is_named(what: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_validation_is_asked_for_by_kd_gain_alone() -> None:
+def test_only_kd_gain_needs_validation_data() -> None:
     change = dict.fromkeys(("val_features", "val_logits", "val_target"))
     scores = influence.last_layer_scores(**{**GOOD, **change, "scores": ("self_influence", "ce")})
     assert list(scores) == ["self_influence", "ce"]
@@ -527,7 +529,7 @@ def test_a_score_that_was_not_computed_is_named() -> None:
         scores["kd"]
 
 
-def test_scores_can_be_made_by_hand_and_check_their_shapes() -> None:
+def test_scores_check_the_shapes_of_tensors() -> None:
     y = torch.zeros(4, dtype=torch.int64)
     made = influence.Scores({"mine": torch.rand(4)}, target=y, teacher_pred=y, meta={})
     assert repr(made) == "Scores(mine; 4 samples)"

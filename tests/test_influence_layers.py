@@ -25,7 +25,8 @@ class Head(nn.Module):
         x = F.elu(self.body(x), inplace=True)
         if not self.channels_last:
             x = x.movedim(1, -1)
-        return self.head(x.reshape(len(x), -1, x.shape[-1]).mean(dim=1))
+        logits: Tensor = self.head(x.reshape(len(x), -1, x.shape[-1]).mean(dim=1))
+        return logits
 
 
 class Shared(nn.Module):
@@ -36,7 +37,8 @@ class Shared(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(F.relu(self.layer(x), inplace=True))
+        twice: Tensor = self.layer(F.relu(self.layer(x), inplace=True))
+        return twice
 
 
 def body(make: Callable[[], nn.Module]) -> nn.Module:
@@ -44,8 +46,8 @@ def body(make: Callable[[], nn.Module]) -> nn.Module:
     module = make().double()
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.running_mean.normal_()  # type: ignore[union-attr, operator]
-            part.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr, operator]
+            part.running_mean.normal_()  # type: ignore[union-attr]
+            part.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module
@@ -151,7 +153,7 @@ def test_both_forms_of_the_norm() -> None:
         torch.testing.assert_close(rows.squared_norm(), rows.dense().square().sum(dim=1))
 
 
-def plain() -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+def plain() -> tuple[nn.Sequential, Tensor, Callable[[Tensor], Tensor]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES)).eval()
     return model, torch.randn(3, 4), logit_gradient(torch.tensor([0, 1, 2]))
@@ -182,10 +184,10 @@ def test_mistakes_are_named() -> None:
         layer_names(nn.ReLU())
     with pytest.raises(ValueError, match=r"nn\.Linear layer; this one has none"):
         layer_names(nn.Conv2d(1, 1, 1), "last")
-    model[0].bias.requires_grad_(False)
+    model.get_parameter("0.bias").requires_grad_(False)
     with pytest.raises(ValueError, match="'0' is frozen in part"):
         layer_names(model)
-    model[0].bias.requires_grad_(True)
+    model.get_parameter("0.bias").requires_grad_(True)
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
     with pytest.raises(ValueError, match="'1' and '0' share a parameter"):
@@ -198,7 +200,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="layer '0': the gradient of sample 1 of the batch is not finite"):
         sample_gradients(model, x, gradient)
     aside = nn.ModuleDict({"used": nn.Linear(4, CLASSES), "unused": nn.Linear(4, 2)})
-    aside.forward = lambda x: aside["used"](x)  # type: ignore[method-assign, assignment]
+    aside.forward = lambda x: aside["used"](x)
     with pytest.raises(ValueError, match="'unused' has no part in the logits"):
         sample_gradients(aside, torch.randn(3, 4), gradient)
 

@@ -31,7 +31,13 @@ def answers(
 def score(z: Tensor, v: Tensor, **change: Any) -> influence.Scores:
     target = torch.arange(len(z)) % z.shape[1]
     features = torch.zeros(len(z), 1, dtype=z.dtype)
-    keywords = {"features": features, "student_logits": z, "teacher_logits": v, "target": target, "scores": "mismatch"}
+    keywords: dict[str, Any] = {
+        "features": features,
+        "student_logits": z,
+        "teacher_logits": v,
+        "target": target,
+        "scores": "mismatch",
+    }
     return influence.last_layer_scores(**(keywords | change))
 
 
@@ -43,7 +49,7 @@ def auc(found: Tensor, foreign: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("share", [0.02, 0.25, 0.5])
-def test_answers_of_others_are_found(share: float, dtype: torch.dtype) -> None:
+def test_swapped_answers_are_detected(share: float, dtype: torch.dtype) -> None:
     z, v, foreign = answers(share)
     scores = score(z.to(dtype), v.to(dtype))
     found = scores["mismatch"]
@@ -66,7 +72,7 @@ def test_own_answers_are_kept(noise: float) -> None:
         assert float(score(z, v)["mismatch"].max()) == 0
 
 
-def test_an_untrained_student_denies_hardly_anyone() -> None:
+def test_an_untrained_student_deselects_few_samples() -> None:
     z, _, _ = answers(0.0)
     _, v, _ = answers(0.0, seed=1)
     assert float((score(z, v)["mismatch"] >= 0.5).double().mean()) < 0.01
@@ -76,13 +82,14 @@ def plain(found: np.ndarray, exchanged: np.ndarray) -> np.ndarray:
     """The model's EM in densities, without logarithms."""
 
     def density(x: np.ndarray, mean: float, std: float) -> np.ndarray:
-        return np.exp(-((x - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi))
+        values: np.ndarray = np.exp(-((x - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi))
+        return values
 
     f, e = np.arctanh(found), np.arctanh(exchanged)
     other = density(f, e.mean(), e.std(ddof=1))
     # torch's median is the lower one of two.
     share, mean, std = 0.1, np.sort(f)[(len(f) - 1) // 2], f.std(ddof=1)
-    foreign = np.zeros_like(f)
+    foreign: np.ndarray = np.zeros_like(f)
     for _ in range(100):
         both = share * other + (1 - share) * density(f, mean, std)
         foreign = np.where(f > mean, 0, share * other / both)
@@ -171,7 +178,7 @@ def test_just_enough_to_estimate_from(samples: int, classes: int) -> None:
 
 
 class Shuffled(nn.Module):
-    """A teacher: another linear head on the same inputs, which is given another sample's where the input says so."""
+    """A teacher: another linear head; a flag in the input makes it answer for another sample."""
 
     def __init__(self, student: nn.Linear) -> None:
         super().__init__()

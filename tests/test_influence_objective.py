@@ -101,7 +101,7 @@ def test_gradients_are_first_derivatives(name: str) -> None:
     torch.testing.assert_close(cross_entropy_gradient(z, y), label, rtol=1e-9, atol=1e-12)
 
 
-def test_the_sign_says_which_way_a_teacher_is_switched() -> None:
+def test_the_sign_tells_whether_a_teacher_is_added_or_removed() -> None:
     _, _, y = rows()
     weights = SELECTED["weights"]
     assert weights is not None
@@ -114,7 +114,7 @@ def test_the_sign_says_which_way_a_teacher_is_switched() -> None:
         assert torch.equal(sign, expected.double())
 
 
-def test_class_weights_are_divided_by_their_mean_over_the_samples() -> None:
+def test_class_weights_are_normalized_by_their_mean() -> None:
     _, _, y = rows()
     loss = KDLoss(class_weight=WEIGHTS)
     normalised = TrainingObjective(loss).normalised(Ranks(), [y[:5], y[5:]]).loss.class_weight
@@ -128,8 +128,8 @@ def test_class_weights_are_divided_by_their_mean_over_the_samples() -> None:
 
 def test_terms_without_weight_are_dropped() -> None:
     _, _, y = rows()
-    nobody = torch.zeros(ROWS)
-    terms = TrainingObjective(KDLoss()).hessian_terms(y, nobody, torch.float64)
+    none_selected = torch.zeros(ROWS)
+    terms = TrainingObjective(KDLoss()).hessian_terms(y, none_selected, torch.float64)
     assert [term.temperature for term in terms] == [1.0, 4.0]
     assert [term.temperature for term in nonzero_terms(terms, Ranks())] == [1.0]
 

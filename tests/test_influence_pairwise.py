@@ -40,7 +40,9 @@ def test_against_dense_matrices(curvature: str) -> None:
         expected += query[name] @ torch.linalg.inv(dense_blocks(factors, name)) @ train[name].T
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     # A sample's influence on itself is its self-influence.
-    itself = influence.pairwise(**(given | {"query_data": given["train_data"]})).diagonal()
+    square = influence.pairwise(**(given | {"query_data": given["train_data"]}))
+    assert isinstance(square, Tensor)
+    itself = square.diagonal()
     own = influence.score(student, student, given["train_data"], factors=factors, scores="self_influence")
     torch.testing.assert_close(itself, own["self_influence"], rtol=1e-9, atol=0)
 
@@ -51,6 +53,7 @@ def test_top_k(top_k: int, largest: bool) -> None:
     given = problem()
     full = influence.pairwise(**given)
     found = influence.pairwise(**given, top_k=top_k, largest=largest, batch_size=6)
+    assert isinstance(full, Tensor) and isinstance(found, influence.Pairwise)
     order = full.argsort(dim=1, descending=largest, stable=True)[:, :top_k]
     assert torch.equal(found.indices, order)
     torch.testing.assert_close(found.values, full.gather(1, order), rtol=1e-10, atol=0)
@@ -61,6 +64,7 @@ def test_ties_go_to_the_lower_index() -> None:
     x, y = given["train_data"].tensors
     twice = [(x, y), (x, y)]
     found = influence.pairwise(**(given | {"train_data": twice}), top_k=2)
+    assert isinstance(found, influence.Pairwise)
     assert torch.equal(found.indices[:, 1], found.indices[:, 0] + 23)
 
 

@@ -1,4 +1,4 @@
-"""Scoring large data: shards on disk, going on after kill -9, several processes, memory that does not grow."""
+"""Scoring large data: shards on disk, resumption after kill -9, several processes, constant memory."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def model(seed: int) -> nn.Module:
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
-    """Samples made from their index. dies_at: a sample that must never be asked for, on pain of SIGKILL."""
+    """Samples made from their index. dies_at: reading this sample kills the process with SIGKILL."""
 
     def __init__(self, count: int, seed: int, dies_at: int = -1) -> None:
         self._count, self._seed, self._dies_at = count, seed, dies_at
-        self.asked: list[int] = []
+        self.reads: list[int] = []
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.asked.append(index)
+        self.reads.append(index)
         # The forward passes of the earlier shards have been through; a later pass may be the one that dies.
-        if index == self._dies_at and self.asked.count(index) == int(os.environ.get("DIES_AT_PASS", "1")):
+        if index == self._dies_at and self.reads.count(index) == int(os.environ.get("DIES_AT_PASS", "1")):
             os.kill(os.getpid(), signal.SIGKILL)
         generator = torch.Generator().manual_seed(self._seed * 100_003 + index)
         return torch.randn(WIDTH, generator=generator), index * 7 % CLASSES
@@ -85,7 +85,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_a_folder_holds_what_memory_does(tmp_path: Path, layers: str) -> None:
+def test_scores_in_a_folder_equal_scores_in_memory(tmp_path: Path, layers: str) -> None:
     found = scored(tmp_path / "scores", layers=layers)
     expected = scored(layers=layers)
     assert list(found) == list(NAMES) and found.meta == json.loads(json.dumps(expected.meta))
@@ -107,7 +107,7 @@ def test_a_folder_holds_what_memory_does(tmp_path: Path, layers: str) -> None:
     [("last", 100, 1), ("all", 20, 1), ("all", 60, 2), ("all", 60, 3), ("all", 100, 4)],
     ids=["features", "factors", "eigenvalues", "mismatch", "scores"],
 )
-def test_a_killed_run_goes_on_to_the_same_scores(tmp_path: Path, layers: str, dies_at: int, dies_at_pass: int) -> None:
+def test_a_killed_run_resumes_to_the_same_scores(tmp_path: Path, layers: str, dies_at: int, dies_at_pass: int) -> None:
     out = tmp_path / "scores"
     code = f"""
 from lrds_fast.influence import shards
@@ -126,14 +126,14 @@ scale.scored(folder / "scores", dies_at={dies_at}, layers={layers!r})
     if dies_at == 100:
         # Shards of 24 samples: the first four were finished, and nothing of them is read again.
         wanted = "_rows-00000003.safetensors" if layers == "last" else "part-00000003.parquet"
-        assert wanted in begun and min(data.asked) == 96
+        assert wanted in begun and min(data.reads) == 96
     expected = scored(layers=layers)
     for name in NAMES:
         assert torch.equal(resumed[name], expected[name])
     # Once complete, resuming reads nothing.
     silent = Samples(SAMPLES, 1)
     assert torch.equal(scored(out, layers=layers, resume=True, train_data=silent)["kd_gain"], expected["kd_gain"])
-    assert silent.asked == []
+    assert silent.reads == []
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -147,24 +147,24 @@ for layers in scale.LAYERS:
     on_disk = scale.scored(folder / layers, layers=layers)
     for name in scale.NAMES:
         assert torch.equal(memory[name], on_disk[name]), name
-    assert (dist.get_rank() == 0) == (0 in data.asked)
-    torch.save((dict(memory), memory.target, data.asked), folder / f"{layers}{dist.get_rank()}.pt")
+    assert (dist.get_rank() == 0) == (0 in data.reads)
+    torch.save((dict(memory), memory.target, data.reads), folder / f"{layers}{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
     done = run(tmp_path, code, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     for layers, passes in (("last", 1), ("all", 4)):
         expected = scored(layers=layers)
-        asked: list[int] = []
+        reads: list[int] = []
         for rank in range(processes):
             found, target, own = torch.load(tmp_path / f"{layers}{rank}.pt")
-            asked += own
+            reads += own
             assert torch.equal(target, expected.target)
             for name in NAMES:
                 # Sums over the data are added up in another order: float64 factors, float32 scores.
                 torch.testing.assert_close(found[name], expected[name], rtol=2e-5, atol=2e-6)
         # Each process has read its first batch, of 8, once more.
-        assert len(asked) == passes * SAMPLES + 8 * processes and set(asked) == set(range(SAMPLES))
+        assert len(reads) == passes * SAMPLES + 8 * processes and set(reads) == set(range(SAMPLES))
         assert sorted(pd.read_parquet(tmp_path / layers)["index"]) == list(range(SAMPLES))
 
 
@@ -242,7 +242,7 @@ def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     part.unlink()
     with pytest.raises(ValueError, match=r"part-00000003.parquet begins at sample 72, where 48 is next"):
         influence.load_scores(out)
-    # As the message says: the missing part alone is made again.
+    # Only the missing part is computed again, as the message says.
     (out / "_complete.json").unlink()
     expected = scored()
     assert torch.equal(scored(out, resume=True)["kd_gain"], expected["kd_gain"])
@@ -254,7 +254,7 @@ def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
-    """Peak resident memory of 4,000 and of 32,000 samples: what a sample costs is its row of scores."""
+    """Peak resident memory of 4,000 and of 32,000 samples differs by the rows of scores only."""
     code = """
 import resource, sys
 from lrds_fast.influence import shards

@@ -22,11 +22,12 @@ LOSS = KDLoss(temperature=3.0, ce_weight=0.3, kd_weight=0.7)
 NAMES = ("kd_gain", "self_influence", "param_shift", "param_shift:delta", "grand", "el2n", "conflict", "random:3")
 
 
-def network(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+def network(seed: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(seed)
+    norm = nn.BatchNorm2d(6)
     model = nn.Sequential(
         nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False),
-        nn.BatchNorm2d(6),
+        norm,
         nn.ReLU(inplace=True),
         nn.Conv2d(6, 6, 3, groups=6),
         nn.Flatten(),
@@ -34,8 +35,9 @@ def network(seed: int, dtype: torch.dtype = torch.float64) -> nn.Module:
         nn.GELU(),
         nn.Linear(5, CLASSES),
     )
-    model[1].running_mean.normal_()
-    model[1].running_var.uniform_(0.5, 2)
+    assert norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
     return model.to(dtype)
 
 
@@ -86,7 +88,7 @@ def test_against_dense_gradients(curvature: str) -> None:
 
 @pytest.mark.parametrize("layers", ["last", ["7"]])
 @pytest.mark.parametrize("hessian", ["gt", "objective"])
-def test_the_last_layer_is_its_closed_form(hessian: str, layers: Any) -> None:
+def test_the_last_layer_matches_its_closed_form(hessian: str, layers: Any) -> None:
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 40), data(3, 9)
     selected = torch.arange(40) % 3 > 0
     common: dict[str, Any] = {"scores": NAMES, "hessian": hessian, "selected": selected, "loss": LOSS}
@@ -108,7 +110,7 @@ def test_the_last_layer_is_its_closed_form(hessian: str, layers: Any) -> None:
     assert torch.equal(found.teacher_pred, expected.teacher_pred)
 
 
-def test_kd_gain_predicts_what_a_step_does() -> None:
+def test_kd_gain_predicts_the_effect_of_a_step() -> None:
     """The definition: n times the change of the held-out loss when one sample's teacher enters the objective."""
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 12), data(3, 9)
     found = influence.score(student, teacher, train, val, layers="all", curvature="identity", loss=LOSS)["kd_gain"]
@@ -127,10 +129,10 @@ def test_kd_gain_predicts_what_a_step_does() -> None:
         size = 1e-6
         with torch.no_grad():
             for parameter, part in zip(parameters, step, strict=True):
-                parameter -= size * part
+                parameter.sub_(size * part)
             change = (held_out() - before) / size
             for parameter, part in zip(parameters, step, strict=True):
-                parameter += size * part
+                parameter.add_(size * part)
         assert change.item() == pytest.approx(found[i].item(), rel=1e-4)
 
 
@@ -143,7 +145,7 @@ def test_data_in_other_forms(layers: str) -> None:
     assert first["kd_gain"].dtype == torch.float32 and not first["kd_gain"].requires_grad
 
 
-def test_fitted_factors_are_taken() -> None:
+def test_fitted_factors_are_used() -> None:
     student, teacher, train, val = network(0), network(1), data(2, 23), data(3, 9)
     batches = train.tensors[0].split(23)
     factors = influence.Factors.fit(student.eval(), batches, curvature="kfac", damping=0.1, layers=["3", "7"])
@@ -182,7 +184,7 @@ def test_exact_curvature_and_newton_steps_from_the_models() -> None:
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_a_teacher_may_be_its_logits(layers: str) -> None:
+def test_precomputed_teacher_logits_are_accepted(layers: str) -> None:
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 23), data(3, 9)
     with torch.no_grad():
         stored = teacher(train.tensors[0])
@@ -230,7 +232,7 @@ def test_few_samples_for_a_factor_are_reported() -> None:
     with pytest.warns(UserWarning, match=r"too few samples for a factor of full rank.* '5' \(3 for 7\)"):
         influence.score(student, teacher, train, val, layers="all")
     blind = network(0)
-    torch.nn.init.zeros_(blind[7].weight)
+    torch.nn.init.zeros_(blind.get_parameter("7.weight"))
     with pytest.raises(ValueError, match="layer '0': the curvature is zero"):
         influence.score(blind, teacher, data(2, 20), val, layers=["0"])
 
@@ -263,11 +265,11 @@ def test_mistakes_are_named(layers: str) -> None:
 
 
 @pytest.mark.parametrize("labels", [1, "all"])
-def test_a_saturated_student_is_refused_wherever_its_curvature_is_fitted(labels: Any) -> None:
+def test_a_saturated_student_is_refused_by_every_curvature(labels: Any) -> None:
     student, teacher, train, val = network(0).eval(), network(1), data(2, 40), data(3, 9)
     with torch.no_grad():
         for parameter in student[7].parameters():
-            parameter *= 1e5
+            parameter.mul_(1e5)
     x = train.tensors[0]
     for layers, where in (("last", "layer '7'"), ("all", "layer '0' and 4 more"), (["5"], "layer '5'")):
         with pytest.raises(ValueError, match=f"curvature 'ekfac' of {where} is zero up to rounding"):
@@ -312,23 +314,24 @@ def test_model_outputs_that_are_not_tensors(kind: str, layers: str) -> None:
         factors = influence.Factors.fit(student.eval(), train, logits=logits)
         common: dict[str, Any] = {"factors": factors, "logits": logits}
         own = influence.self_influence(student, train, **common)
-        pairs = influence.pairwise(student, train, train, **common).diagonal()
+        pairs = influence.pairwise(student, train, train, **common)
+        assert isinstance(pairs, Tensor)
         shift = influence.set_shift(student, teacher, train, dim=None, gradient="gt", **common)
-        torch.testing.assert_close(pairs, own, rtol=1e-9, atol=0)
+        torch.testing.assert_close(pairs.diagonal(), own, rtol=1e-9, atol=0)
         assert shift.isfinite().all()
     if logits is None:
         return
-    for models, name in (((student, teacher.inner), "student"), ((student.inner, teacher), "teacher")):
+    for one, other, name in ((student, teacher.inner, "student"), (student.inner, teacher, "teacher")):
         with pytest.raises(
             TypeError, match=rf"the {name} must return logits.* a {kind} .*: pass logits=.*lambda out: out\["
         ):
-            influence.score(*models, train, val, layers=layers)
+            influence.score(one, other, train, val, layers=layers)
     with pytest.raises(ValueError, match=r"student's logits must be \(B, C\), here with B = 23; got shape \(4,\)"):
         influence.score(student, teacher, train, val, layers=layers, logits=lambda out: logits(out)[0])
     with pytest.raises(
         TypeError, match=r"logits= must return a tensor \(B, C\); it makes an object of type int of the"
     ):
-        influence.score(student, teacher, train, val, layers=layers, logits=lambda out: 3)
+        influence.score(student, teacher, train, val, layers=layers, logits=lambda out: 3)  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
@@ -337,9 +340,9 @@ def test_batches_that_are_not_pairs(layers: str) -> None:
     options: dict[str, Any] = {"val_data": val, "layers": layers, "batch_size": 10}
     expected = influence.score(student, teacher, train, **options)["kd_gain"]
     x, y = train.tensors
-    samples = [(x[i], int(y[i])) for i in range(23)]
-    dicts = [{"pixel_values": x[i], "labels": int(y[i]), "id": str(i)} for i in range(23)]
-    batches = [(x[i : i + 10].numpy(), y[i : i + 10].tolist()) for i in range(0, 23, 10)]
+    samples: Any = [(x[i], int(y[i])) for i in range(23)]
+    dicts: Any = [{"pixel_values": x[i], "labels": int(y[i]), "id": str(i)} for i in range(23)]
+    batches: Any = [(x[i : i + 10].numpy(), y[i : i + 10].tolist()) for i in range(0, 23, 10)]
     for given in (samples, batches, [(x, y.int(), "more")]):
         found = influence.score(student, teacher, given, **options)["kd_gain"]
         if given is not samples and given is not batches:
@@ -350,29 +353,30 @@ def test_batches_that_are_not_pairs(layers: str) -> None:
         return b["pixel_values"], b["labels"]
 
     for given in (dicts, DataLoader(dicts, 10)):
-        found = influence.score(student, teacher, given, **(options | {"val_data": dicts[:9]}), batch=take)
-        assert found["kd_gain"].shape == (23,)
+        scores = influence.score(student, teacher, given, **(options | {"val_data": dicts[:9]}), batch=take)
+        assert scores["kd_gain"].shape == (23,)
         wanted = r"train_data must give batches.* dict with keys 'pixel_values', 'labels', 'id': pass batch=.*"
         with pytest.raises(TypeError, match=wanted + r'lambda b: \(b\["pixel_values"\], b\["labels"\]\)'):
             influence.score(student, teacher, given, **options)
-    for given, error, message in (
+    bad_data: list[tuple[Any, type[Exception], str]] = [
         ([x], TypeError, r"train_data must give batches .*; it gives a tensor \(23,"),
         ([(x, ["a"] * 23)], TypeError, "train_data: the targets of a batch must be class indices"),
         ([([x], y)], TypeError, r"train_data: the inputs of a batch must be one tensor.* a list of 1"),
         ([(x, y.double())], TypeError, "targets must be class indices, of an integer dtype; got torch.float64"),
         (5, TypeError, "train_data must be a Dataset, a DataLoader or an iterable of batches; got int"),
-    ):
+    ]
+    for given, error, message in bad_data:
         with pytest.raises(error, match=message):
             influence.score(student, teacher, given, **options)
     with pytest.raises(TypeError, match="batch= must return .*; it makes a tensor"):
         influence.score(student, teacher, dicts, **options, batch=lambda b: b["pixel_values"])
 
 
-def test_factors_are_fitted_to_what_score_takes() -> None:
+def test_factors_accept_the_data_forms_of_score() -> None:
     student, train = network(0).eval(), data(2, 23)
     x, y = train.tensors
     expected = influence.Factors.fit(student, x.split(10)).fingerprint
-    dicts = [{"pixel_values": a, "labels": int(b)} for a, b in zip(x, y, strict=True)]
+    dicts: Any = [{"pixel_values": a, "labels": int(b)} for a, b in zip(x, y, strict=True)]
     for given in (x, train, TensorDataset(x), DataLoader(train, 10), [(x[:10],), (x[10:20], y[10:20]), x[20:]]):
         assert influence.Factors.fit(student, given, batch_size=10).fingerprint == expected
     found = influence.Factors.fit(student, DataLoader(dicts, 10), batch=lambda b: b["pixel_values"])
@@ -389,13 +393,13 @@ class Moving(Dataset[tuple[Tensor, int]]):
     def __init__(self, of: TensorDataset, flips: bool) -> None:
         self._x, self._y = of.tensors
         self._flips = flips
-        self.asked = 0
+        self.reads = 0
 
     def __len__(self) -> int:
         return len(self._x)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.asked += 1
+        self.reads += 1
         x = self._x[index]
         return x.flip(-1) if self._flips and torch.rand(()) < 0.5 else x, int(self._y[index])
 
@@ -452,4 +456,4 @@ def test_data_that_change_between_readings_are_refused(layers: str) -> None:
         influence.score(student, teacher, steady, val, layers="last")
     steady = Moving(data(2, 40), flips=False)
     influence.score(student, teacher, steady, val, layers=layers)
-    assert steady.asked == 16 + 40 * (1 if layers == "last" else 3)
+    assert steady.reads == 16 + 40 * (1 if layers == "last" else 3)

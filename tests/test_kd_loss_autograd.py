@@ -55,7 +55,7 @@ def test_parts_are_detached() -> None:
 @pytest.mark.parametrize("grad_scale", [None, 8.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_survive_a_kept_graph(reduction: str, grad_scale: float | None, dtype: torch.dtype) -> None:
-    """The saved gradient may be scaled in place only when nobody will ask again."""
+    """The saved gradient may be scaled in place only if backward runs once."""
     student, teacher, target = kd_cases.rows(16, 33, dtype)
     student.requires_grad_()
     loss = kd_loss(student, teacher, target, reduction=reduction, grad_scale=grad_scale)
@@ -88,7 +88,7 @@ def test_gradients_accumulate() -> None:
     torch.testing.assert_close(both, 2.0 * once)
 
 
-def test_gradient_flows_through_what_made_the_logits() -> None:
+def test_gradient_reaches_the_producer_of_the_logits() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(16, 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(33, 8, generator=generator, dtype=torch.float64).requires_grad_()
@@ -185,7 +185,7 @@ def test_saving_for_second_derivatives_does_not_affect_first_ones() -> None:
 
 
 def gradient(loss: Callable[[Tensor], Tensor], at: Tensor, grad_output: Tensor) -> Tensor:
-    """The kernel's."""
+    """The gradient of the kernel."""
     leaf = at.detach().clone().requires_grad_()
     return torch.autograd.grad(loss(leaf), leaf, grad_output)[0]
 
@@ -603,7 +603,7 @@ def test_transforms_find_the_values_that_the_kernel_refuses() -> None:
 def test_transforms_compile(transform: Callable[..., Any]) -> None:
     torch.compiler.reset()
     student, teacher, target = kd_cases.rows(4, 5)
-    f = transform(lambda z: kd_loss(z, teacher[:3], target, teacher_rows=3))
+    f: Callable[[Tensor], Tensor] = transform(lambda z: kd_loss(z, teacher[:3], target, teacher_rows=3))
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(student), f(student))
 
 
@@ -675,7 +675,7 @@ def test_errors_survive_compilation() -> None:
 
 
 def test_fake_tensors_have_the_real_metadata() -> None:
-    """What a tracer is told equals what the kernel returns: shape, dtype and strides."""
+    """The fake implementation and the kernel return the same shape, dtype and strides."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for dtype in kd_cases.FLOATING:
@@ -717,7 +717,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 def refuses_or_equals(ours: Callable[[], Tensor], expected: Tensor) -> None:
-    """A transform works, or says that it does not. A wrong number is the forbidden outcome."""
+    """A transform works or raises an error. It must never return a wrong number."""
     try:
         actual = ours()
     except RuntimeError as error:
@@ -732,7 +732,7 @@ def test_func_grad() -> None:
     student, teacher, target = kd_cases.rows(6, 10, torch.float64)
     expected = torch.func.grad(lambda z: reference.kd_loss(z, teacher, target))(student)
     refuses_or_equals(lambda: torch.func.grad(lambda z: kd_loss(z, teacher, target))(student), expected)
-    part = {"teacher_rows": 4}
+    part: dict[str, Any] = {"teacher_rows": 4}
     expected = torch.func.grad(lambda z: reference.kd_loss(z, teacher[:4], target, **part))(student)
     refuses_or_equals(lambda: torch.func.grad(lambda z: kd_loss(z, teacher[:4], target, **part))(student), expected)
     with pytest.raises(ValueError, match="teacher_rows=4"):
@@ -755,7 +755,8 @@ def test_func_jvp() -> None:
     tangent = torch.ones_like(student).cumsum(1)
 
     def jvp(loss: Callable[..., Tensor]) -> Tensor:
-        return torch.func.jvp(lambda z: loss(z, teacher, target), (student,), (tangent,))[1]
+        along: Tensor = torch.func.jvp(lambda z: loss(z, teacher, target), (student,), (tangent,))[1]
+        return along
 
     refuses_or_equals(lambda: jvp(kd_loss), jvp(reference.kd_loss))
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_baseline_matches_reference(name: str, temperature: float, share: float 
         detached = reference.kd_loss_parts(z.detach(), v, y, **arguments)
         return detached._replace(loss=loss)
 
-    arguments = {
+    arguments: dict[str, Any] = {
         "temperature": temperature,
         "ce_weight": 0.3,
         "kd_weight": 1.1,
@@ -76,7 +77,7 @@ for classes in (10, 300):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (CPU-only torch)")
 def test_triton_rival_matches_reference() -> None:
-    """The GPU's honest rival, under Triton's interpreter."""
+    """The Triton baseline, under Triton's interpreter."""
     done = subprocess.run(
         [sys.executable, "-c", TRITON_CHECK],
         cwd=Path(__file__).parents[1],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import kd_cases
 import pytest
@@ -24,7 +25,7 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def results(rows: kd_cases.Rows, **arguments: object) -> list[Tensor]:
+def results(rows: kd_cases.Rows, **arguments: Any) -> list[Tensor]:
     student = rows.student.detach().requires_grad_()
     parts = kd_loss_parts(student, rows.teacher, rows.target, **arguments)
     weight = torch.ones_like(parts.loss)
@@ -50,18 +51,20 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype, shape: tuple[int, int
 
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
 @pytest.mark.parametrize("classes", [10, 33, 100, 300, 1001, 40000])
-def test_a_rows_bits_do_not_depend_on_its_neighbours(classes: int, dtype: torch.dtype) -> None:
+def test_a_rows_bits_do_not_depend_on_other_rows(classes: int, dtype: torch.dtype) -> None:
     """Not on its place in the batch, its alignment, or the batch's size."""
     rows = kd_cases.rows(9, classes, dtype)
     whole = results(rows, reduction="none")
     for row in range(9):
-        part = kd_cases.Rows(*(x[row : row + 1].clone() for x in rows))
+        part = kd_cases.Rows._make(x[row : row + 1].clone() for x in rows)
         alone = results(part, reduction="none")
         assert torch.equal(alone[0][0], whole[0][row])
         assert torch.equal(alone[-1][0], whole[-1][row])
     for layout in ("wide rows", "unaligned", "every other row", "transposed"):
         moved = (kd_cases.strided(x, layout) for x in (rows.student, rows.teacher))
-        for ours, theirs in zip(results(kd_cases.Rows(*moved, rows.target), reduction="none"), whole, strict=True):
+        for ours, theirs in zip(
+            results(kd_cases.Rows._make([*moved, rows.target]), reduction="none"), whole, strict=True
+        ):
             assert torch.equal(ours, theirs), layout
 
 
@@ -74,7 +77,7 @@ def test_repeated_calls_give_the_same_bits() -> None:
 
 
 def test_the_backward_forms_agree() -> None:
-    """Saved and recomputed gradients are the same formula and, at grad_output 1, the same bits."""
+    """Saved and recomputed gradients agree, and at grad_output 1 have the same bits."""
     rows = kd_cases.rows(33, 1001)
     student = rows.student.requires_grad_()
     saved = torch.autograd.grad(kd_loss_parts(*rows, reduction="sum").loss, student)[0]
@@ -125,7 +128,7 @@ def run_with_isa(level: str | None, code: str) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def best_isa() -> str:
-    """What this CPU can run of what was compiled, whatever the test run's own cap."""
+    """The compiled instruction sets that this CPU supports, whatever limit the test run has."""
     done = run_with_isa(None, 'import lrds_fast; print(lrds_fast._C.build_info()["cpu_isa"])')
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]

@@ -28,8 +28,8 @@ def gradient(loss: Tensor, student: Tensor, grad_output: Tensor | None = None) -
 
 @FLOATING
 @FAMILY
-def test_what_is_not_needed_is_not_read(divergence: Divergence, dtype: torch.dtype) -> None:
-    """Ignored rows of NaN, NaN teachers of unselected rows: neither loss nor gradient knows of them."""
+def test_values_without_effect_are_not_read(divergence: Divergence, dtype: torch.dtype) -> None:
+    """Ignored rows of NaN, NaN teachers of unselected rows: neither the loss nor the gradient depends on them."""
     for classes in (2, 17, 100):
         student, teacher, target = kd_cases.family_rows(12, classes, dtype)
         target[5] = -100
@@ -76,7 +76,7 @@ def test_one_class_has_nothing_to_distil(divergence: Divergence) -> None:
 @FLOATING
 @FAMILY
 def test_excluded_classes(divergence: Divergence, dtype: torch.dtype) -> None:
-    """-inf in the same classes of both, as a vocabulary is masked: as if the classes were not there."""
+    """-inf in the same classes of both, as in a masked vocabulary: the result equals that without these classes."""
     student, teacher, target = kd_cases.family_rows(12, 40, dtype)
     gone = torch.zeros(40, dtype=torch.bool)
     gone[[0, 1, 15, 16, 38, 39]] = True  # a whole first vector but for its end, and the row's end
@@ -280,12 +280,12 @@ def test_mistakes_are_named(options: dict[str, Any], error: type[Exception], mes
 
 
 @pytest.mark.parametrize("columns", [3, 5], ids=["without rest", "with rest"])
-def test_cached_teachers_of_samples_are_a_batchs(columns: int) -> None:
+def test_cached_teachers_of_samples_collate_to_a_batch(columns: int) -> None:
     student, teacher, target = kd_cases.family_rows(4, 10)
     cached = TopKTeacher.from_logits(teacher, np.int64(3), temperature=np.float32(2.0))
     cached = cached._replace(rest=cached.rest if columns == 5 else None)
     tensors = [column for column in cached if isinstance(column, torch.Tensor)]
-    samples = [TopKTeacher(*rows[:3], 2.0, *rows[3:]) for rows in zip(*tensors, strict=True)]
+    samples = [TopKTeacher._make([*rows[:3], 2.0, *rows[3:]]) for rows in zip(*tensors, strict=True)]
     batch = default_collate(samples)
     assert isinstance(batch, TopKTeacher) and batch.temperature == 2.0 and (batch.rest is None) == (columns == 3)
     for loss in (kd_loss, reference.kd_loss, torch.func.grad(kd_loss)):

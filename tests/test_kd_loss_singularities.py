@@ -153,7 +153,7 @@ def test_cached_teacher_that_is_confident(divergence: str) -> None:
     assert bool((dense.isfinite()).all() and (dense >= dense.gather(1, cached.indices).amin(1, True) - 40).all())
 
 
-def test_cached_teacher_without_its_rest() -> None:
+def test_cached_teacher_without_rest() -> None:
     """Where the logsumexp resolves it, what it leaves is the rest."""
     v = torch.randn(6, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for k in (1, 10, 50):
@@ -188,7 +188,8 @@ def test_soft_targets_that_are_no_distribution(divergence: lrds_fast.divergences
     z.requires_grad_()
 
     def loss(x: Tensor, function: Any = kd_loss, **weights: float) -> Tensor:
-        return function(x, v, t, divergence=divergence, **weights)
+        value: Tensor = function(x, v, t, divergence=divergence, **weights)
+        return value
 
     for smoothing in (0.0, 0.1):
         got = kd_loss(z, v, t, ce_weight=1.0, kd_weight=0.0, label_smoothing=smoothing)

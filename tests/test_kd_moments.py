@@ -42,12 +42,14 @@ def expected(z: Tensor, v: Tensor, y: Tensor, r: Tensor | None, **options: Any) 
     g = kd_logit_gradient(z, v, y, ce_weight=1.0, kd_weight=0.0, **options)
     h = kd_logit_gradient(z, v, y, ce_weight=0.0, kd_weight=1.0, **options)
     right = v.gather(1, y[:, None])[:, 0] >= v.amax(dim=1)
-    return KDMoments(
-        F.cross_entropy(z, y, reduction="none"),
-        kd_loss(z, v, y, ce_weight=0.0, kd_weight=1.0, reduction="none", **options),
-        *((a * b).sum(dim=1) for a, b in ((g, g), (h, h), (g, h), (g, r), (h, r))),
-        r.gather(1, y[:, None])[:, 0] - r.mean(dim=1),
-        torch.where(right, y, v.argmax(dim=1)),
+    return KDMoments._make(
+        [
+            F.cross_entropy(z, y, reduction="none"),
+            kd_loss(z, v, y, ce_weight=0.0, kd_weight=1.0, reduction="none", **options),
+            *((a * b).sum(dim=1) for a, b in ((g, g), (h, h), (g, h), (g, r), (h, r))),
+            r.gather(1, y[:, None])[:, 0] - r.mean(dim=1),
+            torch.where(right, y, v.argmax(dim=1)),
+        ]
     )
 
 
@@ -67,7 +69,7 @@ def assert_equal(found: KDMoments, exact: KDMoments, tolerance: float) -> None:
 def test_every_divergence(dtype: torch.dtype, divergence: str, device: str) -> None:
     for classes in (2, 10, 33, 100, 301):
         z, v, y, r = problem(19, classes, dtype, device, classes)
-        options = {"divergence": divergence, "temperature": 3.0, "eta": 0.7}
+        options: dict[str, Any] = {"divergence": divergence, "temperature": 3.0, "eta": 0.7}
         tolerance = 1e-12 if dtype == torch.float64 else 2e-5
         assert_equal(kd_moments(z, v, y, direction=r, **options), expected(z, v, y, r, **options), tolerance)
 
@@ -115,7 +117,7 @@ def test_rows_at_the_edges(dtype: torch.dtype, device: str) -> None:
     # A certain student's gradient is small, not gone: 1 - p_y is a sum of the others.
     p = torch.softmax(z[4].double(), dim=0)
     p[y[4]] = 0.0
-    tolerance = {"rtol": 1e-5, "atol": 0.0}
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 0.0}
     torch.testing.assert_close(found.ce_ce[4].double(), p.square().sum() + p.sum().square(), **tolerance)
     torch.testing.assert_close(found.ce[4].double(), -torch.log1p(-p.sum()), **tolerance)
 

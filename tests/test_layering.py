@@ -88,7 +88,7 @@ def cpp_violations(folder: str, text: str) -> list[str]:
             if layer not in CPP_MAY_INCLUDE[folder]:
                 found.append(include)
         else:
-            forbidden = () if folder == "torch" else TORCH_HEADERS
+            forbidden: tuple[str, ...] = () if folder == "torch" else TORCH_HEADERS
             if folder in ("core", "cpu"):
                 forbidden += ("cuda", "cooperative_groups")
             if include.startswith(forbidden):
@@ -190,13 +190,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circle(module_graph()) == []
 
 
-def test_a_planted_circle_is_found() -> None:
+def test_a_planted_cycle_is_detected() -> None:
     graph = module_graph()
     graph["lrds_fast.ranks"].add("lrds_fast.train.step")
     assert {"lrds_fast.ranks", "lrds_fast.train.step"} <= set(circle(graph))
 
 
-def test_every_room_has_its_rule() -> None:
+def test_every_folder_has_a_rule() -> None:
     rooms = {p.stem for p in (ROOT / "lrds_fast").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
     assert rooms - {"__init__", "lrds_fast"} == set(PYTHON_MAY_IMPORT)
 
@@ -213,7 +213,7 @@ def test_every_room_has_its_rule() -> None:
         ("cuda", '#include "cpu/kd_loss.h"'),
     ],
 )
-def test_a_planted_include_is_found(folder: str, line: str) -> None:
+def test_a_forbidden_include_is_detected(folder: str, line: str) -> None:
     assert cpp_violations(folder, f"#pragma once\n{line}\n#include <cmath>\n")
 
 
@@ -235,12 +235,12 @@ def test_a_planted_include_is_found(folder: str, line: str) -> None:
         ("data", "from . import memory"),
     ],
 )
-def test_a_planted_import_is_found(layer: str, line: str) -> None:
+def test_a_forbidden_import_is_detected(layer: str, line: str) -> None:
     assert python_violations(layer, line + "\n")
 
 
 def test_no_attic() -> None:
-    """No drawer for everything: a file says what it holds."""
+    """No file has a catch-all name."""
     attics = {"utils.py", "util.py", "helpers.py", "common.h", "common.py", "misc.py", "utils.h", "utils.cuh"}
     sources = [p for top in ("csrc", "lrds_fast", "benchmarks", "tests") for p in (ROOT / top).rglob("*")]
     assert [p.name for p in sources if p.name in attics] == []

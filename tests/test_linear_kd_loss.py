@@ -1,4 +1,4 @@
-"""linear_kd_loss against the same loss of materialised float64 logits, and what it promises about memory."""
+"""linear_kd_loss against the same loss of materialised float64 logits, and its peak memory."""
 
 from __future__ import annotations
 
@@ -57,11 +57,16 @@ def problem(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     hidden, weight, bias = normal(rows, width), normal(classes, width) * 2 / width**0.5, normal(classes)
-    teacher = normal(rows, teacher_width), normal(classes, teacher_width) * 3 / teacher_width**0.5, normal(classes)
+    teacher_hidden, teacher_weight = (
+        normal(rows, teacher_width),
+        normal(classes, teacher_width) * 3 / teacher_width**0.5,
+    )
+    teacher_bias = normal(classes)
     target = torch.randint(classes, (rows,), generator=generator)
-    teacher[0][::2] += 2.0 * teacher[1][target[::2]]
+    teacher_hidden[::2] += 2.0 * teacher_weight[target[::2]]
     target[3:5] = -100
-    return Problem(*(tensor.to(device, dtype) for tensor in (hidden, weight, bias, *teacher)), target.to(device))
+    tensors = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+    return Problem._make([*(tensor.to(device, dtype) for tensor in tensors), target.to(device)])
 
 
 def ours(p: Problem, leaves: tuple[Tensor, Tensor, Tensor], **arguments: Any) -> Tensor:
@@ -137,7 +142,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "weight_sum": {"class_weight": torch.linspace(0.5, 2.0, 37), "weight_sum": 30.0},
     "standardize": {"standardize": True},
     "mft": {"revise": "mft"},
-} | {name: {"divergence": name} for name in NAMES if name != "kl"}
+    **{name: {"divergence": name} for name in NAMES if name != "kl"},
+}
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 23, 100, None])
@@ -177,7 +183,7 @@ def test_sequences(index: torch.dtype) -> None:
     hidden, weight, bias = p.student()
     target = p.target.view(4, 6).to(index)
     selected = torch.arange(24).view(4, 6) % 3 > 0
-    common = {"student_bias": bias, "teacher_bias": p.teacher_bias, "chunk_rows": 5}
+    common: dict[str, Any] = {"student_bias": bias, "teacher_bias": p.teacher_bias, "chunk_rows": 5}
     for teacher, given, flat in (
         (p.teacher_hidden.view(4, 6, 11), {"selected": selected}, {"selected": selected.flatten()}),
         (p.teacher_hidden.view(4, 6, 11), {"selected": selected.flatten()}, {"selected": selected.flatten()}),
@@ -234,7 +240,7 @@ def test_signature_extends_that_of_kd_loss() -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_rows_that_nobody_reads_may_hold_anything(poison: float) -> None:
+def test_masked_rows_may_hold_nan_or_inf(poison: float) -> None:
     """0 * NaN is NaN: a zero logit gradient alone would not keep a masked row out of the weight gradient."""
     clean = problem()
     selected = torch.arange(23) % 3 > 0
@@ -291,7 +297,8 @@ def test_float32_accumulation_of_a_bfloat16_weight_gradient() -> None:
         rounded[0].add_(g_chunk.t() @ x)
         rounded[1].add_(g_chunk.sum(0))
 
-    leaves = tuple(tensor.detach().float().requires_grad_() for tensor in (hidden, weight, bias))
+    h, w, b = (tensor.detach().float().requires_grad_() for tensor in (hidden, weight, bias))
+    leaves = (h, w, b)
     with torch.autocast("cpu", torch.bfloat16):
         loss = ours(p, leaves, chunk_rows=chunk)
     wide = torch.autograd.grad(loss, leaves)[1:]
@@ -300,7 +307,7 @@ def test_float32_accumulation_of_a_bfloat16_weight_gradient() -> None:
         assert accumulated.dtype == torch.float32 and returned.dtype == torch.bfloat16
 
         def error(actual: Tensor, wanted: Tensor = wanted) -> float:
-            return ((actual.double() - wanted).norm() / wanted.norm()).item()
+            return float((actual.double() - wanted).norm() / wanted.norm())
 
         assert error(accumulated) < 0.2 * error(lost)
         assert error(returned) < 0.5 * error(lost)
@@ -377,7 +384,7 @@ def test_autocast_over_any_dtypes(
         monkeypatch.setattr(linear, "_multiplies_into_float32", lambda tensor: tensor.dtype != torch.float64)
     p = problem()
     dtypes = (hidden, weight, weight, weight, hidden, hidden)
-    p = Problem(*(tensor.to(dtype) for tensor, dtype in zip(p[:6], dtypes, strict=True)), p.target)
+    p = Problem._make([*(tensor.to(dtype) for tensor, dtype in zip(p[:6], dtypes, strict=True)), p.target])
     leaves = p.student()
     with torch.autocast("cpu", autocast):
         loss = ours(p, leaves, chunk_rows=7)
@@ -393,7 +400,7 @@ def test_autocast_over_any_dtypes(
 @pytest.mark.parametrize("reduction", ["mean", "sum", "elementmean"])
 @pytest.mark.parametrize("divergence", ["mse_probs", "mse_logits"])
 def test_float16_gradients_of_means_over_classes_do_not_underflow(divergence: str, reduction: str) -> None:
-    """Both are divided by the classes too, and by a thousand of them mse_probs's are below float16's normal numbers."""
+    """Both divide by the number of classes; for 1000 classes the gradients of mse_probs are subnormal in float16."""
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(64, 32, generator=generator) for _ in range(2))
     weight, teacher_weight = (0.1 * torch.randn(1000, 32, generator=generator) for _ in range(2))
@@ -403,8 +410,13 @@ def test_float16_gradients_of_means_over_classes_do_not_underflow(divergence: st
     for dtype in (torch.float16, torch.float64):
         given = [x.to(dtype) for x in inputs]
         leaves = [given[0].requires_grad_(), given[1].requires_grad_()]
-        options = {"divergence": divergence, "ce_weight": 0.0, "reduction": reduction, "revise_temperature": None}
-        loss = linear_kd_loss(*given, target, **options)
+        options: dict[str, Any] = {
+            "divergence": divergence,
+            "ce_weight": 0.0,
+            "reduction": reduction,
+            "revise_temperature": None,
+        }
+        loss = linear_kd_loss(given[0], given[1], given[2], given[3], target, **options)
         grad_output = torch.tensor({"sum": 1024.0, "mean": 65536.0, "elementmean": 2.0**26}[reduction])
         found.append(torch.autograd.grad(loss, leaves, grad_output.to(loss.dtype)))
     for got, want in zip(*found, strict=True):
@@ -441,7 +453,7 @@ def test_gradcheck(reduction: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("grad_scale", [None, 8.0])
 def test_gradients_survive_a_kept_graph(grad_scale: float | None, dtype: torch.dtype) -> None:
-    """The saved gradients may be scaled in place only when nobody will ask again."""
+    """The saved gradients may be scaled in place only if backward runs once."""
     p = problem(dtype=dtype)
     leaves = p.student()
     loss = ours(p, leaves, grad_scale=grad_scale, chunk_rows=7)
@@ -462,7 +474,7 @@ def test_gradients_survive_a_kept_graph(grad_scale: float | None, dtype: torch.d
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 def test_only_the_gradients_that_are_wanted(wanted: tuple[int, ...]) -> None:
-    """A frozen head, a frozen body, a bias alone: the others' are neither returned nor computed."""
+    """A frozen head, a frozen body, a bias alone: gradients of frozen tensors are neither returned nor computed."""
     p = problem()
     _, exact = expected(p)
     leaves = p.student()
@@ -498,13 +510,13 @@ def test_the_teacher_gets_no_gradient() -> None:
     p = problem()
     teacher = tuple(tensor.clone().requires_grad_() for tensor in p[3:6])
     leaves = p.student()
-    ours(Problem(*p[:3], *teacher, p.target), leaves, chunk_rows=7).backward()
+    ours(Problem._make([*p[:3], *teacher, p.target]), leaves, chunk_rows=7).backward()
     assert all(tensor.grad is None for tensor in teacher)
     assert all(leaf.grad is not None for leaf in leaves)
-    assert not ours(Problem(*p[:3], *teacher, p.target), p[:3]).requires_grad
+    assert not ours(Problem._make([*p[:3], *teacher, p.target]), p[:3]).requires_grad
 
 
-def test_gradient_flows_through_what_made_the_hidden_states() -> None:
+def test_gradient_reaches_the_producer_of_the_hidden_states() -> None:
     p = problem()
     hidden, weight, bias = p.student()
     tanh = hidden.tanh()
@@ -529,7 +541,7 @@ Derivatives = dict[str, tuple[Tensor, ...]]
 
 
 def derivatives(loss: Callable[..., Tensor], leaves: tuple[Tensor, Tensor, Tensor]) -> Derivatives:
-    """Those of loss(hidden, weight, bias) that are no plain first ones, by every mode that PyTorch has."""
+    """Derivatives of loss(hidden, weight, bias) beyond plain backward, in every mode of PyTorch."""
     generator = torch.Generator().manual_seed(0)
     directions = tuple(torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for leaf in leaves)
     grad_output = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
@@ -575,7 +587,7 @@ def test_derivatives_beyond_the_first(reduction: str) -> None:
     torch.testing.assert_close(derivatives(chunked, p.student()), derivatives(materialised, p.student()))
 
 
-def test_derivatives_beyond_the_first_of_what_changed() -> None:
+def test_second_derivatives_after_an_in_place_change_are_refused() -> None:
     """The teacher may be overwritten before backward; a second derivative from it is refused."""
     p = problem()
     for mode in (contextlib.nullcontext, torch.inference_mode):
@@ -591,7 +603,7 @@ def test_derivatives_beyond_the_first_of_what_changed() -> None:
             torch.autograd.grad(loss, leaves, create_graph=True)
 
 
-def test_derivatives_where_rows_that_nobody_reads_hold_nan() -> None:
+def test_derivatives_with_nan_in_masked_rows() -> None:
     p = problem(rows=6, width=3, classes=5)
     p.hidden[3:5] = torch.nan  # the ignored ones
     leaves = p.student()
@@ -628,7 +640,7 @@ class Memory(TorchDispatchMode):
     """Watches every operator: the largest tensor made, the bytes of new storage alive at once, how often each ran."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
         self.peak = 0
         self.calls: dict[str, int] = {}
@@ -727,7 +739,7 @@ def test_opcheck() -> None:
         teacher = [p.teacher_hidden[:11], p.teacher_weight, None]
         numbers = [[4.0], 0.1, 0.9, 1.0, 0.8, 1.0, 0.0, 1, 1, -100, 0, [0.0, 0.0, 0.0], False]
         for wanted in ([True, True, True], [True, False, False], [False, False, False]):
-            arguments = [*head, *teacher, p.target, None, None, torch.tensor(21), None, None]
+            arguments: list[Any] = [*head, *teacher, p.target, None, None, torch.tensor(21), None, None]
             arguments += [dtype, torch.float64, 7]
             torch.library.opcheck(torch.ops.lrds_fast.linear_kd_loss_forward.default, (*arguments, *numbers, *wanted))
 
@@ -857,7 +869,7 @@ def test_errors_name_the_argument(changed: dict[str, Any], error: type[Exception
 
 
 def test_errors_give_the_row_of_the_batch() -> None:
-    """Not that of the chunk."""
+    """The row counts from the start of the batch, not of the chunk."""
     p = problem()
     target = p.target.clone()
     target[17] = 40

@@ -1,4 +1,4 @@
-"""Networks: published names, shapes and outputs; logits and features that belong together."""
+"""Networks: published names, shapes and outputs; consistent logits and features."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_features_are_differentiable_and_leave_no_hook_behind() -> None:
     pytest.importorskip("torchvision")
     model = models.create("torchvision:resnet18", num_classes=3)
     features = model.features(torch.randn(2, 3, 32, 32))
-    features.sum().backward()  # type: ignore[no-untyped-call]
+    features.sum().backward()
     assert next(model.parameters()).grad is not None
     assert all(not module._forward_pre_hooks for module in model.modules())
 

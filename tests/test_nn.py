@@ -72,12 +72,12 @@ def test_the_temperature_may_be_positional() -> None:
     """As in RepDistiller's DistillKL(T) and others."""
     assert vars_of(KDLoss(2.5)) == vars_of(KDLoss(temperature=2.5))
     with pytest.raises(TypeError, match="KDLoss got .*'tau': did you mean 'temperature'"):
-        KDLoss(tau=2.5)
+        KDLoss(tau=2.5)  # type: ignore[arg-type]
     assert KDLoss(revise="none").revise is None
 
 
 def test_repr_rebuilds_the_module() -> None:
-    """But for class_weight: a buffer, as in nn.CrossEntropyLoss."""
+    """class_weight is not in the repr: it is a buffer, as in nn.CrossEntropyLoss."""
     for module in (KDLoss(), KDLoss(**STORED | {"class_weight": None})):
         rebuilt = eval(repr(module))
         assert vars_of(rebuilt) == vars_of(module)
@@ -114,7 +114,7 @@ def test_has_no_state_but_class_weights() -> None:
 
 
 def test_assigned_hyperparameters_count() -> None:
-    """A temperature schedule assigns to the module; what it assigns is checked on the next call."""
+    """A temperature schedule assigns to the module; the next call checks the value."""
     rows = kd_cases.rows(12, 10)
     module = KDLoss()
     module.temperature = 2.0
@@ -159,7 +159,8 @@ def test_trains_a_layer() -> None:
         loss.backward()
         with torch.no_grad():
             for parameter in layer.parameters():
-                parameter -= 0.3 * parameter.grad
+                assert parameter.grad is not None
+                parameter.sub_(0.3 * parameter.grad)
         losses.append(loss.item())
     assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import kd_cases
 import pytest
@@ -15,7 +16,7 @@ from lrds_fast.options import KEYWORDS, REDUCTION, DivergenceKeywords, KDOptions
 
 
 def test_fields_are_the_last_arguments_of_every_operator() -> None:
-    """The operators take the fields by position: one in another place would be a wrong loss without an error."""
+    """The operators take the fields by position: a wrong order would give a wrong loss without an error."""
     for operator, after in ((_ops.kd_loss, 0), (_ops.kd_loss_forward, 1), (_ops.kd_moments, 1)):
         arguments = operator._schema.arguments
         names = [argument.name for argument in arguments]
@@ -56,11 +57,12 @@ def test_cached_options_are_the_checked_ones() -> None:
 def test_signed_weights() -> None:
     assert kd_options(ce_weight=-1.0, kd_weight=-2.0, signed=True)[1:3] == (-1.0, -2.0)
     for name in ("ce_weight", "kd_weight", "ce_weight_unselected"):
+        negative: dict[str, Any] = {name: -1.0}
         with pytest.raises(ValueError, match=f"{name} must be >= 0; got -1.0"):
-            kd_options(**{name: -1.0})
+            kd_options(**negative)
 
 
-def test_functions_of_rows_refuse_what_they_do_not_use() -> None:
+def test_functions_without_reduction_refuse_unused_options() -> None:
     rows = kd_cases.rows(4, 3)
     for function in (kd_logit_gradient, kd_moments):
         for name, value in (("reduction", "mean"), ("ignore_index", 1), ("ce_weight_unselected", 0.5)):

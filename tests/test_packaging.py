@@ -1,4 +1,4 @@
-"""What a user gets: one version, everything in the source archive, readable errors from the build."""
+"""Packaging: one version, a complete source archive, readable errors from the build."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_version_has_one_home() -> None:
 
 
 @in_checkout
-def test_source_archive_holds_what_a_build_needs(tmp_path: Path) -> None:
+def test_the_source_archive_is_enough_to_build(tmp_path: Path) -> None:
     env = dict(os.environ, LRDS_FAST_CUDA="0")
     subprocess.run(
         [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
@@ -97,7 +97,7 @@ def test_another_torch_is_an_error(source: bool, tmp_path: Path, monkeypatch: py
     assert not found.endswith(" lrds-fast"), "it is on no index"
 
 
-def test_a_checkout_that_was_never_built_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unbuilt_checkout_says_how_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path / "mine")])
     installation(monkeypatch, tmp_path / "mine", source=True)
     found = _build.problem("2.15.0")
@@ -143,7 +143,7 @@ def test_a_failed_import_is_one_line_and_nothing_behind_it(monkeypatch: pytest.M
         assert error.__cause__ is None and (error.__context__ is None or error.__suppress_context__)
 
 
-def test_without_torch_the_first_use_says_how_to_get_it() -> None:
+def test_without_torch_the_first_use_says_how_to_install_it() -> None:
     code = "import sys; sys.modules['torch'] = None; import lrds_fast; lrds_fast.kd_loss"
     root = Path(lrds_fast.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
@@ -181,14 +181,14 @@ def setup_py(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @in_checkout
-def test_a_wish_that_is_no_wish() -> None:
+def test_an_invalid_lrds_fast_cuda_is_refused() -> None:
     done = setup_py("--version", LRDS_FAST_CUDA="yes")
     assert done.returncode != 0
     assert "LRDS_FAST_CUDA must be 0, 1 or unset; got 'yes'" in done.stderr
 
 
 @in_checkout
-def test_forbidden_cuda_says_so() -> None:
+def test_lrds_fast_cuda_0_builds_for_the_cpu_only() -> None:
     done = setup_py("--version", LRDS_FAST_CUDA="0")
     assert done.returncode == 0
     assert lrds_fast.__version__ in done.stdout
@@ -197,7 +197,7 @@ def test_forbidden_cuda_says_so() -> None:
 
 @in_checkout
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU asks for the kernels by itself")
-def test_without_a_gpu_one_line_says_how_to_get_the_kernels() -> None:
+def test_without_a_gpu_the_build_says_how_to_compile_the_kernels() -> None:
     if torch.version.cuda is None:
         pytest.skip("this torch is CPU-only")
     done = setup_py("--version", TORCH_CUDA_ARCH_LIST="")
@@ -207,11 +207,11 @@ def test_without_a_gpu_one_line_says_how_to_get_the_kernels() -> None:
 
 
 @in_checkout
-@pytest.mark.parametrize("wish", ["1", ""])
-def test_without_nvcc_one_line_says_how_to_get_it(wish: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["1", ""])
+def test_without_nvcc_the_build_says_how_to_install_it(setting: str, tmp_path: Path) -> None:
     if torch.version.cuda is None:
         pytest.skip("this torch is CPU-only: the missing piece is torch, not nvcc")
-    # The search is asked in a process where no place has an nvcc.
+    # The search runs in a process where no folder has an nvcc.
     script = (
         "import runpy, sys, pathlib;"
         "real = pathlib.Path.is_file;"
@@ -224,14 +224,14 @@ def test_without_nvcc_one_line_says_how_to_get_it(wish: str, tmp_path: Path) -> 
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
-        env={**env, "LRDS_FAST_CUDA": wish} if wish else env,
+        env={**env, "LRDS_FAST_CUDA": setting} if setting else env,
         capture_output=True,
         text=True,
     )
     lines = [line for line in done.stderr.splitlines() if "nvcc" in line]
     assert len(lines) == 1, done.stderr
     assert "nvidia-cuda-nvcc" in lines[0]
-    assert (done.returncode == 0) == (wish == "")
+    assert (done.returncode == 0) == (setting == "")
 
 
 @in_checkout
@@ -249,7 +249,7 @@ def setup_names(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 
 @in_checkout
-def test_the_record_of_a_build_is_what_the_extension_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_build_record_matches_the_extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extension = tmp_path / Path(lrds_fast._C.__file__).name
     extension.symlink_to(lrds_fast._C.__file__)
     setup_names(monkeypatch)["write_record"](extension)  # type: ignore[operator]
@@ -278,7 +278,7 @@ def test_an_old_setuptools_is_named_before_anything_else(monkeypatch: pytest.Mon
 
 @in_checkout
 def test_a_wheel_requires_the_torch_that_its_binary_fits(tmp_path: Path) -> None:
-    """The metadata alone: nothing is compiled."""
+    """Reads the metadata only; nothing is compiled."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -308,7 +308,7 @@ def parsed(path: Path) -> Any:
 
 
 def workflows() -> dict[str, dict[str, Any]]:
-    """File name -> what each of GitHub's workflows says. YAML reads the key "on" as True."""
+    """File name -> the parsed GitHub workflow. YAML reads the key "on" as True."""
     found = {path.name: parsed(path) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
     assert set(found) == {"lint.yml", "tests.yml", "docs.yml", "wheels.yml"}
     return found

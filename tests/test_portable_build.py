@@ -1,4 +1,4 @@
-"""The CPU kernels for a processor that is not this one: 64-bit ARM, by a compiler that is not this one, Clang."""
+"""The CPU kernels cross-compiled for 64-bit ARM by Clang."""
 
 from __future__ import annotations
 

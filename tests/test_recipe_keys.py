@@ -1,4 +1,4 @@
-"""What is made from the options of recipes: the table in the docs, the help text, the JSON schema; and their errors."""
+"""Files generated from the options of recipes: the table in the docs, the help text, the JSON schema; and errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_generated_files_are_up_to_date() -> None:
     assert tool().outdated() == [], "run python tools/recipe_keys.py"
 
 
-def test_an_outdated_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outdated_file_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tool()
     for name in (f"lrds_fast/recipes/{SCHEMA}", "docs/training.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def test_the_schema_is_shipped() -> None:
 
 
 def test_options_of_one_table_check_themselves() -> None:
-    options = DataOptions(name="cifar100", batch_size=32, mean=[0.5], mixup=1)
+    options = DataOptions(name="cifar100", batch_size=32, mean=[0.5], mixup=1)  # type: ignore[arg-type]
     assert (options.batch_size, options.mean, options.mixup) == (32, (0.5,), 1.0)
     assert pickle.loads(pickle.dumps(options)) == options
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -144,9 +144,9 @@ def test_wrong_options_are_one_line(table: Any, values: dict[str, Any], message:
     assert type(raised.value) is ValueError
 
 
-def test_options_are_given_by_keyword() -> None:
+def test_options_are_keyword_only() -> None:
     with pytest.raises(ValueError, match="DataOptions takes its options by keyword; got 'digits'"):
-        DataOptions("digits")  # type: ignore[misc]
+        DataOptions("digits")  # type: ignore[call-arg]
 
 
 def test_every_table_of_a_recipe_is_checked() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_revise_labels_matches_the_formulas() -> None:
 @pytest.mark.parametrize(("ce_weight", "kd_weight"), [(0.1, 0.9), (0.0, 1.0), (0.7, 0.0), (-0.3, -0.9)])
 def test_logit_gradient_is_the_gradient(ce_weight: float, kd_weight: float) -> None:
     z, v, y = batch()
-    options = {
+    options: dict[str, Any] = {
         "temperature": 3.0,
         "ce_weight": ce_weight,
         "kd_weight": kd_weight,
@@ -240,7 +241,7 @@ def test_gradient_is_right_by_finite_differences() -> None:
 
 
 def test_masked_classes() -> None:
-    """-inf on both sides is a class that is not there; under teacher mass it is an infinite loss."""
+    """-inf in both logits excludes the class; -inf in the student under teacher mass is an infinite loss."""
     z, v, y = batch(6, 5)
     y.clamp_(max=3)
     masked_z, masked_v = z.clone(), v.clone()

@@ -70,7 +70,7 @@ def test_matches_reference_and_gives_no_gradient() -> None:
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-12)
 
 
-def test_is_what_kd_loss_distils() -> None:
+def test_kd_loss_distils_the_revised_labels() -> None:
     """Plain distillation of log p' is label revision: the two ways into the same loss."""
     student, teacher, target = kd_cases.rows(60, 33, torch.float64)
     revised = revise_labels(teacher, target, temperature=4.0).log() * 4.0
@@ -160,7 +160,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_what_a_margin_means_at_a_temperature(published: dict[str, Tensor], name: str) -> None:
+def test_revised_margin_at_a_temperature(published: dict[str, Tensor], name: str) -> None:
     teacher, target = published[name].double(), published["target"].long()
     wrong = wrong_rows(teacher, target)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import kd_cases
@@ -42,7 +43,7 @@ def kl(z: Tensor, p: Tensor, t: float) -> Tensor:
 
 
 def test_the_default_is_temperature_one() -> None:
-    """One line changes it: lrds_fast.divergences.REVISE_TEMPERATURE."""
+    """The constant lrds_fast.divergences.REVISE_TEMPERATURE sets the default."""
     assert REVISE_TEMPERATURE == 1.0
     rows = kd_cases.rows(12, 10)
     assert torch.equal(kd_loss(*rows), kd_loss(*rows, revise_temperature=1.0))
@@ -51,7 +52,7 @@ def test_the_default_is_temperature_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
-def test_kl_is_its_definition(dtype: torch.dtype) -> None:
+def test_kl_matches_its_definition(dtype: torch.dtype) -> None:
     for classes, (t, r) in itertools.product(CLASSES, TEMPERATURES):
         z, v, y = (x[5:] for x in kd_cases.rows(45, classes, dtype))
         student = z.clone().requires_grad_()
@@ -106,7 +107,7 @@ def test_matches_reference(divergence: Divergence, revise: str | None, dtype: to
 @pytest.mark.parametrize("rest", [True, False], ids=("rest", "without rest"))
 @pytest.mark.parametrize("divergence", ["kl", "rkl", "dkd", "nkd", "jsd", "mse_probs"])
 def test_cached_teacher(divergence: str, rest: bool, k: int) -> None:
-    """What is not kept is spread evenly: C - k classes of the logit T (rest - log(C - k)), at R as at T."""
+    """The remaining mass is spread evenly: C - k classes of the logit T (rest - log(C - k)), at R as at T."""
     for dtype in (DOUBLE, torch.float32):
         z, v, y = kd_cases.family_rows(40, 33, dtype)
         cached = TopKTeacher.from_logits(v / 8 + torch.linspace(-1, 1, 33).to(dtype), k, temperature=2.0)
@@ -156,7 +157,7 @@ def test_saturated_rows_in_sixteen_bits(dtype: torch.dtype) -> None:
         kd_oracle.compare(z_row, v_row, torch.tensor([y]), eta=0.75, standardize=False, revise_temperature=r, **options)
 
 
-def test_a_sure_wrong_row_by_hand() -> None:
+def test_a_confident_wrong_row_by_hand() -> None:
     """At R = 1 a gap of 60 leaves p = (0, 1): the label's new logit is that of the top + log((2 - eta) / eta)."""
     v = torch.tensor([[0.0, 60.0]], dtype=DOUBLE)
     p = lrds_fast.revise_labels(v, torch.tensor([0]), eta=0.8, temperature=4.0, revise_temperature=1.0)
@@ -230,7 +231,7 @@ def test_derivatives(name: str, soft: bool) -> None:
     assert torch.autograd.gradgradcheck(loss, student)
     (first,) = torch.autograd.grad(loss(student), student)
     torch.testing.assert_close(torch.func.grad(loss)(z), first, rtol=1e-9, atol=1e-11)
-    _, along = torch.func.jvp(loss, (z,), (torch.ones_like(z),))
+    along: Tensor = torch.func.jvp(loss, (z,), (torch.ones_like(z),))[1]
     torch.testing.assert_close(along, first.sum(), rtol=1e-9, atol=1e-11)
     (narrow,) = torch.autograd.grad(
         kd_loss((near := z.float() + 1e4).requires_grad_(), v.float() + 1e4, target, **options), near, create_graph=True
@@ -260,9 +261,7 @@ def test_influences_functions(divergence: str, revise: str | None) -> None:
         options |= {"revise_temperature": r}
         h = reference.kd_logit_gradient(z.double(), v.double(), y, ce_weight=0.0, kd_weight=1.0, **options)
         got = functional.kd_logit_gradient(z, v, y, ce_weight=0.0, kd_weight=1.0, **options)
-        tolerance: dict[str, float] = (
-            {"rtol": 1e-10, "atol": 1e-11} if dtype == DOUBLE else {"rtol": 1e-4, "atol": 1e-4}
-        )
+        tolerance: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-11} if dtype == DOUBLE else {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(got.double(), h, **tolerance)
         kd = reference.kd_loss(z.double(), v.double(), y, ce_weight=0.0, kd_weight=1.0, reduction="none", **options)
         moments = functional.kd_moments(z, v, y, **options)
@@ -278,10 +277,11 @@ def test_linear_kd_loss() -> None:
     for divergence in ("kl", "dkd"):
         options: dict[str, Any] = {"divergence": divergence, "revise_temperature": 1.0}
         found = []
-        for loss in (
+        losses: list[Callable[[Tensor, Tensor, dict[str, Any]], Tensor]] = [
             lambda h, w, o: linear_kd_loss(h, w, taught, fixed, y, chunk_rows=7, **o),
             lambda h, w, o: reference.kd_loss(h @ w.T, taught @ fixed.T, y, **o),
-        ):
+        ]
+        for loss in losses:
             leaves = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
             value = loss(*leaves, options)
             found.append((value.detach(), *torch.autograd.grad(value, leaves)))
@@ -306,7 +306,7 @@ def test_mlkd_loss() -> None:
 
 
 def test_counts_and_threads() -> None:
-    """The same rows are revised; the bits do not depend on threads; nothing but wrong rows changes."""
+    """The same rows are revised, with the same bits for any thread count; only wrong rows change."""
     z, v, y = kd_cases.rows(64, 1000)
     published, ours = (kd_loss_parts(z, v, y, revise_temperature=r) for r in (None, 1.0))
     assert ours.n_revised == published.n_revised > 0

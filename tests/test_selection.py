@@ -1,4 +1,4 @@
-"""Selections: choosing, the file, and what it refuses."""
+"""Selections: rules, the file format, and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -138,7 +138,7 @@ def test_hysteresis_by_ratio(per_class: bool) -> None:
     assert torch.equal(select({"s": values}, "s", ratio=0.5, leave=0.75, previous=chosen, **options).mask, chosen.mask)
 
 
-def test_hysteresis_settles_what_noise_would_toss_about() -> None:
+def test_hysteresis_reduces_changes_from_noise() -> None:
     """Scores around the threshold, measured ten times with noise: fewer samples change sides."""
     draws = torch.Generator().manual_seed(1)
     truth = torch.randn(2000, generator=draws)
@@ -175,7 +175,7 @@ def test_scores_bring_labels_predictions_and_fingerprint(scores: influence.Score
         assert int(by_class.mask[scores.target == label].sum()) == math.floor(size / 2 + 0.5)
 
 
-def test_fingerprint_is_the_hash_it_says() -> None:
+def test_fingerprint_is_the_documented_hash() -> None:
     labels = [3, 1, 2]
     raw = struct.pack("<5q", 3, 10, *labels)
     assert dataset_fingerprint(labels, 10) == hashlib.sha256(raw).hexdigest()
@@ -240,7 +240,7 @@ def test_pandas_reads_the_table(scores: influence.Scores, tmp_path: Path) -> Non
     assert frame.nsmallest(24, "kd_gain").index.sort_values().tolist() == (select(scores, ratio=0.4).indices.tolist())
 
 
-def test_metadata_says_where_it_comes_from(scores: influence.Scores, tmp_path: Path) -> None:
+def test_metadata_records_the_provenance(scores: influence.Scores, tmp_path: Path) -> None:
     select(scores, ratio=0.5).save(tmp_path / "d_t.parquet")
     facts = json.loads(pq.read_schema(tmp_path / "d_t.parquet").metadata[b"lrds_fast.selection"])
     assert facts["fingerprint"] == dataset_fingerprint(scores.target, 5)
@@ -394,7 +394,7 @@ def test_another_dataset_is_refused(scores: influence.Scores, tmp_path: Path) ->
         Selection.load(path, dataset="cifar100")
 
 
-def test_targets_alone_say_which_dataset(scores: influence.Scores, tmp_path: Path) -> None:
+def test_targets_identify_the_dataset(scores: influence.Scores, tmp_path: Path) -> None:
     path = tmp_path / "d_t.parquet"
     select(scores, ratio=0.5, dataset=SimpleNamespace(targets=scores.target)).save(path)
     labels = scores.target.tolist()
@@ -411,10 +411,10 @@ def test_targets_alone_say_which_dataset(scores: influence.Scores, tmp_path: Pat
         select({"s": torch.rand(60)}, "s", ratio=0.5, dataset=SimpleNamespace(targets=labels))
 
 
-def test_a_dataset_says_who_keeps_the_teacher(scores: influence.Scores) -> None:
+def test_a_dataset_yields_the_selection_flag(scores: influence.Scores) -> None:
     chosen = select(scores, ratio=0.4)
     x, y = torch.arange(60.0)[:, None], scores.target
-    flagged = chosen.dataset(TensorDataset(x, y))
+    flagged: Any = chosen.dataset(TensorDataset(x, y))
     assert len(flagged) == 60 and flagged[3][2] is bool(chosen.mask[3]) and torch.equal(flagged[3][0], x[3])
     with_index = chosen.dataset([(x[i], int(y[i]), i) for i in range(60)])
     assert with_index[-1][2:] == (59, bool(chosen.mask[59]))
@@ -469,8 +469,8 @@ def test_scores_of_another_dataset_are_refused(scores: influence.Scores) -> None
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "nothing asked": ({}, ValueError, "exactly one of confidence, outliers, ratio and threshold"),
-    "both asked": (
+    "no criterion": ({}, ValueError, "exactly one of confidence, outliers, ratio and threshold"),
+    "two criteria": (
         {"ratio": 0.5, "threshold": 0.0},
         ValueError,
         "exactly one of confidence, outliers, ratio and threshold",
@@ -538,7 +538,7 @@ def test_bad_input_is_named(what: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_fingerprint_refuses_what_is_no_label() -> None:
+def test_fingerprint_refuses_invalid_labels() -> None:
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 3\); got values from 0 to 3"):
         dataset_fingerprint([0, 3], 3)
     with pytest.raises(ValueError, match="num_classes must be an int >= 1; got 0"):
@@ -550,7 +550,7 @@ def page_of(chosen: Selection, folder: Path, **options: Any) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_report_is_one_page_that_counts(scores: influence.Scores, tmp_path: Path) -> None:
+def test_report_is_one_page_with_counts(scores: influence.Scores, tmp_path: Path) -> None:
     chosen = select(scores, threshold=0.0)
     page = page_of(chosen, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -628,13 +628,13 @@ class Pictures:
 
     def __init__(self, make: Any) -> None:
         self._make = make
-        self.asked: set[int] = set()
+        self.reads: set[int] = set()
 
     def __len__(self) -> int:
         return 60
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        self.asked.add(index)
+        self.reads.add(index)
         return self._make(index), 0
 
 
@@ -659,10 +659,10 @@ def _pil(index: int) -> Any:
 def test_report_shows_both_ends(make: Any, scores: influence.Scores, tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     chosen, pictures = select(scores, threshold=0.0), Pictures(make)
-    chosen.report(tmp_path / "report.html", pictures=pictures, class_names=["ant & bee", "b", "c", "d", "e"])
+    chosen.report(tmp_path / "report.html", pictures=pictures, class_names=["ant & bee", "b", "c", "d", "e"])  # type: ignore[arg-type]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     order = scores["kd_gain"].argsort(stable=True)
-    assert pictures.asked == set(order[:24].tolist()) | set(order[-24:].tolist())
+    assert pictures.reads == set(order[:24].tolist()) | set(order[-24:].tolist())
     assert page.count('<img src="data:image/png;base64,') == 48
     helpful, harmful = page.index("Most helpful teacher, by kd_gain"), page.index("Most harmful teacher, by kd_gain")
     assert helpful < page.index(f"#{int(order[0])}: ") < harmful < page.index(f"#{int(order[-1])}: ")
@@ -672,14 +672,14 @@ def test_report_shows_both_ends(make: Any, scores: influence.Scores, tmp_path: P
     assert (tmp_path / "called.html").read_text(encoding="utf-8").count("<img") == 48
 
 
-def test_report_refuses_what_is_no_picture(scores: influence.Scores, tmp_path: Path) -> None:
+def test_report_refuses_invalid_pictures(scores: influence.Scores, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pictures must give \(H, W\).* got \(7,\) for"):
         select(scores, threshold=0.0).report(tmp_path / "r.html", pictures=lambda _: torch.rand(7))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_report_measures_agreement(tmp_path: Path) -> None:
-    """Against scipy, ties included; and the overlap of what each score would keep."""
+    """Against scipy, ties included; and the overlap of the selections of two scores."""
     from scipy.stats import spearmanr
 
     draws = torch.Generator().manual_seed(3)

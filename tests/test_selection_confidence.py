@@ -1,4 +1,4 @@
-"""The standard error of kd_gain, against held-out slices taken apart; selection by it; weights by shrinkage."""
+"""The standard error of kd_gain, against separate parts of the held-out slice; selection by it; shrinkage."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_error_is_the_spread_between_held_out_slices() -> None:
     assert float(ratio.min()) > 0.8 and float(ratio.max()) < 1.25
 
 
-def test_no_error_where_there_can_be_none() -> None:
+def test_no_standard_error_without_folds_or_validation_rows() -> None:
     inputs = case()
     assert influence.last_layer_scores(**inputs, folds=0).standard_error == {}  # type: ignore[arg-type]
     assert influence.last_layer_scores(**inputs, scores="conflict").standard_error == {}  # type: ignore[arg-type]
@@ -105,7 +105,8 @@ class _Net(nn.Module):
         self.hidden, self.fc = nn.Linear(5, hidden), nn.Linear(hidden, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(torch.tanh(self.hidden(x)))
+        logits: Tensor = self.fc(torch.tanh(self.hidden(x)))
+        return logits
 
 
 def samples(count: int, seed: int) -> list[tuple[Tensor, int]]:
@@ -137,7 +138,7 @@ def test_models_and_data_give_the_same_error(layers: str, tmp_path: Path) -> Non
     torch.testing.assert_close(again.standard_error["kd_gain"], scores.standard_error["kd_gain"])
     assert torch.equal(stored.standard_error["kd_gain"], again.standard_error["kd_gain"])
     default = influence.score(student, teacher, train, val, **common)  # type: ignore[arg-type]
-    assert bool(default.standard_error) == (layers == "last"), "a JVP a part is asked for, not given"
+    assert bool(default.standard_error) == (layers == "last"), "each part costs a JVP, so that it is off by default"
 
 
 SCORE = torch.tensor([5.0, 1.0, 3.0, -2.0, 4.0, 2.1, 0.0, 4.0])
@@ -170,7 +171,7 @@ def made(**more: Tensor) -> Scores:
         ({"confidence": 1.0, "largest": True}, {3}),
     ],
 )
-def test_who_is_denied(options: dict[str, float], denied: set[int]) -> None:
+def test_deselected_samples(options: dict[str, float], denied: set[int]) -> None:
     selection = select(made(), **options)  # type: ignore[arg-type]
     assert set((~selection.mask).nonzero()[:, 0].tolist()) == denied
     plain = {"kd_gain": SCORE, "kd_gain_standard_error": ERROR}
@@ -206,7 +207,7 @@ def test_errors_name_the_way_out(options: dict[str, float], message: str) -> Non
         select(made(ce=SCORE), **options)  # type: ignore[arg-type]
 
 
-def test_an_error_that_is_none_is_refused() -> None:
+def test_an_invalid_standard_error_is_refused() -> None:
     bad = ERROR.clone()
     bad[3] = math.nan
     with pytest.raises(ValueError, match="'kd_gain_standard_error' must be finite and >= 0; got nan at sample 3"):
@@ -243,7 +244,7 @@ def test_weights_are_calibrated() -> None:
         assert share == pytest.approx(float(weights[inside].double().mean()), abs=0.015)
 
 
-def test_weights_where_errors_say_all_or_nothing() -> None:
+def test_weights_at_zero_and_dominant_errors() -> None:
     exact = shrinkage_weights(
         {"kd_gain": torch.tensor([-1.0, 0.5, 0.0, 2.0]), "kd_gain_standard_error": torch.zeros(4)}
     )

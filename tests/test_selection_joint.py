@@ -1,4 +1,4 @@
-"""Joint selection: the sums it finds, against brute force and chance, and what denying those samples does."""
+"""Joint selection: its sums against brute force and random choice, and its effect on the student."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_close_to_the_bound_of_the_fractional_problem(mean: float) -> None:
     assert length(s, mask) < bound + 0.15 * chance
 
 
-def test_groups_keep_their_counts() -> None:
+def test_groups_have_the_requested_counts() -> None:
     s, groups = vectors(600, 16, 3), torch.arange(600) % 7
     counts = [0, 1, 40, 85, 80, 60, 5]
     mask = least_sum(s, counts, groups)
@@ -65,7 +65,7 @@ def test_groups_keep_their_counts() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 0.75, 1.0])
 @pytest.mark.parametrize("per_class", [False, True])
-def test_selection_says_what_it_left(ratio: float, per_class: bool) -> None:
+def test_selection_reports_the_residual(ratio: float, per_class: bool) -> None:
     s = vectors(203, 8, 1, 0.1).float()
     labels = torch.arange(203) % 3
     chosen = select_jointly(s, ratio=ratio, per_class=per_class, labels=labels, scores={"el2n": torch.rand(203)})
@@ -105,8 +105,9 @@ def test_residual_of_random_is_that_of_random_choices() -> None:
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"shift": torch.rand(3, 2), "ratio": 0.5}
     with pytest.raises(ValueError, match=message):
-        select_jointly(**({"shift": torch.rand(3, 2), "ratio": 0.5} | change))
+        select_jointly(**(arguments | change))
 
 
 def network() -> tuple[nn.Module, nn.Module, TensorDataset]:
@@ -180,7 +181,7 @@ def test_set_shift_bad_input() -> None:
 
 
 @pytest.mark.gate
-def test_the_jointly_denied_move_the_student_least() -> None:
+def test_jointly_deselected_samples_move_the_student_least() -> None:
     """Digits, an exactly trained head: half of the samples are denied their teacher and the head is trained again."""
     temperature = 4.0
     moved: dict[str, list[float]] = {"jointly": [], "least param_shift": [], "random": []}

@@ -33,7 +33,7 @@ def denied(selection: Selection) -> set[int]:
         ({"outliers": 0.5, "largest": True}, {0, 5}),
     ],
 )
-def test_who_is_denied(options: dict[str, float], expected: set[int]) -> None:
+def test_deselected_samples(options: dict[str, float], expected: set[int]) -> None:
     selection = select({"kd": SCORE}, "kd", **options)  # type: ignore[arg-type]
     assert denied(selection) == expected
     assert selection.policy["outliers"] == options["outliers"]

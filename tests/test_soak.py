@@ -234,7 +234,7 @@ def test_two_at_once(attempts: Attempts) -> None:
         assert set(codes) <= {-9, 0, 2}, attempts.log.read_text()[-3000:]
         refused += 2 in codes
         check_whole(attempts.folder / out)
-        if 0 in codes:  # this run is done: nobody locks its folder again
+        if 0 in codes:  # this run is done: no process locks its folder again
             out = f"runs/contested{rounds}"
     attempts.finish(*train_arguments(out), "--resume")
     same_run(attempts.folder / out, attempts.folder / "runs" / "alone")
@@ -279,9 +279,9 @@ def test_full_disk(attempts: Attempts) -> None:
             (small / "filler").unlink()
             check_whole(attempts.folder / out)
         assert full > 0
-        for out in sorted(small.iterdir()):
-            attempts.finish(*train_arguments(f"small/{out.name}"), "--resume")
-            same_run(out, attempts.folder / "runs" / "roomy")
+        for folder in sorted(small.iterdir()):
+            attempts.finish(*train_arguments(f"small/{folder.name}"), "--resume")
+            same_run(folder, attempts.folder / "runs" / "roomy")
     print(f"full disk: {full} runs ended by it, {killed} killed")
 
 
@@ -332,7 +332,7 @@ def reads(read: Callable[[], object], *accepted: type[Exception], named: object 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of the damage
 def test_damaged_pictures() -> None:
-    """Read, or refused in one line: never another error, and never the end of the process."""
+    """A damaged picture is read or refused in one line: never another error or a crash."""
     image_module = pytest.importorskip("PIL.Image")
     from lrds_fast.data.pictures import Unreadable, decoded, for_dali, picture_size
 

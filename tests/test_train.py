@@ -1,4 +1,4 @@
-"""The loop: what it computes, that it can stop and go on, and that it refuses what cannot be meant."""
+"""The training loop: its steps, resumption, and the errors for contradictory options."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, with_teacher: 
         pass
 
     class Stopping:
-        """The data, but for a power cut in the middle of the third epoch."""
+        """The data, with an exception in the middle of the third epoch that simulates a power cut."""
 
         num_classes, labels = data.train.num_classes, data.train.labels
 
@@ -151,7 +151,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, with_teacher: 
             "cut",
             recipe=chosen,
             teacher=guide,
-            data=Data("cut", Stopping(), data.score, data.val, data.test),
+            data=Data("cut", Stopping(), data.score, data.val, data.test),  # type: ignore[arg-type]
         )
     torch.manual_seed(12345)  # whatever ran in between
     resumed, again = run(tmp_path, "cut", recipe=chosen, teacher=guide, data=data, resume=True)
@@ -219,11 +219,11 @@ def test_teacher_prefix_equals_mask_up_to_rounding_and_saves_the_teacher_rows(tm
         torch.testing.assert_close(value, weights["mask"][name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_selection_of_nobody_is_training_on_labels_alone(tmp_path: Path) -> None:
+def test_an_empty_selection_trains_on_labels_alone(tmp_path: Path) -> None:
     data = blobs()
-    nobody = torch.zeros(len(data.train.labels), dtype=torch.bool)
+    empty = torch.zeros(len(data.train.labels), dtype=torch.bool)
     guide = Counting()
-    taught, own = run(tmp_path, "nobody", teacher=guide, data=data, selected=nobody)
+    taught, own = run(tmp_path, "empty", teacher=guide, data=data, selected=empty)
     alone, other = run(tmp_path, "alone", data=data)
     assert guide.rows == 1  # the look at its class count
     assert [record["n_selected"] for record in taught] == [0, 0, 0]
@@ -235,8 +235,8 @@ def test_a_selection_of_nobody_is_training_on_labels_alone(tmp_path: Path) -> No
 
 def test_a_loader_that_does_not_sort_gets_a_mask() -> None:
     batch = Batch(torch.zeros(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64), torch.tensor([2, 0, 1, 3]))
-    shown, heard, mask = teacher_rows(batch, torch.tensor([True, False, False, True]), 2, "prefix")
-    assert (shown, heard) == (4, 4)
+    rows, count, mask = teacher_rows(batch, torch.tensor([True, False, False, True]), 2, "prefix")
+    assert (rows, count) == (4, 4)
     assert mask is not None
     assert mask.tolist() == [False, True, False, True]
     assert teacher_rows(batch, torch.tensor([True, False, True, False]), 2, "prefix") == (2, 2, None)
@@ -244,7 +244,7 @@ def test_a_loader_that_does_not_sort_gets_a_mask() -> None:
 
 
 def test_the_teacher_sees_as_many_rows_in_every_batch(tmp_path: Path) -> None:
-    """Whatever the share: batches of one size show it one number of rows, at most one more than are selected."""
+    """For any share: equal batches have the same number of teacher rows, at most one more than are selected."""
     data = blobs(200)
     size, full = len(data.train.labels), 16
     for share in (0.0, 0.1, 0.37, 0.5, 0.93, 1.0):
@@ -350,7 +350,7 @@ def test_float16_gradients_are_scaled_and_unscaled(tmp_path: Path) -> None:
         assert (value - trained["off"].state_dict()[name]).norm() < 0.02 * moved
 
 
-def test_moving_average_is_what_is_judged_and_kept(tmp_path: Path) -> None:
+def test_the_moving_average_is_evaluated_and_saved(tmp_path: Path) -> None:
     chosen = recipe(**{"run.ema_decay": 0.999, "schedule.epochs": 2, "optimizer.lr": 0.2})
     records, model = run(tmp_path, recipe=chosen)
     logits = outputs_of(model, blobs(), "test")
@@ -537,18 +537,18 @@ def test_other_objectives_over_the_selected(tmp_path: Path, method: str, compose
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for batch in data.train.epoch(0, selected):
         z, v, y = expected(batch.images), guide(batch.images).detach(), batch.targets
-        heard = selected[batch.indices]
-        share = heard.double().mean().float()
+        has_teacher = selected[batch.indices]
+        share = has_teacher.double().mean().float()
         rows = F.cross_entropy(z, y, reduction="none")
-        weighted = (rows * torch.where(heard, 0.1, 1.0)).mean()
+        weighted = (rows * torch.where(has_teacher, 0.1, 1.0)).mean()
         if method == "dist":
             revised = 4.0 * lrds_fast.reference.revise_labels(v, y, eta=0.8, temperature=4.0).log()
-            loss = weighted + 0.9 * share * lrds_fast.dist_loss(z[heard], revised[heard], temperature=4.0)
+            loss = weighted + 0.9 * share * lrds_fast.dist_loss(z[has_teacher], revised[has_teacher], temperature=4.0)
         elif method == "mlkd":
-            loss = lrds_fast.mlkd_loss(z, v, y, temperature=4.0, selected=heard, ce_weight_unselected=1.0)
+            loss = lrds_fast.mlkd_loss(z, v, y, temperature=4.0, selected=has_teacher, ce_weight_unselected=1.0)
         else:
-            revision = lrds_fast.revision_loss(z[heard], v[heard], y[heard], lambda1=3.0, lambda2=2.0)
-            loss = 0.9 * share * revision + rows[~heard].sum() / len(z)
+            revision = lrds_fast.revision_loss(z[has_teacher], v[has_teacher], y[has_teacher], lambda1=3.0, lambda2=2.0)
+            loss = 0.9 * share * revision + rows[~has_teacher].sum() / len(z)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -559,11 +559,11 @@ def test_other_objectives_over_the_selected(tmp_path: Path, method: str, compose
 
 
 @pytest.mark.parametrize("method", ["dist", "mlkd", "revision"])
-def test_other_objectives_without_anyone_selected(tmp_path: Path, method: str) -> None:
+def test_other_objectives_with_an_empty_selection(tmp_path: Path, method: str) -> None:
     data = blobs()
-    nobody = torch.zeros(len(data.train.labels), dtype=torch.bool)
+    empty = torch.zeros(len(data.train.labels), dtype=torch.bool)
     chosen = recipe(**{"loss.method": method})
-    _, own = run(tmp_path, "nobody", recipe=chosen, teacher=teacher(), data=data, selected=nobody)
+    _, own = run(tmp_path, "empty", recipe=chosen, teacher=teacher(), data=data, selected=empty)
     _, other = run(tmp_path, "alone", recipe=recipe(), data=data)
     for name, value in own.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-3, atol=1e-5)

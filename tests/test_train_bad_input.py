@@ -1,4 +1,4 @@
-"""What a user's data and disk do to a training run: one line that says what is wrong, or a skip that is counted."""
+"""Bad data and full disks in training: a one-line error, or samples that are skipped and counted."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_torchvision_names_an_unreadable_picture_and_ends(root: Path, capsys: py
     assert not (root.parent / "run" / "last.pt").exists()
 
 
-def test_an_unreadable_picture_in_a_worker_is_told_as_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_picture_in_a_worker_is_a_one_line_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(root)
     assert cli.main(arguments(root, "torchvision")) in (cli.MISUSED, cli.FAILED)
     said = capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_a_class_that_val_lacks_is_named(root: Path, capsys: pytest.CaptureFixtu
 def test_class_counts_of_teacher_student_and_data_must_agree(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The teacher's file decides: it is of a hundred classes, the data have three."""
+    """The teacher's checkpoint has a hundred classes, the data have three."""
     assert cli.main(["train", "digits_teacher", "--quiet", "--set", "schedule.epochs=1", "--set", "run.device=cpu",
                      "--set", f"run.out={tmp_path / 'teacher'}"]) == cli.OK  # fmt: skip
     capsys.readouterr()
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(tmp_path: Path, small_disk: tu
         assert torch.equal(value, found.state_dict()[name]), name
 
 
-def test_a_full_disk_is_told_in_one_line(
+def test_a_full_disk_is_a_one_line_error(
     small_disk: tuple[Path, Callable[[], Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     disk, fill = small_disk
@@ -180,7 +180,7 @@ def test_a_full_disk_is_told_in_one_line(
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_and_not_the_checkpoint(root: Path) -> None:
-    """As the system does where memory runs out."""
+    """As the kernel does when memory runs out."""
     from test_train_options import command
 
     out = root.parent / "run"
@@ -200,7 +200,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_not_the_checkpoint(root: Path)
                 os.kill(int(child), signal.SIGKILL)
                 hit = True
                 break
-        # One that was ending anyway is no loss; a second loss while the first is being told would be another case.
+        # One that was ending anyway is no loss; a second loss during the report of the first would be another case.
         time.sleep(5.0 if hit else 0.02)
     _, err = begun.communicate(timeout=60)
     assert begun.returncode == cli.FAILED, err[-2000:]

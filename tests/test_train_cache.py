@@ -52,7 +52,7 @@ def command(*extra: str, **values: Any) -> int:
     return cli.main(["cache", "plain.toml", "--quiet", *settings, *extra])
 
 
-def test_the_command_writes_what_training_opens(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_opens_the_cache_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command() == cli.OK
     assert capsys.readouterr().out == "180 soft labels, all of 10 classes, 2 views: 9.4 kB in soft\n"
     chosen = recipe()
@@ -80,7 +80,7 @@ def logged(chosen: Recipe) -> list[dict[str, Any]]:
 
 
 def test_training_from_the_cache_is_training_with_the_teacher() -> None:
-    """Bit for bit in float32 with a view an epoch; the teacher is asked about as many rows."""
+    """Bit for bit in float32 with a view an epoch; the teacher sees the same number of rows."""
     values: dict[str, Any] = {"schedule.epochs": 3, "teacher.cache_views": 3, "teacher.cache_dtype": "float32"}
     assert command(**{"teacher.cache_views": 3, "teacher.cache_dtype": "float32"}) == cli.OK
     online = logged(recipe(**(values | {"teacher.cache": "", "run.out": "online"})))
@@ -90,7 +90,7 @@ def test_training_from_the_cache_is_training_with_the_teacher() -> None:
     assert not Path("not begun").exists()
 
 
-def test_training_on_a_selection_needs_its_soft_labels_alone() -> None:
+def test_training_on_a_selection_needs_only_selected_soft_labels() -> None:
     labels = run.load_data(recipe()).train.labels
     mask = torch.arange(len(labels)) % 3 != 1
     kept = Selection(mask, {"hand": -mask.float()}, labels, None, {"by": "hand"}, dataset_fingerprint(labels, 10), 10)
@@ -126,12 +126,12 @@ def test_soft_labels_of_another_recipe_are_refused_naming_the_key(key: str, valu
         opened(recipe(**{key: value}))
 
 
-def test_what_no_picture_depends_on_is_free() -> None:
+def test_options_without_effect_on_pictures_may_differ() -> None:
     assert command() == cli.OK
     opened(recipe(**{"data.batch_size": 16, "data.eval_batch_size": 8, "loss.temperature": 2.0, "optimizer.lr": 1.0}))
 
 
-def test_the_temperature_counts_where_the_largest_logits_are_kept() -> None:
+def test_the_temperature_must_match_for_top_k_caches() -> None:
     assert command(**{"teacher.cache_top_k": 3}) == cli.OK
     opened(recipe(**{"teacher.cache_top_k": 3}))
     with pytest.raises(ValueError, match=r"its loss.temperature is 4.0, wanted is 2.0"):
@@ -146,7 +146,7 @@ def test_soft_labels_of_another_teacher_are_refused() -> None:
         opened(recipe())
 
 
-def test_weights_are_known_by_their_contents() -> None:
+def test_weights_are_identified_by_their_contents() -> None:
     first, second = create("mlp", num_classes=10), create("mlp", num_classes=10)
     assert weights_sha256(first) != weights_sha256(second)
     second.load_state_dict(first.state_dict())
@@ -174,7 +174,7 @@ def test_only_the_selected_samples_are_cached_on_request(capsys: pytest.CaptureF
 
 
 def test_a_share_of_the_samples_gets_the_answer_to_another_one() -> None:
-    """What training and scoring take for the teacher's answers, against the teacher asked here; live and cached."""
+    """The teacher logits of training and scoring equal logits that are computed here, live and cached."""
     values: dict[str, Any] = {"data.augment": "none", "teacher.answer_noise": 0.3, "schedule.epochs": 2}
     live = recipe(**(values | {"teacher.cache": "", "run.out": "live", "data.val_fraction": 0.1}))
     data = run.load_data(live)
@@ -213,7 +213,7 @@ def test_a_share_of_the_samples_gets_the_answer_to_another_one() -> None:
         ({"features.method": "at"}, "features.method 'at' needs teacher.answer_noise=0.0; got 0.25"),
     ],
 )
-def test_answer_noise_is_refused_where_no_answer_is_stored(values: dict[str, Any], message: str) -> None:
+def test_answer_noise_without_stored_answers_is_refused(values: dict[str, Any], message: str) -> None:
     noisy: dict[str, Any] = {"teacher.cache": "", "teacher.answer_noise": 0.25, "data.augment": "none"}
     with pytest.raises(ValueError, match=message):
         recipe(**(noisy | values))
@@ -235,12 +235,12 @@ def test_answer_noise_is_refused_where_no_answer_is_stored(values: dict[str, Any
         ),
     ],
 )
-def test_recipes_that_cannot_be_meant_are_refused(values: dict[str, Any], message: str) -> None:
+def test_contradictory_recipes_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(**values)
 
 
-def test_the_command_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_missing_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(**{"teacher.cache": '""'}) == cli.MISUSED
     assert "teacher.cache is empty: name the folder to write" in capsys.readouterr().err
     assert command(**{"teacher.cache": '""', "teacher.model": '""', "teacher.checkpoint": '""'}) == cli.MISUSED

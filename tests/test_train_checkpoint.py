@@ -1,4 +1,4 @@
-"""Checkpoints: what is accepted, and one line for everything that is not."""
+"""Checkpoints: accepted formats, and one-line errors for all others."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_weights_are_found_under_any_container_and_prefix(tmp_path: Path, prefix
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str, prefix: str) -> None:
+def test_safetensors_are_recognised_by_their_content(tmp_path: Path, name: str, prefix: str) -> None:
     source = models.create("small_cnn", num_classes=4)
     save_file(prefixed(prefix, source.state_dict()), tmp_path / name)
     assert equal(loaded(tmp_path / name, models.create("small_cnn", num_classes=4)), source.state_dict())
@@ -157,7 +157,7 @@ def test_averaged_weights_are_preferred_to_raw_ones_with_a_note(
     assert "loaded the raw" in said and "teacher.weights=average loads the other" in said
 
 
-def test_what_teacher_weights_cannot_choose(tmp_path: Path) -> None:
+def test_absent_and_ambiguous_teacher_weights_are_refused(tmp_path: Path) -> None:
     first, second = (models.create("mlp", num_classes=3).state_dict() for _ in range(2))
     path = tmp_path / "t.pt"
     torch.save({"ema": first}, path)
@@ -213,7 +213,7 @@ def test_own_checkpoints_load_as_teachers(trained: Path) -> None:
     assert equal(model.state_dict(), torch.load(trained, weights_only=True)["student"])
 
 
-def test_a_kept_moving_average_is_what_loads(tmp_path: Path) -> None:
+def test_a_saved_moving_average_is_loaded(tmp_path: Path) -> None:
     fit(quick(tmp_path, "digits_alone", "run.ema_decay=0.9"), progress=False)
     model = models.create("mlp_8x16_32", num_classes=100)
     load_weights(model, tmp_path / "run" / "last.pt", key="teacher.checkpoint")
@@ -401,7 +401,7 @@ NOT_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", list(NOT_WEIGHTS))
-def test_a_file_without_weights_is_an_error_that_says_what_it_is(
+def test_a_file_without_weights_is_described_in_the_error(
     tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make, message = NOT_WEIGHTS[kind]
@@ -421,4 +421,4 @@ def test_tied_weights_are_saved(tmp_path: Path) -> None:
     checkpoint.save_weights(tmp_path / "best.safetensors", tied, {"epoch": "1"})
     again = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     load_weights(again, tmp_path / "best.safetensors", key="teacher.checkpoint")
-    assert torch.equal(again[1].weight, tied[0].weight)
+    assert torch.equal(again.get_parameter("1.weight"), tied.get_parameter("0.weight"))

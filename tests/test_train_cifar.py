@@ -72,7 +72,7 @@ def fitted(out: Path, name: str, data: Data, teacher: nn.Module | None = None, *
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, nn.Module, TrainResult]:
-    """The data and a ResNet-8 that has been through it: wrong on most samples, which is what LR and DS are for."""
+    """The data and a briefly trained ResNet-8, wrong on most samples, so that LR and DS have an effect."""
     data = cifar()
     out = tmp_path_factory.mktemp("teacher")
     result = fitted(out, "cifar100-short/resnet8", data)

@@ -1,4 +1,4 @@
-"""MLKD over two views: the formula written out, selected rows alone, and what a recipe must say for it."""
+"""MLKD over two views: the formula written out, selected rows alone, and the recipe keys that it needs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_two_views_are_the_formula(rows: int, revise: str) -> None:
 
 
 def test_rows_without_a_teacher_have_the_cross_entropy_of_both_views() -> None:
-    """As a mask over all rows or as a prefix; what the teacher says of the others does not matter."""
+    """As a mask over all rows or as a prefix; teacher logits of other rows have no effect."""
     z, v, z2, v2, y = views(12, 6)
     measure = objective(LossOptions(**(MLKD | {"ce_weight_unselected": 1.5})))
     mask = torch.arange(12) < 5
@@ -89,16 +89,16 @@ def test_rows_without_a_teacher_have_the_cross_entropy_of_both_views() -> None:
     assert (int(none.n_selected), int(prefix.n_selected), int(masked.n_selected)) == (0, 5, 5)
 
 
-@pytest.mark.parametrize("heard", [0, 1, 7, 12])
+@pytest.mark.parametrize("teacher_rows", [0, 1, 7, 12])
 @pytest.mark.parametrize("method", ["kd", "dist", "mlkd", "mlkd, two views", "revision"])
-def test_the_loss_is_the_sum_of_its_parts(method: str, heard: int) -> None:
+def test_the_loss_equals_the_sum_of_its_parts(method: str, teacher_rows: int) -> None:
     """Half the kd_weight halves kd and leaves ce unchanged."""
     z, v, z2, v2, y = views(12, 6)
-    options = LossOptions(method=method.split(",")[0], ce_weight=0.3, kd_weight=0.9, label_smoothing=0.1)
-    more: dict[str, Any] = {"strong": (z2, v2[:heard])} if "views" in method else {}
+    options = LossOptions(method=method.split(",")[0], ce_weight=0.3, kd_weight=0.9, label_smoothing=0.1)  # type: ignore[arg-type]
+    more: dict[str, Any] = {"strong": (z2, v2[:teacher_rows])} if "views" in method else {}
     measure = objective(options)
     whole, half, shared = (
-        measure(z, v[:heard], y, selected=None, kd_weight=weight, num_valid=rows, **more)
+        measure(z, v[:teacher_rows], y, selected=None, kd_weight=weight, num_valid=rows, **more)
         for weight, rows in ((0.9, None), (0.45, None), (0.9, 24.0))
     )
     for parts in (whole, half, shared):
@@ -106,7 +106,7 @@ def test_the_loss_is_the_sum_of_its_parts(method: str, heard: int) -> None:
     torch.testing.assert_close(half.kd, whole.kd / 2, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(half.ce, whole.ce, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(shared.kd, whole.kd / 2, rtol=1e-9, atol=1e-12)
-    assert whole.kd > 0 if heard > 1 else heard or whole.kd == 0
+    assert whole.kd > 0 if teacher_rows > 1 else teacher_rows or whole.kd == 0
 
 
 def test_views_of_other_shapes_are_refused() -> None:
@@ -116,7 +116,7 @@ def test_views_of_other_shapes_are_refused() -> None:
         measure(z, v, y, selected=None, kd_weight=0.9, strong=(z2[1:], v2))
 
 
-def test_recipes_say_what_strong_data_they_want() -> None:
+def test_recipes_name_the_strong_data_they_need() -> None:
     data = load_recipe("cifar100/resnet56-resnet20/kd", ["data.rand_augment=m9-n2-mstd0.5", "data.erasing=0.25"]).data
     assert (data.rand_augment, data.erasing, data.mixup, data.mix_probability) == ("m9-n2-mstd0.5", 0.25, 0.0, 1.0)
     for setting, message in (

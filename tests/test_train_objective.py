@@ -1,4 +1,4 @@
-"""What is scored is what is trained: scores against finite differences of the trainer's own objective."""
+"""Scores use the objective that is trained: scores against finite differences of the trainer's own objective."""
 
 from __future__ import annotations
 
@@ -133,7 +133,8 @@ def test_class_weights_count_as_they_do_in_the_loss(reduction: str) -> None:
     scale = {"mean": 1.0, "sum": 1.0 / ROWS, "elementmean": float(CLASSES)}[reduction]
 
     def trained(w: Tensor, mask: Tensor) -> Tensor:
-        return scale * loss(p["h"] @ w.T, p["v"], p["y"], mask)
+        value: Tensor = scale * loss(p["h"] @ w.T, p["v"], p["y"], mask)
+        return value
 
     torch.testing.assert_close(scored(p, loss, curved=True), differences(p, trained, curved=True), rtol=1e-5, atol=1e-6)
     # From the models, over all layers: the same loss, the same weights.
@@ -173,8 +174,8 @@ def test_without_a_teacher_a_sample_keeps_the_weight_of_the_warmed_up_loss(tmp_p
     """The default of ce_weight_unselected goes by the full kd_weight: in the first epoch of a warm-up too."""
     chosen = recipe(**{"loss.kd_warmup_epochs": 3, "schedule.epochs": 3, "optimizer.lr": 1e-9})
     data, model = blobs(), student()
-    nobody = torch.zeros(len(data.train.labels), dtype=torch.bool)
-    records = train(chosen, data, model, teacher(), out=tmp_path, selected=nobody, progress=False).records
+    empty = torch.zeros(len(data.train.labels), dtype=torch.bool)
+    records = train(chosen, data, model, teacher(), out=tmp_path, selected=empty, progress=False).records
     losses = [record["train_ce"] for record in records]
     assert max(losses) < 1.3 * min(losses), "not .4, .7 and 1 times the cross-entropy"
 
@@ -187,7 +188,9 @@ def label_probabilities(options: LossOptions, v: Tensor, y: Tensor) -> tuple[flo
     return float(own[own == top].mean()), float((beta * own + 1 - beta)[own < top].mean())
 
 
-def test_a_run_tells_when_revised_rows_are_the_surest(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_warns_when_revised_rows_are_the_most_confident(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data, guide = blobs(300), teacher()
     batch = torch.cat([batch.images for batch in data.score.epoch(0)])
     with torch.no_grad():
@@ -201,27 +204,27 @@ def test_a_run_tells_when_revised_rows_are_the_surest(tmp_path: Path, capfd: pyt
     for record in records:
         found = (record["p_label_right"], record["p_label_revised"])
         assert found == pytest.approx(expected, rel=1e-5)
-    told = capfd.readouterr().err
-    assert told.count("label revision gives the label a probability of") == 1, "once a run"
-    assert f"{expected[1]:.2f} where the teacher is wrong, {expected[0]:.2f} is" in told
-    assert "Revise at T = 1 (loss.revise_temperature=1), or set loss.eta near 0.95 (it is 0.8)" in told
+    note = capfd.readouterr().err
+    assert note.count("label revision gives the label a probability of") == 1, "once a run"
+    assert f"{expected[1]:.2f} where the teacher is wrong, {expected[0]:.2f} is" in note
+    assert "Revise at T = 1 (loss.revise_temperature=1), or set loss.eta near 0.95 (it is 0.8)" in note
     run(tmp_path / "at one")
-    told = capfd.readouterr().err
-    assert "Set loss.eta near 0.95 (it is 0.8)" in told and "loss.revise_temperature=1" not in told
+    note = capfd.readouterr().err
+    assert "Set loss.eta near 0.95 (it is 0.8)" in note and "loss.revise_temperature=1" not in note
     run(tmp_path / "plain", **{"loss.revise": "none"})
     assert "label revision" not in capfd.readouterr().err
 
 
-def test_probabilities_of_the_label_are_of_the_rows_that_count() -> None:
+def test_label_probabilities_are_of_selected_rows() -> None:
     """Masked rows do not count, and fewer than 32 rows of a kind give no number."""
     draws = torch.Generator().manual_seed(0)
     v, y = 3 * torch.randn(400, 5, generator=draws), torch.randint(0, 5, (400,), generator=draws)
     mask = torch.rand(400, generator=draws) < 0.8
     arguments = {"temperature": 4.0, "revise": "lr", "eta": 0.8, "revise_temperature": None}
 
-    def measured(*rows: Any) -> list[float]:
+    def measured(teacher: Tensor, target: Tensor, selected: Tensor | None) -> list[float]:
         totals = Totals(torch.device("cpu"))
-        totals.add_revised(*rows, arguments)
+        totals.add_revised(teacher, target, selected, arguments)
         return totals._sums[7:].tolist()
 
     some, all_of_them = measured(v, y, mask), measured(v[mask], y[mask], None)
@@ -231,13 +234,13 @@ def test_probabilities_of_the_label_are_of_the_rows_that_count() -> None:
     assert n_right + n_wrong == int(mask.sum())
 
 
-def test_a_runs_recipe_says_the_number_that_a_default_stood_for(tmp_path: Path) -> None:
+def test_the_saved_recipe_resolves_defaults_to_numbers(tmp_path: Path) -> None:
     chosen = recipe(**{"schedule.epochs": 1, "loss.ce_weight": 0.2, "loss.kd_weight": 0.3})
     assert chosen.loss.ce_weight_unselected is None
     train(chosen, blobs(), student(), teacher(), out=tmp_path, progress=False)
     written = from_mapping(json.loads((tmp_path / "recipe.json").read_text()))
     assert written.loss.ce_weight_unselected == 0.5
-    # Not another run than one that was given the number.
+    # A run with the explicit number is the same run.
     train(written, blobs(), student(), teacher(), out=tmp_path, resume=True, progress=False)
     other = chosen.with_values(**{"loss.ce_weight_unselected": 1.0})
     with pytest.raises(ValueError, match="loss.ce_weight_unselected"):

@@ -1,4 +1,4 @@
-"""What a recipe can switch on in the loop: mixing, compilation, precisions, cached answers, best weights, trackers."""
+"""Options of the loop: mixing, compilation, precision, cached logits, best weights, trackers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_stays_within_those_with_a_teacher_and_those_without(mixup: float, cutmix: float) -> None:
-    """Pictures are of one grey, their class: what a picture has of each class is what its target says."""
+def test_mixing_keeps_selected_and_unselected_rows_apart(mixup: float, cutmix: float) -> None:
+    """Every pixel of a picture is its class, so that the mixed pixels show the mixed target."""
     target = torch.tensor([0, 1, 0, 1, 1, 2, 3, 3, 2])
     images = F.one_hot(target, 4).float()[:, :, None, None].expand(9, 4, 16, 16).contiguous()
     mix = Mix(mixup, cutmix, 4)
@@ -56,38 +56,38 @@ def test_mixing_stays_within_those_with_a_teacher_and_those_without(mixup: float
 
 
 def test_mixed_training_is_sgd_on_mixed_pictures_and_targets(tmp_path: Path) -> None:
-    values = {"data.mixup": 0.4, "data.cutmix": 1.0, "schedule.epochs": 1, "schedule.name": "constant"}
+    values: dict[str, Any] = {"data.mixup": 0.4, "data.cutmix": 1.0, "schedule.epochs": 1, "schedule.name": "constant"}
     data, guide, selected = blobs(), teacher(), selection()
     torch.manual_seed(1)
     expected = MLP(3, inputs=16)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     mix = Mix(0.4, 1.0, 3)
     for number, batch in enumerate(data.train.epoch(0, selected)):
-        heard = int(selected[batch.indices].sum())
-        images, target = mix(batch.images, batch.targets, heard, 0, 0, number, 0, 0)
+        count = int(selected[batch.indices].sum())
+        images, target = mix(batch.images, batch.targets, count, 0, 0, number, 0, 0)
         optimizer.zero_grad()
-        answers = guide(images)[:heard].detach()
+        answers = guide(images)[:count].detach()
         loss = lrds_fast.reference.kd_loss(
-            expected(images), answers, target, teacher_rows=heard, ce_weight_unselected=1.0
+            expected(images), answers, target, teacher_rows=count, ce_weight_unselected=1.0
         )
         torch.autograd.backward(loss)
         optimizer.step()
-    result, student = trained(tmp_path / "run", data=data, **values)
+    result, student = trained(tmp_path / "run", data=data, values=values)
     for name, value in student.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
-    # What a teacher says of a mixture is about no sample.
+    # Predictions for mixed pictures belong to no sample.
     assert bool((result.teacher_pred == -1).all())
     assert result.records[0]["n_selected"] == int(selected.sum())
 
 
 def test_mixing_without_a_prefix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.mixup and data.cutmix need selection.compose 'prefix'"):
-        trained(tmp_path / "run", **{"data.mixup": 0.4, "selection.compose": "mask"})
+        trained(tmp_path / "run", values={"data.mixup": 0.4, "selection.compose": "mask"})
 
 
 def test_compiled_training_is_the_same(tmp_path: Path) -> None:
-    eager, student = trained(tmp_path / "eager", **{"schedule.epochs": 1})
-    compiled, other = trained(tmp_path / "compiled", **{"schedule.epochs": 1, "run.compile": "default"})
+    eager, student = trained(tmp_path / "eager", values={"schedule.epochs": 1})
+    compiled, other = trained(tmp_path / "compiled", values={"schedule.epochs": 1, "run.compile": "default"})
     assert compiled.records[0]["train_loss"] == pytest.approx(eager.records[0]["train_loss"], rel=1e-5)
     assert other.state_dict().keys() == student.state_dict().keys()
     for name, value in student.state_dict().items():
@@ -95,7 +95,7 @@ def test_compiled_training_is_the_same(tmp_path: Path) -> None:
 
 
 class Asked(nn.Module):
-    """A teacher that remembers the precision it was asked in, and whether a graph was kept."""
+    """A teacher that records the dtype of its inputs and whether gradients were enabled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Asked(nn.Module):
 
 
 @pytest.mark.parametrize(("own", "run", "expected"), [("bf16", "off", torch.bfloat16), ("off", "bf16", torch.float32)])
-def test_the_teacher_has_a_precision_of_its_own(tmp_path: Path, own: str, run: str, expected: torch.dtype) -> None:
+def test_the_teacher_has_a_separate_precision(tmp_path: Path, own: str, run: str, expected: torch.dtype) -> None:
     guide = Asked()
     chosen = Recipe().with_values(
         **{"teacher.amp": own, "run.amp": run, "run.device": "cpu", "schedule.epochs": 1, "run.amp_emulated": True}
@@ -119,21 +119,23 @@ def test_the_teacher_has_a_precision_of_its_own(tmp_path: Path, own: str, run: s
 
 
 @pytest.mark.parametrize(("amp", "needs"), [("bf16", "AVX512_BF16 or AMX"), ("fp16", "AVX512_FP16")])
-def test_16_bits_are_computed_in_float32_where_the_cpu_has_no_instructions_for_them(
+def test_16_bit_types_fall_back_to_float32_without_cpu_instructions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], amp: str, needs: str
 ) -> None:
-    """PyTorch's convolutions take ten times as long in them there. One note; the numbers of float32."""
+    """PyTorch's 16-bit convolutions take ten times as long there. A run prints one note and computes in float32."""
     monkeypatch.setattr(setup, "_computes", lambda _: False)
     setup._note_fall_back.cache_clear()
-    plain, _ = trained(tmp_path / "off", **{"schedule.epochs": 1})
-    found, _ = trained(tmp_path / amp, **{"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": False})
+    plain, _ = trained(tmp_path / "off", values={"schedule.epochs": 1})
+    found, _ = trained(tmp_path / amp, values={"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": False})
     said = capsys.readouterr().err
     assert said == (
         f"lrds-fast: this CPU has no instructions for run.amp={amp} ({needs}): computing in float32, which is faster;"
         f" to compute in {amp} anyway, set run.amp_emulated=true\n"
     )
     assert numbers(found.records) == numbers(plain.records)
-    insisted, _ = trained(tmp_path / "insisted", **{"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": True})
+    insisted, _ = trained(
+        tmp_path / "insisted", values={"schedule.epochs": 1, "run.amp": amp, "run.amp_emulated": True}
+    )
     assert numbers(insisted.records) != numbers(plain.records)
     assert setup.available_amp(amp, torch.device("cuda")) == amp
     monkeypatch.setattr(setup, "_computes", lambda _: True)
@@ -141,22 +143,22 @@ def test_16_bits_are_computed_in_float32_where_the_cpu_has_no_instructions_for_t
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_that_goes_on_with_other_threads_says_that_its_bits_will_differ(
+def test_resuming_with_other_threads_prints_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    trained(tmp_path / "run", **{"schedule.epochs": 1})
-    trained(tmp_path / "run", resume=True, **{"schedule.epochs": 1})
+    trained(tmp_path / "run", values={"schedule.epochs": 1})
+    trained(tmp_path / "run", resume=True, values={"schedule.epochs": 1})
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    trained(tmp_path / "run", resume=True, **{"schedule.epochs": 1})
+    trained(tmp_path / "run", resume=True, values={"schedule.epochs": 1})
     said = capsys.readouterr().err
     assert re.fullmatch(
         r"lrds-fast: .*last.pt was written with threads 1, now 2: the results will not be bit for bit .*\n", said
     )
 
 
-def test_a_teacher_whose_activations_a_loss_needs_gives_no_inference_tensors() -> None:
+def test_a_teacher_with_feature_losses_returns_no_inference_tensors() -> None:
     guide = Asked()
     kept = Teacher(guide, CPU, autocast=autocast_factory("off", CPU), keep_tensors=True)
     answers = kept.wait(kept.start(torch.zeros(2, 1, 4, 4), torch.arange(2), 0))
@@ -166,7 +168,7 @@ def test_a_teacher_whose_activations_a_loss_needs_gives_no_inference_tensors() -
 
 
 class Cached:
-    """What the teacher says of the pictures as they are; two views, of which the second is its opposite."""
+    """Teacher logits of the pictures without augmentation in view 0, their negatives in view 1."""
 
     views = 2
 
@@ -174,16 +176,16 @@ class Cached:
         with torch.no_grad():
             self._logits = torch.cat([teacher()(batch.images) for batch in blobs().score.epoch(0)])
         self._top_k = top_k
-        self.asked: list[tuple[int, int]] = []
+        self.requests: list[tuple[int, int]] = []
 
     def batch(self, view: int, indices: Tensor, device: torch.device) -> Tensor | TopKTeacher:
-        self.asked.append((view, len(indices)))
+        self.requests.append((view, len(indices)))
         logits = self._logits[indices] if view == 0 else -self._logits[indices]
         return TopKTeacher.from_logits(logits, self._top_k, temperature=4.0) if self._top_k else logits
 
 
 @pytest.mark.parametrize("top_k", [0, 3], ids=["full", "top 3 of 3"])
-def test_cached_answers_train_as_the_teacher_itself(tmp_path: Path, top_k: int) -> None:
+def test_cached_logits_train_like_the_teacher(tmp_path: Path, top_k: int) -> None:
     data, cached = blobs(), Cached(top_k)
     data.train.augment = "none"  # type: ignore[attr-defined]
     found = {}
@@ -198,18 +200,19 @@ def test_cached_answers_train_as_the_teacher_itself(tmp_path: Path, top_k: int) 
             out=tmp_path / name,
             selected=selection(),
             progress=False,
-            **given,  # type: ignore[arg-type]
+            **given,
         )
         found[name] = (result, student.state_dict())
-    online, asked = found["online"][0], found["cached"][0]
-    assert torch.equal(online.teacher_pred, asked.teacher_pred)
+    online, offline = found["online"][0], found["cached"][0]
+    assert online.teacher_pred is not None and offline.teacher_pred is not None
+    assert torch.equal(online.teacher_pred, offline.teacher_pred)
     for name, value in found["online"][1].items():
         torch.testing.assert_close(found["cached"][1][name], value, rtol=1e-5, atol=1e-6)
     # Only rows that count are read.
-    assert sum(rows for _, rows in cached.asked) == int(selection().sum()) == asked.records[0]["teacher_rows"]
+    assert sum(rows for _, rows in cached.requests) == int(selection().sum()) == offline.records[0]["teacher_rows"]
     trained_twice = Recipe().with_values(**{"run.device": "cpu", "schedule.epochs": 3})
     train(trained_twice, data, MLP(3, inputs=16), cached=cached, out=tmp_path / "views", progress=False)
-    assert [view for view, _ in cached.asked[-3 * STEPS :]] == [0] * STEPS + [1] * STEPS + [0] * STEPS
+    assert [view for view, _ in cached.requests[-3 * STEPS :]] == [0] * STEPS + [1] * STEPS + [0] * STEPS
 
 
 def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
@@ -218,7 +221,7 @@ def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
     target = torch.randint(0, 7, (200,), generator=draws)
     answers = TopKTeacher.from_logits(logits, 7, temperature=2.0)
     agree = predicted(answers, target) == predicted(logits, target)
-    # Without the target in it a tie may be told either way.
+    # If the target is not among tied classes, either may be predicted.
     tied = (logits == logits.amax(dim=1, keepdim=True)).sum(dim=1) > 1
     assert bool((agree | tied).all())
     assert torch.equal(predicted(answers, target) == target, predicted(logits, target) == target)
@@ -228,8 +231,8 @@ def test_predictions_from_top_k_answers_are_those_of_the_logits() -> None:
 
 
 def test_the_best_weights_are_kept_and_load_as_a_model(tmp_path: Path) -> None:
-    """Chosen by the held-out accuracy; the network that was judged, the moving average here."""
-    result, _ = trained(tmp_path / "run", **{"schedule.epochs": 6, "run.ema_decay": 0.5, "optimizer.lr": 0.5})
+    """The best epoch by held-out accuracy; the saved network is the evaluated one, here the moving average."""
+    result, _ = trained(tmp_path / "run", values={"schedule.epochs": 6, "run.ema_decay": 0.5, "optimizer.lr": 0.5})
     accuracies = [record["val_acc"] for record in result.records]
     best = result.records[accuracies.index(max(accuracies))]
     again = MLP(3, inputs=16)
@@ -240,7 +243,7 @@ def test_the_best_weights_are_kept_and_load_as_a_model(tmp_path: Path) -> None:
     assert facts["epoch"] == str(best["epoch"]) and facts["chosen by"] == "val_acc"
 
 
-def test_a_line_tells_of_every_epoch(tmp_path: Path) -> None:
+def test_every_epoch_prints_a_line(tmp_path: Path) -> None:
     lines: list[str] = []
     chosen = Recipe().with_values(**{"name": "some", "run.device": "cpu", "schedule.epochs": 2})
     train(chosen, blobs(), MLP(3, inputs=16), teacher(), out=tmp_path, progress=False, say=lines.append)
@@ -249,14 +252,14 @@ def test_a_line_tells_of_every_epoch(tmp_path: Path) -> None:
     assert re.fullmatch(pattern, lines[0]), lines[0]
 
 
-def test_tensorboard_has_the_log_and_forgets_what_was_done_again(tmp_path: Path) -> None:
+def test_tensorboard_has_the_log_without_repeated_steps(tmp_path: Path) -> None:
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "run"
-    trained(out, **{"schedule.epochs": 2, "run.save_every": 2})
+    trained(out, values={"schedule.epochs": 2, "run.save_every": 2})
     state = torch.load(out / "last.pt", weights_only=True)
     assert state["epoch"] == 2
-    result, _ = trained(out, resume=True, **{"schedule.epochs": 2})
-    whole, _ = trained(tmp_path / "off", **{"schedule.epochs": 2, "run.tensorboard": False})
+    result, _ = trained(out, resume=True, values={"schedule.epochs": 2})
+    whole, _ = trained(tmp_path / "off", values={"schedule.epochs": 2, "run.tensorboard": False})
     assert not (tmp_path / "off" / "tensorboard").exists()
     events = event_file.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
@@ -268,7 +271,7 @@ def test_tensorboard_has_the_log_and_forgets_what_was_done_again(tmp_path: Path)
     assert numbers(whole.records) == numbers(result.records)
 
 
-def test_wandb_gets_the_log_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_the_log_when_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[dict[str, Any], int]] = []
     begun: list[dict[str, Any]] = []
 
@@ -277,18 +280,18 @@ def test_wandb_gets_the_log_where_it_is_asked_for(tmp_path: Path, monkeypatch: p
         return SimpleNamespace(log=lambda values, step: logged.append((values, step)), finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    result, _ = trained(tmp_path / "run", **{"run.wandb": "project"})
+    result, _ = trained(tmp_path / "run", values={"run.wandb": "project"})
     assert begun[0]["project"] == "project" and begun[0]["config"]["loss.eta"] == 0.8
     assert [step for _, step in logged] == [STEPS, 2 * STEPS, 3 * STEPS]
     assert [values["test_acc"] for values, _ in logged] == [record["test_acc"] for record in result.records]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="run.wandb is 'project', which needs W&B: pip install wandb"):
-        trained(tmp_path / "without", **{"run.wandb": "project"})
+        trained(tmp_path / "without", values={"run.wandb": "project"})
 
 
 def test_the_steps_are_regions_of_a_profile(tmp_path: Path) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        trained(tmp_path / "run", **{"schedule.epochs": 1})
+        trained(tmp_path / "run", values={"schedule.epochs": 1})
     counts = {event.key: event.count for event in profile.key_averages()}
     for region in ("teacher", "student", "loss", "backward", "optimizer"):
         assert counts[region] == STEPS
@@ -300,7 +303,7 @@ def command(*arguments: str, processes: int = 1) -> list[str]:
 
 
 def test_the_command_under_torchrun_is_the_command(tmp_path: Path) -> None:
-    """One line of result, one folder; the numbers of one process."""
+    """One result line and one folder, with the numbers of a single process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, processes in (("two", 2), ("one", 1)):
         arguments = ["train", "digits_teacher", "--quiet", "--set", "schedule.epochs=2", "--set", "run.device=cpu"]
@@ -351,9 +354,9 @@ GPU_OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", GPU_OPTIONS, ids=["plain", "own stream", "bf16, CUDA graphs", "fp16, in parts"])
 def test_training_on_a_gpu_is_training_on_the_cpu(tmp_path: Path, options: dict[str, Any]) -> None:
-    values = {"optimizer.lr": 0.02, "schedule.epochs": 2}
-    cpu, expected = trained(tmp_path / "cpu", data=blobs(), **values)
-    gpu, student = trained(tmp_path / "gpu", data=blobs(), **values, **options, **{"run.device": "cuda"})
+    values: dict[str, Any] = {"optimizer.lr": 0.02, "schedule.epochs": 2}
+    cpu, expected = trained(tmp_path / "cpu", data=blobs(), values=values)
+    gpu, student = trained(tmp_path / "gpu", data=blobs(), values=values | options | {"run.device": "cuda"})
     tolerance = 1e-4 if options.get("run.amp", "off") == "off" else 2e-2
     for a, b in zip(gpu.records, cpu.records, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=tolerance)

@@ -1,4 +1,4 @@
-"""Training in several processes and parts, and what happens when one of them is stopped, killed or silent."""
+"""Training in several processes and accumulation steps, with stopped, killed and hanging processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lrds_fast import kd_loss
 from lrds_fast.data import Batch, Data, in_memory
+from lrds_fast.data.loader import Loader
 from lrds_fast.files import read_records
 from lrds_fast.models import Classifier
 from lrds_fast.models.small import MLP
@@ -42,7 +43,7 @@ class Noisy(Classifier):
 
 
 class Train:
-    """A training split to which something happens: `event` is called before the batch of (epoch, step)."""
+    """A training split that calls `event` before the batch of (epoch, step)."""
 
     def __init__(self, loader: Any, at: tuple[int, int], event: Any) -> None:
         self._loader, self._at, self._event = loader, at, event
@@ -73,7 +74,7 @@ def blobs(at: tuple[int, int] | None = None, event: Any = None) -> Data:
     assert len(data.train.labels) == SAMPLES
     if at is None:
         return data
-    return Data(data.name, Train(data.train, at, event), data.score, data.val, data.test)
+    return Data(data.name, cast(Loader, Train(data.train, at, event)), data.score, data.val, data.test)
 
 
 def teacher() -> nn.Module:
@@ -85,7 +86,14 @@ def selection() -> Tensor:
     return torch.rand(SAMPLES, generator=torch.Generator().manual_seed(4)) < 0.6
 
 
-def trained(out: Path, *, data: Data | None = None, noisy: bool = False, resume: bool = False, **values: Any) -> Any:
+def trained(
+    out: Path,
+    *,
+    data: Data | None = None,
+    noisy: bool = False,
+    resume: bool = False,
+    values: dict[str, Any] | None = None,
+) -> Any:
     """A run of three epochs and its network. noisy: one with dropout and batch statistics, else one without."""
     torch.manual_seed(1)
     student = Noisy() if noisy else MLP(3, inputs=16)
@@ -99,7 +107,7 @@ def trained(out: Path, *, data: Data | None = None, noisy: bool = False, resume:
             "run.amp_emulated": True,
             "data.val_fraction": 1 / 6,
         }
-        | values
+        | (values or {})
     )
     selected = None if chosen.selection.after else selection()
     result = train(
@@ -146,7 +154,7 @@ def numbers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """Equal to 1e-6, or to the rounding of a float32 sum.
 
-    Of a divided batch each part shows the teacher its largest share: one row too many at most.
+    In an accumulated batch each part may give the teacher one row more than are selected.
     """
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
@@ -178,7 +186,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     code = """
 for name, values in cases.SHARED.items():
-    result, student = cases.trained(folder / name, data=cases.blobs(), **values)
+    result, student = cases.trained(folder / name, data=cases.blobs(), values=values)
     torch.save([result.records, result.teacher_pred, student.state_dict()], folder / f"{name} {rank}.pt")
 """
     done = run(folder, code, processes=2)
@@ -187,9 +195,9 @@ for name, values in cases.SHARED.items():
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_two_processes_are_one(tmp_path: Path, two_processes: Path, name: str) -> None:
+def test_two_processes_train_like_one(tmp_path: Path, two_processes: Path, name: str) -> None:
     """The same batches, gradients of the same mean: weights and logs equal those of one process to 1e-6."""
-    whole, student = trained(tmp_path / "one", data=blobs(), **SHARED[name])
+    whole, student = trained(tmp_path / "one", data=blobs(), values=SHARED[name])
     for rank in range(2):
         records, pred, state = torch.load(two_processes / f"{name} {rank}.pt")
         assert_close(numbers(records), numbers(whole.records))
@@ -247,10 +255,10 @@ assert rank == 1 or os.waitpid(other, 0)[1] == 0
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_batch_in_parts_is_the_batch(tmp_path: Path) -> None:
+def test_an_accumulated_batch_equals_the_whole_batch(tmp_path: Path) -> None:
     whole, student = trained(tmp_path / "whole")
     for count in (2, 3):
-        divided, other = trained(tmp_path / f"in{count}", **{"run.accumulate": count})
+        divided, other = trained(tmp_path / f"in{count}", values={"run.accumulate": count})
         assert_close(numbers(divided.records), numbers(whole.records))
         for name, value in student.state_dict().items():
             torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-6, atol=1e-6)
@@ -258,7 +266,7 @@ def test_a_batch_in_parts_is_the_batch(tmp_path: Path) -> None:
 
 def test_a_batch_must_have_rows_for_every_part(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.batch_size .* 16 rows are fewer than 2 for each of 1 process.* 9 step"):
-        trained(tmp_path / "run", **{"run.accumulate": 9})
+        trained(tmp_path / "run", values={"run.accumulate": 9})
     assert not (tmp_path / "run").exists()
 
 
@@ -272,25 +280,25 @@ EXTRAS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=["plain", "averaged, bf16, adamw", "fp16, in parts", "rescored"])
 @pytest.mark.parametrize("at", [(0, 1), (1, 0), (1, 7), (2, 9)], ids=str)
-def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path: Path, at: tuple[int, int], extra: Any) -> None:
+def test_a_run_stopped_at_any_step_resumes_bit_for_bit(tmp_path: Path, at: tuple[int, int], extra: Any) -> None:
     """A signal arrives before the step `at`: that step is done, the checkpoint written, and nothing is lost."""
     from lrds_fast.train.stopping import Stopped
 
-    whole, expected = trained(tmp_path / "whole", noisy=True, data=blobs(), **extra)
+    whole, expected = trained(tmp_path / "whole", noisy=True, data=blobs(), values=extra)
     stopping = blobs(at, lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     if at == (2, 9):  # the very last step: there is nothing to go on with
-        trained(tmp_path / "cut", noisy=True, data=stopping, **extra)
+        trained(tmp_path / "cut", noisy=True, data=stopping, values=extra)
     else:
         with pytest.raises(Stopped, match=r"stopped by SIGTERM after \d epochs.*last.pt is saved") as stopped:
-            trained(tmp_path / "cut", noisy=True, data=stopping, **extra)
+            trained(tmp_path / "cut", noisy=True, data=stopping, values=extra)
         assert stopped.value.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
     done = at[0] * STEPS + at[1] + 1
     assert state["epoch"] * STEPS + state["steps"] == done
     torch.manual_seed(12345)  # whatever ran in between
-    resumed, found = trained(tmp_path / "cut", noisy=True, data=blobs(), resume=True, **extra)
+    resumed, found = trained(tmp_path / "cut", noisy=True, data=blobs(), resume=True, values=extra)
     assert numbers(resumed.records) == numbers(whole.records)
     assert numbers(read_records(tmp_path / "cut" / "log.jsonl")) == numbers(whole.records)
     assert torch.equal(resumed.teacher_pred, whole.teacher_pred)
@@ -303,12 +311,12 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path: Path, at: tuple
 @pytest.mark.parametrize(
     ("at", "every"), [((0, 0), 0), ((0, 5), 4), ((1, 3), 0), ((2, 6), 1)], ids=["first", "early", "middle", "late"]
 )
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, at: tuple[int, int], every: int) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, at: tuple[int, int], every: int) -> None:
     """kill -9 at a step: the last checkpoint is whole, and going on from it gives the uninterrupted run."""
-    values = {"run.save_every_steps": every, "run.ema_decay": 0.9}
+    values: dict[str, Any] = {"run.save_every_steps": every, "run.ema_decay": 0.9}
     code = f"""
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-cases.trained(folder / "cut", noisy=True, data=cases.blobs({at!r}, die), **{values!r})
+cases.trained(folder / "cut", noisy=True, data=cases.blobs({at!r}, die), values={values!r})
 """
     killed = run(tmp_path, code)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
@@ -319,8 +327,8 @@ cases.trained(folder / "cut", noisy=True, data=cases.blobs({at!r}, die), **{valu
         state = torch.load(checkpoint, weights_only=True)
         done = at[0] * STEPS + (at[1] // every * every if every else 0)
         assert state["epoch"] * STEPS + state["steps"] == done
-    resumed, found = trained(tmp_path / "cut", noisy=True, resume=True, **values)
-    whole, expected = trained(tmp_path / "whole", noisy=True, **values)
+    resumed, found = trained(tmp_path / "cut", noisy=True, resume=True, values=values)
+    whole, expected = trained(tmp_path / "whole", noisy=True, values=values)
     assert numbers(resumed.records) == numbers(whole.records)
     for name, value in expected.state_dict().items():
         assert torch.equal(value, found.state_dict()[name]), name
@@ -337,7 +345,7 @@ def waiting(*args, **options):
         yield batch
 data.train._loader.epoch = waiting
 try:
-    cases.trained(folder / "two", data=data, **{"schedule.epochs": 40})
+    cases.trained(folder / "two", data=data, values={"schedule.epochs": 40})
 except cases.Exception_ as stopped:
     print(stopped)
 """.replace("cases.Exception_", "__import__('lrds_fast.train.stopping', fromlist=['x']).Stopped")
@@ -352,8 +360,8 @@ except cases.Exception_ as stopped:
     state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
     done = state["epoch"] * STEPS + state["steps"]
     assert 0 < done < 40 * STEPS and done % STEPS in range(STEPS)
-    resumed, _ = trained(tmp_path / "two", data=blobs(), resume=True, **{"schedule.epochs": 40})
-    whole, _ = trained(tmp_path / "one", data=blobs(), **{"schedule.epochs": 40})
+    resumed, _ = trained(tmp_path / "two", data=blobs(), resume=True, values={"schedule.epochs": 40})
+    whole, _ = trained(tmp_path / "one", data=blobs(), values={"schedule.epochs": 40})
     assert resumed.records[-1]["train_loss"] == pytest.approx(whole.records[-1]["train_loss"], rel=1e-4)
 
 
@@ -366,12 +374,12 @@ def test_a_lost_process_ends_the_others_in_time_and_no_checkpoint_is_lost(tmp_pa
 def lose():
     if rank == 1:
         {event}
-cases.trained(folder / "two", data=cases.blobs((1, 4), lose), **{{"run.timeout": 5.0}})
+cases.trained(folder / "two", data=cases.blobs((1, 4), lose), values={{"run.timeout": 5.0}})
 """
     started = time.monotonic()
     done = run(tmp_path, code, processes=2)
     assert done.returncode != 0
-    # A silent process is given up after run.timeout; torchrun kills it half a minute after it asked it to end.
+    # A hanging process fails after run.timeout; torchrun kills it half a minute after SIGTERM.
     assert time.monotonic() - started < 120, "it hung"
     state = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
     assert (state["epoch"], state["steps"]) == (1, 0)

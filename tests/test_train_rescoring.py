@@ -1,4 +1,4 @@
-"""Selections made during training: when, from what, and the same after an interruption."""
+"""Selections during training: their epochs, their scores, and resumption."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run(out: Path, chosen: Recipe, data: Data | None = None, **options: Any) -> 
         ({"after": 9, "every": 1}, []),
     ],
 )
-def test_when(options: dict[str, int], epochs: list[int]) -> None:
+def test_scoring_epochs(options: dict[str, Any], epochs: list[int]) -> None:
     assert [epoch for epoch in range(6) if rescoring.is_due(SelectionOptions(**options), epoch)] == epochs
 
 
@@ -88,7 +88,7 @@ def test_selections_are_scores_of_the_student_of_that_moment(tmp_path: Path) -> 
     assert 0 < int(second.mask.sum()) < len(second)
 
 
-def test_by_default_who_is_denied_is_harmed_beyond_its_error(tmp_path: Path) -> None:
+def test_by_default_samples_harmed_beyond_the_error_are_deselected(tmp_path: Path) -> None:
     chosen = recipe(**RESCORED | {"selection.threshold": None, "selection.confidence": 0.5, "selection.max_drop": 0.2})
     assert SelectionOptions().by_confidence and SelectionOptions().confidence == 2.0
     run(tmp_path, chosen, blobs())
@@ -105,8 +105,8 @@ def test_by_default_who_is_denied_is_harmed_beyond_its_error(tmp_path: Path) -> 
     assert bool((late[0][~second.mask] > limit[~second.mask] * late[1][~second.mask]).all())
 
 
-def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
-    """Everyone is heard until the first scoring, and as many as were selected after it."""
+def test_the_teacher_labels_only_selected_samples_after_scoring(tmp_path: Path) -> None:
+    """Before the first scoring every sample has its teacher, afterwards the selected half."""
     chosen = recipe(
         **RESCORED
         | {"selection.threshold": None}
@@ -114,8 +114,8 @@ def test_the_teacher_falls_silent_on_the_others(tmp_path: Path) -> None:
     )
     result, _ = run(tmp_path, chosen)
     size = len(blobs().train.labels)
-    heard = [record["n_selected"] for record in result.records]
-    assert heard == [size, *[int(0.5 * size + 0.5)] * 4]
+    n_selected = [record["n_selected"] for record in result.records]
+    assert n_selected == [size, *[int(0.5 * size + 0.5)] * 4]
 
 
 def test_outliers_and_foreign_answers_need_no_held_out_samples(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, cut_in: int) -
             return data.train.picture(index)
 
     with pytest.raises(Stop):
-        run(tmp_path / "cut", chosen, Data("cut", Stopping(), data.score, data.val, data.test))
+        run(tmp_path / "cut", chosen, Data("cut", Stopping(), data.score, data.val, data.test))  # type: ignore[arg-type]
     torch.manual_seed(12345)
     resumed, again = run(tmp_path / "cut", chosen, data, resume=True)
     assert losses(resumed.records) == losses(whole.records)
@@ -194,14 +194,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, cut_in: int) -
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_an_older_runs_selections_go_with_it(tmp_path: Path) -> None:
+def test_overwriting_a_run_removes_old_selections(tmp_path: Path) -> None:
     run(tmp_path, recipe(**RESCORED))
     assert len(list((tmp_path / "selections").iterdir())) == 2
     run(tmp_path, recipe(**RESCORED | {"selection.every": 0}), overwrite=True)
     assert [path.name for path in (tmp_path / "selections").iterdir()] == ["epoch_0001.parquet"]
 
 
-def test_what_scoring_needs_is_asked_for_before_training(tmp_path: Path) -> None:
+def test_missing_scoring_needs_are_errors_before_training(tmp_path: Path) -> None:
     data = blobs()
     without = Data("blobs", data.train, data.score, None, data.test)
     with pytest.raises(ValueError, match="needs held-out samples; set data.val_fraction"):

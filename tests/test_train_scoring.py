@@ -46,7 +46,7 @@ def recipe(**values: Any) -> Recipe:
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_scores_are_the_last_layers(noise: float) -> None:
-    """Of features and logits that are computed here, with the teacher's logits of other samples too."""
+    """Scores of features and logits that are computed here, also with swapped teacher logits."""
     chosen = recipe(**{"teacher.answer_noise": noise, "loss.ce_weight": 0.4})
     data = run.load_data(chosen)
     student, teacher = (create("mlp", num_classes=10) for _ in range(2))
@@ -78,7 +78,7 @@ def test_scores_are_the_last_layers(noise: float) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_set_shift_is_scored_by_its_length(noise: float) -> None:
+def test_set_shift_is_scored_by_the_vector_length(noise: float) -> None:
     """With H = I it is param_shift:delta but for the sketch, which keeps lengths within about sqrt(2 / 512) = .06."""
     values = {"score.scores": ("param_shift:delta", "set_shift"), "score.curvature": "identity"}
     found = run.score(recipe(**values, **{"teacher.answer_noise": noise}), progress=False)
@@ -116,7 +116,7 @@ def test_several_processes_share_the_samples(tmp_path: Path) -> None:
     assert sum(passes) == len(data.score) + len(data.val) and min(passes) > 0.3 * sum(passes)
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_needs_are_named() -> None:
     for values, message in (
         ({"data.val_fraction": 0.0}, "kd_gain needs held-out samples; set data.val_fraction"),
         ({"teacher.model": "", "teacher.checkpoint": ""}, "scores compare a student with its teacher"),

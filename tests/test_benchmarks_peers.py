@@ -1,4 +1,4 @@
-"""Scores against other people's packages, run side by side: pip install -e '.[peers]'.
+"""Scores against other packages, run side by side: pip install -e '.[peers]'.
 
 kronfluence gives its own factors to both, so that what is compared is the algebra. Its grouped convolutions are left
 out: they average activations over the groups.
@@ -46,7 +46,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def test_kronfluence_with_its_own_factors(tmp_path: Path) -> None:
+def test_kronfluence_with_kronfluence_factors(tmp_path: Path) -> None:
     pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     model, train, queries = network(), data(90, 1, 3, 9, 9), data(11, 2, 3, 9, 9)
     peer = Kronfluence(model, ["0", "3", "7", "9"], train, tmp_path)
@@ -55,14 +55,15 @@ def test_kronfluence_with_its_own_factors(tmp_path: Path) -> None:
     own = influence.self_influence(model, train, factors=factors, batch_size=32)
     errors = {"self": relative_error(own, peer.self_influence())}
     pairs = influence.pairwise(model, queries, train, factors=factors, batch_size=32)
+    assert isinstance(pairs, Tensor)
     errors["pairwise"] = relative_error(pairs, peer.pairwise(queries))
     errors["aggregated"] = relative_error(pairs.sum(dim=0, keepdim=True), peer.pairwise(queries, aggregate=True))
     print(f"gate 2, kronfluence: {errors}")
     assert max(errors.values()) <= 1e-5, errors
 
 
-def test_our_factors_are_kronfluences(tmp_path: Path) -> None:
-    """Both draw labels: the two fits agree as far as two draws do."""
+def test_our_factors_match_kronfluence(tmp_path: Path) -> None:
+    """Both sample labels: the two fits agree as closely as two samples do."""
     pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     model, train = network(), data(2000, 1, 3, 9, 9)
     layers = ["0", "3", "7", "9"]
@@ -95,6 +96,7 @@ def test_captum_closed_form(bias: bool) -> None:
     theirs = peer.influence(queries.tensors)
     factors = influence.Factors.fit(model, train.tensors[0].split(70), layers=["2"], curvature="identity")
     ours = influence.pairwise(model, queries, train, factors=factors)
+    assert isinstance(ours, Tensor)
     error = relative_error(ours, theirs)
     print(f"gate 2, captum, bias {bias}: {error:.1e}")
     if bias:
@@ -107,7 +109,7 @@ def test_captum_closed_form(bias: bool) -> None:
         assert error <= 1e-6
 
 
-def test_lds_is_kronfluences(tmp_path: Path) -> None:
+def test_lds_matches_kronfluence(tmp_path: Path) -> None:
     """Gate 5: with the same H no worse than .01; with our own H, which takes every label, no worse at all."""
     pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     problem = bench_lds.digits(100)
@@ -131,7 +133,7 @@ def test_lds_is_kronfluences(tmp_path: Path) -> None:
 
 
 def test_lds_of_dattri_and_trak(tmp_path: Path) -> None:
-    """That they run as benchmarks/bench_lds.py has them: their scores foresee something."""
+    """They run with the settings of benchmarks/bench_lds.py, and their LDS is above 0.15."""
     for package in ("dattri", "trak"):
         pytest.importorskip(package, reason="pip install -e '.[peers]'")
     problem = bench_lds.digits(50)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_on_it_alone_lowers_it_and_leaves_the_teacher(method: str) -> None:
+def test_training_lowers_the_loss_and_keeps_the_teacher(method: str) -> None:
     student, teacher = pair()
     loss = features(method, student, teacher)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -47,7 +47,7 @@ def test_training_on_it_alone_lowers_it_and_leaves_the_teacher(method: str) -> N
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_fitnet_at_rkd_and_sp_are_their_formulas() -> None:
+def test_fitnet_at_rkd_and_sp_match_their_formulas() -> None:
     student, teacher = pair()
     student.eval()
     images, _ = batch()
@@ -55,16 +55,19 @@ def test_fitnet_at_rkd_and_sp_are_their_formulas() -> None:
     vectors = own[-1].mean(dim=(2, 3)), given[-1].mean(dim=(2, 3))
 
     fitnet = features("fitnet", student, teacher)
-    regressor: Any = fitnet.criterion.regressors[0]  # type: ignore[union-attr]
+    criterion: Any = fitnet.criterion
+    regressor = criterion.regressors[0]
     hint = F.conv2d(own[1], regressor.conv.weight, regressor.conv.bias)
     mean, variance = hint.mean(dim=(0, 2, 3), keepdim=True), hint.var(dim=(0, 2, 3), keepdim=True, correction=0)
     expected = {"fitnet": 100 * F.mse_loss(F.relu((hint - mean) / (variance + 1e-5).sqrt()), given[1])}
 
     def attention(x: Tensor) -> Tensor:
         power = x.pow(2).mean(dim=1).flatten(1)
-        return power / power.norm(dim=1, keepdim=True)
+        unit: Tensor = power / power.norm(dim=1, keepdim=True)
+        return unit
 
-    expected["at"] = sum(1000 * F.mse_loss(attention(s), attention(t)) for s, t in zip(own, given, strict=True))
+    losses = [F.mse_loss(attention(s), attention(t)) for s, t in zip(own, given, strict=True)]
+    expected["at"] = 1000 * torch.stack(losses).sum()
 
     def distances(x: Tensor) -> Tensor:
         between = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
@@ -74,7 +77,7 @@ def test_fitnet_at_rkd_and_sp_are_their_formulas() -> None:
         towards = F.normalize(x[None] - x[:, None], dim=2)
         return torch.einsum("ijk,ilk->ijl", towards, towards)
 
-    near, angle = (F.smooth_l1_loss(*(f(x) for x in vectors)) for f in (distances, angles))
+    near, angle = (F.smooth_l1_loss(f(vectors[0]), f(vectors[1])) for f in (distances, angles))
     expected["rkd"] = 25 * near + 50 * angle
 
     def likeness(x: Tensor) -> Tensor:
@@ -86,8 +89,8 @@ def test_fitnet_at_rkd_and_sp_are_their_formulas() -> None:
         torch.testing.assert_close(one_loss(loss, student, teacher), value, rtol=1e-4, atol=1e-5, msg=method)
 
 
-def test_the_others_are_torchdistills() -> None:
-    """Its losses and auxiliary modules called by hand, with the parameters that ours drew."""
+def test_other_losses_match_torchdistill() -> None:
+    """torchdistill's losses and auxiliary modules called directly, with the initial parameters of ours."""
     from torchdistill.losses import mid_level
 
     student, teacher = pair()
@@ -220,7 +223,7 @@ def test_the_rows_with_a_teacher_count_and_the_mean_is_over_the_batch(method: st
 
 
 @pytest.mark.parametrize("method", ["fitnet", "at", "vid", "ickd"])
-def test_a_loss_of_single_rows_is_their_mean(method: str) -> None:
+def test_the_batch_loss_is_the_mean_over_single_rows(method: str) -> None:
     student, teacher = pair()
     student.eval()
     loss = features(method, student, teacher).eval()
@@ -234,8 +237,8 @@ def test_a_loss_of_single_rows_is_their_mean(method: str) -> None:
 def test_no_teacher_is_zero_with_zero_gradients(method: str) -> None:
     student, teacher = pair()
     loss = features(method, student, teacher)
-    nobody = torch.zeros(N, dtype=torch.bool)
-    cases: list[tuple[Any, int]] = [(0, 0), (0, 1), (nobody, N)]
+    empty = torch.zeros(N, dtype=torch.bool)
+    cases: list[tuple[Any, int]] = [(0, 0), (0, 1), (empty, N)]
     cases += [(1, 1)] if METHODS[method].least == 2 else []
     for rows, shown in cases:
         with torch.no_grad():
@@ -268,7 +271,7 @@ def test_a_checkpoint_gives_the_same_next_loss(method: str, tmp_path: Path) -> N
 
     step(student, loss, optimizer)
     path = tmp_path / "last.pt"
-    parts = {"optimizer": optimizer, "features": loss}
+    parts: dict[str, Any] = {"optimizer": optimizer, "features": loss}
     checkpoint.save(path, checkpoint.Position(1, 0, {}), facts={}, student=student, parts=parts)
     expected = [step(student, loss, optimizer) for _ in range(2)]
     assert not any("criterion" in key for key in torch.load(path, weights_only=True)["student"])
@@ -281,7 +284,7 @@ def test_a_checkpoint_gives_the_same_next_loss(method: str, tmp_path: Path) -> N
 
 
 def test_a_plain_loop_with_revision_selection_and_features() -> None:
-    """All that a loop does: the loss beside kd_loss's, its parameters beside the student's."""
+    """A plain loop adds the loss to kd_loss and the adapters to the optimizer."""
     student, teacher = pair()
     pictures = torch.randn(SAMPLES, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     selected = torch.arange(SAMPLES) % 3 != 0
@@ -305,7 +308,8 @@ def test_a_plain_loop_with_revision_selection_and_features() -> None:
             total += value.item()
         means.append(total)
     assert means[-1] < means[0]
-    moved = (loss.criterion.loss.memory_v1.norm(dim=1) - 1).abs() < 1e-5  # type: ignore[union-attr]
+    criterion: Any = loss.criterion
+    moved = (criterion.loss.memory_v1.norm(dim=1) - 1).abs() < 1e-5
     assert torch.equal(moved, selected), "those who are denied the teacher never enter the memory bank"
     alone = student.eval()(pictures)
     loss.close()
@@ -345,7 +349,7 @@ def test_passes_that_are_missing_or_cannot_be_used_are_named() -> None:
         loss(target[:7], INDICES)
 
 
-def test_evaluations_and_copies_in_between_are_not_heard() -> None:
+def test_evaluations_and_copies_do_not_disturb_the_hooks() -> None:
     student, teacher = pair()
     student.eval()
     loss = features("at", student, teacher)
@@ -387,10 +391,10 @@ def test_bfloat16_passes_give_a_float32_loss_close_to_that_of_float32() -> None:
         torch.testing.assert_close(value, expected, rtol=0.1, atol=1e-2)
 
 
-def test_distributed_students_are_seen_through() -> None:
+def test_distributed_students_are_unwrapped() -> None:
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         student, teacher = pair()
         wrapped = nn.parallel.DistributedDataParallel(student.eval())
@@ -405,13 +409,14 @@ def test_distributed_students_are_seen_through() -> None:
 
 def test_compiled_networks_are_refused() -> None:
     student, teacher = pair()
-    for network in (torch.compile(student), student):
+    networks: list[Any] = [torch.compile(student), student]
+    for network in networks:
         student.compile()
         with pytest.raises(ValueError, match="does not go with torch.compile"):
             features("at", network, teacher)
 
 
-def test_without_torchdistill_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchdistill_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair()
     monkeypatch.setitem(sys.modules, "torchdistill.losses", None)
     with pytest.raises(ImportError, match=r"needs torchdistill: pip install torchdistill") as raised:
@@ -437,9 +442,11 @@ def test_cuda_agrees_with_the_cpu(method: str) -> None:
     ).eval()
     there.load_state_dict(loss.state_dict())
     if method == "crd":  # the generators differ: the same negatives for both
-        chosen = loss.criterion._others(torch.arange(SAMPLES))  # type: ignore[union-attr, operator]
-        loss.criterion._others = lambda where: chosen[where]
-        there.criterion._others = lambda where: chosen.cuda()[where]
+        on_cpu: Any = loss.criterion
+        on_gpu: Any = there.criterion
+        chosen = on_cpu._others(torch.arange(SAMPLES))
+        on_cpu._others = lambda where: chosen[where]
+        on_gpu._others = lambda where: chosen.cuda()[where]
     images, target = batch()
     mask = torch.arange(N) != 2
     student(images.cuda())

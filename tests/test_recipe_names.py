@@ -1,4 +1,4 @@
-"""The literature's experiments by name, and lists of runs that can be interrupted."""
+"""Published experiments by name, and sweeps that resume."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_the_short_protocol_trains_every_run_on_the_same_samples() -> None:
 
 
 def test_a_name_follows_the_protocol_it_extends(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = {"schedule": {"epochs": 120, "name": "step"}, "optimizer": {"lr": 0.5}}
+    base: dict[str, dict[str, Any]] = {"schedule": {"epochs": 120, "name": "step"}, "optimizer": {"lr": 0.5}}
     composed = grid.compose("cifar100/resnet32x4-ShuffleV2/dkd+ds", base)
     assert composed["optimizer"] == {"lr": pytest.approx(0.1)}
     assert composed["selection"]["after"] == 40 and composed["loss"]["kd_warmup_epochs"] == 10
@@ -370,7 +371,7 @@ def test_feature_methods_are_published_ones_with_their_weights() -> None:
         ),
     ],
 )
-def test_what_does_not_go_together_is_said(values: dict[str, object], message: str) -> None:
+def test_incompatible_options_are_named(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_recipe("cifar100/resnet56-resnet20/kd-crd").with_values(**values)
 

@@ -1,4 +1,4 @@
-"""The suite "train": its arms are one step, its clock counts workers, its shares add up, what is missing is said."""
+"""The suite "train": equal steps in all arms, CPU time of workers, shares that add up, reports of missing packages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ARMS = [
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """CPU time is what is compared; other tests get their threads back."""
+    """The suite compares CPU time on one thread; the thread count is restored afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,14 +63,14 @@ def updates(arms: list[Arm], share: float) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
-def test_a_step_of_ours_is_the_published_one(arm: Arm) -> None:
+def test_our_step_equals_the_published_step(arm: Arm) -> None:
     wanted, got = updates([arm], arm.selected)
     assert wanted.norm() > 0
     assert train_steps.distance(got, wanted) < 1e-5
 
 
-def test_the_check_sees_another_loss() -> None:
-    """Selected rows shown to the wrong objective, a teacher that is not asked, a wrong weight: far beyond the gate."""
+def test_the_check_detects_another_loss() -> None:
+    """Rows under the wrong objective, a missing teacher and a wrong weight all differ by more than the tolerance."""
     arm = ARMS[1]
     wanted, got = updates([arm], SHARE)
     everyone = updates([], 1.0)[0]
@@ -117,7 +117,7 @@ def test_a_case_is_prepared_timed_and_stored(tmp_path: Path, monkeypatch: pytest
     assert "## Readers" not in text
 
 
-def test_an_arm_that_goes_astray_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_arm_with_wrong_results_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def astray(arm: Arm, case: Case, *rest: Any) -> Any:
         return train_steps_our_step(arm, dataclasses.replace(case, objective=Objective(kd_weight=0.95)), *rest)
 
@@ -127,7 +127,9 @@ def test_an_arm_that_goes_astray_is_not_timed(monkeypatch: pytest.MonkeyPatch, t
         bench_train.prepare(CASE, [bench_train.BASELINE, OURS], plan(), tmp_path, lambda _: None)
 
 
-def test_the_budget_leaves_arms_out_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_beyond_the_time_budget_are_skipped_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bench_train, "with_loaders", lambda *_: [])
     late = dataclasses.replace(plan(), until=(0.0, 0.0))
     said: list[str] = []
@@ -138,7 +140,7 @@ def test_the_budget_leaves_arms_out_and_says_so(tmp_path: Path, monkeypatch: pyt
     assert all(len(turn.seconds) == 1 for turn in turns)
 
 
-def test_on_the_cpu_only_the_small_pair_is_taken_apart() -> None:
+def test_on_the_cpu_only_the_small_pair_is_profiled() -> None:
     small, large = bench_train.CASES[0], bench_train.CASES[1]
     whole = bench_train.arms_of(small, CPU, quick=False, compile=True)
     assert whole == bench_train.MAIN + bench_train.ABLATIONS and any(arm.compiled for arm in whole)
@@ -162,7 +164,7 @@ def region(name: str, ts: float, dur: float, category: str = "user_annotation") 
     return {"cat": category, "name": name, "ts": ts, "dur": dur, "tid": 1}
 
 
-def test_a_kernel_counts_where_it_was_launched_not_where_it_ran() -> None:
+def test_kernels_count_in_the_region_that_launched_them() -> None:
     trace = [
         region("turn", 0, 100),
         region("teacher", 1, 4),
@@ -185,7 +187,7 @@ def test_a_kernel_counts_where_it_was_launched_not_where_it_ran() -> None:
     assert found == pytest.approx(expected)
 
 
-def test_without_kernels_regions_count_by_their_time() -> None:
+def test_without_kernels_regions_count_by_cpu_time() -> None:
     found = train_steps.shares([region("turn", 0, 10), region("loss", 1, 2), region("loss", 5, 1), region("x", 6, 4)])
     assert found["loss"] == pytest.approx(0.3) and found["other"] == pytest.approx(0.7) and found["idle"] == 0
     with pytest.raises(ValueError, match="no region 'turn'"):
@@ -229,7 +231,7 @@ def test_the_teachers_activations_do_not_grow() -> None:
     assert not pair.teacher.training and pair.student.training
 
 
-def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_reported_as_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torchvision", "timm"):
         monkeypatch.setitem(sys.modules, name, None)
     absent = {"torchvision", "timm"}
@@ -253,13 +255,13 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_missing_names_what_cannot_be_imported() -> None:
+def test_missing_lists_packages_that_cannot_be_imported() -> None:
     assert train_loaders.missing("torch", "no_such_module_at_all") == "no_such_module_at_all"
     assert train_loaders.missing("torch") == ""
 
 
-def test_made_photographs_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without real ones JPEGs are made; every reader gives the same pixels, repeated samples too."""
+def test_readers_agree_on_generated_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without real photographs JPEGs are generated; every reader yields the same pixels, for repeated samples too."""
     for name in ("torchvision", "nvidia.dali", "PIL"):
         pytest.importorskip(name)
     monkeypatch.delenv("LRDS_DATA", raising=False)
@@ -279,7 +281,7 @@ def test_made_photographs_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(loader.labels[batch.indices], batch.targets) for batch in batches)
 
 
-def test_the_pixel_check_sees_another_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_check_detects_another_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
     found = train_loaders.Photographs(train_loaders.generated_photographs(tmp_path, 8), "made JPEGs")
     whole = train_readers.in_index_order
@@ -294,7 +296,7 @@ def test_the_pixel_check_sees_another_picture(tmp_path: Path, monkeypatch: pytes
         train_readers.check_evaluated(found, 8, ["published", "torchvision"], CPU)
 
 
-def test_readers_take_turns_and_every_row_has_its_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_alternate_and_every_row_has_a_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torchvision", "nvidia.dali", "PIL"):
         pytest.importorskip(name)
     monkeypatch.delenv("LRDS_DATA", raising=False)
@@ -316,7 +318,7 @@ def test_readers_take_turns_and_every_row_has_its_ratio(tmp_path: Path, monkeypa
     assert text.count("|\n") == len(rows) + 2 and "160 noise of CIFAR's shape, train, 32 x 32" in text
 
 
-def test_the_published_cifar_loader_gives_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_cifar_loader_yields_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
     monkeypatch.delenv("LRDS_DATA", raising=False)
     pictures = train_loaders.cifar_pictures(20)
@@ -327,7 +329,7 @@ def test_the_published_cifar_loader_gives_its_samples(monkeypatch: pytest.Monkey
     assert batches[0].images.shape == (8, 3, 32, 32) and batches[0].images.dtype == torch.float32
 
 
-def test_step_regions_are_those_that_are_counted() -> None:
+def test_profiled_step_regions_are_complete() -> None:
     """A real profile: every region of both steps is found in the trace, in about its share."""
     slow = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))
     pair = train_steps.Pair(slow.eval(), slow)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import browser
 import pytest
 import torch
-from test_train_page import make_run
+from test_report_page import make_run
 
 from lrds_fast.report.page import html_report
 from lrds_fast.selection import select
@@ -24,8 +25,8 @@ def tab() -> Iterator[browser.Browser]:
         yield found
 
 
-def test_the_browser_finds_what_is_wrong(tab: browser.Browser, tmp_path: Path) -> None:
-    """Planted faults: what does not report these would pass everything."""
+def test_the_browser_reports_layout_faults(tab: browser.Browser, tmp_path: Path) -> None:
+    """Pages with known faults: the browser must report each of them."""
     page = tmp_path / "page.html"
     for body, message in (
         ("<div style='width:500px'>x</div>", "the page is"),
@@ -53,11 +54,11 @@ def test_a_report_fits(tab: browser.Browser, tmp_path: Path) -> None:
             path = tmp_path / f"{len(name)}_{seed}.parquet"
             scores = torch.randn(300, generator=torch.Generator().manual_seed(seed + len(name)))
             select({"kd_gain": scores, "kd_gain_standard_error": scores.abs() + 0.1}, ratio=0.7).save(path)
-            taught = {"teacher.model": "mlp", "teacher.checkpoint": str(teacher.folder / "last.pt")}
+            taught: dict[str, Any] = {"teacher.model": "mlp", "teacher.checkpoint": str(teacher.folder / "last.pt")}
             taught |= {"selection.path": str(path), "loss.revise": "lr", "loss.eta": accuracy}
             wrong = [[k, (7 * k + 3) % 30, 30 - k] for k in range(30)]
             runs.append(
-                make_run(tmp_path, name, seed, accuracy=accuracy, classes=30, names=classes, wrong=wrong, **taught)
+                make_run(tmp_path, name, seed, accuracy=accuracy, classes=30, names=classes, wrong=wrong, values=taught)
             )
         runs.append(teacher)
     page = tmp_path / "report.html"

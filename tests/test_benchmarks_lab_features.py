@@ -120,7 +120,7 @@ def test_models_trained_together_are_the_models_trained_alone_in_plain_pytorch()
     found = lab_students.train(case, first, objectives, TINY, (2, 6))
     for arm, state in zip(arms, found, strict=True):
         model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 5))
-        layers = [model[0], model[2], model[4]]
+        layers = [layer for layer in model if isinstance(layer, nn.Linear)]
         with torch.no_grad():
             for layer, weight, bias in zip(layers, start[0:6:2], start[1:6:2], strict=True):
                 layer.weight.copy_(weight.T)
@@ -256,8 +256,8 @@ def test_soft_weights_are_probabilities_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
-def test_mismatched_answers_are_found(share: float) -> None:
-    """Rows whose teacher answers for another sample; with none, none is found."""
+def test_mismatched_answers_are_detected(share: float) -> None:
+    """Rows whose teacher logits belong to another sample; without such rows none is reported."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(3000, 20, generator=generator)
     v = 3 * z + 2 * torch.randn(3000, 20, generator=generator)
@@ -300,7 +300,7 @@ def test_runs_resume(tmp_path: Path) -> None:
 
 
 def test_statistics() -> None:
-    """A paired difference by hand; tuned KD picked in each seed."""
+    """A paired difference computed by hand; the best KD weight is chosen per seed."""
     rows = []
     for seed, (kd, other, arm) in enumerate([(20.0, 21.0, 20.5), (22.0, 21.5, 23.0), (24.0, 24.0, 26.0)]):
         names = [lab_students.kd_name(ce) for ce in lab_students.CE_WEIGHTS]
@@ -324,7 +324,7 @@ def test_statistics() -> None:
 
 
 def test_the_page_is_of_the_stored_runs() -> None:
-    """docs/benchmarks/method.md says what the CSV says, and shows the plots that lie beside it."""
+    """docs/benchmarks/method.md agrees with the CSV and shows the plots beside it."""
     page = lab_statistics.PAGE.read_text(encoding="utf-8")
     runs = lab_statistics.Runs(stored_rows(lab_features.STORED))
     assert lab_statistics.page_with(page, runs) == page

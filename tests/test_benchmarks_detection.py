@@ -96,7 +96,7 @@ def test_corrupted_teacher_rows() -> None:
 
 
 def test_flipped_labels() -> None:
-    """The same problem: who finds the wrong labels of a head too small to learn them by heart."""
+    """The same problem: scores find the wrong labels of a head too small to memorise them."""
     found = []
     for seed in range(SEEDS):
         problem = digits_problem(seed, 600, temperature=TEMPERATURE)
@@ -116,8 +116,8 @@ def test_flipped_labels() -> None:
 
 
 @pytest.mark.slow
-def test_flipped_labels_learnt_by_heart() -> None:
-    """An MLP trained until it fits the wrong labels too: losses are small, but their order goes on telling."""
+def test_memorised_flipped_labels() -> None:
+    """An MLP trained until it fits the wrong labels too: losses are small, but still rank the wrong labels first."""
     found = []
     for seed in range(3):
         clean = bench_lds.digits(10)

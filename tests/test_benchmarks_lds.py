@@ -1,4 +1,4 @@
-"""Gate 5, the linear datamodeling score of benchmarks/bench_lds.py: influence foresees retraining on half the data."""
+"""Gate 5, the linear datamodeling score of benchmarks/bench_lds.py: influence predicts retraining on half the data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def case() -> Case:
 
 
 def test_the_models_are_trained(case: Case) -> None:
-    """As modules and as stacked weights the same function, and right on what it has not seen."""
+    """Modules and stacked weights are the same function, accurate on held-out data."""
     problem = case.problem
     for model in case.models:
         logits = model(problem.queries).detach()

@@ -34,11 +34,13 @@ def teacher() -> SmallCNN:
     return SmallCNN(3, size=4, width=6)
 
 
-def trained(out: Path, *, data: Any = None, resume: bool = False, **values: Any) -> tuple[TrainResult, nn.Module]:
+def trained(
+    out: Path, *, data: Any = None, resume: bool = False, values: dict[str, Any] | None = None
+) -> tuple[TrainResult, nn.Module]:
     torch.manual_seed(1)
     student = SmallCNN(3, size=4, width=4)
     chosen = Recipe().with_values(
-        **{"schedule.epochs": 2, "run.device": "cpu", "data.batch_size": 16, "optimizer.lr": 0.05} | values
+        **{"schedule.epochs": 2, "run.device": "cpu", "data.batch_size": 16, "optimizer.lr": 0.05} | (values or {})
     )
     result = train(
         chosen,
@@ -64,7 +66,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("method", [VID, CRD], ids=["vid", "crd"])
 def test_features_are_a_part_of_the_loss_over_the_selected(tmp_path: Path, method: dict[str, Any]) -> None:
     found = {
-        compose: trained(tmp_path / compose, **method, **{"selection.compose": compose})
+        compose: trained(tmp_path / compose, values=method | {"selection.compose": compose})
         for compose in ("prefix", "mask")
     }
     plain, _ = trained(tmp_path / "plain")
@@ -77,7 +79,7 @@ def test_features_are_a_part_of_the_loss_over_the_selected(tmp_path: Path, metho
     assert found["prefix"][0].records[0]["train_features"] == pytest.approx(
         found["mask"][0].records[0]["train_features"], rel=1e-3
     )
-    off, student = trained(tmp_path / "off", **method, **{"features.weight": 0.0})
+    off, student = trained(tmp_path / "off", values=method | {"features.weight": 0.0})
     other, expected = trained(tmp_path / "none")
     assert off.records[-1]["test_ce"] == pytest.approx(other.records[-1]["test_ce"], rel=1e-5)
     for name, value in expected.state_dict().items():
@@ -85,16 +87,16 @@ def test_features_are_a_part_of_the_loss_over_the_selected(tmp_path: Path, metho
 
 
 @pytest.mark.parametrize("method", [VID, CRD], ids=["vid", "crd"])
-def test_a_run_with_features_goes_on_bit_for_bit(tmp_path: Path, method: dict[str, Any]) -> None:
-    whole, expected = trained(tmp_path / "whole", **method)
+def test_a_run_with_features_resumes_bit_for_bit(tmp_path: Path, method: dict[str, Any]) -> None:
+    whole, expected = trained(tmp_path / "whole", values=method)
     stopping = blobs((1, 4), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped):
-        trained(tmp_path / "cut", data=stopping, **method)
+        trained(tmp_path / "cut", data=stopping, values=method)
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
     assert (state["epoch"], state["steps"]) == (1, 5)
     assert state["parts"]["features"], "what the features learn is in the checkpoint"
     assert not any("features" in name for name in state["student"]), "and no part of the student"
-    resumed, found = trained(tmp_path / "cut", resume=True, **method)
+    resumed, found = trained(tmp_path / "cut", resume=True, values=method)
     assert numbers(resumed.records) == numbers(whole.records)
     for name, value in expected.state_dict().items():
         assert torch.equal(value, found.state_dict()[name]), name
@@ -102,17 +104,17 @@ def test_a_run_with_features_goes_on_bit_for_bit(tmp_path: Path, method: dict[st
 
 def test_adapters_learn_from_all_processes_and_parts(tmp_path: Path) -> None:
     code = f"""
-import test_train_with_features as features
-result, student = features.trained(folder / "two", data=cases.blobs(), **{VID!r})
+import test_features_training as features
+result, student = features.trained(folder / "two", data=cases.blobs(), values={VID!r})
 torch.save([result.records, student.state_dict()], folder / f"rank{{rank}}.pt")
 """
     done = run(tmp_path, code, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    whole, student = trained(tmp_path / "one", data=blobs(), **VID)
+    whole, student = trained(tmp_path / "one", data=blobs(), values=VID)
     learned, adapters = (
         torch.load(tmp_path / name / "last.pt", weights_only=True)["parts"]["features"] for name in ("two", "one")
     )
-    divided, in_parts = trained(tmp_path / "parts", data=blobs(), **VID, **{"run.accumulate": 2})
+    divided, in_parts = trained(tmp_path / "parts", data=blobs(), values=VID | {"run.accumulate": 2})
     assert_close(numbers(divided.records), numbers(whole.records))
     for rank in range(2):
         records, state = torch.load(tmp_path / f"rank{rank}.pt")

@@ -1,4 +1,4 @@
-"""The page of a comparison: every table and chart holds what the runs' folders hold; what is missing is left out."""
+"""The page of a comparison: tables and charts show the numbers of the run folders; missing parts are left out."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def make_run(
     classes: int = 4,
     names: list[str] | None = None,
     wrong: list[list[int]] | None = None,
-    **values: Any,
+    values: dict[str, Any] | None = None,
 ) -> Run:
-    """A finished run. Of each class's 10 test rows it has equally many right, of the first class's seed + 1 less."""
+    """A finished run with 10 test rows per class, equally many right in each, seed + 1 fewer in the first."""
     out = folder / f"{name}{seed}".replace("/", "_").replace("<", "_")
     out.mkdir(parents=True)
     recipe = Recipe(name=name, seed=seed).with_values(
-        **{"schedule.epochs": EPOCHS, "run.out": str(out), "loss.revise": "none", **values}
+        **{"schedule.epochs": EPOCHS, "run.out": str(out), "loss.revise": "none"} | (values or {})
     )
     (out / RECIPE).write_text(recipe.to_json())
     records = [
@@ -82,18 +82,17 @@ def runs(tmp_path: Path) -> list[Run]:
     found = []
     for seed in range(SEEDS):
         teacher = make_run(tmp_path, "teacher", seed, accuracy=0.9)
-        taught = {"teacher.model": "mlp", "teacher.checkpoint": str(teacher.folder / "last.pt")}
+        taught: dict[str, Any] = {"teacher.model": "mlp", "teacher.checkpoint": str(teacher.folder / "last.pt")}
         found += [
             teacher,
-            make_run(tmp_path, "KD", seed, accuracy=0.30 + 0.01 * seed, wrong=[[0, 2, 9]], **taught),
+            make_run(tmp_path, "KD", seed, accuracy=0.30 + 0.01 * seed, wrong=[[0, 2, 9]], values=taught),
             make_run(
                 tmp_path,
                 "KD + <LR>",
                 seed,
                 accuracy=0.36 + 0.02 * seed,
                 wrong=[[0, 1, 5], [1, 2, 1]],
-                **taught,
-                **{"loss.revise": "lr", "loss.eta": 0.5},
+                values=taught | {"loss.revise": "lr", "loss.eta": 0.5},
             ),
         ]
     return found
@@ -161,7 +160,7 @@ def test_bins_of_several_runs_are_put_together() -> None:
     assert found == [(2, 0.05, 0.5), (4, pytest.approx((0.99 + 3 * 0.95) / 4), 0.25)]
 
 
-def test_classes_have_their_names_and_accuracies(runs: list[Run], figures: dict[str, Any]) -> None:
+def test_classes_have_names_and_accuracies(runs: list[Run], figures: dict[str, Any]) -> None:
     page = Page(html_report(runs, title="t", baseline="KD"))
     (axis,) = figures["accuracy by class"].axes
     assert [text.get_text() for text in axis.get_yticklabels()] == NAMES, "the lowest accuracy first"
@@ -189,7 +188,7 @@ def test_only_revised_rows_are_confused(runs: list[Run], figures: dict[str, Any]
     assert {(text.get_position(), text.get_text()) for text in axis.texts} == {((1, 0), "20"), ((2, 1), "4")}
 
 
-def test_selections_are_compared_where_the_samples_are_the_same(tmp_path: Path, figures: dict[str, Any]) -> None:
+def test_selections_of_the_same_samples_are_compared(tmp_path: Path, figures: dict[str, Any]) -> None:
     runs = []
     for seed in range(2):
         for name, shift in (("a", 0), ("b", 10)):
@@ -197,7 +196,7 @@ def test_selections_are_compared_where_the_samples_are_the_same(tmp_path: Path, 
             path = tmp_path / f"{name}{seed}.parquet"
             chosen = select(scores, ratio=0.5)
             chosen.save(path)
-            runs.append(make_run(tmp_path, name, seed, accuracy=0.5, **{"selection.path": str(path)}))
+            runs.append(make_run(tmp_path, name, seed, accuracy=0.5, values={"selection.path": str(path)}))
     page = Page(html_report(runs, title="t"))
     rows = {row[0]: row[1:] for row in page.table("selections")}
     # Of 20 each, 15 are in both seeds' selections and 10 in both arms'.
@@ -211,7 +210,7 @@ def test_selections_are_compared_where_the_samples_are_the_same(tmp_path: Path, 
     assert "Do the selections agree?" not in again.headings and "Scores" in again.headings
 
 
-def test_how_it_was_made_and_in_what_recipes_differ(runs: list[Run]) -> None:
+def test_the_page_shows_provenance_and_recipe_differences(runs: list[Run]) -> None:
     page = Page(html_report(runs, title="t", baseline="KD"))
     made = {row[0]: row[1] for table in page.tables for row in table if row[0] in ("torch", "command")}
     assert (
@@ -226,10 +225,16 @@ def test_how_it_was_made_and_in_what_recipes_differ(runs: list[Run]) -> None:
     assert recipe_differences({"KD": runs[1::3]}) == {}
 
 
-def test_pictures_are_those_that_the_run_kept(runs: list[Run]) -> None:
+def test_pictures_come_from_the_gallery_of_the_run(runs: list[Run]) -> None:
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     for shape in ([2, 3, 3], [6, 3, 1]):
-        entry = {"index": 7, "label": 1, "teacher": 0, "shape": shape, "pixels": base64.b64encode(pixels).decode()}
+        entry = {
+            "index": 7,
+            "label": 1,
+            "teacher": 0,
+            "shape": shape,
+            "pixels": base64.b64encode(pixels.tobytes()).decode(),
+        }
         (runs[2].folder / "gallery.json").write_text(json.dumps({"revised": [entry], "deselected": []}))
         page = Page(html_report(runs, title="t"))
         (source,) = (
@@ -269,7 +274,7 @@ def test_a_single_run_gives_a_clean_page(parts: str, tmp_path: Path) -> None:
     assert "nan" not in " ".join(page.texts)
 
 
-def test_one_seed_and_unequal_seeds_are_said(tmp_path: Path) -> None:
+def test_one_seed_and_unequal_seeds_are_reported(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, name, seed, accuracy=0.5) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     text = html_report(runs, title="t", baseline="a")
     (row,) = Page(text).table("run", "pairs")
@@ -291,8 +296,8 @@ def test_of_many_names_the_first_have_charts(tmp_path: Path, figures: dict[str, 
     for k in range(9):
         path = tmp_path / f"{k}.parquet"
         select({"kd_gain": torch.arange(20).roll(k).double()}, ratio=0.5).save(path)
-        more = {"selection.path": str(path), "loss.revise": "lr"}
-        runs.append(make_run(tmp_path, f"run {k}", 0, accuracy=0.5, wrong=[[0, 1, 2]], **more))
+        more: dict[str, Any] = {"selection.path": str(path), "loss.revise": "lr"}
+        runs.append(make_run(tmp_path, f"run {k}", 0, accuracy=0.5, wrong=[[0, 1, 2]], values=more))
     text = html_report(runs, title="t")
     assert sum("revised samples" in title for title in figures) == sum("by kd_gain" in t for t in figures) == 6
     assert text.count("the first 6 of 9") == 2

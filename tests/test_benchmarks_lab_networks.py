@@ -1,4 +1,4 @@
-"""The laboratory on networks, on a handful of random pictures: its arms, its rows, how it goes on, its page."""
+"""The laboratory on networks, on a handful of random pictures: its arms, its rows, resumption, and its page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import lrds_fast
 from benchmarks import lab_networks as lab
 from benchmarks.lab_students import measures, revise_logits
-from lrds_fast.data.cifar import Pictures
+from benchmarks.tables import stored_rows
+from lrds_fast.data.cifar import MEAN, Pictures
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_augmentation_is_a_crop_of_the_padded_picture() -> None:
     random = torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, (50, 3, 32, 32), generator=random, dtype=torch.uint8)
     found = lab.augmented(images, random)
-    mean = torch.tensor([round(255 * value) for value in lab.MEAN], dtype=torch.uint8).view(3, 1, 1)
+    mean = torch.tensor([round(255 * value) for value in MEAN], dtype=torch.uint8).view(3, 1, 1)
     for image, view in zip(images, found, strict=True):
         padded = mean.repeat(1, 40, 40)
         padded[:, 4:36, 4:36] = image
@@ -65,7 +66,7 @@ def test_augmentation_is_a_crop_of_the_padded_picture() -> None:
         assert any(torch.equal(view, crop) or torch.equal(view, crop.flip(2)) for crop in crops)
 
 
-def test_teachers_see_what_their_regime_says() -> None:
+def test_teachers_train_on_the_data_of_their_regime() -> None:
     labels = torch.randint(0, 100, (20_000,), generator=torch.Generator().manual_seed(3))
     keep, same = lab.teacher_labels("clean", 0, labels)
     assert keep.all() and torch.equal(same, labels)
@@ -85,7 +86,7 @@ def test_measures_are_those_of_a_known_case() -> None:
     assert ece == pytest.approx(100 * (0.5 * abs(0.5 - 0.9) + 0.5 * abs(1.0 - 0.6)), rel=1e-5)
 
 
-def test_arms_share_their_start_and_runs_are_not_repeated(
+def test_arms_share_initial_weights_and_runs_are_not_repeated(
     small: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lab, "cifar", lambda *_: small)
@@ -93,7 +94,7 @@ def test_arms_share_their_start_and_runs_are_not_repeated(
     cache = tmp_path / "cache"
     monkeypatch.setattr("sys.argv", ["lab", "run", "--cache", str(cache)])
     lab.main()
-    rows = lab.stored_rows(lab.STORED)
+    rows = stored_rows(lab.STORED)
     assert [row["arm"] for row in rows] == list(lab.ARMS)
     by_arm = {row["arm"]: row for row in rows}
     assert by_arm["ds"]["denied"] == by_arm["random"]["denied"] and 0 < int(by_arm["ds"]["denied"]) <= 10
@@ -104,7 +105,7 @@ def test_arms_share_their_start_and_runs_are_not_repeated(
     lab.main()
     assert lab.STORED.read_bytes() == before, "finished runs are not run again"
 
-    # The arm that went on from the other's checkpoint is the arm that starts by itself.
+    # An arm that continues another arm's checkpoint equals the arm trained from the start.
     (tmp_path / "another").mkdir()
     pair = lab.Pair("unseen", 0, 0, small, tmp_path / "another")
     alone = pair.run("ds")
@@ -132,7 +133,12 @@ def test_an_interrupted_teacher_goes_on(small: Pictures, tmp_path: Path, monkeyp
 
 
 def test_the_page_has_the_paired_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracy = {"kd": [30, 32, 34], "lr+ds": [31, 33.5, 35.1], "kd-ce0.3": [29, 33, 30], "kd-ce1": [28, 30, 36]}
+    accuracy: dict[str, list[float]] = {
+        "kd": [30, 32, 34],
+        "lr+ds": [31, 33.5, 35.1],
+        "kd-ce0.3": [29, 33, 30],
+        "kd-ce1": [28, 30, 36],
+    }
     held_out = {"kd": [5, 1, 1], "lr+ds": [0, 0, 0], "kd-ce0.3": [1, 5, 1], "kd-ce1": [1, 1, 5]}
     path = tmp_path / "rows.csv"
     with path.open("w", newline="") as file:
@@ -142,7 +148,7 @@ def test_the_page_has_the_paired_differences(tmp_path: Path, monkeypatch: pytest
             for teacher, value in enumerate(values):
                 own = {"test_acc": value, "val_acc": held_out[arm][teacher], "test_nll": value / 10}
                 writer.writerow({"regime": "unseen", "teacher": teacher, "student": 0, "arm": arm, **own})
-    found = lab.results_of(lab.stored_rows(path), "unseen")
+    found = lab.results_of(stored_rows(path), "unseen")
     assert lab.differences(found, "lr+ds", "kd", "test_acc") == pytest.approx([1.0, 1.5, 1.1])
     assert lab.differences(found, "lr+ds", lab.TUNED, "test_acc") == pytest.approx([1.0, 0.5, -0.9])
     # Mean 1.2, standard deviation .2646, t(2) at 97.5%: 4.3027.

@@ -1,4 +1,4 @@
-"""Reports: averages over seeds, differences only where they are paired, noise named as noise."""
+"""Reports: averages over seeds, paired differences, and verdicts about noise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_run(folder: Path, name: str, seed: int, accuracies: list[float], **mor
     return folder
 
 
-def test_a_run_given_twice_is_no_second_seed(tmp_path: Path) -> None:
+def test_a_repeated_run_does_not_count_as_a_second_seed(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / folder, "a", 0, [0.5])) for folder in ("x", "y")]
     with pytest.raises(ValueError, match=r"x and .*y are both a, seed 0: runs of one name are averaged"):
         tabulate(runs)
@@ -99,7 +99,7 @@ def test_differences_need_the_same_seeds(tmp_path: Path) -> None:
         tabulate(runs, baseline="c")
 
 
-def test_verdicts_say_better_worse_or_noise(tmp_path: Path) -> None:
+def test_verdicts_are_better_worse_or_noise(tmp_path: Path) -> None:
     runs = []
     for name, accuracies in {
         "base": [0.50, 0.52, 0.51, 0.53],
@@ -115,7 +115,7 @@ def test_verdicts_say_better_worse_or_noise(tmp_path: Path) -> None:
     assert how.startswith("'Better', 'worse' and 'within noise' are results of paired t tests at 5% over these 6")
 
 
-def test_many_comparisons_are_corrected_for_their_number(tmp_path: Path) -> None:
+def test_p_values_are_corrected_for_many_comparisons(tmp_path: Path) -> None:
     """A difference with p = 0.01 is significant alone, but not among many others that are noise."""
     values = {"base": [0.50, 0.50, 0.50, 0.50], "up": [0.51, 0.515, 0.52, 0.51]}
     values |= {f"same{i}": [0.49, 0.51, 0.48, 0.52] for i in range(5)}
@@ -131,7 +131,7 @@ def test_many_comparisons_are_corrected_for_their_number(tmp_path: Path) -> None
     assert verdicts([(rows, "base")])[0] == "up against base: accuracy within noise, cross-entropy within noise."
 
 
-def test_a_single_seed_is_said_to_tell_nothing_about_noise(tmp_path: Path) -> None:
+def test_a_single_seed_gives_no_noise_estimate(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / name, name, 0, [value])) for name, value in (("a", 0.5), ("b", 0.54))]
     rows = tabulate(runs, baseline="a")
     (sentence,) = verdicts([(rows, "a")])

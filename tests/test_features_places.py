@@ -105,7 +105,7 @@ def test_wrong_places_are_named_in_one_line(method: str, options: dict[str, Any]
     assert not any(module._forward_hooks for network in (student, teacher) for module in network.modules())
 
 
-def test_unknown_networks_say_what_can_be_named() -> None:
+def test_unknown_networks_list_the_possible_places() -> None:
     _, teacher = pair()
     student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, CLASSES))
     with pytest.raises(ValueError, match=r"usual places of Sequential for 'at' are not known; name them, out of 0, 1"):

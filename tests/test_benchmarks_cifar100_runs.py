@@ -1,11 +1,11 @@
-"""The stored CIFAR-100 runs: README.md and the page say what the CSV says."""
+"""The stored CIFAR-100 runs: README.md and the page agree with the CSV."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from test_train_report import write_run
+from test_report import write_run
 
 from benchmarks import cifar100_runs
 from lrds_fast.report.runs import read_run

@@ -1,4 +1,4 @@
-"""Charts: what is drawn is what was given, the same every time, and names are text."""
+"""Charts show the data, are reproducible, and treat names as text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_forest_plot_draws_means_intervals_and_pairs() -> None:
     assert ([2.0], [0], charts.SERIES[1]) in lower
 
 
-def test_panels_share_their_lines_and_one_pair_has_no_interval() -> None:
+def test_panels_share_rows_and_one_pair_has_no_interval() -> None:
     figure = forest_plot(
         {"one": [Interval("a", 1.0, NAN, NAN)], "two": [Interval("b", 2.0, 1.0, 3.0), Interval("a", NAN, NAN, NAN)]},
         x_label="x",
@@ -106,7 +106,7 @@ def test_a_heat_map_has_a_shade_and_a_number_per_cell() -> None:
     assert len(large.patches) == 400 and not large.texts
 
 
-def test_dots_are_values_and_what_is_aside_does_not_move_the_axis() -> None:
+def test_dots_are_values_and_reference_series_do_not_stretch_the_axis() -> None:
     look = charts.styles(["a", "b"]) | {"teacher": charts.Style("muted", "dashed")}
     series = {"a": [30.0, 40.0], "b": [35.0, NAN], "teacher": [90.0, 38.0]}
     (axis,) = charts.dots(["x", "y"], series, look, x_label="%", aside=["teacher"]).axes
@@ -155,8 +155,8 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("dark", [0, 1])
-def test_colours_stand_out_from_the_paper(dark: int) -> None:
-    """WCAG 2: 4.5 : 1 for text, 3 : 1 for what is drawn."""
+def test_colours_contrast_with_the_background(dark: int) -> None:
+    """WCAG 2: 4.5 : 1 for text, 3 : 1 for lines and markers."""
     paper = luminance(charts.PALETTE["paper"][dark])
     for name, pair in charts.PALETTE.items():
         light, deep = sorted((paper, luminance(pair[dark])), reverse=True)
@@ -164,7 +164,7 @@ def test_colours_stand_out_from_the_paper(dark: int) -> None:
         assert (light + 0.05) / (deep + 0.05) >= needed, name
 
 
-def test_long_names_keep_their_ends() -> None:
+def test_long_names_are_shortened_in_the_middle() -> None:
     assert charts.short("kd + lr") == "kd + lr"
     shortened = charts.short("cifar100/resnet56-resnet20/kd+lr+ds@loss.eta=0.5")
     assert len(shortened) == 26 and shortened.startswith("cifar100") and shortened.endswith("loss.eta=0.5")
@@ -180,7 +180,7 @@ def test_the_library_needs_neither_matplotlib_nor_jinja2() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_matplotlib_the_error_says_what_to_install() -> None:
+def test_without_matplotlib_the_error_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\nfrom lrds_fast.pages import charts\n"
         "try: charts.forest_plot({}, x_label='')\nexcept ImportError as error: print(error)"

@@ -49,7 +49,7 @@ def recipe_of(result: DemoResult, seed: int, name: str) -> Recipe:
 
 def interval(values: list[float]) -> tuple[float, float]:
     """scipy's 95% t interval of the mean."""
-    return tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95))  # type: ignore[return-value]
+    return tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95))
 
 
 def differences(result: DemoResult, name: str, base: str, key: str = "test_acc") -> list[float]:
@@ -60,10 +60,10 @@ def differences(result: DemoResult, name: str, base: str, key: str = "test_acc")
     ("better", "worse"),
     [("KD", "student alone"), ("KD + LR", "KD"), ("KD + LR + DS", "KD"), ("KD + LR + DS", "KD + random")],
 )
-def test_the_teacher_is_worth_having_and_revision_and_selection_worth_more(
+def test_distillation_beats_labels_and_revision_and_selection_beat_distillation(
     result: DemoResult, better: str, worse: str
 ) -> None:
-    """What the demo is for, on fewer seeds than its own: see the gate of test_gates.py for all of it."""
+    """The demo's claim on fewer seeds than the demo uses; the gate in test_gates.py checks all seeds."""
     assert interval(differences(result, better, worse))[0] > 0
     assert interval(differences(result, better, worse, "test_ce"))[1] < 0
 
@@ -108,7 +108,7 @@ def test_statistics_are_those_of_the_logs(result: DemoResult) -> None:
         assert row.accuracy_difference.interval == pytest.approx(interval(differences(result, row.name, "KD")))
 
 
-def asked_anew(recipe: Recipe, data: Data) -> torch.Tensor:
+def recomputed_logits(recipe: Recipe, data: Data) -> torch.Tensor:
     """The teacher's own logits of every training sample, (N, C)."""
     teacher = run.build_teacher(recipe, data)
     assert teacher is not None
@@ -118,11 +118,11 @@ def asked_anew(recipe: Recipe, data: Data) -> torch.Tensor:
 
 
 def test_counts_are_those_of_the_data(result: DemoResult) -> None:
-    """Revised: rows whose answer, this teacher's asked anew and mixed up, is wrong. Denied: by evidence, capped."""
+    """Revised rows: the recomputed, swapped teacher answer is wrong. Deselected: by the standard error, capped."""
     rows = {row.name: row for row in result.rows}
     recipe = recipe_of(result, 0, "KD + LR")
     data = run.load_data(recipe)
-    logits = asked_anew(recipe, data)
+    logits = recomputed_logits(recipe, data)
     right = int((predicted(logits, data.score.labels) == data.score.labels).sum())
     source = answer_sources(len(logits), 0.25, seed=0)
     assert int((source != torch.arange(len(logits))).sum()) == 75
@@ -146,12 +146,12 @@ def test_counts_are_those_of_the_data(result: DemoResult) -> None:
     assert rows["student alone"].revised is None
 
 
-def test_chance_denies_as_many_samples_as_kd_gain(result: DemoResult) -> None:
+def test_random_selection_deselects_as_many_samples_as_kd_gain(result: DemoResult) -> None:
     for seed in range(SEEDS):
         assert last(result, seed, "KD + random")["n_selected"] == last(result, seed, "KD + DS")["n_selected"]
 
 
-def test_students_differ_in_nothing_but_what_they_are_told(result: DemoResult) -> None:
+def test_students_differ_only_in_their_targets(result: DemoResult) -> None:
     recipes = {arm.name: dataclasses.asdict(recipe_of(result, 1, arm.name)) for arm in ARMS}
     for recipe in recipes.values():
         for table in ("data", "student", "optimizer", "schedule", "seed"):
@@ -168,7 +168,7 @@ def test_teacher_and_students_draw_different_numbers_in_every_seed(result: DemoR
     assert len(set(drawn)) == 2 * SEEDS
 
 
-def test_the_text_says_how_unreliable_the_teacher_is_and_what_is_not_shown(result: DemoResult) -> None:
+def test_the_text_reports_teacher_errors_and_omissions(result: DemoResult) -> None:
     text = " ".join(result.introduction)
     assert "300 labelled numbers of 100 classes" in text and "learnt from 5000 others" in text
     accuracy = mean(last(result, seed, "teacher")["test_acc"] for seed in range(SEEDS))
@@ -181,8 +181,8 @@ def test_the_text_says_how_unreliable_the_teacher_is_and_what_is_not_shown(resul
     assert "a tuned KD from a good teacher" in result.conclusions[-1]
 
 
-def test_noise_is_called_noise(result: DemoResult) -> None:
-    """With two epochs nobody has learnt enough to differ by more than the seeds do, and no claim is made."""
+def test_differences_within_noise_are_called_noise(result: DemoResult) -> None:
+    """After two epochs the students differ by less than the seeds do, and the text makes no claim."""
     out = result.report.parent / "short"
     short = run_demo(out, seeds=2, settings=["schedule.epochs=2"], progress=False)
     claims = [sentence for sentence in short.conclusions if " against " in sentence]
@@ -215,8 +215,8 @@ def test_the_report_is_one_file_with_charts_tables_and_digits(result: DemoResult
     assert int(data.train.labels[entry["index"]]) == entry["label"]
 
 
-def test_a_summary_is_that_of_the_last_epoch(result: DemoResult) -> None:
-    """Against the log, and against the networks and the teacher asked anew."""
+def test_the_summary_describes_the_last_epoch(result: DemoResult) -> None:
+    """Against the log, the networks, and recomputed teacher logits."""
     folder = result.report.parent / "seed0" / "kd_lr_ds"
     summary = json.loads((folder / "summary.json").read_text())
     record = last(result, 0, "KD + LR + DS")
@@ -225,7 +225,7 @@ def test_a_summary_is_that_of_the_last_epoch(result: DemoResult) -> None:
     assert summary["teacher"]["asked"] == record["n_selected"] and summary["teacher"]["wrong"] == record["n_revised"]
     recipe = from_mapping(json.loads((folder / "recipe.json").read_text()))
     data = run.load_data(recipe)
-    answers = asked_anew(recipe, data)
+    answers = recomputed_logits(recipe, data)
     answers = answers[answer_sources(len(answers), 0.25, seed=0)]
     mask, labels = Selection.load(folder / "selection.parquet").mask, data.train.labels
     pairs = Counter(zip(labels[mask].tolist(), predicted(answers, labels)[mask].tolist(), strict=True))
@@ -236,11 +236,11 @@ def test_a_summary_is_that_of_the_last_epoch(result: DemoResult) -> None:
     assert summary["made"]["torch"] == torch.__version__
 
 
-def test_nothing_temporary_is_left(result: DemoResult) -> None:
+def test_no_temporary_files_remain(result: DemoResult) -> None:
     assert not [path for path in Path(result.report.parent).rglob("*") if path.name.startswith(".")]
 
 
-def test_the_number_of_threads_is_as_before(result: DemoResult) -> None:
+def test_the_number_of_threads_is_restored(result: DemoResult) -> None:
     assert result.rows
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match="unknown key 'x'"):

@@ -1,4 +1,4 @@
-"""Grids around a recipe: every combination a run of its own, in a folder of its own, that goes on where it was cut."""
+"""Grids around a recipe: every combination is a run in its own folder, and a grid resumes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_mistakes_are_named() -> None:
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ready_grids_vary_what_they_say(name: str) -> None:
+def test_ready_grids_vary_the_documented_keys(name: str) -> None:
     base = load_recipe(f"{PAIR}/revision" if name == "lambdas" else f"{PAIR}/kd+lr+ds")
     found = ablation(f"ablations/{name}", base)
     assert found == ablation(name, base)
@@ -72,7 +72,7 @@ def test_ready_grids_vary_what_they_say(name: str) -> None:
         assert {cell.selection.ratio for cell in kept} == {0.4}
 
 
-def test_ready_grids_refuse_recipes_that_lack_what_they_vary() -> None:
+def test_ready_grids_refuse_recipes_without_the_varied_keys() -> None:
     lacking = {"eta": "kd", "ratio": "kd+lr", "score": "kd", "weights": "revision", "lambdas": "kd+lr"}
     for name, recipe in lacking.items():
         with pytest.raises(

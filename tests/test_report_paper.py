@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from html_page import Page
-from test_train_report import write_run
+from test_report import write_run
 
 from lrds_fast.cli import main as cli
 from lrds_fast.recipe import names as grid
@@ -68,7 +68,7 @@ def test_rows_are_methods_and_columns_pairs(runs: list[Run]) -> None:
     assert vgg["KD"].published == 72.98 and vgg["teacher"].texts() == ("-", "-", "74.64")
     assert vgg["KD+LR"].texts() == ("-", "-", "-")
     assert short.columns == (("resnet20", "resnet8"),)
-    assert {cell.published for _, row in short.rows for cell in row} == {None}, "the short protocol is nobody's"
+    assert {cell.published for _, row in short.rows for cell in row} == {None}, "no paper uses the short protocol"
     assert paper_tables([run for run in runs if run.recipe.name == "digits_alone"]) == []
     assert paper_tables([]) == []
 
@@ -79,7 +79,7 @@ def test_every_method_has_a_label() -> None:
     assert set(METHODS) == {method for protocol in grid.PROTOCOLS.values() for method in protocol.methods}
 
 
-def test_text_lines_up_and_says_best_and_last(runs: list[Run]) -> None:
+def test_text_is_aligned_with_best_and_last(runs: list[Run]) -> None:
     lines = text(paper_tables(runs)[0]).splitlines()
     assert lines[0] == "cifar100"
     assert "vgg13 -> vgg8" in lines[1] and lines[1].endswith("resnet56 -> resnet20")
