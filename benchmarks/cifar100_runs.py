@@ -19,12 +19,12 @@ import torch
 
 from benchmarks.tables import csv_text
 from lrds_fast.files import write_text
+from lrds_fast.provenance import commit as checkout_commit
+from lrds_fast.provenance import cpu_name
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.report import paper
 from lrds_fast.report.runs import Run, read_run
 from lrds_fast.report.tables import markdown_report
-from lrds_fast.train.provenance import commit as checkout_commit
-from lrds_fast.train.provenance import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "cifar100.csv"

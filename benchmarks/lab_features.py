@@ -32,7 +32,7 @@ from torch import Tensor
 from benchmarks.lab_students import CE_WEIGHTS, Arm, Problem, Revision, Selection, Training, kd_name, run
 from benchmarks.tables import append_csv, stored_rows
 from lrds_fast.data.cifar import cifar
-from lrds_fast.train.provenance import commit as checkout_commit
+from lrds_fast.provenance import commit as checkout_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "method_features.csv"

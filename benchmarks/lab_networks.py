@@ -33,8 +33,8 @@ from lrds_fast import influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
 from lrds_fast.files import replacing, write_text
 from lrds_fast.pages import charts
+from lrds_fast.provenance import commit, cpu_name
 from lrds_fast.report.statistics import estimate
-from lrds_fast.train.provenance import commit, cpu_name
 from lrds_fast.train.setup import available_amp
 
 HERE = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ import torch
 
 import lrds_fast
 from lrds_fast.files import replacing
-from lrds_fast.train.provenance import commit, cpu_name
+from lrds_fast.provenance import commit, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 

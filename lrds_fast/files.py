@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-#: The lock file in a run's folder; see lrds_fast.train.lock.
+#: The lock file in a run's folder; see lrds_fast.lock.
 LOCK = ".lock"
 
 #: Errors of the disk: full, over the quota, the file too large, input/output error.

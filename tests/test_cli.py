@@ -18,9 +18,9 @@ import torch
 from lrds_fast import _build, _ops
 from lrds_fast.cli import main as cli
 from lrds_fast.cli.doctor import cpu_level
+from lrds_fast.notes import note
 from lrds_fast.selection import Selection
 from lrds_fast.train import load_recipe, run
-from lrds_fast.train.notes import note
 
 SMALL = ["--set", "schedule.epochs=2", "--set", "data.train_limit=120", "--set", "run.device=cpu", "--quiet"]
 

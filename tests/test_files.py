@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from lrds_fast.cli import main as cli
 from lrds_fast.data import label_files
 from lrds_fast.files import append_record, replacing, rewrite_records, write_text
+from lrds_fast.lock import holding
 from lrds_fast.selection import Selection
 from lrds_fast.train.checkpoint import Position, save, save_weights
-from lrds_fast.train.lock import holding
 
 BIG = 1 << 16
 
@@ -157,7 +157,7 @@ def test_without_file_locks_the_run_continues_with_a_note(
     def refused(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("lrds_fast.train.lock.fcntl.flock", refused)
+    monkeypatch.setattr("lrds_fast.lock.fcntl.flock", refused)
     with holding(tmp_path / "run"):
         pass
     said = capsys.readouterr().err

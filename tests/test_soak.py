@@ -360,7 +360,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
     """The weights that were written, or an error in one line that names the file."""
     from safetensors.torch import save_file
 
-    from lrds_fast.train.weights import load_weights
+    from lrds_fast.models.weights import load_weights
 
     draws = random.Random(SEED + 6)
     torch.manual_seed(SEED)

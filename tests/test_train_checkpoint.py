@@ -20,9 +20,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from lrds_fast import models
+from lrds_fast.models.weights import load_weights
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.train import checkpoint, fit, load_recipe
-from lrds_fast.train.weights import load_weights
 
 
 def quick(tmp_path: Path, name: str = "digits_alone", *more: str) -> Recipe:

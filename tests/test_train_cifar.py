@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lrds_fast import models
 from lrds_fast.data import Data, in_memory, load
 from lrds_fast.data.memory import MemoryLoader
+from lrds_fast.models.weights import load_weights
 from lrds_fast.recipe.recipe import load_recipe
 from lrds_fast.selection import Selection
 from lrds_fast.train import TrainResult, train
-from lrds_fast.train.weights import load_weights
 
 #: Two epochs of 75 steps of 32 pictures.
 TRAIN, BATCH, STEPS = 2400, 32, 150

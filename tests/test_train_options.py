@@ -23,13 +23,13 @@ from torch import Tensor, nn
 import lrds_fast
 from lrds_fast.files import read_records
 from lrds_fast.models.small import MLP
+from lrds_fast.models.weights import load_weights
 from lrds_fast.topk import TopKTeacher
 from lrds_fast.train import Recipe, setup, train
 from lrds_fast.train.evaluation import evaluate
 from lrds_fast.train.mix import Mix
 from lrds_fast.train.setup import autocast_factory
 from lrds_fast.train.teaching import Teacher, leading_rows, predicted
-from lrds_fast.train.weights import load_weights
 
 CPU = torch.device("cpu")
 

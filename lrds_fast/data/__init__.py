@@ -5,16 +5,7 @@
 
 from lrds_fast.data.dali import DaliLoader
 from lrds_fast.data.folder import FolderLoader
-from lrds_fast.data.loader import (
-    Batch,
-    Data,
-    Loader,
-    batch_count,
-    derived_seed,
-    epoch_batches,
-    generator,
-    prefix_rows,
-)
+from lrds_fast.data.loader import Batch, Data, Loader, batch_count, derived_seed, epoch_batches, generator, prefix_rows
 from lrds_fast.data.memory import MemoryLoader, digits, from_npz, two_digit_numbers
 from lrds_fast.data.noise import answer_sources, mislabelled
 from lrds_fast.data.soft_labels import SoftLabels, write_soft_labels

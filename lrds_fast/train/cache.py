@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast.data import Data, SoftLabels, write_soft_labels
+from lrds_fast.lock import holding
 from lrds_fast.ranks import pick_device
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.selection import dataset_fingerprint
-from lrds_fast.train.lock import holding
 from lrds_fast.train.setup import autocast_factory, available_amp
 
 #: Keys of [data] that do not change a sample's picture, apart from the rounding of decoders.

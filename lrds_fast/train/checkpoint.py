@@ -12,9 +12,9 @@ from torch import nn
 
 from lrds_fast import _C
 from lrds_fast.files import atomic_write
+from lrds_fast.models.weights import load_state, read
+from lrds_fast.notes import note
 from lrds_fast.ranks import Ranks
-from lrds_fast.train.notes import note
-from lrds_fast.train.weights import load_state, read
 
 FORMAT = 2
 

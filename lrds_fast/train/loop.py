@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from lrds_fast.data import Data, Loader, derived_seed
 from lrds_fast.features.distillation import FeatureDistillation
+from lrds_fast.lock import holding
+from lrds_fast.notes import note
 from lrds_fast.ranks import Ranks, any_process, joined, same_buffers
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.train import rescoring
@@ -22,8 +24,6 @@ from lrds_fast.train.checkpoint import Position
 from lrds_fast.train.checks import check_class_counts, check_run
 from lrds_fast.train.evaluation import Evaluation, evaluate
 from lrds_fast.train.folder import CHECKPOINT, Folder, identity
-from lrds_fast.train.lock import holding
-from lrds_fast.train.notes import note
 from lrds_fast.train.step import Step
 from lrds_fast.train.stopping import Stopped, StopRequest, stop_requests
 from lrds_fast.train.summary import write_summary

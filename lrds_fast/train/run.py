@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lrds_fast import data as data_sets
 from lrds_fast import influence, models
 from lrds_fast.data import Data, SoftLabels
+from lrds_fast.lock import holding
+from lrds_fast.models.weights import load_weights
 from lrds_fast.ranks import Ranks, joined, pick_device
 from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.selection import Selection, dataset_fingerprint
@@ -24,11 +26,9 @@ from lrds_fast.train.checks import check_selection, check_teacher
 from lrds_fast.train.evaluation import outputs
 from lrds_fast.train.folder import CHECKPOINT, RECIPE
 from lrds_fast.train.gallery import write_gallery
-from lrds_fast.train.lock import holding
 from lrds_fast.train.loop import TrainingRun, TrainResult
 from lrds_fast.train.setup import scored_loss
 from lrds_fast.train.teaching import CachedLogits, LogitsInMemory, MismatchedLogits
-from lrds_fast.train.weights import load_weights
 
 
 def load_data(recipe: Recipe) -> Data:

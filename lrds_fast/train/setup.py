@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lrds_fast.nn import KDLoss
+from lrds_fast.notes import note
 from lrds_fast.recipe.recipe import LossOptions, OptimizerOptions, Recipe, ScheduleOptions
 from lrds_fast.reference import default_ce_weight_unselected
-from lrds_fast.train.notes import note
 
 
 def lr_factor(schedule: ScheduleOptions, epoch: float) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lrds_fast.data import Data
 from lrds_fast.files import plain, write_text
+from lrds_fast.provenance import provenance
 from lrds_fast.train.evaluation import Evaluation
-from lrds_fast.train.provenance import provenance
 
 SUMMARY = "summary.json"
 #: At most so many pairs of label and teacher's class are stored, the most frequent first: all pairs of 100 classes.

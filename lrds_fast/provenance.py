@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-import lrds_fast
+from lrds_fast import _ops
+from lrds_fast._version import __version__
 
 
 def provenance(device: torch.device, processes: int = 1) -> dict[str, str]:
     """The facts of a run's provenance, by the names that reports print."""
     threads = torch.get_num_threads()
     facts = {
-        "lrds-fast": f"{lrds_fast.__version__}, commit {commit()}",
+        "lrds-fast": f"{__version__}, commit {commit()}",
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "processor": f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}",
-        "kernels": f"{lrds_fast._ops.build_info()['cpu_isa']} here, {torch.backends.cpu.get_cpu_capability()} in torch",
+        "kernels": f"{_ops.build_info()['cpu_isa']} here, {torch.backends.cpu.get_cpu_capability()} in torch",
     }
     if device.type == "cuda":
         facts["device"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
@@ -36,7 +37,7 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, str]:
 @functools.cache
 def commit() -> str:
     """git's description of the sources; without git or history LRDS_COMMIT, else "unknown"."""
-    root = Path(lrds_fast.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[1]
     description = ""
     if (root / ".git").exists():
         command = ["git", "describe", "--always", "--dirty"]

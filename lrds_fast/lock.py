@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lrds_fast.files import LOCK
+from lrds_fast.notes import note
 from lrds_fast.ranks import Ranks
-from lrds_fast.train.notes import note
 
 if sys.platform == "win32":
     fcntl = None
