@@ -285,7 +285,7 @@ def test_cached_teachers_of_samples_collate_to_a_batch(columns: int) -> None:
     cached = TopKTeacher.from_logits(teacher, np.int64(3), temperature=np.float32(2.0))
     cached = cached._replace(rest=cached.rest if columns == 5 else None)
     tensors = [column for column in cached if isinstance(column, torch.Tensor)]
-    samples = [TopKTeacher._make([*rows[:3], 2.0, *rows[3:]]) for rows in zip(*tensors, strict=True)]
+    samples = [TopKTeacher(*rows[:3], 2.0, *rows[3:]) for rows in zip(*tensors, strict=True)]  # type: ignore[call-arg]
     batch = default_collate(samples)
     assert isinstance(batch, TopKTeacher) and batch.temperature == 2.0 and (batch.rest is None) == (columns == 3)
     for loss in (kd_loss, reference.kd_loss, torch.func.grad(kd_loss)):
