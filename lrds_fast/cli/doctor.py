@@ -52,7 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "doctor",
         run,
-        summary="what is installed and built, and how to get what is missing",
+        summary="report what is installed and built, what is missing and how to install it",
         example="lrds-fast doctor",
     )
 

@@ -17,10 +17,10 @@ def add_parser(subparsers: Subparsers) -> None:
         example="lrds-fast recipes show digits_kd",
     )
     actions = parser.add_subparsers(metavar="ACTION", dest="action")
-    actions.add_parser("list", help="names and descriptions (default)")
-    show = actions.add_parser("show", help="the TOML of one recipe, or with --resolved all of its values")
-    show.add_argument("recipe", metavar="RECIPE")
-    show.add_argument("--resolved", action="store_true", help="every value with its default, as JSON")
+    actions.add_parser("list", help="print names and descriptions (default)")
+    show = actions.add_parser("show", help="print the TOML of one recipe, or with --resolved all of its values")
+    show.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name that `lrds-fast recipes` lists")
+    show.add_argument("--resolved", action="store_true", help="print every value, defaults included, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
