@@ -25,7 +25,7 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "bench",
         run,
-        summary="run the benchmarks on this machine; write a CSV file, a table and a plot of each",
+        summary="run the benchmarks on this machine; write the results as CSV, tables and plots",
         example="lrds-fast bench kd_loss --quick",
     )
     parser.add_argument(

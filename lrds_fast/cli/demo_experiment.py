@@ -119,7 +119,7 @@ def demo(
     seed and for unknown keys.
     """
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, 5 or more to say anything; got {seeds}")
+        raise ValueError(f"seeds must be at least 1, and 5 or more for significant differences; got {seeds}")
     charts.require()
     settings = tuple(settings)
     threads = torch.get_num_threads()

@@ -95,7 +95,9 @@ class DataOptions:
         if self.rand_augment:
             parse_rand_augment(self.rand_augment)
         if self.second_view and self.mixes:
-            raise ValueError("data.second_view goes without data.mixup and data.cutmix: set it to '' or both to 0")
+            raise ValueError(
+                "data.second_view cannot be combined with data.mixup or data.cutmix: set it to '' or both to 0"
+            )
 
     @property
     def mixes(self) -> bool:
