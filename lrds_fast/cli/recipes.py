@@ -38,9 +38,12 @@ def run(options: argparse.Namespace) -> int:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {load_recipe(name).description}")
-    print("\nPROTOCOL/MODEL: a network alone. PROTOCOL/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds:")
+    print(
+        "\nPROTOCOL/MODEL trains a network alone, PROTOCOL/TEACHER-STUDENT/METHOD distils it. METHOD may end in +lr,"
+        " +ds or +lr+ds."
+    )
     for prefix, protocol in grid.PROTOCOLS.items():
-        print(f"\n{prefix}: as the recipe {protocol.base}")
+        print(f"\n{prefix}, based on the recipe {protocol.base}")
         print(f"  pairs    {', '.join(protocol.pairs)}")
         print(f"  methods  {', '.join(protocol.methods)}")
     return OK
