@@ -262,9 +262,8 @@ def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[s
     method = (
         "LR (label revision) corrects the wrong answers. DS (data selection) denies the teacher to a sample where"
         f" kd_gain, the teacher's predicted effect on the loss of a held-out slice, is {CONFIDENCE:g} standard errors"
-        f" above 0, but to at most {MAX_DROP:.0%} of the samples. '{RANDOM}' denies it to as many samples as '{DENIED}',"
-        " drawn at random."
-        f" '{TUNED}' has ten times KD's weight of the cross-entropy."
+        f" above 0, but to at most {MAX_DROP:.0%} of the samples. '{RANDOM}' denies it to as many samples as"
+        f" '{DENIED}', drawn at random. '{TUNED}' has ten times KD's weight of the cross-entropy."
     )
     place = (
         f"{seeds} seed{'s' * (seeds > 1)}, {seconds:.0f} s; torch {torch.__version__}, whose kernels here are"
