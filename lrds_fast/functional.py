@@ -249,8 +249,8 @@ def kd_loss(
     """
     if args:
         raise TypeError(
-            "kd_loss takes (student_logits, teacher_logits, target), the rest by keyword; got a fourth argument "
-            f"{args[0]!r}: write temperature=... (or whichever you meant)"
+            "kd_loss takes (student_logits, teacher_logits, target), and all else by keyword; got a fourth argument "
+            f"{args[0]!r}: pass it by its name, for example temperature=..."
         )
     if unknown:
         raise unknown_keyword(kd_loss, unknown)

@@ -194,7 +194,7 @@ def test_an_interrupt_prints_how_to_resume(capsys: pytest.CaptureFixture[str], m
 def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     succeeds("recipes")
     listed = capsys.readouterr().out
-    assert re.search(r"^digits_kd_lr +the small MLP taught", listed, re.MULTILINE)
+    assert re.search(r"^digits_kd_lr +digits_kd with label revision$", listed, re.MULTILINE)
     succeeds("recipes", "show", "digits_kd_lr")
     text = capsys.readouterr().out
     assert 'extends = "digits_kd"' in text

@@ -563,7 +563,7 @@ def test_ambiguous_samples_are_named(tmp_path: Path, members: list[tuple[str, by
 
 def test_records_with_excessive_lengths_are_damaged(tmp_path: Path) -> None:
     (tmp_path / "r").write_bytes(struct.pack("<Q", 1 << 39) + b"crc1" + b"short")
-    with pytest.raises(ValueError, match="r is damaged or no TFRecord file"):
+    with pytest.raises(ValueError, match="r is damaged or not a TFRecord file"):
         TFRecords([tmp_path / "r"])
 
 

@@ -102,7 +102,7 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
 
     train = tmp_path / "cifar-100-python" / "train"
     train.write_bytes(pickle.dumps({b"data": Harmful()}))
-    with pytest.raises(ValueError, match=r"train is damaged or no file of the official CIFAR \(it names"):
+    with pytest.raises(ValueError, match=r"train is damaged or not a file of the official CIFAR \(it refers to"):
         cifar(100, str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
@@ -120,7 +120,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         content[b"data"] = np.zeros((2, 1024), np.uint8)
     raw = b"hello" if damage == "text" else pickle.dumps(content)
     (folder / "test").write_bytes(raw[: len(raw) // 2] if damage == "cut" else raw)
-    with pytest.raises(ValueError, match="test is damaged or no file of the official CIFAR"):
+    with pytest.raises(ValueError, match="test is damaged or not a file of the official CIFAR"):
         cifar(100, str(tmp_path))
     (folder / "test").unlink()
     with pytest.raises(FileNotFoundError, match="lacks the file test; get CIFAR-100 again"):

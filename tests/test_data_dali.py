@@ -411,7 +411,7 @@ def test_tfrecords_yield_the_samples_of_the_folder(root: Path, tmp_path: Path, p
     got = DaliLoader(records, torch.arange(COUNT), batch_size=8, image_size=SIZE)
     assert torch.equal(images_of(got), images_of(loader(root))[order])
     paths[0].write_bytes(paths[0].read_bytes()[:-7])
-    with pytest.raises(ValueError, match="train-00000-of-00002 is damaged or no TFRecord file"):
+    with pytest.raises(ValueError, match="train-00000-of-00002 is damaged or not a TFRecord file"):
         TFRecords(paths)
     with paths[0].open("wb") as file:
         file.write(struct.pack("<Q", 4) + b"crc1" + b"\x0a\x02ab" + b"crc2")
@@ -474,6 +474,8 @@ def test_failures_not_caused_by_a_picture_are_raised(root: Path, monkeypatch: py
 
     monkeypatch.setattr(DaliLoader, "_decode", failing)
     monkeypatch.setattr(DaliLoader, "_fault", counted)
-    with pytest.raises(RuntimeError, match="DALI fails on pictures that it decodes one by one: out of memory$"):
+    with pytest.raises(
+        RuntimeError, match="DALI fails on a batch, although it decodes each of its pictures alone: out of memory$"
+    ):
         list(found.epoch(0))
     assert len(tries) == 1 and found.errors == []

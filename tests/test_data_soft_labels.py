@@ -228,18 +228,20 @@ def test_places_out_of_range_are_named(tmp_path: Path) -> None:
 def test_soft_labels_of_other_facts_are_refused_naming_them(tmp_path: Path, fact: str, value: object) -> None:
     write(tmp_path / "cache")
     SoftLabels.open(tmp_path / "cache", facts=FACTS)
-    with pytest.raises(ValueError, match="are not those that are wanted") as caught:
+    with pytest.raises(ValueError, match="does not fit this run") as caught:
         SoftLabels.open(tmp_path / "cache", facts=FACTS | {fact: value})
     was = label_files.plain(FACTS).get(fact, "not there")
     now = label_files.plain({fact: value})[fact]
-    assert f"its {fact} is {was!r}, wanted is {now!r};" in str(caught.value)
-    assert str(caught.value).count("wanted is") == 1
+    assert f"its {fact} is {was!r}, this run's is {now!r};" in str(caught.value)
+    assert str(caught.value).count("this run's is") == 1
     assert "\n" not in str(caught.value)
 
 
 def test_every_fact_that_differs_is_named(tmp_path: Path) -> None:
     write(tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"its seed is 0, wanted is 4; its teacher's weights is 'def', wanted is 'x'"):
+    with pytest.raises(
+        ValueError, match=r"its seed is 0, this run's is 4; its teacher's weights is 'def', this run's is 'x'"
+    ):
         SoftLabels.open(tmp_path / "cache", facts=FACTS | {"seed": 4, "teacher's weights": "x"})
 
 
@@ -408,13 +410,13 @@ def test_resuming_with_other_facts_layout_or_order_is_refused(tmp_path: Path) ->
     path = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
         write(path, source=Counting(3))
-    with pytest.raises(ValueError, match=r"its seed is 0, wanted is 1"):
+    with pytest.raises(ValueError, match=r"its seed is 0, this run's is 1"):
         write(path, resume=True, facts=FACTS | {"seed": 1})
-    with pytest.raises(ValueError, match=r"its views is 2, wanted is 3"):
+    with pytest.raises(ValueError, match=r"its views is 2, this run's is 3"):
         write(path, resume=True, views=3)
-    with pytest.raises(ValueError, match=r"its kept is 70, wanted is 24; its rows is"):
+    with pytest.raises(ValueError, match=r"its kept is 70, this run's is 24; its rows is"):
         write(path, resume=True, rows=torch.arange(COUNT) % 3 == 0)
-    with pytest.raises(ValueError, match=r"its batches is 5, wanted is 9"):
+    with pytest.raises(ValueError, match=r"its batches is 5, this run's is 9"):
         write(path, resume=True, source=loader(batch_size=8))
     with pytest.raises(ValueError, match=r"view 0 of .* does not hold every sample once: .*--overwrite"):
         write(path, resume=True, source=loader(seed=4))

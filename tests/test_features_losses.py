@@ -412,7 +412,7 @@ def test_compiled_networks_are_refused() -> None:
     networks: list[Any] = [torch.compile(student), student]
     for network in networks:
         student.compile()
-        with pytest.raises(ValueError, match="does not go with torch.compile"):
+        with pytest.raises(ValueError, match="cannot be combined with torch.compile"):
             features("at", network, teacher)
 
 

@@ -92,8 +92,8 @@ def test_places_can_be_named() -> None:
         ("at", {"teacher_layers": ("layer1", "x")}, r"the teacher has no module 'x'; it has conv1, bn1"),
         ("at", {"student_layers": ("layer1:output:relu",)}, r"must end in :input, :relu or neither"),
         ("at", {"student_layers": ("fc",)}, r"'at' takes maps \(N, C, H, W\); fc gives \(2, 4\)"),
-        ("at", {"student_layers": ("layer1",) * 4}, r"teacher_layers: name 4 places, as many as of the other network"),
-        ("reviewkd", {"teacher_layers": ("layer1",) * 5}, r"student_layers: name 5 places, .* usual ones are layer1,"),
+        ("at", {"student_layers": ("layer1",) * 4}, r"teacher_layers: name 4 modules, as many as for the other"),
+        ("reviewkd", {"teacher_layers": ("layer1",) * 5}, r"student_layers: name 5 modules, .* defaults are layer1,"),
         ("rkd", {"student_layers": ("layer1.0.downsample",)}, "has no module"),
     ],
 )  # fmt: skip
@@ -108,10 +108,10 @@ def test_wrong_places_are_named_in_one_line(method: str, options: dict[str, Any]
 def test_unknown_networks_list_the_possible_places() -> None:
     _, teacher = pair()
     student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, CLASSES))
-    with pytest.raises(ValueError, match=r"usual places of Sequential for 'at' are not known; name them, out of 0, 1"):
+    with pytest.raises(ValueError, match=r"default modules of Sequential for 'at' are not known; choose from 0, 1"):
         features("at", student, teacher)
     with pytest.raises(
-        ValueError, match=r"teacher_layers: the usual places of Sequential for 'reviewkd' are not known"
+        ValueError, match=r"teacher_layers: the default modules of Sequential for 'reviewkd' are not known"
     ):
         features("reviewkd", teacher, student)
     value = one_loss(features("at", student, teacher, student_layers=("1",)), student, teacher)
@@ -134,11 +134,11 @@ def recipes() -> Iterator[tuple[list[str], str]]:
     yield ["features.method=rkd", "features.options.angle=inf"], r"options.angle must be at least 0"
     yield ["features.method=rkd", "features.options.angle=x"], r"features.options.angle must be float"
     yield ["features.method=at", "features.weight=nan"], r"features.weight must be finite"
-    yield ["features.method=sp", 'features.student_layers=["a", "b"]'], r"'sp' looks at one place; got a, b"
-    yield ["features.method=reviewkd", 'features.teacher_layers=["a"]'], r"'reviewkd' takes two places or more"
+    yield ["features.method=sp", 'features.student_layers=["a", "b"]'], r"'sp' compares one pair of modules; got a, b"
+    yield ["features.method=reviewkd", 'features.teacher_layers=["a"]'], r"'reviewkd' takes two modules or more"
     yield (
         ["features.method=at", 'features.student_layers=["a"]', 'features.teacher_layers=["a", "b"]'],
-        r"must be as many; got 1 and 2",
+        r"must have the same length; got 1 and 2",
     )
     yield ["features.metod=at"], r"unknown key 'features.metod'; did you mean 'features.method'"
 

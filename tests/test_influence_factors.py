@@ -169,7 +169,7 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="belongs to other weights than this model's"):
         Factors.load(path, model)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
         Factors.load(path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"holds no influence factors \(format None\)"):

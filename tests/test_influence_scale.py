@@ -118,7 +118,7 @@ scale.scored(folder / "scores", dies_at={dies_at}, layers={layers!r})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with pytest.raises(ValueError, match="not complete; run influence.score again with resume=True"):
         influence.load_scores(out)
-    with pytest.raises(ValueError, match="holds scores already: resume=True goes on"):
+    with pytest.raises(ValueError, match="holds scores already: continue them with resume=True"):
         scored(out, layers=layers)
     begun = {path.name for path in out.iterdir()}
     data = Samples(SAMPLES, 1)

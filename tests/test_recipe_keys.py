@@ -124,7 +124,11 @@ def test_options_of_one_table_check_themselves() -> None:
         (DataOptions, {"mean": {0.5}}, "data.mean must be a list of float; got {0.5}"),
         (DataOptions, {"mean": (0.5, "a")}, "data.mean must be float; got 'a' (str)"),
         (DataOptions, {"reader": 3}, "data.reader must be one of auto, dali, torchvision; got 3"),
-        (DataOptions, {"second_view": "strong", "mixup": 1.0}, "data.second_view goes without data.mixup and"),
+        (
+            DataOptions,
+            {"second_view": "strong", "mixup": 1.0},
+            "data.second_view cannot be combined with data.mixup or",
+        ),
         (LossOptions, {"temperature": float("nan")}, "loss.temperature must be above 0 and finite; got nan"),
         (LossOptions, {"temperatures": (2.0, 0)}, "loss.temperatures must be above 0 and finite; got 0.0"),
         (LossOptions, {"revise_temperature": -1}, 'loss.revise_temperature must be above 0 and finite, or "none"; got'),

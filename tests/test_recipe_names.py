@@ -362,7 +362,7 @@ def test_feature_methods_are_published_ones_with_their_weights() -> None:
         ({"teacher.cache": "runs/soft"}, r"features.method 'crd' needs teacher.cache=''; got 'runs/soft'"),
         (
             {"data.mixup": 0.2, "loss.method": "revision", "loss.revise": "lr"},
-            "'revision' takes class numbers: it goes without data.mixup",
+            "'revision' takes class numbers: it cannot be combined with data.mixup",
         ),
         ({"data.cutmix": 1.0, "loss.revise": "swap"}, "loss.revise 'swap' takes class numbers"),
         (

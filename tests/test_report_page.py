@@ -285,7 +285,7 @@ def test_one_seed_and_unequal_seeds_are_reported(tmp_path: Path) -> None:
 
 def test_a_damaged_summary_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a", 0, accuracy=0.5)
-    for text, message in (("{", "is not JSON"), ("{}", "is no summary of this version")):
+    for text, message in (("{", "is not JSON"), ("{}", "is not a summary of this version")):
         (run.folder / "summary.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_run(run.folder)

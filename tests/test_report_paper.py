@@ -109,7 +109,7 @@ def test_markdown_is_a_table(runs: list[Run]) -> None:
 
 def test_the_page_has_three_columns_a_pair(runs: list[Run]) -> None:
     page = Page(html_report(runs, title="t"))
-    assert page.headings[1] == "As the literature has it"
+    assert page.headings[1] == "Results as papers print them"
     first, second = (table for table in page.tables if table[1][:2] == ["", "best"])
     assert {len(row) for row in first} == {7} and first[1] == ["", *("best", "last", "published") * 2]
     assert ["KD", "73.00 (1)", "72.00", "72.98", "71.16 ± 0.50 (2)", "70.50 ± 0.50", "70.66"] in first
@@ -127,7 +127,7 @@ def test_report_writes_them_all(
     )
     out = capsys.readouterr().out
     assert "resnet56 -> resnet20" in out and NOTE in out
-    assert "As the literature has it" in Path("r.html").read_text()
+    assert "Results as papers print them" in Path("r.html").read_text()
     found = Path("r.md").read_text()
     assert found.startswith("# lrds-fast report\n") and "### cifar100: best / last / published" in found
     assert f"| {RESNET}/kd | 2 |" in found and NOTE in found

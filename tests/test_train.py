@@ -415,7 +415,7 @@ def test_class_counts_must_agree(tmp_path: Path) -> None:
 def test_an_older_run_is_not_overwritten_by_accident(tmp_path: Path) -> None:
     run(tmp_path)
     before = (tmp_path / "run" / "log.jsonl").read_bytes()
-    with pytest.raises(FileExistsError, match=r"holds a run already; go on with it \(--resume\)"):
+    with pytest.raises(FileExistsError, match=r"holds a run already; continue it \(--resume\)"):
         run(tmp_path)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
     run(tmp_path, overwrite=True)

@@ -122,7 +122,7 @@ def test_training_on_a_selection_needs_only_selected_soft_labels() -> None:
 )
 def test_soft_labels_of_another_recipe_are_refused_naming_the_key(key: str, value: object) -> None:
     assert command() == cli.OK
-    with pytest.raises(ValueError, match=rf"are not those that are wanted: .*its {key} is [^;]*, wanted is [^;]*;"):
+    with pytest.raises(ValueError, match=rf"does not fit this run: .*its {key} is [^;]*, this run's is [^;]*;"):
         opened(recipe(**{key: value}))
 
 
@@ -134,7 +134,7 @@ def test_options_without_effect_on_pictures_may_differ() -> None:
 def test_the_temperature_must_match_for_top_k_caches() -> None:
     assert command(**{"teacher.cache_top_k": 3}) == cli.OK
     opened(recipe(**{"teacher.cache_top_k": 3}))
-    with pytest.raises(ValueError, match=r"its loss.temperature is 4.0, wanted is 2.0"):
+    with pytest.raises(ValueError, match=r"its loss.temperature is 4.0, this run's is 2.0"):
         opened(recipe(**{"teacher.cache_top_k": 3, "loss.temperature": 2.0}))
 
 
@@ -142,7 +142,7 @@ def test_soft_labels_of_another_teacher_are_refused() -> None:
     assert command() == cli.OK
     other = create("mlp", num_classes=10)
     torch.save({"model": other.state_dict()}, "teacher.pt")
-    with pytest.raises(ValueError, match=r"its teacher's weights is '[0-9a-f]{64}', wanted is '[0-9a-f]{64}'"):
+    with pytest.raises(ValueError, match=r"its teacher's weights is '[0-9a-f]{64}', this run's is '[0-9a-f]{64}'"):
         opened(recipe())
 
 
@@ -208,7 +208,10 @@ def test_a_share_of_the_samples_gets_the_answer_to_another_one() -> None:
         ({"teacher.answer_noise": 1.0}, r"teacher.answer_noise must be in \[0, 1\); got 1.0"),
         ({"data.augment": "shift"}, "stores one answer a sample, .*: set data.augment to 'none', or teacher.cache"),
         ({"data.erasing": 0.5}, "set data.erasing to 0.0, or teacher.cache"),
-        ({"data.mixup": 0.5}, "teacher.answer_noise takes answers to single pictures: it goes without data.mixup"),
+        (
+            {"data.mixup": 0.5},
+            "teacher.answer_noise has the logits of unmixed pictures: it cannot be combined with data.mixup",
+        ),
         ({"selection.after": 1}, "selection.after scores with the teacher's own answers"),
         ({"features.method": "at"}, "features.method 'at' needs teacher.answer_noise=0.0; got 0.25"),
     ],

@@ -131,7 +131,7 @@ def test_recipes_name_the_strong_data_they_need() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_recipe("cifar100/resnet56-resnet20/kd", [setting])
-    with pytest.raises(ValueError, match="teacher.cache .* it goes without data.second_view"):
+    with pytest.raises(ValueError, match="teacher.cache .* it cannot be combined with data.second_view"):
         load_recipe("cifar100/resnet56-resnet20/mlkd", ["teacher.cache=soft"])
-    with pytest.raises(ValueError, match="data.second_view goes without data.mixup and data.cutmix"):
+    with pytest.raises(ValueError, match="data.second_view cannot be combined with data.mixup or data.cutmix"):
         load_recipe("cifar100/resnet56-resnet20/mlkd", ["data.second_view=strong", "data.cutmix=1"])

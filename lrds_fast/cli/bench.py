@@ -25,18 +25,22 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "bench",
         run,
-        summary="run the benchmarks of this machine: CSV, a table and a plot",
+        summary="run the benchmarks on this machine; write the results as CSV, tables and plots",
         example="lrds-fast bench kd_loss --quick",
     )
-    parser.add_argument("suites", metavar="SUITE", nargs="*", help="which (default: all); `lrds-fast bench --list`")
+    parser.add_argument(
+        "suites", metavar="SUITE", nargs="*", help="benchmarks to run, as --list names them (default: all)"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the suites and exit")
-    parser.add_argument("--quick", action="store_true", help="a few small shapes")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="measure a few small shapes only")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device to measure (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder to write to (default: %(default)s)"
     )
-    parser.add_argument("--pages", type=Path, help="folder of the tables and plots (default: that of the CSVs)")
+    parser.add_argument("--pages", type=Path, help="folder for the tables and plots (default: that of --out)")
 
 
 def run(options: argparse.Namespace) -> int:

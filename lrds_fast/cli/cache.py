@@ -21,12 +21,14 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "cache",
         run,
-        summary="run a recipe's teacher once and store its logits in teacher.cache, for training to read",
+        summary="run a recipe's teacher once and store its logits in the folder teacher.cache, which training reads",
         example="lrds-fast cache digits_kd --set teacher.cache=runs/soft_labels --set teacher.cache_views=4",
         interrupted_hint=RESUME_HINT,
     )
     add_recipe(parser)
-    parser.add_argument("--selected", action="store_true", help="only for the samples that selection.path keeps")
+    parser.add_argument(
+        "--selected", action="store_true", help="store only the logits of the samples that selection.path keeps"
+    )
     add_resume_or_overwrite(
         parser,
         resume="continue where an earlier command was stopped, and write damaged files again",

@@ -72,9 +72,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="settings",
-        help="override a value of the recipe",
+        help="override a value of the recipe; may be repeated",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
 def add_resume_or_overwrite(parser: argparse.ArgumentParser, *, resume: str, overwrite: str) -> None:

@@ -14,12 +14,14 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "demo",
         run,
-        summary="few labels and a teacher that errs: the student alone, KD, KD+LR, KD+DS, KD+LR+DS: a table and a"
-        " report",
+        summary="compare the student alone, KD, KD+LR, KD+DS and KD+LR+DS, with few labels and a teacher that errs, in"
+        " a table and a report",
         example="lrds-fast demo --out runs/demo",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=8, help="repetitions (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=8, help="number of repetitions, each with another seed (default: %(default)s)"
+    )
     add_settings(parser)
 
 

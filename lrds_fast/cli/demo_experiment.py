@@ -83,7 +83,7 @@ NOTE = (
     " on which the teacher is wrong."
 )
 NOT_SHOWN = (
-    "What this does not show: a tuned KD from a good teacher, where revision and selection have little to correct."
+    "The demo does not cover a tuned KD from a good teacher, where revision and selection have little to correct."
 )
 
 
@@ -119,7 +119,7 @@ def demo(
     seed and for unknown keys.
     """
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, 5 or more to say anything; got {seeds}")
+        raise ValueError(f"seeds must be at least 1, and 5 or more for significant differences; got {seeds}")
     charts.require()
     settings = tuple(settings)
     threads = torch.get_num_threads()
@@ -251,19 +251,19 @@ def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[s
     wrong = estimate([run.last["n_revised"] / run.last["n_selected"] for run in student])
     data = (
         f"Real data: two-digit numbers, composed of scikit-learn's 8 x 8 digits. A student has"
-        f" {int(student[0].last['rows'])} labelled numbers of 100 classes, the teacher has learnt from"
+        f" {int(student[0].last['rows'])} labelled numbers of 100 classes; the teacher has learnt from"
         f" {int(teacher[0].last['rows'])} others. No digit of the test numbers occurs in the training numbers."
     )
     noise = (
         f"The teacher is right on {accuracy.mean:.1%} of the test numbers. But"
         f" {student[0].recipe.teacher.answer_noise:.0%} of its answers to a student's samples belong to other samples,"
-        f" as if the rows of a file of stored logits were mixed up: {wrong.mean:.1%} of its answers are wrong."
+        f" as if the rows of a file of logits had been permuted: {wrong.mean:.1%} of its answers are wrong."
     )
     method = (
-        "LR (label revision) corrects the wrong answers. DS (data selection) denies a sample the teacher where kd_gain,"
-        f" the teacher's predicted effect on the loss of a held-out slice, is {CONFIDENCE:g} standard errors above 0,"
-        f" and at most {MAX_DROP:.0%} of the samples. '{RANDOM}' denies as many samples as '{DENIED}', drawn at random."
-        f" '{TUNED}' has ten times KD's weight on the labels."
+        "LR (label revision) corrects the wrong answers. DS (data selection) denies the teacher to a sample where"
+        f" kd_gain, the teacher's predicted effect on the loss of a held-out slice, is {CONFIDENCE:g} standard errors"
+        f" above 0, but to at most {MAX_DROP:.0%} of the samples. '{RANDOM}' denies it to as many samples as"
+        f" '{DENIED}', drawn at random. '{TUNED}' has ten times KD's weight of the cross-entropy."
     )
     place = (
         f"{seeds} seed{'s' * (seeds > 1)}, {seconds:.0f} s; torch {torch.__version__}, whose kernels here are"

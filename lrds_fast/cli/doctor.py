@@ -35,14 +35,14 @@ class Finding(NamedTuple):
 
 #: Distribution, what lrds-fast uses it for, and how to install it.
 OPTIONAL = (
-    ("torchvision", "ImageFolder data and torchvision: models", "pip install torchvision"),
-    ("timm", "timm: models", "pip install timm"),
+    ("torchvision", "folders of pictures and models torchvision:NAME", "pip install torchvision"),
+    ("timm", "models timm:NAME", "pip install timm"),
     ("scikit-learn", "the demo's digits", "pip install scikit-learn"),
     ("matplotlib", "reports", "pip install matplotlib"),
     ("jinja2", "reports", "pip install jinja2"),
-    ("torchdistill", "distillation of features", "pip install torchdistill"),
-    ("tensorboard", "the log as TensorBoard's events", "pip install tensorboard"),
-    ("nvidia-dali-cuda130", "twice as fast photographs, on the GPU too", "pip install nvidia-dali-cuda130"),
+    ("torchdistill", "feature distillation", "pip install torchdistill"),
+    ("tensorboard", "logs for TensorBoard", "pip install tensorboard"),
+    ("nvidia-dali-cuda130", "decodes photographs twice as fast, also on a GPU", "pip install nvidia-dali-cuda130"),
 )
 
 
@@ -52,7 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "doctor",
         run,
-        summary="what is installed and built, and how to get what is missing",
+        summary="report what is installed and built, what is missing and how to install it",
         example="lrds-fast doctor",
     )
 

@@ -17,10 +17,10 @@ def add_parser(subparsers: Subparsers) -> None:
         example="lrds-fast recipes show digits_kd",
     )
     actions = parser.add_subparsers(metavar="ACTION", dest="action")
-    actions.add_parser("list", help="names and descriptions (default)")
-    show = actions.add_parser("show", help="the TOML of one recipe, or with --resolved all of its values")
-    show.add_argument("recipe", metavar="RECIPE")
-    show.add_argument("--resolved", action="store_true", help="every value with its default, as JSON")
+    actions.add_parser("list", help="print names and descriptions (default)")
+    show = actions.add_parser("show", help="print the TOML of one recipe, or with --resolved all of its values")
+    show.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name that `lrds-fast recipes` lists")
+    show.add_argument("--resolved", action="store_true", help="print every value, defaults included, as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -38,9 +38,12 @@ def run(options: argparse.Namespace) -> int:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {load_recipe(name).description}")
-    print("\nPROTOCOL/MODEL: a network alone. PROTOCOL/TEACHER-STUDENT/METHOD, and METHOD+lr, METHOD+ds, METHOD+lr+ds:")
+    print(
+        "\nPROTOCOL/MODEL trains a network alone, PROTOCOL/TEACHER-STUDENT/METHOD distils it. METHOD may end in +lr,"
+        " +ds or +lr+ds."
+    )
     for prefix, protocol in grid.PROTOCOLS.items():
-        print(f"\n{prefix}: as the recipe {protocol.base}")
+        print(f"\n{prefix}, based on the recipe {protocol.base}")
         print(f"  pairs    {', '.join(protocol.pairs)}")
         print(f"  methods  {', '.join(protocol.methods)}")
     return OK

@@ -18,7 +18,7 @@ def add_parser(subparsers: Subparsers) -> None:
         example="lrds-fast report runs/digits_kd runs/digits_kd_lr --baseline digits_kd --out report.html",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
-    parser.add_argument("--baseline", help="name of the runs that the others are compared with")
+    parser.add_argument("--baseline", help="name of the runs to compare the others with")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
 

@@ -15,7 +15,7 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "score",
         run,
-        summary="score every training sample: should it keep its teacher?",
+        summary="score every training sample, to select those that keep their teacher",
         example="lrds-fast score digits_kd --set score.curvature=exact",
     )
     add_recipe(parser)

@@ -14,19 +14,21 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "select",
         run,
-        summary="choose the samples that keep their teacher from a file of scores",
+        summary="select the samples that keep their teacher, by their scores",
         example="lrds-fast select runs/digits_kd/scores.parquet --by kd_gain --confidence 2 --max-drop 0.1",
     )
     parser.add_argument("scores", metavar="SCORES", type=Path, help="a file that `lrds-fast score` has written")
-    parser.add_argument("--by", default="kd_gain", help="the score to select by; lower = keep (default: %(default)s)")
+    parser.add_argument(
+        "--by", default="kd_gain", help="score to select by; low scores keep the teacher (default: %(default)s)"
+    )
     _add_rule(parser)
-    parser.add_argument("--per-class", action="store_true", help="apply the share to every class separately")
+    parser.add_argument("--per-class", action="store_true", help="apply --ratio or --max-drop within every class")
     parser.add_argument("--largest", action="store_true", help="keep high scores instead of low ones")
-    parser.add_argument("--previous", type=Path, metavar="SELECTION", help="an earlier selection, for --leave")
+    parser.add_argument("--previous", type=Path, metavar="SELECTION", help="earlier selection, for --leave")
     parser.add_argument(
         "--leave",
         type=float,
-        help="hysteresis: a sample that is kept in --previous is dropped only beyond this confidence, number of"
+        help="hysteresis: a sample that --previous keeps loses its teacher only beyond this confidence, number of"
         " deviations, ratio or threshold",
     )
     parser.add_argument("--out", type=Path, help="Parquet file to write (default: selection.parquet beside SCORES)")
@@ -44,23 +46,23 @@ def _add_rule(parser: argparse.ArgumentParser) -> None:
         "--confidence",
         type=float,
         metavar="Z",
-        help="deny the teacher where the score is above Z of its standard errors",
+        help="deny the teacher where the score is above 0 by more than Z of its standard errors",
     )
     rule.add_argument(
         "--outliers",
         type=float,
         metavar="K",
-        help="deny the teacher where the score is above the median by K robust standard deviations",
+        help="deny the teacher where the score is above the median by more than K robust standard deviations",
     )
-    rule.add_argument("--threshold", type=float, help="keep samples whose score is below this number")
-    rule.add_argument("--ratio", type=float, help="keep this share of the samples, in [0, 1]")
+    rule.add_argument("--threshold", type=float, help="keep the teacher where the score is below this number")
+    rule.add_argument("--ratio", type=float, help="keep the teacher for this share of the samples, in [0, 1]")
     parser.add_argument(
         "--max-drop",
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="with --confidence or --outliers: deny the teacher to at most this share of all samples, those with the"
-        " highest scores",
+        help="with --confidence or --outliers: deny the teacher to at most this share of all samples, the highest"
+        " scores first (default: %(default)s, no limit)",
     )
 
 

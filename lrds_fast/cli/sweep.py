@@ -32,7 +32,10 @@ def add_parser(subparsers: Subparsers) -> None:
         interrupted_hint="; to continue, run the same command again",
     )
     parser.add_argument(
-        "recipes", metavar="RECIPE", nargs="+", help="TOML files or names; @FILE is a file with one of them per line"
+        "recipes",
+        metavar="RECIPE",
+        nargs="+",
+        help="TOML files or names; @FILE names a file that has one of them per line",
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="train each recipe once per seed, in OUT/seedN (default: its own seed)"
@@ -45,10 +48,10 @@ def add_parser(subparsers: Subparsers) -> None:
         help="train each recipe once per value, as NAME@KEY=VALUE; several --grid: once per combination",
     )
     parser.add_argument(
-        "--ablation", metavar="NAME", help="a grid of the library: eta, weights, lambdas, ratio or score"
+        "--ablation", metavar="NAME", help="train a grid of the library: eta, weights, lambdas, ratio or score"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the runs and exit")
-    parser.add_argument("--baseline", help="name of the recipe that the others are compared with")
+    parser.add_argument("--baseline", help="name of the recipe to compare the others with")
     parser.add_argument("--report", type=Path, help="also write an HTML report of all runs")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
     add_settings(parser)

@@ -119,7 +119,7 @@ class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         installed = re.sub(r"^numpy\._?core(?=\.)", self._CORE, module)
         if (installed, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not data")
         return super().find_class(installed, name)
 
 
@@ -134,7 +134,7 @@ def _unpickled(path: Path, key: bytes, classes: int) -> tuple[Tensor, Tensor]:
         if images.dtype != np.uint8 or images.shape != (len(labels), 3 * _SIDE * _SIDE):
             raise ValueError(f"its pictures are {images.dtype} of shape {images.shape}")
     except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no file of the official CIFAR ({error}); get it again") from error
+        raise ValueError(f"{path} is damaged or not a file of the official CIFAR ({error}); get it again") from error
     return torch.from_numpy(images.copy()).view(-1, 3, _SIDE, _SIDE), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -172,7 +172,7 @@ def _from_sheets(folder: Path) -> Pictures:
                     sheet = np.asarray(decoded(np.fromfile(path, dtype=np.uint8)))
                     tiles = sheet.reshape(_PER_SIDE, _SIDE, _PER_SIDE, _SIDE, 3).transpose(0, 2, 4, 1, 3)
             except Unreadable as error:
-                raise ValueError(f"{path} is missing, damaged or no sheet of 50 x 50 pictures ({error})") from error
+                raise ValueError(f"{path} is missing, damaged or not a sheet of 50 x 50 pictures ({error})") from error
             sheets.append(torch.from_numpy(tiles.reshape(-1, 3, _SIDE, _SIDE).copy()))
         splits += [torch.cat(sheets)[:count], labels[split]]
     return Pictures(*splits)

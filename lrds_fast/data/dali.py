@@ -323,7 +323,9 @@ class DaliLoader:
             if not isinstance(error, RuntimeError):
                 raise error
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise RuntimeError(f"DALI fails on pictures that it decodes one by one: {reason}") from error
+            raise RuntimeError(
+                f"DALI fails on a batch, although it decodes each of its pictures alone: {reason}"
+            ) from error
 
     def _fault(self, sample: _Sample) -> str | None:
         """Why DALI cannot decode a sample; None if it can."""
@@ -368,7 +370,7 @@ def _dali() -> Any:
         from nvidia import dali
     except ImportError as error:
         raise ImportError(
-            f"data read by DALI needs it: pip install nvidia-dali-cuda130, or set data.reader=torchvision ({error})"
+            f"data.reader=dali needs DALI: pip install nvidia-dali-cuda130, or set data.reader=torchvision ({error})"
         ) from error
     return dali
 

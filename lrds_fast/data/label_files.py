@@ -246,7 +246,7 @@ def read_meta(folder: Path) -> Meta:
         if meta["format"] == FORMAT:
             return Meta(Layout(**meta["layout"]), dict(meta["facts"]), bool(meta["complete"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); write the cache afresh with --overwrite") from error
+        raise ValueError(f"{path} is damaged ({error}); write the cache again with --overwrite") from error
     raise ValueError(
         f"{path} has format {meta['format']!r}, this version reads {FORMAT}: run lrds-fast cache again with --overwrite"
     )
@@ -269,14 +269,14 @@ def check_facts(folder: Path, cached: Mapping[str, Any], wanted: Mapping[str, An
     nothing = "not there"
     wanted = plain(wanted)
     differences = [
-        f"its {name} is {cached.get(name, nothing)!r}, wanted is {wanted.get(name, nothing)!r}"
+        f"its {name} is {cached.get(name, nothing)!r}, this run's is {wanted.get(name, nothing)!r}"
         for name in sorted({*cached, *wanted})
         if cached.get(name, nothing) != wanted.get(name, nothing)
     ]
     if differences:
         raise ValueError(
-            f"the soft labels in {folder} are not those that are wanted: {'; '.join(differences)};"
-            " write others in another folder (lrds-fast cache)"
+            f"the cache in {folder} does not fit this run: {'; '.join(differences)};"
+            " write one for this run in another folder (lrds-fast cache)"
         )
 
 

@@ -110,7 +110,7 @@ def _rgb(image: Any) -> Any:
 
 def _checked(height: int, width: int) -> tuple[int, int]:
     if not 0 < height * width <= MOST_PIXELS:
-        raise Unreadable(f"its header says {height} x {width} pixels; 1 to {MOST_PIXELS} are read")
+        raise Unreadable(f"its header says {height} x {width} pixels; 1 to {MOST_PIXELS} pixels are accepted")
     return height, width
 
 

@@ -71,7 +71,7 @@ class SoftLabels:
             begun = sum(files.view_path(folder, view).exists() for view in range(meta.layout.views))
             raise ValueError(
                 f"the soft labels in {folder} are not complete, {begun} of {meta.layout.views} views are begun;"
-                " lrds-fast cache --resume goes on"
+                " continue with lrds-fast cache --resume"
             )
         labels = cls(folder, meta)
         if verify:
@@ -118,8 +118,8 @@ class SoftLabels:
                 if a != b:
                     raise ValueError(
                         f"{self.folder}: the teacher saw sample {index} in view {view} at (top, left, height, width,"
-                        f" mirrored) = {tuple(a)}, the loader shows it at {tuple(b)}: other pictures, or another"
-                        " augmentation; write a cache of its own (lrds-fast cache)"
+                        f" mirrored) = {tuple(a)}, the loader shows it at {tuple(b)}: the pictures or their"
+                        " augmentation differ; write another cache (lrds-fast cache)"
                     )
 
     def _check_view(self, view: int) -> None:
@@ -137,7 +137,7 @@ class SoftLabels:
             missing = int(wanted[~self._rows[wanted]][0])
             raise ValueError(
                 f"{self.folder} has no soft labels of sample {missing} in view {view}: {self._layout.kept} of"
-                f" {self.samples} samples are cached; write a cache of all, or of the selection that is used now"
+                f" {self.samples} samples are cached; write a cache of all samples, or of the current selection"
             )
         return self._records[view], self._places[wanted]
 
@@ -252,8 +252,8 @@ def _write_view(
             bar.update()
         if not written.all():
             raise ValueError(
-                f"view {view} of {folder} does not hold every sample once: the loader's order is not that of the run"
-                " which began it (another batch size or seed?); write it afresh with --overwrite"
+                f"view {view} of {folder} does not hold every sample once: the loader's order differs from that of the"
+                " run that began it (another batch size or seed?); write it again with --overwrite"
             )
         os.fsync(file.fileno())
 
@@ -279,7 +279,7 @@ def _begin(folder: Path, meta: Meta, rows: np.ndarray, *, resume: bool, overwrit
     if exists and not overwrite:
         if not resume:
             raise FileExistsError(
-                f"{folder} holds soft labels already; go on with them (--resume), replace them (--overwrite), or name"
+                f"{folder} holds soft labels already; continue them (--resume), replace them (--overwrite), or name"
                 " another folder"
             )
         old = files.read_meta(folder)
@@ -309,7 +309,7 @@ def _check_room(folder: Path, layout: Layout, *, freed: int = 0, full: bool = Fa
     written = sum(512 * path.stat().st_blocks for path in views if path.exists())
     if layout.bytes - written <= free and not full:
         return
-    begun = f" ({size_text(written)} are written, --resume goes on)" if written else ""
+    begun = f" ({size_text(written)} are written, --resume keeps them)" if written else ""
     raise OSError(
         f"the disk of {folder} is too small: soft labels of {layout.views} views of {layout.kept} samples,"
         f" {layout.classes} classes, need {size_text(layout.bytes)}{begun}, {size_text(free)} are free; make room, or"

@@ -211,7 +211,7 @@ class TwoViews:
         for one, other in zip(*batches, strict=True):
             if not torch.equal(one.indices, other.indices):
                 raise RuntimeError(
-                    f"two views of other samples in epoch {epoch}: the loaders' seeds or batch sizes differ"
+                    f"the two views have different samples in epoch {epoch}: the loaders' seeds or batch sizes differ"
                 )
             yield one._replace(strong=other.images)
 

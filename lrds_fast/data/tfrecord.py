@@ -33,7 +33,7 @@ class TFRecords(Archives):
                     label = _first_integer(content, features["image/class/label"])
                 except (KeyError, IndexError, ValueError, StopIteration) as error:
                     raise ValueError(
-                        f"{path}: record {record} is no example with image/encoded and image/class/label ({error})"
+                        f"{path}: record {record} is not an example with image/encoded and image/class/label ({error})"
                     ) from error
                 places.append(Place(number, offset + start, size))
                 names.append(str(record))
@@ -52,7 +52,7 @@ def _records(path: Path) -> Iterator[tuple[int, bytes]]:
             size = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else -1
             content = file.read(size) if 0 <= size <= whole - offset else b""
             if len(content) != size or len(file.read(4)) != 4:
-                raise ValueError(f"{path} is damaged or no TFRecord file (at byte {offset - len(header)})")
+                raise ValueError(f"{path} is damaged or not a TFRecord file (at byte {offset - len(header)})")
             yield offset, content
 
 

@@ -90,7 +90,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # tarfile raises many types for damaged headers
-        raise ValueError(f"{path} is damaged or no uncompressed tar ({error})") from error
+        raise ValueError(f"{path} is damaged or not an uncompressed tar ({error})") from error
 
 
 def _label_of(sample: dict[str, bytes], where: str) -> int:

@@ -152,7 +152,9 @@ def _shapes(network: nn.Module, places: Sequence[str], role: str, images: Tensor
         for module, was in training.items():
             module.training = was
     if len(shapes) < len(places):
-        raise ValueError(f"features.{role}_layers: {', '.join(places)}: none of these runs in a pass; name others")
+        raise ValueError(
+            f"features.{role}_layers: {', '.join(places)}: none of these modules runs in a forward pass; name others"
+        )
     for place, shape in zip(places, shapes, strict=True):
         if METHODS[method].places in ("hint", "stages", "last") and method != "sp" and len(shape) != 4:
             raise ValueError(

@@ -34,7 +34,8 @@ def unwrapped(network: nn.Module, role: str) -> nn.Module:
         network = network.module
     if hasattr(network, "_orig_mod") or getattr(network, "_compiled_call_impl", None) is not None:
         raise ValueError(
-            f"features.method does not go with torch.compile, whose code skips the hooks: pass the uncompiled {role}"
+            f"features.method cannot be combined with torch.compile, whose code skips forward hooks: pass the"
+            f" uncompiled {role}"
         )
     return network.net if isinstance(network, External) else network
 
@@ -87,8 +88,8 @@ def choose(
         last = embedding(network) if places == "review" else "none"
         if not layers and not (stages and all(stages) and last):
             raise ValueError(
-                f"features.{role}_layers: the usual places of {type(network).__name__} for {method!r} are not known;"
-                f" name them, out of {_listing(network)}"
+                f"features.{role}_layers: the default modules of {type(network).__name__} for {method!r} are not known;"
+                f" choose from {_listing(network)}"
             )
     # Number of stages to pair. "hint" and "last" compare one pair: if one network's place is named, the other network's
     # is chosen among all of its stages. Places named for ReviewKD end with the embedding, which is no stage.
@@ -109,7 +110,7 @@ def choose(
     if len(chosen[0]) != len(chosen[1]):
         role, default, others = ("teacher", chosen[1], chosen[0]) if named[0] else ("student", chosen[0], chosen[1])
         raise ValueError(
-            f"features.{role}_layers: name {len(others)} places, as many as of the other network; the usual ones are"
+            f"features.{role}_layers: name {len(others)} modules, as many as for the other network; the defaults are"
             f" {', '.join(default)}"
         )
     return chosen[0], chosen[1]
@@ -173,8 +174,8 @@ class Tap:
         self._features.clear()
         if taken and len(taken) < len(self.places):
             raise ValueError(
-                f"features.{self.role}_layers: {', '.join(self.places)}: not all of these run, and give a tensor, in a"
-                f" pass through the {self.role}; name others"
+                f"features.{self.role}_layers: {', '.join(self.places)}: not all of these modules run and return a"
+                f" tensor in a forward pass of the {self.role}; name others"
             )
         return taken
 

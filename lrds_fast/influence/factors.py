@@ -234,7 +234,7 @@ class Factors:
                         raise ValueError(f"{path} is damaged: it has no eigenvalues of layer {name!r}")
                     blocks[name] = Block(eigenvalues, tensor("qg", name), tensor("qa", name))
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
         if model is not None:
             modules = dict(model.named_modules())
             missing = [name for name in blocks if name not in modules]
@@ -453,8 +453,8 @@ class BlockFit:
             # Squares below the smallest normal number are inexact or 0.
             if not options.damping and float(block.eigenvalues.max()) < torch.finfo(self._dtype).tiny:
                 raise ValueError(
-                    f"layer {name!r}: the curvature is zero (every gradient of it is), so nothing can be scored by its"
-                    " inverse: leave the layer out, or pass a damping > 0"
+                    f"layer {name!r}: the curvature is zero, as all of its gradients are, so it has no inverse to"
+                    " score with: leave the layer out, or pass a damping > 0"
                 )
         if options.curvature == "identity":
             return dict.fromkeys(blocks, options.damping or 0.0)
@@ -466,8 +466,8 @@ def _warn_of_few_positions(positions: Mapping[str, int], a: Mapping[str, Tensor]
     few = [f"{name!r} ({seen} for {a[name].shape[-1]})" for name, seen in positions.items() if seen < a[name].shape[-1]]
     if few:
         warnings.warn(
-            f"too few samples for a factor of full rank: positions seen for the inputs of layer {', '.join(few)}."
-            " In the other directions H is its damping alone; pass more data",
+            "too few samples for a factor of full rank: the number of positions is below the dimension of the inputs"
+            f" in layer {', '.join(few)}. In the other directions H is its damping alone; pass more data",
             stacklevel=5,
         )
 

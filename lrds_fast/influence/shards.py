@@ -92,7 +92,7 @@ class Shards:
         problem = ""
         if self.folder is None:
             if resume:
-                raise ValueError("resume=True needs out=, the folder of the run to go on with")
+                raise ValueError("resume=True needs out=, the folder of the run to resume")
         elif ranks.first:
             try:
                 self.batches = self._open(self.folder, resume)
@@ -109,7 +109,9 @@ class Shards:
             raise ValueError(f"out={folder} is a file; name a folder")
         if plan.exists():
             if not resume:
-                raise ValueError(f"out={folder} holds scores already: resume=True goes on with them; or name another")
+                raise ValueError(
+                    f"out={folder} holds scores already: continue them with resume=True, or name another folder"
+                )
             earlier = _read_json(plan)
             if earlier.get("format") != FORMAT:
                 raise ValueError(f"{plan} has format {earlier.get('format')!r}; this version writes {FORMAT}")

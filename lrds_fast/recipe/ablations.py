@@ -106,6 +106,6 @@ def ablation(name: str, recipe: Recipe) -> list[Recipe]:
         raise ValueError(f"--ablation must be one of {', '.join(ABLATIONS)}; got {name!r}")
     values, standard = recipe.flat(), Recipe().flat()
     if not all(_holds(need, values) for need in known.needs):
-        raise ValueError(f"--ablation {name} needs a recipe with {known.lacks}; {recipe.name} has not")
+        raise ValueError(f"--ablation {name} needs a recipe with {known.lacks}; {recipe.name} lacks it")
     defaults = {key: value for key, value in known.defaults.items() if values[key] == standard[key]}
     return cells(recipe.with_values(**defaults), [parse_axis(axis) for axis in known.axes])

@@ -84,7 +84,7 @@ def check(
         hint = f"did you mean {near[0]!r}?" if near else 'or "" for none'
         raise ValueError(f"features.method must be one of {', '.join(METHODS)}; got {method!r}; {hint}")
     if math.isnan(weight) or weight == math.inf:
-        raise ValueError(f"features.weight must be finite, or below 0 for the published weight; got {weight}")
+        raise ValueError(f"features.weight must be finite; below 0 is the published weight; got {weight}")
     known = METHODS[method].options
     for name, value in options.items():
         if name not in known:
@@ -96,13 +96,15 @@ def check(
     places = METHODS[method].places
     for key, layers in named:
         if len(layers) > 1 and places not in ("stages", "review"):
-            raise ValueError(f"features.{key}: {method!r} looks at one place; got {', '.join(layers)}")
+            raise ValueError(f"features.{key}: {method!r} compares one pair of modules; got {', '.join(layers)}")
         if len(layers) == 1 and places == "review":
-            raise ValueError(f"features.{key}: {method!r} takes two places or more, shallow to deep; got {layers[0]}")
+            raise ValueError(
+                f"features.{key}: {method!r} takes two modules or more, from shallow to deep; got {layers[0]}"
+            )
     if student_layers and teacher_layers and len(student_layers) != len(teacher_layers):
         raise ValueError(
-            f"features.student_layers and features.teacher_layers must be as many; got {len(student_layers)} and"
-            f" {len(teacher_layers)}"
+            f"features.student_layers and features.teacher_layers must have the same length; got"
+            f" {len(student_layers)} and {len(teacher_layers)}"
         )
 
 

@@ -15,7 +15,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         for name in tables:
             inner = table.setdefault(name, {})
             if not isinstance(inner, dict):
-                raise ValueError(f"{key!r} names a value inside {name!r}, which is itself set to a value")
+                raise ValueError(f"{key!r} is a key of the table {name!r}, but {name!r} is set to a value")
             table = inner
         table[last] = value
     return result

@@ -65,20 +65,20 @@ class DataOptions:
     name: Annotated[str, about("digits, two_digit_numbers, cifar100, cifar10, npz, folder, webdataset or tfrecord")] = (
         "digits"
     )
-    root: Annotated[str, about("the data set's folder; of npz its file")] = ""
+    root: Annotated[str, about("folder of the data set; for npz its file")] = ""
     batch_size: Annotated[PositiveInt, about("samples of one optimizer step, over all processes")] = 64
     eval_batch_size: Annotated[PositiveInt, about("samples of one forward pass in evaluation and scoring")] = 256
     val_fraction: Annotated[ShareBelowOne, about("share of the training samples that is held out")] = 0.0
     split_seed: Annotated[int, about("seed of the held-out split, of label_noise and of teacher.answer_noise")] = 0
     train_limit: Annotated[NotNegativeInt, about("number of training samples to keep; 0: all")] = 0
     test_limit: Annotated[NotNegativeInt, about("number of test samples to keep; 0: all")] = 0
-    label_noise: Annotated[ShareBelowOne, about("share of the training labels that another class replaces")] = 0.0
+    label_noise: Annotated[ShareBelowOne, about("share of the training labels to replace by another class")] = 0.0
     augment: Annotated[str, about("none or crop-flip; data in memory: also shift")] = "none"
     image_size: Annotated[PositiveInt, about("height and width of decoded pictures, in pixels")] = 224
     workers: Annotated[NotNegativeInt, about("processes (torchvision) or threads (DALI) that decode")] = 0
     reader: Annotated[Literal["auto", "dali", "torchvision"], about("decoder; auto: DALI if installed")] = "auto"
-    mean: Annotated[List[float], about("mean per channel to subtract, data in memory; empty: the data set's")] = ()
-    std: Annotated[List[float], about("standard deviation per channel to divide by; empty: the data set's")] = ()
+    mean: Annotated[List[float], about("mean per channel, for data in memory; empty: the data set's")] = ()
+    std: Annotated[List[float], about("standard deviation per channel, for data in memory; empty: the data set's")] = ()
     rand_augment: Annotated[str, about("RandAugment policy as timm names it, such as m9-n2-mstd0.5; empty: off")] = ""
     erasing: Annotated[Share, about("probability of random erasing")] = 0.0
     mixup: Annotated[NotNegative, about("alpha of MixUp; 0: off")] = 0.0
@@ -88,14 +88,17 @@ class DataOptions:
         Literal["", "strong"], about("strong: a second, strongly augmented view of every sample, for loss.method mlkd")
     ] = ""
     first_label: Annotated[
-        int, about("number of the first class in files of npz, webdataset, tfrecord; -1: 1 for tfrecord, otherwise 0")
+        int,
+        about("number of the first class in npz, webdataset and tfrecord files; -1: 1 for tfrecord, 0 for the others"),
     ] = -1
 
     def __post_init__(self) -> None:
         if self.rand_augment:
             parse_rand_augment(self.rand_augment)
         if self.second_view and self.mixes:
-            raise ValueError("data.second_view goes without data.mixup and data.cutmix: set it to '' or both to 0")
+            raise ValueError(
+                "data.second_view cannot be combined with data.mixup or data.cutmix: set it to '' or both to 0"
+            )
 
     @property
     def mixes(self) -> bool:
@@ -108,17 +111,17 @@ class DataOptions:
 class TeacherOptions:
     """The network that teaches, or its cached logits."""
 
-    model: Annotated[str, about("network; empty: the student learns from labels alone")] = ""
-    checkpoint: Annotated[str, about("file of torch.save or safetensors that contains its weights")] = ""
+    model: Annotated[str, about("name of the network; empty: the student learns from labels alone")] = ""
+    checkpoint: Annotated[str, about("file of torch.save or safetensors with the teacher's weights")] = ""
     weights: Annotated[Weights, about("weights to load where the file has both averaged and raw ones")] = "average"
-    amp: Annotated[Literal["", "off", "bf16", "fp16"], about("precision; empty: that of run.amp")] = ""
-    own_stream: Annotated[bool, about("on a GPU, run beside the student's forward pass")] = False
+    amp: Annotated[Literal["", "off", "bf16", "fp16"], about("precision of the teacher; empty: that of run.amp")] = ""
+    own_stream: Annotated[bool, about("on a GPU, run the teacher in a stream beside the student's")] = False
     answer_noise: Annotated[
-        ShareBelowOne, about("share of the samples whose answer is that to another sample; for experiments")
+        ShareBelowOne, about("share of the samples that get the teacher's logits of another sample, for experiments")
     ] = 0.0
-    cache: Annotated[str, about("folder of its logits, written by lrds-fast cache; empty: run the network")] = ""
+    cache: Annotated[str, about("folder of logits that lrds-fast cache wrote; empty: run the network")] = ""
     cache_views: Annotated[PositiveInt, about("augmented views per sample; epoch e trains on view e % cache_views")] = 1
-    cache_top_k: Annotated[NotNegativeInt, about("number of largest logits to keep per answer; 0: all")] = 0
+    cache_top_k: Annotated[NotNegativeInt, about("number of largest logits to store per sample; 0: all")] = 0
     cache_dtype: Annotated[Literal["float16", "float32"], about("type of the cached logits")] = "float16"
 
     def __post_init__(self) -> None:
@@ -133,9 +136,11 @@ class TeacherOptions:
 class StudentOptions:
     """The network that is trained."""
 
-    model: Annotated[str, about("network; also torchvision:NAME and timm:NAME")] = "mlp"
+    model: Annotated[str, about("name of the network; also torchvision:NAME and timm:NAME")] = "mlp"
     checkpoint: Annotated[str, about("file of weights to start from; empty: random ones")] = ""
-    weights: Annotated[Weights, about("weights to load where that file, or score.base, has both kinds")] = "average"
+    weights: Annotated[
+        Weights, about("weights to load where student.checkpoint or score.base has both averaged and raw ones")
+    ] = "average"
 
 
 @checked("loss")
@@ -147,9 +152,10 @@ class LossOptions:
     temperature: Annotated[Positive, about("temperature T of the divergence")] = 4.0
     temperatures: Annotated[List[Positive], about("several temperatures at once, in place of temperature")] = ()
     method: Annotated[
-        Literal["kd", "dist", "mlkd", "revision"], about("loss function: kd_loss, or the one of that name")
+        Literal["kd", "dist", "mlkd", "revision"],
+        about("loss function: kd_loss, dist_loss, mlkd_loss or revision_loss"),
     ] = "kd"
-    divergence: Annotated[DivergenceName, about("divergence between teacher and student, of method kd")] = "kl"
+    divergence: Annotated[DivergenceName, about("divergence between teacher and student, for method kd")] = "kl"
     divergence_options: Annotated[
         dict[str, float], about("the divergence's own parameters, such as beta of dkd; left out: as published")
     ] = dataclasses.field(default_factory=dict)
@@ -161,14 +167,16 @@ class LossOptions:
         OrNone[NotNegative], about("weight of the cross-entropy of unselected samples; none: kd_loss's default")
     ] = None
     revise: Annotated[
-        Literal["lr", "mft", "swap", "none"], about("revision of the teacher's labels where it is wrong; none: off")
+        Literal["lr", "mft", "swap", "none"],
+        about("revision of the teacher where it is wrong, with mft also where it is right; none: off"),
     ] = "lr"
-    eta: Annotated[float, Field(gt=0.0, lt=1.0), about("margin of label revision")] = 0.8
+    eta: Annotated[float, Field(gt=0.0, lt=1.0), about("the revised label exceeds the next class by 1 - eta")] = 0.8
     revise_temperature: Annotated[
-        OrNone[Positive], about("temperature at which labels are revised; none: that of the divergence, as published")
+        OrNone[Positive],
+        about("temperature at which the teacher is revised; none: that of the divergence, as published"),
     ] = divergences.REVISE_TEMPERATURE
-    lambda1: Annotated[NotNegative, about("weight of the rows where the teacher is right, of method revision")] = 4.0
-    lambda2: Annotated[NotNegative, about("weight of the rows where the teacher is wrong, of method revision")] = 1.0
+    lambda1: Annotated[NotNegative, about("weight of the rows where the teacher is right, for method revision")] = 4.0
+    lambda2: Annotated[NotNegative, about("weight of the rows where the teacher is wrong, for method revision")] = 1.0
     label_smoothing: Annotated[ShareBelowOne, about("label smoothing of the cross-entropy")] = 0.0
 
     def __post_init__(self) -> None:
@@ -213,8 +221,8 @@ class FeatureOptions:
 
     method: Annotated[str, about(f"{', '.join(feature_methods.METHODS)}; empty: off")] = ""
     weight: Annotated[float, about("weight of the loss on features; below 0: as published")] = -1.0
-    student_layers: Annotated[List[str], about("modules of the student, pair by pair; empty: the usual ones")] = ()
-    teacher_layers: Annotated[List[str], about("modules of the teacher, pair by pair; empty: the usual ones")] = ()
+    student_layers: Annotated[List[str], about("modules of the student, pair by pair; empty: the default ones")] = ()
+    teacher_layers: Annotated[List[str], about("modules of the teacher, pair by pair; empty: the default ones")] = ()
     options: Annotated[
         dict[str, float], about("the method's own numbers, such as negatives of crd; left out: as published")
     ] = dataclasses.field(default_factory=dict)
@@ -233,21 +241,21 @@ class SelectionOptions:
     scores other than kd_gain have no standard error and need one of the three.
     """
 
-    path: Annotated[str, about("selection that lrds-fast select wrote; empty: every sample keeps the teacher")] = ""
+    path: Annotated[str, about("file that lrds-fast select wrote; empty: every sample keeps the teacher")] = ""
     compose: Annotated[
         Literal["prefix", "mask"],
         about("prefix: the teacher runs on selected samples only; mask: on all, and the loss leaves the others out"),
     ] = "prefix"
-    after: Annotated[NotNegativeInt, about("epochs before the student is first scored and selected by; 0: never")] = 0
+    after: Annotated[NotNegativeInt, about("epochs before the first scoring and selection; 0: never")] = 0
     every: Annotated[NotNegativeInt, about("epochs between further selections; 0: select once")] = 0
     by: Annotated[str, about("score to select by; a low score keeps the teacher")] = "kd_gain"
     confidence: Annotated[
         NotNegative, about("number of standard errors above 0 beyond which a score denies the teacher")
     ] = 2.0
-    max_drop: Annotated[Share, about("largest share of the samples to deny the teacher, by confidence or outliers")] = (
-        0.1
-    )
-    ratio: Annotated[float, Field(le=1.0), about("share of the samples that keeps the teacher; below 0: off")] = -1.0
+    max_drop: Annotated[
+        Share, about("largest share of the samples that lose the teacher, by confidence or outliers")
+    ] = 0.1
+    ratio: Annotated[float, Field(le=1.0), about("share of the samples that keep the teacher; below 0: off")] = -1.0
     threshold: Annotated[OrNone[float], about("score below which samples keep the teacher; none: off")] = None
     outliers: Annotated[
         OrNone[NotNegative],
@@ -255,9 +263,9 @@ class SelectionOptions:
             "number of robust standard deviations above the median beyond which a score denies the teacher; none: off"
         ),
     ] = None
-    margin: Annotated[NotNegative, about("hysteresis: who has the teacher loses it only beyond the limit + margin")] = (
-        0.0
-    )
+    margin: Annotated[
+        NotNegative, about("hysteresis: a sample that has the teacher loses it only beyond the limit + margin")
+    ] = 0.0
     per_class: Annotated[bool, about("apply ratio or max_drop within every class")] = False
 
     def __post_init__(self) -> None:
@@ -308,12 +316,13 @@ class ScoreOptions:
 
     scores: Annotated[List[str], about("scores to compute")] = ("kd_gain", "teacher_correct")
     curvature: Annotated[
-        Literal["identity", "kfac", "ekfac", "exact"], about("curvature of the influence functions")
+        Literal["identity", "kfac", "ekfac", "exact"], about("approximation of the Hessian in the influence functions")
     ] = "ekfac"
     hessian: Annotated[
-        Literal["objective", "gt"], about("loss whose curvature it is: the recipe's, or cross-entropy")
+        Literal["objective", "gt"],
+        about("loss whose Hessian it is; objective: the recipe's, gt: cross-entropy with the label"),
     ] = "objective"
-    damping: Annotated[float, about("damping of the curvature; below 0: damping_scale x the mean eigenvalue")] = -1.0
+    damping: Annotated[float, about("damping of the Hessian; below 0: damping_scale x the mean eigenvalue")] = -1.0
     damping_scale: Annotated[float, about("damping as a share of the mean eigenvalue")] = 0.1
     base: Annotated[str, about("checkpoint of the student to score; empty: that of this recipe's run")] = ""
 
@@ -324,11 +333,12 @@ class OptimizerOptions:
     """How weights are updated."""
 
     name: Annotated[
-        Literal["sgd", "adamw", "rmsprop", "lamb"], about("optimizer; rmsprop (TensorFlow's form) and lamb are timm's")
+        Literal["sgd", "adamw", "rmsprop", "lamb"],
+        about("optimizer; rmsprop (as in TensorFlow) and lamb are from timm"),
     ] = "sgd"
     lr: Annotated[Positive, about("learning rate")] = 0.05
-    momentum: Annotated[NotNegative, about("momentum of sgd and rmsprop")] = 0.9
-    nesterov: Annotated[bool, about("Nesterov momentum, of sgd")] = False
+    momentum: Annotated[NotNegative, about("momentum, for sgd and rmsprop")] = 0.9
+    nesterov: Annotated[bool, about("Nesterov momentum, for sgd")] = False
     weight_decay: Annotated[NotNegative, about("weight decay")] = 5e-4
 
 
@@ -339,13 +349,15 @@ class ScheduleOptions:
 
     name: Annotated[
         Literal["cosine", "step", "exponential", "constant"],
-        about("cosine to 0; step: x gamma after each milestone; exponential: x gamma every decay_epochs"),
+        about(
+            "learning rate; cosine: to 0, step: x gamma after each milestone, exponential: x gamma every decay_epochs"
+        ),
     ] = "cosine"
     epochs: Annotated[PositiveInt, about("length of training, in epochs")] = 30
     warmup_epochs: Annotated[NotNegative, about("epochs of linear warm-up")] = 0.0
     milestones: Annotated[List[int], about("epochs after which the learning rate is multiplied by gamma")] = ()
-    gamma: Annotated[float, about("factor of step and exponential")] = 0.1
-    decay_epochs: Annotated[Positive, about("epochs between two factors of exponential")] = 1.0
+    gamma: Annotated[float, about("factor, for step and exponential")] = 0.1
+    decay_epochs: Annotated[Positive, about("epochs between two multiplications, for exponential")] = 1.0
 
 
 @checked("run")
@@ -356,7 +368,7 @@ class RunOptions:
     out: Annotated[str, about("folder of the run; empty: runs/NAME")] = ""
     device: Annotated[str, about("auto (CUDA where there is one), cpu, cuda or cuda:N")] = "auto"
     amp: Annotated[
-        Precision, about("precision of the forward pass; off: float32, also on a CPU without 16-bit instructions")
+        Precision, about("precision of the forward pass; off, or a CPU without 16-bit instructions: float32")
     ] = "off"
     amp_emulated: Annotated[bool, about("keep the 16-bit type on a CPU without instructions for it")] = False
     channels_last: Annotated[bool, about("memory format NHWC")] = False
@@ -364,7 +376,7 @@ class RunOptions:
     clip_grad_norm: Annotated[NotNegative, about("largest norm of the gradient; 0: off")] = 0.0
     accumulate: Annotated[PositiveInt, about("micro-batches per optimizer step")] = 1
     compile: Annotated[
-        Literal["off", "default", "reduce-overhead", "max-autotune"], about("mode of torch.compile, or off")
+        Literal["off", "default", "reduce-overhead", "max-autotune"], about("mode of torch.compile; off: not compiled")
     ] = "off"
     save_every: Annotated[PositiveInt, about("epochs between checkpoints; the last epoch always has one")] = 1
     save_every_steps: Annotated[NotNegativeInt, about("steps between checkpoints within an epoch; 0: off")] = 0

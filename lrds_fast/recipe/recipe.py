@@ -128,7 +128,9 @@ def _check_stored_answers(recipe: Recipe) -> None:
     }
     for key, value in mixing.items():
         if stored and value:
-            raise ValueError(f"teacher.{stored} takes answers to single pictures: it goes without {key}; got {value!r}")
+            raise ValueError(
+                f"teacher.{stored} has the logits of unmixed pictures: it cannot be combined with {key}; got {value!r}"
+            )
     if not teacher.answer_noise:
         return
     for key, augmentation, off in (
@@ -154,7 +156,9 @@ def _check_mixing(recipe: Recipe) -> None:
     if data.second_view and loss.method != "mlkd":
         raise ValueError(f"data.second_view is for loss.method 'mlkd'; got {loss.method!r}: set it to ''")
     if data.mixes and loss.method in ("mlkd", "revision"):
-        raise ValueError(f"loss.method {loss.method!r} takes class numbers: it goes without data.mixup and data.cutmix")
+        raise ValueError(
+            f"loss.method {loss.method!r} takes class numbers: it cannot be combined with data.mixup or data.cutmix"
+        )
     if data.mixes and loss.revise in ("mft", "swap"):
         raise ValueError(f"loss.revise {loss.revise!r} takes class numbers: with data.mixup or cutmix use 'lr'")
 

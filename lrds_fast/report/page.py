@@ -113,7 +113,7 @@ def _literature(runs: Sequence[Run]) -> Iterator[Section]:
         groups = [(f"{teacher} → {student}", 3) for teacher, student in table.columns]
         tables.append(Table(head, rows, table.protocol, groups))
     if tables:
-        yield Section("As the literature has it", tables=tables, notes=[paper.NOTE])
+        yield Section("Results as papers print them", tables=tables, notes=[paper.NOTE])
 
 
 def _results(runs: Sequence[Run], baseline: str | None) -> Section:
@@ -241,7 +241,7 @@ def _calibration(groups: _Groups) -> Iterator[Section]:
         notes=[
             "ECE (expected calibration error): the mean distance between confidence and accuracy over 15 bins of equal"
             " width, weighted by their rows. Mean ± standard error over the seeds.",
-            *([f"Without a summary of their last evaluation: {', '.join(missing)}."] if missing else []),
+            *([f"These runs have no summary of their last evaluation: {', '.join(missing)}."] if missing else []),
         ],
     )
 
@@ -347,8 +347,8 @@ def _errors(groups: _Groups) -> Iterator[Section]:
             tables.append(table)
     if figures:
         if len(text) > _CHARTS:
-            text.append(f"Charts and tables: of these runs{_first_of(len(text))}.")
-        yield Section("What the teacher takes for what", text, figures=figures, tables=tables)
+            text.append(f"Charts and tables are limited to these runs{_first_of(len(text))}.")
+        yield Section("Classes that the teacher confuses", text, figures=figures, tables=tables)
 
 
 def _confusions(
@@ -412,7 +412,7 @@ def _selections(groups: _Groups) -> Iterator[Section]:
     if figures:
         yield Section(
             "Scores",
-            [f"The scores that the selections were made from, of each name's first seed{_first_of(len(selections))}."],
+            [f"Scores behind the selections, for the first seed of each name{_first_of(len(selections))}."],
             [("keeps the teacher", charts.KEPT[True]), ("label alone", charts.KEPT[False])],
             figures,
         )
@@ -507,7 +507,7 @@ def _made(groups: _Groups) -> Iterator[Section]:
     rows = [[key, *values.values()] for key, values in recipe_differences(groups.by_name).items()]
     tables = [Table([], facts, words=True)] if facts else []
     if rows:
-        tables.append(Table(["", *names], rows, "What the recipes differ in, beside their seeds", words=True))
+        tables.append(Table(["", *names], rows, "Values in which the recipes differ, besides their seeds", words=True))
     seeds = [
         f"{name}: seed{'s' * (len(runs) > 1)} {', '.join(str(run.recipe.seed) for run in runs)}"
         for name, runs in groups.by_name.items()

@@ -59,7 +59,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
     if not isinstance(facts, dict) or not {"class_names", "test", "teacher", "made"} <= facts.keys():
-        raise ValueError(f"{path} is no summary of this version; delete it: reports work without it")
+        raise ValueError(f"{path} is not a summary of this version; delete it: reports work without it")
     return facts
 
 

@@ -278,5 +278,5 @@ def _classes(selection: Selection, by: str, class_names: Sequence[str] | None) -
         x_label=by,
         threshold=threshold(selection),
     )
-    caption = "By the share that is kept. Thin: 5% to 95% of the class; thick: the middle half; dot: the median."
+    caption = "Sorted by the kept share. Thin: 5% to 95% of the class; thick: the middle half; dot: the median."
     return Section("Classes", text, figures=[Figure(charts.svg(chart, f"{by} by class"), caption)], tables=tables)

@@ -105,7 +105,7 @@ def resume(
     state = read(path, named=str(path), otherwise="restore it from a copy, or delete it and start again")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); start again without --resume"
+            f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); start again with --overwrite"
         )
     for name, value in facts.items():
         before = state["facts"].get(name)

@@ -63,7 +63,7 @@ class Folder:
                 )
         elif exists and not overwrite:
             raise FileExistsError(
-                f"{self._out} holds a run already; go on with it (--resume), replace it (--overwrite), or set another"
+                f"{self._out} holds a run already; continue it (--resume), replace it (--overwrite), or set another"
                 " run.out"
             )
         self._ranks.wait()

@@ -314,7 +314,7 @@ def _warn_of_revision(recipe: Recipe, earlier: Sequence[Mapping[str, Any]], reco
         advice = "Set" if at_one else "Revise at T = 1 (loss.revise_temperature=1), or set"
         note(
             f"label revision gives the label a probability of {record['p_label_revised']:.2f} where the teacher is"
-            f" wrong, {record['p_label_right']:.2f} is the teacher's own probability of the label where it is right"
+            f" wrong; the teacher itself gives it {record['p_label_right']:.2f} where it is right"
             " (means at the loss's temperature): the hardest samples get the most confident targets."
             f" {advice} loss.eta near 0.95 (it is {recipe.loss.eta:g})"
         )

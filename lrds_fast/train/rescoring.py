@@ -49,7 +49,7 @@ def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection 
         return None
     path = path_of(out, scored[-1])
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the run cannot go on without it; start afresh without --resume")
+        raise FileNotFoundError(f"{path} is missing: the run cannot continue without it; start again with --overwrite")
     return Selection.load(path)
 
 

@@ -210,7 +210,10 @@ class Step:
         labels = target
         if self._mix is not None:
             if rows.mask is not None:
-                raise ValueError("data.mixup and data.cutmix need selection.compose 'prefix' and a loader that sorts")
+                raise ValueError(
+                    "data.mixup and data.cutmix need selection.compose 'prefix' and a loader that puts the"
+                    " selected samples first"
+                )
             seed = (self.recipe.seed, self._epoch, number, place, self.ranks.rank)
             images, labels = self._mix(images, target, rows.used, *seed)
         teacher_batch = rows.used if self._cached else rows.prefix

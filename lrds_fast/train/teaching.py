@@ -74,7 +74,7 @@ class Teacher:
         keep_tensors: bool = False,
     ) -> None:
         if (model is None) == (cached is None):
-            raise ValueError("a teacher is a network or cached answers, one of them")
+            raise ValueError("a teacher is either a network or cached logits; got both or neither")
         self._run = model if run is None else run  # a compiled module has no truth value
         self._cached, self._device, self._autocast = cached, device, autocast
         self._without_graph: Callable[[], AbstractContextManager[Any]] = (
