@@ -97,8 +97,8 @@ def joined(device: str, timeout: float) -> Iterator[torch.device]:
     if count > 1 and chosen.type == "cuda" and chosen.index is None:
         if local >= torch.cuda.device_count():
             raise ValueError(
-                f"process {local} has no CUDA device: there are {torch.cuda.device_count()}; start as many processes"
-                " (torchrun --nproc-per-node), or set run.device=cpu"
+                f"process {local} has no CUDA device: there are {torch.cuda.device_count()}; start one process per"
+                " device (torchrun --nproc-per-node), or set run.device=cpu"
             )
         chosen = torch.device("cuda", local)
     if chosen.type == "cuda":

@@ -365,7 +365,9 @@ def test_interrupted_writing_resumes_to_the_same_files(tmp_path: Path, stop: int
     path = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
         write(path, source=Counting(stop), **options)
-    with pytest.raises(ValueError, match=rf"are not complete, {1 + stop // 5} of 2 views are begun; .*--resume"):
+    with pytest.raises(
+        ValueError, match=rf"are not complete, {1 + stop // 5} of 2 views have been started; .*--resume"
+    ):
         SoftLabels.open(path)
     rest = Counting()
     write(path, source=rest, resume=True, **options)

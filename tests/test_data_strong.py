@@ -331,7 +331,7 @@ def test_mistakes_are_named(root: Path) -> None:
         Strong(erasing=1.5)
     with pytest.raises(ValueError, match="data.second_view must be '' or 'strong'; got 'weak'"):
         second_view("weak")
-    with pytest.raises(ValueError, match="go with augment 'crop-flip'; got augment 'none'"):
+    with pytest.raises(ValueError, match="need augment 'crop-flip'; got augment 'none'"):
         load("folder", root=str(root), erasing=0.5)
     images = pictures(6)
     loaders = [MemoryLoader(images, torch.arange(6) % k, num_classes=3) for k in (2, 3)]

@@ -525,7 +525,7 @@ def test_a_score_that_was_not_computed_is_named() -> None:
     scores = score(scores="ce")
     assert "ce" in scores
     assert "kd" not in scores
-    with pytest.raises(KeyError, match="'kd' was not computed; these were: ce"):
+    with pytest.raises(KeyError, match="'kd' was not computed; computed scores: ce"):
         scores["kd"]
 
 

@@ -214,10 +214,10 @@ def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "scores"
     scored(out)
     for change, message in (
-        ({"loss": KDLoss(temperature=3.0)}, "was begun with loss = "),
-        ({"batch_size": 9}, "was begun with batches = 17, not 15"),
-        ({"scores": ("el2n",)}, "was begun with scores = "),
-        ({"train_data": Samples(50, 1)}, "was begun with batches = 17, not 7"),
+        ({"loss": KDLoss(temperature=3.0)}, "was started with loss = "),
+        ({"batch_size": 9}, "was started with batches = 17, not 15"),
+        ({"scores": ("el2n",)}, "was started with scores = "),
+        ({"train_data": Samples(50, 1)}, "was started with batches = 17, not 7"),
     ):
         with pytest.raises(ValueError, match=message):
             scored(out, resume=True, **change)

@@ -196,7 +196,7 @@ def test_hysteresis_is_in_standard_errors() -> None:
         ({"confidence": -1.0}, "confidence must be >= 0 and finite, in standard errors"),
         ({"confidence": math.nan}, "confidence must be >= 0"),
         ({"confidence": 2.0, "max_drop": 1.5}, r"max_drop must lie in \[0, 1\]"),
-        ({"ratio": 0.5, "max_drop": 0.1}, "max_drop goes with confidence"),
+        ({"ratio": 0.5, "max_drop": 0.1}, "max_drop applies to confidence"),
         ({"ratio": 0.5, "confidence": 2.0}, "exactly one of confidence, outliers, ratio and threshold"),
         ({}, "exactly one of confidence, outliers, ratio and threshold"),
         ({"by": "ce", "confidence": 2.0}, "confidence needs the standard error of 'ce'"),

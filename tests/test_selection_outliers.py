@@ -78,7 +78,7 @@ def test_infinite_and_equal_scores() -> None:
         ({"outliers": math.nan}, "outliers must be >= 0"),
         ({"outliers": 3.0, "threshold": 1.0}, "exactly one of confidence, outliers, ratio and threshold"),
         ({"outliers": 3.0, "per_class": True, "labels": SCORE.long()}, "leave per_class out"),
-        ({"ratio": 0.5, "max_drop": 0.1}, "max_drop goes with confidence and outliers"),
+        ({"ratio": 0.5, "max_drop": 0.1}, "max_drop applies to confidence and outliers"),
     ],
 )
 def test_errors_name_the_way_out(options: dict[str, float], message: str) -> None:

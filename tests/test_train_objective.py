@@ -206,7 +206,7 @@ def test_a_run_warns_when_revised_rows_are_the_most_confident(
         assert found == pytest.approx(expected, rel=1e-5)
     note = capfd.readouterr().err
     assert note.count("label revision gives the label a probability of") == 1, "once a run"
-    assert f"{expected[1]:.2f} where the teacher is wrong, {expected[0]:.2f} is" in note
+    assert f"{expected[1]:.2f} where the teacher is wrong; the teacher itself gives it {expected[0]:.2f} where" in note
     assert "Revise at T = 1 (loss.revise_temperature=1), or set loss.eta near 0.95 (it is 0.8)" in note
     run(tmp_path / "at one")
     note = capfd.readouterr().err

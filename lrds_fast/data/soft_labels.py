@@ -70,7 +70,7 @@ class SoftLabels:
         if not meta.complete:
             begun = sum(files.view_path(folder, view).exists() for view in range(meta.layout.views))
             raise ValueError(
-                f"the soft labels in {folder} are not complete, {begun} of {meta.layout.views} views are begun;"
+                f"the soft labels in {folder} are not complete, {begun} of {meta.layout.views} views have been started;"
                 " continue with lrds-fast cache --resume"
             )
         labels = cls(folder, meta)

@@ -180,7 +180,7 @@ def _check(options: DataOptions) -> None:
     if options.augment not in ("none", "crop-flip"):
         raise ValueError(f"augment must be 'none' or 'crop-flip' for encoded pictures; got {options.augment!r}")
     if options.augment == "none" and training_views(options) != (PLAIN, None):
-        raise ValueError("data.rand_augment, erasing and second_view go with augment 'crop-flip'; got augment 'none'")
+        raise ValueError("data.rand_augment, erasing and second_view need augment 'crop-flip'; got augment 'none'")
 
 
 def _digits(options: DataOptions) -> _Tensors:

@@ -124,7 +124,7 @@ class Scores(Mapping[str, Tensor]):
         try:
             return self._scores[name]
         except KeyError:
-            raise KeyError(f"{name!r} was not computed; these were: {', '.join(self._scores)}") from None
+            raise KeyError(f"{name!r} was not computed; computed scores: {', '.join(self._scores)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._scores)

@@ -119,7 +119,7 @@ class Shards:
             for name in sorted(facts | earlier["facts"]):
                 if facts.get(name) != earlier["facts"].get(name):
                     was, now = earlier["facts"].get(name), facts.get(name)
-                    raise ValueError(f"out={folder} was begun with {name} = {was}, not {now}; name another folder")
+                    raise ValueError(f"out={folder} was started with {name} = {was}, not {now}; name another folder")
             remove_partial(folder)
             return int(earlier["shard_batches"])
         if folder.exists() and any(folder.iterdir()):

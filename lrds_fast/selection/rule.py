@@ -52,7 +52,7 @@ class Rule:
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else check(name, value))
         if self.multiple is None and self.max_drop != 1.0:
-            raise ValueError(f"max_drop goes with confidence and outliers; got max_drop={self.max_drop} without them")
+            raise ValueError(f"max_drop applies to confidence and outliers; got max_drop={self.max_drop} without them")
         if self.outliers is not None and self.per_class:
             raise ValueError(
                 "outliers are those of all samples together: leave per_class out, or use confidence or ratio"
