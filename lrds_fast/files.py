@@ -129,8 +129,11 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines log. A last line cut short by a crash is left out; any other bad line is an error."""
+def read_records(path: Path, *, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The records of a JSON-lines log. A last line cut short by a crash is left out; any other bad line is an error.
+
+    keys: what every record must hold.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no log {path}; name the folder of a run that lrds-fast train has written")
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -142,6 +145,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} is not JSON ({error}); the log is damaged") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} must be an object; got {line[:40]!r}")
+        for key in keys:
+            if key not in record:
+                raise ValueError(f"{path}, line {number} has no {key!r}; the log is damaged")
         records.append(record)
     return records
 

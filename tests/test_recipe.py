@@ -68,6 +68,19 @@ def test_circles_are_named(tmp_path: Path) -> None:
         load_recipe(a)
 
 
+def test_files_of_one_name_in_two_folders_are_no_circle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "a.toml", 'extends = "sub/b.toml"\n')
+    write(tmp_path / "sub", "b.toml", 'extends = "a.toml"\n[loss]\neta = 0.5\n')
+    write(tmp_path / "sub", "a.toml", 'name = "base"\n')
+    monkeypatch.chdir(tmp_path)  # relative names: the two files are equal as text
+    recipe = load_recipe("a.toml")
+    assert (recipe.name, recipe.loss.eta) == ("base", 0.5)
+    write(tmp_path / "sub", "a.toml", 'extends = "b.toml"\n')
+    with pytest.raises(ValueError, match=r"circle: a.toml -> sub/b.toml -> sub/a.toml -> sub/b.toml$"):
+        load_recipe("a.toml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

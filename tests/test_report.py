@@ -150,6 +150,9 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "empty", "a", 0, [])
     with pytest.raises(ValueError, match="has no finished epoch yet"):
         read_run(folder)
+    (folder / "log.jsonl").write_text('{"epoch": 1, "test_acc": 0.5, "test_ce": 0.5, "rows": 1}\n{"epoch": 2}\n')
+    with pytest.raises(ValueError, match=r"log.jsonl, line 2 has no 'rows'; the log is damaged"):
+        read_run(folder)
     (folder / "recipe.json").write_text("{")
     with pytest.raises(ValueError, match=r"recipe.json is not JSON"):
         read_run(folder)

@@ -473,6 +473,10 @@ def test_a_log_cut_short_by_a_crash_is_read_up_to_there(tmp_path: Path) -> None:
     path.write_text('{"epoch": 1}\n{"epo\n{"epoch": 3}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         read_records(path)
+    path.write_text('{"epoch": 1}\n{"step": 2}\n')
+    assert read_records(path) == [{"epoch": 1}, {"step": 2}]
+    with pytest.raises(ValueError, match=r"log.jsonl, line 2 has no 'epoch'; the log is damaged"):
+        read_records(path, keys=("epoch",))
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path: Path) -> None:

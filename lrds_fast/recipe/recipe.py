@@ -264,14 +264,20 @@ def recipe_text(name: str) -> str:
 
 
 def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict[str, Any]:
-    """The merged values of a recipe and of those it extends."""
-    if source in seen:
-        raise ValueError(f"recipes extend each other in a circle: {' -> '.join([*seen, source])}")
+    """The merged values of a recipe and of those it extends.
+
+    base: the folder of the file that extends `source`, if a file does. seen: the recipes that extend it, from the first
+    one on; a file by its path, because files of one name may lie in several folders.
+    """
+    path = Path(source) if base is None else base / source
+    title = os.path.normpath(path) if source.endswith(".toml") else source
+    if title in seen:
+        raise ValueError(f"recipes extend each other in a circle: {' -> '.join([*seen, title])}")
+    seen = (*seen, title)
     if grid.is_name(source):
-        protocol = _load_mapping(grid.parent(source), None, (*seen, source))
+        protocol = _load_mapping(grid.parent(source), None, seen)
         return overlay(protocol, grid.compose(source, protocol))
     if source.endswith(".toml"):
-        path = Path(source) if base is None else base / source
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no recipe file {path}; lrds-fast recipes lists those that come with the library"
@@ -288,7 +294,7 @@ def _load_mapping(source: str, base: Path | None, seen: tuple[str, ...]) -> dict
         return values
     if not isinstance(parent, str):
         raise ValueError(f"recipe {source}: extends must be a name or a path; got {parent!r}")
-    return overlay(_load_mapping(parent, folder, (*seen, source)), values)
+    return overlay(_load_mapping(parent, folder, seen), values)
 
 
 def read_text(path: Path, what: str) -> str:

@@ -43,7 +43,7 @@ def read_run(folder: Path) -> Run:
         values = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
-    records = read_records(folder / LOG)
+    records = read_records(folder / LOG, keys=("epoch", "rows", "test_acc", "test_ce"))
     if not records:
         raise ValueError(f"{folder} has no finished epoch yet; continue it with lrds-fast train --resume")
     return Run(folder, from_mapping(values, where=str(path)), records, read_summary(folder))

@@ -55,7 +55,8 @@ class Folder:
             )
             self._best = position.state["best"]
             self._step.load_state_dict(position.state, within_epoch=False)
-            self.records = [r for r in read_records(self._out / LOG) if r["epoch"] <= position.epochs]
+            records = read_records(self._out / LOG, keys=("epoch",))
+            self.records = [r for r in records if r["epoch"] <= position.epochs]
             if [r["epoch"] for r in self.records] != list(range(1, position.epochs + 1)):
                 raise ValueError(
                     f"{self._out / LOG} has {len(self.records)} of the {position.epochs} epochs that {path} has done;"
