@@ -415,7 +415,7 @@ def test_tfrecords_yield_the_samples_of_the_folder(root: Path, tmp_path: Path, p
         TFRecords(paths)
     with paths[0].open("wb") as file:
         file.write(struct.pack("<Q", 4) + b"crc1" + b"\x0a\x02ab" + b"crc2")
-    with pytest.raises(ValueError, match="record 0 is no example with image/encoded"):
+    with pytest.raises(ValueError, match="record 0 is not an example with image/encoded"):
         TFRecords(paths)
 
 

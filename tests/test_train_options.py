@@ -163,7 +163,7 @@ def test_a_teacher_with_feature_losses_returns_no_inference_tensors() -> None:
     kept = Teacher(guide, CPU, autocast=autocast_factory("off", CPU), keep_tensors=True)
     answers = kept.wait(kept.start(torch.zeros(2, 1, 4, 4), torch.arange(2), 0))
     assert isinstance(answers, Tensor) and not answers.is_inference() and not answers.requires_grad
-    with pytest.raises(ValueError, match="a network or cached answers, one of them"):
+    with pytest.raises(ValueError, match="either a network or cached logits; got both or neither"):
         Teacher(None, CPU, autocast=autocast_factory("off", CPU))
 
 
