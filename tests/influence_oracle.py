@@ -97,7 +97,7 @@ class Case:
             z = h @ flat.reshape(self.weight.shape).T
             if kind == "gt":
                 return F.cross_entropy(z, self.target)
-            return _loss(self.loss, z, self.teacher_logits, self.target, self.selected)
+            return reference_loss(self.loss, z, self.teacher_logits, self.target, self.selected)
 
         dense: Tensor = hessian(objective)(self.weight.flatten())
         return dense
@@ -119,7 +119,7 @@ class Case:
         def row(z: Tensor, v: Tensor, y: Tensor, w: Tensor) -> Tensor:
             if kind == "gt":
                 return F.cross_entropy(z[None], y[None])
-            return _loss(self.loss, z[None], v[None], y[None], w[None])
+            return reference_loss(self.loss, z[None], v[None], y[None], w[None])
 
         g = vmap(hessian(row))(z, self.teacher_logits, self.target, w).mean(0)
         g_values, qg = torch.linalg.eigh(g)
@@ -154,7 +154,8 @@ class Case:
         return shift
 
 
-def _loss(loss: KDLoss, z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None) -> Tensor:
+def reference_loss(loss: KDLoss, z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None, **keywords: Any) -> Tensor:
+    """The reference's kd_loss with the hyperparameters of `loss`. keywords: further ones of kd_loss."""
     return reference.kd_loss(
         z,
         v,
@@ -168,11 +169,12 @@ def _loss(loss: KDLoss, z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None
         revise_temperature=loss.revise_temperature,
         selected=selected,
         label_smoothing=loss.label_smoothing,
+        **keywords,
     )
 
 
 def _row_loss(loss: KDLoss, weight: Tensor, h: Tensor, v: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    return _loss(loss, (weight @ h)[None], v[None], y[None], w[None])
+    return reference_loss(loss, (weight @ h)[None], v[None], y[None], w[None])
 
 
 def make_case(

@@ -18,7 +18,7 @@ import torch
 from lrds_fast import _build, _ops
 from lrds_fast.cli import main as cli
 from lrds_fast.cli.doctor import cpu_level
-from lrds_fast.notes import note
+from lrds_fast.notes import first_process, note
 from lrds_fast.selection import Selection
 from lrds_fast.train import load_recipe, run
 
@@ -415,3 +415,23 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     assert names == ["best.safetensors", "last.pt", "log.jsonl", "recipe.json", "summary.json"]
     weights = [torch.load(f"{folder}/last.pt", weights_only=True)["student"] for folder in ("killed", "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, True),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, False),
+        ({"RANK": "1"}, True),
+    ],
+)
+def test_a_rank_without_torchrun_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], first: bool
+) -> None:
+    """A scheduler may set RANK for other reasons; the processes join by WORLD_SIZE (lrds_fast.ranks.joined)."""
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert first_process() is first

@@ -164,12 +164,7 @@ def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
             assert a[key] == pytest.approx(b[key], rel=1e-6, abs=2e-7), key
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SHARED: dict[str, dict[str, Any]] = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from lrds_fast.cli.command import OK, Subparsers, add_command, add_recipe, shows_progress
+from lrds_fast.notes import first_process
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     from lrds_fast.train.run import score
 
     scores = score(recipe, progress=shows_progress(options))
-    if int(os.environ.get("RANK", "0")):
+    if not first_process():
         return OK  # under torchrun every process has the scores, and the first one writes them
     path = options.out or recipe.out / "scores.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from lrds_fast.cli.command import (
     OK,
@@ -15,6 +14,7 @@ from lrds_fast.cli.command import (
     epoch_printer,
     shows_progress,
 )
+from lrds_fast.notes import first_process
 from lrds_fast.recipe.keys import help_text
 
 
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         progress=shows_progress(options),
         say=epoch_printer(options),
     )
-    if int(os.environ.get("RANK", "0")):
+    if not first_process():
         return OK
     last = result.records[-1]
     best = max(record["test_acc"] for record in result.records)
