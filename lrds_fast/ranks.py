@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -106,6 +107,10 @@ def joined(device: str, timeout: float) -> Iterator[torch.device]:
     if count == 1 or not dist.is_available() or dist.is_initialized():
         yield chosen
         return
+    # The functions of this module take the default group of the time of its import as a default argument. Imported
+    # later, by DistributedDataParallel, they would keep the destroyed group and its threads alive, and a thread that
+    # still runs when the interpreter ends can abort the process.
+    importlib.import_module("torch.distributed.nn.functional")
     # Numbers on the host are agreed upon by gloo: nothing waits for the device.
     backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
