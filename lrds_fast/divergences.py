@@ -174,6 +174,9 @@ _BY_NAME = {d.name: d for d in (KL(), RKL(), DKD(), RLD(), NKD(), MSE("logits"),
 NAMES = tuple(_BY_NAME)
 """Every name that kd_loss(divergence=...) takes."""
 
+NEED_TARGET = tuple(d.code for d in _BY_NAME.values() if isinstance(d, (DKD, RLD, NKD)))
+"""The codes of the divergences that treat the target's class apart, and have no value without a target."""
+
 
 def resolve_revise(revise: str | None) -> str | None:
     """A revision policy, one of REVISE; "none" becomes None. ValueError for anything else."""

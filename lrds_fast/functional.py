@@ -22,7 +22,15 @@ from lrds_fast.arguments import (
     unknown_keyword,
 )
 from lrds_fast.divergences import REVISE, REVISE_TEMPERATURE, Divergence
-from lrds_fast.options import DivergenceKeywords, KDOptions, cached_kd_options, check_policy, kd_options
+from lrds_fast.logit_maps import LogitScale, Softcap, common_classes, logit_maps
+from lrds_fast.options import (
+    DivergenceKeywords,
+    KDOptions,
+    cached_kd_options,
+    check_policy,
+    kd_options,
+    without_target,
+)
 from lrds_fast.options import temperatures as temperatures
 from lrds_fast.reference import KDLossParts
 from lrds_fast.topk import TopKTeacher, check_topk
@@ -121,10 +129,48 @@ def composite(
 _ops.implement_composite(composite)
 
 
+def _mapped(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopKTeacher,
+    target: Tensor | None,
+    ignore_index: int,
+    classes: str,
+    logit_scale: LogitScale,
+    softcap: Softcap,
+) -> tuple[Tensor, Tensor | TopKTeacher]:
+    """Both logits with the larger vocabulary cut, scaled and capped."""
+    student_map, teacher_map = logit_maps(logit_scale, softcap)
+    check_logits("student_logits", student_logits)
+    if isinstance(teacher_logits, TopKTeacher):
+        if classes != "equal":
+            raise ValueError(f"classes must be 'equal' with a TopKTeacher, which has no padding; got {classes!r}")
+        if teacher_map != (1.0, 0.0):
+            raise ValueError(
+                "logit_scale and softcap cannot act on a TopKTeacher, whose sums are taken: apply them before it is "
+                "made, and pass pairs (student's, 1.0) and (student's, None)"
+            )
+    else:
+        check_logits("teacher_logits", teacher_logits)
+        common = common_classes(classes, student_logits.shape[-1], teacher_logits.shape[-1])
+        if common is not None:
+            student_logits, teacher_logits = student_logits[..., :common], teacher_logits[..., :common]
+        teacher_logits = teacher_map(teacher_logits.detach())
+    if (
+        student_map.softcap
+        and isinstance(target, Tensor)
+        and not target.is_floating_point()
+        and target.shape == student_logits.shape[:-1]
+        and target.device == student_logits.device
+    ):
+        # Nothing reads ignored rows; 0 times the cap's derivative of NaN would be NaN.
+        student_logits = student_logits.masked_fill((target == ignore_index)[..., None], 0.0)
+    return student_map(student_logits), teacher_logits
+
+
 def _call(
     student_logits: Tensor,
     teacher_logits: Tensor | TopKTeacher,
-    target: Tensor,
+    target: Tensor | None,
     options: KDOptions,
     selected: Tensor | None,
     teacher_rows: int | None,
@@ -132,8 +178,19 @@ def _call(
     num_valid: Tensor | float | None,
     weight_sum: Tensor | float | None,
     grad_scale: Tensor | float | None,
+    classes: str,
+    logit_scale: LogitScale,
+    softcap: Softcap,
 ) -> _Outputs:
     """Checks the tensors and calls the operator kd_loss."""
+    if classes != "equal" or logit_scale != 1.0 or softcap is not None:
+        student_logits, teacher_logits = _mapped(
+            student_logits, teacher_logits, target, options.ignore_index, classes, logit_scale, softcap
+        )
+    if target is None:
+        options = without_target(options, partial=selected is not None or teacher_rows is not None)
+        check_logits("student_logits", student_logits)
+        target = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.long)
     _check_tensors(student_logits, teacher_logits, target, options, selected, teacher_rows, class_weight)
     indices = rest = None
     if isinstance(teacher_logits, TopKTeacher):
@@ -160,7 +217,7 @@ def _call(
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | TopKTeacher,
-    target: Tensor,
+    target: Tensor | None = None,
     *args: object,
     temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
@@ -180,6 +237,9 @@ def kd_loss(
     num_valid: Tensor | float | None = None,
     weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
+    classes: str = "equal",
+    logit_scale: LogitScale = 1.0,
+    softcap: Softcap = None,
     **unknown: NoReturn,
 ) -> Tensor:
     """ce_weight * CE(z, y) + kd_weight * D(p', q): label revision and distillation in one pass over the logits.
@@ -194,7 +254,9 @@ def kd_loss(
     target: (...) int64/int32 class indices in [0, C), or ignore_index; or (..., C) floating probabilities (mixup,
         CutMix, soft labels). An index out of range raises ValueError on the CPU; on CUDA, which does not synchronise,
         the row's loss and gradient are NaN. Classes come last: pass logits (N, C, H, W) as movedim(1, -1). Four
-        dimensions whose layout is ambiguous (a floating target, or H = W = C) are an error: flatten the rows.
+        dimensions whose layout is ambiguous (a floating target, or H = W = C) are an error: flatten the rows. None: the
+        teacher's term alone, over all rows; ce_weight must be 0, revise None, and the divergence one that does not
+        treat the target apart (not "dkd", "rld", "nkd").
     temperature: T > 0, or several, whose terms are added.
     ce_weight, kd_weight: independent weights >= 0; a term of weight 0 is not computed.
     ce_weight_unselected: CE weight of rows without a teacher. Default: ce_weight + kd_weight if that is <= 1, else
@@ -235,6 +297,11 @@ def kd_loss(
         same holds for weight_sum.
     grad_scale: a number or 0-d tensor, the factor that grad_output will have (GradScaler._scale). It does not change
         the result: the gradient is multiplied by it before it is rounded to 16 bits, which avoids underflow.
+    classes: "equal": both have C classes. "truncate": the larger vocabulary is cut to the smaller one, as where a head
+        is padded to a multiple of 128; the gradient of the classes that are cut is 0.
+    logit_scale, softcap: s > 0 and c > 0, or None: the loss takes c tanh(s x / c), or s x, for x the logits of both. A
+        pair is (student's, teacher's). Logits of a Hugging Face model have its scale and cap already; those made from
+        hidden states do not. PyTorch ops compute it in the logits' dtype, with a tensor of the logits' size for each.
 
     Numbers may be of Python or NumPy, or CPU tensors of shape () that require no gradient.
     -inf logits (excluded classes) are legal, except with standardize and with mse_logits if only one side has them.
@@ -279,13 +346,16 @@ def kd_loss(
         num_valid,
         weight_sum,
         grad_scale,
+        classes,
+        logit_scale,
+        softcap,
     )[0]
 
 
 def kd_loss_parts(
     student_logits: Tensor,
     teacher_logits: Tensor | TopKTeacher,
-    target: Tensor,
+    target: Tensor | None = None,
     *,
     temperature: float | Sequence[float] = 4.0,
     ce_weight: float = 0.1,
@@ -305,6 +375,9 @@ def kd_loss_parts(
     num_valid: Tensor | float | None = None,
     weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
+    classes: str = "equal",
+    logit_scale: LogitScale = 1.0,
+    softcap: Softcap = None,
     **unknown: NoReturn,
 ) -> KDLossParts:
     """kd_loss with its terms and counts, for logging: (loss, ce, kd, n_valid, n_selected, n_revised).
@@ -339,6 +412,9 @@ def kd_loss_parts(
         num_valid,
         weight_sum,
         grad_scale,
+        classes,
+        logit_scale,
+        softcap,
     )
     n_valid, n_selected, n_revised = counts.unbind()
     return KDLossParts(loss, ce, kd, n_valid, n_selected, n_revised)

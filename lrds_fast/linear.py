@@ -25,7 +25,8 @@ from lrds_fast.arguments import (
 )
 from lrds_fast.divergences import MSE, REVISE_TEMPERATURE, Divergence
 from lrds_fast.functional import composite, transforms_active
-from lrds_fast.options import SCHEMA, KDOptions, kd_options
+from lrds_fast.logit_maps import LogitMap, LogitScale, Softcap, common_classes, cut, logit_maps
+from lrds_fast.options import SCHEMA, KDOptions, kd_options, without_target
 
 __all__ = ["default_chunk_rows", "linear_kd_loss"]
 
@@ -54,6 +55,13 @@ class _Constants(NamedTuple):
     student_dtype: torch.dtype  # of the student's logits: the autocast dtype, or the inputs'
     teacher_dtype: torch.dtype
     chunk_rows: int  # 0: default_chunk_rows
+    maps: list[float]  # scale and soft cap of the student's logits, then of the teacher's
+
+    def student_map(self) -> LogitMap:
+        return LogitMap(*self.maps[:2])
+
+    def teacher_map(self) -> LogitMap:
+        return LogitMap(*self.maps[2:])
 
 
 class _NeedsGrad(NamedTuple):
@@ -93,7 +101,8 @@ def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _chunk_loss(z: Tensor, v: Tensor, chunk: slice, constants: _Constants, with_gradient: bool) -> Tensor:
-    """The chunk's share of the loss, 0-d. With with_gradient it overwrites z with the gradient of z.
+    """The chunk's share of the loss, 0-d; (n,) without a reduction. With with_gradient it overwrites z with the
+    gradient of z.
 
     z: (n, C) student logits. v: (k, C) teacher logits of the chunk's first k <= n rows. The share is already divided by
     num_valid or weight_sum of the whole call, and the gradient is multiplied by grad_scale.
@@ -183,11 +192,17 @@ _Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: _Constants, needs_grad: _NeedsGrad
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    constants: _Constants,
+    needs_grad: _NeedsGrad,
+    row_gradient: Tensor | None = None,
 ) -> _Results:
     """The loss and the needed gradients, reduced and multiplied by grad_scale.
 
     The gradient of hidden has hidden's dtype. Those of weight and bias are the accumulators, float32 or float64.
+    row_gradient: (N,), the derivative with respect to each row's loss where there is no reduction.
     """
     count, classes, device = hidden.shape[0], weight.shape[0], hidden.device
     student_dtype, teacher_dtype = constants.student_dtype, constants.teacher_dtype
@@ -203,14 +218,18 @@ def _loss_and_gradients(
     teacher_bias = None if teacher_bias is None else teacher_bias.to(teacher_dtype)
 
     accumulate = _accumulate_dtype(student_dtype)
-    loss = torch.zeros((), dtype=_accumulate_dtype(student_dtype, teacher_dtype), device=device)
+    by_row = constants.options.reduction == _ops.NO_REDUCTION
+    loss = torch.zeros(count if by_row else (), dtype=_accumulate_dtype(student_dtype, teacher_dtype), device=device)
     hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad.hidden else None
     weight_gradient = torch.zeros(weight.shape, dtype=accumulate, device=device) if needs_grad.weight else None
     bias_gradient = torch.zeros(classes, dtype=accumulate, device=device) if needs_grad.bias else None
-    unread = _unread(constants) if needs_grad.weight else None
+    student_map, teacher_map = constants.student_map(), constants.teacher_map()
+    capped = any(needs_grad) and student_map.softcap != 0
+    unread = _unread(constants) if needs_grad.weight or capped else None
 
     z_buffer = torch.empty((min(chunk_rows, count), classes), dtype=student_dtype, device=device)
     v_buffer = torch.empty((min(chunk_rows, teacher_rows), classes), dtype=teacher_dtype, device=device)
+    mapped_buffer = torch.empty_like(z_buffer) if capped else None
     for begin in range(0, count, chunk_rows):
         end = min(begin + chunk_rows, count)
         teacher_end = max(begin, min(end, teacher_rows))
@@ -219,7 +238,20 @@ def _loss_and_gradients(
         v = v_buffer[: teacher_end - begin]
         if constants.options.kd_weight != 0 and teacher_end > begin:
             _logits_into(v, teacher_hidden[begin:teacher_end].to(teacher_dtype), teacher_weight, teacher_bias)
-        loss += _chunk_loss(z, v, slice(begin, end), constants, any(needs_grad))
+            teacher_map.apply_(v)
+        student_map.apply_(z)
+        mapped = None if mapped_buffer is None else mapped_buffer[: end - begin].copy_(z)
+        share = _chunk_loss(z, v, slice(begin, end), constants, any(needs_grad))
+        if by_row:
+            loss[begin:end] = share
+        else:
+            loss += share
+        if any(needs_grad):
+            student_map.backward_(z, mapped)
+            if row_gradient is not None:
+                z.mul_(row_gradient[begin:end, None])
+            if capped and unread is not None:
+                z.masked_fill_(unread[begin:end], 0.0)  # 0 times the cap's derivative of NaN
         if hidden_gradient is not None:
             _product_into(hidden_gradient[begin:end], z, weight)
         if weight_gradient is not None and unread is not None:
@@ -237,7 +269,7 @@ def _loss_and_gradients(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher_hidden, Tensor teacher_weight, "
         "Tensor? teacher_bias, Tensor target, Tensor? selected, Tensor? class_weight, Tensor? num_valid, "
         "Tensor? weight_sum, Tensor? grad_scale, ScalarType student_dtype, ScalarType teacher_dtype, int chunk_rows, "
-        f"{SCHEMA}, bool hidden_gradient, bool weight_gradient, bool bias_gradient) "
+        f"float[] maps, {SCHEMA}, bool hidden_gradient, bool weight_gradient, bool bias_gradient) "
         "-> (Tensor loss, Tensor hidden_gradient, Tensor weight_gradient, Tensor bias_gradient)"
     ),
 )
@@ -258,7 +290,10 @@ def _forward_fake(
     constants, needs_grad = _unpack(others)
     accumulate = _accumulate_dtype(constants.student_dtype)
     return (
-        hidden.new_empty((), dtype=_accumulate_dtype(constants.student_dtype, constants.teacher_dtype)),
+        hidden.new_empty(
+            hidden.shape[0] if constants.options.reduction == _ops.NO_REDUCTION else (),
+            dtype=_accumulate_dtype(constants.student_dtype, constants.teacher_dtype),
+        ),
         hidden.new_empty(hidden.shape if needs_grad.hidden else (0,)),
         hidden.new_empty(weight.shape, dtype=accumulate) if needs_grad.weight else hidden.new_empty(0),
         hidden.new_empty(weight.shape[:1], dtype=accumulate) if needs_grad.bias else hidden.new_empty(0),
@@ -306,6 +341,7 @@ def _composed(hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: _C
         constants.teacher_weight.to(constants.teacher_dtype),
         None if constants.teacher_bias is None else constants.teacher_bias.to(constants.teacher_dtype),
     )
+    z, v = constants.student_map()(z), constants.teacher_map()(v)
     scalars = (constants.num_valid, constants.weight_sum, None)
     tensors = (constants.target, constants.selected, constants.class_weight, None, None)
     return composite(z, v, *tensors, *scalars, *constants.options)[0]
@@ -371,6 +407,60 @@ class _LinearKDLoss(torch.autograd.Function):
         return (*results, None, None)
 
 
+class _LinearKDLossOfRows(torch.autograd.Function):
+    """The loss of each row. Backward applies the classifiers again and computes the gradients, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: _Constants, needs_grad: _NeedsGrad
+    ) -> Tensor:
+        loss = _loss_and_gradients(hidden, weight, bias, constants, _NeedsGrad(False, False, False))[0]
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.constants, ctx.versions, ctx.needs_grad = constants, _versions(constants), needs_grad
+        ctx.loss = loss.clone() if None in ctx.versions else None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = student = ctx.saved_tensors
+        if ctx.versions != _versions(ctx.constants):
+            raise _changed_in_place()
+        if torch.is_grad_enabled() or not _is_readable(grad_output):
+            with torch.enable_grad():
+                loss = _composed(hidden, weight, bias, ctx.constants)
+            return (*_gradients_of(loss, student, ctx.needs_grad, grad_output), None, None)
+        # The largest factor multiplies last, because small ones would let 16-bit gradients of logits underflow.
+        largest = grad_output.abs().amax() if grad_output.numel() else grad_output.new_ones(())
+        largest = torch.where(largest > 0, largest, 1.0)
+        loss, *gradients = _loss_and_gradients(
+            hidden, weight, bias, ctx.constants, ctx.needs_grad, grad_output / largest
+        )
+        if ctx.loss is not None and not torch.allclose(loss, ctx.loss, 0.0, 0.0, equal_nan=True):
+            raise _changed_in_place()
+        results = [
+            None if gradient is None or tensor is None else gradient.mul_(largest).to(tensor.dtype)
+            for gradient, tensor in zip(gradients, student, strict=True)
+        ]
+        return (*results, None, None)
+
+
+def _changed_in_place() -> RuntimeError:
+    return RuntimeError(
+        "linear_kd_loss: teacher_hidden, or another input without gradient, was changed in place before a derivative "
+        "was computed from it; pass a clone() of it"
+    )
+
+
+def _gradients_of(
+    loss: Tensor, student: Sequence[Tensor | None], needs_grad: _NeedsGrad, grad_output: Tensor
+) -> list[Tensor | None]:
+    """The needed gradients of hidden, weight and bias, differentiable themselves where gradients are enabled."""
+    inputs = [tensor for tensor, needed in zip(student, needs_grad, strict=True) if needed and tensor is not None]
+    create_graph = torch.is_grad_enabled()
+    results = iter(torch.autograd.grad(loss, inputs, grad_output, create_graph=create_graph))
+    return [next(results) if needed else None for needed in needs_grad]
+
+
 def _differentiable_gradients(
     ctx: Any, gradients: Sequence[Tensor | None], student: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor
 ) -> list[Tensor | None]:
@@ -388,18 +478,12 @@ def _differentiable_gradients(
             for now, before in zip(again, gradients, strict=True)
         )
     if not unchanged:
-        raise RuntimeError(
-            "linear_kd_loss: teacher_hidden, or another input without gradient, was changed in place before a "
-            "second derivative was computed from it; pass a clone() of it"
-        )
+        raise _changed_in_place()
     # Views, so that the inputs' hooks do not run here: they run once, in the outer backward pass.
     hidden, weight, bias = student
     hidden, weight, bias = hidden.view_as(hidden), weight.view_as(weight), None if bias is None else bias.view_as(bias)
     loss = _composed(hidden, weight, bias, ctx.constants)
-    pairs = zip((hidden, weight, bias), ctx.needs_grad, strict=True)
-    inputs = [tensor for tensor, needed in pairs if needed and tensor is not None]
-    results = iter(torch.autograd.grad(loss, inputs, grad_output, create_graph=True))
-    return [next(results) if needed else None for needed in ctx.needs_grad]
+    return _gradients_of(loss, (hidden, weight, bias), ctx.needs_grad, grad_output)
 
 
 # --- Arguments
@@ -469,19 +553,28 @@ def _check_classifiers(student: _Classifier, teacher: _Classifier) -> tuple[torc
     return student_dtype, teacher_dtype
 
 
-def _check_chunks(reduction: int, chunk_rows: int | None) -> int:
-    """chunk_rows as the operator takes it: 0 for None. Raises for a reduction that chunks cannot compute."""
-    if reduction == _ops.NO_REDUCTION:
-        raise ValueError(
-            "reduction must be 'mean', 'sum' or 'elementmean'; got 'none': the gradients of hidden and weight are made "
-            "in the forward pass, which does not know each row's grad_output yet"
-        )
+def _check_chunks(chunk_rows: int | None) -> int:
+    """chunk_rows as the operator takes it: 0 for None."""
     if chunk_rows is None:
         return 0
     chunk_rows = integer("chunk_rows", chunk_rows, "an int or None")
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be >= 1; got {chunk_rows!r}")
     return chunk_rows
+
+
+def _cut_classifiers(student: _Classifier, teacher: _Classifier, classes: str) -> tuple[_Classifier, _Classifier]:
+    """Both classifiers without the classes that only one of them has, where classes is "truncate"."""
+    if classes == "equal":
+        return student, teacher
+    for who, weight in (("student", student.weight), ("teacher", teacher.weight)):
+        _check_matrix(f"{who}_weight", weight, "(C, d)")
+    common = common_classes(classes, student.weight.shape[0], teacher.weight.shape[0])
+    first, second = (
+        _Classifier(side.hidden, *cut((side.weight, side.bias), common))  # type: ignore[arg-type]
+        for side in (student, teacher)
+    )
+    return first, second
 
 
 def _class_weight_sum(class_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -509,7 +602,7 @@ def _float16_grad_scale(num_valid: Tensor, classes: int, options: KDOptions) -> 
 def _constants(
     student: _Classifier,
     teacher: _Classifier,
-    target: Tensor,
+    target: Tensor | None,
     options: KDOptions,
     selected: Tensor | None,
     teacher_rows: int | None,
@@ -518,11 +611,15 @@ def _constants(
     weight_sum: Tensor | float | None,
     grad_scale: Tensor | float | None,
     chunk_rows: int | None,
+    maps: tuple[LogitMap, LogitMap],
 ) -> _Constants:
     """Checks the arguments of linear_kd_loss and flattens their rows."""
-    chunk_rows = _check_chunks(options.reduction, chunk_rows)
+    chunk_rows = _check_chunks(chunk_rows)
     student_dtype, teacher_dtype = _check_classifiers(student, teacher)
     hidden, classes = student.hidden, student.weight.shape[0]
+    if target is None:
+        options = without_target(options, partial=selected is not None or teacher_rows is not None)
+        target = hidden.new_zeros(hidden.shape[:-1], dtype=torch.long)
     check_target(target, hidden, "student_hidden", probabilities=False)
     check_teacher_rows(hidden.shape, teacher.hidden.shape, teacher_rows, of="hidden")
     check_selected(selected, hidden, teacher_rows, "student_hidden")
@@ -537,7 +634,9 @@ def _constants(
     if weights is None and class_weight is not None:
         weights = _class_weight_sum(class_weight, target, options.ignore_index)
     scale = scalar_argument("grad_scale", grad_scale, hidden)
-    if scale is None and torch.float16 in (student_dtype, hidden.dtype):
+    if options.reduction == _ops.NO_REDUCTION:
+        scale = None  # backward knows each row's factor
+    elif scale is None and torch.float16 in (student_dtype, hidden.dtype):
         scale = _float16_grad_scale(count, classes, options)
     return _Constants(
         options=options,
@@ -553,20 +652,27 @@ def _constants(
         student_dtype=student_dtype,
         teacher_dtype=teacher_dtype,
         chunk_rows=chunk_rows,
+        maps=[*maps[0], *maps[1]],
     )
 
 
 def _loss(student: _Classifier, constants: _Constants) -> Tensor:
     """The loss, by the operator where it has the derivatives that are needed, else by PyTorch ops."""
     hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
+    by_row = constants.options.reduction == _ops.NO_REDUCTION
     if transforms_active() or any(_has_tangent(tensor) for tensor in student):
-        return _composed(hidden, student.weight, student.bias, constants)
+        loss = _composed(hidden, student.weight, student.bias, constants)
+        return loss.view(student.hidden.shape[:-1]) if by_row else loss
     grad_enabled = torch.is_grad_enabled()
     needs_grad = _NeedsGrad(*(grad_enabled and tensor is not None and tensor.requires_grad for tensor in student))
     if not any(needs_grad):
-        return _forward(hidden, student.weight, student.bias, constants, needs_grad)[0]
-    loss: Tensor = _LinearKDLoss.apply(hidden, student.weight, student.bias, constants, needs_grad)
-    return loss
+        loss = _forward(hidden, student.weight, student.bias, constants, needs_grad)[0]
+    elif by_row and torch.compiler.is_compiling():
+        loss = _composed(hidden, student.weight, student.bias, constants)
+    else:
+        function = _LinearKDLossOfRows if by_row else _LinearKDLoss
+        loss = function.apply(hidden, student.weight, student.bias, constants, needs_grad)
+    return loss.view(student.hidden.shape[:-1]) if by_row else loss
 
 
 def linear_kd_loss(
@@ -574,7 +680,7 @@ def linear_kd_loss(
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    target: Tensor,
+    target: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
@@ -596,6 +702,9 @@ def linear_kd_loss(
     num_valid: Tensor | float | None = None,
     weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
+    classes: str = "equal",
+    logit_scale: LogitScale = 1.0,
+    softcap: Softcap = None,
     chunk_rows: int | None = None,
     **unknown: NoReturn,
 ) -> Tensor:
@@ -615,8 +724,11 @@ def linear_kd_loss(
     target: (...) int64/int32 class indices in [0, C), or ignore_index.
     selected: as kd_loss. Rows of weight 0 are still multiplied by teacher_weight, because only the device knows which
         rows they are. To save this product, sort them to the end and pass teacher_rows.
-    reduction: "mean", "sum" or "elementmean". "none" is an error: the forward pass computes the gradients, and does not
-        know each row's grad_output yet.
+        None: the teacher's term alone, as in kd_loss.
+    reduction: "mean", "sum" or "elementmean", whose gradients the forward pass computes; or "none", (...): each row's
+        loss. Then backward, which alone knows each row's grad_output, applies both classifiers again.
+    classes: "truncate" cuts the classes that only the larger vocabulary has; the gradient of the student's is 0.
+    logit_scale, softcap: as kd_loss, of what the heads return: softcap=30.0 for Gemma 2, logit_scale=0.0625 for Cohere.
     grad_scale: as kd_loss. Without it, float16 gradients are divided by N only in backward, which multiplies by
         grad_output / N in float32 and so avoids underflow. Only "mse_probs" may need a grad_scale: its gradient is a
         product of two probabilities, which underflows float16 for thousands of equally likely classes.
@@ -624,8 +736,9 @@ def linear_kd_loss(
         least 64 rows. It changes the order in which rows are added, not the loss of a row.
     The other keywords are kd_loss's.
 
-    Returns a 0-d float32 tensor (float64 if any logits are). Gradients have the dtypes of their inputs; those of the
-    weight and the bias are added over chunks in float32 (float64 for float64). A target out of range raises ValueError
+    Returns a 0-d float32 tensor (float64 if any logits are); (...) for reduction "none", where torch.compile stores the
+    N x C logits. Gradients have the dtypes of their inputs; those of the weight and the bias are added over chunks in
+    float32 (float64 for float64). A target out of range raises ValueError
     on the CPU; on CUDA, where nothing synchronises, it makes the loss NaN. PyTorch ops, which store all N x C logits,
     compute higher-order (create_graph=True), forward-mode and torch.func derivatives. torch.compile(fullgraph=True)
     makes one graph for every N. Raises ValueError or TypeError naming the argument.
@@ -647,8 +760,22 @@ def linear_kd_loss(
         ignore_index,
         reduction,
     )
-    student = _Classifier(student_hidden, student_weight, student_bias)
-    teacher = _Classifier(teacher_hidden, teacher_weight, teacher_bias)
+    student, teacher = _cut_classifiers(
+        _Classifier(student_hidden, student_weight, student_bias),
+        _Classifier(teacher_hidden, teacher_weight, teacher_bias),
+        classes,
+    )
     scalars = (num_valid, weight_sum, grad_scale)
-    rows = _constants(student, teacher, target, options, selected, teacher_rows, class_weight, *scalars, chunk_rows)
+    rows = _constants(
+        student,
+        teacher,
+        target,
+        options,
+        selected,
+        teacher_rows,
+        class_weight,
+        *scalars,
+        chunk_rows,
+        logit_maps(logit_scale, softcap),
+    )
     return _loss(student, rows)

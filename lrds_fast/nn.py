@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrds_fast.arguments import unknown_keyword
 from lrds_fast.divergences import REVISE_TEMPERATURE, Divergence
 from lrds_fast.functional import kd_loss
+from lrds_fast.logit_maps import LogitScale, Softcap, common_classes, logit_maps
 from lrds_fast.options import KEYWORDS, default_ce_weight_unselected, kd_options
 from lrds_fast.topk import TopKTeacher
 
@@ -40,6 +41,9 @@ class KDLoss(nn.Module):
         class_weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
+        classes: str = "equal",
+        logit_scale: LogitScale = 1.0,
+        softcap: Softcap = None,
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -76,6 +80,11 @@ class KDLoss(nn.Module):
         self.class_weight: Tensor | None
         self.ignore_index = checked.ignore_index
         self.reduction = reduction
+        common_classes(classes, 1, 1)
+        logit_maps(logit_scale, softcap)
+        self.classes = classes
+        self.logit_scale = logit_scale
+        self.softcap = softcap
 
     @property
     def resolved_ce_weight_unselected(self) -> float:
@@ -88,7 +97,7 @@ class KDLoss(nn.Module):
         self,
         student_logits: Tensor,
         teacher_logits: Tensor | TopKTeacher,
-        target: Tensor,
+        target: Tensor | None = None,
         selected: Tensor | None = None,
         *,
         teacher_rows: int | None = None,
@@ -108,8 +117,13 @@ class KDLoss(nn.Module):
             num_valid=num_valid,
             weight_sum=weight_sum,
             grad_scale=grad_scale,
+            classes=self.classes,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
             **hyperparameters,
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in KEYWORDS)
+        changed = {"classes": "equal", "logit_scale": 1.0, "softcap": None}
+        names = [*KEYWORDS, *(name for name, default in changed.items() if getattr(self, name) != default)]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from lrds_fast._numbers import integer, number
-from lrds_fast.divergences import REVISE, REVISE_TEMPERATURE, Divergence, from_code, resolve, resolve_revise
+from lrds_fast.divergences import (
+    NEED_TARGET,
+    REVISE,
+    REVISE_TEMPERATURE,
+    Divergence,
+    from_code,
+    resolve,
+    resolve_revise,
+)
 
 MAX_TEMPERATURES = 8
 """Temperatures that one call can add up (csrc/core/kd_loss.h: kMaxTemperatures)."""
@@ -177,6 +185,25 @@ def kd_options(
         resolved.parameters,
         standardize,
     )
+
+
+def without_target(options: KDOptions, *, partial: bool) -> KDOptions:
+    """The options of a call whose target is None, whose rows all count.
+
+    partial: only some rows have a teacher. ValueError names every option that needs a target.
+    """
+    needs = []
+    if options.ce_weight != 0:
+        needs.append(f"ce_weight={options.ce_weight:g} (pass 0)")
+    if partial and options.ce_weight_unselected != 0:
+        needs.append(f"ce_weight_unselected={options.ce_weight_unselected:g} (pass 0)")
+    if options.revise != REVISE[None]:
+        needs.append(f"revise={options.policy()!r} (pass None)")
+    if options.divergence in NEED_TARGET:
+        needs.append(f"divergence={options.divergence_object().name!r} (pass another)")
+    if needs:
+        raise ValueError(f"target is None, and these options need one: {', '.join(needs)}; or pass the target")
+    return options._replace(ignore_index=-100)
 
 
 KEYWORDS = tuple(p.name for p in inspect.signature(kd_options).parameters.values() if p.kind is not p.KEYWORD_ONLY)

@@ -84,13 +84,31 @@ def ours(p: Problem, leaves: tuple[Tensor, Tensor, Tensor], **arguments: Any) ->
     )
 
 
+def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    return logits * scale if softcap is None else softcap * torch.tanh(logits * scale / softcap)
+
+
+def head_of(side: int, logit_scale: Any = 1.0, softcap: Any = None) -> tuple[float, float | None]:
+    """The scale and the soft cap of the student (0) or the teacher (1)."""
+    return (
+        logit_scale[side] if isinstance(logit_scale, tuple) else logit_scale,
+        softcap[side] if isinstance(softcap, tuple) else softcap,
+    )
+
+
+def total(loss: Tensor) -> Tensor:
+    """The loss; without a reduction, a sum in which every row has another factor."""
+    return loss if loss.dim() == 0 else (loss * torch.linspace(-1, 2, len(loss), dtype=loss.dtype)).sum()
+
+
 def expected(p: Problem, **arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss and the gradients by hidden, weight and bias from (N, C) logits in float64."""
     exact = tuple(tensor.double() for tensor in p[:6])
     leaves = tuple(tensor.requires_grad_() for tensor in exact[:3])
-    teacher = F.linear(*exact[3:6])[: arguments.get("teacher_rows")]
-    loss = reference.kd_loss(F.linear(*leaves), teacher, p.target, **arguments)
-    return loss.detach(), torch.autograd.grad(loss, leaves)
+    head = {name: arguments.pop(name) for name in ("logit_scale", "softcap") if name in arguments}
+    teacher = capped(F.linear(*exact[3:6])[: arguments.get("teacher_rows")], *head_of(1, **head))
+    loss = reference.kd_loss(capped(F.linear(*leaves), *head_of(0, **head)), teacher, p.target, **arguments)
+    return loss.detach(), torch.autograd.grad(total(loss), leaves)
 
 
 # Of the largest entry. A 16-bit logit carries a relative 2^-9 or 2^-12, some logits are near 10.
@@ -107,10 +125,10 @@ def assert_matches(p: Problem, accuracy: float, **arguments: Any) -> None:
     leaves = p.student()
     chunk_rows = arguments.pop("chunk_rows", None)
     loss = ours(p, leaves, chunk_rows=chunk_rows, **arguments)
-    gradients = torch.autograd.grad(loss, leaves)
+    gradients = torch.autograd.grad(total(loss), leaves)
     arguments.pop("grad_scale", None)
     wanted_loss, wanted = expected(p, **arguments)
-    assert loss.shape == () and loss.dtype == reference.compute_dtype(p.hidden, p.teacher_hidden)
+    assert loss.shape == wanted_loss.shape and loss.dtype == reference.compute_dtype(p.hidden, p.teacher_hidden)
     assert_close(loss.detach(), wanted_loss, accuracy, "loss")
     for name, leaf, gradient, exact in zip(("hidden", "weight", "bias"), leaves, gradients, wanted, strict=True):
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape and gradient.device == leaf.device
@@ -142,6 +160,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "weight_sum": {"class_weight": torch.linspace(0.5, 2.0, 37), "weight_sum": 30.0},
     "standardize": {"standardize": True},
     "mft": {"revise": "mft"},
+    "scale": {"logit_scale": 0.25},
+    "soft cap": {"softcap": 3.0, "teacher_rows": 11},
+    "soft cap of the student": {
+        "softcap": (2.0, None),
+        "logit_scale": (1.5, 0.5),
+        "selected": torch.arange(23) % 2 > 0,
+    },
+    "by row": {"reduction": "none"},
+    "by row, class weights": {"reduction": "none", "class_weight": torch.linspace(0.5, 2.0, 37), "revise": "swap"},
+    "by row, prefix, soft cap": {"reduction": "none", "teacher_rows": 11, "softcap": (3.0, 5.0), "logit_scale": 0.5},
     **{name: {"divergence": name} for name in NAMES if name != "kl"},
 }
 
@@ -165,6 +193,8 @@ def test_matches_materialised_logits_in_lower_precision(dtype: torch.dtype, chun
         {"reduction": "elementmean"},
         {"teacher_rows": 11},
         {"grad_scale": 4.0},
+        {"reduction": "none"},
+        {"softcap": 20.0, "logit_scale": 0.5},
     ):
         assert_matches(problem(dtype=dtype), ACCURACY[dtype], chunk_rows=chunk_rows, **arguments)
 
@@ -250,6 +280,8 @@ def test_masked_rows_may_hold_nan_or_inf(poison: float) -> None:
         {"selected": selected.double(), "ce_weight_unselected": 0.0},
         {"teacher_rows": 14, "ce_weight_unselected": 0.0},
         {"kd_weight": 0.0, "selected": selected},
+        {"selected": selected, "softcap": 3.0, "logit_scale": 0.5},
+        {"selected": selected, "ce_weight_unselected": 0.0, "reduction": "none", "softcap": 3.0},
     ):
         kept = torch.arange(23) < 14 if "teacher_rows" in arguments else selected
         p = clean._replace(hidden=clean.hidden.clone(), teacher_hidden=clean.teacher_hidden.clone())
@@ -259,7 +291,7 @@ def test_masked_rows_may_hold_nan_or_inf(poison: float) -> None:
             p.hidden[~kept] = poison
         leaves = p.student()
         loss = ours(p, leaves, chunk_rows=7, **arguments)
-        gradients = torch.autograd.grad(loss, leaves)
+        gradients = torch.autograd.grad(total(loss), leaves)
         wanted_loss, wanted = expected(clean, **arguments)
         torch.testing.assert_close(loss.detach(), wanted_loss)
         torch.testing.assert_close(gradients, wanted)
@@ -272,11 +304,11 @@ def test_no_valid_row_and_no_row(dtype: torch.dtype) -> None:
         p._replace(target=torch.full_like(p.target, -100)),
         p._replace(hidden=p.hidden[:0], teacher_hidden=p.teacher_hidden[:0], target=p.target[:0]),
     ):
-        for reduction in ("mean", "sum", "elementmean"):
+        for reduction in ("mean", "sum", "elementmean", "none"):
             leaves = empty.student()
             loss = ours(empty, leaves, reduction=reduction)
-            assert loss.item() == 0.0
-            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+            assert loss.shape == (empty.target.shape if reduction == "none" else ()) and not loss.any()
+            for leaf, gradient in zip(leaves, torch.autograd.grad(total(loss), leaves), strict=True):
                 assert gradient.shape == leaf.shape and not gradient.any()
 
 
@@ -326,6 +358,11 @@ def test_float16_gradients_do_not_underflow() -> None:
             _, wanted = expected(p, num_valid=2**22, reduction=reduction)
             for gradient, exact in zip(gradients, wanted, strict=True):
                 assert_close(gradient, exact * 2**20, ACCURACY[torch.float16], f"{reduction}, {grad_scale}")
+    leaves = p.student()
+    factor = torch.full((23,), 2.0**-20)
+    gradients = torch.autograd.grad(2.0**20 * (ours(p, leaves, reduction="none", chunk_rows=7) * factor).sum(), leaves)
+    for gradient, exact in zip(gradients, expected(p, reduction="sum")[1], strict=True):
+        assert_close(gradient, exact, ACCURACY[torch.float16], "by row")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -439,15 +476,16 @@ def test_float16_hidden_under_bfloat16_autocast_does_not_underflow() -> None:
 # --- Autograd
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "elementmean"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "elementmean", "none"])
 def test_gradcheck(reduction: str) -> None:
     p = problem(rows=6, width=3, classes=5)
     selected = torch.tensor([1.0, 0.0, 0.3, 1.0, 0.5, 1.0])
 
     def loss(*leaves: Tensor) -> Tensor:
-        return ours(p, leaves, selected=selected, reduction=reduction, chunk_rows=4)  # type: ignore[arg-type]
+        return ours(p, leaves, selected=selected, reduction=reduction, softcap=4.0, chunk_rows=4)  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(loss, p.student())
+    assert torch.autograd.gradgradcheck(loss, p.student())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -571,18 +609,18 @@ def derivatives(loss: Callable[..., Tensor], leaves: tuple[Tensor, Tensor, Tenso
     return results
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "elementmean"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "elementmean", "none"])
 def test_derivatives_beyond_the_first(reduction: str) -> None:
     p = problem(rows=6, width=3, classes=5, teacher_width=2)
     options: dict[str, Any] = dict(reduction=reduction, label_smoothing=0.1, divergence="dkd", revise="mft")
     options |= dict(selected=torch.tensor([1.0, 0.5, 0.0, 1.0, 1.0, 0.0]), class_weight=torch.linspace(0.5, 1.5, 5))
-    teacher = F.linear(p.teacher_hidden, p.teacher_weight, p.teacher_bias)
+    teacher = capped(F.linear(p.teacher_hidden, p.teacher_weight, p.teacher_bias), 0.5, 4.0)
 
     def chunked(*leaves: Tensor) -> Tensor:
-        return ours(p, leaves, chunk_rows=4, **options)  # type: ignore[arg-type]
+        return total(ours(p, leaves, chunk_rows=4, softcap=4.0, logit_scale=0.5, **options))  # type: ignore[arg-type]
 
     def materialised(*leaves: Tensor) -> Tensor:
-        return reference.kd_loss(F.linear(*leaves), teacher, p.target, **options)
+        return total(reference.kd_loss(capped(F.linear(*leaves), 0.5, 4.0), teacher, p.target, **options))
 
     torch.testing.assert_close(derivatives(chunked, p.student()), derivatives(materialised, p.student()))
 
@@ -601,6 +639,23 @@ def test_second_derivatives_after_an_in_place_change_are_refused() -> None:
         torch.testing.assert_close(torch.autograd.grad(loss, leaves, retain_graph=True), expected(p)[1])
         with pytest.raises(RuntimeError, match=r"linear_kd_loss: teacher_hidden.* changed in place.*clone"):
             torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+def test_losses_of_rows_after_an_in_place_change_are_refused() -> None:
+    """Backward computes the logits again, from inputs that must be the same."""
+    p = problem()
+    for mode in (contextlib.nullcontext, torch.inference_mode):
+        with mode():
+            changing = p._replace(teacher_hidden=p.teacher_hidden * 1.0)
+        leaves = p.student()
+        loss = total(ours(changing, leaves, chunk_rows=7, reduction="none"))
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, leaves, retain_graph=True), expected(p, reduction="none")[1]
+        )
+        with mode():
+            changing.teacher_hidden.mul_(2.0)
+        with pytest.raises(RuntimeError, match=r"linear_kd_loss: teacher_hidden.* changed in place.*clone"):
+            torch.autograd.grad(loss, leaves)
 
 
 def test_derivatives_with_nan_in_masked_rows() -> None:
@@ -665,21 +720,24 @@ class Memory(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_more_than_chunks_of_logits(dtype: torch.dtype) -> None:
-    """Two chunks (student's, then gradient; teacher's), the results, and what blocks of a 16-bit product take."""
+def test_no_more_than_chunks_of_logits(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Two chunks (student's, then gradient; teacher's; a third for the soft cap's derivative), the results, and what
+    blocks of a 16-bit product take."""
     rows, width, classes, chunk = 512, 4, 3000, 64
     p = problem(rows, width, classes, dtype)
     leaves = p.student()
     with Memory() as memory:
-        ours(p, leaves, chunk_rows=chunk).backward()
+        ours(p, leaves, chunk_rows=chunk, **options).sum().backward()
     assert memory.largest == chunk * classes
     results = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
     # A 16-bit weight gradient is accumulated in float32; on the CPU float16 products are made from float32 copies.
     extra = 4 * (leaves[1].numel() + leaves[2].numel()) if dtype != torch.float32 else 0
     extra += 2 * 4 * chunk * classes if dtype == torch.float16 else 0
     small = 64 * rows + 16 * (chunk + classes) * width
-    assert memory.peak <= 2 * chunk * classes * dtype.itemsize + results + extra + small
+    chunks = 3 if "softcap" in options else 2
+    assert memory.peak <= chunks * chunk * classes * dtype.itemsize + results + extra + small
 
     with Memory() as materialised:
         teacher = F.linear(p.teacher_hidden, p.teacher_weight, p.teacher_bias)
@@ -740,25 +798,26 @@ def test_opcheck() -> None:
         numbers = [[4.0], 0.1, 0.9, 1.0, 0.8, 1.0, 0.0, 1, 1, -100, 0, [0.0, 0.0, 0.0], False]
         for wanted in ([True, True, True], [True, False, False], [False, False, False]):
             arguments: list[Any] = [*head, *teacher, p.target, None, None, torch.tensor(21), None, None]
-            arguments += [dtype, torch.float64, 7]
+            arguments += [dtype, torch.float64, 7, [1.0, 3.0, 0.5, 0.0]]
             torch.library.opcheck(torch.ops.lrds_fast.linear_kd_loss_forward.default, (*arguments, *numbers, *wanted))
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_fullgraph(backend: str) -> None:
+def test_compiles_fullgraph(backend: str, options: dict[str, Any]) -> None:
     torch.compiler.reset()
     p = problem(dtype=torch.float32)
     selected = torch.arange(23) % 3 > 0
 
     def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return 3.0 * ours(p, (2.0 * hidden, weight, bias), selected=selected, chunk_rows=7)
+        return 3.0 * ours(p, (2.0 * hidden, weight, bias), selected=selected, chunk_rows=7, **options)
 
     leaves = p.student()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     for _ in range(2):
         torch.testing.assert_close(compiled(*leaves), step(*leaves))
         torch.testing.assert_close(
-            torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(step(*leaves), leaves)
+            torch.autograd.grad(total(compiled(*leaves)), leaves), torch.autograd.grad(total(step(*leaves)), leaves)
         )
     with torch.no_grad():
         torch.testing.assert_close(compiled(*leaves), step(*leaves))
@@ -844,7 +903,20 @@ def test_compiles_under_autocast() -> None:
         ({"selected": torch.ones(23).long()}, TypeError, "selected must be bool, or floating.*int64"),
         ({"selected": torch.full((23,), 1.5)}, ValueError, r"selected\[0\] is not a weight in \[0, 1\]: 1.5"),
         ({"selected": [True] * 23}, TypeError, "selected must be a Tensor.*list"),
-        ({"reduction": "none"}, ValueError, "reduction must be 'mean', 'sum' or 'elementmean'.*grad_output"),
+        (
+            {"target": None},
+            ValueError,
+            r"target is None, and these .*ce_weight=0.1 \(pass 0\), revise='lr' \(pass None",
+        ),
+        ({"classes": "cut"}, ValueError, "classes must be 'equal' or 'truncate'; got 'cut'"),
+        ({"classes": "truncate", "teacher_weight": [1.0]}, TypeError, "teacher_weight must be a Tensor.*list"),
+        ({"softcap": -1.0}, ValueError, "softcap must be finite and > 0; got -1.0"),
+        (
+            {"softcap": (1.0, 2.0, 3.0)},
+            ValueError,
+            r"softcap must be a number > 0 or None, or a pair .*\(1.0, 2.0, 3.0",
+        ),
+        ({"logit_scale": (1.0, "x")}, TypeError, "logit_scale must be a number; got 'x'"),
         ({"reduction": "max"}, ValueError, "reduction must be one of.*'max'"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows must be >= 1; got 0"),
         ({"chunk_rows": 2.0}, TypeError, "chunk_rows must be an int or None; got 2.0"),
