@@ -1,9 +1,10 @@
 """Fast knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693).
 
 kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD: its divergences. TopKTeacher: a cached
-teacher. linear_kd_loss: the loss from hidden states and classifiers. revision_loss, dist_loss, mlkd_loss: losses that
-compare the rows of a batch. revise_labels: the revised teacher. influence: scores of samples. select, select_jointly,
-Selection: which samples keep their teacher. models: networks by name. reference: every op in plain PyTorch.
+teacher; bucketed_logits: some classes, and all others as one. linear_kd_loss: the loss from hidden states and
+classifiers. revision_loss, dist_loss, mlkd_loss: losses that compare the rows of a batch. revise_labels: the revised
+teacher. influence: scores of samples. select, select_jointly, Selection: which samples keep their teacher. models:
+networks by name. reference: every op in plain PyTorch.
 
 A name is imported when it is first used. Importing any loss, or lrds_fast.functional, registers torch.ops.lrds_fast.
 """
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lrds_fast.linear import linear_kd_loss
     from lrds_fast.nn import KDLoss
     from lrds_fast.selection import Selection, select, select_jointly
-    from lrds_fast.topk import TopKTeacher
+    from lrds_fast.topk import TopKTeacher, bucketed_logits
 
 __all__ = [
     "DKD",
@@ -38,6 +39,7 @@ __all__ = [
     "Selection",
     "TopKTeacher",
     "__version__",
+    "bucketed_logits",
     "dist_loss",
     "divergences",
     "influence",
@@ -65,7 +67,7 @@ _NAMES = {
     "nn": ("KDLoss",),
     "reference": (),
     "selection": ("Selection", "select", "select_jointly"),
-    "topk": ("TopKTeacher",),
+    "topk": ("TopKTeacher", "bucketed_logits"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in (home, *names)}
 

@@ -48,6 +48,46 @@ class TopKTeacher(NamedTuple):
         rest = scaled.scatter(-1, indices, -torch.inf).logsumexp(dim=-1)
         return cls(values, indices, scaled.logsumexp(dim=-1), temperature, rest)
 
+    @classmethod
+    def from_log_probs(
+        cls, log_probs: Tensor, indices: Tensor, *, classes: int, temperature: float, tail: str = "spread"
+    ) -> TopKTeacher:
+        """A teacher of which only the k largest log-probabilities are known, as inference servers return them.
+
+        log_probs: (..., k) floating, natural logarithms of probabilities at temperature 1. indices: (..., k)
+        int64/int32, their classes, each once. classes: C > k of the vocabulary, or k. temperature: T > 0 of the loss,
+        any. tail: "spread" divides the probability that is left evenly over the other classes, before it softens by T;
+        "renormalize" gives them none. With divergence "rkl" and "renormalize" the loss is infinite, since the student
+        always gives them some. Raises TypeError for tensors of a wrong type; ValueError for numbers out of range.
+        """
+        check_tensor("log_probs", log_probs, "log-probabilities")
+        classes, temperature = integer("classes", classes), number("temperature", temperature)
+        if not log_probs.is_floating_point() or log_probs.dim() < 1 or not 1 <= log_probs.shape[-1] <= classes:
+            raise ValueError(
+                f"log_probs must be floating of shape (..., k) with 1 <= k <= classes = {classes}; got "
+                f"{log_probs.dtype} of shape {tuple(log_probs.shape)}"
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be finite and > 0; got {temperature!r}")
+        if tail not in ("spread", "renormalize"):
+            raise ValueError(f"tail must be 'spread' or 'renormalize'; got {tail!r}")
+        values = log_probs.detach()
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        kept, others = (values / temperature).logsumexp(dim=-1), classes - values.shape[-1]
+        rest = torch.full_like(kept, -torch.inf)
+        if tail == "spread" and others:
+            left = cls(values, indices, torch.zeros_like(kept), 1.0).remainder(classes)
+            rest = (math.log(others) + (left - math.log(others)) / temperature).to(kept.dtype)
+        return cls(values, indices, torch.logaddexp(kept, rest), temperature, rest)
+
+    def bucketed(self, classes: int) -> Tensor:
+        """(..., k + 1) logits: the kept ones, and one for all others together, as bucketed_logits makes them of the
+        student's. classes: C > k."""
+        if classes <= self.values.shape[-1]:
+            raise ValueError(f"classes must be more than the {self.values.shape[-1]} that are kept; got {classes}")
+        rest = self.temperature * self.remainder(classes)
+        return torch.cat([self.values.to(rest.dtype), rest[..., None]], dim=-1)
+
     def remainder(self, classes: int) -> Tensor:
         """(...,) floating: rest, computed if it is None. classes: C."""
         if self.rest is not None:
@@ -71,6 +111,37 @@ class TopKTeacher(NamedTuple):
         filler = (self.temperature * (self.remainder(classes).double() - math.log(others))).to(dtype)
         shape = (*self.values.shape[:-1], classes)
         return filler[..., None].expand(shape).scatter(-1, self.indices.long(), self.values.to(dtype))
+
+
+def bucketed_logits(logits: Tensor, indices: Tensor, *, temperature: float) -> Tensor:
+    """(..., k + 1) logits: those of the classes `indices`, and one that stands for all other classes together.
+
+    Its softmax at the temperature has the sum of the other classes' probabilities in the last place. Two models' logits
+    over the same indices, of the teacher's or the student's largest classes, are compared by kd_loss(..., ce_weight=0,
+    revise=None) without a target. For the kept classes alone, renormalised, logits.gather(-1, indices) needs no sum
+    over all classes.
+
+    logits: (..., C) floating, differentiable. indices: (..., k) int64/int32, k < C, each class once. temperature: > 0.
+    Raises TypeError or ValueError naming the argument.
+    """
+    check_tensor("logits", logits)
+    check_tensor("indices", indices, "class indices")
+    temperature = number("temperature", temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be finite and > 0; got {temperature!r}")
+    if indices.dtype not in (torch.int64, torch.int32) or indices.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"indices must be int64 or int32 of shape {(*logits.shape[:-1], 'k')}; got {indices.dtype} of shape "
+            f"{tuple(indices.shape)}"
+        )
+    if not 1 <= indices.shape[-1] < logits.shape[-1]:
+        raise ValueError(
+            f"indices must name at least one and not all of the {logits.shape[-1]} classes; got {indices.shape[-1]}"
+        )
+    indices = indices.long()
+    others = logits.scatter(-1, indices, -torch.inf)
+    last = temperature * (others / temperature).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([logits.gather(-1, indices), last], dim=-1)
 
 
 def check_topk(teacher: TopKTeacher, classes: int, temperature: list[float]) -> None:

@@ -33,7 +33,7 @@ def pages() -> list[Path]:
 
 
 def test_there_is_a_page_for_every_task() -> None:
-    assert [page.stem for page in TASKS] == ["cache", "divergence", "drop_in", "gpu", "select", "train"]
+    assert [page.stem for page in TASKS] == ["cache", "divergence", "drop_in", "gpu", "language", "select", "train"]
     for page in TASKS:
         assert blocks(page, "python"), page
 
