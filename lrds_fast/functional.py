@@ -183,6 +183,11 @@ def _call(
     softcap: Softcap,
 ) -> _Outputs:
     """Checks the tensors and calls the operator kd_loss."""
+    if "DTensor" in (type(student_logits).__name__, type(teacher_logits).__name__):
+        from lrds_fast.sharded import sharded_call  # torch.distributed.tensor takes a second to import
+
+        tensors = (student_logits, teacher_logits, target, options, selected, teacher_rows, class_weight)
+        return sharded_call(_call, *tensors, num_valid, weight_sum, grad_scale, classes, logit_scale, softcap)
     if classes != "equal" or logit_scale != 1.0 or softcap is not None:
         student_logits, teacher_logits = _mapped(
             student_logits, teacher_logits, target, options.ignore_index, classes, logit_scale, softcap
@@ -303,6 +308,9 @@ def kd_loss(
         pair is (student's, teacher's). Logits of a Hugging Face model have its scale and cap already; those made from
         hidden states do not. PyTorch ops compute it in the logits' dtype, with a tensor of the logits' size for each.
 
+    DTensors whose rows are sharded or replicated are legal: student_logits, teacher_logits, target and selected alike.
+    Means are over all rows, and the result is a DTensor: loss.full_tensor() is the number. Sharded classes raise
+    ValueError.
     Numbers may be of Python or NumPy, or CPU tensors of shape () that require no gradient.
     -inf logits (excluded classes) are legal, except with standardize and with mse_logits if only one side has them.
     Only student_logits gets derivatives. The PyTorch ops of lrds_fast.reference compute higher-order

@@ -499,6 +499,11 @@ class _Classifier(NamedTuple):
 
 def _check_matrix(name: str, tensor: Any, shape: str) -> None:
     check_tensor(name, tensor, f"shape {shape}", "last_hidden_state")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} must be a plain Tensor of shape {shape}; got a DTensor: pass the whole one, {name}.full_tensor(), "
+            "for a weight or a bias, and this process's rows, .to_local() with num_valid, for hidden states"
+        )
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {tensor.dtype}")
 

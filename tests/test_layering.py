@@ -35,6 +35,7 @@ _OPS = {
     "logit_maps",
     "options",
     "reference",
+    "sharded",
     "topk",
 }
 PYTHON_MAY_IMPORT: dict[str, set[str]] = {
@@ -53,6 +54,7 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "divergences": {"_numbers"},
     "logit_maps": {"_numbers"},
     "topk": {"_numbers", "arguments"},
+    "sharded": {"options"},
     "options": {"_numbers", "divergences"},
     "reference": {"_numbers", "arguments", "divergences", "options", "topk"},
     "functional": _OPS,
