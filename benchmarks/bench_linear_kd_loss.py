@@ -6,9 +6,10 @@
     python -m benchmarks.bench_linear_kd_loss --markdown results/linear_kd_loss_cpu.csv   a stored run as a table
 
 Contenders: ours; ours with chunks of 256 rows; "materialised", two F.linear and kd_loss; "eager", two F.linear and the
-eager loss of benchmarks/baselines.py; and, if liger-kernel is installed, its chunked distillation loss (PyTorch and
-torch.compile: CPU and CUDA) and its fused linear JSD (Triton: CUDA). Liger's losses compute T^2 KL without label
-revision, which they do not have; the Triton one has no cross-entropy either.
+eager loss of benchmarks/baselines.py; if liger-kernel is installed, its chunked distillation loss (PyTorch and
+torch.compile: CPU and CUDA) and its fused linear JSD (Triton: CUDA); if trl is, its chunked divergence (PyTorch on the
+CPU, Triton on CUDA). These compute KL without label revision, which they do not have; Liger's Triton loss and TRL's have
+no cross-entropy either.
 
 Every contender is first checked against lrds_fast.reference in float64. The contenders take turns within each round; a
 row holds medians. On the CPU the clock is the process time of one thread, and the peak is that of resident memory above
@@ -166,7 +167,22 @@ def contenders(case: Case, device: str) -> dict[str, Contender]:
         "materialised": Contender(materialised, revised),
         "eager": Contender(eager, revised),
     }
-    return here | liger_contenders(device)
+    return here | liger_contenders(device) | trl_contenders()
+
+
+def trl_contenders() -> dict[str, Contender]:
+    """TRL's divergence of its DistillationTrainer, which returns each row's KL without T^2; {} if it is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        return {}
+    from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, ChunkedDivergenceFunction
+
+    def divergence(i: Inputs) -> Tensor:
+        heads = (i.hidden, i.weight, None, i.teacher_hidden, i.teacher_weight, None)
+        rows: Tensor = ChunkedDivergenceFunction.apply(*heads, 0.0, TEMPERATURE)[0]
+        return rows.mean()
+
+    options = {"temperature": TEMPERATURE, "ce_weight": 0.0, "kd_weight": 1 / TEMPERATURE**2, "revise": None}
+    return {"trl chunked (KD alone)": Contender(divergence, options, TOKEN_CHUNK_SIZE)}
 
 
 def liger_contenders(device: str) -> dict[str, Contender]:
@@ -349,6 +365,7 @@ def main() -> int:
     common = facts(arguments.device)
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     common["liger"] = importlib.metadata.version("liger-kernel") if has_liger else ""
+    common["trl"] = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else ""
     cases = QUICK if arguments.quick else CUDA if arguments.device == "cuda" else CPU
     rows = run_cases(cases, common, arguments)
     if rows:
