@@ -8,8 +8,8 @@
 Contenders: ours; ours with chunks of 256 rows; "materialised", two F.linear and kd_loss; "eager", two F.linear and the
 eager loss of benchmarks/baselines.py; if liger-kernel is installed, its chunked distillation loss (PyTorch and
 torch.compile: CPU and CUDA) and its fused linear JSD (Triton: CUDA); if trl is, its chunked divergence (PyTorch on the
-CPU, Triton on CUDA). These compute KL without label revision, which they do not have; Liger's Triton loss and TRL's have
-no cross-entropy either.
+CPU, Triton on CUDA). These compute KL without label revision, which they do not have; Liger's Triton loss and TRL's
+have no cross-entropy either.
 
 Every contender is first checked against lrds_fast.reference in float64. The contenders take turns within each round; a
 row holds medians. On the CPU the clock is the process time of one thread, and the peak is that of resident memory above
@@ -171,7 +171,7 @@ def contenders(case: Case, device: str) -> dict[str, Contender]:
 
 
 def trl_contenders() -> dict[str, Contender]:
-    """TRL's divergence of its DistillationTrainer, which returns each row's KL without T^2; {} if it is not installed."""
+    """TRL's divergence, of its DistillationTrainer: each row's KL without T^2; {} if trl is not installed."""
     if importlib.util.find_spec("trl") is None:
         return {}
     from trl.kernels.chunked_divergence import TOKEN_CHUNK_SIZE, ChunkedDivergenceFunction

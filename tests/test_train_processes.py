@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -361,6 +362,35 @@ except cases.Exception_ as stopped:
     resumed, _ = trained(tmp_path / "two", data=blobs(), resume=True, values={"schedule.epochs": 40})
     whole, _ = trained(tmp_path / "one", data=blobs(), values={"schedule.epochs": 40})
     assert resumed.records[-1]["train_loss"] == pytest.approx(whole.records[-1]["train_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_processes(tmp_path: Path) -> None:
+    """Two starts of torchrun that meet at an address, as docs/tasks/machines.md shows: the run of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["-m", "lrds_fast", "train", "digits_teacher", "--quiet", "--set", "schedule.epochs=2"]
+    arguments += ["--set", "run.device=cpu", "--set", "data.batch_size=64"]
+    together = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-id=run1"]
+    together += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+
+    def begun(folder: str, *before: str) -> Any:
+        command = [sys.executable, *before, *arguments, "--set", f"run.out={tmp_path / folder}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    machines = [begun("four", *together, f"--node-rank={number}") for number in range(2)]
+    outputs = [machine.communicate(timeout=240) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert sum(out.count("digits_teacher: test accuracy") for out, _ in outputs) == 1
+    out, err = (alone := begun("one")).communicate(timeout=240)
+    assert alone.returncode == 0, err
+    four, one = (numbers(read_records(tmp_path / folder / "log.jsonl")) for folder in ("four", "one"))
+    for found, expected in zip(four, one, strict=True):
+        assert (found["step"], found["rows"]) == (expected["step"], expected["rows"])
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+        assert found["test_ce"] == pytest.approx(expected["test_ce"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
