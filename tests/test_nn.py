@@ -28,6 +28,9 @@ STORED: dict[str, Any] = {
     "class_weight": torch.linspace(0.5, 1.5, 10),
     "ignore_index": 3,
     "reduction": "none",
+    "classes": "truncate",
+    "logit_scale": 0.5,
+    "softcap": (5.0, 6.0),
 }
 
 
@@ -50,7 +53,11 @@ def test_every_hyperparameter_reaches_the_loss(changed: str) -> None:
     keywords = {changed: STORED[changed]}
     loss = KDLoss(**keywords)(*rows, selected)
     assert torch.equal(loss, kd_loss(*rows, selected=selected, **keywords))
-    assert not torch.equal(loss, kd_loss(*rows, selected=selected))
+    if changed == "classes":
+        padded = rows._replace(teacher=torch.nn.functional.pad(rows.teacher, (0, 3), value=9.0))
+        assert torch.equal(KDLoss(**keywords)(*padded, selected), loss)
+    else:
+        assert not torch.equal(loss, kd_loss(*rows, selected=selected))
 
 
 def test_all_together() -> None:
