@@ -361,9 +361,9 @@ __device__ inline void with_element_type(DType type, Body body) {
   } else if (type == DType::kFloat16) {
     body(__half());
   } else if (std::is_same_v<A, double> && type == DType::kFloat64) {
-    body(double());
+    body(0.0);
   } else {
-    body(float());
+    body(0.0f);
   }
 }
 
