@@ -360,10 +360,11 @@ __device__ inline void with_element_type(DType type, Body body) {
     body(__nv_bfloat16());
   } else if (type == DType::kFloat16) {
     body(__half());
+    // NOLINTNEXTLINE(bugprone-branch-clone): the values' types differ
   } else if (std::is_same_v<A, double> && type == DType::kFloat64) {
-    body(0.0);
+    body(double());
   } else {
-    body(0.0f);
+    body(float());
   }
 }
 
