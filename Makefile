@@ -1,5 +1,5 @@
 # make demo      students distilled on real digits, a table and a report (under a minute once it is built)
-# make tidy      clang-tidy on the C++ sources without CUDA (two to three minutes of one core)
+# make tidy      clang-tidy on the C++ and CUDA sources and on tests/simt (three to four minutes of one core)
 # make test      linters, the C++ and CUDA kernels without a GPU, Python tests
 # make test-full make test, the slow tests, comparisons with other packages, and the two targets below
 # make test-cuda   compiles the CUDA kernels for every architecture; checks registers and machine code, loads the extension

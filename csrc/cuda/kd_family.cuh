@@ -431,7 +431,7 @@ cudaError_t launch_family_rows(const KdLossArgs& args, int device, cudaStream_t 
   }
   // About eight classes per thread, because reductions dominate where a thread has fewer.
   int threads = kWarpSize;
-  while (threads < kFamilyThreads<A> && threads * 8 < args.classes) threads *= 2;
+  while (threads < kFamilyThreads<A> && std::int64_t{threads} * 8 < args.classes) threads *= 2;
   std::int64_t blocks = 0;
   error = resident_blocks(device, kernel, static_cast<unsigned>(threads), 0,
                           static_cast<std::size_t>(shared_bytes), &blocks);

@@ -220,6 +220,7 @@ class SimpleRow {
     if constexpr (std::is_same_v<T, float>) {
 #pragma unroll 1
       for (int n = thread; n < count; n += threads) {
+        // NOLINTNEXTLINE(bugprone-implicit-widening-of-multiplication-result): in shared memory
         __pipeline_memcpy_async(to + kWidth * n, from + kWidth * n, kWidth * sizeof(float));
       }
     } else {
@@ -243,6 +244,7 @@ class SimpleRow {
           Vector<float, kWidth> wide;
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) wide.element[j] = widen<A>(batch[i].element[j]);
+          // NOLINTNEXTLINE(bugprone-implicit-widening-of-multiplication-result): in shared memory
           *reinterpret_cast<Vector<float, kWidth>*>(to + kWidth * n) = wide;
         }
       }
@@ -301,6 +303,7 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
   const A kd_by = static_cast<A>(by * (scaled ? args.workspace[1] : 1.0));
 
   SimpleRow exec;
+  // NOLINTNEXTLINE(bugprone-implicit-widening-of-multiplication-result): in shared memory
   exec.z_row = reinterpret_cast<Quad*>(dynamic_shared()) + 2 * local * plan.stride;
   exec.v_row = exec.z_row + plan.stride;
   exec.quads = (classes + kQuad - 1) / kQuad;
@@ -401,7 +404,7 @@ __global__ void __launch_bounds__(kSimpleBound, 1)
 
 // Whether every row of `elements` begins at a vector of four elements.
 inline bool quads_aligned(const void* rows, std::int64_t stride, DType type) {
-  const auto bytes = static_cast<std::uintptr_t>(kQuad * element_size(type));
+  const auto bytes = std::uintptr_t{kQuad} * static_cast<std::uintptr_t>(element_size(type));
   return reinterpret_cast<std::uintptr_t>(rows) % bytes == 0 && stride % kQuad == 0;
 }
 
@@ -421,7 +424,7 @@ cudaError_t launch_family_simple(const KdLossArgs& args, int device, cudaStream_
   if (error != cudaSuccess) return error;
   const std::int64_t quads = (args.classes + kQuad - 1) / kQuad;
   int threads = 1;
-  while (threads < kSimpleThreads && threads * kQuadsOfThread < quads) threads *= 2;
+  while (threads < kSimpleThreads && std::int64_t{threads} * kQuadsOfThread < quads) threads *= 2;
   const int block = threads > kWarpSize ? threads : kSimpleGroupThreads;
   const std::int64_t stride = quads | 1;
   const std::int64_t together = block / threads;

@@ -29,6 +29,7 @@ struct BulkShared {
 
   __device__ BulkShared(unsigned char* bytes, int tiles) {
     ring = reinterpret_cast<Vector<S, 16 / sizeof(S)>*>(bytes);
+    // NOLINTNEXTLINE(bugprone-implicit-widening-of-multiplication-result): in shared memory
     bytes += tiles * kBulkTileBytes;
     warp_packets = reinterpret_cast<WarpPackets*>(bytes);
     block_packets = reinterpret_cast<BlockPackets*>(warp_packets + 2);

@@ -87,6 +87,7 @@ enum Operands : unsigned {
 
 // The first rule that fits is used: the device is at least `architecture`, the operands fulfil what
 // the path requires, and the call has at most the number of classes given for its types.
+// NOLINTNEXTLINE(clang-analyzer-optin.performance.Padding): the order of the table's columns
 struct Rule {
   Path path;
   int architecture;
@@ -253,7 +254,7 @@ inline void plan_blocks(const KdLossArgs& args, const DeviceFacts& device, Plan&
   if (reread > 0) {
     // The rows' second reads should hit L2. At least half of the multiprocessors are used in any
     // case.
-    const std::int64_t in_l2 = device.l2_bytes / 10 * 7 / reread;
+    const std::int64_t in_l2 = std::int64_t{device.l2_bytes} / 10 * 7 / reread;
     blocks = std::min(blocks, std::max<std::int64_t>(in_l2, (device.multiprocessors + 1) / 2));
   }
   plan.grid = static_cast<unsigned>(std::min(args.rows, blocks));
@@ -270,11 +271,13 @@ inline bool plan_bulk(const KdLossArgs& args, const DeviceFacts& device, Plan& p
   // The fewest blocks that leave room for half of the next row. Few rows do not get more: the order
   // of a row's sums must not depend on the other rows.
   plan.cluster = 1;
-  while (plan.cluster < kMaxCluster && 3 * needed(plan.cluster) > 2 * plan.tiles) plan.cluster *= 2;
+  while (plan.cluster < kMaxCluster && 3 * needed(plan.cluster) > 2 * std::int64_t{plan.tiles}) {
+    plan.cluster *= 2;
+  }
   if (needed(plan.cluster) > plan.tiles) return false;
   const std::int64_t clusters = std::max(1, device.multiprocessors / plan.cluster);
   plan.grid = static_cast<unsigned>(plan.cluster * std::min(args.rows, clusters));
-  plan.shared_bytes = static_cast<std::size_t>(plan.tiles * kBulkTileBytes + kBulkFixedBytes);
+  plan.shared_bytes = static_cast<std::size_t>(plan.tiles) * kBulkTileBytes + kBulkFixedBytes;
   return true;
 }
 

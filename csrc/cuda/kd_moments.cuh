@@ -15,7 +15,7 @@ namespace lrds::cuda {
 template <class A>
 int moments_threads(const KdLossArgs& args) {
   int threads = kWarpSize;
-  while (threads < kFamilyThreads<A> && threads * 8 < args.classes) threads *= 2;
+  while (threads < kFamilyThreads<A> && std::int64_t{threads} * 8 < args.classes) threads *= 2;
   return threads;
 }
 

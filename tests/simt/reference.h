@@ -32,8 +32,8 @@ inline std::vector<double> log_softmax(const std::vector<double>& x, double temp
   for (const double value : x) top = std::fmax(top, value);
   double sum = 0.0;
   for (const double value : x) sum += std::exp((value - top) / temperature);
-  std::vector<double> out;
-  for (const double value : x) out.push_back((value - top) / temperature - std::log(sum));
+  std::vector<double> out = x;
+  for (double& value : out) value = (value - top) / temperature - std::log(sum);
   return out;
 }
 
@@ -61,8 +61,8 @@ inline RowResult kd_loss_row(const std::vector<double>& z, const std::vector<dou
     const std::vector<double> log_q = log_softmax(z, t), log_p = log_softmax(v, t);
     double top = -std::numeric_limits<double>::infinity();
     for (const double value : v) top = std::fmax(top, value);
-    std::vector<double> p;
-    for (const double value : log_p) p.push_back(std::exp(value));
+    std::vector<double> p = log_p;
+    for (double& value : p) value = std::exp(value);
     if (options.revise && v[y] < top) {
       const double r = options.revise_temperature > 0.0 ? options.revise_temperature : t;
       const std::vector<double> log_p_r = log_softmax(v, r);
@@ -74,9 +74,9 @@ inline RowResult kd_loss_row(const std::vector<double>& z, const std::vector<dou
       if (r != t) {
         // p^(R / T), normalised. The probabilities of the others come from logarithms, because p
         // may have underflowed.
-        std::vector<double> logits;
+        std::vector<double> logits(classes);
         for (std::size_t k = 0; k < classes; ++k) {
-          logits.push_back(r * (k == y ? std::log(p[k]) : std::log(beta) + log_p_r[k]));
+          logits[k] = r * (k == y ? std::log(p[k]) : std::log(beta) + log_p_r[k]);
         }
         p = log_softmax(logits, t);
         for (double& value : p) value = std::exp(value);

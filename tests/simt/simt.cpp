@@ -95,6 +95,7 @@ struct Machine {
   Fiber& fiber(unsigned block, unsigned thread) { return *fibers[block * stride + thread]; }
 };
 
+// NOLINTNEXTLINE(bugprone-throwing-static-initialization): its members are empty, nothing throws
 Machine machine;
 
 [[noreturn]] void fail(const char* what) {
@@ -169,12 +170,13 @@ void fiber_main() {
 
 void prepare() {
   const auto blocks = static_cast<unsigned>(machine.blocks.size());
-  while (machine.fibers.size() < blocks * machine.stride) {
+  const std::size_t needed = std::size_t{blocks} * machine.stride;
+  while (machine.fibers.size() < needed) {
     auto fiber = std::make_unique<Fiber>();
     fiber->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (fiber->stack == MAP_FAILED) {
-      std::fprintf(stderr, "simt: no memory for %u fibers\n", blocks * machine.stride);
+      std::fprintf(stderr, "simt: no memory for %zu fibers\n", needed);
       std::abort();
     }
     machine.fibers.push_back(std::move(fiber));

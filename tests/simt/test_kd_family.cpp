@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -205,8 +206,8 @@ void poison(const Case& c, Problem& p) {
 // The largest logits of every row, their classes, and logsumexp(v / T) of the other classes.
 void cache(const Case& c, Problem& p) {
   for (std::size_t row = 0; row < kRows; ++row) {
-    std::vector<std::int64_t> order;
-    for (std::size_t k = 0; k < c.classes; ++k) order.push_back(static_cast<std::int64_t>(k));
+    std::vector<std::int64_t> order(c.classes);
+    std::iota(order.begin(), order.end(), 0);
     const double* const v = &p.teacher[row * c.classes];
     std::sort(order.begin(), order.end(), [&](auto a, auto b) { return v[a] > v[b]; });
     double sum = 0.0;
@@ -552,6 +553,9 @@ std::vector<Case> cases() {
           c.kept = 4;
           c.revise_temperature = 1.0;
           break;
+        default:
+          std::fprintf(stderr, "option %d has no case\n", option);
+          std::exit(1);
       }
       // KL with label revision alone is the default loss, which has other kernels.
       if (divergence == 0 && c.revise == Revise::kLabelRevision && c.temperatures.size() == 1 &&

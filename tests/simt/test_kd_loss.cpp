@@ -352,6 +352,7 @@ void run(const Case& c, std::uint32_t seed) {
   }
   std::vector<float> w32(w.begin(), w.end());
   std::vector<std::uint8_t> w8;
+  w8.reserve(w.size());
   for (const double x : w) w8.push_back(x != 0.0 ? 1 : 0);
   Buffer num_valid(a, 1), grad_scale(a, 1), grad_output(a, std::max<std::size_t>(1, n));
   num_valid.set(0, c.num_valid);

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+// NOLINTBEGIN(bugprone-reserved-identifier): CUDA's names
+
 struct __nv_bfloat16 {
   std::uint16_t bits;
 };
@@ -38,3 +40,5 @@ inline __nv_bfloat16 __hmax(__nv_bfloat16 a, __nv_bfloat16 b) {
 inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return {__hmax(a.x, b.x), __hmax(a.y, b.y)};
 }
+
+// NOLINTEND(bugprone-reserved-identifier)

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+// NOLINTBEGIN(bugprone-reserved-identifier): CUDA's names
+
 struct __half {
   std::uint16_t bits;
 };
@@ -43,3 +45,5 @@ inline __half __hmax(__half a, __half b) {
   return std::isnan(x) || y > x ? b : a;
 }
 inline __half2 __hmax2(__half2 a, __half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }
+
+// NOLINTEND(bugprone-reserved-identifier)

@@ -7,6 +7,8 @@
 
 #include "cuda_runtime_api.h"
 
+// NOLINTBEGIN(bugprone-reserved-identifier): CUDA's names
+
 #define __launch_bounds__(...)
 #define __grid_constant__
 // Blocks run one at a time, so static shared memory may be static. Kernels in clusters use only
@@ -106,7 +108,10 @@ struct dim3 {
   explicit dim3(unsigned x_) : x(x_) {}
 };
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeIgnore = 0,
+  cudaLaunchAttributeClusterDimension = 4,
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
@@ -164,3 +169,5 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   attributes->ptxVersion = simt::device(simt::current_device()).compute_capability;
   return cudaSuccess;
 }
+
+// NOLINTEND(bugprone-reserved-identifier)

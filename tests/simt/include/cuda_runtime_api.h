@@ -6,6 +6,8 @@
 
 #include "simt.h"
 
+// NOLINTBEGIN(bugprone-reserved-identifier): CUDA's names
+
 #define __global__
 #define __device__
 #define __host__
@@ -65,3 +67,5 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes, 
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+// NOLINTEND(bugprone-reserved-identifier)
