@@ -71,6 +71,8 @@ ARMS = {
     "lr-published": Arm(revise="published"),
     "kd-ce0.3": Arm(ce_weight=0.3),
     "kd-ce1": Arm(ce_weight=1.0),
+    "ds-ce1": Arm(ce_weight=1.0, deny="ds"),
+    "lr+ds-ce1": Arm(ce_weight=1.0, revise="one", deny="ds"),
     "alone": Arm(ce_weight=1.0, kd_weight=0.0),
 }
 
@@ -275,7 +277,8 @@ class Pair:
         self.wrong = self.view_logits[VIEWS].argmax(1) != self.labels
 
     def checkpoint(self, arm: Arm) -> Path:
-        return self.cache / f"student_{self.regime}_{self.teacher}_{self.student}_{arm.revise}.pt"
+        weight = "" if arm.ce_weight == CE_WEIGHT else f"_ce{arm.ce_weight:g}"
+        return self.cache / f"student_{self.regime}_{self.teacher}_{self.student}_{arm.revise}{weight}.pt"
 
     def teacher_logits(self, arm: Arm, view: int) -> Tensor:
         """The teacher's logits, already revised where the arm revises at temperature 1."""
@@ -363,7 +366,7 @@ class Pair:
         arm, began = ARMS[name], time.monotonic()
         state, selected = fresh("resnet8", "student", self.teacher, self.student), None
         branch = self.checkpoint(arm)
-        shared = arm == Arm(revise=arm.revise, deny=arm.deny) and arm.revise != "published"
+        shared = arm.revise != "published" and arm.kd_weight == KD_WEIGHT
         if shared and branch.exists():
             state = loaded(branch, state)
         if shared:
@@ -418,8 +421,10 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]]:
     """(regime, teacher, student, arms) in the order of their importance: the first regime's primary comparison, then
-    three pairs of every regime with tuned KD, then these pairs' other arms, then the other pairs."""
-    primary, tuned, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-ce0.3", "kd-ce1"), ("lr-published", "alone")
+    three pairs of every regime with tuned KD and selection on top of it, then these pairs' other arms, then the other
+    pairs."""
+    primary, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("lr-published", "alone")
+    tuned = ("kd-ce0.3", "kd-ce1", "ds-ce1", "lr+ds-ce1")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
     yield from ((regimes[0], *pair, primary) for pair in pairs)
     for arms, part in (

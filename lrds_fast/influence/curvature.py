@@ -26,6 +26,7 @@ from torch import Tensor
 from lrds_fast.influence.eigen import inverse_eigenvalues, psd_eigendecomposition
 from lrds_fast.influence.objective import HessianTerm
 from lrds_fast.influence.options import CurvatureOptions
+from lrds_fast.influence.solve import conjugate_gradients
 from lrds_fast.ranks import Ranks
 
 #: Parameters up to which "exact" factorises the dense Hessian (200 MB, one Cholesky); beyond, it solves by CG.
@@ -273,29 +274,15 @@ class Iterative(Curvature):
         return rows.ranks.sum(total) / rows.total + self.damping * matrix
 
     def solve(self, gradient: Tensor) -> Tensor:
-        solution = torch.zeros_like(gradient)
-        residual = gradient.clone()
-        norm = float(gradient.norm())
-        if norm == 0.0:
-            return solution
-        direction = z = self._preconditioner.solve(residual)
-        inner = float((residual * z).sum())
-        for _ in range(CG_ITERATIONS):
-            product = self.product(direction)
-            step = inner / float((direction * product).sum())
-            solution += step * direction
-            residual -= step * product
-            # Processes that round differently must still take the same number of steps.
-            if self._rows.ranks.agree(float(residual.norm()) <= CG_TOLERANCE * norm):
-                return solution
-            z = self._preconditioner.solve(residual)
-            inner, previous = float((residual * z).sum()), inner
-            direction = z + (inner / previous) * direction
-        raise RuntimeError(
-            f"curvature 'exact': conjugate gradients reached a relative residual of"
-            f" {float(residual.norm()) / norm:.1e} in {CG_ITERATIONS} steps, not {CG_TOLERANCE:.0e}; raise damping (now"
-            f" {self.damping:.3g}) or use curvature='ekfac'"
-        )
+        return conjugate_gradients(
+            lambda matrices: [self.product(matrix) for matrix in matrices],
+            self._preconditioner.solve,
+            [gradient],
+            tolerance=CG_TOLERANCE,
+            iterations=CG_ITERATIONS,
+            ranks=self._rows.ranks,
+            damping=f"{self.damping:.3g}",
+        )[0]
 
     def _no_quadratic(self) -> ValueError:
         return ValueError(

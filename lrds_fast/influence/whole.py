@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.func import functional_call, jvp
 
 from lrds_fast.influence.adapters import Classifier
 from lrds_fast.influence.batches import BatchReader, NumberedBatch
+from lrds_fast.influence.conjugate import WholeHessian
 from lrds_fast.influence.factors import BlockFit, Factors, HessianBatch
 from lrds_fast.influence.flatten import flatten_by_layer, unflatten_by_layer
 from lrds_fast.influence.inputs import check_logits, check_teacher_logits
@@ -20,7 +23,7 @@ from lrds_fast.influence.layers import parameters_of, sample_gradients
 from lrds_fast.influence.logit_scores import LOGIT_SCORERS, LogitScores
 from lrds_fast.influence.mismatch import Agreements
 from lrds_fast.influence.objective import LogitTerms, TrainingObjective
-from lrds_fast.influence.options import HessianOptions
+from lrds_fast.influence.options import BLOCK_CURVATURES, HessianOptions
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName
 from lrds_fast.influence.task import ScoreTask, ShardWriter, TeacherLogits
 from lrds_fast.ranks import Ranks
@@ -61,13 +64,18 @@ def score_layers(task: ScoreTask, factors: Factors | None) -> dict[str, object]:
 def fitted_factors(
     student: Classifier, layers: Sequence[str], train: BatchReader, options: HessianOptions, ranks: Ranks
 ) -> Factors:
-    """The factors of the objective's Hessian over the training samples of all processes."""
+    """The factors of the objective's Hessian over the training samples of all processes: EK-FAC's for "exact"."""
+    curvature = options.curvature
+    if curvature.curvature == "exact":
+        curvature = replace(curvature, curvature="ekfac", choices=BLOCK_CURVATURES)
+    batches = functools.partial(_hessian_batches, train, options, ranks, "factors")
+    return BlockFit(student, batches, layers, curvature, ranks=ranks).factors()
 
-    def batches() -> Iterator[HessianBatch]:
-        for batch in train.share("factors", ranks):
-            yield HessianBatch(batch.start, batch.x, _terms_of(batch, options.objective, options.selected))
 
-    return BlockFit(student, batches, layers, options.curvature, ranks=ranks).factors()
+def _hessian_batches(train: BatchReader, options: HessianOptions, ranks: Ranks, desc: str) -> Iterator[HessianBatch]:
+    """This process's batches with the terms of the objective's Hessian. desc: of the progress bar."""
+    for batch in train.share(desc, ranks):
+        yield HessianBatch(batch.start, batch.x, _terms_of(batch, options.objective, options.selected))
 
 
 def _terms_of(batch: NumberedBatch, objective: TrainingObjective, selected: Tensor | None) -> LogitTerms:
@@ -223,12 +231,16 @@ def _directions(task: ScoreTask, factors: Factors) -> list[dict[str, Tensor]]:
 
     def solved() -> dict[str, Tensor]:
         gradients = _deviations(*_held_out_gradients(task, held_out))
+        if task.options.curvature.curvature == "exact":
+            batches = functools.partial(_hessian_batches, task.train, task.options, task.shards.ranks, "H products")
+            solutions = WholeHessian(task.student, factors, batches, task.shards.ranks).solve(gradients)
+        else:
+            solutions = [
+                unflatten_by_layer(student, factors.solve(flatten_by_layer(student, task.layers, gradient)))
+                for gradient in gradients
+            ]
         return {
-            f"{number}:{name}": tensor
-            for number, gradient in enumerate(gradients)
-            for name, tensor in unflatten_by_layer(
-                student, factors.solve(flatten_by_layer(student, task.layers, gradient))
-            ).items()
+            f"{number}:{name}": tensor for number, solution in enumerate(solutions) for name, tensor in solution.items()
         }
 
     device = next(student.parameters()).device

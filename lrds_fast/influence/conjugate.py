@@ -1,0 +1,95 @@
+"""The Hessian of all layers together, solved by conjugate gradients that EK-FAC preconditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp, vjp
+
+from lrds_fast.influence.adapters import Classifier
+from lrds_fast.influence.factors import Factors, HessianBatch
+from lrds_fast.influence.flatten import flatten_by_layer, unflatten_by_layer
+from lrds_fast.influence.solve import conjugate_gradients
+from lrds_fast.ranks import Ranks
+
+#: The relative residual at which a solution counts as exact, by the dtype of the model's products.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+#: The most iterations, each of which reads the training set once.
+ITERATIONS = 300
+
+
+class WholeHessian:
+    """H = 1/N sum_i J_i^T (sum_t w_it J(softmax(z_i / T_t))) J_i + damping, over all parameters of several layers.
+
+    J_i is the Jacobian of sample i's logits in the parameters. This is the Gauss-Newton form of the objective's
+    Hessian, with the products between layers that K-FAC and EK-FAC leave out. It is never formed: a product with it
+    takes a forward-mode and a backward pass over the training set. factors: EK-FAC's, of the same layers; their damping
+    is H's, their inverse the preconditioner. batches: this process's, called for every pass.
+    """
+
+    def __init__(
+        self, classifier: Classifier, factors: Factors, batches: Callable[[], Iterator[HessianBatch]], ranks: Ranks
+    ) -> None:
+        self._classifier, self._factors, self._batches, self._ranks = classifier, factors, batches, ranks
+        self._layers = factors.layers
+        self._model = classifier.module
+
+    def solve(self, gradients: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """H^-1 g for each gradient, by parameter name in the parameters' shapes and dtypes.
+
+        Raises RuntimeError where ITERATIONS do not reach the tolerance.
+        """
+        flat = [self._joined(flatten_by_layer(self._model, self._layers, gradient)) for gradient in gradients]
+        dtype = next(self._model.parameters()).dtype
+        solutions = conjugate_gradients(
+            self._products,
+            lambda vector: self._joined(self._factors.solve(self._by_layer(vector))),
+            [vector.double() for vector in flat],
+            tolerance=TOLERANCE.get(dtype, TOLERANCE[torch.float32]),
+            iterations=ITERATIONS,
+            ranks=self._ranks,
+            damping=f"{min(self._factors.damping.values()):.3g} to {max(self._factors.damping.values()):.3g}",
+        )
+        return [unflatten_by_layer(self._model, self._by_layer(vector)) for vector in solutions]
+
+    def _joined(self, by_layer: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([by_layer[name].flatten() for name in self._layers])
+
+    def _by_layer(self, vector: Tensor) -> dict[str, Tensor]:
+        sizes = [self._factors.inverse(name).numel() for name in self._layers]
+        return dict(zip(self._layers, vector.split(sizes), strict=True))
+
+    def _products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v for each vector (P,), float64; one pass over the samples."""
+        directions = [unflatten_by_layer(self._model, self._by_layer(vector)) for vector in vectors]
+        totals = [torch.zeros_like(vector) for vector in vectors]
+        count = torch.zeros((), dtype=torch.float64, device=vectors[0].device)
+        parameters = {name: p.detach() for name, p in self._model.named_parameters() if name in directions[0]}
+        for batch in self._batches():
+            count += len(batch.x)
+
+            def logits_of(moved: dict[str, Tensor], x: Tensor = batch.x) -> Tensor:
+                return self._classifier.read(functional_call(self._model, moved, (x,)), len(x))
+
+            logits, pull_back = vjp(logits_of, parameters)
+            terms = [
+                (weight[:, None], torch.softmax(logits / temperature, dim=1))
+                for weight, temperature in batch.terms(logits)
+            ]
+            for total, direction in zip(totals, directions, strict=True):
+                with torch.no_grad():
+                    moved = jvp(logits_of, (parameters,), (direction,))[1]
+                    curved = torch.zeros_like(moved)
+                    for weight, p in terms:
+                        curved += weight * p * (moved - torch.linalg.vecdot(p, moved)[:, None])
+                (gradient,) = pull_back(curved)
+                total += self._joined(flatten_by_layer(self._model, self._layers, gradient))
+        self._ranks.sum(count)
+        damping = self._joined(
+            {name: torch.full_like(self._factors.inverse(name), self._factors.damping[name]) for name in self._layers}
+        )
+        return [
+            self._ranks.sum(total) / count + damping * vector for total, vector in zip(totals, vectors, strict=True)
+        ]
