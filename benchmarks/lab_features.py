@@ -164,17 +164,20 @@ class Regime:
 FEW: dict[str, Any] = {"rows": 2700, "held": 300, "epochs": 24}
 REGIMES = {
     "foreign": Regime(
-        "few samples, teacher of others, a quarter of its answers for another sample", "other", foreign=0.25, **FEW
+        "few samples, teacher trained on others, a quarter of its answers exchanged between samples",
+        "other",
+        foreign=0.25,
+        **FEW,
     ),
     "unseen": Regime("teacher trained on other samples without 25 of the classes", "unseen"),
     "overconfident": Regime("teacher trained on other samples, its logits times 3", "other", scale=3.0),
     "noise": Regime("teacher trained on other samples with 30% wrong labels", "noise"),
     "few": Regime("few samples, teacher trained on others", "other", **FEW),
-    "few_short": Regime("the same, a third as long", "other", **FEW | {"epochs": 8}),
+    "few_short": Regime("few, with a third of the epochs", "other", **FEW | {"epochs": 8}),
     "other": Regime("teacher trained on other samples", "other"),
-    "other_long": Regime("the same, three times as long", "other", epochs=36),
-    "own": Regime("teacher trained on the student's samples, among others", "own"),
-    "good": Regime("few samples, teacher trained on all", "good", **FEW),
+    "other_long": Regime("other, with three times the epochs", "other", epochs=36),
+    "own": Regime("teacher trained on the student's and other samples", "own"),
+    "good": Regime("few samples, teacher trained on all samples", "good", **FEW),
 }
 
 
