@@ -102,7 +102,7 @@ def page(text: str) -> str:
     """All tables of a stored CSV; differences are to plain KD."""
     runs = runs_of(text)
     baseline = next((run.recipe.name for run in runs if run.recipe.name.endswith("/kd")), None)
-    body = markdown_report(runs, title="CIFAR-100, distilled", baseline=baseline)
+    body = markdown_report(runs, title="CIFAR-100 distillation runs", baseline=baseline)
     return f"{body}\n{origin(text)} Every epoch: [cifar100.csv](../../benchmarks/results/cifar100.csv).\n"
 
 
