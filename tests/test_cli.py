@@ -173,7 +173,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_runs_survive_closed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a daemon."""
+    """Training works when stdout and stderr are closed, as in a daemon."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert cli.main(["train", "digits_alone", *SMALL]) == cli.OK
@@ -301,7 +301,7 @@ def test_doctor_reports_the_cpu_level_of_the_kernels(level: str, monkeypatch: py
 
 
 def test_help_and_usage_errors_do_not_import_torch() -> None:
-    """Help, recipes, doctor and mistakes: also where torch, NumPy and the extension cannot be imported."""
+    """Help, recipes, doctor and usage errors work where torch, NumPy and the extension cannot be imported."""
     code = """
 import sys
 for name in ("torch", "numpy", "lrds_fast._C"):
