@@ -273,7 +273,7 @@ def problem_of(pictures: Pictures, regime: Regime, seed: int, cache: Path) -> Pr
 
 
 def first_suite() -> list[Arm]:
-    """The arms that were planned."""
+    """The planned arms."""
     lr1, published = Revision(), Revision(at=None)
     arms = [Arm("alone", ce=1.0, kd=0.0)]
     arms += [Arm(f"lrT_{eta:g}", revision=replace(published, eta=eta)) for eta in (0.5, 0.8, 0.95)]
@@ -304,7 +304,7 @@ def first_suite() -> list[Arm]:
 
 
 def baselines() -> list[Arm]:
-    """Plain KD with each cross-entropy weight of the tuning."""
+    """Plain KD with each of CE_WEIGHTS."""
     return [Arm(kd_name(ce), ce=ce) for ce in CE_WEIGHTS]
 
 
@@ -425,7 +425,7 @@ def run_seed(problem: Problem, regime: str, arms: Sequence[Arm], path: Path, com
 
 
 def seeds_of(text: str) -> list[int]:
-    """ "0-9" or "3"."""
+    """The seeds of a range "0-9" or of one number "3"."""
     first, _, last = text.partition("-")
     return list(range(int(first), int(last or first) + 1))
 

@@ -99,12 +99,12 @@ class Runs:
                 self._rows.setdefault((regime, "tuned"), {})[seed] = self.of(regime, kd_name(ce))[seed]
 
     def regimes(self) -> list[str]:
-        """In the order of REGIMES, those with runs."""
+        """The regimes that have runs, in the order of REGIMES."""
         have = {regime for regime, _ in self._rows}
         return [name for name in REGIMES if name in have] + sorted(have - set(REGIMES))
 
     def arms(self, regime: str | None = None) -> list[str]:
-        """In the order in which they first appear."""
+        """The arms in the order of their first rows."""
         return list(dict.fromkeys(arm for where, arm in self._rows if regime in (None, where)))
 
     def of(self, regime: str, arm: str) -> dict[int, dict[str, float]]:
@@ -157,9 +157,11 @@ def averaged(runs: Runs, arm: str, baseline: str, key: str, regimes: Sequence[st
 def matrix(
     runs: Runs, arms: Sequence[str], baseline: str, key: str, seeds: range = SEARCH, corrected: bool = False
 ) -> str:
-    """Markdown: a row an arm, a column a regime, paired differences to the baseline; first the broken ones' mean.
+    """Markdown: a row an arm, a column a regime, with paired differences to the baseline.
 
-    corrected: bold is what remains of the table's cells after Holm's correction.
+    The first column has their mean over the broken regimes.
+
+    corrected: bold marks the cells that are significant after Holm's correction for the whole table.
     """
     digits = 3 if key == "nll" else 2
     regimes = [regime for regime in runs.regimes() if runs.mean(regime, baseline, key, seeds).n]
@@ -199,7 +201,7 @@ def plot(runs: Runs, regime: str, path: Path, seeds: range = SEARCH) -> None:
 
 
 def regime_table(runs: Runs, seeds: range = SEARCH) -> str:
-    """What the regimes are: how often their teachers are wrong on the student's samples, how far KD gets."""
+    """Markdown: a row a regime, with its data, the share of wrong teacher rows, and accuracies of the baselines."""
     header = [
         "regime",
         "teacher and student",
