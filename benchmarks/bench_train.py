@@ -47,7 +47,7 @@ from benchmarks.program import parse_suite, say, suite_parser
 from benchmarks.tables import Row, facts, markdown_table, origin, processor_details, write_csv
 from benchmarks.timing import quiet_stderr
 from benchmarks.train_loaders import Loader
-from benchmarks.train_readers import shown
+from benchmarks.train_readers import formatted
 from benchmarks.train_steps import Arm, Case, Contender
 
 CIFAR = Objective()
@@ -389,18 +389,18 @@ def speed_table(rows: list[Row], unit: str) -> list[str]:
     header = ["arm", "settings", "teacher", "loader", unit, "vs baseline", "vs tuned", "of its ceiling"]
     body = []
     for row in rows:
-        spread = f" ({shown(row['vs_low'], '.2f')} to {shown(row['vs_high'], '.2f')})"
+        spread = f" ({formatted(row['vs_low'], '.2f')} to {formatted(row['vs_high'], '.2f')})"
         cells = [
             row["arm"],
             row["settings"],
             row["teacher"],
             row["loader"] if row["loader"] == "synthetic" else f"{row['loader']}: {row['pictures']}",
-            shown(row["images_s"], ".4g"),
-            shown(row["vs_baseline"], ".2f") + ("x" + spread if row["vs_baseline"] not in ("", None) else ""),
-            shown(row["vs_tuned"], ".2f") + ("x" if row["vs_tuned"] not in ("", None) else ""),
-            shown(row["ceiling"], ".0%"),
-            shown(row["checked"], ".0e"),
-            shown(row["update_error"], ".0e") if float(row["update_error"]) > 0 else "",
+            formatted(row["images_s"], ".4g"),
+            formatted(row["vs_baseline"], ".2f") + ("x" + spread if row["vs_baseline"] not in ("", None) else ""),
+            formatted(row["vs_tuned"], ".2f") + ("x" if row["vs_tuned"] not in ("", None) else ""),
+            formatted(row["ceiling"], ".0%"),
+            formatted(row["checked"], ".0e"),
+            formatted(row["update_error"], ".0e") if float(row["update_error"]) > 0 else "",
         ]
         body.append(cells)
     return markdown_table([*header, "checked", "update error"], body)
@@ -408,7 +408,7 @@ def speed_table(rows: list[Row], unit: str) -> list[str]:
 
 def share_table(rows: list[Row]) -> list[str]:
     names = [*steps.REGIONS, "other", "idle"]
-    body = [[row["arm"], row["loader"], *(shown(row[f"share_{name}"], ".1%") for name in names)] for row in rows]
+    body = [[row["arm"], row["loader"], *(formatted(row[f"share_{name}"], ".1%") for name in names)] for row in rows]
     return markdown_table(["share of the time: arm", "loader", *names], body)
 
 
@@ -446,7 +446,7 @@ def run_cases(
         for row in rows:
             say(
                 f"{case}, batch {plan.batch}: {row['arm']}, {row['loader']}: {row['images_s']:.4g} images/s,"
-                f" {shown(row['vs_baseline'], '.2f', '-')} x baseline, loss {row['share_loss']:.2%}"
+                f" {formatted(row['vs_baseline'], '.2f', '-')} x baseline, loss {row['share_loss']:.2%}"
             )
         yield rows
 

@@ -1,9 +1,9 @@
-"""The CIFAR-100 runs that are kept: from folders to results/cifar100.csv, from that to their page and README.md.
+"""Stores CIFAR-100 runs in results/cifar100.csv and writes their page and README.md's table from that file.
 
     python -m benchmarks.cifar100_runs collect RUN... --command "lrds-fast sweep ..."
     python -m benchmarks.cifar100_runs page
 
-A row of the CSV is an epoch of a run, as its log has it: the table can be made again, and so can any other.
+A row of the CSV has the log of one epoch of a run, so the tables can be computed again from the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "cifar100.csv"
 PAGE = ROOT / "docs" / "benchmarks" / "cifar100.md"
 BEGIN, END = "<!-- cifar100:begin -->", "<!-- cifar100:end -->"
-#: Facts of a run, and what its log has of an epoch; what a run has not is empty.
+#: Columns: facts about a run, and values of an epoch from its log. A cell is empty where a run has no such value.
 FACTS = ("name", "seed", "epochs", "device", "torch", "commit", "command")
 LOGGED = (
     "epoch",
@@ -52,7 +52,7 @@ LOGGED = (
 
 
 def rows_of(runs: list[Run], commit: str, command: str) -> list[dict[str, Any]]:
-    """A row per epoch. ValueError for a run that has not all of its epochs."""
+    """A row per epoch. ValueError for a run that lacks epochs."""
     rows = []
     for run in runs:
         epochs = run.recipe.schedule.epochs
@@ -72,7 +72,7 @@ def rows_of(runs: list[Run], commit: str, command: str) -> list[dict[str, Any]]:
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
-    """The rows with a header."""
+    """The rows as CSV, with a header."""
     return csv_text([*FACTS, *LOGGED], rows)
 
 
@@ -88,7 +88,7 @@ def runs_of(text: str) -> list[Run]:
 
 
 def origin(text: str) -> str:
-    """Where the runs of a stored CSV come from."""
+    """One line that says where and how the runs of a stored CSV were made."""
     rows = list(csv.DictReader(io.StringIO(text)))
     lengths = {(row["epochs"], "student" if row["name"].count("/") == 2 else "alone") for row in rows}
     taught = " or ".join(sorted(epochs for epochs, kind in lengths if kind == "student"))
@@ -102,12 +102,12 @@ def page(text: str) -> str:
     """All tables of a stored CSV; differences are to plain KD."""
     runs = runs_of(text)
     baseline = next((run.recipe.name for run in runs if run.recipe.name.endswith("/kd")), None)
-    body = markdown_report(runs, title="CIFAR-100, distilled", baseline=baseline)
+    body = markdown_report(runs, title="CIFAR-100 distillation runs", baseline=baseline)
     return f"{body}\n{origin(text)} Every epoch: [cifar100.csv](../../benchmarks/results/cifar100.csv).\n"
 
 
 def readme_with(readme: str, text: str) -> str:
-    """README.md with the table as papers print it between its marks."""
+    """README.md with the table in the layout of papers between its marks."""
     tables = "\n".join(paper.markdown(table) for table in paper.paper_tables(runs_of(text)))
     block = f"{BEGIN}\n{tables}\n{origin(text)}\n{END}"
     replaced, count = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, readme, flags=re.DOTALL)
@@ -121,8 +121,8 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     collect = actions.add_parser("collect", help="run folders into results/cifar100.csv")
     collect.add_argument("runs", type=Path, nargs="+")
-    collect.add_argument("--command", required=True, help="what the runs were made with")
-    collect.add_argument("--commit", help="what they were made by (default: this checkout's)")
+    collect.add_argument("--command", required=True, help="the command that made the runs")
+    collect.add_argument("--commit", help="the commit that made the runs (default: that of this checkout)")
     actions.add_parser("page", help="the page and README.md's section, from results/cifar100.csv")
     options = parser.parse_args()
     if options.action == "collect":

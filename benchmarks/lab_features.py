@@ -164,17 +164,20 @@ class Regime:
 FEW: dict[str, Any] = {"rows": 2700, "held": 300, "epochs": 24}
 REGIMES = {
     "foreign": Regime(
-        "few samples, teacher of others, a quarter of its answers for another sample", "other", foreign=0.25, **FEW
+        "few samples, teacher trained on others, a quarter of its answers exchanged between samples",
+        "other",
+        foreign=0.25,
+        **FEW,
     ),
     "unseen": Regime("teacher trained on other samples without 25 of the classes", "unseen"),
     "overconfident": Regime("teacher trained on other samples, its logits times 3", "other", scale=3.0),
     "noise": Regime("teacher trained on other samples with 30% wrong labels", "noise"),
     "few": Regime("few samples, teacher trained on others", "other", **FEW),
-    "few_short": Regime("the same, a third as long", "other", **FEW | {"epochs": 8}),
+    "few_short": Regime("few, with a third of the epochs", "other", **FEW | {"epochs": 8}),
     "other": Regime("teacher trained on other samples", "other"),
-    "other_long": Regime("the same, three times as long", "other", epochs=36),
-    "own": Regime("teacher trained on the student's samples, among others", "own"),
-    "good": Regime("few samples, teacher trained on all", "good", **FEW),
+    "other_long": Regime("other, with three times the epochs", "other", epochs=36),
+    "own": Regime("teacher trained on the student's and other samples", "own"),
+    "good": Regime("few samples, teacher trained on all samples", "good", **FEW),
 }
 
 
@@ -270,7 +273,7 @@ def problem_of(pictures: Pictures, regime: Regime, seed: int, cache: Path) -> Pr
 
 
 def first_suite() -> list[Arm]:
-    """The arms that were planned."""
+    """The planned arms."""
     lr1, published = Revision(), Revision(at=None)
     arms = [Arm("alone", ce=1.0, kd=0.0)]
     arms += [Arm(f"lrT_{eta:g}", revision=replace(published, eta=eta)) for eta in (0.5, 0.8, 0.95)]
@@ -301,7 +304,7 @@ def first_suite() -> list[Arm]:
 
 
 def baselines() -> list[Arm]:
-    """Plain KD with each cross-entropy weight of the tuning."""
+    """Plain KD with each of CE_WEIGHTS."""
     return [Arm(kd_name(ce), ce=ce) for ce in CE_WEIGHTS]
 
 
@@ -422,7 +425,7 @@ def run_seed(problem: Problem, regime: str, arms: Sequence[Arm], path: Path, com
 
 
 def seeds_of(text: str) -> list[int]:
-    """ "0-9" or "3"."""
+    """The seeds of a range "0-9" or of one number "3"."""
     first, _, last = text.partition("-")
     return list(range(int(first), int(last or first) + 1))
 

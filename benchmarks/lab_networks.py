@@ -206,8 +206,10 @@ def loaded(path: Path, state: Trained) -> Trained:
 
 
 def teacher_labels(regime: str, teacher: int, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which samples the teacher is trained on, (N,) bool, and the labels that it is trained with; labels (N,): the true
-    ones."""
+    """The samples that the teacher is trained on, (N,) bool, and the labels that it is trained with, (N,).
+
+    labels: the true labels, (N,).
+    """
     random = generator("regime", regime, teacher)
     keep = torch.ones(len(labels), dtype=torch.bool)
     if regime == "unseen":
@@ -537,7 +539,10 @@ def forest(results: Mapping[str, Results], key: str) -> Any:
 def section(rows: Sequence[dict[str, str]]) -> str:
     """The results as Markdown."""
     results = {regime: results_of(rows, regime) for regime in REGIMES}
-    places = sorted({f"{row['cpu']}, {row['precision']}, torch {row['torch']}, commit {row['commit']}" for row in rows})
+    commits: dict[str, set[str]] = {}
+    for row in rows:
+        commits.setdefault(f"{row['cpu']}, {row['precision']}, torch {row['torch']}", set()).add(row["commit"])
+    places = [f"{place}, commits {', '.join(sorted(names))}" for place, names in sorted(commits.items())]
     parts = ["## On convolutional networks: the results", "\n".join(registered(results))]
     for regime, of_regime in results.items():
         if of_regime:
@@ -548,12 +553,15 @@ def section(rows: Sequence[dict[str, str]]) -> str:
             )
             parts += [
                 f"### {regime}",
-                f"The teachers are right on {accuracy:.1f}% of the test pictures and wrong on {wrong:.1%} of the"
-                " students'.",
+                f"The teachers are right on {accuracy:.1f}% of the test pictures. They are wrong on {wrong:.1%} of the"
+                " pictures that the students are trained on.",
                 table(of_regime),
             ]
     parts += [f"![Paired differences: {name}](method_networks_{name}.svg)" for name in ("acc", "nll")]
-    parts.append(f"± is the half-width of a 95% t interval over pairs, bold where it excludes 0. {'; '.join(places)}.")
+    parts.append(
+        "± is the half-width of a 95% t interval over pairs, which is bold if it excludes 0. A dash marks a comparison"
+        f" that has no finished pair. {'; '.join(places)}."
+    )
     return "\n\n".join(parts)
 
 

@@ -99,12 +99,12 @@ class Runs:
                 self._rows.setdefault((regime, "tuned"), {})[seed] = self.of(regime, kd_name(ce))[seed]
 
     def regimes(self) -> list[str]:
-        """In the order of REGIMES, those with runs."""
+        """The regimes that have runs, in the order of REGIMES."""
         have = {regime for regime, _ in self._rows}
         return [name for name in REGIMES if name in have] + sorted(have - set(REGIMES))
 
     def arms(self, regime: str | None = None) -> list[str]:
-        """In the order in which they first appear."""
+        """The arms in the order of their first rows."""
         return list(dict.fromkeys(arm for where, arm in self._rows if regime in (None, where)))
 
     def of(self, regime: str, arm: str) -> dict[int, dict[str, float]]:
@@ -157,9 +157,11 @@ def averaged(runs: Runs, arm: str, baseline: str, key: str, regimes: Sequence[st
 def matrix(
     runs: Runs, arms: Sequence[str], baseline: str, key: str, seeds: range = SEARCH, corrected: bool = False
 ) -> str:
-    """Markdown: a row an arm, a column a regime, paired differences to the baseline; first the broken ones' mean.
+    """Markdown: a row an arm, a column a regime, with paired differences to the baseline.
 
-    corrected: bold is what remains of the table's cells after Holm's correction.
+    The first column has their mean over the broken regimes.
+
+    corrected: bold marks the cells that are significant after Holm's correction for the whole table.
     """
     digits = 3 if key == "nll" else 2
     regimes = [regime for regime in runs.regimes() if runs.mean(regime, baseline, key, seeds).n]
@@ -199,7 +201,7 @@ def plot(runs: Runs, regime: str, path: Path, seeds: range = SEARCH) -> None:
 
 
 def regime_table(runs: Runs, seeds: range = SEARCH) -> str:
-    """What the regimes are: how often their teachers are wrong on the student's samples, how far KD gets."""
+    """Markdown: a row a regime, with its data, the share of wrong teacher rows, and accuracies of the baselines."""
     header = [
         "regime",
         "teacher and student",
@@ -254,23 +256,31 @@ def section(runs: Runs) -> str:
 
 INTRODUCTION = """## On frozen features
 
-{count} paired trainings ([the runs](../../benchmarks/results/method_features.csv), `benchmarks/lab_features.py`):
-students are MLPs on frozen features of CIFAR-100, teachers larger MLPs on richer features. Every seed has its own
-split, teacher, initial weights and order, which all arms of the seed share. Differences are paired over seeds; ± is
-the half-width of a 95% t interval, bold where it excludes 0, (n) where a cell has fewer than ten seeds. {cells} cells
-have an interval. One in twenty would exclude 0 by chance; therefore the arms chosen here were run again on seeds on
-which nothing was chosen (Confirmation). Such runs rank ideas cheaply and prove nothing for deep networks.
+These are {count} paired trainings ([the runs](../../benchmarks/results/method_features.csv),
+`benchmarks/lab_features.py`). The students are MLPs on frozen features of CIFAR-100; the teachers are larger MLPs on
+richer features. All arms of a seed share the split, the teacher, the initial weights and the order of the samples, and
+differences are paired over seeds. ± is the half-width of a 95% t interval, which is bold if it excludes 0; (n) is the
+number of seeds where there are fewer than ten. {cells} differences have an interval, and by chance one in twenty
+excludes 0. Therefore the arms chosen here were run again on seeds on which nothing was chosen (Confirmation). Such
+runs rank ideas cheaply and prove nothing for deep networks.
 
-Plain KD: T 4, cross-entropy weight 0.1, divergence 0.9. kd_ceX: cross-entropy weight X. tuned: the weight of 0.1, 0.3,
-1, 3 with the lowest NLL on the held-out slice, for each seed; tuned+: on top of it. lrT_E: label revision as published,
-at the divergence's T, eta E; lr1_E: at T = 1. zN: the teacher is denied where kd_gain lies above N standard errors;
-zNcap: to at most 10% of the samples. below0: denied where kd_gain >= 0. ratioR: the share R with the lowest kd_gain
-keeps the teacher. random_X: as many samples as X keeps, at random. uX: cross-entropy weight of the denied (1 in arms
-without u; uce: unchanged). The others are under Variants. Scores: EK-FAC of the last layer after a third of the
-epochs, errors over 10 folds of the held-out slice."""
-CONFIRMATION = """Seeds from 100 on, on which nothing was chosen. The arms were fixed before these runs, except
-robust_late, which was written after robust had lost in few_short on these seeds too. Bold here: 0 is excluded after
-Holm's correction for all cells of the table."""
+| arm | what it is |
+|---|---|
+| kd | plain KD: T = 4, ce_weight 0.1, kd_weight 0.9; kd_ceX has ce_weight X; alone has no teacher |
+| tuned, tuned+X | KD, and X, with the ce_weight of 0.1, 0.3, 1 and 3 with which KD has the lowest held-out NLL |
+| lrT_E, lr1_E | label revision with eta E: as published, at the divergence's T; at T = 1 |
+| zN, zNcap | deny the teacher where kd_gain exceeds N standard errors; zNcap to at most 10% of the samples |
+| below0 | deny it where kd_gain >= 0 |
+| ratioR | keep it for the share R with the lowest kd_gain |
+| teacher_lossR | keep it for the share R with the lowest cross-entropy of the teacher |
+| random_X | keep it for as many random samples as X does |
+| X_uW, X_uce | X with ce_weight W for denied samples (instead of 1); with the same ce_weight for all samples |
+
+The other arms are under Variants. Samples are scored after a third of the epochs, with EK-FAC of the last layer; the
+standard errors come from 10 folds of the held-out samples."""
+CONFIRMATION = """These are seeds from 100 on, on which nothing was chosen. The arms were fixed before these runs,
+except robust_late, which was written after robust had also lost in few_short on these seeds. Here a difference is bold
+if it is significant at 5% after Holm's correction for all cells of the table."""
 
 
 def page_with(page: str, runs: Runs) -> str:

@@ -1,12 +1,12 @@
-"""Students of the laboratory (lab_features.py): what an arm is, how its objective is made, many MLPs trained at once.
+"""The students of lab_features.py: definitions of arms and their objectives, and training of many MLPs at once.
 
-Every arm is, in the end, three tensors: a cross-entropy weight and a divergence weight a sample, c and k, and the
-teacher's distribution p' at temperature T. The gradient of sample i in its logits z is
+Each arm is defined by three tensors: for each sample a cross-entropy weight c, a divergence weight k, and the teacher's
+distribution p' at temperature T. The gradient of sample i by its logits z is
 
     c_i (softmax(z) - e_y) + k_i T (softmax(z / T) - p'_i).
 
-Selections follow scores of the last layer, as the library makes them: EK-FAC, its H fitted once, one direction for each
-fold of the held-out slice; a score's standard error is that of the mean over the folds.
+Selections use scores of the last layer, computed as in the library: H is EK-FAC and fitted once, and each fold of the
+held-out slice has its direction. The standard error of a score is that of its mean over the folds.
 """
 
 from __future__ import annotations
@@ -90,19 +90,21 @@ def revised_logits(v: Tensor, y: Tensor, revision: Revision | None, temperature:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which samples keep the teacher.
+    """The rule by which samples keep the teacher.
 
-    by: "threshold": gain < value. "confidence": all but gain > value standard errors. "ratio": that share, lowest gain
-    first. "random": as many as `like` keeps. "teacher_correct". "teacher_loss": that share, lowest cross-entropy of the
-    teacher first. "divergence": that share, lowest divergence of student and teacher first; "outlier": all but those
-    whose divergence lies more than `value` robust standard deviations above the median. "soft": everyone, weighted by
-    the probability that the true gain is below 0 (`shrunk`); "soft_z": by that of a normal variable below
-    value - gain / error. "agreement": that share, highest correlation of student's and teacher's logits first;
-    "match": all but those whose answer is more likely another sample's (`mismatch`); "match_soft": everyone, weighted
-    by the probability that it is not. "robust": those whom "match" and "outlier" keep. "oracle": all whose answer was
-    not corrupted.
-    cap: the largest share that is denied, worst first; per_class: of each class by itself. ranked: "gain" or "z", what
-    ratio and cap call worst.
+    by: the samples that keep it.
+        "threshold": gain < value. "confidence": gain <= value standard errors. "ratio": the share `value` with the
+        lowest gain. "random": as many random samples as `like` keeps. "teacher_correct": the teacher is right.
+        "teacher_loss": the share `value` with the lowest cross-entropy of the teacher. "divergence": the share `value`
+        with the lowest divergence of student and teacher. "outlier": the divergence is at most `value` robust standard
+        deviations above its median. "agreement": the share `value` with the highest correlation of student's and
+        teacher's logits. "match": the answer is not more likely another sample's (`mismatch`). "robust": both "match"
+        and "outlier" keep the sample. "oracle": the answer was not corrupted.
+        Weights for all samples: "soft": the probability that the true gain is below 0 (`shrunk`). "soft_z": the
+        probability that a standard normal variable is below value - gain / error. "match_soft": the probability that
+        the answer is the sample's own.
+    cap: the largest share that is denied, the worst samples first; per_class: of each class. ranked: "gain" or "z",
+    the order in which ratio and cap deny samples.
     """
 
     by: str
@@ -206,14 +208,15 @@ def kept(selection: Selection, scored: Scored) -> Tensor:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train a student; cross-entropy weights by row.
+    """A way to train a student.
 
-    ce: of rows with the teacher; None: that of CE_WEIGHTS with which plain KD has the lowest NLL on the held-out slice.
-    unselected: of the denied; None: `ce`. ce_wrong: of rows where the teacher is wrong. keeps_teacher: the denied keep
-    the teacher as well, only their cross-entropy weight changes.
-    rescored: scored a second time after two thirds of the epochs; late: for the first time. score_ce: in the objective
-    of the scores, where that is not the trained one. folds: of the standard error. on_training: the training samples
-    are the held-out slice, for each sample the folds that it is not in.
+    Cross-entropy weights: ce for rows with the teacher (None: the one of CE_WEIGHTS with which plain KD has the lowest
+    NLL on the held-out slice); unselected for denied rows (None: `ce`); ce_wrong for rows where the teacher is wrong
+    (None: `ce`); score_ce in the objective of the scores (None: that of training).
+    keeps_teacher: denied rows keep the teacher, and only their cross-entropy weight changes. rescored: samples are
+    scored again after two thirds of the epochs. late: they are scored for the first time then. folds: the number of
+    folds for the standard error. on_training: the training samples replace the held-out slice; for each sample, the
+    folds that do not contain it.
     """
 
     name: str
@@ -272,7 +275,7 @@ class Problem:
 class Training:
     """How students are trained: an MLP, AdamW, a cosine schedule.
 
-    Adam's steps do not grow with the loss, so that a larger weight of a term is no larger learning rate.
+    Adam's steps do not grow with the loss, so a larger weight of a term does not act as a larger learning rate.
     """
 
     hidden: int = 64

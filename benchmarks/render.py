@@ -99,12 +99,14 @@ def page_kd_loss(rows: list[Row], stem: str, out: Path) -> str:
     plot_kd_loss(rows, plot)
     return (
         f"# kd_loss, forward + backward: {rows[0]['device']}\n\n"
-        "Every contender was checked against the float64 reference before it was timed. Contenders took turns\n"
-        "within each round, and a cell is a median over rounds. vs X: the median of X's time over kd_loss's in the\n"
-        "same round. % of triad: the bytes a second that must move (read student, read teacher of selected rows,\n"
-        "write gradient) over those of the triad a = b + s * c in the same run. Other divergences are compared\n"
-        "with the same loss in PyTorch ops, lrds_fast.reference. Peak memory: the most that the allocator held\n"
-        "beyond the inputs.\n\n"
+        "Every contender was checked against the float64 reference before it was timed. In each round, the contenders\n"
+        "run in turns; a cell is a median over rounds.\n\n"
+        "- vs X: the time of X divided by the time of kd_loss in the same round. eager: the loss as the field writes\n"
+        "  it in PyTorch; lean: with as few PyTorch ops as possible; compile: eager under torch.compile.\n"
+        "- % of triad: the bytes that kd_loss must move (read the student and the teacher of selected rows, write\n"
+        "  the gradient), divided by its time and by the bandwidth of the triad a = b + s * c in the same run.\n"
+        "- peak MiB: the most memory that the allocator held beyond the inputs; in parentheses that of eager.\n\n"
+        "For divergences other than KL, eager and compile are lrds_fast.reference.\n\n"
         f"![speed-up and percent of the triad's bandwidth by shape]({plot.name})\n\n{table(rows)}\n"
     )
 
@@ -112,19 +114,21 @@ def page_kd_loss(rows: list[Row], stem: str, out: Path) -> str:
 def page_linear_kd_loss(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# linear_kd_loss, forward + backward: {rows[0]['device']}\n\n"
-        "Every contender was checked against the float64 reference before it was timed. Contenders took turns within\n"
-        "each round. Peak: memory above what was in use before the call, the gradients included. Liger's losses do\n"
-        f"not revise labels.\n\n{bench_linear_kd_loss.table(rows)}\n"
+        "Every contender was checked against the float64 reference before it was timed. In each round, the contenders\n"
+        "run in turns. chunk: the rows whose logits are in memory at the same time. peak MiB: memory beyond what was\n"
+        "in use before the call; it includes the gradients. Liger's losses do not revise labels.\n\n"
+        f"{bench_linear_kd_loss.table(rows)}\n"
     )
 
 
 def page_bandwidth(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# kd_loss, forward + backward, against memory bandwidth: {rows[0]['device']}\n\n"
-        "% of triad: the bytes a second that must move (read student, read teacher, write gradient) over those of\n"
-        "the triad a = b + s * c in the same round. memory: what the allocator does with the freed gradient of the\n"
-        "step before. If it is returned to the operating system, as glibc does with large blocks, the next\n"
-        "gradient costs page faults. jemalloc and tcmalloc keep it for the next step, and so does glibc with\n"
+        "GB/s: the bytes that kd_loss must move (read student and teacher, write the gradient), divided by its\n"
+        "time. % of triad: these GB/s, divided by those of the triad a = b + s * c in the same round.\n\n"
+        "memory: what the allocator does with the gradient that the previous step freed. `returned`: it returns\n"
+        "large blocks to the operating system, as glibc does by default, and the next gradient costs page faults.\n"
+        "`kept`: it keeps them for the next step, as jemalloc and tcmalloc do, and glibc with\n"
         "`MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647`.\n\n"
         f"{bench_bandwidth.table(rows)}\n"
     )
@@ -133,15 +137,17 @@ def page_bandwidth(rows: list[Row], stem: str, out: Path) -> str:
 def page_influence(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# Influence scores: {rows[0]['device']}\n\n"
-        "Process time of one thread per sample, in the cases with pairs per pair; medians over rounds in which the\n"
-        "contenders take turns. Their results were compared before anything was timed.\n\n"
-        "Cases. self: EK-FAC self-influence of a linear head with 512 inputs, all contenders with kronfluence's\n"
-        "factors. pairs: products of last-layer gradients, 256 queries; captum's are without the bias.\n"
-        "pairs-ekfac: the same under EK-FAC, 64 queries. resnet20: EK-FAC self-influence over all convolutions and\n"
-        "the head.\n\n"
-        "Contenders. ours: from a model and a dataset, forward and backward included, as kronfluence and captum\n"
-        "run. closed form: from features and logits. plain: the closed form in three lines of PyTorch over all\n"
-        "rows at once.\n\n"
+        "Times are the CPU time of one thread per sample, in the cases with pairs per pair: medians over rounds in\n"
+        "which the contenders run in turns. The results of all contenders were compared before they were timed.\n\n"
+        "| case | what is computed |\n"
+        "|---|---|\n"
+        "| self | EK-FAC self-influence of a linear head with 512 inputs; all contenders use kronfluence's factors |\n"
+        "| pairs | products of last-layer gradients with those of 256 queries; captum leaves out the bias |\n"
+        "| pairs-ekfac | the same products under EK-FAC, 64 queries |\n"
+        "| resnet20 | EK-FAC self-influence over all convolutions and the head |\n\n"
+        "ours, kronfluence and captum start from a model and a dataset, so their times include the forward and the\n"
+        "backward pass. closed form starts from features and logits. plain is the closed form in three lines of\n"
+        "PyTorch over all rows at once.\n\n"
         f"{bench_influence.table(rows)}\n"
     )
 
@@ -150,13 +156,15 @@ def page_lds(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# Linear datamodeling score of influence scores: {rows[0]['device']}\n\n"
         f"MLPs are retrained on {rows[0]['halves']} random halves of the training set, with {rows[0]['seeds']} seeds\n"
-        "for each half. LDS: the rank correlation, over the halves, of a query's output after retraining and the\n"
-        "sum of the influences of the half's samples on it; the mean over the queries. The interval comes from\n"
-        "resampling halves and queries. All contenders are compared on the same retrained models, so that the\n"
-        "difference of two contenders is more certain than their intervals are. CPU seconds: from a model and the\n"
-        "data to the scores of all pairs, factors included.\n\n"
-        "digits: scikit-learn's, MLP 64-64-10. cifar: ten classes of CIFAR-100 at 16 x 16, MLP 768-128-10. same\n"
-        "label: the cosine of the inputs, negated if the labels differ.\n\n"
+        "for each half. For one query, the linear datamodeling score (LDS) is the rank correlation, over the halves,\n"
+        "between the query's output after retraining and the sum of the influences of the half's samples on it; the\n"
+        "table shows the mean over the queries. The intervals come from resampling halves and queries. All contenders\n"
+        "are compared on the same retrained models, so the difference of two contenders is more certain than their\n"
+        "intervals suggest. CPU seconds is the time from a model and the data to the scores of all pairs, factors\n"
+        "included.\n\n"
+        "The case digits is an MLP 64-64-10 on scikit-learn's digits, the case cifar an MLP 768-128-10 on ten classes\n"
+        "of CIFAR-100 at 16 x 16 pixels. The baseline `same label` is the cosine of the inputs, negated if the\n"
+        "labels differ.\n\n"
         f"{bench_lds.table(rows)}\n"
     )
 
@@ -164,11 +172,11 @@ def page_lds(rows: list[Row], stem: str, out: Path) -> str:
 def page_influence_scale(rows: list[Row], stem: str, out: Path) -> str:
     return (
         f"# Scores at ImageNet's size: {rows[0]['device']}\n\n"
-        "One call of influence.score with out= computes six scores (kd_gain, self_influence, param_shift,\n"
-        "conflict, el2n, ce) of every sample: forward passes of student and teacher (linear heads on synthetic\n"
-        "features, drawn as they are read), EK-FAC factors over all samples, held-out gradient, Parquet. Peak\n"
-        "memory is that of the process with its libraries. disk meanwhile: the largest size of the run's temporary\n"
-        "files and scores.\n\n"
+        "One call of influence.score(out=...) computes six scores (kd_gain, self_influence, param_shift, conflict,\n"
+        "el2n, ce) of every sample. It runs student and teacher, fits EK-FAC factors to all samples, computes the\n"
+        "held-out gradient and writes Parquet files. Student and teacher are linear heads on synthetic features,\n"
+        "which are generated while they are read. Peak memory includes the interpreter and its libraries. `disk\n"
+        "meanwhile` is the largest size that temporary files and scores had together during the run.\n\n"
         f"{bench_influence_scale.table(rows)}\n"
     )
 
@@ -182,16 +190,21 @@ def page_train(rows: list[Row], stem: str, out: Path) -> str:
         picture = f"![milliseconds an image by arm, in parts]({plot.name})\n\n"
     return (
         f"# A distillation step, teacher included: {rows[0]['device']}\n\n"
-        "baseline: the step as mdistiller writes it, with label revision (float32, NCHW, eager losses, teacher on\n"
-        "every row, torchvision's loaders). tuned: the same in bfloat16, channels_last and torch.compile. ours:\n"
-        "the step of the trainer.\n\n"
-        "checked: the relative distance between the update of one float32 step of ours and the baseline's update\n"
-        "with the same rows masked. update error: the same for the arm as it is timed. bfloat16 alone causes an\n"
-        "error of this size in an untrained network, and a larger one in a deep network without shortcuts. vs\n"
-        "baseline: the median over rounds of the baseline's time over the arm's, with its range; both on prepared\n"
-        "batches, or the baseline on the published loader for arms that load pictures. of its ceiling: images/s\n"
-        "over those of the same arm on prepared batches. Shares are torch.profiler's. Weights are random: the\n"
-        "numbers say nothing about accuracy.\n\n"
+        "There are three kinds of arms:\n\n"
+        "- baseline: the step as mdistiller writes it, with label revision (float32, NCHW, eager losses, teacher on\n"
+        "  every row, torchvision's loaders);\n"
+        "- tuned: the same step in bfloat16 with channels_last and, if the settings say so, torch.compile;\n"
+        "- ours: the trainer's step.\n\n"
+        "The columns:\n\n"
+        "- vs baseline: the time of the baseline divided by the time of the arm, median and range over rounds. Arms\n"
+        "  on synthetic batches are compared with the baseline on synthetic batches, arms that load pictures with\n"
+        "  the baseline on the published loader.\n"
+        "- of its ceiling: images/s, divided by those of the same arm on synthetic batches.\n"
+        "- checked: the relative distance between the weight update of one float32 step of the arm and that of the\n"
+        "  baseline with the same rows masked.\n"
+        "- update error: the same distance for the arm as it is timed. bfloat16 alone causes an error of this size in\n"
+        "  an untrained network, and a larger one in a deep network without shortcuts.\n\n"
+        "The shares come from torch.profiler. All weights are random, so the numbers say nothing about accuracy.\n\n"
         f"{picture}{bench_train.table(rows)}\n"
     )
 

@@ -193,8 +193,8 @@ def compared(
     return rows
 
 
-def shown(value: object, form: str, empty: str = "") -> str:
-    """A number for a table; `empty` if the row has none."""
+def formatted(value: object, form: str, empty: str = "") -> str:
+    """The value as a number in the format `form`; `empty` if the row has no value."""
     return empty if value in ("", None) else format(float(str(value)), form)
 
 
@@ -205,8 +205,12 @@ def table(rows: list[Row]) -> list[str]:
     header = ["pictures", "reader", "images / CPU-s", "vs published, CPU time", "images/s", "levels of 255 off"]
     body = []
     for row in rows:
-        spread = f"({shown(row['vs_low'], '.2f')} to {shown(row['vs_high'], '.2f')})"
-        cells = [f"{row['samples']} {row['pictures']}, {row['case']}", row["loader"], shown(row["images_cpu_s"], ".4g")]
-        cells += [f"{shown(row['vs_published'], '.2f')}x {spread}", shown(row["images_s"], ".4g")]
-        body.append([*cells, shown(row["levels_off"], ".4f")])
+        spread = f"({formatted(row['vs_low'], '.2f')} to {formatted(row['vs_high'], '.2f')})"
+        cells = [
+            f"{row['samples']} {row['pictures']}, {row['case']}",
+            row["loader"],
+            formatted(row["images_cpu_s"], ".4g"),
+        ]
+        cells += [f"{formatted(row['vs_published'], '.2f')}x {spread}", formatted(row["images_s"], ".4g")]
+        body.append([*cells, formatted(row["levels_off"], ".4f")])
     return [f"## Readers, {rows[0]['workers']} worker(s) or thread(s)", "", *markdown_table(header, body), ""]

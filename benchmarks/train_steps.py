@@ -59,7 +59,7 @@ class Arm:
 
     @property
     def teacher(self) -> str:
-        """What the teacher sees, for tables."""
+        """The rows that the teacher runs on, as text for tables."""
         if self.cached:
             return "cached logits"
         if self.selected == 1.0:
@@ -163,7 +163,7 @@ def published_step(
     _: Tensor | None,
 ) -> Step:
     """mdistiller's train_iter with its KD distiller, meters included; label revision and the mask of selected rows are
-    those of benchmarks/baselines.py. The teacher sees every row."""
+    those of benchmarks/baselines.py. The teacher runs on every row."""
     optimizer = torch.optim.SGD(student.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     memory_format = torch.channels_last if arm.channels_last else torch.contiguous_format
     autocast = autocast_factory(arm.amp, device)

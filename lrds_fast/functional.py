@@ -247,11 +247,11 @@ def kd_loss(
     softcap: Softcap = None,
     **unknown: NoReturn,
 ) -> Tensor:
-    """ce_weight * CE(z, y) + kd_weight * D(p', q): label revision and distillation in one pass over the logits.
+    """ce_weight * CE(z, y) + kd_weight * D(p', q): label revision and distillation in one fused kernel.
 
     q = softmax(z / T) is the student, p' the teacher's softmax(v / T) after label revision, and D a divergence
-    (T^2 KL(p' || q) by default). The forward pass reads every logit once and writes the gradient with the loss;
-    backward only multiplies it.
+    (T^2 KL(p' || q) by default). The forward pass writes the gradient with the loss, and backward only multiplies
+    it. It reads every logit from memory once; on CUDA, rows that do not fit in shared memory are read again.
 
     student_logits: (..., C) float64/float32/bfloat16/float16, last stride 1 (else copied), any row stride.
     teacher_logits: the same shape, any of these dtypes, no gradient; or a TopKTeacher (cached logits). With
@@ -530,7 +530,7 @@ def kd_moments(
     direction: Tensor | None = None,
     **divergence: Unpack[DivergenceKeywords],
 ) -> KDMoments:
-    """CE, KD and the products of their logit gradients, row by row, in one pass that writes no gradient.
+    """CE, KD and the products of their logit gradients, row by row, by a kernel that writes no gradient.
 
     Both terms have weight 1 and there is no 1/N: any score made of the losses, the gradients' norms, their angle or
     their components along a direction follows (influence: kd_gain, conflict, el2n, ...).

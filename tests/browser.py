@@ -60,7 +60,8 @@ class Browser:
             self._ask(f"{domain}.enable")
 
     def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> list[str]:
-        """Loads a file in a window of so many CSS pixels; returns what is wrong, the console's errors included."""
+        """Loads a file into a window of the given size in CSS pixels; returns the page's faults, with the console's
+        errors."""
         self.errors, self._events = [], []
         self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -74,7 +75,7 @@ class Browser:
         return self.errors + found
 
     def value(self, script: str) -> Any:
-        """What a JavaScript expression of the page gives, as JSON has it."""
+        """The value of a JavaScript expression on the page, decoded from JSON."""
         answer = self._ask("Runtime.evaluate", expression=script, returnByValue=True)
         if "exceptionDetails" in answer:
             raise ValueError(f"{script[:60]}: {answer['exceptionDetails']}")

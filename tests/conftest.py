@@ -14,7 +14,7 @@ from lrds_fast.pages import charts
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For small networks on small pictures, whose threads would wait for each other."""
+    """Sets torch to one thread: in small networks several threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

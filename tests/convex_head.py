@@ -36,7 +36,7 @@ class Head:
         return delta.mT @ self.h / self.h.shape[0] + self.decay * w
 
     def hessian(self, w: Tensor) -> Tensor:
-        """(C*D, C*D) at one W."""
+        """The Hessian at one W, (C*D, C*D)."""
         n, width = self.h.shape
         classes = self.y.shape[1]
         z = self.h @ w.T
@@ -52,14 +52,14 @@ class Head:
         return total
 
     def value(self, w: Tensor) -> Tensor:
-        """J up to the teacher's entropy."""
+        """J at W, without the teacher's entropy, which is constant."""
         z = self.h @ w.T
         ce = -(self.y * z.log_softmax(-1)).sum(-1)
         kd = -(self.p * (z / self.temperature).log_softmax(-1)).sum(-1) * self.temperature**2
         return (self.ce * ce + self.kd * kd).mean() + 0.5 * self.decay * w.square().sum()
 
     def train(self, start: Tensor | None = None) -> Tensor:
-        """The minimiser by Newton with step halving, to a gradient norm of TOLERANCE."""
+        """Returns the minimiser, found by Newton steps with step halving, to a gradient norm of TOLERANCE."""
         w = torch.zeros(self.y.shape[1], self.h.shape[1], dtype=self.h.dtype) if start is None else start
         for _ in range(100):
             gradient = self.gradient(w)
@@ -102,7 +102,7 @@ class Head:
         raise RuntimeError(f"{len(active)} retrainings did not converge")
 
     def with_weights(self, *, ce: Tensor | None = None, kd: Tensor | None = None) -> Head:
-        """The same problem under other row weights."""
+        """Returns the same problem with other row weights."""
         return replace(self, ce=self.ce if ce is None else ce, kd=self.kd if kd is None else kd)
 
 
@@ -141,7 +141,7 @@ def digits_problem(
     decay: float = 1e-2,
     teacher_decay: float = 2e-3,
 ) -> DigitsProblem:
-    """The head starts as cross-entropy alone: ce 1, kd 0."""
+    """The problem of one seed; the head's weights are those of cross-entropy alone: ce 1, kd 0."""
     pixels, digits = (torch.tensor(array) for array in load_digits(return_X_y=True))
     h = torch.cat([pixels.double() / 16, torch.ones(len(pixels), 1, dtype=torch.float64)], dim=1)
     generator = torch.Generator().manual_seed(seed)
@@ -176,5 +176,5 @@ def digits_problem(
 
 
 def one_hot(target: Tensor) -> Tensor:
-    """(N, 10) float64."""
+    """The labels as one-hot rows, (N, 10) float64."""
     return F.one_hot(target, 10).double()

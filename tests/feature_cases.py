@@ -36,18 +36,18 @@ def features(method: str, student: nn.Module, teacher: nn.Module, **options: Any
     return FeatureDistillation(chosen, student, teacher, batch()[0], SAMPLES, LABELS)
 
 
-def one_loss(loss: FeatureDistillation, student: Any, teacher: Any, rows: Any = None, shown: int = N) -> Tensor:
+def one_loss(loss: FeatureDistillation, student: Any, teacher: Any, rows: Any = None, teacher_rows: int = N) -> Tensor:
     images, target = batch()
     student(images)
-    if shown:
+    if teacher_rows:
         with torch.no_grad():
-            teacher(images[:shown])
+            teacher(images[:teacher_rows])
     out: Tensor = loss(target, INDICES, rows)
     return out
 
 
 def maps(network: Any, images: Tensor) -> list[Tensor]:
-    """layer1 to layer3 of a CIFAR ResNet, written out."""
+    """The outputs of layer1 to layer3 of a CIFAR ResNet, computed step by step."""
     x = F.relu(network.bn1(network.conv1(images)))
     found = []
     for stage in (network.layer1, network.layer2, network.layer3):

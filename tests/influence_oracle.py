@@ -33,13 +33,13 @@ class Case:
     loss: KDLoss
 
     def augmented(self, features: Tensor) -> Tensor:
-        """h~."""
+        """The features with a column of ones where there is a bias: h~."""
         if not self.bias:
             return features
         return torch.cat([features, features.new_ones(len(features), 1)], dim=1)
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
-        """last_layer_scores' keywords in a dtype."""
+        """The keywords of last_layer_scores, with tensors of this dtype."""
         return {
             "features": self.features.to(dtype),
             "student_logits": (self.augmented(self.features) @ self.weight.T).to(dtype),
@@ -54,7 +54,7 @@ class Case:
         }
 
     def row_loss(self, weight: Tensor, h: Tensor, v: Tensor, y: Tensor, w: Tensor) -> Tensor:
-        """One row's training loss with teacher weight w, under KDLoss."""
+        """The training loss of one row whose teacher has weight w, from KDLoss."""
         return _row_loss(self.loss, weight, h, v, y, w)
 
     def gradients(self, of: str) -> Tensor:
@@ -84,7 +84,7 @@ class Case:
         return gradients.flatten(1)
 
     def validation_gradient(self) -> Tensor:
-        """(C*D,) of the mean held-out cross-entropy."""
+        """The gradient of the mean held-out cross-entropy, (C*D,)."""
         h = self.augmented(self.val_features)
         gradient: Tensor = grad(lambda weight: F.cross_entropy(h @ weight.T, self.val_target))(self.weight)
         return gradient.flatten()
@@ -140,7 +140,7 @@ class Case:
         return scores
 
     def _newton_gain(self, curvature: Tensor, kind: str, delta: Tensor) -> Tensor:
-        """kd_gain with each row's own Hessian added (or taken away, where the teacher is in the curvature)."""
+        """kd_gain where each row's own Hessian is added to H, or subtracted where the teacher is part of H."""
         h = self.augmented(self.features)
         count, size = len(h), self.weight.numel()
         w = torch.ones(count, dtype=h.dtype) if self.selected is None else self.selected.to(h.dtype)

@@ -72,7 +72,7 @@ def rows(
 
 
 def strided(tensor: Tensor, layout: str) -> Tensor:
-    """The values of a (N, C) tensor in another memory layout."""
+    """A copy of the (N, C) tensor with the same values in another memory layout."""
     count, classes = tensor.shape
     if layout == "wide rows":  # a slice of a padded vocabulary
         return tensor.new_full((count, classes + 7), float("nan"))[:, :classes].copy_(tensor)

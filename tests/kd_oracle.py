@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 
 def log_sum(x: Array) -> Array:
-    """logsumexp over the last axis, kept; -inf of nothing."""
+    """logsumexp over the last axis, which is kept; -inf where every entry is -inf."""
     top = x.max(axis=-1, keepdims=True)
     top = np.where(top == -INF, 0, top)
     total: Array = top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
@@ -45,7 +45,7 @@ def log_sum(x: Array) -> Array:
 
 
 def distribution(x: Array) -> Array:
-    """log softmax; -inf of nothing."""
+    """log softmax over the last axis; -inf where every entry is -inf."""
     total = log_sum(x)
     return np.where(total == -INF, -INF, x - np.where(total == -INF, 0, total))
 
@@ -367,7 +367,7 @@ STORED = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch
 
 
 def ulp_above(x: Tensor) -> Tensor:
-    """The next number of the type, away from 0."""
+    """The next number of this type, away from 0."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return (x.view(bits) + 1).view(x.dtype)
 

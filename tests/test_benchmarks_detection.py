@@ -26,7 +26,7 @@ TEMPERATURE = 4.0
 
 
 def auc(score: Tensor, spoilt: Tensor) -> float:
-    """Area under the curve of `score`, high = spoilt (N,) bool; ties count half."""
+    """The area under the ROC curve of `score` for the rows (N,) bool that should have high scores; ties count half."""
     ranks = torch.from_numpy(rankdata(score.double().numpy()))
     bad = int(spoilt.sum())
     return (float(ranks[spoilt].sum()) - bad * (bad + 1) / 2) / (bad * (len(score) - bad))
@@ -44,7 +44,7 @@ def printed(what: str, values: dict[str, float]) -> None:
 def scores_of_head(
     problem: DigitsProblem, curvature: str, damping: float | None, names: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Scores of the head that cross-entropy alone has trained."""
+    """Scores of a head that is trained with cross-entropy alone."""
     h, w = problem.head.h, problem.head.train()
     return dict(
         influence.last_layer_scores(
@@ -96,7 +96,7 @@ def test_corrupted_teacher_rows() -> None:
 
 
 def test_flipped_labels() -> None:
-    """The same problem: scores find the wrong labels of a head too small to memorise them."""
+    """On the same problem, scores detect the wrong labels of a head that is too small to memorise them."""
     found = []
     for seed in range(SEEDS):
         problem = digits_problem(seed, 600, temperature=TEMPERATURE)
@@ -117,7 +117,7 @@ def test_flipped_labels() -> None:
 
 @pytest.mark.slow
 def test_memorised_flipped_labels() -> None:
-    """An MLP trained until it fits the wrong labels too: losses are small, but still rank the wrong labels first."""
+    """An MLP is trained until it fits the wrong labels too. Its losses are small, but rank the wrong labels first."""
     found = []
     for seed in range(3):
         clean = bench_lds.digits(10)

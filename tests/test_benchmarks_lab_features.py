@@ -22,7 +22,7 @@ TINY = Training(hidden=12, batch=32, together=3)
 
 
 def problem(seed: int = 0, *, rows: int = 120, classes: int = 5, epochs: int = 6) -> Problem:
-    """Clusters; a teacher that is wrong on some rows, and whose answers are another row's on a quarter of them."""
+    """Clustered inputs. The teacher is wrong on some rows, and a quarter of the rows have the logits of another row."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, 8, generator=generator)
     y = torch.randint(0, classes, (rows + 240,), generator=generator)
@@ -56,7 +56,8 @@ REVISIONS = {
 
 @pytest.mark.parametrize("name", REVISIONS)
 def test_the_gradient_is_the_reference_losses(name: str) -> None:
-    """Of the whole batch, with fractional weights and the denied rows' own cross-entropy weight."""
+    """The gradient of the whole batch equals the reference's, with fractional weights and a ce_weight for denied
+    rows."""
     case = problem()
     revision, policy = REVISIONS[name]
     arm = Arm("", ce=0.2, kd=0.7, revision=revision, unselected=0.6)
@@ -148,7 +149,7 @@ def test_models_trained_together_are_the_models_trained_alone_in_plain_pytorch()
 
 
 def test_scores_are_the_definition() -> None:
-    """Against dense autograd (influence_oracle) fold by fold, and last_layer_scores on the whole slice."""
+    """Scores equal dense autograd (influence_oracle) on each fold, and last_layer_scores on the whole slice."""
     case = problem(rows=40)
     arm = Arm("", ce=0.1, revision=Revision(at=1.0), unselected=0.7)
     state = lab_students.train(
@@ -245,7 +246,7 @@ def test_selections() -> None:
 
 
 def test_soft_weights_are_probabilities_of_the_model() -> None:
-    """Drawn from the model, of rows with weight w a share w has a true gain below 0."""
+    """Samples are drawn from the model: among rows with weight w, a share w has a true gain below 0."""
     generator = torch.Generator().manual_seed(0)
     true = 0.3 + 0.8 * torch.randn(40000, generator=generator)
     error = 0.2 + torch.rand(40000, generator=generator)

@@ -63,7 +63,7 @@ def test_kronfluence_with_kronfluence_factors(tmp_path: Path) -> None:
 
 
 def test_our_factors_match_kronfluence(tmp_path: Path) -> None:
-    """Both sample labels: the two fits agree as closely as two samples do."""
+    """For both ways to sample labels, the two fits differ by no more than two samples do."""
     pytest.importorskip("kronfluence", reason="pip install -e '.[peers]'")
     model, train = network(), data(2000, 1, 3, 9, 9)
     layers = ["0", "3", "7", "9"]
@@ -81,7 +81,7 @@ def test_our_factors_match_kronfluence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_captum_closed_form(bias: bool) -> None:
-    """TracInCPFast is the closed form without the bias; ours has it."""
+    """captum's TracInCPFast equals our closed form without the bias."""
     captum = pytest.importorskip("captum.influence", reason="pip install -e '.[peers]'")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 5, bias=bias)).eval()

@@ -42,7 +42,7 @@ def plan() -> bench_train.Plan:
 
 
 def updates(arms: list[Arm], share: float) -> list[torch.Tensor]:
-    """The first update of the published step with the rows masked, then of each arm."""
+    """The weight updates after the first step: of the published step with the rows masked, then of each arm."""
     keep = bench_train.keep(plan().size, share)
     ready = train_loaders.prepared(
         (3, 8, 8), classes=7, size=plan().size, batch=10, distinct=2, batches=2, device=CPU, selected=keep

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,8 +21,9 @@ from lrds_fast import _build, _ops
 from lrds_fast.cli import main as cli
 from lrds_fast.cli.doctor import cpu_level
 from lrds_fast.notes import first_process, note
-from lrds_fast.selection import Selection
-from lrds_fast.train import load_recipe, run
+from lrds_fast.recipe.options import SelectionOptions
+from lrds_fast.selection import Selection, select
+from lrds_fast.train import load_recipe, rescoring, run
 
 SMALL = ["--set", "schedule.epochs=2", "--set", "data.train_limit=120", "--set", "run.device=cpu", "--quiet"]
 
@@ -130,6 +133,7 @@ def test_resume_and_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
             ["select", "absent.parquet", "--threshold", "0"],
             "there is no file absent.parquet; lrds-fast score writes one",
         ),
+        (["select", ".", "--threshold", "0"], "there is no file .; lrds-fast score writes one"),
         (["report", "runs/absent"], "there is no folder runs/absent"),
         (["recipes", "show", "nothing_like_it"], "there is no recipe 'nothing_like_it'; lrds-fast recipes lists them"),
         (["demo", "--seeds", "0"], "seeds must be at least 1"),
@@ -142,6 +146,25 @@ def test_errors_are_one_line_with_a_remedy(
     assert list(Path().iterdir()) == [], "nothing half-written"
 
 
+def test_an_error_names_the_command_that_writes_the_damaged_file_again(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {name: torch.tensor([0.5, -0.5, 0.25]) for name in ("kd_gain", "el2n")}
+    select(scores, "kd_gain", ratio=1.0).save("scores.parquet")
+    Path("damaged.parquet").write_bytes(Path("scores.parquet").read_bytes()[:-100])
+    error = fails(capsys, "select", "damaged.parquet", "--threshold", "0")
+    assert "damaged.parquet is truncated, damaged or not Parquet" in error
+    assert error.endswith("; run lrds-fast score again\n")
+    pq.write_table(pa.table({"index": [0, 1, 2]}), "other.parquet")
+    error = fails(capsys, "select", "other.parquet", "--threshold", "0")
+    assert error.endswith("other.parquet is Parquet but not a score file; name another file\n")
+    with pytest.raises(ValueError, match=r"not Parquet .*; write it again with lrds-fast select or Selection.save$"):
+        Selection.load("damaged.parquet")
+    selections = Path("run", "selections")
+    selections.mkdir(parents=True)
+    Path("damaged.parquet").rename(selections / "epoch_0001.parquet")
+    with pytest.raises(ValueError, match=r"not Parquet .*; restore it from a copy, or start again with --overwrite$"):
+        rescoring.latest(Path("run"), SelectionOptions(after=1), 2)
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "absent.toml", "--debug"]) == cli.MISUSED
     error = capsys.readouterr().err
@@ -150,7 +173,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_runs_survive_closed_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a daemon."""
+    """Training works when stdout and stderr are closed, as in a daemon."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert cli.main(["train", "digits_alone", *SMALL]) == cli.OK
@@ -278,7 +301,7 @@ def test_doctor_reports_the_cpu_level_of_the_kernels(level: str, monkeypatch: py
 
 
 def test_help_and_usage_errors_do_not_import_torch() -> None:
-    """Help, recipes, doctor and mistakes: also where torch, NumPy and the extension cannot be imported."""
+    """Help, recipes, doctor and usage errors work where torch, NumPy and the extension cannot be imported."""
     code = """
 import sys
 for name in ("torch", "numpy", "lrds_fast._C"):

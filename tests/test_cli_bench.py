@@ -59,7 +59,7 @@ def test_committed_pages_show_the_committed_numbers(stored: Path, tmp_path: Path
 
 
 def labels(plot: Path) -> list[str]:
-    """The texts of a drawing, axes and names; where they stand may differ between versions of matplotlib."""
+    """The texts of an SVG drawing. Their positions are left out, because versions of matplotlib differ in them."""
     return [element.text or "" for element in ElementTree.parse(plot).iter() if element.tag.endswith("}text")]
 
 

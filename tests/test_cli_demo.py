@@ -36,7 +36,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
 
 
 def last(result: DemoResult, seed: int, name: str) -> dict[str, Any]:
-    """The last record, read without the code under test."""
+    """The last record of a run's log, parsed without the code under test."""
     log = result.report.parent / f"seed{seed}" / FOLDERS[name] / "log.jsonl"
     record: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
     return record
@@ -48,7 +48,7 @@ def recipe_of(result: DemoResult, seed: int, name: str) -> Recipe:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """scipy's 95% t interval of the mean."""
+    """The 95% t interval of the mean, (low, high), from scipy."""
     return tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95))
 
 
@@ -109,7 +109,7 @@ def test_statistics_are_those_of_the_logs(result: DemoResult) -> None:
 
 
 def recomputed_logits(recipe: Recipe, data: Data) -> torch.Tensor:
-    """The teacher's own logits of every training sample, (N, C)."""
+    """The teacher's logits of every training sample before any exchange, (N, C)."""
     teacher = run.build_teacher(recipe, data)
     assert teacher is not None
     teacher.eval()
@@ -208,15 +208,15 @@ def test_the_report_is_one_file_with_charts_tables_and_digits(result: DemoResult
     entry = json.loads((folder / "gallery.json").read_text())["revised"][0]
     assert entry["label"] != entry["teacher"]
     pixels = list(base64.b64decode(entry["pixels"]))
-    shown = next(source for source in page.sources if source.startswith("data:image/png;base64,"))
-    assert list(Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))).tobytes()) == pixels
+    picture = next(source for source in page.sources if source.startswith("data:image/png;base64,"))
+    assert list(Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))).tobytes()) == pixels
     data = run.load_data(recipe_of(result, 0, "KD + LR"))
     assert pixels == data.train.picture(entry["index"]).flatten().tolist()
     assert int(data.train.labels[entry["index"]]) == entry["label"]
 
 
 def test_the_summary_describes_the_last_epoch(result: DemoResult) -> None:
-    """Against the log, the networks, and recomputed teacher logits."""
+    """summary.json agrees with the log, with the saved networks, and with recomputed teacher logits."""
     folder = result.report.parent / "seed0" / "kd_lr_ds"
     summary = json.loads((folder / "summary.json").read_text())
     record = last(result, 0, "KD + LR + DS")

@@ -24,7 +24,7 @@ N = 12
 
 
 class Samples(torch.utils.data.Dataset[Any]):
-    """Twelve points of three classes."""
+    """A dataset of twelve points in three classes."""
 
     classes = ("a", "b", "c")
 
@@ -39,8 +39,8 @@ class Samples(torch.utils.data.Dataset[Any]):
         return N
 
 
-class Seen(nn.Module):
-    """A linear teacher that counts the rows it is shown."""
+class CountingTeacher(nn.Module):
+    """A linear teacher that counts the rows that it receives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_mistakes_of_a_configuration_are_named() -> None:
 @pytest.mark.parametrize("keeps", [[1, 2, 5, 6, 7, 11], [9]])
 def test_a_training_of_torchdistill_shows_the_teacher_the_selected_rows_alone(tmp_path: Path, keeps: list[int]) -> None:
     torch.manual_seed(0)
-    teacher, student = Seen(), nn.Linear(5, 3)
+    teacher, student = CountingTeacher(), nn.Linear(5, 3)
     reference = copy.deepcopy(student)
     chosen = selection(tmp_path / "selection.parquet", keeps)
     loader = {

@@ -39,20 +39,20 @@ def nvcc() -> str:
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the compiled files are."""
+    """The folder of the compiled object files."""
     return tmp_path_factory.mktemp("cuda")
 
 
 @pytest.fixture(scope="module")
 def reports(nvcc: str, objects: Path) -> Reports:
-    """What ptxas said, by file and architecture."""
+    """The resource usage that ptxas reports, by file and architecture."""
     compiled: Reports = kernel_registers.compile_all(nvcc, objects)
     return compiled
 
 
 @pytest.fixture(scope="module")
 def machine_code(nvcc: str, objects: Path, reports: Reports) -> list[Row]:
-    """The table's rows."""
+    """The rows of the table of machine code."""
     cuobjdump = kernel_sass.find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("cuobjdump and nvdisasm were not found: CUDA_HOME/bin, the PATH and triton's package were searched")

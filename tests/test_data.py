@@ -36,7 +36,7 @@ from lrds_fast.recipe.recipe import DataOptions
 
 
 def numbered(size: int, **options: object) -> MemoryLoader:
-    """Pictures whose every pixel is their index / 256, so that a batch reveals its indices."""
+    """Pictures in which every pixel is index / 256, so that a batch shows the indices of its samples."""
     images = (torch.arange(size) / 256.0)[:, None, None, None].expand(size, 1, 8, 8).clone()
     return MemoryLoader(images, torch.arange(size) % 3, num_classes=3, batch_size=4, **options)  # type: ignore[arg-type]
 
@@ -173,11 +173,11 @@ def test_views_repeat_pictures_but_not_the_order() -> None:
         images, torch.zeros(30).long(), num_classes=1, batch_size=7, shuffle=True, augment="crop-flip", views=2
     )
 
-    def seen(epoch: int) -> tuple[Tensor, Tensor]:
+    def pictures_in_order(epoch: int) -> tuple[Tensor, Tensor]:
         order = torch.cat([batch.indices for batch in loader.epoch(epoch)])
         return order, torch.cat([batch.images for batch in loader.epoch(epoch)])[order.argsort()]
 
-    (first, a), (second, b), (third, c) = seen(0), seen(1), seen(2)
+    (first, a), (second, b), (third, c) = pictures_in_order(0), pictures_in_order(1), pictures_in_order(2)
     assert torch.equal(a, c)
     assert not torch.equal(a, b)
     assert not torch.equal(first, third)
@@ -335,9 +335,9 @@ def test_augmentation_moves_pictures_and_is_the_same_for_any_batch_size(augment:
 def test_mean_and_std_normalize_per_channel() -> None:
     images = torch.full((2, 3, 4, 4), 128, dtype=torch.uint8)
     loader = MemoryLoader(images, torch.tensor([0, 1]), num_classes=2, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 2.0))
-    seen = next(iter(loader.epoch(0))).images[0, :, 0, 0]
+    pixels = next(iter(loader.epoch(0))).images[0, :, 0, 0]
     value = 128 / 255
-    torch.testing.assert_close(seen, torch.tensor([value - 0.5, (value - 0.25) / 0.5, value / 2.0]))
+    torch.testing.assert_close(pixels, torch.tensor([value - 0.5, (value - 0.25) / 0.5, value / 2.0]))
 
 
 def test_bad_tensors_are_named() -> None:
@@ -608,7 +608,7 @@ def test_folder_labels_pictures_and_repeatable_augmentation(tmp_path: Path, read
     pytest.importorskip({"torchvision": "torchvision", "dali": "nvidia.dali"}[reader])
     make_folder(tmp_path)
 
-    def seen(workers: int, epoch: int) -> dict[int, Tensor]:
+    def pictures_by_index(workers: int, epoch: int) -> dict[int, Tensor]:
         loaded = data_sets.load(
             "folder",
             root=str(tmp_path),
@@ -625,11 +625,11 @@ def test_folder_labels_pictures_and_repeatable_augmentation(tmp_path: Path, read
             for index, image in zip(batch.indices, batch.images, strict=True)
         }
 
-    here, there = seen(0, 0), seen(2, 0)
+    here, there = pictures_by_index(0, 0), pictures_by_index(2, 0)
     assert sorted(here) == list(range(6))
     assert all(image.shape == (3, 8, 8) for image in here.values())
     assert all(torch.equal(here[i], there[i]) for i in here), "augmentation must not depend on the worker"
-    other = seen(0, 1)
+    other = pictures_by_index(0, 1)
     assert any(not torch.equal(here[i], other[i]) for i in here)
 
 
@@ -705,7 +705,7 @@ def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
 
 
 def bomb(kind: str) -> bytes:
-    """A small file whose header claims 50000 x 50000 pixels; "none" claims no pixel."""
+    """A small file whose header claims 50000 x 50000 pixels; with "none" it claims 0 x 0."""
     image = pytest.importorskip("PIL.Image")
     buffer = io.BytesIO()
     image.new("RGB", (2, 2)).save(buffer, "BMP" if kind == "bmp" else "PNG")
@@ -756,7 +756,7 @@ def test_whatever_a_decoder_raises_is_an_unreadable_picture(error: type[Exceptio
 
 
 def pixels_of(level: int, kind: str) -> tuple[Any, str]:
-    """A picture of one of 255 levels, and its format."""
+    """A grey picture of this level (0 to 255) in the mode `kind`, and the name of its format."""
     image = pytest.importorskip("PIL.Image")
     if kind == "F":
         return image.fromarray(np.full((9, 9), level / 255, np.float32)), "TIFF"

@@ -20,7 +20,7 @@ from lrds_fast.data.cifar import MEAN, STD, Pictures, _Plain, cifar, class_names
 
 
 def write_official(folder: Path, classes: int, *, protocol: int = 2) -> Pictures:
-    """A small set in the files of the official Python version; what it holds."""
+    """Writes a small data set in the files of the official Python version; returns its contents."""
     draws = np.random.default_rng(classes)
     files = {10: [f"data_batch_{k}" for k in range(1, 6)], 100: ["train"]}[classes]
     key = {10: b"labels", 100: b"fine_labels"}[classes]
@@ -64,7 +64,7 @@ def test_names_of_the_classes(tmp_path: Path, classes: int, as_text: bool) -> No
 
 
 def test_files_of_numpy_1(tmp_path: Path) -> None:
-    """The official files name numpy.core.multiarray."""
+    """The pickles of the official files name numpy.core.multiarray, which NumPy 2 has moved."""
     wanted = write_official(tmp_path / "cifar-100-python", 100, protocol=0)
     for path in (tmp_path / "cifar-100-python").iterdir():
         path.write_bytes(path.read_bytes().replace(b"numpy._core.", b"numpy.core."))
@@ -174,7 +174,7 @@ def test_the_archive_of_webp_sheets() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_crop_and_flip_are_torchvisions(dtype: torch.dtype) -> None:
-    """The same offsets and mirrors give RandomCrop(32, padding=4) and RandomHorizontalFlip, pixel by pixel."""
+    """With equal offsets and mirrors, the pixels equal those of RandomCrop(32, padding=4) and RandomHorizontalFlip."""
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     draws = torch.Generator().manual_seed(0)
     images: Tensor = torch.randint(0, 256, (40, 3, 32, 32), generator=draws).to(torch.uint8)

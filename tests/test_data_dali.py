@@ -64,7 +64,7 @@ def loader(root: Path, **options: object) -> DaliLoader:
 
 
 def images_of(found: DaliLoader, epoch: int = 0, **options: object) -> Tensor:
-    """In index order."""
+    """The pictures in the order of their indices."""
     batches = list(found.epoch(epoch, **options))  # type: ignore[arg-type]
     order = torch.cat([batch.indices for batch in batches]).argsort()
     return torch.cat([batch.images for batch in batches])[order]
@@ -188,7 +188,8 @@ def test_an_abandoned_epoch_does_not_leak_into_the_next(root: Path) -> None:
 
 
 def test_a_loader_is_freed_with_its_last_reference(root: Path) -> None:
-    """Not by the garbage collector, which in a forked process would join threads that do not exist there."""
+    """Reference counting frees it. The garbage collector in a forked process would join threads that do not exist
+    there."""
     gc.collect()
     gc.disable()
     try:
@@ -223,7 +224,7 @@ def test_forked_processes_can_collect_garbage(root: Path, alive: bool) -> None:
 @pytest.mark.parametrize("selecting", [False, True])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_processes_share_every_batch(root: Path, count: int, selecting: bool) -> None:
-    """Batches of 8, 8, 8 and 2: the last one is the first process's alone."""
+    """The batches have 8, 8, 8 and 2 samples; only the first process has a part of the last one."""
     selected = torch.arange(COUNT) % 3 == 0 if selecting else None
     whole = list(loader(root, train=True, shuffle=True).epoch(0, selected))
     for number in range(count):

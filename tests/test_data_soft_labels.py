@@ -43,7 +43,7 @@ def network(seed: int = 2, width: int = 12) -> nn.Module:
 
 
 def write(path: Path, *, views: int = 2, source: Any = None, **options: Any) -> SoftLabels:
-    """70 samples are 5 batches a view."""
+    """Writes a cache of 70 samples, which are 5 batches in each view."""
     defaults: dict[str, Any] = {"facts": FACTS, "progress": False}
     return write_soft_labels(path, network(), source or loader(), views=views, **(defaults | options))
 
@@ -71,7 +71,7 @@ def test_every_sample_of_every_view_has_teacher_logits(tmp_path: Path, dtype: st
 
 
 def distil(taught: Callable[[int, Batch], Tensor | TopKTeacher], epochs: int, views: int) -> nn.Module:
-    """A few epochs of SGD on kd_loss."""
+    """Trains for a few epochs of SGD on kd_loss."""
     student = network(seed=5, width=6).train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(epochs):
@@ -148,7 +148,7 @@ def test_top_k_logits_are_a_teacher_for_kd_loss(tmp_path: Path) -> None:
 
 
 def test_half_precision_top_k_of_all_classes_loses_nothing(tmp_path: Path) -> None:
-    """The logsumexp is that of the rounded logits: what is kept adds up to one, not to one but for a rounding."""
+    """The stored logsumexp is that of the rounded logits, so the stored probabilities sum to exactly one."""
     kept = write(tmp_path / "k", top_k=CLASSES, temperature=1.0)
     whole = write(tmp_path / "whole")
     indices = torch.arange(COUNT)
@@ -316,7 +316,7 @@ def test_damage_is_detected_and_repaired(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused_and_overwritten(tmp_path: Path) -> None:
-    """Format 2 had shards."""
+    """A cache of format 2, which consisted of shards, is an error; overwrite=True replaces it."""
     path = tmp_path / "cache"
     write(path)
     original = contents(path)
@@ -513,7 +513,7 @@ def test_a_full_disk_is_named_and_writing_resumes_with_free_space(tmp_path: Path
         (small / "another's").write_bytes(bytes(36 << 10))
 
         class Filling(Counting):
-            """Another process writes to the disk meanwhile."""
+            """A disk that another process fills in the meantime."""
 
             def epoch(self, epoch: int, selected: Tensor | None = None, **options: Any) -> Iterator[Batch]:
                 for i, batch in enumerate(super().epoch(epoch, selected, **options)):

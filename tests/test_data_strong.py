@@ -48,7 +48,7 @@ def test_names_match_timm() -> None:
 
 @pytest.mark.parametrize("increasing", [False, True])
 def test_operation_strengths_match_timm(increasing: bool) -> None:
-    """The arguments that timm's operations get at the same magnitude, signs aside."""
+    """At equal magnitudes, timm's operations get the same arguments, except for their signs."""
     auto_augment = pytest.importorskip("timm.data.auto_augment", reason="pip install timm")
     theirs = {
         "rotate": "Rotate",
@@ -105,7 +105,7 @@ def test_every_operation_matches_pillow(name: str) -> None:
 
 
 def numpy_state() -> np.ndarray:
-    """The words of numpy's global generator."""
+    """The state of numpy's global generator, as an array of words."""
     words: np.ndarray = np.random.get_state(legacy=False)["state"]["key"].copy()
     return words
 
@@ -158,7 +158,7 @@ def test_memory_loader_augments_per_sample(dtype: torch.dtype, channels: int) ->
     images = images if dtype == torch.uint8 else images.float() / 255
     targets = torch.arange(30) % 3
 
-    def found(batch_size: int, strong: Strong = STRONG) -> Tensor:
+    def strong_pictures(batch_size: int, strong: Strong = STRONG) -> Tensor:
         options: dict[str, Any] = {
             "num_classes": 3,
             "seed": 5,
@@ -172,9 +172,9 @@ def test_memory_loader_augments_per_sample(dtype: torch.dtype, channels: int) ->
         order = torch.cat([batch.indices for batch in batches]).argsort()
         return torch.cat([batch.images for batch in batches])[order]
 
-    assert torch.equal(found(7), found(30))
-    assert not torch.equal(found(7), found(7, Strong()))
-    assert found(7).dtype == torch.float32
+    assert torch.equal(strong_pictures(7), strong_pictures(30))
+    assert not torch.equal(strong_pictures(7), strong_pictures(7, Strong()))
+    assert strong_pictures(7).dtype == torch.float32
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_encoded_pictures_do_not_depend_on_batch_or_workers(root: Path, reader: 
     if reader == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
 
-    def found(batch_size: int, workers: int, rand_augment: str = "m9-n2-mstd0.5") -> Tensor:
+    def augmented_pictures(batch_size: int, workers: int, rand_augment: str = "m9-n2-mstd0.5") -> Tensor:
         data = load(
             "folder",
             root=str(root),
@@ -209,9 +209,9 @@ def test_encoded_pictures_do_not_depend_on_batch_or_workers(root: Path, reader: 
         order = torch.cat([batch.indices for batch in batches]).argsort()
         return torch.cat([batch.images for batch in batches])[order]
 
-    assert torch.equal(found(5, 1), found(12, 2))
-    assert not torch.equal(found(5, 1), found(5, 1, ""))
-    assert not torch.equal(found(5, 1), found(5, 1, "m3-n2"))
+    assert torch.equal(augmented_pictures(5, 1), augmented_pictures(12, 2))
+    assert not torch.equal(augmented_pictures(5, 1), augmented_pictures(5, 1, ""))
+    assert not torch.equal(augmented_pictures(5, 1), augmented_pictures(5, 1, "m3-n2"))
 
 
 def test_readers_apply_the_same_augmentation(root: Path) -> None:

@@ -22,7 +22,7 @@ IMPLEMENTATIONS = [kd_loss, reference.kd_loss]
 
 
 def kd_term(function: Callable[..., Tensor], *rows: Any, **options: Any) -> Tensor:
-    """The KD term alone, row by row."""
+    """The KD term of kd_loss for each row."""
     return function(*rows, ce_weight=0.0, kd_weight=1.0, reduction="none", **options)
 
 
@@ -50,7 +50,7 @@ def normalised(p: list[float], keep: list[int]) -> list[float]:
 
 
 def by_hand(d: Divergence, z: list[float], v: list[float], y: int, t: float, eta: float | None) -> float:
-    """One row's divergence by its definition; eta None: no revision."""
+    """The divergence of one row, by its definition. eta None: without revision."""
     classes = range(len(z))
     others = [k for k in classes if k != y]
     q, p = softmax([a / t for a in z]), softmax([a / t for a in v])
@@ -132,7 +132,7 @@ def test_rld_equals_dkd_where_the_teacher_is_right(rows: kd_cases.Rows, function
 def test_kd_equals_its_decoupled_parts(
     rows: kd_cases.Rows, revise: str | None, function: Callable[..., Tensor]
 ) -> None:
-    """KD = TCKD + (1 - p'_y) NCKD."""
+    """The identity of decoupled KD holds: KD = TCKD + (1 - p'_y) NCKD."""
     options: dict[str, Any] = {"temperature": 4.0, "revise": revise, "eta": 0.6}
     target_class = kd_term(function, *rows, divergence=DKD(1.0, 0.0), **options)
     others = kd_term(function, *rows, divergence=DKD(0.0, 1.0), **options)

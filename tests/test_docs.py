@@ -21,7 +21,7 @@ import site_pages  # noqa: E402
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """The line where each code block of a language begins, and its text."""
+    """The code blocks of a language in a page: the line where each begins, and its text."""
     text = page.read_text(encoding="utf-8")
     return [
         (text.count("\n", 0, found.start(2)), found.group(2)) for found in FENCE.finditer(text) if found[1] == language
@@ -51,7 +51,7 @@ def test_there_is_a_page_for_every_task() -> None:
 def test_snippets_of_a_task_page_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    """One after the other, in one namespace and an empty folder."""
+    """The snippets of a page run one after the other, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     torch.manual_seed(0)

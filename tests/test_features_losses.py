@@ -197,15 +197,15 @@ def test_the_rows_with_a_teacher_count_and_the_mean_is_over_the_batch(method: st
     images, target = batch()
     mask = torch.arange(N) < 5
 
-    def value(rows: Any, shown: int) -> Tensor:
+    def value(rows: Any, teacher_rows: int) -> Tensor:
         loss.load_state_dict(start)  # the memory bank moves
         torch.manual_seed(3)
-        return one_loss(loss, student, teacher, rows, shown)
+        return one_loss(loss, student, teacher, rows, teacher_rows)
 
     prefix = value(None, 5)
     assert prefix.item() > 0
-    for rows, shown in ((5, 5), (5, 6), (mask, N)):
-        torch.testing.assert_close(value(rows, shown), prefix, rtol=1e-4, atol=1e-6)
+    for rows, teacher_rows in ((5, 5), (5, 6), (mask, N)):
+        torch.testing.assert_close(value(rows, teacher_rows), prefix, rtol=1e-4, atol=1e-6)
     loss.load_state_dict(start)
     torch.manual_seed(3)
     student(images[:5])
@@ -240,10 +240,10 @@ def test_no_teacher_is_zero_with_zero_gradients(method: str) -> None:
     empty = torch.zeros(N, dtype=torch.bool)
     cases: list[tuple[Any, int]] = [(0, 0), (0, 1), (empty, N)]
     cases += [(1, 1)] if METHODS[method].least == 2 else []
-    for rows, shown in cases:
+    for rows, teacher_rows in cases:
         with torch.no_grad():
             student.bn1.weight.fill_(float("inf"))  # features that are not finite do not leak
-        value = one_loss(loss, student, teacher, rows, shown)
+        value = one_loss(loss, student, teacher, rows, teacher_rows)
         assert value.item() == 0 and value.dtype == torch.float32
         value.backward()
         for parameter in (student.conv1.weight, *loss.parameters()):
@@ -335,7 +335,7 @@ def test_passes_that_are_missing_or_cannot_be_used_are_named() -> None:
         teacher(images)
     with pytest.raises(RuntimeError, match=r"torch.inference_mode.*run it under torch.no_grad"):
         loss(target, INDICES)
-    for rows, shown, message in (
+    for rows, teacher_rows, message in (
         (6, 5, r"rows must be 0 to 5: the teacher ran on 5 of 8; got 6"),
         (-1, 5, r"rows must be 0 to 5"),
         (torch.ones(N), N, r"rows must be bool of shape \(8,\).*got torch.float32"),
@@ -343,7 +343,7 @@ def test_passes_that_are_missing_or_cannot_be_used_are_named() -> None:
         (torch.ones(N, dtype=torch.bool), 5, r"a teacher that ran on 5 rows"),
     ):
         with pytest.raises(ValueError, match=message):
-            one_loss(loss, student, teacher, rows, shown)
+            one_loss(loss, student, teacher, rows, teacher_rows)
     student(images)
     with pytest.raises(ValueError, match="must have the student's 8 rows; got 7 and 8"):
         loss(target[:7], INDICES)

@@ -51,7 +51,7 @@ WRITERS: dict[str, Callable[[Path, int], object]] = {
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Simulates a full disk."""
+    """Limits the size of files, to simulate a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -40,7 +40,7 @@ def distillation_terms(logits: Tensor, start: int = 0) -> list[tuple[Tensor, flo
 
 
 def dense_blocks(factors: Factors, name: str) -> Tensor:
-    """(P, P): the layer's damped curvature as a matrix."""
+    """The damped curvature of each layer as a matrix, (P, P)."""
     block = factors.blocks[name]
     damped = block.eigenvalues + factors.damping[name]
     if block.qg is None or block.qa is None:

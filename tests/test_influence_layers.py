@@ -95,7 +95,8 @@ def logit_gradient(target: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def autograd(model: nn.Module, x: Tensor, target: Tensor, name: str) -> Tensor:
-    """(B, P): each sample alone through the model; a layer's weight with its bias as a last column, as Outer has it."""
+    """Per-sample gradients, (B, P), from one backward pass per sample; the bias is the last column of a layer's
+    weight."""
     layer = model.get_submodule(name)
     rows = []
     for i in range(len(x)):
@@ -146,7 +147,7 @@ def test_embedding_against_autograd(padding: int | None) -> None:
 
 
 def test_both_forms_of_the_norm() -> None:
-    """Few positions: Gram matrices; many: the gradient itself."""
+    """Few positions use Gram matrices, many positions the gradient itself; both have the same norm."""
     torch.manual_seed(0)
     for positions in (1, 3, 40):
         rows = Outer(torch.randn(5, 2, positions, 11).double(), torch.randn(5, 2, positions, 6).double())

@@ -19,7 +19,7 @@ from lrds_fast.ranks import Ranks
 def answers(
     share: float, *, samples: int = 3000, classes: int = 50, noise: float = 2.0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Student's and teacher's logits (N, C) float64, and which samples have another's answer (N,) bool."""
+    """Logits of student and teacher, (N, C) float64, and the samples with the answer of another sample, (N,) bool."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(samples, classes, generator=generator, dtype=torch.float64)
     v = 3 * z + noise * torch.randn(samples, classes, generator=generator, dtype=torch.float64)
@@ -42,7 +42,7 @@ def score(z: Tensor, v: Tensor, **change: Any) -> influence.Scores:
 
 
 def auc(found: Tensor, foreign: Tensor) -> float:
-    """The chance that a foreign answer's score is above an own one's, ties counting half."""
+    """The probability that a foreign answer has a higher score than a sample's own answer; ties count half."""
     above = found[foreign][:, None] - found[~foreign]
     return float((above.sign() + 1).mean() / 2)
 
@@ -79,7 +79,7 @@ def test_an_untrained_student_deselects_few_samples() -> None:
 
 
 def plain(found: np.ndarray, exchanged: np.ndarray) -> np.ndarray:
-    """The model's EM in densities, without logarithms."""
+    """The EM algorithm of the model with densities instead of logarithms."""
 
     def density(x: np.ndarray, mean: float, std: float) -> np.ndarray:
         values: np.ndarray = np.exp(-((x - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi))
@@ -178,7 +178,7 @@ def test_just_enough_to_estimate_from(samples: int, classes: int) -> None:
 
 
 class Shuffled(nn.Module):
-    """A teacher: another linear head; a flag in the input makes it answer for another sample."""
+    """A linear teacher. A flag in the input makes it return the answer for another sample."""
 
     def __init__(self, student: nn.Linear) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def test_ties_go_to_the_lower_index() -> None:
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize(("k", "step"), [(1, 1), (3, 7), (10, 4), (10, 64), (200, 64)])
 def test_best_of_many_blocks(k: int, step: int, largest: bool) -> None:
-    """Values with many ties, block by block, as one stable sort of everything."""
+    """Blocks of values with many ties give the same top k as one stable sort of all values."""
     values = torch.randint(-20, 20, (17, 150), generator=torch.Generator().manual_seed(k)).double()
     best = _Largest(17, k, largest, torch.float64)
     for start in range(0, 150, step):

@@ -185,7 +185,7 @@ dist.destroy_process_group()
 
 
 class Stream:
-    """Batches without a length, of various sizes."""
+    """An iterable of batches of various sizes, without a length."""
 
     def __iter__(self) -> Any:
         data = Samples(SAMPLES, 1)

@@ -283,7 +283,7 @@ def test_a_saturated_student_is_refused_by_every_curvature(labels: Any) -> None:
 
 
 class Foreign(nn.Module):
-    """A network whose output is made of its logits by `out`."""
+    """A network that applies `out` to its logits, like models that do not return a plain tensor."""
 
     def __init__(self, seed: int, out: Any) -> None:
         super().__init__()

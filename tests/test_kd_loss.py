@@ -30,7 +30,7 @@ def test_matches_reference(dtype: torch.dtype, classes: int, temperature: float)
 
 @pytest.mark.parametrize("classes", range(1, 81))
 def test_every_tail_length(classes: int) -> None:
-    """Up to five 16-lane vectors, with each possible remainder."""
+    """Rows of up to five 16-lane vectors, with every possible remainder."""
     rows = kd_cases.rows(ROWS, classes, seed=classes)
     assert_matches_reference(kd_loss_parts, *rows, label_smoothing=0.1)
     rows = kd_cases.rows(ROWS, classes, torch.bfloat16, seed=classes)
@@ -52,7 +52,7 @@ def test_mixed_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
 @pytest.mark.parametrize("classes", [21841, 32768, 65537, 128256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_vocabularies(dtype: torch.dtype, classes: int) -> None:
-    """ImageNet-21k; a power of two; one past it; Llama 3. Rows that are split in blocks."""
+    """The sizes of ImageNet-21k, of a power of two, of one class more, and of Llama 3. Blocks share these rows."""
     rows = kd_cases.rows(5, classes, dtype)
     assert_matches_reference(kd_loss_parts, *rows)
     assert_matches_reference(kd_loss_parts, *rows, temperature=2.5, label_smoothing=0.1)
@@ -69,7 +69,7 @@ def test_many_small_rows(classes: int, count: int) -> None:
 
 
 def selection(kind: str, rows: kd_cases.Rows, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, Any]]:
-    """(teacher_logits, keywords) of a kind of selection."""
+    """The teacher's logits and the keywords of kd_loss for one kind of selection."""
     count = rows.target.shape[0]
     if kind == "all":
         return rows.teacher, {}

@@ -55,7 +55,7 @@ def weights_with(row: int, value: float) -> torch.Tensor:
 
 
 class Output:
-    """A model output as in transformers."""
+    """A model output like those of transformers."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits

@@ -185,7 +185,7 @@ def test_saving_for_second_derivatives_does_not_affect_first_ones() -> None:
 
 
 def gradient(loss: Callable[[Tensor], Tensor], at: Tensor, grad_output: Tensor) -> Tensor:
-    """The gradient of the kernel."""
+    """The kernel's gradient by the student's logits."""
     leaf = at.detach().clone().requires_grad_()
     return torch.autograd.grad(loss(leaf), leaf, grad_output)[0]
 
@@ -266,7 +266,7 @@ def test_gradgradcheck(reduction: str) -> None:
 
 
 def products(loss: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """What second derivatives are for, of a small network under `loss`."""
+    """Hessian-vector products and similar uses of second derivatives, for a small network under `loss`."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -534,7 +534,7 @@ def test_every_operator_is_checked() -> None:
 
 
 def step(student: Tensor, teacher: Tensor, target: Tensor, **arguments: Any) -> Tensor:
-    """More than the loss alone, so that the graph has something to fuse around it."""
+    """A step with other operations around the loss, so that the compiler has something to fuse."""
     return kd_loss(2.0 * student, teacher, target, **arguments).sum() * 3.0
 
 
@@ -570,12 +570,12 @@ def test_compiles_with_the_teacher_under_inference_mode(reduction: str) -> None:
     student, teacher, target = kd_cases.rows(8, 33)
     student.requires_grad_()
 
-    def taught(student: Tensor, features: Tensor) -> Tensor:
+    def loss_with_teacher(student: Tensor, features: Tensor) -> Tensor:
         with torch.inference_mode():
             logits = 2.0 * features
         return kd_loss(student, logits, target, reduction=reduction).sum()
 
-    traced = torch.compile(taught, fullgraph=True, backend="aot_eager")(student, teacher)
+    traced = torch.compile(loss_with_teacher, fullgraph=True, backend="aot_eager")(student, teacher)
     eager = kd_loss(student, 2.0 * teacher, target, reduction=reduction).sum()
     torch.testing.assert_close(traced, eager)
     torch.testing.assert_close(torch.autograd.grad(traced, student), torch.autograd.grad(eager, student))

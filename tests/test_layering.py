@@ -140,7 +140,7 @@ def imports(text: str, *, types: bool = True) -> list[tuple[str, str]]:
 
 
 def python_violations(room: str, text: str) -> list[str]:
-    """The imports of a module in that room that it may not have."""
+    """The imports that a module in this room must not have."""
     found = []
     for module, name in imports(text):
         path = module or name

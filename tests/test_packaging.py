@@ -242,7 +242,7 @@ def test_shell_scripts_parse() -> None:
 
 
 def setup_names(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """setup.py's functions."""
+    """The names that setup.py defines."""
     monkeypatch.setenv("LRDS_FAST_CUDA", "0")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     return runpy.run_path(str(ROOT / "setup.py"))
@@ -303,7 +303,7 @@ def test_a_wheel_requires_the_torch_that_its_binary_fits(tmp_path: Path) -> None
 
 
 def parsed(path: Path) -> Any:
-    """A YAML file."""
+    """The contents of a YAML file."""
     return pytest.importorskip("yaml").safe_load(path.read_text(encoding="utf-8"))
 
 

@@ -18,7 +18,15 @@ import pytest
 
 from lrds_fast.recipe.errors import TABLES
 from lrds_fast.recipe.keys import SCHEMA, help_text, markdown_table, recipe_keys
-from lrds_fast.recipe.options import DataOptions, LossOptions, RunOptions, SelectionOptions, TeacherOptions
+from lrds_fast.recipe.options import (
+    DataOptions,
+    LossOptions,
+    RunOptions,
+    ScheduleOptions,
+    ScoreOptions,
+    SelectionOptions,
+    TeacherOptions,
+)
 from lrds_fast.recipe.recipe import Recipe, all_keys, builtin_recipes, load_recipe, recipe_text
 from lrds_fast.recipe.schema import editor_schema
 
@@ -123,6 +131,13 @@ def test_options_of_one_table_check_themselves() -> None:
         (DataOptions, {"mean": 0.5}, "data.mean must be a list of float; got 0.5"),
         (DataOptions, {"mean": {0.5}}, "data.mean must be a list of float; got {0.5}"),
         (DataOptions, {"mean": (0.5, "a")}, "data.mean must be float; got 'a' (str)"),
+        (DataOptions, {"mean": (float("nan"),)}, "data.mean must be finite; got nan"),
+        (DataOptions, {"std": (0.5, 0.0)}, "data.std must be above 0 and finite; got 0.0"),
+        (DataOptions, {"first_label": -2}, "data.first_label must be at least -1"),
+        (ScheduleOptions, {"milestones": (20, -1)}, "schedule.milestones must be above 0 and finite; got -1"),
+        (ScheduleOptions, {"gamma": 0.0}, "schedule.gamma must be above 0 and finite; got 0.0"),
+        (ScoreOptions, {"damping": float("nan")}, "score.damping must be finite; got nan"),
+        (ScoreOptions, {"damping_scale": -0.1}, "score.damping_scale must be at least 0 and finite; got -0.1"),
         (DataOptions, {"reader": 3}, "data.reader must be one of auto, dali, torchvision; got 3"),
         (
             DataOptions,
@@ -132,8 +147,9 @@ def test_options_of_one_table_check_themselves() -> None:
         (LossOptions, {"temperature": float("nan")}, "loss.temperature must be above 0 and finite; got nan"),
         (LossOptions, {"temperatures": (2.0, 0)}, "loss.temperatures must be above 0 and finite; got 0.0"),
         (LossOptions, {"revise_temperature": -1}, 'loss.revise_temperature must be above 0 and finite, or "none"; got'),
+        (LossOptions, {"revise_temperature": "x"}, "loss.revise_temperature must be float, or \"none\"; got 'x' (str)"),
         (LossOptions, {"divergence_options": [1]}, "loss.divergence_options must be a table; got [1]"),
-        (SelectionOptions, {"threshold": "low"}, "selection.threshold must be float; got 'low' (str)"),
+        (SelectionOptions, {"threshold": "low"}, "selection.threshold must be float, or \"none\"; got 'low' (str)"),
         (SelectionOptions, {"every": 1}, "selection.every needs selection.after"),
         (TeacherOptions, {"cache": "soft"}, "teacher.cache is 'soft', but teacher.model"),
         (RunOptions, {"compile": "max-autotune", "accumulate": 2}, "run.compile 'max-autotune' uses CUDA graphs"),

@@ -211,8 +211,8 @@ def test_wrong_names_get_the_nearest() -> None:
 
 def test_a_name_is_shown_resolved(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes", "show", "cifar100/resnet56-resnet20/dkd+lr"]) == cli.OK
-    shown = from_mapping(json.loads(capsys.readouterr().out))
-    assert shown == load_recipe("cifar100/resnet56-resnet20/dkd+lr")
+    printed = from_mapping(json.loads(capsys.readouterr().out))
+    assert printed == load_recipe("cifar100/resnet56-resnet20/dkd+lr")
     assert cli.main(["recipes"]) == cli.OK
     assert "resnet32x4-ShuffleV1" in capsys.readouterr().out
 

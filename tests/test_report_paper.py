@@ -95,9 +95,9 @@ def test_many_pairs_stay_readable(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / str(i), name, 0, [0.5])) for i, name in enumerate(names)]
     (table,) = paper_tables(runs)
     assert len(table.columns) == 17
-    shown = text(table)
-    assert max(map(len, shown.splitlines())) < 130
-    assert all(f"{teacher} -> {student}" in shown for teacher, student in table.columns)
+    printed = text(table)
+    assert max(map(len, printed.splitlines())) < 130
+    assert all(f"{teacher} -> {student}" in printed for teacher, student in table.columns)
 
 
 def test_markdown_is_a_table(runs: list[Run]) -> None:

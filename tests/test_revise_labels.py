@@ -20,7 +20,7 @@ def wrong_rows(teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def margins(p: Tensor, target: Tensor) -> Tensor:
-    """The label's probability minus the largest other."""
+    """The probability of the label minus the largest probability of another class."""
     label = p.gather(-1, target[..., None])
     return (label - p.scatter(-1, target[..., None], -1.0).amax(-1, keepdim=True))[..., 0]
 

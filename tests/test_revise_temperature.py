@@ -29,7 +29,7 @@ TEMPERATURES = ((4.0, 1.0), (2.0, 1.0), (3.0, 1.0), (8.0, 1.0), (6.0, 3.0), (2.5
 
 
 def softened(v: Tensor, y: Tensor, t: float, r: float, eta: float) -> Tensor:
-    """p' by the definition: softmax, revise, log, divide, softmax."""
+    """p' by its definition: softmax at R, revision, logits R log p, softmax at T."""
     v = v.double()
     p = torch.softmax(v / r, dim=-1)
     p_y, p_max = p.gather(-1, y[:, None]), p.amax(dim=-1, keepdim=True)
@@ -73,7 +73,7 @@ def test_kl_matches_its_definition(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("function", [kd_loss, reference.kd_loss])
 @pytest.mark.parametrize("divergence", [d for d in kd_cases.FAMILY if d.name != "nkd"], ids=repr)
 def test_at_the_divergences_temperature_it_is_the_published_form(divergence: Divergence, function: Any) -> None:
-    """To the bit. nkd has a term at temperature 1, where the published form revises anew."""
+    """The bits are equal, except for nkd, whose term at temperature 1 has its own revision in the published form."""
     for dtype, revise, standardize in itertools.product((DOUBLE, torch.float32), kd_cases.REVISE, (False, True)):
         rows = kd_cases.family_rows(40, 33, dtype)
         options: dict[str, Any] = {"divergence": divergence, "revise": revise, "standardize": standardize}
@@ -200,7 +200,7 @@ def test_revise_labels_is_softened(policy: str) -> None:
 
 
 def test_mse_logits_moves_the_labels_logit() -> None:
-    """At every temperature alike."""
+    """mse_logits compares with the revised logits, which are the same at every temperature."""
     z, v, y = kd_cases.family_rows(60, 20, DOUBLE)
     p = softened(v, y, 1.0, 1.0, 0.8)
     moved = p.log() + v.logsumexp(dim=1, keepdim=True)

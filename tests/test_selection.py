@@ -109,7 +109,7 @@ def test_selection_is_the_sorted_definition(
 
 
 def test_hysteresis_by_threshold() -> None:
-    """Below 1 enters, at 2 leaves, in between stays what it was."""
+    """A sample enters below 1 and leaves at 2; in between its state does not change."""
     scores = {"s": torch.tensor([0.5, 1.0, 1.5, 2.0, 0.5, 1.0, 1.5, 2.0])}
     before = torch.tensor([True] * 4 + [False] * 4)
     chosen = select(scores, "s", threshold=1.0, leave=2.0, previous=before)
@@ -124,7 +124,7 @@ def test_hysteresis_by_threshold() -> None:
 
 @pytest.mark.parametrize("per_class", [False, True])
 def test_hysteresis_by_ratio(per_class: bool) -> None:
-    """The lowest half enters; what was kept stays within the lowest three quarters."""
+    """The lowest half enters; a kept sample stays while it is in the lowest three quarters."""
     draws = torch.Generator().manual_seed(0)
     labels = torch.arange(400) % 2
     values = torch.rand(400, generator=draws) + labels
@@ -287,7 +287,7 @@ def test_save_into_a_missing_folder_is_named(scores: influence.Scores, tmp_path:
 
 
 def rewrite(path: Path, change: Any) -> None:
-    """Applies change to the saved table, keeping the metadata."""
+    """Applies `change` to the saved table and keeps its metadata."""
     table = pq.read_table(path)
     metadata = table.schema.metadata
     pq.write_table(change(table).replace_schema_metadata(metadata), path)

@@ -72,7 +72,7 @@ class Attempts:
         return begun  # type: ignore[no-any-return]
 
     def finish(self, *arguments: str) -> float:
-        """Runs to the end; its seconds."""
+        """Runs to the end; returns the seconds that it took."""
         before = time.monotonic()
         begun = self.start(*arguments)
         begun.join(600)
@@ -80,7 +80,7 @@ class Attempts:
         return time.monotonic() - before
 
     def kill(self, within: float, draws: random.Random, *arguments: str) -> bool:
-        """Starts and kills after a random share of `within` seconds; whether it was still running."""
+        """Starts a run and kills it after a random share of `within` seconds; returns whether it was still running."""
         begun = self.start(*arguments)
         time.sleep(draws.uniform(0, within))
         begun.kill()
@@ -242,7 +242,7 @@ def test_two_at_once(attempts: Attempts) -> None:
 
 @contextlib.contextmanager
 def mounted(path: Path, kilobytes: int) -> Iterator[None]:
-    """A file system of `kilobytes` at `path`."""
+    """Mounts a file system of `kilobytes` at `path` for the block."""
     path.mkdir(parents=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)], capture_output=True, text=True
@@ -319,7 +319,8 @@ def damaged(content: bytes, draws: random.Random) -> bytes:
 
 
 def reads(read: Callable[[], object], *accepted: type[Exception], named: object = "") -> bool:
-    """Whether the file is read; else the error is one of the accepted, one line, and names the file."""
+    """Returns whether the file can be read. If not, the error must be one of `accepted`, have one line and name the
+    file."""
     try:
         read()
     except accepted as error:
@@ -357,7 +358,7 @@ def test_damaged_pictures() -> None:
 
 
 def test_damaged_weights(tmp_path: Path) -> None:
-    """The weights that were written, or an error in one line that names the file."""
+    """Reading returns the weights that were written, or raises an error of one line that names the file."""
     from safetensors.torch import save_file
 
     from lrds_fast.models.weights import load_weights
@@ -380,7 +381,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
 
 
 def test_damaged_selections(tmp_path: Path) -> None:
-    """The selection that was written, or an error in one line that names the file."""
+    """Reading returns the selection that was written, or raises an error of one line that names the file."""
     from lrds_fast.selection import Selection, select
 
     draws = random.Random(SEED + 7)

@@ -181,7 +181,7 @@ def selection_of(data: Data, share: float = 0.5) -> Tensor:
 
 
 class Counting(nn.Module):
-    """A teacher that counts the rows it is shown."""
+    """A teacher that counts the rows that it receives."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Counting(nn.Module):
 def test_teacher_prefix_equals_mask_up_to_rounding_and_saves_the_teacher_rows(tmp_path: Path) -> None:
     data = blobs()
     selected = selection_of(data)
-    records, shown, weights = {}, {}, {}
+    records, teacher_row_counts, weights = {}, {}, {}
     for compose in ("prefix", "mask"):
         torch.manual_seed(3)
         guide, own = Counting(), MLP(3, inputs=16)
@@ -205,12 +205,12 @@ def test_teacher_prefix_equals_mask_up_to_rounding_and_saves_the_teacher_rows(tm
         records[compose], _ = run(
             tmp_path, compose, recipe=chosen, student=own, teacher=guide, data=data, selected=selected
         )
-        shown[compose], weights[compose] = guide.rows, own.state_dict()
+        teacher_row_counts[compose], weights[compose] = guide.rows, own.state_dict()
     epochs, probe = 3, 1
     rows = sum(prefix_rows(len(batch.indices), len(selected), int(selected.sum())) for batch in data.train.epoch(0))
     assert int(selected.sum()) <= rows <= int(selected.sum()) + len(data.train)
-    assert shown["prefix"] == epochs * rows + probe
-    assert shown["mask"] == epochs * len(selected) + probe
+    assert teacher_row_counts["prefix"] == epochs * rows + probe
+    assert teacher_row_counts["mask"] == epochs * len(selected) + probe
     for a, b in zip(records["prefix"], records["mask"], strict=True):
         assert a["n_selected"] == b["n_selected"] == int(selected.sum())
         assert a["n_revised"] == b["n_revised"]
@@ -250,14 +250,14 @@ def test_the_teacher_sees_as_many_rows_in_every_batch(tmp_path: Path) -> None:
     for share in (0.0, 0.1, 0.37, 0.5, 0.93, 1.0):
         selected = selection_of(data, share)
         kept = int(selected.sum())
-        shown = set()
+        prefix_lengths = set()
         for batch in data.train.epoch(1, selected):
-            seen = teacher_rows(batch, selected, kept, "prefix")
-            assert seen.mask is None
-            assert seen.used == int(selected[batch.indices].sum()) <= seen.prefix <= seen.used + 1
+            counts = teacher_rows(batch, selected, kept, "prefix")
+            assert counts.mask is None
+            assert counts.used == int(selected[batch.indices].sum()) <= counts.prefix <= counts.used + 1
             if len(batch.indices) == full:
-                shown.add(seen.prefix)
-        assert shown == {-(-full * kept // size)}
+                prefix_lengths.add(counts.prefix)
+        assert prefix_lengths == {-(-full * kept // size)}
 
 
 def test_log_counts_and_means_are_those_of_the_data(tmp_path: Path) -> None:
@@ -392,11 +392,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_leaves_the_last_check
         run(tmp_path, "broken", data=broken)
     later = blobs()
 
-    def spoil(_: str) -> None:
+    def insert_nan(_: str) -> None:
         later.train.images[7] = float("nan")  # type: ignore[attr-defined]
 
     with pytest.raises(FloatingPointError, match="; .*later/last.pt is older than this step"):
-        run(tmp_path, "later", data=later, say=spoil)
+        run(tmp_path, "later", data=later, say=insert_nan)
     assert not (tmp_path / "broken" / "last.pt").exists()
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 

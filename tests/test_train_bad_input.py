@@ -66,8 +66,8 @@ def arguments(root: Path, reader: str, **values: object) -> list[str]:
     return found
 
 
-def spoil(root: Path) -> None:
-    """A picture that is cut short and one of no bytes."""
+def damage_two_pictures(root: Path) -> None:
+    """Cuts one picture short and empties another."""
     cut = root / "train" / "bee" / "3.jpg"
     cut.write_bytes(cut.read_bytes()[:100])
     (root / "train" / "cat" / "5.jpg").write_bytes(b"")
@@ -75,7 +75,7 @@ def spoil(root: Path) -> None:
 
 @pytest.mark.skipif(not has_dali(), reason="pip install nvidia-dali-cuda130")
 def test_dali_names_and_counts_unreadable_pictures_and_goes_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil(root)
+    damage_two_pictures(root)
     assert cli.main(arguments(root, "dali")) == cli.OK
     said = capsys.readouterr().err
     for name in ("bee/3.jpg", "cat/5.jpg"):
@@ -86,7 +86,7 @@ def test_dali_names_and_counts_unreadable_pictures_and_goes_on(root: Path, capsy
 
 
 def test_torchvision_names_an_unreadable_picture_and_ends(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil(root)
+    damage_two_pictures(root)
     assert cli.main(arguments(root, "torchvision", **{"data.workers": 0})) == cli.MISUSED
     said = capsys.readouterr().err
     assert "is not a readable picture" in said and said.count("\n") == 1
@@ -95,7 +95,7 @@ def test_torchvision_names_an_unreadable_picture_and_ends(root: Path, capsys: py
 
 
 def test_an_unreadable_picture_in_a_worker_is_a_one_line_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil(root)
+    damage_two_pictures(root)
     assert cli.main(arguments(root, "torchvision")) in (cli.MISUSED, cli.FAILED)
     said = capsys.readouterr().err
     assert "is not a readable picture" in said and said.count("\n") == 1
@@ -180,7 +180,7 @@ def test_a_full_disk_is_a_one_line_error(
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_and_not_the_checkpoint(root: Path) -> None:
-    """As the kernel does when memory runs out."""
+    """A worker is killed, as the kernel does when memory runs out."""
     from test_train_options import command
 
     out = root.parent / "run"

@@ -71,8 +71,9 @@ def fitted(out: Path, name: str, data: Data, teacher: nn.Module | None = None, *
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, nn.Module, TrainResult]:
-    """The data and a briefly trained ResNet-8, wrong on most samples, so that LR and DS have an effect."""
+def data_and_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, nn.Module, TrainResult]:
+    """The data and a briefly trained ResNet-8 teacher, which is wrong on most samples, so that LR and DS have an
+    effect."""
     data = cifar()
     out = tmp_path_factory.mktemp("teacher")
     result = fitted(out, "cifar100-short/resnet8", data)
@@ -90,9 +91,9 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, nn.Module, T
     ],
 )
 def test_resnet8x4_learns_by_every_variant(
-    tmp_path: Path, taught: tuple[Data, nn.Module, TrainResult], variant: str
+    tmp_path: Path, data_and_teacher: tuple[Data, nn.Module, TrainResult], variant: str
 ) -> None:
-    data, teacher, of_teacher = taught
+    data, teacher, of_teacher = data_and_teacher
     name = "cifar100-short/" + (f"resnet32x4-resnet8x4/{variant}" if variant else "resnet8x4")
     values = {"selection.after": 1} if "ds" in variant else {}
     result = fitted(tmp_path, name, data, teacher if variant else None, **values)

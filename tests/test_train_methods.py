@@ -27,7 +27,7 @@ MLKD: dict[str, Any] = {
 
 
 def views(rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Student and teacher of the first view, of the strong one, and the targets."""
+    """Logits of student and teacher for the first and for the strong view, and the targets."""
     z, v, y = (x[4:] for x in kd_cases.family_rows(rows + 4, classes, DOUBLE))
     draws = torch.Generator().manual_seed(7)
     z2, v2 = (x + torch.randn(x.shape, generator=draws, dtype=DOUBLE) for x in (z, v))
@@ -35,7 +35,7 @@ def views(rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 
 def by_hand(z: Tensor, v: Tensor, z2: Tensor, v2: Tensor, y: Tensor, revise: bool) -> Tensor:
-    """The terms beside the cross-entropy."""
+    """The terms of MLKD except the cross-entropy, from their formulas."""
     p1 = torch.softmax(v, dim=1)
     confidence, mass = p1.max(dim=1).values, p1.sum(dim=0)
     m = (confidence <= confidence.median() if len(v) % 2 else confidence <= confidence.quantile(0.5)).double().mean()

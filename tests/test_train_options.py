@@ -168,7 +168,7 @@ def test_a_teacher_with_feature_losses_returns_no_inference_tensors() -> None:
 
 
 class Cached:
-    """Teacher logits of the pictures without augmentation in view 0, their negatives in view 1."""
+    """A cache in which view 0 has the teacher's logits of the unaugmented pictures and view 1 their negatives."""
 
     views = 2
 

@@ -31,7 +31,7 @@ SAMPLES, HELD_OUT, STEPS = 146, 29, 10
 
 
 class Noisy(Classifier):
-    """Draws from the global generator in training, and keeps batch statistics."""
+    """A network that draws from the global generator in training and keeps batch statistics."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from lrds_fast.influence.scores import split_errors
     from lrds_fast.pages import charts
     from lrds_fast.selection import Selection
+    from lrds_fast.selection.table import read_selection
     from lrds_fast.train.run import pictures_of_run
 
     if options.report:
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"there is no file {options.scores}; lrds-fast score writes one")
     if options.leave is not None and options.previous is None:
         raise ValueError("--leave applies to the samples that an earlier selection keeps; name it with --previous")
-    table = Selection.load(options.scores)
+    table = read_selection(options.scores, what="score file", otherwise="run lrds-fast score again")
     if table.labels is None or table.teacher_pred is None:
         raise ValueError(f"{options.scores} has no labels or teacher's predictions; lrds-fast score writes them")
     values, errors = split_errors(table.scores)

@@ -79,7 +79,8 @@ def _line(cls: Any, table: str, error: ValidationError) -> str:
             return f"{key} must be a {expected}; got {arrived!r}"
         if expected.startswith("table"):
             return f"{key} must be a table; got {arrived!r}"
-        return f"{key} must be {expected}; got {arrived!r} ({type(arrived).__name__})"
+        alternative = ', or "none"' if "anyOf" in node else ""
+        return f"{key} must be {expected}{alternative}; got {arrived!r} ({type(arrived).__name__})"
     if type_name(node) == "float" and isinstance(arrived, int):
         arrived = float(arrived)
     return f"{key} must be {limits(node) or 'finite'}; got {arrived!r}"

@@ -35,11 +35,14 @@ def type_name(node: Mapping[str, Any]) -> str:
 
 
 def limits(node: Mapping[str, Any]) -> str:
-    """The values that a key's JSON schema allows, in words: "above 0 and finite", "in [0, 1)", "one of a, b"; "" where
-    its type says all."""
+    """The values that a key's JSON schema allows, in words: "above 0 and finite", "in [0, 1)", "one of a, b", and for a
+    list "each above 0 and finite"; "" where its type says all."""
     if "anyOf" in node:
         inner = limits(node["anyOf"][0])
         return f'{inner}, or "none"' if inner else ""
+    if "items" in node:
+        inner = limits(node["items"])
+        return f"each {inner}" if inner else ""
     if "enum" in node:
         return "one of " + ", ".join(choice or repr(choice) for choice in node["enum"])
     low, above = node.get("minimum"), node.get("exclusiveMinimum")

@@ -38,6 +38,7 @@ def _none_of_word(value: Any) -> Any:
     return None if value == "none" else value
 
 
+Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 Positive: TypeAlias = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative: TypeAlias = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Share: TypeAlias = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -77,8 +78,10 @@ class DataOptions:
     image_size: Annotated[PositiveInt, about("height and width of decoded pictures, in pixels")] = 224
     workers: Annotated[NotNegativeInt, about("processes (torchvision) or threads (DALI) that decode")] = 0
     reader: Annotated[Literal["auto", "dali", "torchvision"], about("decoder; auto: DALI if installed")] = "auto"
-    mean: Annotated[List[float], about("mean per channel, for data in memory; empty: the data set's")] = ()
-    std: Annotated[List[float], about("standard deviation per channel, for data in memory; empty: the data set's")] = ()
+    mean: Annotated[List[Finite], about("mean per channel, for data in memory; empty: the data set's")] = ()
+    std: Annotated[
+        List[Positive], about("standard deviation per channel, for data in memory; empty: the data set's")
+    ] = ()
     rand_augment: Annotated[str, about("RandAugment policy as timm names it, such as m9-n2-mstd0.5; empty: off")] = ""
     erasing: Annotated[Share, about("probability of random erasing")] = 0.0
     mixup: Annotated[NotNegative, about("alpha of MixUp; 0: off")] = 0.0
@@ -89,6 +92,7 @@ class DataOptions:
     ] = ""
     first_label: Annotated[
         int,
+        Field(ge=-1),
         about("number of the first class in npz, webdataset and tfrecord files; -1: 1 for tfrecord, 0 for the others"),
     ] = -1
 
@@ -322,8 +326,8 @@ class ScoreOptions:
         Literal["objective", "gt"],
         about("loss whose Hessian it is; objective: the recipe's, gt: cross-entropy with the label"),
     ] = "objective"
-    damping: Annotated[float, about("damping of the Hessian; below 0: damping_scale x the mean eigenvalue")] = -1.0
-    damping_scale: Annotated[float, about("damping as a share of the mean eigenvalue")] = 0.1
+    damping: Annotated[Finite, about("damping of the Hessian; below 0: damping_scale x the mean eigenvalue")] = -1.0
+    damping_scale: Annotated[NotNegative, about("damping as a share of the mean eigenvalue")] = 0.1
     base: Annotated[str, about("checkpoint of the student to score; empty: that of this recipe's run")] = ""
 
 
@@ -355,8 +359,8 @@ class ScheduleOptions:
     ] = "cosine"
     epochs: Annotated[PositiveInt, about("length of training, in epochs")] = 30
     warmup_epochs: Annotated[NotNegative, about("epochs of linear warm-up")] = 0.0
-    milestones: Annotated[List[int], about("epochs after which the learning rate is multiplied by gamma")] = ()
-    gamma: Annotated[float, about("factor, for step and exponential")] = 0.1
+    milestones: Annotated[List[PositiveInt], about("epochs after which the learning rate is multiplied by gamma")] = ()
+    gamma: Annotated[Positive, about("factor, for step and exponential")] = 0.1
     decay_epochs: Annotated[Positive, about("epochs between two multiplications, for exponential")] = 1.0
 
 

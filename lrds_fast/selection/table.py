@@ -115,34 +115,7 @@ class Selection:
         lacks the number of classes. Raises FileNotFoundError, TypeError for a dataset that has neither, or
         ValueError naming the file for one that is damaged, is not a selection, or belongs to another dataset.
         """
-        name = os.fspath(path)
-        table, facts = _read(name)
-        try:
-            selection = cls(
-                mask=torch.tensor(table["selected"].to_numpy(), dtype=torch.bool),
-                scores={score: torch.tensor(table[score].to_numpy()) for score in facts["scores"]},
-                labels=_optional_column(table, "label"),
-                teacher_pred=_optional_column(table, "teacher_pred"),
-                policy=facts["policy"],
-                fingerprint=facts["fingerprint"],
-                num_classes=facts["num_classes"],
-                meta=facts["meta"],
-            )
-            in_order = table["index"].to_pylist() == list(range(facts["num_samples"]))
-        except (KeyError, TypeError, ValueError, RuntimeError, pa.ArrowException) as error:
-            raise ValueError(f"{name} is not a complete selection ({_one_line(error)}); run select again") from error
-        if not in_order:
-            raise ValueError(f"{name}: the rows were reordered, added or dropped since it was saved; run select again")
-        if selection._relabelled():
-            raise ValueError(f"{name}: its labels are not those it was saved with; run select again")
-        if dataset is not None:
-            if selection.fingerprint is None:
-                raise ValueError(
-                    f"{name} does not say which dataset it was made for; make it from Scores, or with"
-                    " select(dataset=...)"
-                )
-            selection._check_dataset(name, dataset)
-        return selection
+        return read_selection(path, dataset)
 
     def dataset(self, of: Any) -> Dataset[Any]:
         """The samples of `of` with a flag, True for selected samples: (x, y, ...) becomes (x, y, ..., bool).
@@ -207,6 +180,46 @@ class Selection:
         text = selection_page(self, pictures, class_names)
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
+
+
+def read_selection(
+    path: str | os.PathLike[str],
+    dataset: object = None,
+    *,
+    what: str = "selection",
+    otherwise: str = "write it again with lrds-fast select or Selection.save",
+) -> Selection:
+    """Selection.load for any file that Selection.save wrote: selections, and the scores of lrds-fast score.
+
+    what: the kind of file, for errors. otherwise: how to replace a damaged file, for errors.
+    """
+    name = os.fspath(path)
+    table, facts = _read(name, what, otherwise)
+    try:
+        selection = Selection(
+            mask=torch.tensor(table["selected"].to_numpy(), dtype=torch.bool),
+            scores={score: torch.tensor(table[score].to_numpy()) for score in facts["scores"]},
+            labels=_optional_column(table, "label"),
+            teacher_pred=_optional_column(table, "teacher_pred"),
+            policy=facts["policy"],
+            fingerprint=facts["fingerprint"],
+            num_classes=facts["num_classes"],
+            meta=facts["meta"],
+        )
+        in_order = table["index"].to_pylist() == list(range(facts["num_samples"]))
+    except (KeyError, TypeError, ValueError, RuntimeError, pa.ArrowException) as error:
+        raise ValueError(f"{name} is not a complete {what} ({_one_line(error)}); {otherwise}") from error
+    if not in_order:
+        raise ValueError(f"{name}: the rows were reordered, added or dropped since it was saved; {otherwise}")
+    if selection._relabelled():
+        raise ValueError(f"{name}: its labels are not those it was saved with; {otherwise}")
+    if dataset is not None:
+        if selection.fingerprint is None:
+            raise ValueError(
+                f"{name} does not say which dataset it was made for; make it from Scores, or with select(dataset=...)"
+            )
+        selection._check_dataset(name, dataset)
+    return selection
 
 
 class _Flagged(Dataset[Any]):
@@ -295,30 +308,25 @@ def _one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _read(name: str) -> tuple[pa.Table, dict[str, Any]]:
-    """The table of a selection file and its metadata."""
+def _read(name: str, what: str, otherwise: str) -> tuple[pa.Table, dict[str, Any]]:
+    """The table of a file that Selection.save wrote, and its metadata; what, otherwise: as in read_selection."""
     if not os.path.exists(name):
-        raise FileNotFoundError(f"there is no selection at {name}")
+        raise FileNotFoundError(f"there is no {what} at {name}")
     if not os.path.isfile(name):
-        raise ValueError(f"{name} is not a file; give the Parquet file that Selection.save wrote")
+        raise ValueError(f"{name} is not a file; give the Parquet file of the {what}")
     try:
         table = pq.read_table(name, use_threads=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{name} is truncated, damaged or not Parquet ({_one_line(error)}); run select again"
-        ) from error
+        raise ValueError(f"{name} is truncated, damaged or not Parquet ({_one_line(error)}); {otherwise}") from error
     raw = (table.schema.metadata or {}).get(_METADATA_KEY)
     try:
         facts = json.loads(raw) if raw is not None else None
     except ValueError:
         facts = None
     if not isinstance(facts, dict):
-        message = f"{name} is Parquet but not a selection; give a file that Selection.save wrote"
-        raise ValueError(message)
+        raise ValueError(f"{name} is Parquet but not a {what}; name another file")
     if facts.get("format") != _FORMAT:
-        raise ValueError(
-            f"{name} has selection format {facts.get('format')!r}, this version reads {_FORMAT}; run select again"
-        )
+        raise ValueError(f"{name} has {what} format {facts.get('format')!r}, this version reads {_FORMAT}; {otherwise}")
     return table, facts
 
 

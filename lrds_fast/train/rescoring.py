@@ -15,6 +15,7 @@ from lrds_fast.nn import KDLoss
 from lrds_fast.ranks import Ranks
 from lrds_fast.recipe.recipe import Recipe, SelectionOptions
 from lrds_fast.selection import Selection, select, select_jointly
+from lrds_fast.selection.table import read_selection
 from lrds_fast.train.setup import scored_loss
 
 FOLDER = "selections"
@@ -42,7 +43,7 @@ def forget(out: Path) -> None:
 def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection | None:
     """The selection that a run had in the last of its `epochs_done` epochs; None where it had made none by then.
 
-    Raises FileNotFoundError where the run's folder lacks it.
+    Raises FileNotFoundError where the run's folder lacks it, ValueError where it is damaged.
     """
     scored = [epoch for epoch in range(epochs_done) if is_due(options, epoch)]
     if not scored:
@@ -50,7 +51,7 @@ def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection 
     path = path_of(out, scored[-1])
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the run cannot continue without it; start again with --overwrite")
-    return Selection.load(path)
+    return read_selection(path, otherwise="restore it from a copy, or start again with --overwrite")
 
 
 def rescore(
