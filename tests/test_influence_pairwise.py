@@ -47,6 +47,33 @@ def test_against_dense_matrices(curvature: str) -> None:
     torch.testing.assert_close(itself, own["self_influence"], rtol=1e-9, atol=0)
 
 
+def test_exact_against_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers in one Gauss-Newton matrix; the queries are solved for in groups of 4."""
+    monkeypatch.setattr("lrds_fast.influence.queries.QUERIES_AT_ONCE", 4)
+    given = problem()
+    found = influence.pairwise(**given, exact=True, batch_size=7)
+    assert isinstance(found, Tensor)
+    student = given["student"].eval()
+    parameters = {name: p.detach() for name, p in student.named_parameters()}
+
+    def gradients(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, P) gradients of the cross-entropies, (B, C, P) Jacobians of the logits, (B, C) probabilities."""
+        made = torch.func.jacrev(lambda p: torch.func.functional_call(student, p, (x,)))(parameters)
+        jacobian = torch.cat([made[name].flatten(2) for name in parameters], dim=2)
+        q = student(x).detach().softmax(1)
+        return torch.einsum("ncp,nc->np", jacobian, q - F.one_hot(y, CLASSES)), jacobian, q
+
+    query, train = gradients(*given["query_data"].tensors), gradients(*given["train_data"].tensors)
+    _, j, q = train
+    inner = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
+    h = torch.einsum("ncp,ncd,ndr->pr", j, inner, j) / len(j) + 0.05 * torch.eye(j.shape[2], dtype=torch.float64)
+    expected = query[0] @ torch.linalg.solve(h, train[0].T)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    top = influence.pairwise(**given, exact=True, top_k=3)
+    assert isinstance(top, influence.Pairwise)
+    assert torch.equal(top.indices, expected.argsort(dim=1, descending=True)[:, :3])
+
+
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("top_k", [1, 5, 23, 40])
 def test_top_k(top_k: int, largest: bool) -> None:

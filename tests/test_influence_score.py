@@ -183,6 +183,71 @@ def test_exact_curvature_and_newton_steps_from_the_models() -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("hessian", ["gt", "objective"])
+@pytest.mark.parametrize("layers", ["all", ["0", "5", "7"]], ids=["all", "some"])
+def test_exact_curvature_of_several_layers_against_the_dense_matrix(layers: Any, hessian: str) -> None:
+    """H = 1/N sum_i J_i^T (sum_t w_it J(softmax(z_i / T_t))) J_i + damping I over all parameters of all layers."""
+    student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 23), data(3, 9)
+    selected = torch.arange(23) % 3 > 0
+    options: dict[str, Any] = {
+        "layers": layers,
+        "damping": 0.02,
+        "hessian": hessian,
+        "loss": LOSS,
+        "selected": selected,
+    }
+    found = influence.score(student, teacher, train, val, curvature="exact", folds=3, batch_size=7, **options)
+    assert found.meta["curvature"] == "exact"
+
+    (x, y), (x_val, y_val) = train.tensors, val.tensors
+    names = [n for n, _ in student.named_parameters() if layers == "all" or n.partition(".")[0] in layers]
+    parameters = {n: p.detach() for n, p in student.named_parameters() if n in names}
+
+    def jacobian(inputs: Tensor) -> Tensor:
+        """(B, C, P)"""
+        by_name = torch.func.jacrev(lambda p: torch.func.functional_call(student, p, (inputs,)))(parameters)
+        return torch.cat([by_name[n].flatten(2) for n in names], dim=2)
+
+    with torch.no_grad():
+        z, v, z_val = student(x), teacher(x), student(x_val)
+    ones, s = torch.ones(23, dtype=torch.float64), selected.double()
+    terms = [(ones, 1.0)]
+    if hessian == "objective":
+        terms = [(s * 0.3 + (1 - s) * 1.0, 1.0), (s * 0.7, 3.0)]
+    j, j_val = jacobian(x), jacobian(x_val)
+    h = 0.02 * torch.eye(j.shape[2], dtype=torch.float64)
+    for weight, temperature in terms:
+        q = (z / temperature).softmax(1)
+        inner = weight[:, None, None] * (torch.diag_embed(q) - q[:, :, None] * q[:, None, :])
+        h += torch.einsum("ncp,ncd,ndr->pr", j, inner, j) / 23
+    change = torch.einsum("ncp,nc->np", j, deltas(z, v, y, 0.3 - 1.0, 0.7))
+    held_out = torch.einsum("ncp,nc->np", j_val, z_val.softmax(1) - F.one_hot(y_val, CLASSES))
+    expected = -change @ torch.linalg.solve(h, held_out.mean(0))
+    torch.testing.assert_close(found["kd_gain"], expected, rtol=1e-7, atol=1e-10)
+    parts = torch.stack([-change @ torch.linalg.solve(h, held_out[part::3].mean(0)) for part in range(3)])
+    torch.testing.assert_close(found.standard_error["kd_gain"], parts.std(0) / 3**0.5, rtol=1e-7, atol=1e-10)
+
+    # The products between layers count: the blocks alone give other scores.
+    blocks = influence.score(student, teacher, train, val, labels="all", **options)
+    assert not torch.allclose(blocks["kd_gain"], expected, rtol=0.01)
+
+
+def test_exact_curvature_of_float32_and_without_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = network(0).eval(), network(1).eval()
+    train, val = data(2, 23), data(3, 9)
+    options: dict[str, Any] = {"layers": "all", "curvature": "exact", "damping": 0.05}
+    wide = influence.score(*models, train, val, **options)["kd_gain"]
+    narrow = [TensorDataset(split.tensors[0].float(), split.tensors[1]) for split in (train, val)]
+    found = influence.score(*(model.float() for model in models), *narrow, **options)["kd_gain"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wide, rtol=1e-3, atol=1e-4 * float(wide.abs().max()))
+    monkeypatch.setattr("lrds_fast.influence.conjugate.ITERATIONS", 1)
+    with pytest.raises(
+        RuntimeError, match="'exact': conjugate gradients reached .* in 1 steps, not 1e-04; raise damping"
+    ):
+        influence.score(*models, *narrow, **options)
+
+
 @pytest.mark.parametrize("layers", ["last", "all"])
 def test_precomputed_teacher_logits_are_accepted(layers: str) -> None:
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 23), data(3, 9)
@@ -243,7 +308,11 @@ def test_mistakes_are_named(layers: str) -> None:
     for change, error, message in (
         ({"val_data": None}, ValueError, "kd_gain needs val_data"),
         ({"curvature": "none"}, ValueError, "curvature must be one of identity, kfac, ekfac, exact"),
-        ({"curvature": "exact", "layers": ["7"]}, ValueError, "'exact' is of the last layer alone"),
+        (
+            {"curvature": "exact", "layers": ["7"], "scores": "self_influence"},
+            ValueError,
+            "self_influence and param_shift need .*layers='last'",
+        ),
         ({"scores": "kd_gain_ns", "layers": ["7"]}, ValueError, "a score of the last layer alone"),
         ({"layers": ["nope"]}, ValueError, "no module 'nope'"),
         ({"train_data": DataLoader(train, shuffle=True)}, ValueError, "the loader shuffles"),

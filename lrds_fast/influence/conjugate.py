@@ -37,22 +37,27 @@ class WholeHessian:
         self._model = classifier.module
 
     def solve(self, gradients: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """H^-1 g for each gradient, by parameter name in the parameters' shapes and dtypes.
+        """solve_by_layer for gradients by parameter name, in the parameters' shapes and dtypes."""
+        flat = [flatten_by_layer(self._model, self._layers, gradient) for gradient in gradients]
+        return [unflatten_by_layer(self._model, solution) for solution in self.solve_by_layer(flat)]
+
+    def solve_by_layer(self, gradients: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """H^-1 g for each gradient, flattened (P,) by layer name, float64.
 
         Raises RuntimeError where ITERATIONS do not reach the tolerance.
         """
-        flat = [self._joined(flatten_by_layer(self._model, self._layers, gradient)) for gradient in gradients]
         dtype = next(self._model.parameters()).dtype
+        damping = self._factors.damping.values()
         solutions = conjugate_gradients(
             self._products,
             lambda vector: self._joined(self._factors.solve(self._by_layer(vector))),
-            [vector.double() for vector in flat],
+            [self._joined(gradient).double() for gradient in gradients],
             tolerance=TOLERANCE.get(dtype, TOLERANCE[torch.float32]),
             iterations=ITERATIONS,
             ranks=self._ranks,
-            damping=f"{min(self._factors.damping.values()):.3g} to {max(self._factors.damping.values()):.3g}",
+            damping=f"{min(damping):.3g} to {max(damping):.3g}",
         )
-        return [unflatten_by_layer(self._model, self._by_layer(vector)) for vector in solutions]
+        return [self._by_layer(vector) for vector in solutions]
 
     def _joined(self, by_layer: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([by_layer[name].flatten() for name in self._layers])
@@ -61,6 +66,7 @@ class WholeHessian:
         sizes = [self._factors.inverse(name).numel() for name in self._layers]
         return dict(zip(self._layers, vector.split(sizes), strict=True))
 
+    @torch.no_grad()
     def _products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for each vector (P,), float64; one pass over the samples."""
         directions = [unflatten_by_layer(self._model, self._by_layer(vector)) for vector in vectors]
@@ -73,17 +79,17 @@ class WholeHessian:
             def logits_of(moved: dict[str, Tensor], x: Tensor = batch.x) -> Tensor:
                 return self._classifier.read(functional_call(self._model, moved, (x,)), len(x))
 
-            logits, pull_back = vjp(logits_of, parameters)
+            made = vjp(logits_of, parameters)
+            logits, pull_back = made[0], made[1]
             terms = [
                 (weight[:, None], torch.softmax(logits / temperature, dim=1))
                 for weight, temperature in batch.terms(logits)
             ]
             for total, direction in zip(totals, directions, strict=True):
-                with torch.no_grad():
-                    moved = jvp(logits_of, (parameters,), (direction,))[1]
-                    curved = torch.zeros_like(moved)
-                    for weight, p in terms:
-                        curved += weight * p * (moved - torch.linalg.vecdot(p, moved)[:, None])
+                moved = jvp(logits_of, (parameters,), (direction,))[1]
+                curved = torch.zeros_like(moved)
+                for weight, p in terms:
+                    curved += weight * p * (moved - torch.linalg.vecdot(p, moved)[:, None])
                 (gradient,) = pull_back(curved)
                 total += self._joined(flatten_by_layer(self._model, self._layers, gradient))
         self._ranks.sum(count)

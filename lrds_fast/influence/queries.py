@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeGuard
 
@@ -11,10 +12,15 @@ from torch import Tensor, nn
 from lrds_fast._numbers import integer
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook, evaluation_mode
 from lrds_fast.influence.batches import BatchReader, Data, ReadOptions
-from lrds_fast.influence.factors import Factors
+from lrds_fast.influence.conjugate import WholeHessian
+from lrds_fast.influence.factors import Factors, HessianBatch
 from lrds_fast.influence.inputs import check_scores
 from lrds_fast.influence.layers import Outer, SampleGradients, sample_gradients
-from lrds_fast.influence.objective import cross_entropy_gradient
+from lrds_fast.influence.objective import cross_entropy_gradient, cross_entropy_terms
+from lrds_fast.ranks import Ranks
+
+#: Queries whose conjugate gradients share the passes over the training set: a few vectors of all parameters each.
+QUERIES_AT_ONCE = 64
 
 
 class Pairwise(NamedTuple):
@@ -30,6 +36,7 @@ def pairwise(
     train_data: Data,
     *,
     factors: Factors,
+    exact: bool = False,
     top_k: int | None = None,
     largest: bool = True,
     batch_size: int = 256,
@@ -43,7 +50,9 @@ def pairwise(
     change of q's loss when i is left out.
 
     student, query_data, train_data, batch, logits: as influence.score takes them, with targets in [0, C). factors: of
-    this student.
+    this student. exact: H is the Gauss-Newton matrix of the training cross-entropy over all layers together, with the
+    factors' damping; conjugate gradients, which the factors precondition, solve for QUERIES_AT_ONCE queries at a time,
+    and read the training set once a step.
     top_k: None returns all influences, (Q, N). A number K >= 1 returns a Pairwise of each query's K largest ones
     (smallest with largest=False) and holds at most (Q, K + batch_size) values. Ties go to the lower index.
     Memory besides: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
@@ -58,11 +67,13 @@ def pairwise(
     train = read.reader(train_data, parameter, name="train_data")
     query_reader = read.reader(query_data, parameter, name="query_data")
     with evaluation_mode(student):
-        queries = {name: _LayerQueries(factors, name) for name in layers}
+        queries = {name: _LayerQueries(factors, name, exact) for name in layers}
         for _, gradients in _label_gradients(model, query_reader, "queries", layers):
             for name in layers:
                 queries[name].add(gradients[name])
         count = queries[layers[0]].count
+        if exact:
+            _solve(queries, WholeHessian(model, factors, functools.partial(_cross_entropies, train), Ranks()))
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         collected: _All | _Largest = _All(count, train.samples, dtype)
         if top_k is not None:
@@ -75,6 +86,23 @@ def pairwise(
             check_scores("pairwise", block.T, start)
             collected.add(block, start)
     return collected.result()
+
+
+def _cross_entropies(train: BatchReader) -> Iterator[HessianBatch]:
+    for batch in train("H products"):
+        yield HessianBatch(batch.start, batch.x, cross_entropy_terms)
+
+
+def _solve(queries: Mapping[str, _LayerQueries], hessian: WholeHessian) -> None:
+    """Replaces the queries' gradients by H^-1 of them."""
+    rows = {name: layer.gradients() for name, layer in queries.items()}
+    count = len(next(iter(rows.values())))
+    for start in range(0, count, QUERIES_AT_ONCE):
+        part = range(start, min(start + QUERIES_AT_ONCE, count))
+        solved = hessian.solve_by_layer([{name: tensor[row] for name, tensor in rows.items()} for row in part])
+        for row, solution in zip(part, solved, strict=True):
+            for name, tensor in rows.items():
+                tensor[row] = solution[name].to(tensor)
 
 
 def self_influence(
@@ -183,12 +211,14 @@ class _Largest:
 class _LayerQueries:
     """The queries' gradients in one layer: H^-1 g_q, or the two factors of each g_q where H is a multiple c of I.
 
+    exact: `add` keeps the g_q, which _solve replaces.
+
     With H = c I and one position, g_q . g_i / c is (d_q . d_i)(a_q . a_i) / c: 2 (O + I) operations a pair, not 2 O I.
     """
 
-    def __init__(self, factors: Factors, layer: str) -> None:
+    def __init__(self, factors: Factors, layer: str, exact: bool = False) -> None:
         self._block, self._inverse = factors.blocks[layer], factors.inverse(layer)
-        self._plain = factors.curvature == "identity"
+        self._plain, self._exact = factors.curvature == "identity" and not exact, exact
         self._dense: list[Tensor] = []
         self._outer: list[Outer] = []
 
@@ -204,8 +234,14 @@ class _LayerQueries:
                 self._outer.append(part)
             else:
                 dense = part.dense()
-                solved = [self._block.solve(row, self._inverse) for row in dense]
-                self._dense.append(torch.stack(solved).to(dense))
+                if not self._exact:
+                    dense = torch.stack([self._block.solve(row, self._inverse) for row in dense]).to(dense)
+                self._dense.append(dense)
+
+    def gradients(self) -> Tensor:
+        """(Q, P): the queries' gradients, not solved for where H is exact."""
+        self._dense = [torch.cat(self._dense)]
+        return self._dense[0]
 
     def against(self, gradients: SampleGradients) -> Tensor:
         """(Q, B): the influence of every sample on every query through this layer."""

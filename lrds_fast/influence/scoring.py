@@ -71,10 +71,10 @@ def score(
     module names. Linear, Conv (groups, dilation, any padding), Embedding and normalisation layers; ValueError naming
     any other.
     scores: the names of last_layer_scores; kd_gain_ns with layers="last" only. curvature: "identity", "kfac", "ekfac",
-    a block per layer; "exact", over more layers than the last for kd_gain alone: conjugate gradients on the Gauss-Newton
-    matrix of all layers together, which EK-FAC preconditions. Each step reads the training set once; RuntimeError where
-    300 do not suffice. labels: how H sees the model's own labels: a number of draws per
-    sample (seed 0), or "all" (exact, C backward passes a batch); the last layer has them all, in closed form.
+    a block per layer; "exact": over more layers than the last, for kd_gain alone, conjugate gradients on the
+    Gauss-Newton matrix of all layers together, which EK-FAC preconditions. Each step reads the training set once;
+    RuntimeError where 300 do not suffice. labels: how H sees the model's own labels: a number of draws per sample (seed
+    0), or "all" (exact, C backward passes a batch); the last layer has them all, in closed form.
     damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue, which is an error
     where the curvature is zero up to rounding (a student that has memorised its training set).
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
@@ -134,8 +134,8 @@ def _check_supported(options: ScoreOptions, head: bool, held_out: bool) -> None:
         raise ValueError("kd_gain_ns is a score of the last layer alone: pass layers='last'")
     if not head and options.curvature.curvature == "exact" and options.include(("self_influence", "param_shift")):
         raise ValueError(
-            "self_influence and param_shift need the inverse for every sample's gradient, which curvature 'exact' has for"
-            " the last layer alone: pass layers='last', or curvature='ekfac'"
+            "self_influence and param_shift need the inverse for every sample's gradient, which curvature 'exact' has"
+            " for the last layer alone: pass layers='last', or curvature='ekfac'"
         )
     if options.include(HELD_OUT) and not held_out:
         raise ValueError("kd_gain needs val_data, a slice held out of the training set")
