@@ -214,6 +214,16 @@ def influences(model: nn.Module, problem: Problem, curvature: str, layers: str) 
     return pairwise_scores(model, problem.query_set, problem.train_set, factors)
 
 
+def exact_influences(model: nn.Module, problem: Problem) -> Tensor:
+    """(queries, N) by conjugate gradients over all layers together, factors included."""
+    factors = influence.Factors.fit(model, problem.x.split(256), labels="all")
+    scores = influence.pairwise(
+        model, problem.query_set, problem.train_set, factors=factors, exact=True, batch_size=1024, progress=False
+    )
+    assert isinstance(scores, Tensor)
+    return scores
+
+
 def same_label(problem: Problem) -> Tensor:
     """(queries, N): the cosine of the inputs, negated where the labels differ."""
     cosine = F.normalize(problem.queries, dim=1) @ F.normalize(problem.x, dim=1).T
@@ -228,6 +238,7 @@ def contenders(problem: Problem, models: list[nn.Sequential], folder: Path) -> d
         "ours, ekfac, 5 models": lambda: torch.stack(
             [influences(each, problem, "ekfac", "all") for each in models]
         ).mean(dim=0),
+        "ours, exact": lambda: exact_influences(model, problem),
         "ours, kfac": lambda: influences(model, problem, "kfac", "all"),
         "ours, identity": lambda: influences(model, problem, "identity", "all"),
         "ours, ekfac, last layer": lambda: influences(model, problem, "ekfac", "last"),
