@@ -67,7 +67,7 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"divergences", "recipes"},
     "data": {"topk", "files", "recipe"},
     "features": {"models", "recipe"},
-    "compat": {"nn", "selection"},
+    "compat": {*_OPS, "nn", "selection"},
     "train": {
         *_OPS,
         "composed",
