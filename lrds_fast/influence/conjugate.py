@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, jvp, vjp, vmap
 
 from lrds_fast.influence.adapters import Classifier
 from lrds_fast.influence.factors import Factors, HessianBatch
@@ -70,28 +70,15 @@ class WholeHessian:
     def _products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for each vector (P,), float64; one pass over the samples."""
         directions = [unflatten_by_layer(self._model, self._by_layer(vector)) for vector in vectors]
+        stacked = {name: torch.stack([direction[name] for direction in directions]) for name in directions[0]}
         totals = [torch.zeros_like(vector) for vector in vectors]
         count = torch.zeros((), dtype=torch.float64, device=vectors[0].device)
-        parameters = {name: p.detach() for name, p in self._model.named_parameters() if name in directions[0]}
         for batch in self._batches():
             count += len(batch.x)
-
-            def logits_of(moved: dict[str, Tensor], x: Tensor = batch.x) -> Tensor:
-                return self._classifier.read(functional_call(self._model, moved, (x,)), len(x))
-
-            made = vjp(logits_of, parameters)
-            logits, pull_back = made[0], made[1]
-            terms = [
-                (weight[:, None], torch.softmax(logits / temperature, dim=1))
-                for weight, temperature in batch.terms(logits)
-            ]
-            for total, direction in zip(totals, directions, strict=True):
-                moved = jvp(logits_of, (parameters,), (direction,))[1]
-                curved = torch.zeros_like(moved)
-                for weight, p in terms:
-                    curved += weight * p * (moved - torch.linalg.vecdot(p, moved)[:, None])
-                (gradient,) = pull_back(curved)
-                total += self._joined(flatten_by_layer(self._model, self._layers, gradient))
+            products = self._batch_products(batch, stacked)
+            for number, total in enumerate(totals):
+                product = {name: tensor[number] for name, tensor in products.items()}
+                total += self._joined(flatten_by_layer(self._model, self._layers, product))
         self._ranks.sum(count)
         damping = self._joined(
             {name: torch.full_like(self._factors.inverse(name), self._factors.damping[name]) for name in self._layers}
@@ -99,3 +86,32 @@ class WholeHessian:
         return [
             self._ranks.sum(total) / count + damping * vector for total, vector in zip(totals, vectors, strict=True)
         ]
+
+    def _batch_products(self, batch: HessianBatch, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """sum_i J_i^T (sum_t w_it J(softmax(z_i / T_t))) J_i d over the batch, for K directions by parameter name.
+
+        directions, and the result: (K, ...) in the parameters' shapes.
+        """
+        parameters = {name: p.detach() for name, p in self._model.named_parameters() if name in directions}
+
+        def logits_of(moved: dict[str, Tensor]) -> Tensor:
+            return self._classifier.read(functional_call(self._model, moved, (batch.x,)), len(batch.x))
+
+        made = vjp(logits_of, parameters)
+        logits, pull_back = made[0], made[1]
+        terms = [
+            (weight[:, None], torch.softmax(logits / temperature, dim=1)) for weight, temperature in batch.terms(logits)
+        ]
+
+        def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
+            moved = jvp(logits_of, (parameters,), (direction,))[1]
+            curved = torch.zeros_like(moved)
+            for weight, p in terms:
+                curved = curved + weight * p * (moved - torch.linalg.vecdot(p, moved)[:, None])
+            gradient: dict[str, Tensor] = pull_back(curved)[0]
+            return gradient
+
+        if len(next(iter(directions.values()))) == 1:  # without vmap, which not every model supports
+            return {name: tensor[None] for name, tensor in product({n: d[0] for n, d in directions.items()}).items()}
+        several: dict[str, Tensor] = vmap(product)(dict(directions))
+        return several
