@@ -63,7 +63,7 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"divergences", "recipes"},
     "data": {"topk", "files", "recipe"},
     "features": {"models", "recipe"},
-    "compat": {"nn", "selection"},
+    "compat": {"divergences", "functional", "linear", "nn", "selection"},
     "train": {
         *_OPS,
         "composed",
