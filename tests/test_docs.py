@@ -60,6 +60,40 @@ def test_snippets_of_a_task_page_run(
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
+#: Section of docs/integrations.md -> the package that its snippets need.
+LIBRARIES = {"timm": "timm.task"}
+INTEGRATIONS = ROOT / "docs" / "integrations.md"
+
+
+def test_every_adapter_has_a_section_with_a_snippet() -> None:
+    lines = INTEGRATIONS.read_text(encoding="utf-8").splitlines()
+    sections = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert set(LIBRARIES) <= set(sections)
+    inside = {
+        sections[len([heading for heading in lines[:at] if heading.startswith("## ")]) - 1]
+        for at, _ in blocks(INTEGRATIONS, "python")
+    }
+    assert inside == set(LIBRARIES)
+
+
+@pytest.mark.parametrize("section", LIBRARIES)
+def test_snippets_of_the_integrations_run(
+    section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """One after the other, in one namespace for a section and an empty folder."""
+    package = LIBRARIES[section]
+    pytest.importorskip(package, reason=f"needs {package.partition('.')[0]}: pip install 'lrds-fast[compat]'")
+    monkeypatch.chdir(tmp_path)
+    lines = INTEGRATIONS.read_text(encoding="utf-8").splitlines()
+    begin = lines.index(f"## {section}")
+    end = next((at for at in range(begin + 1, len(lines)) if lines[at].startswith("## ")), len(lines))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    torch.manual_seed(0)
+    for line, code in blocks(INTEGRATIONS, "python"):
+        if begin < line < end:
+            exec(compile("\n" * line + code, str(INTEGRATIONS), "exec"), namespace)
+
+
 def test_commands_of_the_task_pages_exist() -> None:
     options: dict[str, set[str]] = {}
     seen = set()

@@ -67,7 +67,7 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"divergences", "recipes"},
     "data": {"topk", "files", "recipe"},
     "features": {"models", "recipe"},
-    "compat": {*_OPS, "nn", "selection"},
+    "compat": {"divergences", "functional", "linear", "nn", "selection"},
     "train": {
         *_OPS,
         "composed",

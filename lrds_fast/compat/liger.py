@@ -1,26 +1,30 @@
-"""Liger's fused linear distillation losses, computed by linear_kd_loss.
+"""Liger's fused linear distillation losses with linear_kd_loss, on the CPU and on CUDA; Liger itself is not used.
 
-    from lrds_fast.compat.liger import LigerFusedLinearJSDLoss     # in place of liger_kernel.chunked_loss
-
-They take Liger's arguments and give its numbers on the CPU and on CUDA. Vocabularies must be equal: Liger pads the
-student's with logits of 0, which changes the loss; linear_kd_loss(classes="truncate") cuts the larger one.
+LigerFusedLinearJSDLoss and LigerFusedLinearJSD are twins of the classes of these names in liger_kernel.chunked_loss and
+liger_kernel.transformers, with revise and eta beside their arguments.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lrds_fast.compat.trl import divergence_of
+from lrds_fast.compat import generalized_jsd
 from lrds_fast.linear import linear_kd_loss
+
+if importlib.util.find_spec("liger_kernel") is None:
+    raise ImportError("lrds_fast.compat.liger needs liger-kernel: pip install liger-kernel")
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
-    """weight_hard_loss * CE + weight_soft_loss * JSD_beta, without T^2, as liger_kernel.chunked_loss (0.8.5).
+    """weight_hard_loss * CE + weight_soft_loss * JSD_beta from hidden states, as liger_kernel.chunked_loss.
 
-    beta: 0 is the KL of the teacher to the student, 1 the reverse. revise, eta: label revision of kd_loss, off by
-    default. chunk_size, compiled: accepted and not used. return_soft_hard_loss: only False.
+    Arguments as Liger's; there is no T^2. compiled is ignored: nothing is compiled. chunk_size: rows in a chunk; None
+    is chosen from the shapes. return_soft_hard_loss must be False. Student and teacher must have one vocabulary: Liger
+    pads the student's with logit 0. revise, eta: kd_loss's label revision. Raises ValueError.
     """
 
     def __init__(
@@ -31,7 +35,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         ignore_index: int = -100,
         temperature: float = 1.0,
         compiled: bool = True,
-        chunk_size: int = 1024,
+        chunk_size: int | None = 1024,
         return_soft_hard_loss: bool = False,
         *,
         revise: str | None = None,
@@ -39,13 +43,15 @@ class LigerFusedLinearJSDLoss(nn.Module):
     ) -> None:
         super().__init__()
         if return_soft_hard_loss:
-            raise ValueError(
-                "return_soft_hard_loss must be False; for the parts call linear_kd_loss once for each term"
-            )
+            raise ValueError("return_soft_hard_loss must be False: linear_kd_loss returns the sum of both losses")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be > 0; got {temperature!r}")
+        self.chunk_size = chunk_size
         self.options: dict[str, Any] = {
             "ce_weight": weight_hard_loss,
+            "ce_weight_unselected": weight_hard_loss,
             "kd_weight": weight_soft_loss / temperature**2,
-            "divergence": divergence_of(beta),
+            "divergence": generalized_jsd(beta),
             "ignore_index": ignore_index,
             "temperature": temperature,
             "revise": revise,
@@ -62,8 +68,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor:
-        """student_input: (N, d). student_weight: (C, d). teacher_input: (N, d_t). teacher_weight: (C, d_t).
-        true_labels: (N,) int64. Biases: (C,) or None. 0-d. Raises ValueError or TypeError as linear_kd_loss."""
+        """The mean over the labels that are not ignored. *_input: (N, H); *_weight: (V, H); true_labels: (N,)."""
         return linear_kd_loss(
             student_input,
             student_weight,
@@ -72,28 +77,31 @@ class LigerFusedLinearJSDLoss(nn.Module):
             true_labels,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
+            chunk_rows=self.chunk_size,
             **self.options,
         )
 
 
 class LigerFusedLinearJSD(nn.Module):
-    """JSD_beta alone, as liger_kernel.transformers.LigerFusedLinearJSD (0.8.5), which needs CUDA or another device.
+    """JSD_beta alone from hidden states, as liger_kernel.transformers.
 
-    accum_dtype: accepted and not used: weight gradients are added in float32.
+    Arguments as Liger's. accum_dtype is ignored: gradients are added in float32, or float64 for float64. revise, eta:
+    kd_loss's label revision, which needs labels.
     """
 
     def __init__(
-        self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0, accum_dtype: object = None
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+        *,
+        revise: str | None = None,
+        eta: float = 0.8,
     ) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {
-            "ce_weight": 0.0,
-            "kd_weight": temperature**-2,
-            "divergence": divergence_of(jsd_beta),
-            "ignore_index": ignore_index,
-            "temperature": temperature,
-            "revise": None,
-        }
+        arguments: dict[str, Any] = {"revise": revise, "eta": eta, "chunk_size": None}
+        self.loss = LigerFusedLinearJSDLoss(0.0, 1.0, jsd_beta, ignore_index, temperature, **arguments)
 
     def forward(
         self,
@@ -103,7 +111,11 @@ class LigerFusedLinearJSD(nn.Module):
         teacher_weight: Tensor,
         shift_labels: Tensor | None = None,
     ) -> Tensor:
-        """Shapes as LigerFusedLinearJSDLoss. shift_labels: (N,) int64, for ignore_index; None: all rows count. 0-d."""
-        return linear_kd_loss(
-            student_input, student_weight, teacher_input, teacher_weight, shift_labels, **self.options
-        )
+        """The mean over the labels that are not ignored, or over all rows without labels."""
+        if shift_labels is None:
+            if self.loss.options["revise"] is not None:
+                raise ValueError("revise needs shift_labels; pass them, or revise=None")
+            # Zeros that no term reads: target=None would replace them.
+            shift_labels = student_input.new_zeros(student_input.shape[:-1], dtype=torch.long)
+        loss: Tensor = self.loss(student_input, student_weight, teacher_input, teacher_weight, shift_labels)
+        return loss

@@ -1,86 +1,90 @@
-"""NVIDIA ModelOpt's distillation losses, computed by kd_loss.
-
-    import modelopt.torch.distill as mtd
-    from lrds_fast.compat.modelopt import LogitsDistillationLoss
-
-    config = {"teacher_model": teacher, "criterion": LogitsDistillationLoss(temperature=2.0)}
-    student = mtd.convert(student, mode=[("kd_loss", config)])
-
-Both take ModelOpt's arguments and give its numbers. LabelRevisionLoss is MFTLoss with the published label revision.
-"""
+"""NVIDIA ModelOpt's logit distillation losses with kd_loss, for the criterion of mtd.convert."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from lrds_fast.functional import kd_loss
 
+try:
+    import modelopt.torch.distill  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"lrds_fast.compat.modelopt needs nvidia-modelopt: pip install nvidia-modelopt ({error})"
+    ) from error
+
 _REDUCTIONS = {"mean": "elementmean", "batchmean": "mean", "sum": "sum", "none": "none"}
 
 
-class LogitsDistillationLoss(_Loss):
-    """T^2 KL from the teacher's to the student's softmax(logits / T), as modelopt.torch.distill's (0.47).
+def _checked(reduction: str) -> str:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
+    return _REDUCTIONS[reduction]
 
-    reduction: "mean" divides by rows times classes, "batchmean" by the first dimension as F.kl_div does, "sum", or
-    "none": a row's loss each. Raises ValueError or TypeError as kd_loss.
+
+class LogitsDistillationLoss(_Loss):
+    """T^2 KL(teacher || student), as modelopt.torch.distill.LogitsDistillationLoss.
+
+    reduction: "mean" over rows times classes (the default, as there), "batchmean" over the first dimension, "sum", or
+    "none", which gives the rows. revise, eta: kd_loss's label revision; compute_kd_loss(labels=...) passes the labels.
     """
 
-    def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
+    def __init__(
+        self, temperature: float = 1.0, reduction: str = "mean", *, revise: str | None = None, eta: float = 0.8
+    ) -> None:
         super().__init__()
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
-        self._temperature, self._reduction = temperature, reduction
+        self.temperature, self.revise, self.eta = temperature, revise, eta
+        self.row_reduction = _checked(reduction)
 
-    def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        """logits_s, logits_t: (..., C) of the student and the teacher, which gets no gradient. 0-d, or (...)."""
-        # F.kl_div's "batchmean" divides by the first dimension alone.
-        batch = logits_s.shape[0] if self._reduction == "batchmean" else None
-        return kd_loss(
-            logits_s,
-            logits_t,
-            temperature=self._temperature,
+    def forward(self, logits_s: Tensor, logits_t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """logits_s, logits_t: (..., C). labels: (...), needed where revise is not None. -100 is not read."""
+        if labels is None:
+            if self.revise is not None:
+                raise ValueError("revise needs labels; pass compute_kd_loss(labels=...), or revise=None")
+            # Zeros that no term reads: target=None would replace them.
+            labels = logits_s.new_zeros(logits_s.shape[:-1], dtype=torch.long)
+        loss = kd_loss(
+            logits_s.flatten(0, -2),
+            logits_t.flatten(0, -2),
+            labels.flatten(),
+            temperature=self.temperature,
             ce_weight=0.0,
+            ce_weight_unselected=0.0,
             kd_weight=1.0,
-            revise=None,
-            reduction=_REDUCTIONS[self._reduction],
-            num_valid=batch,
+            revise=self.revise,
+            eta=self.eta,
+            revise_temperature=None,
+            num_valid=logits_s.shape[0] if self.row_reduction == "mean" else None,
+            reduction=self.row_reduction,
         )
+        return loss.view(labels.shape) if self.row_reduction == "none" else loss
 
 
 class MFTLoss(_Loss):
-    """Minifinetuning's loss: where the label's probability does not lead by `threshold`, the teacher is corrected.
+    """Minifinetuning's loss, as modelopt.torch.distill.MFTLoss: revise="mft" with eta = 1 - threshold, at T itself.
 
-    threshold: in (0, 1), 1 - eta of kd_loss. revise: "mft", ModelOpt's numbers. reduction: as LogitsDistillationLoss;
-    "batchmean" divides by the rows, and "none" gives the rows' losses, which ModelOpt gives for each class. Source:
-    Belcak et al., arXiv 2506.15702.
+    threshold: in (0, 1). reduction: as there, but "none" gives the rows (N,), not the rows times C.
     """
-
-    _revise = "mft"
 
     def __init__(self, temperature: float = 1.0, threshold: float = 0.2, reduction: str = "batchmean") -> None:
         super().__init__()
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
-        self._temperature, self._threshold, self._reduction = temperature, threshold, reduction
+        self.temperature, self.eta = temperature, 1.0 - threshold
+        self.row_reduction = _checked(reduction)
 
     def forward(self, logits_s: Tensor, logits_t: Tensor, labels: Tensor) -> Tensor:
-        """logits_s, logits_t: (..., C). labels: (...) int64 in [0, C). 0-d, or (...)."""
+        """logits_s, logits_t: (..., C), labels: (N,) with a label for each flattened row; -100 is not read."""
         return kd_loss(
-            logits_s,
-            logits_t,
-            labels,
-            temperature=self._temperature,
+            logits_s.flatten(0, -2),
+            logits_t.flatten(0, -2),
+            labels.flatten(),
+            temperature=self.temperature,
             ce_weight=0.0,
+            ce_weight_unselected=0.0,
             kd_weight=1.0,
-            revise=self._revise,
+            revise="mft",
+            eta=self.eta,
             revise_temperature=None,
-            eta=1.0 - self._threshold,
-            reduction=_REDUCTIONS[self._reduction],
+            reduction=self.row_reduction,
         )
-
-
-class LabelRevisionLoss(MFTLoss):
-    """MFTLoss that corrects the rows alone where the teacher is wrong: label revision as published, at T."""
-
-    _revise = "lr"

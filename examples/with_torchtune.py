@@ -1,0 +1,56 @@
+"""torchtune: the two losses of its distillation recipes, on the bytes of this repository's documentation.
+
+    python examples/with_torchtune.py
+
+Networks that predict a byte from the eight before it. Needs torchtune; a few seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrds_fast.compat.torchtune import LRDSKDLoss
+
+torch.manual_seed(0)
+pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+text = "".join(page.read_text(encoding="utf-8") for page in pages).encode("ascii", "replace")
+windows = torch.tensor(list(text[:60000])).unfold(0, 9, 1)
+windows = windows[torch.randperm(len(windows))]
+inputs, labels = windows[:, :8], windows[:, 8]
+
+
+def network(width: int) -> nn.Sequential:
+    body = nn.Sequential(nn.Embedding(128, 16), nn.Flatten(), nn.Linear(128, width), nn.ReLU())
+    return nn.Sequential(body, nn.Linear(width, 128, bias=False))
+
+
+def train(model: nn.Sequential, teacher: nn.Sequential | None = None) -> float:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for rows in torch.randperm(50000).split(256):
+        loss = F.cross_entropy(model(inputs[rows]), labels[rows]) if teacher is None else distil(model, teacher, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.inference_mode():
+        return float((model(inputs[50000:]).argmax(1) == labels[50000:]).float().mean())
+
+
+class_loss, kd_loss, kd_ratio = nn.CrossEntropyLoss(), LRDSKDLoss(revise="lr"), 0.5
+
+
+def distil(model: nn.Sequential, teacher: nn.Sequential, rows: Tensor) -> Tensor:
+    """As in the recipe: (1 - kd_ratio) * class_loss + kd_ratio * kd_loss."""
+    with torch.no_grad():
+        taught = teacher(inputs[rows])
+    logits = model(inputs[rows])
+    loss: Tensor = (1 - kd_ratio) * class_loss(logits, labels[rows]) + kd_ratio * kd_loss(logits, taught, labels[rows])
+    return loss
+
+
+teacher = network(256)
+print(f"teacher: test accuracy {train(teacher):.1%}")
+print(f"student: test accuracy {train(network(32), teacher):.1%}")

@@ -1,0 +1,82 @@
+"""Distillation with label revision in transformers' Trainer, for image classifiers and causal language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrds_fast.nn import KDLoss
+
+try:
+    from transformers import Trainer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError as error:
+    raise ImportError(
+        f"lrds_fast.compat.transformers needs transformers: pip install 'transformers[torch]' ({error})"
+    ) from error
+
+
+class LRDSTrainer(Trainer):
+    """transformers' Trainer with KDLoss in place of the model's own loss.
+
+    teacher: a model whose output has .logits. It is set to evaluation mode, gets no gradient, is no part of the
+    checkpoints, and is moved to the device of the training. loss: default KDLoss(); reduction "mean". shift: whether
+    logits are compared with the next label, None: where the student is one of transformers' causal language models.
+    arguments: the Trainer's. Raises TypeError, ValueError.
+
+    The loss is divided by the number of labels that it reads, over all micro-batches of a step and all processes.
+    Labels are class indices, ignored where they are the loss's ignore_index. A batch may hold "selected", bool (B,) or
+    of the labels' shape, as Selection.dataset adds it; pass remove_unused_columns=False. The teacher is not wrapped
+    for DeepSpeed or FSDP.
+    """
+
+    def __init__(
+        self, *args: Any, teacher: nn.Module, loss: KDLoss | None = None, shift: bool | None = None, **arguments: Any
+    ) -> None:
+        self.kd = KDLoss() if loss is None else loss
+        if self.kd.reduction != "mean":
+            raise ValueError(f"loss must have reduction 'mean', which counts rows; got {self.kd.reduction!r}")
+        super().__init__(*args, **arguments)
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        causal = type(self.accelerator.unwrap_model(self.model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self.shift = causal if shift is None else shift
+        # compute_loss divides by the labels of the whole step, so the Trainer must not divide again.
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """The labels that all micro-batches of a step read, divided by the processes, whose gradients are averaged."""
+        if not all("labels" in batch for batch in batch_samples):
+            return None
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            labels = batch["labels"][..., 1:] if self.shift else batch["labels"]
+            count += labels.ne(self.kd.ignore_index).sum().to(device)
+        processes = self.accelerator.num_processes
+        if processes > 1 and self.args.average_tokens_across_devices:
+            return self.accelerator.gather(count).sum() / processes
+        return count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The distillation loss of a micro-batch, its share of the step's mean; with return_outputs (loss, outputs)."""
+        inputs = dict(inputs)
+        labels: Tensor = inputs.pop("labels")
+        selected: Tensor | None = inputs.pop("selected", None)
+        outputs = model(**inputs)
+        with torch.no_grad():
+            taught: Tensor = self.teacher(**inputs).logits
+        logits: Tensor = outputs.logits
+        if selected is not None and selected.dim() < labels.dim():
+            selected = selected[:, None].expand(labels.shape)
+        if self.shift:
+            logits, taught, labels = logits[..., :-1, :], taught[..., :-1, :], labels[..., 1:]
+            selected = None if selected is None else selected[..., 1:]
+        loss = self.kd(logits, taught, labels, selected, num_valid=num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss

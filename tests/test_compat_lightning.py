@@ -1,0 +1,91 @@
+"""Lightning's own training with a teacher."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lrds_fast
+
+lightning = pytest.importorskip("lightning", reason="needs lightning: pip install lightning")
+
+from lrds_fast.compat.lightning import LRDSDistillation
+
+N, C = 12, 3
+
+
+class Student(LRDSDistillation, lightning.LightningModule):
+    def __init__(self, teacher: nn.Module | None, **arguments: Any) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, C)
+        if teacher is not None:
+            self.distil(teacher, **arguments)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(x)
+        return logits
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data() -> list[tuple[Tensor, int, bool]]:
+    points = torch.randn(N, 5, generator=torch.Generator().manual_seed(0))
+    return [(point, row % C, row % 4 > 0) for row, point in enumerate(points)]
+
+
+def fit(student: Student, folder: Path, samples: Any, **arguments: Any) -> Any:
+    trainer = lightning.Trainer(
+        default_root_dir=folder, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, **arguments
+    )
+    trainer.fit(student, DataLoader(samples, batch_size=4))
+    return trainer
+
+
+@pytest.mark.parametrize("flags", [False, True])
+def test_a_training_is_a_loop_with_kd_loss(flags: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(5, C), nn.Dropout(0.5))
+    student = Student(teacher, temperature=2.0, eta=0.6)
+    reference = copy.deepcopy(student.fc)
+    samples = data() if flags else [sample[:2] for sample in data()]
+    trainer = fit(student, tmp_path, samples, enable_checkpointing=False)
+    assert not teacher.training and {"loss", "ce", "kd", "revised"} <= set(trainer.callback_metrics)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for begin in range(0, N, 4):
+        part = data()[begin : begin + 4]
+        x, y, selected = torch.stack([p[0] for p in part]), torch.tensor([p[1] for p in part]), [p[2] for p in part]
+        with torch.no_grad():
+            taught = teacher(x)
+        mask = torch.tensor(selected) if flags else None
+        loss = lrds_fast.kd_loss(reference(x), taught, y, temperature=2.0, eta=0.6, selected=mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(student.fc.weight, reference.weight)
+    torch.testing.assert_close(trainer.callback_metrics["loss"], loss.detach())
+
+
+def test_the_teacher_is_no_part_of_the_module(tmp_path: Path) -> None:
+    teacher = nn.Linear(5, C)
+    student = Student(teacher)
+    assert len(list(student.parameters())) == 2 and set(student.state_dict()) == {"fc.weight", "fc.bias"}
+    trainer = fit(student, tmp_path, data())
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=False)
+    assert set(saved["state_dict"]) == {"fc.weight", "fc.bias"}
+    student.train()
+    assert not teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="eta must be in"):
+        Student(nn.Linear(5, C), eta=2.0)
+    with pytest.raises(RuntimeError, match="there is no teacher; call self.distil"):
+        Student(None).training_step((torch.zeros(2, 5), torch.zeros(2).long()), 0)
