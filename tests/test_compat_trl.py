@@ -76,7 +76,8 @@ def test_the_chunked_loss_is_trls(beta: float, count: int | None) -> None:
     results = []
     for loss in (theirs, chunked_divergence_loss):
         own = [tensor.clone().requires_grad_() for tensor in (hidden, head, bias)]
-        bias_of = {"student_lm_head_bias": own[2], "temperature": 2.0}
+        head_of = {"student_logit_scale": 0.5, "teacher_logit_scale": 2.0, "student_final_logit_softcapping": 3.0}
+        bias_of: dict[str, Any] = {"student_lm_head_bias": own[2], "temperature": 2.0} | head_of
         value = loss(own[0], taught, own[1], its, mask, beta, num_items_in_batch=count, **bias_of)
         value = value[0] if isinstance(value, tuple) else value
         value.backward()

@@ -64,7 +64,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_weight: Tensor,
         teacher_input: Tensor,
         teacher_weight: Tensor,
-        true_labels: Tensor,
+        true_labels: Tensor | None,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor:
@@ -112,10 +112,7 @@ class LigerFusedLinearJSD(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         """The mean over the labels that are not ignored, or over all rows without labels."""
-        if shift_labels is None:
-            if self.loss.options["revise"] is not None:
-                raise ValueError("revise needs shift_labels; pass them, or revise=None")
-            # Zeros that no term reads: target=None would replace them.
-            shift_labels = student_input.new_zeros(student_input.shape[:-1], dtype=torch.long)
+        if shift_labels is None and self.loss.options["revise"] is not None:
+            raise ValueError("revise needs shift_labels; pass them, or revise=None")
         loss: Tensor = self.loss(student_input, student_weight, teacher_input, teacher_weight, shift_labels)
         return loss

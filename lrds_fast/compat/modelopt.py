@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
@@ -40,15 +39,12 @@ class LogitsDistillationLoss(_Loss):
 
     def forward(self, logits_s: Tensor, logits_t: Tensor, labels: Tensor | None = None) -> Tensor:
         """logits_s, logits_t: (..., C). labels: (...), needed where revise is not None. -100 is not read."""
-        if labels is None:
-            if self.revise is not None:
-                raise ValueError("revise needs labels; pass compute_kd_loss(labels=...), or revise=None")
-            # Zeros that no term reads: target=None would replace them.
-            labels = logits_s.new_zeros(logits_s.shape[:-1], dtype=torch.long)
+        if labels is None and self.revise is not None:
+            raise ValueError("revise needs labels; pass compute_kd_loss(labels=...), or revise=None")
         loss = kd_loss(
             logits_s.flatten(0, -2),
             logits_t.flatten(0, -2),
-            labels.flatten(),
+            None if labels is None else labels.flatten(),
             temperature=self.temperature,
             ce_weight=0.0,
             ce_weight_unselected=0.0,
@@ -59,7 +55,7 @@ class LogitsDistillationLoss(_Loss):
             num_valid=logits_s.shape[0] if self.row_reduction == "mean" else None,
             reduction=self.row_reduction,
         )
-        return loss.view(labels.shape) if self.row_reduction == "none" else loss
+        return loss.view(logits_s.shape[:-1]) if self.row_reduction == "none" else loss
 
 
 class MFTLoss(_Loss):

@@ -27,11 +27,8 @@ class DistillKL(nn.Module):
 
     def forward(self, y_s: Tensor, y_t: Tensor, target: Tensor | None = None) -> Tensor:
         """y_s, y_t: (N, C) logits; target: (N,), needed where revise is not None."""
-        if target is None:
-            if self.revise is not None:
-                raise ValueError("revise needs the target; call criterion_div(logit_s, logit_t, target)")
-            # Zeros that no term reads: target=None would replace them.
-            target = y_s.new_zeros(y_s.shape[:-1], dtype=torch.long)
+        if target is None and self.revise is not None:
+            raise ValueError("revise needs the target; call criterion_div(logit_s, logit_t, target)")
         weights: dict[str, Any] = {"ce_weight": 0.0, "ce_weight_unselected": 0.0, "kd_weight": 1.0}
         return kd_loss(y_s, y_t, target, temperature=self.T, revise=self.revise, eta=self.eta, **weights)
 

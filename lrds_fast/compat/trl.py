@@ -44,11 +44,8 @@ def generalized_jsd_loss(
     """
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
-    if labels is None:
-        if revise is not None:
-            raise ValueError("revise needs labels; pass labels, or revise=None")
-        # Zeros that no term reads: target=None would replace them.
-        labels = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.long)
+    if labels is None and revise is not None:
+        raise ValueError("revise needs labels; pass labels, or revise=None")
     if num_items_in_batch is not None:
         reduction = "batchmean"
         if isinstance(num_items_in_batch, Tensor):
@@ -108,17 +105,21 @@ def chunked_divergence_loss(
     num_items_in_batch: Tensor | int | None = None,
     student_lm_head_bias: Tensor | None = None,
     teacher_lm_head_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """The loss of DistillationTrainer from hidden states, in chunks, without its entropy and valid-token count.
 
-    Arguments as trl.trainer.distillation_trainer._chunked_divergence_loss, without logit scale and softcap: models that
-    have them need TRL's own. completion_mask: (B, K), nonzero where a token counts. Returns a 0-d tensor. The
-    completions are the student's own samples, so nothing is revised. Raises ValueError, TypeError.
+    Arguments as trl.trainer.distillation_trainer._chunked_divergence_loss. completion_mask: (B, K), nonzero where a
+    token counts. Returns a 0-d tensor. The completions are the student's own samples, so nothing is revised. Raises
+    ValueError, TypeError.
     """
     from lrds_fast.linear import linear_kd_loss
 
-    # Zeros where a token counts, of which only -100 is read: target=None with a mask would replace them.
+    # Of the labels only -100 is read.
     target = torch.where(completion_mask != 0, 0, -100)
     return linear_kd_loss(
         student_hidden_states,
@@ -135,4 +136,6 @@ def chunked_divergence_loss(
         revise=None,
         divergence=generalized_jsd(beta),
         num_valid=num_items_in_batch,
+        logit_scale=(student_logit_scale, teacher_logit_scale),
+        softcap=(student_final_logit_softcapping, teacher_final_logit_softcapping),
     )
