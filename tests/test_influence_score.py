@@ -240,10 +240,10 @@ def test_exact_curvature_of_float32_and_without_convergence(monkeypatch: pytest.
     narrow = [TensorDataset(split.tensors[0].float(), split.tensors[1]) for split in (train, val)]
     found = influence.score(*(model.float() for model in models), *narrow, **options)["kd_gain"]
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), wide, rtol=1e-3, atol=1e-4 * float(wide.abs().max()))
+    torch.testing.assert_close(found.double(), wide, rtol=1e-2, atol=1e-3 * float(wide.abs().max()))
     monkeypatch.setattr("lrds_fast.influence.conjugate.ITERATIONS", 1)
     with pytest.raises(
-        RuntimeError, match="'exact': conjugate gradients reached .* in 1 steps, not 1e-04; raise damping"
+        RuntimeError, match="'exact': conjugate gradients reached .* in 1 steps, not 1e-03; raise damping"
     ):
         influence.score(*models, *narrow, **options)
 

@@ -73,7 +73,7 @@ def score(
     scores: the names of last_layer_scores; kd_gain_ns with layers="last" only. curvature: "identity", "kfac", "ekfac",
     a block per layer; "exact": over more layers than the last, for kd_gain alone, conjugate gradients on the
     Gauss-Newton matrix of all layers together, which EK-FAC preconditions. Each step reads the training set once;
-    RuntimeError where 300 do not suffice. labels: how H sees the model's own labels: a number of draws per sample (seed
+    RuntimeError where 500 do not suffice. labels: how H sees the model's own labels: a number of draws per sample (seed
     0), or "all" (exact, C backward passes a batch); the last layer has them all, in closed form.
     damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue, which is an error
     where the curvature is zero up to rounding (a student that has memorised its training set).
