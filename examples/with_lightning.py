@@ -44,8 +44,8 @@ order = torch.randperm(len(images))
 images, target = images[order], target[order]
 loader = DataLoader(TensorDataset(images[:1500], target[:1500]), batch_size=64, shuffle=True)
 teacher = Teacher(128)
-student = Student(16, teacher)
-for name, model in (("teacher", teacher), ("student", student)):
+for name in ("teacher", "student"):
+    model = teacher if name == "teacher" else Student(16, teacher)
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     lightning.Trainer(max_epochs=8, accelerator="cpu", **silent).fit(model, loader)
     with torch.inference_mode():

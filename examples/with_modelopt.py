@@ -34,13 +34,13 @@ teacher = Net(128)
 loss = LogitsDistillationLoss(4.0, "batchmean", revise="lr")
 balancer = mtd.StaticLossBalancer(0.9)
 config = {"teacher_model": teacher, "criterion": loss, "loss_balancer": balancer}
-student = mtd.convert(Net(16), mode=[("kd_loss", config)])
-for name, model in (("teacher", teacher), ("student", student)):
-    model.train().requires_grad_(True)
+for name in ("teacher", "student"):
+    model = teacher if name == "teacher" else mtd.convert(Net(16), mode=[("kd_loss", config)])
+    model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for rows in (rows for _ in range(8) for rows in torch.randperm(1500).split(64)):
         value = F.cross_entropy(model(images[rows]), target[rows])
-        if model is student:
+        if name == "student":
             value = model.compute_kd_loss(student_loss=value, labels=target[rows])
         optimizer.zero_grad()
         value.backward()

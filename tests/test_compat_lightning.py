@@ -15,7 +15,7 @@ import lrds_fast
 
 lightning = pytest.importorskip("lightning", reason="needs lightning: pip install lightning")
 
-from lrds_fast.compat.lightning import LRDSDistillation
+from lrds_fast.compat.lightning import LRDSDistillation  # noqa: E402
 
 N, C = 12, 3
 

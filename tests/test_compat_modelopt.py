@@ -14,7 +14,7 @@ mtd = pytest.importorskip(
     "modelopt.torch.distill", reason="needs nvidia-modelopt: pip install nvidia-modelopt", exc_type=ImportError
 )
 
-from lrds_fast.compat.modelopt import LogitsDistillationLoss, MFTLoss
+from lrds_fast.compat.modelopt import LogitsDistillationLoss, MFTLoss  # noqa: E402
 
 C = 17
 CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 2e-6}

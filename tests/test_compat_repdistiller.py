@@ -1,4 +1,4 @@
-"""The losses of RepDistiller and mdistiller. Neither is a package, so the tests use a Distiller of the same signature."""
+"""RepDistiller and mdistiller. Neither is a package, so the tests use a Distiller of the same signature."""
 
 from __future__ import annotations
 

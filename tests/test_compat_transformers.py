@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'transformers[torch]'")
 pytest.importorskip("accelerate", reason="needs accelerate: pip install 'transformers[torch]'")
 
-from lrds_fast.compat.transformers import LRDSTrainer
+from lrds_fast.compat.transformers import LRDSTrainer  # noqa: E402
 
 V = 24
 
