@@ -10,13 +10,43 @@ from collections.abc import Sequence
 
 from lrds_fast import _build
 from lrds_fast._version import __version__
-from lrds_fast.cli import bench, cache, demo, doctor, recipes, report, score, select, sweep, train
+from lrds_fast.cli import (
+    bench,
+    cache,
+    demo,
+    doctor,
+    eval,
+    export,
+    models,
+    predict,
+    recipes,
+    report,
+    score,
+    select,
+    sweep,
+    train,
+)
 from lrds_fast.cli.command import FAILED, INTERRUPTED, MISUSED, OK, Parser
 
 __all__ = ["FAILED", "INTERRUPTED", "MISUSED", "OK", "main"]
 
 #: The commands in the order of the help text.
-COMMANDS = (demo, train, cache, sweep, score, select, report, recipes, bench, doctor)
+COMMANDS = (
+    demo,
+    train,
+    cache,
+    sweep,
+    score,
+    select,
+    report,
+    eval,
+    predict,
+    export,
+    recipes,
+    models,
+    bench,
+    doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

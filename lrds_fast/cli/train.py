@@ -29,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
         interrupted_hint=RESUME_HINT,
     )
     parser.details = help_text
-    add_recipe(parser)
+    add_recipe(parser, "seed", "epochs", "device", "out")
     add_resume_or_overwrite(
         parser,
         resume="continue from the run's last checkpoint, if there is one",

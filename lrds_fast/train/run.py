@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,13 +17,13 @@ from lrds_fast.data import Data, SoftLabels
 from lrds_fast.lock import holding
 from lrds_fast.models.weights import load_weights
 from lrds_fast.ranks import Ranks, joined, pick_device
-from lrds_fast.recipe.recipe import Recipe, from_mapping
+from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import rescoring
 from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
 from lrds_fast.train.checks import check_selection, check_teacher
 from lrds_fast.train.evaluation import outputs
-from lrds_fast.train.folder import CHECKPOINT, RECIPE
+from lrds_fast.train.folder import CHECKPOINT, RECIPE, read_recipe
 from lrds_fast.train.gallery import write_gallery
 from lrds_fast.train.loop import TrainingRun, TrainResult
 from lrds_fast.train.setup import scored_loss
@@ -210,10 +209,9 @@ def pictures_of_run(scores: Path, selection: Selection) -> dict[str, Any]:
     """The arguments pictures and class_names of Selection.report, from the run in whose folder the file of scores is.
     Returns {} where there is no run or its data is not the selection's.
     """
-    path = scores.with_name(RECIPE)
-    if not path.is_file():
+    if not scores.with_name(RECIPE).is_file():
         return {}
-    data = load_data(from_mapping(json.loads(path.read_text(encoding="utf-8")), where=str(path)))
+    data = load_data(read_recipe(scores.parent))
     if fingerprint(data) != selection.fingerprint:
         return {}
     return {"pictures": data.train.picture, "class_names": data.class_names or None}
