@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lrds_fast.models.registry import create, library_names, names
 
@@ -18,6 +20,17 @@ _SMALL = {
     "small_cnn": (1, 8, 8),
 }
 _CIFAR = (3, 32, 32)
+
+
+class _Unallocated(TorchFunctionMode):
+    """Layers that are made in this context get weights without storage. The device `meta` would also apply to tensors
+    whose values a constructor reads, such as torchvision's widths of RegNet."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        return func(*args, **(options | {"device": "meta"} if func is torch.empty else options))
 
 
 class Network(NamedTuple):
@@ -55,14 +68,23 @@ def networks(patterns: Sequence[str] = (), *, num_classes: int = 100) -> Iterato
 
 def _network(name: str, library: str, num_classes: int) -> Network | None:
     try:
-        with torch.device("meta"):  # no weights are allocated or drawn
-            model = create(name, num_classes=num_classes)
+        model = _created(name, num_classes)
     except ValueError:
         if library == "lrds_fast":
             raise
         return None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Network(name, parameters, _input_size(name.rpartition(":")[2], library, model), library)
+
+
+def _created(name: str, num_classes: int) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, on how some networks draw their weights
+        try:
+            with _Unallocated():
+                return create(name, num_classes=num_classes)
+        except RuntimeError:  # a few of timm's constructors run a layer
+            return create(name, num_classes=num_classes)
 
 
 def _input_size(name: str, library: str, model: Any) -> tuple[int, int, int] | None:

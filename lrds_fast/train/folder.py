@@ -80,10 +80,7 @@ class Folder:
                     " restore it from a copy, or start again (--overwrite)"
                 )
         elif exists and not overwrite:
-            raise FileExistsError(
-                f"{self._out} holds a run already; continue it (--resume), replace it (--overwrite), or set another"
-                " run.out"
-            )
+            raise older_run(self._out)
         self._ranks.wait()
         if self._ranks.first:
             if not exists or not resume:
@@ -130,6 +127,13 @@ class Folder:
             machine=self._machine,
             ranks=self._ranks,
         )
+
+
+def older_run(out: Path) -> FileExistsError:
+    """The error for a run that is in the folder already."""
+    return FileExistsError(
+        f"{out} holds a run already; continue it (--resume), replace it (--overwrite), or set another run.out"
+    )
 
 
 def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[str, str]:

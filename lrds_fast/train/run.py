@@ -91,29 +91,52 @@ def fit(
 
     Under torchrun every process makes this call."""
     with joined(recipe.run.device, recipe.run.timeout) as device:
-        data = load_data(recipe)
-        selection = load_selection(recipe, data)
-        mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
-        teacher = build_teacher(recipe, data)
-        cached = None if teacher is None else _cached_logits(recipe, data, teacher, mask, device)
-        student = build_student(recipe, data)
-        run = TrainingRun(
-            recipe,
-            data,
-            student,
-            teacher,
-            device,
-            out=recipe.out,
-            fingerprint=fingerprint(data),
-            selected=mask,
-            cached=cached,
-        )
+        run, data, _, selection = _prepared(recipe, device)
         result = run.train(resume=resume, overwrite=overwrite, progress=progress, say=say)
         latest = rescoring.latest(recipe.out, recipe.selection, recipe.schedule.epochs)
         teacher_pred = result.teacher_pred
         if Ranks.current().first and teacher_pred is not None and bool((teacher_pred >= 0).any()):
             write_gallery(recipe, data, teacher_pred, selection if latest is None else latest)
         return result
+
+
+def check(recipe: Recipe) -> str:
+    """Does what fit does before the first step, and writes nothing: opens the data, builds the networks, reads weights,
+    selection and cached logits. Returns a line on what would be trained. Raises the errors of fit, but for those of an
+    older run in recipe.out."""
+    with joined(recipe.run.device, recipe.run.timeout) as device:
+        _, data, student, _ = _prepared(recipe, device)
+        parameters = sum(parameter.numel() for parameter in student.parameters())
+        held_out = 0 if data.val is None else len(data.val.labels)
+        teacher = recipe.teacher.model or "none"
+        return (
+            f"{recipe.student.model} of {parameters:,} parameters, teacher {teacher}, data {data.name} with"
+            f" {data.num_classes} classes: {len(data.train.labels):,} training, {held_out:,} held-out and"
+            f" {len(data.test.labels):,} test samples; {recipe.schedule.epochs} epochs of {len(data.train):,} steps on"
+            f" {device}"
+        )
+
+
+def _prepared(recipe: Recipe, device: torch.device) -> tuple[TrainingRun, Data, nn.Module, Selection | None]:
+    """A run that has not begun, its data, its student, and the selection of selection.path."""
+    data = load_data(recipe)
+    selection = load_selection(recipe, data)
+    mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
+    teacher = build_teacher(recipe, data)
+    cached = None if teacher is None else _cached_logits(recipe, data, teacher, mask, device)
+    student = build_student(recipe, data)
+    run = TrainingRun(
+        recipe,
+        data,
+        student,
+        teacher,
+        device,
+        out=recipe.out,
+        fingerprint=fingerprint(data),
+        selected=mask,
+        cached=cached,
+    )
+    return run, data, student, selection
 
 
 def _cached_logits(
