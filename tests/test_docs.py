@@ -33,7 +33,7 @@ def pages() -> list[Path]:
 
 
 def test_there_is_a_page_for_every_task() -> None:
-    assert [page.stem for page in TASKS] == ["cache", "divergence", "drop_in", "gpu", "select", "train"]
+    assert [page.stem for page in TASKS] == ["cache", "divergence", "drop_in", "gpu", "select", "student", "train"]
     for page in TASKS:
         assert blocks(page, "python"), page
 
@@ -72,7 +72,19 @@ def test_commands_of_the_task_pages_exist() -> None:
                 for option in re.findall(r" (--[a-z-]+)", found[2]):
                     if (command, option) != ("recipes", "--resolved"):  # of `recipes show`
                         assert option in options[command], f"{page}: {line}"
-    assert seen == {"cache", "doctor", "recipes", "report", "score", "select", "sweep", "train"}
+    assert seen == {
+        "cache",
+        "doctor",
+        "eval",
+        "export",
+        "predict",
+        "recipes",
+        "report",
+        "score",
+        "select",
+        "sweep",
+        "train",
+    }
 
 
 def slug(heading: str) -> str:

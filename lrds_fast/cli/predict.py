@@ -32,9 +32,8 @@ def run(options: argparse.Namespace) -> int:
     """Prints the classes; returns the exit code, FAILED where a picture could not be read."""
     from lrds_fast.models.predict import predict
     from lrds_fast.models.student import load
-    from lrds_fast.ranks import pick_device
 
-    student = load(options.student).to(pick_device(options.device))
+    student = load(options.student, device=options.device)
     found = []
     failed = False
     for prediction in predict(student, options.pictures, top=options.top):

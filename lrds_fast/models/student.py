@@ -14,6 +14,7 @@ from lrds_fast.data.transform import Transform
 from lrds_fast.files import write_text
 from lrds_fast.models.registry import create
 from lrds_fast.models.weights import load_weights
+from lrds_fast.ranks import pick_device
 
 #: The file that describes a student, in the folder of a run and in an exported folder.
 DESCRIPTION = "student.json"
@@ -112,15 +113,16 @@ class Student(nn.Module):
         return logits
 
 
-def load(path: str | Path) -> Student:
-    """A trained student, on the CPU and in eval mode.
+def load(path: str | Path, *, device: str = "cpu") -> Student:
+    """A trained student in eval mode.
 
     path: the folder of a run of lrds-fast train, whose last checkpoint is loaded; a folder that lrds-fast export wrote;
     or a file of weights in one of these, such as RUN/best.safetensors. With run.ema_decay the weights are the averaged
-    ones, which the run evaluates. Raises FileNotFoundError where the folder holds no student or no weights, and
-    ValueError for damaged files.
+    ones, which the run evaluates. device: cpu, cuda, cuda:N, or auto: CUDA where there is one. Raises FileNotFoundError
+    where the folder holds no student or no weights, and ValueError for damaged files and for a missing device.
     """
     path = Path(path)
+    chosen = pick_device(device, "device")
     if not path.exists():
         raise FileNotFoundError(
             f"there is no {path}; name the folder of a run, such as runs/digits_kd, or a file of weights in it"
@@ -134,4 +136,4 @@ def load(path: str | Path) -> Student:
         )
     network = create(description.model, num_classes=len(description.class_names))
     load_weights(network, weights, key="student", announce=False)
-    return Student(network, replace(description, weights=weights.name))
+    return Student(network, replace(description, weights=weights.name)).to(chosen)
