@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lrds_fast.models import export
 from lrds_fast.models.catalogue import networks
 from lrds_fast.models.predict import predict
 from lrds_fast.models.student import DESCRIPTION, Description, Student
+from lrds_fast.models.weights import safetensors_bytes
 from lrds_fast.report.export import CARD, export_student
 from lrds_fast.train import Recipe, fit, load_recipe, train
 from lrds_fast.train.stored import assess
@@ -33,24 +34,23 @@ pytest.importorskip("PIL")
 needs_onnx = pytest.mark.skipif(bool(export.missing_for_onnx()), reason=export.missing_for_onnx())
 
 EPOCHS = 12
-TINY = ["--device", "cpu", "--quiet", "--set", "data.train_limit=120", "--set", "data.test_limit=200"]
+QUIET = ["--device", "cpu", "--quiet", "--set", "run.tensorboard=false", "--set", "data.test_limit=200"]
+SMALL = [*QUIET, "--set", "data.train_limit=120"]
 
 
 @pytest.fixture(autouse=True)
-def in_one_thread(one_thread: None) -> Iterator[None]:
-    return
+def in_one_thread(one_thread: None) -> None:
+    """All tests of this file."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs `teacher` and `student`, of EPOCHS epochs each, on few samples."""
+    """A folder with the runs `teacher` and `student`, the latter of EPOCHS epochs."""
     folder = tmp_path_factory.mktemp("runs")
-    epochs = ["--epochs", str(EPOCHS)]
-    common = [*TINY, "--set", "run.tensorboard=false"]
-    assert cli.main(["train", "digits_teacher", *common, *epochs, "--out", str(folder / "teacher")]) == cli.OK
-    arguments = [*epochs, "--seed", "3", "--out", str(folder / "student"), "--set", "run.ema_decay=0.5"]
-    arguments += ["--set", f"teacher.checkpoint={folder / 'teacher' / 'last.pt'}"]
-    assert cli.main(["train", "digits_kd_lr", *common, *arguments]) == cli.OK
+    assert cli.main(["train", "digits_teacher", *QUIET, "--epochs", "4", "--out", str(folder / "teacher")]) == cli.OK
+    arguments = ["--epochs", str(EPOCHS), "--seed", "3", "--out", str(folder / "student")]
+    arguments += ["--set", "run.ema_decay=0.5", "--set", f"teacher.checkpoint={folder / 'teacher' / 'last.pt'}"]
+    assert cli.main(["train", "digits_kd_lr", *QUIET, *arguments]) == cli.OK
     return folder
 
 
@@ -165,7 +165,7 @@ def test_eval_gives_the_numbers_of_the_log(runs: Path, capsys: pytest.CaptureFix
     assert f"expected calibration error {last['test_ece']:.4f}" in table and "mlp_8x16_32, last.pt, 200 test" in table
     rows = [line.split() for line in table.splitlines()[2:102]]
     assert [row[:3] for row in rows] == [[e["class"], str(e["rows"]), str(e["right"])] for e in test["classes"]]
-    assert last["test_acc"] > 0.03, "the student has learnt something, so that the columns differ"
+    assert last["test_acc"] > 0.1, "the student has learnt something, so that the columns differ"
 
 
 def test_eval_of_the_best_weights_gives_the_numbers_of_their_epoch(tmp_path: Path) -> None:
@@ -437,7 +437,7 @@ def test_a_file_that_gives_other_logits_is_an_error_and_not_written(
         return network
 
     if what == "weights":
-        content = export.safetensors_bytes
+        content = safetensors_bytes
         student = lrds_fast.models.load(runs / "student")
         monkeypatch.setattr(export, "safetensors_bytes", lambda *_: content(moved(student.network), {}))
     else:
@@ -560,8 +560,13 @@ def test_shorthands_are_settings(
     monkeypatch: pytest.MonkeyPatch, command: str, arguments: Sequence[str], settings: Sequence[str]
 ) -> None:
     seen: list[list[str]] = []
+
+    def noted(options: Any) -> int:
+        seen.append(options.settings)
+        return cli.OK
+
     module = next(module for module in cli.COMMANDS if module.__name__.endswith(f".{command}"))
-    monkeypatch.setattr(module, "run", lambda options: seen.append(options.settings) or cli.OK)
+    monkeypatch.setattr(module, "run", noted)
     recipe = [] if command == "demo" else ["digits_alone"]
     assert cli.main([command, *recipe, *arguments]) == cli.OK
     assert cli.main([command, *recipe]) == cli.OK
@@ -573,9 +578,12 @@ def test_a_folder_of_any_name_is_text(folder: str, monkeypatch: pytest.MonkeyPat
     from lrds_fast.cli import train as command
 
     seen: list[str] = []
-    monkeypatch.setattr(
-        command, "run", lambda options: seen.append(load_recipe("digits_alone", options.settings).run.out) or cli.OK
-    )
+
+    def noted(options: Any) -> int:
+        seen.append(load_recipe("digits_alone", options.settings).run.out)
+        return cli.OK
+
+    monkeypatch.setattr(command, "run", noted)
     assert cli.main(["train", "digits_alone", "--out", folder]) == cli.OK
     assert seen == [folder]
 
@@ -586,14 +594,14 @@ def test_a_dry_run_checks_everything_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     teacher = ["--set", f"teacher.checkpoint={runs / 'teacher' / 'last.pt'}"]
     capsys.readouterr()
-    assert cli.main(["train", "digits_kd_lr", *TINY, *teacher, "--seed", "5", "--dry-run"]) == cli.OK
+    assert cli.main(["train", "digits_kd_lr", *SMALL, *teacher, "--seed", "5", "--dry-run"]) == cli.OK
     printed, note = capsys.readouterr()
     recipe = json.loads(printed)
     assert recipe["seed"] == 5 and recipe["run"]["device"] == "cpu" and recipe["data"]["train_limit"] == 120
     assert recipe["loss"]["ce_weight_unselected"] == 1.0, "computed defaults are numbers"
     assert "nothing was trained: mlp_8x16_32 of 7,428 parameters, teacher mlp_8x16_128" in note
     assert "120 training" in note and "200 test samples" in note and "into runs/digits_kd_lr" in note
-    dry = ("--dry-run", *TINY)
+    dry = ("--dry-run", *SMALL)
     assert "there is no file runs/digits_teacher/last.pt" in fails(capsys, "train", "digits_kd_lr", *dry)
     assert "unknown model 'mpl'" in fails(capsys, "train", "digits_alone", *dry, "--set", "student.model=mpl")
     assert "data.root: there is no file c.npz" in fails(
