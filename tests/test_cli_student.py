@@ -216,7 +216,6 @@ def test_predict_gives_the_networks_probabilities(
     arguments = ("predict", str(runs / "student"), *map(str, paths), "--device", "cpu", "--top", "3")
     printed = json.loads(output(capsys, *arguments, "--json"))
     student = lrds_fast.models.load(runs / "student")
-    assert student.transform is not None
     with torch.inference_mode():
         expected = student(torch.stack([student.transform(path) for path in paths])).softmax(dim=1)
         close = student(images).softmax(dim=1)  # before their levels were rounded to 8 bits
@@ -293,7 +292,7 @@ def test_a_student_without_picture_files_says_so(tmp_path: Path) -> None:
     assert description.transform is None and description.input_size == (2, 4, 4)
     assert description.class_names == ("0", "1", "2")
     student = Student(SmallCNN(3, channels=2, size=4), description)
-    with pytest.raises(ValueError, match="the student takes images of 2 x 4 x 4, and picture files have 1 or 3"):
+    with pytest.raises(ValueError, match="the student takes images of 2 x 4 x 4, and pictures have 1 or 3"):
         next(predict(student, [tmp_path / "a.png"]))
 
 

@@ -84,7 +84,7 @@ def write_onnx(student: Student, path: Path) -> float:
             _program(student), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
         )
     with replacing(path) as temporary:
-        with _quiet():
+        with _quiet(), _named(student, "ONNX"):
             converted.save(temporary, external_data=False)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
 

@@ -34,19 +34,14 @@ def predict(student: Student, pictures: Sequence[Path], *, top: int = 5) -> Iter
     """
     if top < 1:
         raise ValueError(f"top must be at least 1; got {top}")
-    if student.transform is None:
-        channels, height, width = student.description.input_size
-        raise ValueError(
-            f"the student takes images of {channels} x {height} x {width}, and picture files have 1 or 3 channels: call"
-            " lrds_fast.models.load(...) and pass it tensors"
-        )
+    transform = student.transform
     for start in range(0, len(pictures), BATCH):
         part = pictures[start : start + BATCH]
         errors: dict[int, str] = {}
         images: dict[int, Tensor] = {}
         for place, picture in enumerate(part):
             try:
-                images[place] = student.transform(picture)
+                images[place] = transform(picture)
             except (ValueError, OSError) as error:  # noqa: PERF203
                 errors[place] = str(error)
         rows = iter(_rows(student, list(images.values()), top))

@@ -87,8 +87,8 @@ class Student(nn.Module):
     width).
 
     network: the module itself, a Classifier or External. class_names: of the logits 0, 1, ...; decimal numbers where
-    the data has no names. transform: gives a picture file the form of an image; None where no file can have it.
-    description: the student's description, with model name and input size.
+    the data has no names. transform: gives a picture file the form of an image. description: the student's description,
+    with model name and input size.
     """
 
     def __init__(self, network: nn.Module, description: Description) -> None:
@@ -103,8 +103,16 @@ class Student(nn.Module):
         return self.description.class_names
 
     @property
-    def transform(self) -> Transform | None:
-        """From a picture file to an image, (channels, height, width) float32."""
+    def transform(self) -> Transform:
+        """From a picture file or a PIL image to an image, (channels, height, width) float32.
+
+        ValueError where no picture can have the form of the student's images."""
+        if self.description.transform is None:
+            channels, height, width = self.description.input_size
+            raise ValueError(
+                f"the student takes images of {channels} x {height} x {width}, and pictures have 1 or 3 channels: pass"
+                " it tensors"
+            )
         return self.description.transform
 
     def forward(self, images: Tensor) -> Tensor:

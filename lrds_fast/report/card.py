@@ -95,7 +95,7 @@ def _made(run: Run) -> dict[str, str]:
 
 
 def _input(student: Student) -> str:
-    transform = student.transform
+    transform = student.description.transform
     if transform is None:
         return ""
     kind = "RGB" if transform.channels == 3 else "grey"
