@@ -24,8 +24,8 @@ from lrds_fast.data.cifar import MEAN as CIFAR_MEAN
 from lrds_fast.data.cifar import STD as CIFAR_STD
 from lrds_fast.data.cifar import cifar
 from lrds_fast.data.dali import has_dali
-from lrds_fast.data.folder import MEAN, STD
 from lrds_fast.data.sources import Folder
+from lrds_fast.data.transform import MEAN, STD
 
 
 def missing(*modules: str) -> str:

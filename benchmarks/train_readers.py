@@ -20,8 +20,8 @@ from benchmarks.tables import Row, markdown_table
 from benchmarks.train_loaders import Loader, Photographs, photograph_loader
 from benchmarks.train_steps import cpu_seconds
 from lrds_fast.data import DaliLoader
-from lrds_fast.data.folder import MEAN, STD
 from lrds_fast.data.sources import Folder
+from lrds_fast.data.transform import MEAN, STD
 
 
 def levels(images: Tensor) -> Tensor:

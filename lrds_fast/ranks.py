@@ -68,18 +68,16 @@ class Ranks:
             dist.barrier()
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that run.device asks for; ValueError where it is not there."""
+def pick_device(name: str, key: str = "run.device") -> torch.device:
+    """The device that `name` asks for: auto, cpu, cuda or cuda:N. ValueError, naming `key`, where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"run.device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
+        raise ValueError(f"{key} must be auto, cpu, cuda or cuda:N; got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"run.device is {name!r}, but PyTorch sees no CUDA device; set run.device=cpu, or see lrds-fast doctor"
-        )
+        raise ValueError(f"{key} is {name!r}, but PyTorch sees no CUDA device; set {key}=cpu, or see lrds-fast doctor")
     return device
 
 

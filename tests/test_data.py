@@ -21,7 +21,6 @@ from lrds_fast.data import (
     answer_sources,
     batch_count,
     epoch_batches,
-    folder,
     hold_out,
     mislabelled,
     prefix_rows,
@@ -31,6 +30,7 @@ from lrds_fast.data.class_numbers import numbered as class_numbers
 from lrds_fast.data.pictures import Unreadable, reading
 from lrds_fast.data.sources import Folder
 from lrds_fast.data.tfrecord import TFRecords
+from lrds_fast.data.transform import MEAN, STD
 from lrds_fast.data.webdataset import Tars
 from lrds_fast.recipe.recipe import DataOptions
 
@@ -777,7 +777,7 @@ def test_levels_of_16_bits_and_floating_ones_are_scaled(tmp_path: Path, kind: st
         picture.save(tmp_path / "train" / "cat" / f"{i}.{'tif' if form == 'TIFF' else form.lower()}", form)
     loader = data_sets.load("folder", root=str(tmp_path), image_size=8, reader=reader).score
     (batch,) = loader.epoch(0)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (folder.MEAN, folder.STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     levels = (batch.images * std + mean) * 255
     for i, level in enumerate((0, 64, 255)):
         torch.testing.assert_close(levels[i], torch.full((3, 8, 8), float(level)), atol=1e-3, rtol=0)
@@ -812,7 +812,7 @@ def test_pnm_of_any_range_is_the_same_in_both_readers(tmp_path: Path, reader: st
     (tmp_path / "train" / "cat" / "0.ppm").write_bytes(b"P6 9 9 1023\n" + struct.pack(">H", 512) * 243)
     loader = data_sets.load("folder", root=str(tmp_path), image_size=8, reader=reader).score
     (batch,) = loader.epoch(0)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (folder.MEAN, folder.STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     levels = (batch.images[[0, 2]] * std + mean) * 255
     assert (levels - 127.5).abs().max() < 0.6
 

@@ -20,9 +20,10 @@ from test_data import example
 from torch import Tensor, nn
 
 from lrds_fast.data import SoftLabels, write_soft_labels
-from lrds_fast.data.folder import STD, FolderLoader
+from lrds_fast.data.folder import FolderLoader
 from lrds_fast.data.sources import Folder
 from lrds_fast.data.tfrecord import TFRecords
+from lrds_fast.data.transform import STD
 from lrds_fast.data.webdataset import Tars
 
 pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")

@@ -42,6 +42,7 @@ def test_there_is_a_page_for_every_task() -> None:
         "language",
         "machines",
         "select",
+        "student",
         "train",
     ]
     for page in TASKS:
@@ -126,7 +127,20 @@ def test_commands_of_the_task_pages_exist() -> None:
                 for option in re.findall(r" (--[a-z-]+)", found[2]):
                     if (command, option) != ("recipes", "--resolved"):  # of `recipes show`
                         assert option in options[command], f"{page}: {line}"
-    assert seen == {"bench", "cache", "doctor", "recipes", "report", "score", "select", "sweep", "train"}
+    assert seen == {
+        "bench",
+        "cache",
+        "doctor",
+        "eval",
+        "export",
+        "predict",
+        "recipes",
+        "report",
+        "score",
+        "select",
+        "sweep",
+        "train",
+    }
 
 
 def slug(heading: str) -> str:

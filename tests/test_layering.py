@@ -47,7 +47,7 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "notes": set(),
     "provenance": {"_ops", "_version"},
     "lock": {"files", "ranks", "notes"},
-    "models": {"ranks"},
+    "models": {"ranks", "files", "data"},
     "recipes": set(),
     "_ops": {"_C", "_build", "_version"},
     "arguments": {"_numbers"},
@@ -84,7 +84,7 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
         "influence",
         "selection",
     },
-    "report": {"files", "recipe", "pages", "selection", "train"},
+    "report": {"files", "recipe", "pages", "selection", "train", "models"},
     "cli": {
         *_OPS,
         "files",

@@ -447,7 +447,7 @@ def test_a_crash_while_writing_a_checkpoint_leaves_the_previous_one(
     state = torch.load(tmp_path / "crash" / "last.pt", weights_only=True)
     assert state["epoch"] == 1
     names = sorted(path.name for path in (tmp_path / "crash").iterdir() if path.is_file())
-    assert names == ["best.safetensors", "last.pt", "log.jsonl", "recipe.json"]
+    assert names == ["best.safetensors", "last.pt", "log.jsonl", "recipe.json", "student.json"]
     resumed, _ = run(tmp_path, "crash", resume=True)
     assert resumed == whole
 

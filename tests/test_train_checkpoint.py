@@ -44,8 +44,8 @@ def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{name}": value for name, value in state.items()}
 
 
-def loaded(path: Path, model: nn.Module, **options: str) -> dict[str, Tensor]:
-    load_weights(model, path, key="teacher.checkpoint", **options)
+def loaded(path: Path, model: nn.Module, weights: str = "average") -> dict[str, Tensor]:
+    load_weights(model, path, key="teacher.checkpoint", weights=weights)
     return model.state_dict()
 
 

@@ -25,7 +25,7 @@ def add_parser(subparsers: Subparsers) -> None:
         example="lrds-fast cache digits_kd --set teacher.cache=runs/soft_labels --set teacher.cache_views=4",
         interrupted_hint=RESUME_HINT,
     )
-    add_recipe(parser)
+    add_recipe(parser, "seed", "device")
     parser.add_argument(
         "--selected", action="store_true", help="store only the logits of the samples that selection.path keeps"
     )

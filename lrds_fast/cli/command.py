@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeAlias
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
 
 #: Exit codes: success; the work failed (training diverged, disk full, ...); the command line or a recipe is wrong;
 #: interrupted. Training that a signal stops exits with 128 + the signal's number once its checkpoint is written.
@@ -58,14 +60,48 @@ def add_command(
     return parser
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The argument RECIPE, --set and --quiet."""
+class _Shorthand(argparse.Action):
+    """An option that stands for --set KEY=VALUE; of several settings of one key the last one counts."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        # JSON's strings are TOML's too: without quotes a folder named 1 would be a number.
+        setting = f"{self.const}={json.dumps(values, ensure_ascii=False)}"
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), setting])
+
+
+#: Options that stand for a recipe's key: name -> (key, metavar, type, help).
+SHORTHANDS: dict[str, tuple[str, str, type, str]] = {
+    "seed": ("seed", "N", int, "seed of initial weights, order of samples and augmentation"),
+    "epochs": ("schedule.epochs", "N", int, "length of training, in epochs"),
+    "device": ("run.device", "D", str, "auto, cpu, cuda or cuda:N"),
+    "out": ("run.out", "FOLDER", str, "folder of the run"),
+}
+
+
+def add_recipe(parser: argparse.ArgumentParser, *shorthands: str) -> None:
+    """The argument RECIPE, and add_settings."""
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file, or a name that `lrds-fast recipes` lists")
-    add_settings(parser)
+    add_settings(parser, *shorthands)
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """--set and --quiet."""
+def add_student(parser: argparse.ArgumentParser) -> None:
+    """The argument RUN_OR_CHECKPOINT, as options.student."""
+    parser.add_argument(
+        "student",
+        metavar="RUN_OR_CHECKPOINT",
+        type=Path,
+        help="folder of a run or of lrds-fast export, or a file of weights in it, such as RUN/best.safetensors",
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser, *shorthands: str) -> None:
+    """--set and --quiet. shorthands: the names in SHORTHANDS that the command takes."""
     parser.add_argument(
         "--set",
         action="append",
@@ -74,6 +110,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="override a value of the recipe; may be repeated",
     )
+    for name in shorthands:
+        key, metavar, kind, about = SHORTHANDS[name]
+        parser.add_argument(
+            f"--{name}",
+            action=_Shorthand,
+            const=key,
+            dest="settings",
+            default=[],
+            metavar=metavar,
+            type=kind,
+            help=f"{about}; short for --set {key}={metavar}",
+        )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 

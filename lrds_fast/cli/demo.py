@@ -22,7 +22,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--seeds", type=int, default=8, help="number of repetitions, each with another seed (default: %(default)s)"
     )
-    add_settings(parser)
+    add_settings(parser, "epochs")
 
 
 def run(options: argparse.Namespace) -> int:

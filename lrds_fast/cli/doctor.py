@@ -41,6 +41,7 @@ OPTIONAL = (
     ("matplotlib", "reports", "pip install matplotlib"),
     ("jinja2", "reports", "pip install jinja2"),
     ("torchdistill", "feature distillation", "pip install torchdistill"),
+    ("onnxruntime", "model.onnx of lrds-fast export", "pip install onnx onnxscript onnxruntime"),
     ("tensorboard", "logs for TensorBoard", "pip install tensorboard"),
     ("nvidia-dali-cuda130", "decodes photographs twice as fast, also on a GPU", "pip install nvidia-dali-cuda130"),
 )

@@ -5,18 +5,49 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from lrds_fast import _build
 from lrds_fast._version import __version__
-from lrds_fast.cli import bench, cache, demo, doctor, recipes, report, score, select, sweep, train
+from lrds_fast.cli import (
+    bench,
+    cache,
+    demo,
+    doctor,
+    eval,
+    export,
+    models,
+    predict,
+    recipes,
+    report,
+    score,
+    select,
+    sweep,
+    train,
+)
 from lrds_fast.cli.command import FAILED, INTERRUPTED, MISUSED, OK, Parser
 
 __all__ = ["FAILED", "INTERRUPTED", "MISUSED", "OK", "main"]
 
 #: The commands in the order of the help text.
-COMMANDS = (demo, train, cache, sweep, score, select, report, recipes, bench, doctor)
+COMMANDS = (
+    demo,
+    train,
+    cache,
+    sweep,
+    score,
+    select,
+    report,
+    eval,
+    predict,
+    export,
+    recipes,
+    models,
+    bench,
+    doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,18 +113,22 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         subparser: argparse.ArgumentParser = options.parser
-        subparser.error(_unknown_argument(unknown[0], takes_settings="settings" in options))
+        subparser.error(_unknown_argument(unknown[0], subparser, takes_settings="settings" in options))
     return options
 
 
-def _unknown_argument(argument: str, *, takes_settings: bool) -> str:
-    """The error for an unknown argument; for --epochs it names the recipe key schedule.epochs."""
+def _unknown_argument(argument: str, parser: argparse.ArgumentParser, *, takes_settings: bool) -> str:
+    """The error for an unknown argument of a command: for --batch-size it names the recipe key data.batch_size, for
+    --dryrun the option --dry-run."""
     from lrds_fast.recipe.keys import recipe_keys
 
-    name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+    option = argument.partition("=")[0]
+    name = option.lstrip("-").replace("-", "_")
     keys = [key.name for key in recipe_keys() if f".{key.name}".endswith(f".{name}")]
-    if not takes_settings or not argument.startswith("--") or not keys:
-        return f"unknown argument {argument}"
+    if not takes_settings or not option.startswith("--") or not keys:
+        known = re.findall(r"--[a-z-]+", parser.format_usage())
+        near = difflib.get_close_matches(option, known, n=1) if option.startswith("--") else []
+        return f"unknown argument {argument}" + (f"; did you mean {near[0]!r}?" if near else "")
     ways = " or ".join(f"--set {key}=..." for key in keys)
     return f"unknown argument {argument}; a recipe's values are set with --set KEY=VALUE: {ways}"
 

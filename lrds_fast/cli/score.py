@@ -18,7 +18,7 @@ def add_parser(subparsers: Subparsers) -> None:
         summary="score every training sample, to select those that keep their teacher",
         example="lrds-fast score digits_kd --set score.curvature=exact",
     )
-    add_recipe(parser)
+    add_recipe(parser, "seed", "device")
     parser.add_argument("--out", type=Path, help="Parquet file to write (default: scores.parquet in the run's folder)")
 
 

@@ -6,7 +6,6 @@ Finished runs are kept, interrupted runs resume, and a failed run does not stop 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -54,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--baseline", help="name of the recipe to compare the others with")
     parser.add_argument("--report", type=Path, help="also write an HTML report of all runs")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables as Markdown")
-    add_settings(parser)
+    add_settings(parser, "epochs", "device", "out")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -173,17 +172,11 @@ def check_writable(path: Path, key: str, *, folder: bool = True) -> None:
 
 def _check_earlier_run(recipe: Recipe) -> None:
     """ValueError where the recipe's folder has a checkpoint of another run, which cannot be resumed."""
-    from lrds_fast.recipe.recipe import from_mapping
-    from lrds_fast.train.folder import CHECKPOINT, RECIPE, identity
+    from lrds_fast.train.folder import CHECKPOINT, RECIPE, identity, read_recipe
 
-    path = recipe.out / RECIPE
-    if not path.is_file() or not (recipe.out / CHECKPOINT).is_file():
+    if not (recipe.out / RECIPE).is_file() or not (recipe.out / CHECKPOINT).is_file():
         return
-    try:
-        earlier = from_mapping(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
-    before = identity(earlier, "", None)
+    before = identity(read_recipe(recipe.out), "", None)
     for key, value in identity(recipe, "", None).items():
         if before[key] != value:
             raise ValueError(

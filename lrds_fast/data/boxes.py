@@ -13,6 +13,7 @@ from torch import Tensor
 from lrds_fast.data.loader import derived_seed
 from lrds_fast.data.pictures import Unreadable, picture_size, reading
 from lrds_fast.data.sources import Source
+from lrds_fast.data.transform import shorter_side
 
 #: RandomResizedCrop's range of the crop's share of the area, and of its ratio of width to height (Szegedy et al. 2015).
 SCALE = (0.08, 1.0)
@@ -58,7 +59,7 @@ def random_box(height: int, width: int, size: int, seed: int) -> Box:
 
 def centre_box(height: int, width: int, size: int) -> Box:
     """Resize(size / 0.875) of the shorter side and CenterCrop(size), with torchvision's rounding."""
-    shorter = round(size / 0.875)
+    shorter = shorter_side(size)
     if height <= width:
         h, w = shorter, max(shorter, int(shorter * width / height))
     else:

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast.data.boxes import Box, centre_box, crop_seed, geometry, random_box
-from lrds_fast.data.folder import MEAN, STD
 from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches, view_of
 from lrds_fast.data.pictures import Unreadable, decoded, for_dali, reading
 from lrds_fast.data.sources import Source
 from lrds_fast.data.strong import PLAIN, Strong
+from lrds_fast.data.transform import MEAN, STD
 from lrds_fast.recipe.recipe import DataOptions
 
 #: Batches that are read and decoded in advance.

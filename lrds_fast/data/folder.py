@@ -16,11 +16,8 @@ from lrds_fast.data.loader import Batch, batch_count, check_sizes, epoch_batches
 from lrds_fast.data.pictures import Unreadable, decoded, reading
 from lrds_fast.data.sources import Source
 from lrds_fast.data.strong import PLAIN, Strong
+from lrds_fast.data.transform import MEAN, STD, shorter_side
 from lrds_fast.recipe.recipe import DataOptions
-
-#: Mean and standard deviation per channel of ImageNet's training set, with which published networks are trained.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 class _Samples(Dataset[tuple[Tensor, int, int]]):
@@ -145,7 +142,7 @@ class FolderLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.workers = workers
-        centre = [v2.Resize(round(image_size / 0.875), antialias=True), v2.CenterCrop(image_size)]
+        centre = [v2.Resize(shorter_side(image_size), antialias=True), v2.CenterCrop(image_size)]
         cut = v2.Compose([v2.PILToTensor()] if train else [*centre, v2.PILToTensor()])
         finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
         self._samples = _Samples(source, rows, cut, finish, strong, crop=image_size if train else 0)

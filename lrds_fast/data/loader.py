@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lrds_fast.data.transform import Transform
+
 
 class Batch(NamedTuple):
     """N samples.
@@ -69,7 +71,8 @@ class Data:
 
     train: shuffled and augmented. score: the same samples, in order and without augmentation. val: samples that are
     held out from training; None without any. test: the test split, on which nothing is decided. class_names: of the
-    classes 0, 1, ...; () if they have only numbers.
+    classes 0, 1, ...; () if they have only numbers. transform: gives a picture file the form of the test split's
+    images; None where no picture file can have it.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Data:
     val: Loader | None
     test: Loader
     class_names: tuple[str, ...] = ()
+    transform: Transform | None = None
 
     @property
     def num_classes(self) -> int:

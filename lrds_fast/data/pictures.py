@@ -60,7 +60,7 @@ def decoded(data: np.ndarray, *, about: int = 0) -> Any:
         _checked(image.height, image.width)
         if about:
             image.draft("RGB", (about, about))
-        pixels = _rgb(image)
+        pixels = rgb(image)
         if about:
             pixels.thumbnail((about, about))
         return pixels
@@ -77,7 +77,7 @@ def for_dali(data: np.ndarray) -> tuple[np.ndarray, int, int]:
             with _opened(data) as image:
                 size = image.height, image.width
                 if image.format == "PPM" or image.mode in ("I", "F"):
-                    pixels = _rgb(image).tobytes()
+                    pixels = rgb(image).tobytes()
                     header = b"P6 %d %d 255\n" % (image.width, image.height)
                     data = np.frombuffer(header + pixels, dtype=np.uint8)
         return data, *_checked(*size)
@@ -91,7 +91,7 @@ def _opened(data: np.ndarray) -> Iterator[Any]:
         yield image
 
 
-def _rgb(image: Any) -> Any:
+def rgb(image: Any) -> Any:
     """A PIL image in RGB, its levels scaled to 255."""
     from PIL import Image
 

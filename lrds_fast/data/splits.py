@@ -17,6 +17,7 @@ from lrds_fast.data.memory import MemoryLoader, as_labels, digits, from_npz, two
 from lrds_fast.data.noise import mislabelled
 from lrds_fast.data.sources import open_split
 from lrds_fast.data.strong import PLAIN, Strong, TwoViews, training_views
+from lrds_fast.data.transform import in_memory_transform, photograph_transform
 from lrds_fast.recipe.recipe import DataOptions
 
 #: Share of the digits that is the test split. It is drawn by a fixed seed.
@@ -235,10 +236,11 @@ def _in_memory(
 ) -> Data:
     train_labels, test_labels = as_labels(data.train_labels), as_labels(data.test_labels)
     rows = _rows(options, len(data.train_images), len(data.test_images))
+    mean, std = options.mean or data.mean, options.std or data.std
     fixed: dict[str, Any] = {
         "num_classes": data.num_classes,
-        "mean": options.mean or data.mean or None,
-        "std": options.std or data.std or None,
+        "mean": mean or None,
+        "std": std or None,
         "device": device,
     }
 
@@ -259,6 +261,7 @@ def _in_memory(
         val=loader(data.train_images[rows.held_out], train_labels[rows.held_out]) if len(rows.held_out) else None,
         test=loader(data.test_images[rows.test], test_labels[rows.test]),
         class_names=data.class_names,
+        transform=in_memory_transform(tuple(data.test_images.shape[1:]), mean, std),
     )
 
 
@@ -290,4 +293,5 @@ def _encoded(options: DataOptions, *, seed: int, device: torch.device | str | No
         val=loader(train, rows.held_out) if len(rows.held_out) else None,
         test=loader(test, rows.test),
         class_names=() if numbered else tuple(train.classes),
+        transform=photograph_transform(options.image_size),
     )

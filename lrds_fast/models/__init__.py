@@ -1,94 +1,24 @@
-"""Networks by name: the CIFAR families of the literature, small ones, and those of torchvision and timm."""
+"""Networks by name (CIFAR's, small ones, torchvision's and timm's), and trained students."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from lrds_fast.models.classifier import Classifier
 from lrds_fast.models.external import External
-from lrds_fast.models.mobilenet_cifar import MobileNetV2
-from lrds_fast.models.resnet_cifar import CifarResNet
-from lrds_fast.models.resnet_imagenet_cifar import BasicBlock, Bottleneck, ImageNetResNet
-from lrds_fast.models.shufflenet_cifar import ShuffleNetV1, ShuffleNetV2
-from lrds_fast.models.small import MLP, SmallCNN
-from lrds_fast.models.vgg_cifar import DEPTHS, CifarVGG
-from lrds_fast.models.wrn_cifar import WideResNet
+from lrds_fast.models.registry import create, names
 
-__all__ = ["Classifier", "External", "create", "names"]
+if TYPE_CHECKING:
+    from lrds_fast.models.student import Student, load
 
-_BUILDERS: dict[str, Callable[..., Classifier]] = {
-    "mlp": MLP,
-    **{f"mlp_8x16_{width}": partial(MLP, inputs=8 * 16, width=width) for width in (32, 128)},
-    "small_cnn": SmallCNN,
-    **{f"resnet{depth}": partial(CifarResNet, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": partial(CifarResNet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
-    **{
-        f"wrn_{depth}_{widen}": partial(WideResNet, depth, widen)
-        for depth, widen in ((16, 1), (16, 2), (40, 1), (40, 2))
-    },
-    **{name: partial(CifarVGG, depths) for name, depths in DEPTHS.items()},
-    "ResNet18": partial(ImageNetResNet, BasicBlock, (2, 2, 2, 2)),
-    "ResNet50": partial(ImageNetResNet, Bottleneck, (3, 4, 6, 3)),
-    "MobileNetV2": MobileNetV2,
-    "ShuffleV1": ShuffleNetV1,
-    "ShuffleV2": ShuffleNetV2,
-}
-
-# Other spellings, in any case, as papers have them.
-_OTHER_NAMES = {name.lower(): name for name in _BUILDERS} | {
-    "shufflenetv1": "ShuffleV1",
-    "shufflenetv2": "ShuffleV2",
-}
+__all__ = ["Classifier", "External", "Student", "create", "load", "names"]
 
 
-def names() -> list[str]:
-    """The names of the networks that need no other library."""
-    return sorted(_BUILDERS)
+def __getattr__(name: str) -> Any:
+    """Loads Student and load on first use: they import lrds_fast.data, which takes longer than the networks."""
+    if name not in ("Student", "load"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lrds_fast.models import student
 
-
-def create(name: str, *, num_classes: int = 100) -> Classifier | External:
-    """A new network with random weights.
-
-    name: one of names() in any case, `torchvision:NAME` or `timm:NAME`. num_classes: number of logits, >= 1.
-    Calling the network gives (N, num_classes) logits; .features(images) the (N, d) input of its last linear layer;
-    .forward_with_features(images) both. Raises ValueError for an unknown name and ImportError where the library that
-    a prefix names is missing.
-    """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-    library, colon, foreign = name.partition(":")
-    if colon:
-        return _external(library, foreign, num_classes)
-    name = _OTHER_NAMES.get(name.lower(), name)
-    if name not in _BUILDERS:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see lrds_fast.models.names(), or torchvision:NAME, timm:NAME"
-        raise ValueError(f"unknown model {name!r}; {hint}")
-    return _BUILDERS[name](num_classes=num_classes)
-
-
-def _external(library: str, name: str, num_classes: int) -> External:
-    if library == "torchvision":
-        try:
-            from torchvision import models as torchvision_models
-        except ImportError as error:
-            raise ImportError(
-                f"model torchvision:{name} needs torchvision: pip install torchvision ({error})"
-            ) from error
-        known = torchvision_models.list_models(module=torchvision_models)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"torchvision has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return External(torchvision_models.get_model(name, num_classes=num_classes), f"torchvision:{name}")
-    if library == "timm":
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(f"model timm:{name} needs timm: pip install timm ({error})") from error
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=1)
-            raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return External(timm.create_model(name, num_classes=num_classes), f"timm:{name}")
-    raise ValueError(f"unknown model library {library!r} in {library}:{name}; use torchvision: or timm:")
+    globals().update(Student=student.Student, load=student.load)
+    return globals()[name]

@@ -1,9 +1,10 @@
-"""Reads weights from checkpoint files of any layout, without running the code in them."""
+"""Reads weights from checkpoint files of any layout, without running the code in them; writes safetensors."""
 
 from __future__ import annotations
 
 import argparse
 import codecs
+import json
 import pickle
 import re
 import sys
@@ -51,13 +52,14 @@ _FOREIGN = {
 _SAVE_THE_STATE = "in the program that made it, save the weights alone: torch.save(model.state_dict(), FILE)"
 
 
-def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "average") -> None:
+def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "average", announce: bool = True) -> None:
     """Loads the weights of `model` from a file of torch.save or safetensors.
 
     The weights may be nested in dicts and lists at any depth, and their names may have a common prefix. `weights`
-    chooses between raw and averaged weights (EMA, SWA) where both fit; a line on stderr reports the choice. key: the
-    recipe key of the file, for messages. Raises FileNotFoundError for a missing file, and ValueError for a file of
-    another kind or for another model, for numbers that are not finite, and where several different sets of weights fit.
+    chooses between raw and averaged weights (EMA, SWA) where both fit; with `announce` a line on stderr reports the
+    choice. key: the recipe key of the file, for messages. Raises FileNotFoundError for a missing file, and ValueError
+    for a file of another kind or for another model, for numbers that are not finite, and where several different sets
+    of weights fit.
     """
     if path.is_dir():
         raise ValueError(f"{key}: {path} must be a file of weights; it is a folder: name the file in it")
@@ -76,7 +78,7 @@ def load_weights(model: nn.Module, path: Path, *, key: str, weights: str = "aver
             f"{where} contains several sets of weights that fit ({', '.join(one.place for one in chosen)});"
             " load the file with torch.load, and save the right set alone with torch.save"
         )
-    if others and Ranks.current().first:
+    if others and announce and Ranks.current().first:
         kinds = ("average", "raw") if chosen is averages else ("raw", "average")
         print(
             f"lrds-fast: {where} contains raw and averaged weights: loaded the {kinds[0]} ({chosen[0].place});"
@@ -120,6 +122,30 @@ def read(path: Path, *, named: str, otherwise: str) -> Any:
         except Exception:  # the zip's directory is damaged
             kind = f"damaged; {otherwise}"
         raise ValueError(f"{named} is {kind}") from error
+
+
+def safetensors_bytes(model: nn.Module, facts: Mapping[str, str]) -> bytes:
+    """The model's weights as the content of a .safetensors file. facts: metadata, stored as JSON under the key
+    lrds_fast."""
+    from safetensors.torch import save
+
+    # Clones: safetensors does not store tensors that share memory, as tied weights do.
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    # One key: with several their order is not fixed, and equal weights would give unequal files.
+    content: bytes = save(state, metadata={"lrds_fast": json.dumps(dict(facts))})
+    return content
+
+
+def safetensors_facts(path: Path) -> dict[str, str]:
+    """The metadata that safetensors_bytes stored in a file; {} for other files."""
+    with path.open("rb") as file:
+        if not _is_safetensors(file.read(9)):
+            return {}
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as weights:
+        facts = json.loads((weights.metadata() or {}).get("lrds_fast", "{}"))
+    return {str(key): str(value) for key, value in facts.items()}
 
 
 @dataclass(eq=False)

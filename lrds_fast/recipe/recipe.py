@@ -97,6 +97,10 @@ class Recipe:
         """A copy with some values replaced, by dotted name: with_values(seed=1, **{"loss.eta": 0.5})."""
         return from_mapping(overlay(dataclasses.asdict(self), nested(values)), where=self.name)
 
+    def with_settings(self, settings: Iterable[str]) -> Recipe:
+        """A copy with some values replaced, as "KEY=VALUE"; see load_recipe."""
+        return from_mapping(overlay(dataclasses.asdict(self), parse_settings(settings)), where=self.name)
+
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key."""
         values: dict[str, Any] = {}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lrds_fast.files import read_records
-from lrds_fast.recipe.recipe import Recipe, from_mapping
-from lrds_fast.train.folder import LOG, RECIPE
+from lrds_fast.recipe.recipe import Recipe
+from lrds_fast.train.folder import LOG, read_recipe
 from lrds_fast.train.summary import SUMMARY
 
 
@@ -32,21 +32,11 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The run in `folder`. FileNotFoundError without a run, ValueError without a finished epoch or if it is damaged."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; name the folder of a run, such as runs/digits_kd")
-    path = folder / RECIPE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {RECIPE}, so it is not a run of lrds-fast train; name the folder of a run"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
+    recipe = read_recipe(folder)
     records = read_records(folder / LOG, keys=("epoch", "rows", "test_acc", "test_ce"))
     if not records:
         raise ValueError(f"{folder} has no finished epoch yet; continue it with lrds-fast train --resume")
-    return Run(folder, from_mapping(values, where=str(path)), records, read_summary(folder))
+    return Run(folder, recipe, records, read_summary(folder))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +11,7 @@ from torch import nn
 
 from lrds_fast import _C
 from lrds_fast.files import atomic_write
-from lrds_fast.models.weights import load_state, read
+from lrds_fast.models.weights import load_state, read, safetensors_bytes, safetensors_facts
 from lrds_fast.notes import note
 from lrds_fast.ranks import Ranks
 
@@ -138,12 +137,27 @@ def resume(
     return Position(int(state["epoch"]), int(state["steps"]), state["state"])
 
 
-def save_weights(path: Path, model: nn.Module, facts: Mapping[str, str]) -> None:
-    """Writes the weights alone as .safetensors. facts: metadata, stored as JSON under the key lrds_fast."""
-    from safetensors.torch import save
+class Stored(NamedTuple):
+    """When the weights in a run's file were stored. epoch: after so many epochs; None within one. chosen_by: the
+    accuracy by which this epoch was chosen among all, val_acc or test_acc; "" for the last checkpoint."""
 
-    # Clones: safetensors does not store tensors that share memory, as tied weights do.
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    epoch: int | None
+    chosen_by: str
+
+
+def stored(path: Path) -> Stored:
+    """What a run's last.pt or best.safetensors says of its weights. ValueError for other files."""
+    facts = safetensors_facts(path)
+    if facts:
+        return Stored(int(facts["epoch"]), facts["chosen by"])
+    state = read(path, named=str(path), otherwise="restore it from a copy")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); name the folder of a run")
+    return Stored(None if state["steps"] else int(state["epoch"]), "")
+
+
+def save_weights(path: Path, model: nn.Module, facts: Mapping[str, str]) -> None:
+    """Writes the weights alone as .safetensors. facts: metadata, see safetensors_bytes."""
+    content = safetensors_bytes(model, facts)
     with atomic_write(path) as file:
-        # One key: with several their order is not fixed, and equal weights would give unequal files.
-        file.write(save(state, metadata={"lrds_fast": json.dumps(dict(facts))}))
+        file.write(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lrds_fast.files import append_record, read_records, remove_partial, rewrite_records, write_text
 from lrds_fast.ranks import Ranks
-from lrds_fast.recipe.recipe import Recipe
+from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.train import checkpoint, rescoring
 from lrds_fast.train.checkpoint import Position
 from lrds_fast.train.setup import resolved
@@ -24,6 +25,22 @@ BEST = "best.safetensors"
 LOG = "log.jsonl"
 RECIPE = "recipe.json"
 GALLERY = "gallery.json"
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of the run in `folder`. FileNotFoundError without a run, ValueError for a damaged file."""
+    path = folder / RECIPE
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; name the folder of a run, such as runs/digits_kd")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {RECIPE}, so it is not a run of lrds-fast train; name the folder of a run"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); the run's folder is damaged") from error
+    return from_mapping(values, where=str(path))
 
 
 class Folder:
@@ -63,10 +80,7 @@ class Folder:
                     " restore it from a copy, or start again (--overwrite)"
                 )
         elif exists and not overwrite:
-            raise FileExistsError(
-                f"{self._out} holds a run already; continue it (--resume), replace it (--overwrite), or set another"
-                " run.out"
-            )
+            raise older_run(self._out)
         self._ranks.wait()
         if self._ranks.first:
             if not exists or not resume:
@@ -113,6 +127,13 @@ class Folder:
             machine=self._machine,
             ranks=self._ranks,
         )
+
+
+def older_run(out: Path) -> FileExistsError:
+    """The error for a run that is in the folder already."""
+    return FileExistsError(
+        f"{out} holds a run already; continue it (--resume), replace it (--overwrite), or set another run.out"
+    )
 
 
 def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lrds_fast.data import Data, Loader, derived_seed
 from lrds_fast.features.distillation import FeatureDistillation
 from lrds_fast.lock import holding
+from lrds_fast.models.student import Description
 from lrds_fast.notes import note
 from lrds_fast.ranks import Ranks, any_process, joined, same_buffers
 from lrds_fast.recipe.recipe import Recipe
@@ -61,8 +62,8 @@ def train(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Trains `student` in place. The folder `out` gets log.jsonl, last.pt, best.safetensors, recipe.json and, at the
-    end, summary.json.
+    """Trains `student` in place. The folder `out` gets log.jsonl, last.pt, best.safetensors, recipe.json, student.json
+    and, at the end, summary.json.
 
     selected: (N,) bool over data.train's samples, those that have the teacher; None is all. With recipe.selection.after
     it holds until the first scoring; later selections are written to selections/. cached: logits of the teacher, which
@@ -151,6 +152,7 @@ class TrainingRun:
             self._selected = self._folder.selected_at(position, self._selected)
             steps = position.epochs * self._steps_per_epoch
             if self._ranks.first:
+                _description(self._recipe, self._data).write(self._out)
                 self._trackers = Trackers(self._recipe, self._out, steps)
             bar = tqdm(
                 total=epochs * self._steps_per_epoch,
@@ -318,6 +320,17 @@ def _warn_of_revision(recipe: Recipe, earlier: Sequence[Mapping[str, Any]], reco
             " (means at the loss's temperature): the hardest samples get the most confident targets."
             f" {advice} loss.eta near 0.95 (it is {recipe.loss.eta:g})"
         )
+
+
+def _description(recipe: Recipe, data: Data) -> Description:
+    """What lrds_fast.models.load needs to know of the student."""
+    transform = data.transform
+    if transform is None:
+        channels, height, width = next(iter(data.test.epoch(0))).images.shape[1:]
+    else:
+        channels, (height, width) = transform.channels, transform.crop
+    names = data.class_names or tuple(str(number) for number in range(data.num_classes))
+    return Description(recipe.student.model, names, (channels, height, width), transform, CHECKPOINT)
 
 
 def _stopped(stop: StopRequest, epochs: int, steps: int, out: Path) -> Stopped:

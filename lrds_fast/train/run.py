@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,13 +17,13 @@ from lrds_fast.data import Data, SoftLabels
 from lrds_fast.lock import holding
 from lrds_fast.models.weights import load_weights
 from lrds_fast.ranks import Ranks, joined, pick_device
-from lrds_fast.recipe.recipe import Recipe, from_mapping
+from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import rescoring
 from lrds_fast.train.cache import open_cache, teacher_facts, write_cache
 from lrds_fast.train.checks import check_selection, check_teacher
 from lrds_fast.train.evaluation import outputs
-from lrds_fast.train.folder import CHECKPOINT, RECIPE
+from lrds_fast.train.folder import CHECKPOINT, RECIPE, read_recipe
 from lrds_fast.train.gallery import write_gallery
 from lrds_fast.train.loop import TrainingRun, TrainResult
 from lrds_fast.train.setup import scored_loss
@@ -92,29 +91,52 @@ def fit(
 
     Under torchrun every process makes this call."""
     with joined(recipe.run.device, recipe.run.timeout) as device:
-        data = load_data(recipe)
-        selection = load_selection(recipe, data)
-        mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
-        teacher = build_teacher(recipe, data)
-        cached = None if teacher is None else _cached_logits(recipe, data, teacher, mask, device)
-        student = build_student(recipe, data)
-        run = TrainingRun(
-            recipe,
-            data,
-            student,
-            teacher,
-            device,
-            out=recipe.out,
-            fingerprint=fingerprint(data),
-            selected=mask,
-            cached=cached,
-        )
+        run, data, _, selection = _prepared(recipe, device)
         result = run.train(resume=resume, overwrite=overwrite, progress=progress, say=say)
         latest = rescoring.latest(recipe.out, recipe.selection, recipe.schedule.epochs)
         teacher_pred = result.teacher_pred
         if Ranks.current().first and teacher_pred is not None and bool((teacher_pred >= 0).any()):
             write_gallery(recipe, data, teacher_pred, selection if latest is None else latest)
         return result
+
+
+def check(recipe: Recipe) -> str:
+    """Does what fit does before the first step, and writes nothing: opens the data, builds the networks, reads weights,
+    selection and cached logits. Returns a line on what would be trained. Raises the errors of fit, but for those of an
+    older run in recipe.out."""
+    with joined(recipe.run.device, recipe.run.timeout) as device:
+        _, data, student, _ = _prepared(recipe, device)
+        parameters = sum(parameter.numel() for parameter in student.parameters())
+        held_out = 0 if data.val is None else len(data.val.labels)
+        teacher = recipe.teacher.model or "none"
+        return (
+            f"{recipe.student.model} of {parameters:,} parameters, teacher {teacher}, data {data.name} with"
+            f" {data.num_classes} classes: {len(data.train.labels):,} training, {held_out:,} held-out and"
+            f" {len(data.test.labels):,} test samples; {recipe.schedule.epochs} epochs of {len(data.train):,} steps on"
+            f" {device}"
+        )
+
+
+def _prepared(recipe: Recipe, device: torch.device) -> tuple[TrainingRun, Data, nn.Module, Selection | None]:
+    """A run that has not begun, its data, its student, and the selection of selection.path."""
+    data = load_data(recipe)
+    selection = load_selection(recipe, data)
+    mask = None if selection is None else torch.as_tensor(selection.mask).cpu()
+    teacher = build_teacher(recipe, data)
+    cached = None if teacher is None else _cached_logits(recipe, data, teacher, mask, device)
+    student = build_student(recipe, data)
+    run = TrainingRun(
+        recipe,
+        data,
+        student,
+        teacher,
+        device,
+        out=recipe.out,
+        fingerprint=fingerprint(data),
+        selected=mask,
+        cached=cached,
+    )
+    return run, data, student, selection
 
 
 def _cached_logits(
@@ -210,10 +232,9 @@ def pictures_of_run(scores: Path, selection: Selection) -> dict[str, Any]:
     """The arguments pictures and class_names of Selection.report, from the run in whose folder the file of scores is.
     Returns {} where there is no run or its data is not the selection's.
     """
-    path = scores.with_name(RECIPE)
-    if not path.is_file():
+    if not scores.with_name(RECIPE).is_file():
         return {}
-    data = load_data(from_mapping(json.loads(path.read_text(encoding="utf-8")), where=str(path)))
+    data = load_data(read_recipe(scores.parent))
     if fingerprint(data) != selection.fingerprint:
         return {}
     return {"pictures": data.train.picture, "class_names": data.class_names or None}
