@@ -38,7 +38,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_divergence_is_trls(beta: float, temperature: float, arguments: dict[str, Any], masked: bool) -> None:
     student, teacher, labels = inputs()
-    values, gradients = [], []
+    values: list[Tensor] = []
+    gradients: list[Tensor] = []
     flat = not masked and arguments == {}  # TRL's batchmean without labels divides by B: give it rows
     for loss in (GKDTrainer.generalized_jsd_loss, generalized_jsd_loss):
         student.grad = None
