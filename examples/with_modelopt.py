@@ -7,6 +7,8 @@ Needs nvidia-modelopt and scikit-learn; a few seconds on a CPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import modelopt.torch.distill as mtd
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ loss = LogitsDistillationLoss(4.0, "batchmean", revise="lr")
 balancer = mtd.StaticLossBalancer(0.9)
 config = {"teacher_model": teacher, "criterion": loss, "loss_balancer": balancer}
 for name in ("teacher", "student"):
-    model = teacher if name == "teacher" else mtd.convert(Net(16), mode=[("kd_loss", config)])
+    model: Any = teacher if name == "teacher" else mtd.convert(Net(16), mode=[("kd_loss", config)])
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for rows in (rows for _ in range(8) for rows in torch.randperm(1500).split(64)):

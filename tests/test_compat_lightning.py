@@ -20,7 +20,7 @@ from lrds_fast.compat.lightning import LRDSDistillation  # noqa: E402
 N, C = 12, 3
 
 
-class Student(LRDSDistillation, lightning.LightningModule):
+class Student(LRDSDistillation, lightning.LightningModule):  # type: ignore[name-defined]
     def __init__(self, teacher: nn.Module | None, **arguments: Any) -> None:
         super().__init__()
         self.fc = nn.Linear(5, C)

@@ -27,7 +27,7 @@ def logits(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def compare(theirs: Any, ours: Any, student: Tensor, *others: Tensor, sums: bool = False) -> None:
-    results = []
+    results: list[tuple[Tensor, Tensor]] = []
     for loss in (theirs, ours):
         student.grad = None
         value = loss(student, *others)

@@ -45,7 +45,7 @@ def logits() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("name", "divergence"), [("ForwardKLLoss", "kl"), ("ReverseKLLoss", "rkl")])
 def test_it_is_torchtunes_loss(name: str, divergence: str, normalize: bool) -> None:
     student, teacher, labels = logits()
-    results = []
+    results: list[tuple[Tensor, Tensor]] = []
     for loss in (theirs(name)(), LRDSKDLoss(revise=None, divergence=divergence)):
         student.grad = None
         value = loss(student, teacher, labels, normalize)
@@ -70,4 +70,4 @@ def test_revision_is_the_default_and_chunks_are_refused() -> None:
     torch.testing.assert_close(value, expected)
     assert LRDSKDLoss().ignore_index == -100
     with pytest.raises(TypeError, match="got chunks: set loss to torch.nn.CrossEntropyLoss"):
-        LRDSKDLoss()([student], [teacher], labels)  # type: ignore[arg-type]
+        LRDSKDLoss()([student], [teacher], labels)

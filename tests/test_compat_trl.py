@@ -38,7 +38,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_divergence_is_trls(beta: float, temperature: float, arguments: dict[str, Any], masked: bool) -> None:
     student, teacher, labels = inputs()
-    values, gradients = [], []
+    values: list[Tensor] = []
+    gradients: list[Tensor] = []
     flat = not masked and arguments == {}  # TRL's batchmean without labels divides by B: give it rows
     for loss in (GKDTrainer.generalized_jsd_loss, generalized_jsd_loss):
         student.grad = None
@@ -76,7 +77,7 @@ def test_the_chunked_loss_is_trls(beta: float, count: int | None) -> None:
     results = []
     for loss in (theirs, chunked_divergence_loss):
         own = [tensor.clone().requires_grad_() for tensor in (hidden, head, bias)]
-        bias_of = {"student_lm_head_bias": own[2], "temperature": 2.0}
+        bias_of: dict[str, Any] = {"student_lm_head_bias": own[2], "temperature": 2.0}
         value = loss(own[0], taught, own[1], its, mask, beta, num_items_in_batch=count, **bias_of)
         value = value[0] if isinstance(value, tuple) else value
         value.backward()
