@@ -56,7 +56,7 @@ class LRDSTrainer(Trainer):
         processes = self.accelerator.num_processes
         if processes > 1 and self.args.average_tokens_across_devices:
             total: Tensor = self.accelerator.gather(count).sum()
-            return total / processes
+            count = total / processes
         return count
 
     def compute_loss(
