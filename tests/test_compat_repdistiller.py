@@ -59,7 +59,8 @@ def test_the_kl_term_is_the_eager_formula() -> None:
 @pytest.mark.parametrize("lrds", [{}, {"REVISE": None}, {"ETA": 0.6, "DIVERGENCE": "dkd"}])
 def test_a_distiller_gives_the_loss_of_its_config(lrds: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    student, teacher = Net(), Net()
+    student: Any = Net()
+    teacher: Any = Net()
     kd = SimpleNamespace(TEMPERATURE=4, LOSS=SimpleNamespace(CE_WEIGHT=0.1, KD_WEIGHT=0.9))
     model: Any = distiller(Distiller)(student, teacher, SimpleNamespace(KD=kd, LRDS=lrds)).train()
     x, target = torch.randn(N, 5), torch.arange(N) % C

@@ -55,7 +55,8 @@ class LRDSTrainer(Trainer):
             count += labels.ne(self.kd.ignore_index).sum().to(device)
         processes = self.accelerator.num_processes
         if processes > 1 and self.args.average_tokens_across_devices:
-            count = self.accelerator.gather(count).sum() / processes
+            total: Tensor = self.accelerator.gather(count).sum()
+            count = total / processes
         return count
 
     def compute_loss(
