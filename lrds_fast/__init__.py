@@ -1,10 +1,10 @@
 """Fast knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693).
 
-kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD, TVD, SKL, SRKL: its divergences. TopKTeacher: a cached
-teacher; bucketed_logits: some classes, and all others as one. linear_kd_loss: the loss from hidden states and
-classifiers. revision_loss, dist_loss, mlkd_loss: losses that compare the rows of a batch. revise_labels: the revised
-teacher. influence: scores of samples. select, select_jointly, Selection: which samples keep their teacher. models:
-networks by name. reference: every op in plain PyTorch.
+kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD, TVD, SKL, SRKL: its divergences.
+TopKTeacher: a cached teacher; bucketed_logits: some classes, and all others as one. linear_kd_loss: the loss from
+hidden states and classifiers. revision_loss, dist_loss, mlkd_loss: losses that compare the rows of a batch.
+revise_labels: the revised teacher. influence: scores of samples. select, select_jointly, Selection: which samples keep
+their teacher. models: networks by name. reference: every op in plain PyTorch.
 
 A name is imported when it is first used. Importing any loss, or lrds_fast.functional, registers torch.ops.lrds_fast.
 """

@@ -182,9 +182,7 @@ def test_jsd_is_a_mean_of_skewed_divergences(
 def test_skewed_divergences_swap_student_and_teacher(rows: kd_cases.Rows, function: Callable[..., Tensor]) -> None:
     for weight in (0.1, 0.7):
         skl = kd_term(function, *rows, divergence=SKL(weight), revise=None)
-        swapped = kd_term(
-            function, rows.teacher, rows.student, rows.target, divergence=SRKL(weight), revise=None
-        )
+        swapped = kd_term(function, rows.teacher, rows.student, rows.target, divergence=SRKL(weight), revise=None)
         torch.testing.assert_close(skl, swapped, rtol=1e-10, atol=1e-11)
         # A weight of 0 leaves KL and reverse KL.
     for almost, plain in ((SKL(1e-9), "kl"), (SRKL(1e-9), "rkl")):

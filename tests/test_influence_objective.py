@@ -131,7 +131,9 @@ def test_a_divergence_has_its_hessian_where_student_and_teacher_agree(divergence
         options: dict[str, Any] = {"temperature": 2.0, "ce_weight": 0.0, "kd_weight": 0.7, "divergence": divergence}
         return reference.kd_loss(z[None], v[None], y[None], **options)
 
-    expected = torch.stack([torch.autograd.functional.hessian(lambda z, i=i: of(z, v[i], y[i]), v[i]) for i in range(ROWS)])
+    expected = torch.stack(
+        [torch.autograd.functional.hessian(lambda z, i=i: of(z, v[i], y[i]), v[i]) for i in range(ROWS)]
+    )
     terms = TrainingObjective(loss).hessian_terms(y, None, torch.float64)
     torch.testing.assert_close(logit_hessian(v, terms), expected, rtol=1e-9, atol=1e-12)
 

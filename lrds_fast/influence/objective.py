@@ -11,9 +11,9 @@ For D = KL both terms are linear in their targets, so the Hessian in z needs no 
     d2L/dz2 = sum_t w_t J(softmax(z / T_t)),    J(q) = diag(q) - q q^T
 
 with one term for the cross-entropy (T = 1) and one for each temperature. Another divergence is given its Hessian at q =
-p', where the student agrees with its teacher: KL's times `agreement_curvature`. `TrainingObjective.hessian_terms` is the only place that computes the weights w_t. For the last layer's closed form they
-are float64 (curvature.py); over more layers `fisher_gradients` turns them into gradients of labels that the model
-itself would give.
+p', where the student agrees with its teacher: KL's times `agreement_curvature`. `TrainingObjective.hessian_terms` is
+the only place that computes the weights w_t. For the last layer's closed form they are float64 (curvature.py); over
+more layers `fisher_gradients` turns them into gradients of labels that the model itself would give.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ LogitTerms = Callable[[Tensor], Sequence[tuple[Tensor, float]]]
 def agreement_curvature(divergence: Divergence) -> float:
     """c of the divergence's Hessian in z at q = p', c J(softmax(z / T)).
 
-    KL and reverse KL have c = 1, and a mixture's weight makes it smaller. dkd, rld, nkd and mse have another matrix than
-    J there, and are given KL's. Raises ValueError for the total variation distance, which has a kink at q = p' and no
-    positive semi-definite Hessian elsewhere.
+    KL and reverse KL have c = 1, and a mixture's weight makes it smaller. dkd, rld, nkd and mse have another matrix
+    than J there, and are given KL's. Raises ValueError for the total variation distance, which has a kink at q = p' and
+    no positive semi-definite Hessian elsewhere.
     """
     match divergence:
         case JSD(weight):
@@ -74,8 +74,8 @@ def agreement_curvature(divergence: Divergence) -> float:
             return (1.0 - weight) ** 2
         case TVD():
             raise ValueError(
-                "hessian='objective' needs a divergence with a curvature; got a loss with divergence 'tvd', whose second"
-                " derivative does not exist where student and teacher agree and is indefinite elsewhere: pass"
+                "hessian='objective' needs a divergence with a curvature; got a loss with divergence 'tvd', whose"
+                " second derivative does not exist where student and teacher agree and is indefinite elsewhere: pass"
                 " hessian='gt', the cross-entropy's, or curvature='identity'"
             )
     return 1.0
