@@ -47,5 +47,6 @@ for name in ("teacher", "student"):
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
+    model.eval()  # returns None in ModelOpt's model
     with torch.inference_mode():
-        print(f"{name}: test accuracy {(model.eval()(images[1500:]).argmax(1) == target[1500:]).float().mean():.1%}")
+        print(f"{name}: test accuracy {(model(images[1500:]).argmax(1) == target[1500:]).float().mean():.1%}")
