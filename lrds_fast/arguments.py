@@ -179,7 +179,7 @@ def check_class_weight(class_weight: object, classes: int, device: torch.device)
         raise ValueError(f"class_weight must be on {device} like student_logits; got {class_weight.device}")
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether the values can be read: not on CUDA, where reading synchronises; not in a trace; not under vmap."""
     # Fake tensors, a subclass, have no data.
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or type(tensor) is not Tensor:
@@ -190,11 +190,16 @@ def _readable(tensor: Tensor) -> bool:
     return not functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def check_values(target: Tensor, selected: Tensor | None, classes: int, ignore_index: int | None) -> None:
-    """ValueError for a class index or a weight out of range, with its flattened row, if the values can be read."""
+def check_values(
+    target: Tensor, selected: Tensor | None, classes: int, ignore_index: int | None, name: str = "target"
+) -> None:
+    """ValueError for a class index or a weight out of range, with its flattened row, if the values can be read.
+
+    name: what the user calls `target`.
+    """
     valid: Tensor | bool = True
     if not target.is_floating_point():
-        if not _readable(target):
+        if not readable(target):
             return
         target = target.reshape(-1)
         valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
@@ -202,8 +207,8 @@ def check_values(target: Tensor, selected: Tensor | None, classes: int, ignore_i
         if outside.any():
             row = int(outside.nonzero()[0])
             ignored = "" if ignore_index is None else f" and not ignore_index = {ignore_index}"
-            raise ValueError(f"target[{row}] is {int(target[row])}, outside [0, {classes}){ignored}")
-    if selected is not None and selected.dtype != torch.bool and _readable(selected):
+            raise ValueError(f"{name}[{row}] is {int(target[row])}, outside [0, {classes}){ignored}")
+    if selected is not None and selected.dtype != torch.bool and readable(selected):
         selected = selected.reshape(-1)
         bad = valid & ~((selected >= 0) & (selected <= 1))
         if bad.any():

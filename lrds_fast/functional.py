@@ -22,7 +22,7 @@ from lrds_fast.arguments import (
     unknown_keyword,
 )
 from lrds_fast.divergences import REVISE, REVISE_TEMPERATURE, Divergence
-from lrds_fast.logit_maps import LogitScale, Softcap, common_classes, logit_maps
+from lrds_fast.logit_maps import IDENTITY, LogitMap, LogitScale, Softcap, common_classes, logit_maps
 from lrds_fast.options import (
     DivergenceKeywords,
     KDOptions,
@@ -67,7 +67,8 @@ def _check_tensors(
         teacher_shape = teacher.shape
         if teacher_shape[-1] != classes:
             raise ValueError(
-                f"teacher_logits must have the student's {classes} classes; got shape {tuple(teacher_shape)}"
+                f"teacher_logits must have the student's {classes} classes; got shape {tuple(teacher_shape)}: if the "
+                "larger vocabulary is padded, pass classes='truncate'"
             )
     if teacher.device != student_logits.device:
         raise ValueError(f"teacher_logits must be on {student_logits.device} like student_logits; got {teacher.device}")
@@ -129,41 +130,49 @@ def composite(
 _ops.implement_composite(composite)
 
 
+def _cut(
+    student_logits: Tensor, teacher_logits: Tensor | TopKTeacher, classes: str
+) -> tuple[Tensor, Tensor | TopKTeacher]:
+    """Both logits without the classes that only the larger vocabulary has."""
+    check_logits("student_logits", student_logits)
+    if isinstance(teacher_logits, TopKTeacher):
+        raise ValueError(f"classes must be 'equal' with a TopKTeacher, which has no padding; got {classes!r}")
+    check_logits("teacher_logits", teacher_logits)
+    common = common_classes(classes, student_logits.shape[-1], teacher_logits.shape[-1])
+    if common is None:
+        return student_logits, teacher_logits
+    return student_logits[..., :common], teacher_logits[..., :common]
+
+
 def _mapped(
     student_logits: Tensor,
     teacher_logits: Tensor | TopKTeacher,
-    target: Tensor | None,
-    ignore_index: int,
-    classes: str,
-    logit_scale: LogitScale,
-    softcap: Softcap,
+    target: Tensor,
+    options: KDOptions,
+    selected: Tensor | None,
+    teacher_rows: int | None,
+    maps: tuple[LogitMap, LogitMap],
 ) -> tuple[Tensor, Tensor | TopKTeacher]:
-    """Both logits with the larger vocabulary cut, scaled and capped."""
-    student_map, teacher_map = logit_maps(logit_scale, softcap)
-    check_logits("student_logits", student_logits)
-    if isinstance(teacher_logits, TopKTeacher):
-        if classes != "equal":
-            raise ValueError(f"classes must be 'equal' with a TopKTeacher, which has no padding; got {classes!r}")
-        if teacher_map != (1.0, 0.0):
-            raise ValueError(
-                "logit_scale and softcap cannot act on a TopKTeacher, whose sums are taken: apply them before it is "
-                "made, and pass pairs (student's, 1.0) and (student's, None)"
-            )
-    else:
-        check_logits("teacher_logits", teacher_logits)
-        common = common_classes(classes, student_logits.shape[-1], teacher_logits.shape[-1])
-        if common is not None:
-            student_logits, teacher_logits = student_logits[..., :common], teacher_logits[..., :common]
+    """Both logits scaled and capped; the arguments are checked."""
+    student_map, teacher_map = maps
+    if not isinstance(teacher_logits, TopKTeacher):
         teacher_logits = teacher_map(teacher_logits.detach())
-    if (
-        student_map.softcap
-        and isinstance(target, Tensor)
-        and not target.is_floating_point()
-        and target.shape == student_logits.shape[:-1]
-        and target.device == student_logits.device
-    ):
-        # Nothing reads ignored rows; 0 times the cap's derivative of NaN would be NaN.
-        student_logits = student_logits.masked_fill((target == ignore_index)[..., None], 0.0)
+    elif teacher_map != IDENTITY:
+        raise ValueError(
+            "logit_scale and softcap cannot act on a TopKTeacher, whose sums are taken: apply them before it is "
+            "made, and pass pairs (student's, 1.0) and (student's, None)"
+        )
+    if student_map.softcap:
+        # Rows that no term reads may hold NaN, and 0 times the cap's derivative of NaN would be NaN.
+        lead = student_logits.shape[:-1]
+        unread = [] if target.is_floating_point() else [target == options.ignore_index]
+        if options.ce_weight_unselected == 0 and selected is not None:
+            unread.append((selected == 0).reshape(lead))
+        if options.ce_weight_unselected == 0 and teacher_rows is not None:
+            rows = torch.arange(math.prod(lead), device=student_logits.device)
+            unread.append((rows >= teacher_rows).reshape(lead))
+        for mask in unread:
+            student_logits = student_logits.masked_fill(mask[..., None], 0.0)
     return student_map(student_logits), teacher_logits
 
 
@@ -188,15 +197,20 @@ def _call(
 
         tensors = (student_logits, teacher_logits, target, options, selected, teacher_rows, class_weight)
         return sharded_call(_call, *tensors, num_valid, weight_sum, grad_scale, classes, logit_scale, softcap)
-    if classes != "equal" or logit_scale != 1.0 or softcap is not None:
-        student_logits, teacher_logits = _mapped(
-            student_logits, teacher_logits, target, options.ignore_index, classes, logit_scale, softcap
-        )
+    if classes != "equal":
+        student_logits, teacher_logits = _cut(student_logits, teacher_logits, classes)
+    maps = None
+    if type(logit_scale) is not float or logit_scale != 1.0 or softcap is not None:
+        maps = logit_maps(logit_scale, softcap)
     if target is None:
         options = without_target(options, partial=selected is not None or teacher_rows is not None)
         check_logits("student_logits", student_logits)
         target = student_logits.new_zeros(student_logits.shape[:-1], dtype=torch.long)
     _check_tensors(student_logits, teacher_logits, target, options, selected, teacher_rows, class_weight)
+    if maps is not None:
+        student_logits, teacher_logits = _mapped(
+            student_logits, teacher_logits, target, options, selected, teacher_rows, maps
+        )
     indices = rest = None
     if isinstance(teacher_logits, TopKTeacher):
         indices, rest = teacher_logits.indices, teacher_logits.remainder(student_logits.shape[-1])
@@ -307,6 +321,7 @@ def kd_loss(
     logit_scale, softcap: s > 0 and c > 0, or None: the loss takes c tanh(s x / c), or s x, for x the logits of both. A
         pair is (student's, teacher's). Logits of a Hugging Face model have its scale and cap already; those made from
         hidden states do not. PyTorch ops compute it in the logits' dtype, with a tensor of the logits' size for each.
+        A soft cap maps -inf to -c, so that it excludes no class.
 
     DTensors whose rows are sharded or replicated are legal: student_logits, teacher_logits, target and selected alike.
     Means are over all rows, and the result is a DTensor: loss.full_tensor() is the number. Sharded classes raise

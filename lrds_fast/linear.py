@@ -553,7 +553,8 @@ def _check_classifiers(student: _Classifier, teacher: _Classifier) -> tuple[torc
     classes = student.weight.shape[0]
     if teacher.weight.shape[0] != classes:
         raise ValueError(
-            f"teacher_weight must have the student's {classes} classes; got shape {tuple(teacher.weight.shape)}"
+            f"teacher_weight must have the student's {classes} classes; got shape {tuple(teacher.weight.shape)}: if "
+            "the larger vocabulary is padded, pass classes='truncate'"
         )
     return student_dtype, teacher_dtype
 

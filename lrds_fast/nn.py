@@ -25,6 +25,11 @@ class KDLoss(nn.Module):
     epoch: it is a single op already.
     """
 
+    # Also of the class, because a KDLoss that an older version pickled lacks them.
+    classes: str = "equal"
+    logit_scale: LogitScale = 1.0
+    softcap: Softcap = None
+
     def __init__(
         self,
         temperature: float | Sequence[float] = 4.0,
@@ -124,6 +129,6 @@ class KDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        changed = {"classes": "equal", "logit_scale": 1.0, "softcap": None}
-        names = [*KEYWORDS, *(name for name, default in changed.items() if getattr(self, name) != default)]
+        added = ("classes", "logit_scale", "softcap")
+        names = [*KEYWORDS, *(name for name in added if getattr(self, name) != getattr(type(self), name))]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from lrds_fast._numbers import integer, number
-from lrds_fast.arguments import check_tensor
+from lrds_fast.arguments import check_tensor, check_values, readable
+
+# bfloat16 changes the logarithm of a sum of probabilities by at most 0.002 times their entropy.
+_LOG_SUM_LIMIT = 0.05
 
 
 class TopKTeacher(NamedTuple):
@@ -58,7 +61,8 @@ class TopKTeacher(NamedTuple):
         int64/int32, their classes, each once. classes: C > k of the vocabulary, or k. temperature: T > 0 of the loss,
         any. tail: "spread" divides the probability that is left evenly over the other classes, before it softens by T;
         "renormalize" gives them none. With divergence "rkl" and "renormalize" the loss is infinite, since the student
-        always gives them some. Raises TypeError for tensors of a wrong type; ValueError for numbers out of range.
+        always gives them some. Raises TypeError for tensors of a wrong type; ValueError for numbers out of range and,
+        on the CPU, for rows whose probabilities sum to more than 1, rounding aside.
         """
         check_tensor("log_probs", log_probs, "log-probabilities")
         classes, temperature = integer("classes", classes), number("temperature", temperature)
@@ -73,6 +77,12 @@ class TopKTeacher(NamedTuple):
             raise ValueError(f"tail must be 'spread' or 'renormalize'; got {tail!r}")
         values = log_probs.detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if readable(values) and bool((values.logsumexp(dim=-1) > _LOG_SUM_LIMIT).any()):
+            raise ValueError(
+                "log_probs must be natural logarithms of probabilities, which sum to at most 1; got a row with the sum "
+                f"{float(values.logsumexp(dim=-1).nan_to_num().max().exp()):.3g}: pass probabilities.log(), or "
+                "logits.log_softmax(-1) before the k largest are taken"
+            )
         kept, others = (values / temperature).logsumexp(dim=-1), classes - values.shape[-1]
         rest = torch.full_like(kept, -torch.inf)
         if tail == "spread" and others:
@@ -138,6 +148,7 @@ def bucketed_logits(logits: Tensor, indices: Tensor, *, temperature: float) -> T
         raise ValueError(
             f"indices must name at least one and not all of the {logits.shape[-1]} classes; got {indices.shape[-1]}"
         )
+    check_values(indices, None, logits.shape[-1], None, "indices")
     indices = indices.long()
     others = logits.scatter(-1, indices, -torch.inf)
     last = temperature * (others / temperature).logsumexp(dim=-1, keepdim=True)

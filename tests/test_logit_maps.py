@@ -59,6 +59,23 @@ def test_ignored_rows_of_a_capped_loss_are_not_read() -> None:
     assert torch.equal(*torch.autograd.grad(loss, poisoned), *torch.autograd.grad(expected, z))
 
 
+@pytest.mark.parametrize("target", ["indices", "probabilities", "none"])
+@pytest.mark.parametrize("by", ["selected", "teacher_rows"])
+def test_rows_of_a_capped_loss_that_no_term_weights_are_not_read(by: str, target: str) -> None:
+    z, v, y = logits()
+    options: dict[str, Any] = {"softcap": 3.0, "ce_weight_unselected": 0.0, by: 7}
+    teacher = v[:7]
+    if by == "selected":
+        options[by], teacher = torch.arange(19) < 7, v
+    labels = {"indices": y, "probabilities": v.softmax(-1), "none": None}[target]
+    if labels is None:
+        options |= TEACHER_ALONE
+    poisoned = torch.cat([z.detach()[:7], torch.full((12, 37), torch.nan, dtype=z.dtype)]).requires_grad_()
+    expected, loss = (kd_loss(x, teacher, labels, **options) for x in (z, poisoned))
+    assert torch.equal(loss, expected)
+    assert torch.equal(*torch.autograd.grad(loss, poisoned), *torch.autograd.grad(expected, z))
+
+
 # --- Padded vocabularies
 
 
@@ -152,6 +169,23 @@ def test_errors_say_what_needs_a_target_or_is_out_of_range(options: dict[str, An
     z, v, _ = logits()
     with pytest.raises(ValueError, match=message):
         kd_loss(z, v, **options)
+
+
+def test_arrays_are_no_scale_and_no_cap() -> None:
+    z, v, y = logits()
+    for several in (torch.tensor([0.5, 1.0]), torch.tensor([0.5, 1.0]).numpy()):
+        with pytest.raises(TypeError, match="logit_scale must be a number"):
+            kd_loss(z, v, y, logit_scale=several)
+        with pytest.raises(TypeError, match="softcap must be a number"):
+            kd_loss(z, v, y, softcap=several)
+
+
+def test_unequal_vocabularies_name_the_way_out() -> None:
+    z, v, y = logits(student=37, teacher=40)
+    with pytest.raises(ValueError, match="classes='truncate'"):
+        kd_loss(z, v, y)
+    with pytest.raises(ValueError, match="classes='truncate'"):
+        linear_kd_loss(z, torch.eye(37, dtype=z.dtype), v, torch.eye(40, dtype=z.dtype), y)
 
 
 def test_a_cached_teacher_is_capped_before_it_is_made() -> None:

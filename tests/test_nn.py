@@ -112,6 +112,16 @@ def test_copies_and_pickles() -> None:
         assert torch.equal(other(*rows), module(*rows))
 
 
+def test_a_pickle_of_a_version_with_fewer_hyperparameters_loads() -> None:
+    rows = kd_cases.rows(12, 10)
+    older = KDLoss()
+    for name in ("classes", "logit_scale", "softcap"):
+        vars(older).pop(name)
+    loaded = pickle.loads(pickle.dumps(older))
+    assert torch.equal(loaded(*rows), KDLoss()(*rows))
+    assert repr(loaded) == repr(KDLoss())
+
+
 def test_has_no_state_but_class_weights() -> None:
     module = KDLoss()
     assert list(KDLoss(class_weight=torch.ones(3)).state_dict()) == ["class_weight"]

@@ -113,6 +113,11 @@ def test_excluded_classes_in_the_bucket() -> None:
         ({"log_probs": torch.zeros(3, 4).long()}, ValueError, "log_probs must be floating .*int64"),
         ({"classes": 3}, ValueError, r"1 <= k <= classes = 3; got torch.float64 of shape \(11, 4\)"),
         ({"temperature": 0}, ValueError, "temperature must be finite and > 0; got 0"),
+        (
+            {"log_probs": served(logits(1))[0].exp()},
+            ValueError,
+            r"log_probs must be natural logarithms .*pass probabilities.log\(\)",
+        ),
         ({"tail": "drop"}, ValueError, "tail must be 'spread' or 'renormalize'; got 'drop'"),
     ],
 )
@@ -129,6 +134,7 @@ def test_errors_of_log_probabilities(changed: dict[str, Any], error: type[Except
         ({"indices": None}, TypeError, "indices must be a Tensor of class indices; got NoneType"),
         ({"indices": torch.zeros(3, 2).long()}, ValueError, r"indices must be .*\(11, 'k'\); got torch.int64 .*\(3, 2"),
         ({"indices": torch.zeros(ROWS, CLASSES).long()}, ValueError, "not all of the 29 classes; got 29"),
+        ({"indices": torch.full((ROWS, 2), CLASSES)}, ValueError, r"indices\[0\] is 29, outside \[0, 29\)"),
         ({"temperature": -1.0}, ValueError, "temperature must be finite and > 0; got -1.0"),
     ],
 )
