@@ -332,8 +332,8 @@ class Rows:
         q, ratio = self.mass(log_q), np.where(log_p == -INF, 0, np.exp(log_ratio))
         mean = (q * np.where(q == 0, 0, ratio)).sum(axis=1, keepdims=True)
         gradient = -t * (1 - w) * self.times(log_q, ratio - mean)
-        by = size_of(log_q) * ratio * size_of(log_p, log_q)
-        spread = t * (1 - w) * q * (np.where(q == 0, 0, by) + (q * np.where(q == 0, 0, by)).sum(axis=1, keepdims=True))
+        by = np.where(q == 0, 0, ratio * size_of(log_p, log_q))
+        spread = t * (1 - w) * q * size_of(log_q) * (by + (q * by).sum(axis=1, keepdims=True))
         return t * t * loss, gradient, t * t * size, spread
 
     def _srkl(self, d: SRKL) -> tuple[Array, ...]:

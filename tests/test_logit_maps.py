@@ -173,6 +173,7 @@ def test_errors_say_what_needs_a_target_or_is_out_of_range(options: dict[str, An
 
 def test_arrays_are_no_scale_and_no_cap() -> None:
     z, v, y = logits()
+    several: Any
     for several in (torch.tensor([0.5, 1.0]), torch.tensor([0.5, 1.0]).numpy()):
         with pytest.raises(TypeError, match="logit_scale must be a number"):
             kd_loss(z, v, y, logit_scale=several)
