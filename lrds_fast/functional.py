@@ -192,7 +192,7 @@ def _call(
     softcap: Softcap,
 ) -> _Outputs:
     """Checks the tensors and calls the operator kd_loss."""
-    if "DTensor" in (type(student_logits).__name__, type(teacher_logits).__name__):
+    if "DTensor" in [type(tensor).__name__ for tensor in (student_logits, teacher_logits, target, selected)]:
         from lrds_fast.sharded import sharded_call  # torch.distributed.tensor takes a second to import
 
         tensors = (student_logits, teacher_logits, target, options, selected, teacher_rows, class_weight)

@@ -57,6 +57,7 @@ def sharded_call(
     class_weight: Tensor | None,
     num_valid: Any,
     weight_sum: Any,
+    grad_scale: Any,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kd_loss of DTensors: each process computes its rows with `call`; means are over the rows of all processes.
@@ -66,7 +67,8 @@ def sharded_call(
     """
     if not isinstance(student_logits, DTensor):
         raise TypeError(
-            "student_logits must be a DTensor like teacher_logits; got Tensor: pass teacher_logits.to_local()"
+            "student_logits must be a DTensor like teacher_logits, target or selected; got Tensor: pass .to_local() of "
+            "the DTensors and num_valid"
         )
     placements = _row_placements("student_logits", student_logits)
     if isinstance(teacher_logits, DTensor):
@@ -85,8 +87,10 @@ def sharded_call(
             ("selected", selected),
         )
     )
-    if isinstance(class_weight, DTensor):
-        class_weight = class_weight.full_tensor()
+    class_weight, num_valid, weight_sum, grad_scale = (
+        tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for tensor in (class_weight, num_valid, weight_sum, grad_scale)
+    )
 
     def over_all(value: Tensor) -> Tensor:
         return _global(value, mesh, placements).full_tensor()
@@ -99,7 +103,8 @@ def sharded_call(
         if weight_sum is None and class_weight is not None and labels is not None and not labels.is_floating_point():
             known = labels[valid & (labels >= 0) & (labels < len(class_weight))]  # the call reports the others
             weight_sum = over_all(class_weight[known.long()].sum(dtype=torch.float64))
-    outputs = call(student, teacher, labels, options, rows, None, class_weight, num_valid, weight_sum, *others)
+    scalars = (num_valid, weight_sum, grad_scale)
+    outputs = call(student, teacher, labels, options, rows, None, class_weight, *scalars, *others)
     if options.reduction == REDUCTION["none"]:
         # The shape of all rows, because the processes may have different numbers of them.
         shape = student_logits.shape[:-1]

@@ -57,6 +57,12 @@ for placement in (Shard(0), Shard(1), Shard(-3), Replicate()):
             torch.testing.assert_close(found.full_tensor(), exact)
 
 
+# A sum over a DTensor target is a DTensor whose terms are not added up.
+first = [shard(tensor, Shard(0)) for tensor in (z, v, y)]
+counted = kd_loss(*first, num_valid=(first[2] != -100).sum())
+torch.testing.assert_close(counted.full_tensor(), kd_loss(z, v, y))
+
+
 def refused(message, function, *arguments, **options):
     try:
         function(*arguments, **options)
@@ -71,6 +77,8 @@ refused("student_logits.full_tensor()", kd_loss, shard(z, Shard(2)), rows, label
 refused("teacher_logits.full_tensor()", kd_loss, rows, shard(v, Shard(-1)), labels)
 refused("target must be a DTensor like student_logits; got Tensor", kd_loss, rows, rows, y)
 refused("student_logits must be a DTensor", kd_loss, z, rows, labels)
+refused("student_logits must be a DTensor", kd_loss, z, v, labels)
+refused("student_logits must be a DTensor", kd_loss, z, v, y, selected=shard(selected, Shard(0)))
 refused("teacher_rows must be None for DTensors", kd_loss, rows, rows, labels, teacher_rows=3)
 head = shard(torch.ones(7, 4), Shard(0))
 x = torch.ones(3, 4)
