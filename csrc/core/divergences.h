@@ -9,9 +9,6 @@
 #include "core/divergence_nkd.h"
 #include "core/divergence_rkl.h"
 #include "core/divergence_rld.h"
-#include "core/divergence_skl.h"
-#include "core/divergence_srkl.h"
-#include "core/divergence_tvd.h"
 
 namespace lrds {
 
@@ -20,8 +17,7 @@ struct DivergenceList {
   static constexpr int kCount = sizeof...(D);
 };
 
-using Divergences =
-    DivergenceList<Kl, Rkl, Dkd, Rld, Nkd, MseLogits, MseProbs, Jsd, Tvd, Skl, Srkl>;
+using Divergences = DivergenceList<Kl, Rkl, Dkd, Rld, Nkd, MseLogits, MseProbs, Jsd>;
 
 // Calls visitor(D{}) for the divergence D with this code; false for an unknown code. This is how
 // the host gets from KdLossArgs::divergence to a template instantiation: visit_divergence(code,

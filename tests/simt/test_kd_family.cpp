@@ -286,9 +286,8 @@ void run(const Case& c) {
   args.divergence = c.divergence;
   const double parameters[] = {1.5, 2.5, 2.0};
   std::copy(parameters, parameters + 3, args.divergence_parameters);
-  if (c.divergence == code_of<lrds::Jsd> || c.divergence == code_of<lrds::Skl> ||
-      c.divergence == code_of<lrds::Srkl>)
-    args.divergence_parameters[0] = 0.3;  // the weight of the mixture
+  if (c.divergence == code_of<lrds::Jsd>)
+    args.divergence_parameters[0] = 0.3;  // the mixture weight of JSD
   args.standardize = c.standardize;
   args.kept_classes = static_cast<std::int64_t>(c.kept);
 
