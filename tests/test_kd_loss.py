@@ -398,9 +398,16 @@ def test_signature_is_the_references(name: str) -> None:
     signature = inspect.signature(getattr(lrds_fast, name)).parameters
     # *args and **unknown are there to give a positional temperature and other programs' keywords their hints.
     ours = {k: v for k, v in signature.items() if v.kind not in (v.VAR_POSITIONAL, v.VAR_KEYWORD)}
-    theirs = inspect.signature(getattr(reference, name)).parameters
+    # Applied before the operator: lrds_fast.logit_maps defines them, and tests/test_logit_maps.py tests them.
+    before = {"classes": "equal", "logit_scale": 1.0, "softcap": None}
+    if name != "revise_labels":
+        assert {key: ours.pop(key).default for key in before} == before
+        assert ours["target"].default is None
+    theirs = dict(inspect.signature(getattr(reference, name)).parameters)
     assert list(ours) == list(theirs)
     for key in ours:
+        if name != "revise_labels" and key == "target":
+            continue
         assert ours[key].default == theirs[key].default, key
         assert ours[key].kind == theirs[key].kind, key
 
@@ -430,6 +437,9 @@ def test_defaults_are_the_documented_ones() -> None:
         "num_valid": None,
         "weight_sum": None,
         "grad_scale": None,
+        "classes": "equal",
+        "logit_scale": 1.0,
+        "softcap": None,
     }
 
 

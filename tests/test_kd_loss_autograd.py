@@ -630,7 +630,8 @@ def test_compiles_fullgraph_dynamic() -> None:
         # The first call may trace twice: torch tries float arguments as symbols, then as constants.
         first = first or len(frames)
     assert len(frames) == first
-    # Any prefix is one graph more. Then sizes that torch specialises on: no rows, one row, no teacher rows.
+    # The first prefix traces again. Then sizes that torch specialises on: no rows, one row, no teacher rows.
+    with_prefix = 0
     for rows, prefix in ((8, 5), (17, 9), (12, 12), (0, 0), (1, 1), (8, 0)):
         student, teacher, target = kd_cases.rows(rows, 33)
         student.requires_grad_()
@@ -638,7 +639,8 @@ def test_compiles_fullgraph_dynamic() -> None:
             torch.autograd.grad(compiled(student, teacher[:prefix], target, teacher_rows=prefix), student),
             torch.autograd.grad(step(student, teacher[:prefix], target, teacher_rows=prefix), student),
         )
-        assert len(frames) == first + 1 or prefix < 2
+        with_prefix = with_prefix or len(frames)
+        assert len(frames) == with_prefix <= first + 2 or prefix < 2
 
 
 def test_compiles_with_inductor() -> None:
