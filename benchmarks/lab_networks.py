@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lrds_fast
-from benchmarks.lab_students import measures, revise_logits
+from benchmarks.lab_students import Scored, Selection, kept, measures, revise_logits
 from benchmarks.tables import append_csv, markdown_table, stored_rows
 from lrds_fast import influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
@@ -48,18 +48,19 @@ SPLIT = (25_000, 10_000, 5_000)
 VIEWS, BATCH, EPOCHS, TEACHER_EPOCHS = 8, 128, 40, 20
 #: A selection is made after so many epochs, from the standard errors over so many parts of the held-out slice.
 SELECT_AFTER, FOLDS = 13, 10
-CONFIDENCE, MAX_DROP = 2.0, 0.1
+CONFIDENCE, MAX_DROP, OUTLIERS = 2.0, 0.1, 3.0
 REGIMES = ("unseen", "clean", "noise")
 
 
 class Arm(NamedTuple):
-    """How a student is trained. revise: None, "published" (at T) or "one" (at temperature 1). deny: None, "ds" or
-    "random"."""
+    """How a student is trained. revise: None, "published" (at T) or "one" (at temperature 1). deny: None, "ds",
+    "random" or "robust". max_drop: the largest share of the samples that "ds" and "random" deny."""
 
     ce_weight: float = CE_WEIGHT
     kd_weight: float = KD_WEIGHT
     revise: str | None = None
     deny: str | None = None
+    max_drop: float = MAX_DROP
 
 
 ARMS = {
@@ -73,6 +74,12 @@ ARMS = {
     "kd-ce1": Arm(ce_weight=1.0),
     "ds-ce1": Arm(ce_weight=1.0, deny="ds"),
     "lr+ds-ce1": Arm(ce_weight=1.0, revise="one", deny="ds"),
+    "ds-30%": Arm(deny="ds", max_drop=0.3),
+    "random-30%": Arm(deny="random", max_drop=0.3),
+    "lr+ds-30%": Arm(revise="one", deny="ds", max_drop=0.3),
+    "ds-30%-ce1": Arm(ce_weight=1.0, deny="ds", max_drop=0.3),
+    "robust": Arm(deny="robust"),
+    "robust-ce0.3": Arm(ce_weight=0.3, deny="robust"),
     "alone": Arm(ce_weight=1.0, kd_weight=0.0),
 }
 
@@ -347,13 +354,37 @@ class Pair:
     def selection(self, arm: Arm, model: Network) -> Tensor:
         """The samples that keep the teacher, (N,) bool.
 
-        Denied are those whose kd_gain exceeds CONFIDENCE standard errors; if they are more than a share MAX_DROP of the
-        samples, those of them with the largest kd_gain. With arm.deny "random" as many random samples are denied.
+        Denied are those whose kd_gain exceeds CONFIDENCE standard errors; if they are more than a share arm.max_drop of
+        the samples, those of them with the largest kd_gain. With arm.deny "random" as many random samples are denied.
+        With "robust", denied are those whose teacher's logits more likely belong to another sample, and those whose
+        divergence of student and teacher at T is more than OUTLIERS robust standard deviations above the median.
         """
+        if arm.deny == "robust":
+            z, v = logits_of(model, self.images), self.teacher_logits(arm, VIEWS)
+            scored = Scored(
+                gain=torch.zeros(len(z)),
+                error=torch.zeros(len(z)),
+                divergence=lrds_fast.kd_loss(
+                    z,
+                    v,
+                    self.labels,
+                    temperature=TEMPERATURE,
+                    ce_weight=0.0,
+                    kd_weight=1.0,
+                    revise=None,
+                    reduction="none",
+                ),
+                z=z,
+                y=self.labels,
+                v=v,
+                order=torch.randperm(len(z), generator=generator("match", self.regime, self.teacher, self.student)),
+                corrupted=torch.zeros(len(z), dtype=torch.bool),
+            )
+            return kept(Selection("robust", OUTLIERS), scored) > 0
         score, error = self.gain(arm, model)
         count = len(score)
         worst = torch.zeros(count, dtype=torch.bool)
-        worst[score.argsort(descending=True, stable=True)[: int(MAX_DROP * count + 0.5)]] = True
+        worst[score.argsort(descending=True, stable=True)[: int(arm.max_drop * count + 0.5)]] = True
         denied = worst & (score > CONFIDENCE * error)
         if arm.deny == "random":
             chosen = torch.randperm(count, generator=generator("random", self.regime, self.teacher, self.student))[
@@ -423,17 +454,17 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]]:
     """(regime, teacher, student, arms) in the order of their importance: the first regime's primary comparison, then
-    three pairs of every regime with tuned KD and selection on top of it, then these pairs' other arms, then the other
-    pairs."""
+    three pairs of every regime with tuned KD and selection on top of it, then these pairs' arms of the second
+    registration, then their other arms, then the other pairs."""
     primary, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("lr-published", "alone")
     tuned = ("kd-ce0.3", "kd-ce1", "ds-ce1", "lr+ds-ce1")
+    second = ("ds-30%", "robust", "robust-ce0.3", "random-30%", "lr+ds-30%", "ds-30%-ce1")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
     yield from ((regimes[0], *pair, primary) for pair in pairs)
-    for arms, part in (
-        ((*primary, *tuned), pairs[:3]),
-        ((*primary, *tuned, *rest), pairs[:3]),
-        ((*primary, *tuned, *rest), pairs[3:]),
-    ):
+    first, every = (*primary, *tuned), (*primary, *tuned, *second, *rest)
+    for regime in regimes[:2]:
+        yield from ((regime, *pair, first) for pair in pairs[:3])
+    for arms, part in (((*first, *second), pairs[:3]), (every, pairs[:3]), (every, pairs[3:])):
         for regime in regimes:
             yield from ((regime, *pair, arms) for pair in part)
 
@@ -517,6 +548,13 @@ def registered(results: Mapping[str, Results]) -> list[str]:
         for regime, of_regime in results.items()
     ]
     lines.append(f"4. `lr+ds` - tuned KD, accuracy: {', '.join(parts)}.")
+    for number, baseline in enumerate(("ds", "random-30%"), start=5):
+        parts = [
+            f"*{regime}* {signed(differences(of_regime, 'ds-30%', baseline, 'test_acc'), 2)} (NLL"
+            f" {signed(differences(of_regime, 'ds-30%', baseline, 'test_nll'), 3)})"
+            for regime, of_regime in results.items()
+        ]
+        lines.append(f"{number}. Second registration, `ds-30%` - `{baseline}`, accuracy: {', '.join(parts)}.")
     return lines
 
 

@@ -98,12 +98,22 @@ def test_arms_share_initial_weights_and_runs_are_not_repeated(
     assert [row["arm"] for row in rows] == list(lab.ARMS)
     by_arm = {row["arm"]: row for row in rows}
     assert by_arm["ds"]["denied"] == by_arm["random"]["denied"] and 0 < int(by_arm["ds"]["denied"]) <= 10
+    assert by_arm["ds-30%"]["denied"] == by_arm["random-30%"]["denied"]
+    assert int(by_arm["ds"]["denied"]) < int(by_arm["ds-30%"]["denied"]) <= 29, "the arm's own limit holds"
     assert float(by_arm["lr-published"]["revised_label"]) > float(by_arm["lr"]["revised_label"])
     assert float(by_arm["lr"]["revised_label"]) > float(by_arm["kd"]["revised_label"])
     assert all(float(row["test_nll"]) > 0 for row in rows)
     before = lab.STORED.read_bytes()
     lab.main()
     assert lab.STORED.read_bytes() == before, "finished runs are not run again"
+
+    # Rows of the teacher that belong to other samples lose it in the arm "robust".
+    pair = lab.Pair("unseen", 0, 0, small, cache)
+    student = lab.fresh("resnet8", "student", 0, 0).model
+    pair.view_logits[lab.VIEWS] = lab.logits_of(student, pair.images) + 0.01
+    assert pair.selection(lab.ARMS["robust"], student).all()
+    pair.view_logits[lab.VIEWS, :10] = -pair.view_logits[lab.VIEWS, :10]
+    assert (~pair.selection(lab.ARMS["robust"], student)).nonzero()[:, 0].tolist() == list(range(10))
 
     # An arm that continues another arm's checkpoint equals the arm trained from the start.
     (tmp_path / "another").mkdir()
