@@ -15,7 +15,8 @@ import lrds_fast
 
 lightning = pytest.importorskip("lightning", reason="needs lightning: pip install lightning")
 
-from lrds_fast.compat.lightning import LRDSDistillation  # noqa: E402
+from lrds_fast.compat.lightning import LRDSDistillation, UpdateSelection  # noqa: E402
+from lrds_fast.selection import SelectedDataset  # noqa: E402
 
 N, C = 12, 3
 
@@ -89,3 +90,55 @@ def test_mistakes_are_named() -> None:
         Student(nn.Linear(5, C), eta=2.0)
     with pytest.raises(RuntimeError, match="there is no teacher; call self.distil"):
         Student(None).training_step((torch.zeros(2, 5), torch.zeros(2).long()), 0)
+
+
+def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = nn.Linear(5, C)
+    student = Student(teacher, temperature=2.0)
+    train, held_out = [sample[:2] for sample in data()], [sample[:2] for sample in data()[::-1]]
+    rule = {"ratio": 0.5}
+    loss = lrds_fast.KDLoss(temperature=2.0)
+
+    def selected() -> SelectedDataset:
+        return SelectedDataset(train, teacher, held_out, rule=rule, loss=loss)
+
+    flags: list[int] = []
+
+    class Recorded(lightning.Callback):  # type: ignore[misc, name-defined, unused-ignore]
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            flags.append(int(batch[-1].sum()))
+
+    samples = selected()
+    trainer = lightning.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        callbacks=[Recorded(), UpdateSelection(samples, after=[1, 3])],
+    )
+    trainer.fit(student, DataLoader(samples, batch_size=4, num_workers=1, persistent_workers=True))
+    assert [sum(flags[3 * epoch : 3 * epoch + 3]) for epoch in range(3)] == [N, N // 2, N // 2]
+    assert samples.state_dict()["updates"] == 1, "the last epoch needs no selection"
+    assert student.training, "scoring leaves the student as it was"
+
+    trainer.save_checkpoint(tmp_path / "with_flags.ckpt")
+    again = selected()
+    resumed = lightning.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        callbacks=[UpdateSelection(again, after=[1])],
+    )
+    resumed.fit(student, DataLoader(again, batch_size=4), ckpt_path=tmp_path / "with_flags.ckpt")
+    assert torch.equal(again.state_dict()["mask"], samples.state_dict()["mask"])
+    for wrong in ([0], [1.5]):
+        with pytest.raises((ValueError, TypeError), match="after"):
+            UpdateSelection(samples, after=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="after must be a collection"):
+        UpdateSelection(samples, after=2)  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'transformers[torch]'")
 pytest.importorskip("accelerate", reason="needs accelerate: pip install 'transformers[torch]'")
 
-from lrds_fast.compat.transformers import LRDSTrainer  # noqa: E402
+from lrds_fast.compat.transformers import LRDSTrainer, UpdateSelection  # noqa: E402
+from lrds_fast.selection import SelectedDataset  # noqa: E402
 
 V = 24
 
@@ -130,3 +131,47 @@ def test_the_teacher_is_in_no_checkpoint(tmp_path: Path) -> None:
 def test_a_loss_that_does_not_count_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="loss must have reduction 'mean'.*'sum'"):
         LRDSTrainer(nn.Linear(2, 2), teacher=nn.Linear(2, 2), loss=lrds_fast.KDLoss(reduction="sum"))
+
+
+def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
+    samples = [{name: value for name, value in sample.items() if name != "selected"} for sample in pictures()]
+    flags: list[int] = []
+
+    class Recorded(LRDSTrainer):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
+            flags.append(int(inputs["selected"].sum()))
+            return super().compute_loss(model, inputs, *rest, **more)
+
+    def run(epochs: int, resume: str | None) -> SelectedDataset:
+        student, teacher = classifier(0), classifier(1)
+        selected = SelectedDataset(
+            samples,
+            teacher,
+            samples[::-1],
+            rule={"ratio": 0.5},
+            batch=lambda batch: (batch["pixel_values"], batch["labels"]),
+        )
+        args = transformers.TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            num_train_epochs=epochs,
+            report_to=[],
+            save_strategy="epoch",
+            remove_unused_columns=False,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Recorded(student, args, train_dataset=selected, teacher=teacher)
+        trainer.add_callback(UpdateSelection(selected, after=[1, 3]))
+        trainer.train(resume_from_checkpoint=resume)
+        return selected
+
+    first = run(2, None)
+    assert [sum(flags[2 * epoch : 2 * epoch + 2]) for epoch in range(2)] == [8, 4]
+    flags.clear()
+    again = run(3, str(tmp_path / "checkpoint-4"))
+    assert sum(flags) == 4 and again.state_dict()["updates"] == 1
+    assert torch.equal(again.state_dict()["mask"], first.state_dict()["mask"])
+    (tmp_path / "checkpoint-4" / "selected.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="selected.pt"):
+        run(3, str(tmp_path / "checkpoint-4"))

@@ -63,11 +63,11 @@ PYTHON_MAY_IMPORT: dict[str, set[str]] = {
     "nn": _OPS,
     "pages": {"files"},
     "influence": {*_OPS, "nn", "files", "ranks"},
-    "selection": {*_OPS, "influence", "pages", "files"},
+    "selection": {*_OPS, "influence", "nn", "pages", "files", "ranks"},
     "recipe": {"divergences", "recipes"},
     "data": {"topk", "files", "recipe"},
     "features": {"models", "recipe"},
-    "compat": {"divergences", "functional", "linear", "nn", "selection"},
+    "compat": {"divergences", "files", "functional", "linear", "nn", "selection"},
     "train": {
         *_OPS,
         "composed",

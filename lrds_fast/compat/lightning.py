@@ -1,10 +1,12 @@
-"""Distillation with label revision in a LightningModule; the teacher stays out of its checkpoints.
+"""Distillation with label revision and data selection in Lightning; the teacher stays out of the checkpoints.
 
 class Student(LRDSDistillation, lightning.LightningModule): ...
+Trainer(callbacks=[UpdateSelection(selected, after=(10, 20))])
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 
 from lrds_fast.functional import kd_loss_parts
 from lrds_fast.nn import KDLoss
+from lrds_fast.selection import SelectedDataset
+from lrds_fast.selection.while_training import checked_epochs
 
 try:
-    import lightning  # noqa: F401
+    import lightning
 except ImportError as error:
     raise ImportError(f"lrds_fast.compat.lightning needs lightning: pip install lightning ({error})") from error
 
@@ -53,3 +57,24 @@ class LRDSDistillation:
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """distillation_step; override it to do more."""
         return self.distillation_step(batch)
+
+
+class UpdateSelection(lightning.Callback):  # type: ignore[misc, name-defined, unused-ignore]
+    """Selects again when so many epochs are done: selected.update(module). The flags are in Lightning's checkpoints.
+
+    selected: the dataset that the training's DataLoader reads. after: numbers of finished epochs, each >= 1.
+    Raises ValueError, TypeError.
+    """
+
+    def __init__(self, selected: SelectedDataset, after: Collection[int]) -> None:
+        self.selected, self.after = selected, checked_epochs(after)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        if trainer.current_epoch + 1 in self.after and trainer.current_epoch + 1 != trainer.max_epochs:
+            self.selected.update(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.selected.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.selected.load_state_dict(state_dict)

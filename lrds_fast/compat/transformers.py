@@ -1,16 +1,22 @@
-"""Distillation with label revision in transformers' Trainer, for image classifiers and causal language models."""
+"""Distillation in transformers' Trainer: label revision for classifiers and language models, data selection for
+classifiers."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrds_fast.files import replacing
 from lrds_fast.nn import KDLoss
+from lrds_fast.selection import SelectedDataset
+from lrds_fast.selection.while_training import checked_epochs
 
 try:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
     raise ImportError(
@@ -81,3 +87,33 @@ class LRDSTrainer(Trainer):
             selected = None if selected is None else selected[..., 1:]
         loss = self.kd(logits, taught, labels, selected, num_valid=num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+
+class UpdateSelection(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Selects again when so many epochs are done: selected.update(model).
+
+    selected: the train_dataset; a model's input is one tensor, so SelectedDataset needs
+    batch=lambda samples: (samples["pixel_values"], samples["labels"]). after: numbers of finished epochs, each >= 1.
+    The flags are in the Trainer's checkpoints, in selected.pt; a training that resumes without them raises
+    FileNotFoundError. Raises ValueError, TypeError.
+    """
+
+    def __init__(self, selected: SelectedDataset, after: Collection[int]) -> None:
+        self.selected, self.after = selected, checked_epochs(after)
+
+    def _path(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "selected.pt"
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        epoch = round(state.epoch)
+        if epoch in self.after and epoch < args.num_train_epochs:
+            self.selected.update(context["model"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        if state.is_world_process_zero:
+            with replacing(self._path(args, state)) as name:
+                torch.save(self.selected.state_dict(), name)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+        if state.global_step > 0:
+            self.selected.load_state_dict(torch.load(self._path(args, state), weights_only=True))

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from lrds_fast._numbers import integer
 from lrds_fast._version import __version__
 from lrds_fast.files import replacing
+from lrds_fast.selection.flagged import Flagged
 
 _FORMAT = 1
 _METADATA_KEY = b"lrds_fast.selection"
@@ -135,7 +136,7 @@ class Selection:
         has_classes = self.num_classes is not None or getattr(of, "classes", None) is not None
         if self.fingerprint is not None and has_labels and has_classes:
             self._check_dataset("the selection", of)
-        return _Flagged(of, self.mask.tolist())
+        return Flagged(of, self.mask)
 
     def _check_dataset(self, name: str, dataset: object) -> None:
         """ValueError unless the dataset has this fingerprint. name: of the selection, for the error."""
@@ -220,50 +221,6 @@ def read_selection(
             )
         selection._check_dataset(name, dataset)
     return selection
-
-
-class _Flagged(Dataset[Any]):
-    """A dataset with a flag added to each sample; see Selection.dataset."""
-
-    def __init__(self, of: Any, selected: list[bool]) -> None:
-        self._of, self._selected = of, selected
-
-    def __len__(self) -> int:
-        return len(self._selected)
-
-    def __getitem__(self, index: int) -> Any:
-        item, selected = self._of[index], self._selected[index]
-        if isinstance(item, Mapping):
-            return {**item, "selected": selected}
-        if isinstance(item, (tuple, list)):
-            return (*item, selected)
-        raise TypeError(f"samples must be (x, y, ...) or dicts, to take a flag; got {type(item).__name__} at {index}")
-
-
-def prefix(*batch: Tensor) -> tuple[Any, ...]:
-    """A batch with its selected rows in front: (x, y, ..., selected) becomes (x, y, ..., K), K of them an int.
-
-    batch: tensors with B rows each, the last one (B,) bool, as a DataLoader over Selection.dataset gives them. The
-    selected rows keep their order, and so do the others. Run the teacher on x[:K], and pass teacher_rows=K to
-    kd_loss. Raises ValueError or TypeError for other batches.
-    """
-    selected = batch[-1] if batch else None
-    if not isinstance(selected, Tensor) or selected.dtype != torch.bool or selected.dim() != 1:
-        actual = (
-            f"{selected.dtype} {tuple(selected.shape)}" if isinstance(selected, Tensor) else type(selected).__name__
-        )
-        raise TypeError(f"the last part of a batch must be selected, (B,) bool; got {actual}")
-    order = torch.argsort((~selected).to(torch.uint8), stable=True)
-    parts = []
-    for part in batch[:-1]:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"the parts of a batch must be tensors; got {type(part).__name__}")
-        if part.dim() == 0 or len(part) != len(selected):
-            raise ValueError(
-                f"every part of a batch must have selected's {len(selected)} rows; got shape {tuple(part.shape)}"
-            )
-        parts.append(part[order.to(part.device)])
-    return (*parts, int(selected.sum()))
 
 
 def label_tensor(name: str, labels: object) -> Tensor:
