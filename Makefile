@@ -1,8 +1,9 @@
 # make demo      students distilled on real digits, a table and a report (under a minute once it is built)
 # make tidy      clang-tidy on the C++ and CUDA sources and on tests/simt (three to four minutes of one core)
 # make test      linters, the C++ and CUDA kernels without a GPU, Python tests
-# make test-full make test, the slow tests, comparisons with other packages, and the two targets below
+# make test-full make test, the slow tests, comparisons with other packages, and the three targets below
 # make test-cuda   compiles the CUDA kernels for every architecture; checks registers and machine code, loads the extension
+# make test-compat the adapters, examples and snippets on the libraries that they are for, which it installs
 # make test-cpu    a build against a CPU-only torch
 # make test-python the fast Python tests alone: what make test runs after the linters
 # make coverage  the same with the lines of lrds_fast that they run: a table, coverage/index.html and coverage/coverage.xml;
@@ -25,7 +26,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full test-cuda test-cpu test-python coverage docs wheels bench gpu-check format lint tidy venv clean
+.PHONY: demo test test-full test-cuda test-cpu test-compat test-python coverage docs wheels bench gpu-check format lint tidy venv clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -53,9 +54,9 @@ $(BUILT): $(SOURCES) setup.py | $(VENV)/with-demo-$(TORCH_NAME)
 	@tools/build.sh "$(VENV)"
 	@rm -f $(VENV)/built-* && touch $@
 
-# The packages to compare with; without them the tests that compare are skipped.
-$(VENV)/peers: $(VENV)/with-dev-$(TORCH_NAME) pyproject.toml
-	$(BIN)/python tools/requirements.py peers > $@.txt
+# Packages to compare with, and those that lrds_fast.compat adapts to; tests that need them are skipped without them.
+$(VENV)/peers $(VENV)/compat: $(VENV)/with-dev-$(TORCH_NAME) pyproject.toml constraints.txt
+	$(BIN)/python tools/requirements.py $(notdir $@) > $@.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -r $@.txt
 	@touch $@
 
@@ -92,8 +93,13 @@ test-cuda: venv
 test-cpu: venv
 	@tools/cpu_torch_build.sh "$(PYTHON)"
 
+# The tests that skip without these packages run; one that still skips names its reason.
+test-compat: venv $(VENV)/compat
+	$(PYTEST) $(FAST) -rs tests/test_compat_*.py tests/test_examples.py tests/test_docs.py
+
 test-full: test-cpu test-cuda lint tidy $(VENV)/peers
 	$(PYTEST) -m "not nvcc" --durations=30
+	@$(MAKE) --no-print-directory test-compat
 
 bench: venv
 	$(BIN)/lrds-fast bench --out benchmarks/results --pages docs/benchmarks

@@ -332,7 +332,7 @@ def test_workflows_run_targets_of_the_makefile_and_nothing_else() -> None:
                 continue
             assert command.startswith("make "), f"{name}: {command}"
             called.update(word for word in command.split()[1:] if "=" not in word)
-    assert called == {"lint", "test-python", "coverage", "test-cuda", "test-cpu", "docs", "wheels"}
+    assert called == {"lint", "test-python", "coverage", "test-compat", "test-cuda", "test-cpu", "docs", "wheels"}
     assert called <= rules
 
 
