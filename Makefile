@@ -9,7 +9,8 @@
 # make coverage  the same with the lines of lrds_fast that they run: a table, coverage/index.html and coverage/coverage.xml;
 #                TESTS="tests/test_nn.py ..." for some files
 # make docs      the site of docs/ into site/, from packages of its own (.venv-docs); a warning is an error; Python >= 3.11
-# make wheels    a source archive and a wheel for PYTHON and TORCH into dist/, installed and run once
+# make wheels    a source archive into dist/ and a wheel for PYTHON and TORCH into dist/torch-X.Y-cpu (or -cuda), from which pip
+#                installs it into an empty environment; VENV=.venv-3.12 PYTHON=python3.12 for another Python
 # make bench     the benchmarks of this machine, into benchmarks/results/ and docs/benchmarks/
 # make gpu-check on a machine with a GPU, without network, with the Python it finds: build, tests, sanitizer, benchmarks;
 #                STEPS="build smoke" for a part of it (tools/gpu_check.sh)

@@ -174,7 +174,10 @@ def check_class_weight(class_weight: object, classes: int, device: torch.device)
     if not class_weight.dtype.is_floating_point:
         raise TypeError(f"class_weight must be floating; got {class_weight.dtype}")
     if tuple(class_weight.shape) != (classes,):
-        raise ValueError(f"class_weight must have shape ({classes},); got {tuple(class_weight.shape)}")
+        raise ValueError(
+            f"class_weight must have shape ({classes},), a weight for each class that the loss compares (with "
+            f"classes='truncate' the smaller vocabulary); got {tuple(class_weight.shape)}"
+        )
     if class_weight.device != device:
         raise ValueError(f"class_weight must be on {device} like student_logits; got {class_weight.device}")
 

@@ -71,6 +71,13 @@ class TopKTeacher(NamedTuple):
                 f"log_probs must be floating of shape (..., k) with 1 <= k <= classes = {classes}; got "
                 f"{log_probs.dtype} of shape {tuple(log_probs.shape)}"
             )
+        check_tensor("indices", indices, "class indices")
+        if indices.dtype not in (torch.int64, torch.int32) or indices.shape != log_probs.shape:
+            raise ValueError(
+                f"indices must be int64 or int32 of log_probs' shape {tuple(log_probs.shape)}; got {indices.dtype} of "
+                f"shape {tuple(indices.shape)}"
+            )
+        check_values(indices, None, classes, None, "indices")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be finite and > 0; got {temperature!r}")
         if tail not in ("spread", "renormalize"):

@@ -111,6 +111,14 @@ def test_excluded_classes_in_the_bucket() -> None:
     [
         ({"log_probs": [0.0]}, TypeError, "log_probs must be a Tensor of log-probabilities; got list"),
         ({"log_probs": torch.zeros(3, 4).long()}, ValueError, "log_probs must be floating .*int64"),
+        ({"indices": [0]}, TypeError, "indices must be a Tensor of class indices; got list"),
+        (
+            {"indices": torch.zeros(3, 2).long()},
+            ValueError,
+            r"indices must be .*shape \(11, 4\); got torch.int64 .*\(3, 2",
+        ),
+        ({"indices": torch.zeros(ROWS, 4)}, ValueError, r"indices must be int64 or int32 .*; got torch.float32"),
+        ({"indices": torch.full((ROWS, 4), CLASSES)}, ValueError, r"indices\[0\] is 29, outside \[0, 29\)"),
         ({"classes": 3}, ValueError, r"1 <= k <= classes = 3; got torch.float64 of shape \(11, 4\)"),
         ({"temperature": 0}, ValueError, "temperature must be finite and > 0; got 0"),
         (

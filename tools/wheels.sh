@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# wheels.sh VENV: a source archive and the wheel built from it, for VENV's Python and torch, into dist/; then the wheel
-# is unpacked beside that torch and computes one loss. LRDS_FAST_CUDA and TORCH_CUDA_ARCH_LIST as for every build.
+# wheels.sh VENV: a source archive into dist/, and the wheel built from it, for VENV's Python and torch, into
+# dist/torch-X.Y-cpu or dist/torch-X.Y-cuda: pip installs from such a folder (--find-links), and it holds the wheels of
+# several Pythons. Then an empty environment installs from the folder, and examples/drop_in.py runs in it.
+# LRDS_FAST_CUDA and TORCH_CUDA_ARCH_LIST as for every build.
 set -euo pipefail
 venv=$(cd "$1" && pwd)
 python=$venv/bin/python
-work=build/wheels
+work=$PWD/build/wheels
 rm -rf "$work"
-mkdir -p "$work" dist
+mkdir -p "$work"
 echo "lrds-fast: building a source archive, and the wheel from it"
 PATH="$venv/bin:$PATH" "$python" -m build --no-isolation --outdir "$work" >"$work/build.log" 2>&1 ||
   { tail -40 "$work/build.log" >&2; exit 1; }
@@ -14,9 +16,20 @@ PATH="$venv/bin:$PATH" "$python" -m build --no-isolation --outdir "$work" >"$wor
 # not reach.
 PATH="$venv/bin:$PATH" "$python" -m auditwheel repair --wheel-dir "$work/repaired" \
   --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude libgomp.so.1 --exclude 'libcudart.so.*' "$work"/*.whl
-"$python" -m pip install --quiet --no-deps --target "$work/installed" "$work"/repaired/*.whl
+torch=$("$python" -c 'import torch; print(torch.__version__)')
+kind=$(unzip -p "$work"/repaired/*.whl lrds_fast/_build.json | "$python" -c '
+import json, sys
+print("cuda" if json.load(sys.stdin)["cuda"] else "cpu")')
+index=dist/torch-$(cut -d. -f1,2 <<<"$torch")-$kind
+mkdir -p "$index"
+mv "$work"/*.tar.gz dist/
+mv "$work"/repaired/*.whl "$index"
+echo "lrds-fast: installing from $index into an empty environment with torch $torch"
+"$python" -m venv "$work/empty"
+"$work/empty/bin/python" -m pip install --quiet --find-links "$index" "torch==$torch" 'lrds-fast[demo]'
 # Away from the sources, which would hide the wheel's files.
-(cd "$work/installed" && PYTHONPATH=$PWD "$python" - <<'PY')
+cp examples/drop_in.py "$work"
+(cd "$work" && empty/bin/python - <<'PY' && empty/bin/python drop_in.py)
 import torch
 
 import lrds_fast
@@ -29,5 +42,5 @@ expected = reference.kd_loss(student.double(), teacher.double(), target)
 torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
 print(f"lrds-fast {lrds_fast.__version__} from {lrds_fast.__file__} with torch {torch.__version__}: kd_loss is right")
 PY
-mv "$work"/*.tar.gz "$work"/repaired/*.whl dist/
-ls -l dist
+rm -rf "$work/empty"
+ls -l dist "$index"
