@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import lrds_fast
 from lrds_fast import KDLoss, influence
 from lrds_fast.influence import shards
 
@@ -166,6 +167,32 @@ dist.destroy_process_group()
         # Each process has read its first batch, of 8, once more.
         assert len(reads) == passes * SAMPLES + 8 * processes and set(reads) == set(range(SAMPLES))
         assert sorted(pd.read_parquet(tmp_path / layers)["index"]) == list(range(SAMPLES))
+
+
+def test_processes_share_conjugate_gradients_and_selections(tmp_path: Path) -> None:
+    code = """
+import torch.distributed as dist
+from lrds_fast.selection import SelectedDataset
+dist.init_process_group("gloo")
+exact = dict(scores="kd_gain", layers="all", curvature="exact", damping_scale=1.0)
+selected = SelectedDataset(
+    scale.Samples(scale.SAMPLES, 1), scale.model(1), scale.Samples(30, 2), rule={"ratio": 0.7},
+    loss=scale.KDLoss(temperature=2.0), batch_size=8,
+)
+selected.update(scale.model(0))
+flags = torch.tensor([selected[row][-1] for row in range(scale.SAMPLES)])
+torch.save((scale.scored(**exact)["kd_gain"], flags), folder / f"{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+    done = run(tmp_path, code, processes=2)
+    assert done.returncode == 0, done.stderr
+    expected = scored(scores="kd_gain", layers="all", curvature="exact", damping_scale=1.0)["kd_gain"]
+    mask = lrds_fast.select(scored(scores="kd_gain"), ratio=0.7).mask
+    for rank in range(2):
+        gain, flags = torch.load(tmp_path / f"{rank}.pt")
+        # The solutions of 1e-4 in the residual.
+        torch.testing.assert_close(gain, expected, rtol=1e-3, atol=float(1e-3 * expected.abs().max()))
+        assert torch.equal(flags, mask)
 
 
 def test_more_processes_than_batches(tmp_path: Path) -> None:
