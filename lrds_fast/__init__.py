@@ -1,10 +1,10 @@
 """Fast knowledge distillation with label revision and data selection (Lan et al., arXiv 2404.03693).
 
-kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD: its divergences. TopKTeacher: a cached
-teacher; bucketed_logits: some classes, and all others as one. linear_kd_loss: the loss from hidden states and
-classifiers. revision_loss, dist_loss, mlkd_loss: losses that compare the rows of a batch. revise_labels: the revised
-teacher. influence: scores of samples. select, select_jointly, Selection: which samples keep their teacher. models:
-networks by name. reference: every op in plain PyTorch.
+kd_loss, kd_loss_parts, KDLoss: the fused loss. KL, RKL, DKD, RLD, NKD, MSE, JSD, TVD, SKL, SRKL: its divergences.
+TopKTeacher: a cached teacher; bucketed_logits: some classes, and all others as one. linear_kd_loss: the loss from
+hidden states and classifiers. revision_loss, dist_loss, mlkd_loss: losses that compare the rows of a batch.
+revise_labels: the revised teacher. influence: scores of samples. select, select_jointly, Selection: which samples keep
+their teacher. models: networks by name. reference: every op in plain PyTorch.
 
 A name is imported when it is first used. Importing any loss, or lrds_fast.functional, registers torch.ops.lrds_fast.
 """
@@ -19,7 +19,7 @@ from lrds_fast._version import __version__
 if TYPE_CHECKING:
     from lrds_fast import divergences, influence, models, reference
     from lrds_fast.composed import dist_loss, mlkd_loss, revision_loss
-    from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD
+    from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD, SKL, SRKL, TVD
     from lrds_fast.functional import KDLossParts, kd_loss, kd_loss_parts, revise_labels
     from lrds_fast.linear import linear_kd_loss
     from lrds_fast.nn import KDLoss
@@ -36,7 +36,10 @@ __all__ = [
     "NKD",
     "RKL",
     "RLD",
+    "SKL",
+    "SRKL",
     "Selection",
+    "TVD",
     "TopKTeacher",
     "__version__",
     "bucketed_logits",
@@ -59,7 +62,7 @@ __all__ = [
 _NAMES = {
     "_ops": ("_C",),
     "composed": ("dist_loss", "mlkd_loss", "revision_loss"),
-    "divergences": ("DKD", "JSD", "KL", "MSE", "NKD", "RKL", "RLD"),
+    "divergences": ("DKD", "JSD", "KL", "MSE", "NKD", "RKL", "RLD", "SKL", "SRKL", "TVD"),
     "functional": ("KDLossParts", "kd_loss", "kd_loss_parts", "revise_labels"),
     "influence": (),
     "linear": ("linear_kd_loss",),

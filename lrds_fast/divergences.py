@@ -170,7 +170,54 @@ class JSD(Divergence):
         _check(self, "weight", above=0.0, below=1.0)
 
 
-_BY_NAME = {d.name: d for d in (KL(), RKL(), DKD(), RLD(), NKD(), MSE("logits"), MSE("probs"), JSD())}
+@dataclass(frozen=True)
+class TVD(Divergence):
+    """Total variation distance, T / 2 sum_k |q_k - p'_k|, in [0, T]; the gradient's sign is 0 where q_k = p'_k.
+
+    The gradient in z is q_k / 2 (s_k - sum_j q_j s_j), s_k the sign of q_k - p'_k. The signs do not shrink as T grows,
+    so the factor T keeps the gradient's size, as T^2 does for KL. Other packages multiply by 1 (Liger) or T^2
+    (DistillKit); at T = 1 all are equal. Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge
+    Distillation", ACL 2023.
+    """
+
+    _name = "tvd"
+    _code = 8
+
+
+@dataclass(frozen=True)
+class SKL(Divergence):
+    """Skewed KL: T^2 KL(p' || m), m = w p' + (1 - w) q, 0 < w < 1; at most T^2 log(1 / w).
+
+    Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML 2024.
+    """
+
+    _name = "skl"
+    _code = 9
+
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self, "weight", above=0.0, below=1.0)
+
+
+@dataclass(frozen=True)
+class SRKL(Divergence):
+    """Skewed reverse KL: T^2 KL(q || m), m = w q + (1 - w) p', 0 < w < 1; at most T^2 log(1 / w).
+
+    Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML 2024.
+    """
+
+    _name = "srkl"
+    _code = 10
+
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self, "weight", above=0.0, below=1.0)
+
+
+_ALL = (KL(), RKL(), DKD(), RLD(), NKD(), MSE("logits"), MSE("probs"), JSD(), TVD(), SKL(), SRKL())
+_BY_NAME = {d.name: d for d in _ALL}
 NAMES = tuple(_BY_NAME)
 """Every name that kd_loss(divergence=...) takes."""
 

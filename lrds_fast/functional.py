@@ -296,8 +296,8 @@ def kd_loss(
         ce_weight_unselected, its KD weight w * kd_weight. None: every row.
     teacher_rows: int K >= 0 if teacher_logits has only the first K of the N flattened rows, (K, C) or (B', ..., C).
         These rows are the selected ones, and `selected` must be None. None: the teacher must have all N rows.
-    divergence: "kl", "rkl", "dkd", "rld", "nkd", "mse_logits", "mse_probs", "jsd", or an object of
-        lrds_fast.divergences with its parameters, as DKD(alpha=1, beta=2). "rld" replaces the revision.
+    divergence: "kl", "rkl", "dkd", "rld", "nkd", "mse_logits", "mse_probs", "jsd", "tvd", "skl", "srkl", or an object
+        of lrds_fast.divergences with its parameters, as DKD(alpha=1, beta=2). "rld" replaces the revision.
     standardize: the divergence uses (x - mean) / (std + 1e-7) of both logits' rows instead of the logits.
     label_smoothing, class_weight: (C,) floating, of the CE term, as in F.cross_entropy.
     ignore_index: rows with this target are not read.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrds_fast.arguments import check_teacher_rows, check_tensor
-from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, REVISE_TEMPERATURE, RKL, RLD, Divergence
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, REVISE_TEMPERATURE, RKL, RLD, SKL, SRKL, TVD, Divergence
 from lrds_fast.options import KDOptions, kd_options
 from lrds_fast.options import default_ce_weight_unselected as default_ce_weight_unselected
 from lrds_fast.topk import TopKTeacher
@@ -330,6 +330,27 @@ def _jsd(rows: LogitRows, d: JSD) -> Tensor:
     return rows.temperature**2 * (d.weight * teacher_kl + (1.0 - d.weight) * student_kl)
 
 
+def _tvd(rows: LogitRows, _: TVD) -> Tensor:
+    q = F.softmax(rows.z / rows.temperature, dim=-1)
+    return rows.temperature / 2.0 * (q - rows.teacher.p).abs().sum(dim=-1)  # abs has the gradient 0 at 0
+
+
+def _skewed_kl(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """KL(a || weight a + (1 - weight) b), (N,), from log a and log b."""
+    log_m = _log_mixture(math.log(weight) + log_a, math.log1p(-weight) + log_b)
+    return _times_log(log_a.exp(), log_a - log_m).sum(dim=-1)
+
+
+def _skl(rows: LogitRows, d: SKL) -> Tensor:
+    log_q = F.log_softmax(rows.z / rows.temperature, dim=-1)
+    return rows.temperature**2 * _skewed_kl(rows.teacher.log_p, log_q, d.weight)
+
+
+def _srkl(rows: LogitRows, d: SRKL) -> Tensor:
+    log_q = F.log_softmax(rows.z / rows.temperature, dim=-1)
+    return rows.temperature**2 * _skewed_kl(log_q, rows.teacher.log_p, d.weight)
+
+
 DIVERGENCES: dict[type[Divergence], Callable[[LogitRows, Any], Tensor]] = {
     KL: _kl,
     RKL: _rkl,
@@ -338,6 +359,9 @@ DIVERGENCES: dict[type[Divergence], Callable[[LogitRows, Any], Tensor]] = {
     NKD: _nkd,
     MSE: _mse,
     JSD: _jsd,
+    TVD: _tvd,
+    SKL: _skl,
+    SRKL: _srkl,
 }
 """Each divergence's per-row losses, (N,)."""
 

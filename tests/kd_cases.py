@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrds_fast.divergences import DKD, JSD, NAMES, NKD, RLD, resolve
+from lrds_fast.divergences import DKD, JSD, NAMES, NKD, RLD, SKL, SRKL, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +28,8 @@ FAMILY = (
     RLD(alpha=0.5, beta=2.0, confidence_temperature=3.0),
     NKD(gamma=0.0),
     JSD(weight=0.1),
+    SKL(weight=0.6),
+    SRKL(weight=0.6),
 )
 REVISE = (None, "lr", "mft", "swap")
 

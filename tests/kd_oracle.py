@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lrds_fast import kd_loss
-from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD, Divergence
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD, SKL, SRKL, TVD, Divergence
 
 Array = NDArray[Any]
 INF = np.longdouble(np.inf)
@@ -56,10 +56,13 @@ def size_of(*logs: Array) -> Any:
 
 
 class Rows:
-    """z, v: (N, C) longdouble. y (N,). soft: (N, C) or None. Masses below `floor` count as 0."""
+    """z, v: (N, C) longdouble. y (N,). soft: (N, C) or None. Masses below `floor` count as 0. unit: the rounding error
+    of what is compared, relative to a size."""
 
-    def __init__(self, z: Array, v: Array, y: Array, soft: Array | None, floor: float, **options: Any) -> None:
-        self.y, self.floor = y[:, None], np.longdouble(floor)
+    def __init__(
+        self, z: Array, v: Array, y: Array, soft: Array | None, floor: float, unit: float, **options: Any
+    ) -> None:
+        self.y, self.floor, self.unit = y[:, None], np.longdouble(floor), np.longdouble(unit)
         self.divergence: Divergence = options["divergence"]
         self.revise, self.eta = options["revise"], np.longdouble(options["eta"])
         self.t = np.longdouble(options["temperature"])
@@ -316,6 +319,51 @@ class Rows:
         size = t * (1 - w) * (by_q + q * size_of(log_q) * by_q.sum(axis=1, keepdims=True))
         return t * t * loss, gradient, t * t * (w * by_p + (1 - w) * by_q), size
 
+    def _skewed(self, w: np.longdouble, log_a: Array, log_b: Array) -> tuple[Array, ...]:
+        """KL(a || m), m = w a + (1 - w) b, per class; log(a / m); the loss's size."""
+        log_m = np.logaddexp(np.log(w) + log_a, np.log1p(-w) + log_b)
+        size = self.mass(log_a) * size_of(log_a) * size_of(log_a, log_m)
+        return self.times(log_a, log_a - log_m), log_a - log_m, size
+
+    def _skl(self, d: SKL) -> tuple[Array, ...]:
+        t, w = self.t, np.longdouble(d.weight)
+        log_p, log_q = self.revised(t)[0], distribution(self.z / t)
+        loss, log_ratio, size = self._skewed(w, log_p, log_q)
+        q, ratio = self.mass(log_q), np.where(log_p == -INF, 0, np.exp(log_ratio))
+        mean = (q * np.where(q == 0, 0, ratio)).sum(axis=1, keepdims=True)
+        gradient = -t * (1 - w) * self.times(log_q, ratio - mean)
+        by = np.where(q == 0, 0, ratio * size_of(log_p, log_q))
+        spread = t * (1 - w) * q * size_of(log_q) * (by + (q * by).sum(axis=1, keepdims=True))
+        return t * t * loss, gradient, t * t * size, spread
+
+    def _srkl(self, d: SRKL) -> tuple[Array, ...]:
+        t, w = self.t, np.longdouble(d.weight)
+        log_p, log_q = self.revised(t)[0], distribution(self.z / t)
+        loss, log_ratio, size = self._skewed(w, log_q, log_p)
+        q, slope = self.mass(log_q), log_ratio - w * np.exp(log_ratio)
+        mean = self.times(log_q, slope).sum(axis=1, keepdims=True)
+        gradient = t * self.times(log_q, slope - mean)
+        spread = t * (size + q * size_of(log_q) * size.sum(axis=1, keepdims=True))
+        return t * t * loss, gradient, t * t * size, spread
+
+    def _tvd(self, _: TVD) -> tuple[Array, ...]:
+        t, apart = self.t, ~np.eye(self.z.shape[1], dtype=bool)
+        log_p, log_q = self.revised(t)[0], distribution(self.z / t)
+        p, q = np.exp(log_p), np.exp(log_q)
+        by_p, by_q = p * size_of(log_p), q * size_of(log_q)
+        # 1 - x of each class as a sum, whose difference has the digits that q - p has not where both are nearly 1.
+        rest_p, rest_q, by_rest = ((x[:, None, :] * apart).sum(axis=2) for x in (p, q, by_p + by_q))
+        sure = q > rest_q
+        d = np.where(sure, rest_p - rest_q, q - p)
+        sign = np.sign(d)
+        gradient = q / 2 * (q[:, None, :] * apart * (sign[:, :, None] - sign[:, None, :])).sum(axis=2)
+        size = by_q * (1 + by_q.sum(axis=1, keepdims=True))
+        # Rounding decides the signs of probabilities that are nearly equal.
+        rounding = np.where(self.at_y & sure, by_rest, by_p + by_q)
+        near = np.abs(d) <= self.unit * rounding
+        size = size + q * (near + np.where(near, q, 0).sum(axis=1, keepdims=True)) / self.unit
+        return t / 2 * np.abs(d), gradient, t / 2 * (by_p + by_q), size
+
 
 # --- The scan
 
@@ -336,6 +384,11 @@ DIVERGENCES: tuple[Divergence, ...] = (
     MSE("probs"),
     JSD(),
     JSD(0.1),
+    TVD(),
+    SKL(),
+    SKL(0.9),
+    SRKL(),
+    SRKL(0.9),
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Differences of logits over T: an ulp of 1; half an ulp of float32 and of float64; the smallest normal and subnormal
@@ -452,11 +505,10 @@ def compare(z: Tensor, v: Tensor, target: Tensor, function: Callable[..., Tensor
         y = target.argmax(dim=-1)
     z_wide, v_wide = (x.double().numpy().astype(np.longdouble) for x in (z, v))
     floor = FLOOR[compute]
-    exact = Rows(z_wide, v_wide, y.numpy(), soft, 0.0, **options).answer()
-    flushed = Rows(z_wide, v_wide, y.numpy(), soft, floor, **options).answer()
     loss, gradient = got.detach().double().numpy(), got_gradient.double().numpy()
     t = max(1.0, options["temperature"])
     unit = torch.finfo(compute).eps / 2 * (ULPS + z.shape[1]) if function is kd_loss else 1e-8
+    exact, flushed = (Rows(z_wide, v_wide, y.numpy(), soft, least, unit, **options).answer() for least in (0.0, floor))
     ok = np.zeros(len(z), dtype=bool)
     for want in (exact, flushed):
         infinite = np.isinf(want.loss)

@@ -153,7 +153,7 @@ def test_half_precision_top_k_of_all_classes_loses_nothing(tmp_path: Path) -> No
     whole = write(tmp_path / "whole")
     indices = torch.arange(COUNT)
     student = 3 * torch.randn(COUNT, CLASSES, generator=torch.Generator().manual_seed(1))
-    for divergence in ("kl", "rkl", "dkd", "jsd"):
+    for divergence in ("kl", "rkl", "dkd", "jsd", "tvd", "skl", "srkl"):
         a, b = (
             kd_loss(student, x.batch(0, indices), loader().labels, temperature=1.0, divergence=divergence)
             for x in (kept, whole)

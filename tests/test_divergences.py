@@ -15,7 +15,23 @@ import torch
 from torch import Tensor
 
 import lrds_fast
-from lrds_fast import DKD, JSD, KL, MSE, NKD, RKL, RLD, divergences, kd_loss, kd_loss_parts, reference, revise_labels
+from lrds_fast import (
+    DKD,
+    JSD,
+    KL,
+    MSE,
+    NKD,
+    RKL,
+    RLD,
+    SKL,
+    SRKL,
+    TVD,
+    divergences,
+    kd_loss,
+    kd_loss_parts,
+    reference,
+    revise_labels,
+)
 from lrds_fast.divergences import Divergence
 
 IMPLEMENTATIONS = [kd_loss, reference.kd_loss]
@@ -84,6 +100,12 @@ def by_hand(d: Divergence, z: list[float], v: list[float], y: int, t: float, eta
         case JSD(w):
             m = [w * a + (1 - w) * b for a, b in zip(p, q, strict=True)]
             return t**2 * (w * kl(p, m) + (1 - w) * kl(q, m))
+        case TVD():
+            return t * math.fsum(max(a - b, 0.0) for a, b in zip(p, q, strict=True))
+        case SKL(w):
+            return t**2 * kl(p, [w * a + (1 - w) * b for a, b in zip(p, q, strict=True)])
+        case SRKL(w):
+            return t**2 * kl(q, [w * b + (1 - w) * a for a, b in zip(p, q, strict=True)])
     raise AssertionError(d)
 
 
@@ -145,6 +167,77 @@ def test_kd_equals_its_decoupled_parts(
 
 
 @pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
+@pytest.mark.parametrize("weight", [0.1, 0.5, 0.8])
+def test_jsd_is_a_mean_of_skewed_divergences(
+    rows: kd_cases.Rows, weight: float, function: Callable[..., Tensor]
+) -> None:
+    """JSD(w) = w SKL(w) + (1 - w) SRKL(1 - w): all three compare with the same mixture."""
+    jsd = kd_term(function, *rows, divergence=JSD(weight))
+    skl = kd_term(function, *rows, divergence=SKL(weight))
+    srkl = kd_term(function, *rows, divergence=SRKL(1.0 - weight))
+    torch.testing.assert_close(weight * skl + (1.0 - weight) * srkl, jsd, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
+def test_skewed_divergences_swap_student_and_teacher(rows: kd_cases.Rows, function: Callable[..., Tensor]) -> None:
+    for weight in (0.1, 0.7):
+        skl = kd_term(function, *rows, divergence=SKL(weight), revise=None)
+        swapped = kd_term(function, rows.teacher, rows.student, rows.target, divergence=SRKL(weight), revise=None)
+        torch.testing.assert_close(skl, swapped, rtol=1e-10, atol=1e-11)
+        # A weight of 0 leaves KL and reverse KL.
+    for almost, plain in ((SKL(1e-9), "kl"), (SRKL(1e-9), "rkl")):
+        z, v = (x[4:] for x in rows[:2])
+        near = kd_term(function, z, v, rows.target[4:], divergence=almost, temperature=8.0)
+        torch.testing.assert_close(
+            near, kd_term(function, z, v, rows.target[4:], divergence=plain, temperature=8.0), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
+def test_tvd_at_one_is_ligers(rows: kd_cases.Rows, function: Callable[..., Tensor]) -> None:
+    """liger_kernel.ops.tvd takes probabilities: loss 0.5 |p - q|, gradient 0.5 sign(p - q), 0 at a tie."""
+    z = rows.student.clone().requires_grad_()
+    q, p = torch.softmax(z, dim=1), torch.softmax(rows.teacher, dim=1)
+    assert bool((q == p).all(dim=1).any())  # a row of ties
+    want = 0.5 * (q - p).abs().sum(dim=1)
+    (want_gradient,) = torch.autograd.grad((q.detach() - p).sign().mul(0.5).mul(q).sum(), z)
+    ours = rows.student.clone().requires_grad_()
+    got = kd_term(function, ours, rows.teacher, rows.target, divergence=TVD(), revise=None, temperature=1.0)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-14)
+    (gradient,) = torch.autograd.grad(got.sum(), ours)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", kd_cases.FLOATING, ids=str)
+@pytest.mark.parametrize("classes", [2, 10, 33, 1001])
+def test_tvd_of_equal_logits_has_no_gradient(classes: int, dtype: torch.dtype) -> None:
+    """Not even a rounding error of the probabilities gets a sign."""
+    generator = torch.Generator().manual_seed(classes)
+    z = (3.0 * torch.randn(40, classes, generator=generator)).to(dtype)
+    y = torch.randint(classes, (40,), generator=generator)
+    for temperature in (1.0, 2.5, 4.0):
+        for standardize in (False, True):
+            student = z.clone().requires_grad_()
+            loss = kd_term(
+                kd_loss, student, z, y, divergence="tvd", revise=None, temperature=temperature, standardize=standardize
+            )
+            (gradient,) = torch.autograd.grad(loss.sum(), student)
+            assert not bool(loss.any()) and not bool(gradient.any()), (temperature, standardize)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
+def test_tvd_keeps_its_gradients_size_as_t_grows(function: Callable[..., Tensor]) -> None:
+    """The limit for T to infinity is (s_k - mean s) / 2C, s the signs of the centred differences of the logits."""
+    generator = torch.Generator().manual_seed(0)
+    z, v = (torch.randn(8, 10, generator=generator, dtype=torch.float64) for _ in range(2))
+    sign = ((z - z.mean(1, keepdim=True)) - (v - v.mean(1, keepdim=True))).sign()
+    want = (sign - sign.mean(1, keepdim=True)) / 20
+    z.requires_grad_()
+    loss = kd_term(function, z, v, torch.zeros(8, dtype=torch.long), divergence="tvd", revise=None, temperature=1e5)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), z)[0], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS, ids=["operator", "reference"])
 @pytest.mark.parametrize("divergence", kd_cases.FAMILY, ids=repr)
 def test_mft_equals_lr_where_the_teacher_is_wrong(
     rows: kd_cases.Rows, divergence: Divergence, function: Callable[..., Tensor]
@@ -152,7 +245,7 @@ def test_mft_equals_lr_where_the_teacher_is_wrong(
     wrong = is_wrong(rows)
     mft, lr = (kd_term(function, *rows, divergence=divergence, revise=r, eta=0.7) for r in ("mft", "lr"))
     torch.testing.assert_close(mft[wrong], lr[wrong], rtol=1e-12, atol=1e-12)
-    if divergence.name in ("kl", "rkl", "jsd", "mse_probs"):
+    if divergence.name in ("kl", "rkl", "jsd", "mse_probs", "tvd", "skl", "srkl"):
         assert not torch.isclose(mft[~wrong], lr[~wrong]).any()
 
 
@@ -271,7 +364,7 @@ def test_reference_has_second_derivatives() -> None:
 def test_codes_match_the_kernels() -> None:
     """csrc/core/divergences.h lists the types in the order of their codes."""
     text = (kd_cases.ROOT / "csrc" / "core" / "divergences.h").read_text(encoding="utf-8")
-    listed = text.split("using Divergences = DivergenceList<")[1].split(">")[0].replace("\n", " ")
+    listed = text.split("using Divergences =")[1].split("<")[1].split(">")[0].replace("\n", " ")
     types = [name.strip().lower() for name in listed.split(",")]
     assert types == [
         d.name.replace("_", "") for d in sorted(map(divergences.resolve, divergences.NAMES), key=lambda d: d.code)
@@ -282,7 +375,7 @@ def test_codes_match_the_kernels() -> None:
 def test_resolve() -> None:
     assert divergences.resolve("dkd") == DKD() and divergences.resolve(DKD(2.0, 3.0)) == DKD(2.0, 3.0)
     assert divergences.resolve("mse_probs") == MSE("probs") and MSE("probs").name == "mse_probs"
-    with pytest.raises(ValueError, match=r"divergence must be one of 'kl', .*'jsd'; got 'kld'"):
+    with pytest.raises(ValueError, match=r"divergence must be one of 'kl', .*'srkl'; got 'kld'"):
         divergences.resolve("kld")
     for wrong in (3, KL, None, Divergence()):
         with pytest.raises(TypeError, match="divergence must be one of"):
@@ -298,6 +391,8 @@ def test_resolve() -> None:
         (lambda: RLD(confidence_temperature=0.0), ValueError, r"confidence_temperature must be finite and > 0"),
         (lambda: NKD(gamma=math.nan), ValueError, r"NKD's gamma"),
         (lambda: JSD(weight=1.0), ValueError, r"JSD's weight must be finite and inside \(0, 1\); got 1.0"),
+        (lambda: SKL(weight=0.0), ValueError, r"SKL's weight must be finite and inside \(0, 1\); got 0.0"),
+        (lambda: SRKL(weight=1.0), ValueError, r"SRKL's weight must be finite and inside \(0, 1\); got 1.0"),
         (lambda: MSE("both"), ValueError, r"MSE's on must be 'logits' or 'probs'; got 'both'"),
     ],
 )

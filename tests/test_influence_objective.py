@@ -11,7 +11,8 @@ from influence_oracle import reference_loss
 from torch import Tensor
 from torch.func import grad, hessian, vmap
 
-from lrds_fast import KDLoss
+from lrds_fast import JSD, SKL, SRKL, KDLoss, reference
+from lrds_fast.divergences import Divergence
 from lrds_fast.influence.objective import (
     HessianTerm,
     TrainingObjective,
@@ -118,6 +119,35 @@ def test_terms_without_weight_are_dropped() -> None:
     terms = TrainingObjective(KDLoss()).hessian_terms(y, none_selected, torch.float64)
     assert [term.temperature for term in terms] == [1.0, 4.0]
     assert [term.temperature for term in nonzero_terms(terms, Ranks())] == [1.0]
+
+
+@pytest.mark.parametrize("divergence", ["kl", "rkl", JSD(0.3), SKL(0.1), SRKL(0.4)], ids=repr)
+def test_a_divergence_has_its_hessian_where_student_and_teacher_agree(divergence: str | Divergence) -> None:
+    _, v, y = rows()
+    y[:] = v.argmax(dim=1)  # nothing is revised
+    loss = KDLoss(2.0, ce_weight=0.0, kd_weight=0.7, divergence=divergence)
+
+    def of(z: Tensor, v: Tensor, y: Tensor) -> Tensor:
+        options: dict[str, Any] = {"temperature": 2.0, "ce_weight": 0.0, "kd_weight": 0.7, "divergence": divergence}
+        return reference.kd_loss(z[None], v[None], y[None], **options)
+
+    expected = torch.stack(
+        [torch.autograd.functional.hessian(lambda z, i=i: of(z, v[i], y[i]), v[i]) for i in range(ROWS)]
+    )
+    terms = TrainingObjective(loss).hessian_terms(y, None, torch.float64)
+    torch.testing.assert_close(logit_hessian(v, terms), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_total_variation_distance_has_no_curvature() -> None:
+    _, _, y = rows()
+    objective = TrainingObjective(KDLoss(divergence="tvd"))
+    for terms in (objective.hessian_terms, lambda y, _, dtype: objective.teacher_terms(y, dtype)):
+        with pytest.raises(ValueError, match="hessian='objective' needs .*'tvd'.*pass hessian='gt'.*'identity'"):
+            terms(y, None, torch.float64)
+    assert len(TrainingObjective(KDLoss(divergence="tvd"), "gt").hessian_terms(y, None, torch.float64)) == 1
+    # Without a teacher's weight there is nothing to differentiate.
+    without = KDLoss(divergence="tvd", kd_weight=0.0, ce_weight=1.0)
+    assert TrainingObjective(without).hessian_terms(y, None, torch.float64)[1].weight.eq(0).all()
 
 
 def test_negative_weights_are_refused() -> None:

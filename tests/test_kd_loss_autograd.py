@@ -234,9 +234,9 @@ def test_second_derivatives_are_the_gradients_differences(divergence: str) -> No
             torch.testing.assert_close((rows.reshape(-1, 5, 4) * weights).sum(0), first)
 
 
-@pytest.mark.parametrize("divergence", divergences.NAMES)
+@pytest.mark.parametrize("divergence", [name for name in divergences.NAMES if name != "tvd"])
 def test_second_derivatives_where_the_student_is_the_teacher(divergence: str) -> None:
-    """Most are 0 there, their curvature is not; excluded classes have none."""
+    """Most are 0 there, their curvature is not; excluded classes have none. The total variation has a kink there."""
     _, teacher, target = kd_cases.rows(5, 4, torch.float64)
     direction = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64).view(5, 4).cos()
 

@@ -25,6 +25,23 @@ JUST_BELOW = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).item()
 PLAIN: dict[str, Any] = {"temperature": 1.0, "revise": None, "eta": 0.75, "standardize": False}
 
 # Student, teacher, target, divergence, what differs from PLAIN.
+#: Student's and teacher's logits and options for the divergences that mix or subtract probabilities.
+MIXED: dict[str, tuple[list[float], list[float], dict[str, Any]]] = {
+    "subnormal mixture": ([0.0, -103.0], [0.0, -103.0], {}),
+    "subnormal at the target": ([-103.5, 0.0], [-103.5, 0.0], {}),
+    "lr": ([0.0, -103.5], [0.0, -103.5], {"revise": "lr"}),
+    "T below 1": ([0.0, -51.6], [0.0, -51.6], {"temperature": 0.5}),
+    "excluded by the student": ([0.0, -INF, 1.0], [0.0, -103.0, 2.0], {}),
+    "excluded by the teacher": ([0.0, -103.0, 1.0], [0.0, -INF, 2.0], {}),
+    "target excluded by the student": ([-INF, 0.0, 1.0], [0.0, 0.0, 2.0], {}),
+    "target excluded by the teacher": ([0.0, 0.0, 1.0], [-INF, 0.0, 2.0], {}),
+    "nothing in common": ([0.0, -INF, 1.0, -INF], [-INF, 0.0, -INF, 3.0], {}),
+    "huge": ([3e38, 0.0, -3e38], [-3e38, 0.0, 1e38], {}),
+    "both sure": ([30.0, 0.0, 0.0], [28.0, 0.0, 0.0], {}),
+    "sure of different classes": ([90.0, 0.0, 0.0], [0.0, 95.0, 0.0], {}),
+    "an ulp apart": ([1.0, 0.0, 3.0], [ULP, 0.0, 3.0], {}),
+}
+
 CASES: dict[str, tuple[list[float], list[float], Any, str | lrds_fast.divergences.Divergence, dict[str, Any]]] = {
     "jsd, subnormal mixture": ([0.0, -103.0], [0.0, -103.0], 0, "jsd", {}),
     "jsd, subnormal at the target": ([-103.5, 0.0], [-103.5, 0.0], 0, "jsd", {}),
@@ -32,6 +49,11 @@ CASES: dict[str, tuple[list[float], list[float], Any, str | lrds_fast.divergence
     "jsd, T below 1": ([0.0, -51.6], [0.0, -51.6], 0, "jsd", {"temperature": 0.5}),
     "jsd, T above 1": ([0.0, -206.5], [0.0, -206.5], 0, "jsd", {"temperature": 2.0}),
     "jsd, excluded by the student": ([0.0, -INF], [0.0, -103.0], 0, "jsd", {}),
+    **{
+        f"{name}, {case}": (z, v, 0, name, changed)
+        for name in ("tvd", "skl", "srkl")
+        for case, (z, v, changed) in MIXED.items()
+    },
     "dkd, all others excluded by the teacher": ([0.0, 0.0], [0.0, -INF], 0, "dkd", {"temperature": 4.0}),
     "dkd, all others excluded by the student": ([0.0, -INF], [0.0, -INF], 0, "dkd", {"temperature": 4.0}),
     "dkd, both sure": ([30.0, 0.0, 0.0], [28.0, 0.0, 0.0], 0, DKD(1.0, 0.0), {}),
@@ -72,9 +94,19 @@ def test_small_inputs(case: str, dtype: torch.dtype) -> None:
     assert kd_oracle.compare(torch.tensor([z], dtype=dtype), torch.tensor([v], dtype=dtype), y, **options) == 1
 
 
+def bound(divergence: str, temperature: float) -> float:
+    return {
+        "jsd": temperature**2 * math.log(2.0),
+        "tvd": temperature,
+        "skl": temperature**2 * math.log(10.0),
+        "srkl": temperature**2 * math.log(10.0),
+    }[divergence]
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "tvd", "skl", "srkl"])
 @pytest.mark.parametrize("revise", [None, "lr"])
-def test_jsd_is_bounded(revise: str | None) -> None:
-    """By T^2 ln 2, however unlike the two; the gradient is finite."""
+def test_bounded(divergence: str, revise: str | None) -> None:
+    """However unlike the two; the gradient is finite."""
     generator = torch.Generator().manual_seed(0)
     for temperature, classes in ((0.5, 8000), (1.0, 300), (4.0, 300)):
         z, v = (30.0 * torch.randn(8, classes, generator=generator) for _ in range(2))
@@ -84,7 +116,7 @@ def test_jsd_is_bounded(revise: str | None) -> None:
             z,
             v,
             torch.arange(8),
-            divergence="jsd",
+            divergence=divergence,
             revise=revise,
             temperature=temperature,
             ce_weight=0.0,
@@ -92,7 +124,7 @@ def test_jsd_is_bounded(revise: str | None) -> None:
             reduction="none",
         )
         (gradient,) = torch.autograd.grad(loss.sum(), z)
-        assert bool((loss <= temperature**2 * math.log(2.0) * (1 + 1e-5)).all() and (loss > 0).all())
+        assert bool((loss <= bound(divergence, temperature) * (1 + 1e-5)).all() and (loss > 0).all())
         assert bool(gradient.isfinite().all())
 
 
@@ -123,6 +155,22 @@ def test_offsets_change_nothing(divergence: lrds_fast.divergences.Divergence, st
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("divergence", ["tvd", "skl", "srkl"])
+def test_sure_rows_keep_their_digits(divergence: str) -> None:
+    """Student and teacher are both certain of the label, to different degrees: the loss and the target's gradient are
+    far below an ulp of 1."""
+    rows = ([25.0, 0.0, 1.0], [22.0, 0.5, 0.0])
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        z, v = (torch.tensor([x], dtype=dtype) for x in rows)
+        z.requires_grad_()
+        options: dict[str, Any] = {"temperature": 1.0, "ce_weight": 0.0, "kd_weight": 1.0, "reduction": "none"}
+        loss = kd_loss(z, v, torch.tensor([0]), divergence=divergence, **options)
+        found.append((loss.detach().double(), torch.autograd.grad(loss.sum(), z)[0][:, 0].double()))
+    assert float(found[1][0]) < 1e-8
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=0.0)
+
+
 def test_saturated_mft_is_infinite() -> None:
     z, v, y = torch.zeros(1, 3), torch.tensor([[8.0, 0.0, 0.0]]), torch.tensor([0])
     for function in (kd_loss, reference.kd_loss):
@@ -134,7 +182,7 @@ def test_saturated_mft_is_infinite() -> None:
 # --- Cached teachers
 
 
-@pytest.mark.parametrize("divergence", ["rkl", "mse_logits", "kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["rkl", "mse_logits", "kl", "jsd", "tvd", "skl", "srkl"])
 def test_cached_teacher_that_is_confident(divergence: str) -> None:
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(4, 100, generator=generator)

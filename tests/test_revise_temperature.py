@@ -105,7 +105,7 @@ def test_matches_reference(divergence: Divergence, revise: str | None, dtype: to
 
 @pytest.mark.parametrize("k", [1, 5, 32, 33])
 @pytest.mark.parametrize("rest", [True, False], ids=("rest", "without rest"))
-@pytest.mark.parametrize("divergence", ["kl", "rkl", "dkd", "nkd", "jsd", "mse_probs"])
+@pytest.mark.parametrize("divergence", ["kl", "rkl", "dkd", "nkd", "jsd", "mse_probs", "tvd", "skl", "srkl"])
 def test_cached_teacher(divergence: str, rest: bool, k: int) -> None:
     """The remaining mass is spread evenly: C - k classes of the logit T (rest - log(C - k)), at R as at T."""
     for dtype in (DOUBLE, torch.float32):
@@ -151,7 +151,7 @@ def test_saturated_rows(case: str, divergence: Divergence, revise: str, dtype: t
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_saturated_rows_in_sixteen_bits(dtype: torch.dtype) -> None:
-    for (z, v, y, t, r), name in itertools.product(SATURATED.values(), ("kl", "dkd", "jsd")):
+    for (z, v, y, t, r), name in itertools.product(SATURATED.values(), ("kl", "dkd", "jsd", "tvd", "skl", "srkl")):
         z_row, v_row = (torch.tensor([x], dtype=dtype) for x in (z, v))
         options: dict[str, Any] = {"divergence": resolve(name), "revise": "lr", "temperature": t}
         kd_oracle.compare(z_row, v_row, torch.tensor([y]), eta=0.75, standardize=False, revise_temperature=r, **options)
@@ -250,7 +250,7 @@ def test_derivatives(name: str, soft: bool) -> None:
 
 
 @pytest.mark.parametrize("revise", [None, "lr", "mft"])
-@pytest.mark.parametrize("divergence", ["kl", "dkd", "rkl", "nkd", "jsd"])
+@pytest.mark.parametrize("divergence", ["kl", "dkd", "rkl", "nkd", "jsd", "tvd", "skl", "srkl"])
 def test_influences_functions(divergence: str, revise: str | None) -> None:
     """kd_logit_gradient and kd_moments."""
     if (divergence, revise) == ("rkl", "mft"):

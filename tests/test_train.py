@@ -492,6 +492,9 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path: Path) -> None
         {"loss.divergence": "mse_logits", "loss.revise": "none"},
         {"loss.temperatures": [2.0, 4.0], "loss.standardize": True, "loss.revise": "mft"},
         {"loss.divergence": "jsd", "loss.divergence_options": {"weight": 0.3}, "loss.revise": "swap"},
+        {"loss.divergence": "tvd", "loss.temperature": 2.0},
+        {"loss.divergence": "skl"},
+        {"loss.divergence": "srkl", "loss.divergence_options": {"weight": 0.2}},
     ],
     ids=str,
 )
@@ -505,6 +508,7 @@ def test_the_family_of_losses_in_a_recipe(tmp_path: Path, loss: dict[str, Any]) 
     divergence: Any = {
         "dkd": lrds_fast.DKD(beta=2.0),
         "jsd": lrds_fast.JSD(weight=0.3),
+        "srkl": lrds_fast.SRKL(weight=0.2),
     }.get(chosen.loss.divergence, chosen.loss.divergence)
     for epoch in range(2):
         for batch in data.train.epoch(epoch):
@@ -513,7 +517,7 @@ def test_the_family_of_losses_in_a_recipe(tmp_path: Path, loss: dict[str, Any]) 
                 expected(batch.images),
                 guide(batch.images),
                 batch.targets,
-                temperature=chosen.loss.temperatures or 4.0,
+                temperature=chosen.loss.temperatures or chosen.loss.temperature,
                 kd_weight=0.9 * (0.5 if epoch == 0 and chosen.loss.kd_warmup_epochs else 1.0),
                 revise={"none": None}.get(chosen.loss.revise, chosen.loss.revise),
                 divergence=divergence,

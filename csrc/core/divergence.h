@@ -118,6 +118,28 @@ LRDS_HOST_DEVICE inline A log_add(A a, A b) {
   return a > b ? a + row_log1p(row_exp(b - a)) : b + row_log1p(row_exp(a - b));
 }
 
+// a / m, m = w a + (1 - w) b. The mixture is clamped to the smallest normal number, because it may
+// underflow to 0; a and b are then as small, so the error is negligible.
+template <class M, class X, class A>
+LRDS_DEVICE inline X over_mixture(A w, X a, X b) {
+  const A least = std::numeric_limits<A>::min();
+  const X mixture = w * a + (A(1) - w) * b;
+  return M::divide(a, M::where_less(mixture, least, X{} + least, mixture));
+}
+
+// The logarithm of over_mixture from the logarithms of a and b. It is accurate relative to b - a
+// where they are close, and finite where exp(log_b - log_a) overflows.
+template <typename A>
+LRDS_HOST_DEVICE inline A log_over_mixture(A w, A log_a, A log_b) {
+  const A lead = log_b - log_a;
+  const A down = lead > A(0) ? -lead : lead;
+  const A of_larger = lead > A(0) ? A(1) - w : w;
+  const A of_smaller = lead > A(0) ? w : A(1) - w;
+  const A log_sum = down > A(-1) ? row_log1p(of_smaller * row_expm1(down))
+                                 : row_log(of_larger + of_smaller * row_exp(down));
+  return lead > A(0) ? -lead - log_sum : -log_sum;
+}
+
 // Split from the sum of exponentials over the others and target_shift = (x_y - anchor) / T.
 template <typename A>
 LRDS_HOST_DEVICE inline Split<A> split(A sum_others, A target_shift) {

@@ -9,6 +9,9 @@
 #include "core/divergence_nkd.h"
 #include "core/divergence_rkl.h"
 #include "core/divergence_rld.h"
+#include "core/divergence_skl.h"
+#include "core/divergence_srkl.h"
+#include "core/divergence_tvd.h"
 
 namespace lrds {
 
@@ -17,7 +20,8 @@ struct DivergenceList {
   static constexpr int kCount = sizeof...(D);
 };
 
-using Divergences = DivergenceList<Kl, Rkl, Dkd, Rld, Nkd, MseLogits, MseProbs, Jsd>;
+using Divergences =
+    DivergenceList<Kl, Rkl, Dkd, Rld, Nkd, MseLogits, MseProbs, Jsd, Tvd, Skl, Srkl>;
 
 // Calls visitor(D{}) for the divergence D with this code; false for an unknown code. This is how
 // the host gets from KdLossArgs::divergence to a template instantiation: visit_divergence(code,

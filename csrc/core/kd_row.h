@@ -4,7 +4,7 @@
 //
 // Executor:
 //   M            the mathematical functions: scalar type A, element type X (A or a vector of A),
-//                exp(x, scale) = e^(x * scale), log, where_*
+//                exp(x, scale) = e^(x * scale), log, divide, where_*
 //   z(k), v(k)   logits of the classes at position k; -inf at the target and past the row's end
 //   t(k), w(k)   soft target's probabilities, class weights
 //   others(k, x) x, but 0 at the target and past the row's end

@@ -27,6 +27,7 @@ struct RowMath {
   using X = typename Simd::V;
   static X exp(X x, A scale) { return Simd::exp(x * scale); }
   static X log(X x) { return Simd::log(x); }
+  static X divide(X a, X b) { return a / b; }
   static X where_positive(X condition, X x) { return condition > X{} ? x : X{}; }
   static X where_positive(X condition, X x, X otherwise) { return condition > X{} ? x : otherwise; }
   static X where_less(X a, A b, X x, X otherwise) { return a < (X{} + b) ? x : otherwise; }

@@ -33,6 +33,7 @@ struct LaneMath {
     return exp_scaled(x, std::is_same_v<A, float> ? scale * static_cast<A>(1.44269504) : scale);
   }
   __device__ static A log(A x) { return row_log(x); }
+  __device__ static A divide(A a, A b) { return row_divide(a, b); }
   __device__ static A where_positive(A condition, A x) { return condition > A(0) ? x : A(0); }
   __device__ static A where_positive(A condition, A x, A otherwise) {
     return condition > A(0) ? x : otherwise;

@@ -74,6 +74,9 @@ struct QuadMath {
   __device__ static X log(const X& x) {
     return X::of([&](int j) { return Lane::log(x.x[j]); });
   }
+  __device__ static X divide(const X& a, const X& b) {
+    return X::of([&](int j) { return Lane::divide(a.x[j], b.x[j]); });
+  }
   __device__ static X where_positive(const X& condition, const X& x) {
     return X::of([&](int j) { return Lane::where_positive(condition.x[j], x.x[j]); });
   }

@@ -22,7 +22,13 @@ from lrds_fast.influence.inputs import (
 )
 from lrds_fast.influence.logit_scores import FUSED, LOGIT_SCORERS, LogitScores
 from lrds_fast.influence.mismatch import Agreements
-from lrds_fast.influence.objective import TrainingObjective, cross_entropy_gradient, logit_hessian, nonzero_terms
+from lrds_fast.influence.objective import (
+    HessianTerm,
+    TrainingObjective,
+    cross_entropy_gradient,
+    logit_hessian,
+    nonzero_terms,
+)
 from lrds_fast.influence.options import CURVED, FOLDS, HELD_OUT, CurvatureOptions, ScoreOptions
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, Scores, split_errors
 from lrds_fast.nn import KDLoss
@@ -207,10 +213,12 @@ class LastLayer:
 
     def fit(self, options: CurvatureOptions, where: str = "the last layer") -> None:
         """Fits H to the rows of all processes. where: the layer's name, for the ValueError if H is about 0."""
-        terms = self._objective.hessian_terms(self.y, self._selected, torch.float64)
-        terms = nonzero_terms(terms, self.rows.ranks)
-        if not terms and options.curvature != "identity":
-            _report_zero_hessian(options.damping)
+        terms: list[HessianTerm] = []
+        if options.curvature != "identity":  # a loss without a Hessian has scores with H = I
+            terms = self._objective.hessian_terms(self.y, self._selected, torch.float64)
+            terms = nonzero_terms(terms, self.rows.ranks)
+            if not terms:
+                _report_zero_hessian(options.damping)
         self.use(fit_curvature(options, self.rows, terms, self._dtype, where))
 
     def use(self, curvature: Curvature) -> None:

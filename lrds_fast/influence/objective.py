@@ -10,10 +10,10 @@ For D = KL both terms are linear in their targets, so the Hessian in z needs no 
 
     d2L/dz2 = sum_t w_t J(softmax(z / T_t)),    J(q) = diag(q) - q q^T
 
-with one term for the cross-entropy (T = 1) and one for each temperature. Every other divergence is given KL's.
-`TrainingObjective.hessian_terms` is the only place that computes the weights w_t. For the last layer's closed form they
-are float64 (curvature.py); over more layers `fisher_gradients` turns them into gradients of labels that the model
-itself would give.
+with one term for the cross-entropy (T = 1) and one for each temperature. Another divergence is given its Hessian at q =
+p', where the student agrees with its teacher: KL's times `agreement_curvature`. `TrainingObjective.hessian_terms` is
+the only place that computes the weights w_t. For the last layer's closed form they are float64 (curvature.py); over
+more layers `fisher_gradients` turns them into gradients of labels that the model itself would give.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast import functional
-from lrds_fast.divergences import resolve
+from lrds_fast.divergences import JSD, SKL, SRKL, TVD, Divergence, resolve
 from lrds_fast.influence.inputs import check_choice
 from lrds_fast.nn import KDLoss
 from lrds_fast.ranks import Ranks
@@ -58,6 +58,27 @@ class HessianTerm(NamedTuple):
 
 LogitTerms = Callable[[Tensor], Sequence[tuple[Tensor, float]]]
 """From a batch's logits (B, C) to its Hessian's terms: weights (B,) >= 0 of J(softmax(z / T)), and T."""
+
+
+def agreement_curvature(divergence: Divergence) -> float:
+    """c of the divergence's Hessian in z at q = p', c J(softmax(z / T)).
+
+    KL and reverse KL have c = 1, and a mixture's weight makes it smaller. dkd, rld, nkd and mse have another matrix
+    than J there, and are given KL's. Raises ValueError for the total variation distance, which has a kink at q = p' and
+    no positive semi-definite Hessian elsewhere.
+    """
+    match divergence:
+        case JSD(weight):
+            return weight * (1.0 - weight)
+        case SKL(weight) | SRKL(weight):
+            return (1.0 - weight) ** 2
+        case TVD():
+            raise ValueError(
+                "hessian='objective' needs a divergence with a curvature; got a loss with divergence 'tvd', whose"
+                " second derivative does not exist where student and teacher agree and is indefinite elsewhere: pass"
+                " hessian='gt', the cross-entropy's, or curvature='identity'"
+            )
+    return 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +144,7 @@ class TrainingObjective:
         """The Hessian's terms of samples with labels `target` (B,), the cross-entropy's first; weights (B,) in `dtype`.
 
         selected: (B,) weights of the samples' teachers, bool or floats in [0, 1]; None: 1 for all. Raises ValueError
-        if a weight is negative, because H is then indefinite.
+        if a weight is negative, because H is then indefinite, or if the divergence has no curvature (tvd).
         """
         ones = torch.ones(target.shape, dtype=dtype, device=target.device)
         if self.hessian == "gt":
@@ -150,6 +171,8 @@ class TrainingObjective:
     def _weighted(self, ce: Tensor, kd: Tensor, target: Tensor) -> list[HessianTerm]:
         if self.loss.class_weight is not None:
             ce = ce * self.loss.class_weight.to(ce)[target]
+        if self.loss.kd_weight != 0:
+            kd = kd * agreement_curvature(resolve(self.loss.divergence))
         return [HessianTerm(ce, 1.0), *(HessianTerm(kd, t) for t in functional.temperatures(self.loss.temperature))]
 
     def teacher_sign(self, target: Tensor, selected: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -176,6 +176,9 @@ Problem make_problem(const Case& c) {
   for (std::size_t k = 0; k < c.classes; ++k) {
     if (k == static_cast<std::size_t>(p.target[3])) p.teacher[3 * c.classes + k] = 12.0;
     p.student[6 * c.classes + k] = p.teacher[6 * c.classes + k];
+    // A swap leaves the other classes equal up to rounding, whose sign is the gradient of Tvd.
+    if (c.divergence == code_of<lrds::Tvd> && c.revise == Revise::kSwap)
+      p.student[6 * c.classes + k] += 0.5 * normal(random);
   }
   return p;
 }
@@ -286,8 +289,9 @@ void run(const Case& c) {
   args.divergence = c.divergence;
   const double parameters[] = {1.5, 2.5, 2.0};
   std::copy(parameters, parameters + 3, args.divergence_parameters);
-  if (c.divergence == code_of<lrds::Jsd>)
-    args.divergence_parameters[0] = 0.3;  // the mixture weight of JSD
+  if (c.divergence == code_of<lrds::Jsd> || c.divergence == code_of<lrds::Skl> ||
+      c.divergence == code_of<lrds::Srkl>)
+    args.divergence_parameters[0] = 0.3;  // the weight of the mixture
   args.standardize = c.standardize;
   args.kept_classes = static_cast<std::int64_t>(c.kept);
 

@@ -138,7 +138,9 @@ void run(const Case& c) {
   args.revise_temperature = c.revise_temperature;
   args.reduction = lrds::Reduction::kSum;
   args.divergence = c.divergence;
-  const double parameters[] = {c.divergence == 7 ? 0.3 : 1.5, 2.5, 2.0};
+  // jsd, skl and srkl have a weight inside (0, 1).
+  const bool mixture = c.divergence == 7 || c.divergence == 9 || c.divergence == 10;
+  const double parameters[] = {mixture ? 0.3 : 1.5, 2.5, 2.0};
   std::copy(parameters, parameters + 3, args.divergence_parameters);
   args.standardize = c.standardize;
 
