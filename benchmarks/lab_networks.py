@@ -2,6 +2,7 @@
 
     python -m benchmarks.lab_networks run --cache DIR                   # all trainings, one after the other
     python -m benchmarks.lab_networks run --cache DIR --regimes unseen  # those of one regime
+    python -m benchmarks.lab_networks gains --cache DIR                 # kd_gain in the students of finished runs
     python -m benchmarks.lab_networks page                              # docs/benchmarks/method.md and its plots
 
 The protocol is in docs/benchmarks/method.md. A pair is a teacher and an initialisation of the student. All arms of a
@@ -39,6 +40,7 @@ from lrds_fast.train.setup import available_amp
 
 HERE = Path(__file__).resolve().parent
 STORED = HERE / "results" / "method_networks.csv"
+GAINS = HERE / "results" / "method_gains.csv"
 TEACHERS = HERE / "teachers"
 
 CLASSES = 100
@@ -88,7 +90,10 @@ FIELDS = (
     "teacher_wrong", "denied", "denied_wrong", "revised_label", "right_label", "epochs", "seconds", "precision", "cpu",
     "torch", "commit",
 )  # fmt: skip
-
+GAIN_FIELDS = (
+    "regime", "teacher", "student", "arm", "val_nll", "mean_gain", "std_gain", "harmful", "harmful_wrong", "helpful",
+    "wrong", "epochs", "precision", "cpu", "torch", "commit",
+)  # fmt: skip
 
 Network = models.Classifier | models.External
 
@@ -259,6 +264,12 @@ def teacher_of(regime: str, number: int, data: Pictures, cache: Path) -> nn.Modu
     return state.model
 
 
+def checkpoint(cache: Path, regime: str, teacher: int, student: int, arm: Arm) -> Path:
+    """The student of a pair after SELECT_AFTER epochs, which arms that differ in later epochs only share."""
+    weight = "" if arm.ce_weight == CE_WEIGHT else f"_ce{arm.ce_weight:g}"
+    return cache / f"student_{regime}_{teacher}_{student}_{arm.revise}{weight}.pt"
+
+
 class Pair:
     """The data, views and teacher's logits that all arms of a pair share.
 
@@ -286,8 +297,7 @@ class Pair:
         self.wrong = self.view_logits[VIEWS].argmax(1) != self.labels
 
     def checkpoint(self, arm: Arm) -> Path:
-        weight = "" if arm.ce_weight == CE_WEIGHT else f"_ce{arm.ce_weight:g}"
-        return self.cache / f"student_{self.regime}_{self.teacher}_{self.student}_{arm.revise}{weight}.pt"
+        return checkpoint(self.cache, self.regime, self.teacher, self.student, arm)
 
     def teacher_logits(self, arm: Arm, view: int) -> Tensor:
         """The teacher's logits, already revised where the arm revises at temperature 1."""
@@ -436,6 +446,28 @@ class Pair:
         }  # fmt: skip
 
 
+def gains(pair: Pair, name: str) -> dict[str, object]:
+    """kd_gain in the student of an arm when its selection is due, as a row.
+
+    harmful, helpful: the shares of samples whose kd_gain is more than CONFIDENCE standard errors above and below 0.
+    harmful_wrong: the share of the harmful ones on which the teacher is wrong; wrong: the share of all.
+    """
+    arm = ARMS[name]
+    model = loaded(pair.checkpoint(arm), fresh("resnet8", "student", pair.teacher, pair.student)).model
+    gain, error = pair.gain(arm, model)
+    harmful, helpful = gain > CONFIDENCE * error, gain < -CONFIDENCE * error
+    val = measures(logits_of(model, pair.held_out), pair.held_out_labels)
+    return {
+        "regime": pair.regime, "teacher": pair.teacher, "student": pair.student, "arm": name,
+        "val_nll": round(val["nll"], 4), "mean_gain": round(float(gain.mean()), 4),
+        "std_gain": round(float(gain.std()), 4), "harmful": round(float(harmful.float().mean()), 4),
+        "harmful_wrong": round(float(pair.wrong[harmful].float().mean()), 4) if harmful.any() else "",
+        "helpful": round(float(helpful.float().mean()), 4), "wrong": round(float(pair.wrong.float().mean()), 4),
+        "epochs": SELECT_AFTER, "precision": precision(), "cpu": cpu_name(), "torch": torch.__version__,
+        "commit": commit(),
+    }  # fmt: skip
+
+
 @contextmanager
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Yields True and holds the lock of the file until the block or the process ends; yields False if another process
@@ -558,6 +590,24 @@ def registered(results: Mapping[str, Results]) -> list[str]:
     return lines
 
 
+def gains_table(rows: Sequence[dict[str, str]]) -> str:
+    """Markdown: kd_gain by regime and arm, means over the pairs."""
+    header = ["regime", "arm", "pairs", "mean of kd_gain", "its standard deviation", "harmful", "helpful"]
+    body = []
+    for regime in REGIMES:
+        for arm in ARMS:
+            of_arm = [row for row in rows if (row["regime"], row["arm"]) == (regime, arm)]
+            if of_arm:
+                mean = {
+                    key: estimate([float(row[key] or 0.0) for row in of_arm]).mean
+                    for key in ("mean_gain", "std_gain", "harmful", "harmful_wrong", "helpful", "wrong")
+                }
+                wrong = f"teacher wrong on {mean['harmful_wrong']:.0%}, on all {mean['wrong']:.0%}"
+                cells = [f"{mean['mean_gain']:+.2f}", f"{mean['std_gain']:.2f}", f"{mean['harmful']:.0%} ({wrong})"]
+                body.append([regime, arm, len(of_arm), *cells, f"{mean['helpful']:.0%}"])
+    return "\n".join(markdown_table(header, body))
+
+
 def forest(results: Mapping[str, Results], key: str) -> Any:
     """Differences to plain KD, a panel a regime."""
     panels = {}
@@ -595,6 +645,12 @@ def section(rows: Sequence[dict[str, str]]) -> str:
                 " pictures that the students are trained on.",
                 table(of_regime),
             ]
+    parts += [
+        "### kd_gain in these students",
+        f"Scored after epoch {SELECT_AFTER}. harmful and helpful: kd_gain is more than {CONFIDENCE:g} standard errors"
+        " above and below 0.",
+        gains_table(stored_rows(GAINS)),
+    ]
     parts += [f"![Paired differences: {name}](method_networks_{name}.svg)" for name in ("acc", "nll")]
     parts.append(
         "± is the half-width of a 95% t interval over pairs, which is bold if it excludes 0. A dash marks a comparison"
@@ -630,10 +686,22 @@ def main() -> None:
     )
     run.add_argument("--threads", type=int, default=1)
     run.add_argument("--data", default="", help="folder of CIFAR-100 (default: in LRDS_DATA)")
+    gain = actions.add_parser("gains", help="kd_gain in the students whose checkpoints are in the cache, a row each")
+    gain.add_argument("--cache", type=Path, required=True, help="folder of `run`")
+    gain.add_argument("--data", default="", help="folder of CIFAR-100 (default: in LRDS_DATA)")
     actions.add_parser("page", help="docs/benchmarks/method.md and its plots, from the stored rows")
     options = parser.parse_args()
     if options.action == "page":
         print(render(STORED, PAGE.parent))
+        return
+    if options.action == "gains":
+        data = cifar(CLASSES, options.data)
+        for regime, teacher, student, _ in dict.fromkeys((*job[:3], None) for job in jobs(REGIMES)):
+            for name in ("kd", "lr", "kd-ce0.3", "kd-ce1"):
+                key = {"regime": regime, "teacher": str(teacher), "student": str(student), "arm": name}
+                is_stored = any(key.items() <= row.items() for row in stored_rows(GAINS))
+                if checkpoint(options.cache, regime, teacher, student, ARMS[name]).exists() and not is_stored:
+                    append_csv(GAINS, GAIN_FIELDS, [gains(Pair(regime, teacher, student, data, options.cache), name)])
         return
     torch.set_num_threads(options.threads)
     options.cache.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pictures:
         "SELECT_AFTER": 1,
         "CONFIDENCE": 0.5,
         "STORED": tmp_path / "rows.csv",
+        "GAINS": tmp_path / "gains.csv",
         "TEACHERS": tmp_path / "teachers",
     }.items():
         monkeypatch.setattr(lab, name, value)
@@ -106,6 +107,14 @@ def test_arms_share_initial_weights_and_runs_are_not_repeated(
     before = lab.STORED.read_bytes()
     lab.main()
     assert lab.STORED.read_bytes() == before, "finished runs are not run again"
+
+    monkeypatch.setattr("sys.argv", ["lab", "gains", "--cache", str(cache)])
+    for _ in range(2):
+        lab.main()
+        scored = stored_rows(lab.GAINS)
+        assert [row["arm"] for row in scored] == ["kd", "lr", "kd-ce0.3", "kd-ce1"]
+    assert int(by_arm["ds-30%"]["denied"]) <= round(96 * float(scored[0]["harmful"]))
+    assert "| unseen | kd-ce1 | 1 |" in lab.gains_table(scored)
 
     # Rows of the teacher that belong to other samples lose it in the arm "robust".
     pair = lab.Pair("unseen", 0, 0, small, cache)

@@ -105,6 +105,31 @@ def test_by_default_samples_harmed_beyond_the_error_are_deselected(tmp_path: Pat
     assert bool((late[0][~second.mask] > limit[~second.mask] * late[1][~second.mask]).all())
 
 
+@pytest.mark.parametrize("shift", [1.0, -1.0])
+def test_a_positive_mean_of_kd_gain_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shift: float
+) -> None:
+    score = influence.score
+
+    def shifted(*args: Any, **arguments: Any) -> influence.Scores:
+        scores = score(*args, **arguments)
+        values = {name: value + shift if name == "kd_gain" else value for name, value in scores.items()}
+        return influence.Scores(
+            values,
+            target=scores.target,
+            teacher_pred=scores.teacher_pred,
+            meta=scores.meta,
+            standard_error=scores.standard_error,
+        )
+
+    monkeypatch.setattr(influence, "score", shifted)
+    chosen = recipe(**RESCORED | {"selection.threshold": None, "selection.confidence": 2.0, "selection.max_drop": 0.2})
+    run(tmp_path, chosen, blobs())
+    noted = capsys.readouterr().err
+    assert noted.count("after epoch 1, the mean of kd_gain is +") == (1 if shift > 0 else 0)
+    assert noted.count("tune it before selecting") == (2 if shift > 0 else 0)
+
+
 def test_the_teacher_labels_only_selected_samples_after_scoring(tmp_path: Path) -> None:
     """Before the first scoring every sample has its teacher, afterwards the selected half."""
     chosen = recipe(

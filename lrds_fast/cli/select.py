@@ -71,8 +71,10 @@ def run(options: argparse.Namespace) -> int:
     import lrds_fast
     from lrds_fast.influence import Scores
     from lrds_fast.influence.scores import split_errors
+    from lrds_fast.notes import note
     from lrds_fast.pages import charts
     from lrds_fast.selection import Selection
+    from lrds_fast.selection.rule import weight_hint
     from lrds_fast.selection.table import read_selection
     from lrds_fast.train.run import pictures_of_run
 
@@ -102,6 +104,9 @@ def run(options: argparse.Namespace) -> int:
         leave=options.leave,
         previous=None if options.previous is None else Selection.load(options.previous, dataset=table.fingerprint),
     )
+    hint = weight_hint(options.by, scores)
+    if hint:
+        note(hint)
     path = options.out or options.scores.with_name("selection.parquet")
     if path.resolve() == options.scores.resolve():
         raise ValueError(f"--out {path} would replace the scores; name another file")

@@ -218,3 +218,18 @@ def _median(values: Tensor) -> Tensor:
     """The middle value, or the mean of the two middle values."""
     ordered = values.sort().values
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def weight_hint(by: str, scores: Mapping[str, Tensor]) -> str:
+    """What to tune before selecting by kd_gain, where its mean is above 0; otherwise "".
+
+    A sample without its teacher also has another weight of the cross-entropy. Where that alone lowers the held-out
+    loss, kd_gain is above 0 for most samples, whatever their teachers say (docs/benchmarks/method.md, part 8).
+    """
+    mean = float(scores[by].double().mean()) if by.startswith("kd_gain") else 0.0
+    if not mean > 0.0:
+        return ""
+    return (
+        f"the mean of {by} is {mean:+.2g}: by this estimate the average sample lowers the held-out loss more without"
+        " its teacher, often because the cross-entropy's weight (loss.ce_weight) is too small; tune it before selecting"
+    )

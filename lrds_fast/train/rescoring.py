@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from lrds_fast import influence
 from lrds_fast.data import Batch, Data, Loader
 from lrds_fast.nn import KDLoss
+from lrds_fast.notes import note
 from lrds_fast.ranks import Ranks
 from lrds_fast.recipe.recipe import Recipe, SelectionOptions
 from lrds_fast.selection import Selection, select, select_jointly
+from lrds_fast.selection.rule import weight_hint
 from lrds_fast.selection.table import read_selection
 from lrds_fast.train.setup import scored_loss
 
@@ -90,6 +92,9 @@ def rescore(
         )
     else:
         selection = _ranked(options, scores, selected, fingerprint)
+    hint = weight_hint(options.by, scores) if options.by in scores else ""
+    if hint:
+        note(f"after epoch {epoch}, {hint}")
     ranks = Ranks.current()
     if ranks.first:
         path.parent.mkdir(parents=True, exist_ok=True)
