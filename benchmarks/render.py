@@ -231,7 +231,12 @@ PAGE_TEXTS: dict[str, Callable[[list[Row], str, Path], str]] = {
     "": page_plain,
 }
 #: Files whose programs write their pages themselves.
-RENDERERS = {"method_features": lab_statistics.render, "method_networks": lab_networks.render}
+RENDERERS = {
+    "method_features": lab_statistics.render,
+    "method_networks": lab_networks.render,
+    # The same page.
+    "method_gains": lambda path, out: lab_networks.render(path.with_name(lab_networks.STORED.name), out),
+}
 
 
 def render(path: Path, out: Path) -> Path:
