@@ -230,12 +230,18 @@ PAGE_TEXTS: dict[str, Callable[[list[Row], str, Path], str]] = {
     "train": page_train,
     "": page_plain,
 }
+
+
 #: Files whose programs write their pages themselves.
+def render_gains(path: Path, out: Path) -> Path:
+    """The page of the networks, from the rows of their trainings beside this file."""
+    return lab_networks.render(path.with_name(lab_networks.STORED.name), out)
+
+
 RENDERERS = {
     "method_features": lab_statistics.render,
     "method_networks": lab_networks.render,
-    # The same page.
-    "method_gains": lambda path, out: lab_networks.render(path.with_name(lab_networks.STORED.name), out),
+    "method_gains": render_gains,
 }
 
 
