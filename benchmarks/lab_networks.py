@@ -364,8 +364,8 @@ class Pair:
     def selection(self, arm: Arm, model: Network) -> Tensor:
         """The samples that keep the teacher, (N,) bool.
 
-        Denied are those whose kd_gain exceeds CONFIDENCE standard errors; if they are more than a share arm.max_drop of
-        the samples, those of them with the largest kd_gain. With arm.deny "random" as many random samples are denied.
+        Denied are those whose kd_gain exceeds CONFIDENCE standard errors and is among the share arm.max_drop with the
+        largest kd_gain. With arm.deny "random" as many random samples are denied.
         With "robust", denied are those whose teacher's logits more likely belong to another sample, and those whose
         divergence of student and teacher at T is more than OUTLIERS robust standard deviations above the median.
         """
@@ -392,17 +392,14 @@ class Pair:
             )
             return kept(Selection("robust", OUTLIERS), scored) > 0
         score, error = self.gain(arm, model)
-        count = len(score)
-        worst = torch.zeros(count, dtype=torch.bool)
-        worst[score.argsort(descending=True, stable=True)[: int(arm.max_drop * count + 0.5)]] = True
-        denied = worst & (score > CONFIDENCE * error)
+        scores = {"kd_gain": score, "kd_gain_standard_error": error}
+        selected = lrds_fast.select(scores, confidence=CONFIDENCE, max_drop=arm.max_drop).mask
         if arm.deny == "random":
-            chosen = torch.randperm(count, generator=generator("random", self.regime, self.teacher, self.student))[
-                : int(denied.sum())
-            ]
-            denied = torch.zeros(count, dtype=torch.bool)
-            denied[chosen] = True
-        return ~denied
+            order = torch.randperm(len(score), generator=generator("random", self.regime, self.teacher, self.student))
+            denied = order[: int((~selected).sum())]
+            selected = torch.ones_like(selected)
+            selected[denied] = False
+        return selected
 
     def run(self, name: str) -> dict[str, object]:
         """Trains and measures one arm; returns its row."""
@@ -466,6 +463,20 @@ def gains(pair: Pair, name: str) -> dict[str, object]:
         "epochs": SELECT_AFTER, "precision": precision(), "cpu": cpu_name(), "torch": torch.__version__,
         "commit": commit(),
     }  # fmt: skip
+
+
+def score_stored(data: Pictures, cache: Path) -> None:
+    """Appends the row of `gains` of every student in the cache that has none yet."""
+    done = keys_of(stored_rows(GAINS))
+    for pair in dict.fromkeys(job[:3] for job in jobs(REGIMES)):
+        for name in ("kd", "lr", "kd-ce0.3", "kd-ce1"):
+            if checkpoint(cache, *pair, ARMS[name]).exists() and (*pair, name) not in done:
+                append_csv(GAINS, GAIN_FIELDS, [gains(Pair(*pair, data, cache), name)])
+
+
+def keys_of(rows: Sequence[dict[str, str]]) -> set[tuple[str, int, int, str]]:
+    """(regime, teacher, student, arm) of each row."""
+    return {(row["regime"], int(row["teacher"]), int(row["student"]), row["arm"]) for row in rows}
 
 
 @contextmanager
@@ -695,13 +706,7 @@ def main() -> None:
         print(render(STORED, PAGE.parent))
         return
     if options.action == "gains":
-        data = cifar(CLASSES, options.data)
-        for regime, teacher, student, _ in dict.fromkeys((*job[:3], None) for job in jobs(REGIMES)):
-            for name in ("kd", "lr", "kd-ce0.3", "kd-ce1"):
-                key = {"regime": regime, "teacher": str(teacher), "student": str(student), "arm": name}
-                is_stored = any(key.items() <= row.items() for row in stored_rows(GAINS))
-                if checkpoint(options.cache, regime, teacher, student, ARMS[name]).exists() and not is_stored:
-                    append_csv(GAINS, GAIN_FIELDS, [gains(Pair(regime, teacher, student, data, options.cache), name)])
+        score_stored(cifar(CLASSES, options.data), options.cache)
         return
     torch.set_num_threads(options.threads)
     options.cache.mkdir(parents=True, exist_ok=True)
@@ -710,9 +715,7 @@ def main() -> None:
         with claimed(options.cache / f"{regime}_{teacher}_{student}.lock") as is_claimed:
             pair = None
             for name in arms if is_claimed else ():
-                rows = stored_rows(STORED)
-                done = {(row["regime"], int(row["teacher"]), int(row["student"]), row["arm"]) for row in rows}
-                if (regime, teacher, student, name) not in done:
+                if (regime, teacher, student, name) not in keys_of(stored_rows(STORED)):
                     pair = pair or Pair(regime, teacher, student, data, options.cache)
                     append_csv(STORED, FIELDS, [pair.run(name)])
 

@@ -232,12 +232,12 @@ PAGE_TEXTS: dict[str, Callable[[list[Row], str, Path], str]] = {
 }
 
 
-#: Files whose programs write their pages themselves.
 def render_gains(path: Path, out: Path) -> Path:
     """The page of the networks, from the rows of their trainings beside this file."""
     return lab_networks.render(path.with_name(lab_networks.STORED.name), out)
 
 
+#: Files whose programs write their pages themselves.
 RENDERERS = {
     "method_features": lab_statistics.render,
     "method_networks": lab_networks.render,

@@ -41,11 +41,13 @@ def data() -> list[tuple[Tensor, int, bool]]:
     return [(point, row % C, row % 4 > 0) for row, point in enumerate(points)]
 
 
-def fit(student: Student, folder: Path, samples: Any, **arguments: Any) -> Any:
-    trainer = lightning.Trainer(
-        default_root_dir=folder, max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, **arguments
-    )
-    trainer.fit(student, DataLoader(samples, batch_size=4))
+def fit(
+    student: Student, folder: Path, samples: Any, *, workers: int = 0, ckpt_path: Path | None = None, **arguments: Any
+) -> Any:
+    silent: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(default_root_dir=folder, **{"max_epochs": 1} | silent | arguments)
+    loader = DataLoader(samples, batch_size=4, num_workers=workers, persistent_workers=workers > 0)
+    trainer.fit(student, loader, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -110,32 +112,17 @@ def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
             flags.append(int(batch[-1].sum()))
 
     samples = selected()
-    trainer = lightning.Trainer(
-        default_root_dir=tmp_path,
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        callbacks=[Recorded(), UpdateSelection(samples, after=[1, 3])],
-    )
-    trainer.fit(student, DataLoader(samples, batch_size=4, num_workers=1, persistent_workers=True))
+    callbacks = [Recorded(), UpdateSelection(samples, after=[1, 3])]
+    trainer = fit(student, tmp_path, samples, workers=1, max_epochs=3, enable_checkpointing=False, callbacks=callbacks)
     assert [sum(flags[3 * epoch : 3 * epoch + 3]) for epoch in range(3)] == [N, N // 2, N // 2]
     assert samples.state_dict()["updates"] == 1, "the last epoch needs no selection"
     assert student.training, "scoring leaves the student as it was"
 
     trainer.save_checkpoint(tmp_path / "with_flags.ckpt")
     again = selected()
-    resumed = lightning.Trainer(
-        default_root_dir=tmp_path,
-        max_epochs=4,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        callbacks=[UpdateSelection(again, after=[1])],
-    )
-    resumed.fit(student, DataLoader(again, batch_size=4), ckpt_path=tmp_path / "with_flags.ckpt")
+    checkpoint = tmp_path / "with_flags.ckpt"
+    callbacks = [UpdateSelection(again, after=[1])]
+    fit(student, tmp_path, again, ckpt_path=checkpoint, max_epochs=4, enable_checkpointing=False, callbacks=callbacks)
     assert torch.equal(again.state_dict()["mask"], samples.state_dict()["mask"])
     for wrong in ([0], [1.5]):
         with pytest.raises((ValueError, TypeError), match="after"):

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 
 import lrds_fast
 from lrds_fast import influence
+from lrds_fast.recipe.options import SelectionOptions
 from lrds_fast.selection import SelectedDataset
+from lrds_fast.selection.while_training import RULE
 
 N, D, C = 60, 5, 4
 
@@ -29,6 +31,12 @@ def flags(selected: SelectedDataset) -> Tensor:
 def networks() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     return nn.Linear(D, C), nn.Linear(D, C)
+
+
+def test_the_default_rule_is_that_of_recipes() -> None:
+    options = SelectionOptions()
+    assert options.by_confidence
+    assert dict(RULE) == {"confidence": options.confidence, "max_drop": options.max_drop}
 
 
 def test_an_update_is_a_scoring_and_a_selection(networks: tuple[nn.Module, nn.Module]) -> None:

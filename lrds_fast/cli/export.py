@@ -44,7 +44,6 @@ def run(options: argparse.Namespace) -> int:
         formats = ["pt2"] if missing else ["pt2", "onnx"]
     elif missing:
         raise ImportError(missing)  # before any file is written
-    left_out = missing if "onnx" not in formats else ""
     differences = export_student(
         options.student,
         options.out,
@@ -52,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
         licences={"weights": options.license, "data": options.data_license, "teacher": options.teacher_license},
         overwrite=options.overwrite,
     )
-    if left_out:
-        note(f"{ONNX} was left out: {left_out}")
+    if missing:
+        note(f"{ONNX} was left out: {missing}")
     for name, difference in differences.items():
         compared = f"logits differ by at most {difference:.1e} of the largest" if difference else "equal logits"
         print(f"{options.out / name}: {compared}")

@@ -116,4 +116,10 @@ class UpdateSelection(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
         if state.global_step > 0:
-            self.selected.load_state_dict(torch.load(self._path(args, state), weights_only=True))
+            path = self._path(args, state)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path}, the samples' flags at step {state.global_step}, is missing: resume from a checkpoint in"
+                    " output_dir that was written with this callback, or train without it"
+                )
+            self.selected.load_state_dict(torch.load(path, weights_only=True))

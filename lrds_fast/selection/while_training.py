@@ -16,7 +16,7 @@ from lrds_fast.selection.choose import select
 from lrds_fast.selection.flagged import Flagged
 from lrds_fast.selection.table import Selection
 
-#: The rule of the recipes; docs/benchmarks/method.md has the evidence.
+#: The default rule of recipes (SelectionOptions); docs/benchmarks/method.md has the evidence.
 RULE: Mapping[str, Any] = {"confidence": 2.0, "max_drop": 0.1}
 
 
@@ -87,8 +87,8 @@ class SelectedDataset(Flagged):
             **self._score,
         )
         previous = before if "leave" in self._rule else None
-        chosen = select(scores, self._by, **self._rule, previous=previous)
-        self._mask.copy_(Ranks.current().agree(chosen.mask))
+        chosen: Selection = Ranks.current().agree(select(scores, self._by, **self._rule, previous=previous))
+        self._mask.copy_(chosen.mask)
         self.selection, self._updates = chosen, self._updates + 1
         return chosen
 

@@ -92,9 +92,9 @@ def rescore(
         )
     else:
         selection = _ranked(options, scores, selected, fingerprint)
-    hint = weight_hint(options.by, scores) if options.by in scores else ""
-    if hint:
-        note(f"after epoch {epoch}, {hint}")
+        hint = weight_hint(options.by, scores)
+        if hint:
+            note(f"after epoch {epoch}, {hint}")
     ranks = Ranks.current()
     if ranks.first:
         path.parent.mkdir(parents=True, exist_ok=True)
