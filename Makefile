@@ -94,7 +94,7 @@ test-cuda: venv
 test-cpu: venv
 	@tools/cpu_torch_build.sh "$(PYTHON)"
 
-# The tests that skip without these packages run; one that still skips names its reason.
+# -rs prints why a test is still skipped.
 test-compat: venv $(VENV)/compat
 	$(PYTEST) $(FAST) -rs tests/test_compat_*.py tests/test_examples.py tests/test_docs.py
 

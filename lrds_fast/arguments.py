@@ -176,7 +176,7 @@ def check_class_weight(class_weight: object, classes: int, device: torch.device)
     if tuple(class_weight.shape) != (classes,):
         raise ValueError(
             f"class_weight must have shape ({classes},), a weight for each class that the loss compares (with "
-            f"classes='truncate' the smaller vocabulary); got {tuple(class_weight.shape)}"
+            f"classes='truncate', those of the smaller vocabulary); got {tuple(class_weight.shape)}"
         )
     if class_weight.device != device:
         raise ValueError(f"class_weight must be on {device} like student_logits; got {class_weight.device}")

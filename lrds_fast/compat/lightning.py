@@ -60,10 +60,10 @@ class LRDSDistillation:
 
 
 class UpdateSelection(lightning.Callback):  # type: ignore[misc, name-defined, unused-ignore]
-    """Selects again when so many epochs are done: selected.update(module). The flags are in Lightning's checkpoints.
+    """Calls selected.update(module) after the epochs in `after`. The flags are in Lightning's checkpoints.
 
-    selected: the dataset that the training's DataLoader reads. after: numbers of finished epochs, each >= 1.
-    Raises ValueError, TypeError.
+    selected: the dataset that the training's DataLoader reads. after: numbers of finished epochs, each >= 1; nothing is
+    updated after the last epoch of the training. Raises ValueError, TypeError.
     """
 
     def __init__(self, selected: SelectedDataset, after: Collection[int]) -> None:

@@ -90,10 +90,11 @@ class LRDSTrainer(Trainer):
 
 
 class UpdateSelection(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Selects again when so many epochs are done: selected.update(model).
+    """Calls selected.update(model) after the epochs in `after`.
 
-    selected: the train_dataset; a model's input is one tensor, so SelectedDataset needs
-    batch=lambda samples: (samples["pixel_values"], samples["labels"]). after: numbers of finished epochs, each >= 1.
+    selected: the train_dataset. Its samples are dicts, so SelectedDataset needs
+    batch=lambda samples: (samples["pixel_values"], samples["labels"]). after: numbers of finished epochs, each >= 1;
+    nothing is updated after the last epoch of the training.
     The flags are in the Trainer's checkpoints, in selected.pt; a training that resumes without them raises
     FileNotFoundError. Raises ValueError, TypeError.
     """

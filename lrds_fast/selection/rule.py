@@ -221,7 +221,7 @@ def _median(values: Tensor) -> Tensor:
 
 
 def weight_hint(by: str, scores: Mapping[str, Tensor]) -> str:
-    """What to tune before selecting by kd_gain, where its mean is above 0; otherwise "".
+    """The advice to tune the cross-entropy's weight first, where the mean of kd_gain is above 0; otherwise "".
 
     A sample without its teacher also has another weight of the cross-entropy. Where that alone lowers the held-out
     loss, kd_gain is above 0 for most samples, whatever their teachers say (docs/benchmarks/method.md, part 8).

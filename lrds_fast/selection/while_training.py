@@ -1,4 +1,4 @@
-"""Selecting again and again while somebody else's loop trains the student."""
+"""Selections that are made again and again while a user's own loop trains the student."""
 
 from __future__ import annotations
 
