@@ -497,17 +497,21 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]]:
     """(regime, teacher, student, arms) in the order of their importance: the first regime's primary comparison, then
-    three pairs of every regime with tuned KD and selection on top of it, then these pairs' arms of the second
-    registration, then their other arms, then the other pairs."""
+    three pairs of every regime, first without and then with tuned KD and selection on top of it, then these pairs'
+    arms of the second registration, then their other arms, then the other pairs."""
     primary, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("lr-published", "alone")
     tuned = ("kd-ce0.3", "kd-ce1", "ds-ce1", "lr+ds-ce1")
     second = ("ds-30%", "robust", "robust-ce0.3", "random-30%", "lr+ds-30%", "ds-30%-ce1")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
     yield from ((regimes[0], *pair, primary) for pair in pairs)
     first, every = (*primary, *tuned), (*primary, *tuned, *second, *rest)
-    for regime in regimes[:2]:
-        yield from ((regime, *pair, first) for pair in pairs[:3])
-    for arms, part in (((*first, *second), pairs[:3]), (every, pairs[:3]), (every, pairs[3:])):
+    for arms, part in (
+        (primary, pairs[:3]),
+        (first, pairs[:3]),
+        ((*first, *second), pairs[:3]),
+        (every, pairs[:3]),
+        (every, pairs[3:]),
+    ):
         for regime in regimes:
             yield from ((regime, *pair, arms) for pair in part)
 
