@@ -401,12 +401,18 @@ def kd_loss_parts(
     classes: str = "equal",
     logit_scale: LogitScale = 1.0,
     softcap: Softcap = None,
+    unweighted: bool = False,
     **unknown: NoReturn,
 ) -> KDLossParts:
     """kd_loss with its terms and counts, for logging: (loss, ce, kd, n_valid, n_selected, n_revised).
 
     Arguments and errors as kd_loss. ce and kd have the weights and the reduction of loss and are detached; loss = ce +
     kd. The counts are 0-d int64 tensors on the logits' device. Nothing synchronises.
+
+    unweighted: ce and kd come without ce_weight, ce_weight_unselected and kd_weight, with the same reduction: loss =
+    ce_weight * ce + kd_weight * kd where all rows are selected. kd keeps the rows' own weights in selected. A term
+    costs another pass over the logits, without a gradient, if its weight is 0 or, for ce, differs between rows. ce is 0
+    without a target.
     """
     if unknown:
         raise unknown_keyword(kd_loss_parts, unknown)
@@ -424,21 +430,22 @@ def kd_loss_parts(
         ignore_index,
         reduction,
     )
-    loss, ce, kd, counts = _call(
-        student_logits,
-        teacher_logits,
-        target,
-        options,
-        selected,
-        teacher_rows,
-        class_weight,
-        num_valid,
-        weight_sum,
-        grad_scale,
-        classes,
-        logit_scale,
-        softcap,
-    )
+    rest = (class_weight, num_valid, weight_sum, grad_scale, classes, logit_scale, softcap)
+    loss, ce, kd, counts = _call(student_logits, teacher_logits, target, options, selected, teacher_rows, *rest)
+    if unweighted:
+        with torch.no_grad():
+            if target is not None:
+                same = (selected is None and teacher_rows is None) or options.ce_weight == options.ce_weight_unselected
+                if same and options.ce_weight > 0:
+                    ce = ce / options.ce_weight
+                else:
+                    alone = options._replace(ce_weight=1.0, ce_weight_unselected=1.0, kd_weight=0.0)
+                    _, ce, _, _ = _call(student_logits, teacher_logits, target, alone, selected, teacher_rows, *rest)
+            if options.kd_weight > 0:
+                kd = kd / options.kd_weight
+            else:
+                alone = options._replace(ce_weight=0.0, ce_weight_unselected=0.0, kd_weight=1.0)
+                _, _, kd, _ = _call(student_logits, teacher_logits, target, alone, selected, teacher_rows, *rest)
     n_valid, n_selected, n_revised = counts.unbind()
     return KDLossParts(loss, ce, kd, n_valid, n_selected, n_revised)
 

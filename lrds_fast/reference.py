@@ -26,6 +26,7 @@ class KDLossParts(NamedTuple):
     """A loss with its terms and counts, all on the logits' device. Nothing synchronises.
 
     loss: as kd_loss returns it. ce, kd: its two terms, weighted and reduced like loss, detached; loss = ce + kd.
+    lrds_fast.kd_loss_parts(unweighted=True) returns them without their weights.
     n_valid, n_selected, n_revised: 0-d int64. n_valid rows are not ignored; n_selected of them have a teacher weight
     above 0; n_revised of these have a revised teacher.
     """

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrds_fast
@@ -101,11 +102,15 @@ def test_the_default_revises_and_selected_rows_alone_have_a_teacher() -> None:
     assert (plain(images, target)["loss"] - task(images, target)["loss"]).abs() > 0.1
 
 
-def test_a_term_of_weight_0_is_0_in_the_logs() -> None:
+@pytest.mark.parametrize("chosen", [None, torch.arange(N) % 2 == 0])
+def test_the_logged_terms_have_no_weights(chosen: torch.Tensor | None) -> None:
+    """Neither a weight of 0 nor that of the rows without a teacher."""
     student, teacher = networks()
     task = LRDSDistillationTask(student, teacher, distill_loss_weight=0.0)
-    result = task(*batch())
-    assert result["kd_loss"] == 0 and result["loss"] == result["task_loss"]
+    images, target = batch()
+    result = task(images, target, chosen)
+    torch.testing.assert_close(result["task_loss"], F.cross_entropy(result["output"], target))
+    assert result["kd_loss"] > 0
 
 
 def test_timms_own_handling_of_the_teacher_stays() -> None:

@@ -253,6 +253,42 @@ def test_selected_kinds_agree() -> None:
         assert torch.equal(gradient, results[0][1])
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("selection", ["all", "bool", "weights", "prefix"])
+@pytest.mark.parametrize("weights", [(0.1, 0.9), (0.0, 2.0), (0.5, 0.0)], ids=str)
+def test_unweighted_terms(reduction: str, selection: str, weights: tuple[float, float]) -> None:
+    student, teacher, target = (x.double() if x.is_floating_point() else x for x in kd_cases.rows(12, 33))
+    target[5] = -100
+    choices: dict[str, dict[str, Any]] = {
+        "all": {},
+        "bool": {"selected": torch.arange(12) % 3 > 0},
+        "weights": {"selected": torch.linspace(0.0, 1.0, 12)},
+        "prefix": {"teacher_rows": 7},
+    }
+    chosen = choices[selection]
+    taught = teacher[:7] if selection == "prefix" else teacher
+    fixed: dict[str, Any] = {"temperature": 2.5, "label_smoothing": 0.1, "reduction": reduction, **chosen}
+    given: dict[str, Any] = dict(zip(("ce_weight", "kd_weight"), weights, strict=True))
+    parts = kd_loss_parts(student, taught, target, unweighted=True, **given, **fixed)
+    weighted = kd_loss_parts(student, taught, target, **given, **fixed)
+    assert torch.equal(parts.loss, weighted.loss)
+    assert all(torch.equal(one, other) for one, other in zip(parts[3:], weighted[3:], strict=True))
+    expected = F.cross_entropy(student, target, label_smoothing=0.1, reduction=reduction)
+    torch.testing.assert_close(parts.ce, expected, rtol=1e-12, atol=1e-12)
+    alone: dict[str, Any] = {"ce_weight": 0.0, "ce_weight_unselected": 0.0, "kd_weight": 1.0}
+    kd = reference.kd_loss(student, taught, target, **alone, **fixed)
+    torch.testing.assert_close(parts.kd, kd, rtol=1e-12, atol=1e-12)
+    assert not parts.ce.requires_grad and not parts.kd.requires_grad
+
+
+def test_unweighted_terms_without_labels() -> None:
+    student, teacher, _ = kd_cases.rows(12, 33)
+    options: dict[str, Any] = {"ce_weight": 0.0, "revise": None}
+    parts = kd_loss_parts(student.requires_grad_(), teacher, unweighted=True, kd_weight=0.5, **options)
+    assert parts.ce == 0 and not parts.kd.requires_grad
+    torch.testing.assert_close(parts.kd, 2 * parts.loss.detach())
+
+
 def test_strided_selection() -> None:
     student, teacher, target = kd_cases.rows(12, 10)
     mask = torch.stack([torch.arange(12) % 3 > 0, torch.ones(12).bool()], dim=1)[:, 0]

@@ -71,9 +71,7 @@ class LRDSDistillationTask(LogitDistillationTask):
     def forward(self, input: Tensor, target: Tensor, selected: Tensor | None = None) -> dict[str, Tensor]:
         """timm's dict: loss, output (the student's logits), and for logs task_loss and kd_loss without their weights.
 
-        input: (B, ...) normalised for the student. target: (B,) or, as Mixup gives it, (B, C). selected: as kd_loss;
-        task_loss is then the sum of the weighted cross-entropies divided by B and by task_loss_weight. A term of weight
-        0 is not computed and is 0 in the logs, except the value of a criterion that is called.
+        input: (B, ...) normalised for the student. target: (B,) or, as Mixup gives it, (B, C). selected: as kd_loss.
         """
         logits = self.trainable_module(input)
         with torch.no_grad():
@@ -82,10 +80,11 @@ class LRDSDistillationTask(LogitDistillationTask):
         options = self.options
         if cross_entropy is None:
             options = {**options, "ce_weight": 0.0, "ce_weight_unselected": 0.0}
-        parts = kd_loss_parts(logits, taught, target, selected=selected, **options, **(cross_entropy or {}))
-        loss, task_loss = parts.loss, parts.ce / (self.task_loss_weight or 1.0)
+        parts = kd_loss_parts(
+            logits, taught, target, selected=selected, unweighted=True, **options, **(cross_entropy or {})
+        )
+        loss, task_loss = parts.loss, parts.ce
         if cross_entropy is None:
             task_loss = self.criterion(logits, target)
             loss = loss + self.task_loss_weight * task_loss
-        kd = parts.kd / (self.distill_loss_weight or 1.0)
-        return {"loss": loss, "output": logits, "task_loss": task_loss, "kd_loss": kd}
+        return {"loss": loss, "output": logits, "task_loss": task_loss, "kd_loss": parts.kd}
