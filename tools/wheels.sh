@@ -16,7 +16,8 @@ PATH="$venv/bin:$PATH" "$python" -m build --no-isolation --outdir "$work" >"$wor
 # not reach.
 PATH="$venv/bin:$PATH" "$python" -m auditwheel repair --wheel-dir "$work/repaired" \
   --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude libgomp.so.1 --exclude 'libcudart.so.*' "$work"/*.whl
-torch=$("$python" -c 'import torch; print(torch.__version__)')
+# The version of the package, which pip finds: torch.__version__ may have a suffix that the index does not.
+torch=$("$python" -c 'from importlib.metadata import version; print(version("torch"))')
 kind=$(unzip -p "$work"/repaired/*.whl lrds_fast/_build.json | "$python" -c '
 import json, sys
 print("cuda" if json.load(sys.stdin)["cuda"] else "cpu")')
