@@ -56,13 +56,21 @@ REGIMES = ("unseen", "clean", "noise")
 
 class Arm(NamedTuple):
     """How a student is trained. revise: None, "published" (at T) or "one" (at temperature 1). deny: None, "ds",
-    "random" or "robust". max_drop: the largest share of the samples that "ds" and "random" deny."""
+    "random" or "robust". max_drop: the largest share of the samples that "ds" and "random" deny. ce_end: the weight of
+    the cross-entropy changes exponentially from ce_weight to ce_end (None: it is constant)."""
 
     ce_weight: float = CE_WEIGHT
     kd_weight: float = KD_WEIGHT
     revise: str | None = None
     deny: str | None = None
     max_drop: float = MAX_DROP
+    ce_end: float | None = None
+
+    def ce_weight_at(self, epoch: int) -> float:
+        """The weight of the cross-entropy in an epoch, counted from 0: that of its middle."""
+        end = self.ce_weight if self.ce_end is None else self.ce_end
+        weight: float = self.ce_weight * (end / self.ce_weight) ** ((epoch + 0.5) / EPOCHS)
+        return weight
 
 
 ARMS = {
@@ -82,6 +90,9 @@ ARMS = {
     "ds-30%-ce1": Arm(ce_weight=1.0, deny="ds", max_drop=0.3),
     "robust": Arm(deny="robust"),
     "robust-ce0.3": Arm(ce_weight=0.3, deny="robust"),
+    "kd-rise": Arm(ce_end=1.0),
+    "lr+ds-rise": Arm(revise="one", deny="ds", ce_end=1.0),
+    "kd-fall": Arm(ce_weight=1.0, ce_end=CE_WEIGHT),
     "alone": Arm(ce_weight=1.0, kd_weight=0.0),
 }
 
@@ -267,6 +278,7 @@ def teacher_of(regime: str, number: int, data: Pictures, cache: Path) -> nn.Modu
 def checkpoint(cache: Path, regime: str, teacher: int, student: int, arm: Arm) -> Path:
     """The student of a pair after SELECT_AFTER epochs, which arms that differ in later epochs only share."""
     weight = "" if arm.ce_weight == CE_WEIGHT else f"_ce{arm.ce_weight:g}"
+    weight += "" if arm.ce_end is None else f"_to{arm.ce_end:g}"
     return cache / f"student_{regime}_{teacher}_{student}_{arm.revise}{weight}.pt"
 
 
@@ -308,17 +320,21 @@ class Pair:
         batches = -(-len(self.images) // BATCH)
         while state.epoch < epochs:
             view = state.epoch % VIEWS
-            teacher_logits = self.teacher_logits(arm, view)
+            teacher_logits, ce_weight = self.teacher_logits(arm, view), arm.ce_weight_at(state.epoch)
 
             def loss_of(
-                model: nn.Module, rows: Tensor, view: int = view, teacher_logits: Tensor = teacher_logits
+                model: nn.Module,
+                rows: Tensor,
+                view: int = view,
+                teacher_logits: Tensor = teacher_logits,
+                ce_weight: float = ce_weight,
             ) -> Tensor:
                 return lrds_fast.kd_loss(
                     run_network(model, normalised(self.views[view][rows])),
                     teacher_logits[rows],
                     self.labels[rows],
                     temperature=TEMPERATURE,
-                    ce_weight=arm.ce_weight,
+                    ce_weight=ce_weight,
                     kd_weight=arm.kd_weight,
                     ce_weight_unselected=1.0,
                     revise="lr" if arm.revise == "published" else None,
@@ -339,7 +355,7 @@ class Pair:
         val_features, val_logits = features_of(model, self.held_out), logits_of(model, self.held_out)
         loss = lrds_fast.KDLoss(
             temperature=TEMPERATURE,
-            ce_weight=arm.ce_weight,
+            ce_weight=arm.ce_weight_at(SELECT_AFTER),
             kd_weight=arm.kd_weight,
             ce_weight_unselected=1.0,
             revise=None,
@@ -497,20 +513,22 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]]:
     """(regime, teacher, student, arms) in the order of their importance: the first regime's primary comparison, then
-    three pairs of every regime, first without and then with tuned KD and selection on top of it, then these pairs'
-    arms of the second registration, then their other arms, then the other pairs."""
+    a rising weight and tuned KD for three pairs of every regime, then these pairs' arms of the other registrations,
+    then their other arms, then the other pairs."""
     primary, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("lr-published", "alone")
     tuned = ("kd-ce0.3", "kd-ce1", "ds-ce1", "lr+ds-ce1")
     second = ("ds-30%", "robust", "robust-ce0.3", "random-30%", "lr+ds-30%", "ds-30%-ce1")
+    weights, third = ("kd", "kd-rise", "kd-ce0.3", "kd-ce1"), ("lr+ds-rise", "kd-fall")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
     yield from ((regimes[0], *pair, primary) for pair in pairs)
-    first, every = (*primary, *tuned), (*primary, *tuned, *second, *rest)
+    yield from ((regime, *pair, weights[:2]) for regime in regimes[:2] for pair in pairs[:3])
     for arms, part in (
-        (primary, pairs[:3]),
-        (first, pairs[:3]),
-        ((*first, *second), pairs[:3]),
-        (every, pairs[:3]),
-        (every, pairs[3:]),
+        (weights, pairs[:1]),
+        (weights, pairs[:3]),
+        ((*weights, *primary, *third), pairs[:3]),
+        ((*weights, *primary, *third, *tuned), pairs[:3]),
+        ((*weights, *primary, *third, *tuned, *second, *rest), pairs[:3]),
+        ((*weights, *primary, *third, *tuned, *second, *rest), pairs[3:]),
     ):
         for regime in regimes:
             yield from ((regime, *pair, arms) for pair in part)
@@ -602,6 +620,15 @@ def registered(results: Mapping[str, Results]) -> list[str]:
             for regime, of_regime in results.items()
         ]
         lines.append(f"{number}. Second registration, `ds-30%` - `{baseline}`, accuracy: {', '.join(parts)}.")
+    for number, (arm, baseline) in enumerate(
+        (("kd-rise", "kd"), ("kd-rise", TUNED), ("lr+ds-rise", "kd-rise")), start=7
+    ):
+        parts = [
+            f"*{regime}* {signed(differences(of_regime, arm, baseline, 'test_acc'), 2)} (NLL"
+            f" {signed(differences(of_regime, arm, baseline, 'test_nll'), 3)})"
+            for regime, of_regime in results.items()
+        ]
+        lines.append(f"{number}. Third registration, `{arm}` - `{baseline}`, accuracy: {', '.join(parts)}.")
     return lines
 
 
