@@ -364,11 +364,26 @@ def search_suite() -> list[Arm]:
     return arms + tuned
 
 
+def rising_suite() -> list[Arm]:
+    """A cross-entropy weight that changes over the epochs, alone and with revision and selection."""
+    capped, match = Selection("confidence", 2, cap=0.1), Selection("match")
+    return [
+        Arm("rise", rises_to=1.0),
+        Arm("rise0.5", rises_to=0.5),
+        Arm("rise_from0.3", ce=0.3, rises_to=1.0),
+        Arm("fall", ce=1.0, rises_to=0.1),
+        Arm("lr1_0.8+rise", revision=Revision(), rises_to=1.0),
+        Arm("z2cap+rise", selection=capped, rises_to=1.0),
+        Arm("lr1+z2cap+rise", revision=Revision(), selection=capped, rises_to=1.0),
+        Arm("match+rise", selection=match, rises_to=1.0),
+    ]
+
+
 def all_suites() -> list[Arm]:
-    return first_suite() + search_suite()
+    return first_suite() + search_suite() + rising_suite()
 
 
-SUITES = {"first": first_suite, "search": search_suite, "all": all_suites}
+SUITES = {"first": first_suite, "search": search_suite, "rising": rising_suite, "all": all_suites}
 
 
 # --- Running --------------------------------------------------------------------------------------------------------

@@ -212,7 +212,8 @@ class Arm:
 
     Cross-entropy weights: ce for rows with the teacher (None: the one of CE_WEIGHTS with which plain KD has the lowest
     NLL on the held-out slice); unselected for denied rows (None: `ce`); ce_wrong for rows where the teacher is wrong
-    (None: `ce`); score_ce in the objective of the scores (None: that of training).
+    (None: `ce`); score_ce in the objective of the scores (None: that of training). rises_to: the weight of the rows
+    with the teacher changes exponentially from ce to it over all epochs (None: it is constant).
     keeps_teacher: denied rows keep the teacher, and only their cross-entropy weight changes. rescored: samples are
     scored again after two thirds of the epochs. late: they are scored for the first time then. folds: the number of
     folds for the standard error. on_training: the training samples replace the held-out slice; for each sample, the
@@ -232,6 +233,13 @@ class Arm:
     score_ce: float | None = None
     folds: int = FOLDS
     on_training: bool = False
+    rises_to: float | None = None
+
+    @property
+    def growth(self) -> float:
+        """rises_to / ce; 1 if the weight is constant."""
+        assert self.ce is not None
+        return 1.0 if self.rises_to is None else self.rises_to / self.ce
 
     def at(self, ce: float) -> Arm:
         """The arm with `ce` as its cross-entropy weight, unless it has a weight itself."""
@@ -287,11 +295,13 @@ class Training:
 
 @dataclass
 class Objective:
-    """c, k (N,) and p' (N, C) of the module's formula."""
+    """c, k (N,) and p' (N, C) of the module's formula. c is ce * growth ** t, where growth has shape (N,) and t is the
+    finished share of the epochs in the middle of an epoch."""
 
     ce: Tensor
     kd: Tensor
     target: Tensor
+    growth: Tensor
 
 
 State = list[Tensor]
@@ -389,16 +399,20 @@ def _train_group(
         moments = {"step": torch.tensor(float(step)), "exp_avg": mean, "exp_avg_sq": square}
         optimizer.state[weight.requires_grad_()].update(moments)
     temperature = problem.temperature
-    ce, kd = (torch.stack([getattr(o, key) for o in objectives])[..., None] for key in ("ce", "kd"))
-    kd = temperature * kd
-    # c e_y + k T p', what does not depend on the student, (N, A, C): a batch's rows are gathered in long pieces.
-    fixed = (kd * torch.stack([o.target for o in objectives]) + ce * F.one_hot(problem.y, problem.classes)).transpose(
-        0, 1
+    start, kd, growth = (
+        torch.stack([getattr(o, key) for o in objectives])[..., None] for key in ("ce", "kd", "growth")
     )
-    fixed = fixed.contiguous()
+    kd = temperature * kd
+    labels, ce = F.one_hot(problem.y, problem.classes), start
+    # c e_y + k T p', what does not depend on the student, (N, A, C): a batch's rows are gathered in long pieces.
+    taught = kd * torch.stack([o.target for o in objectives])
+    fixed = (taught + ce * labels).transpose(0, 1).contiguous()
     steps = per_epoch * problem.epochs
     order = orders(problem)
     for epoch in range(*span):
+        if (growth != 1.0).any():
+            ce = start * growth ** ((epoch + 0.5) / problem.epochs)
+            fixed = (taught + ce * labels).transpose(0, 1).contiguous()
         for rows in order[epoch].split(training.batch):
             optimizer.param_groups[0]["lr"] = training.rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
             logits = logits_of(weights, problem.x[rows])
@@ -428,14 +442,15 @@ def objective_of(arm: Arm, problem: Problem, weight: Tensor | None) -> Objective
     ce = w * ce + (1.0 - w) * arm.unselected
     kd = torch.full_like(w, arm.kd) if arm.keeps_teacher else arm.kd * w
     target = torch.softmax(revised_logits(v, y, arm.revision, problem.temperature) / problem.temperature, dim=1)
-    return Objective(ce, kd, target)
+    return Objective(ce, kd, target, torch.where(w > 0, arm.growth, 1.0))
 
 
 def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The library's kd_gain (N,) under the arm's objective, its standard error over held-out folds;
     the divergence (N,) and the student's logits."""
     assert arm.ce is not None and arm.unselected is not None
-    ce = arm.ce if arm.score_ce is None else arm.score_ce
+    # A third of the epochs is finished, or two thirds; a weight that rises is that of the first.
+    ce = arm.ce * arm.growth ** (1 / 3) if arm.score_ce is None else arm.score_ce
     weights = stacked([state[:6]])
     with torch.no_grad():
         h, val_h = hidden_of(weights, problem.x)[0], hidden_of(weights, problem.val_x)[0]
@@ -490,6 +505,7 @@ class Trunk(NamedTuple):
     kd: float
     ce_wrong: float | None
     revision: Revision | None
+    growth: float
 
 
 def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[str, float]]:
@@ -499,7 +515,7 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     """
     first, second = problem.epochs // 3, 2 * problem.epochs // 3
     # Before there are scores, arms with the same objective share a student.
-    trunk_of = [Trunk(arm.ce, arm.kd, arm.ce_wrong, arm.revision) for arm in arms]
+    trunk_of = [Trunk(arm.ce, arm.kd, arm.ce_wrong, arm.revision, arm.growth) for arm in arms]
     trunks = list(dict.fromkeys(trunk_of))
     leaders = [arms[trunk_of.index(trunk)] for trunk in trunks]
     start = initial(problem, training)
@@ -514,7 +530,7 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     def weight_of(arm: Arm, state: State, when: object) -> Tensor | None:
         if arm.selection is None or (arm.late and isinstance(when, Trunk)):
             return None
-        key = (when, arm.unselected, arm.score_ce, arm.folds, arm.on_training)
+        key = (when, arm.unselected, arm.growth, arm.score_ce, arm.folds, arm.on_training)
         if key not in cached:
             cached[key] = scores(arm, problem, state)
         return kept(arm.selection, Scored(*cached[key], problem.y, problem.v, order, problem.corrupted))

@@ -205,6 +205,8 @@ def test_divergences_and_their_options() -> None:
         (["loss.divergence_options=3"], "loss.divergence_options must be a table"),
         (["loss.temperatures=[1, 0]"], "loss.temperatures must be above 0"),
         (["loss.kd_warmup_epochs=-1"], "loss.kd_warmup_epochs must be at least 0"),
+        (["loss.ce_weight=0", "loss.ce_weight_end=1"], "loss.ce_weight must be above 0, .*ce_weight_end = 1; got 0"),
+        (["loss.ce_weight_end=0"], "loss.ce_weight_end must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             load_recipe("digits_kd", settings)

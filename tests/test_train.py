@@ -489,6 +489,8 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path: Path) -> None
     "loss",
     [
         {"loss.divergence": "dkd", "loss.divergence_options": {"beta": 2.0}, "loss.kd_warmup_epochs": 2},
+        # 0.1414 * 2 ** (2 t) is 0.2 and 0.4 in the middle of two epochs.
+        {"loss.ce_weight": 0.1 * 2**0.5, "loss.ce_weight_end": 0.4 * 2**0.5},
         {"loss.divergence": "mse_logits", "loss.revise": "none"},
         {"loss.temperatures": [2.0, 4.0], "loss.standardize": True, "loss.revise": "mft"},
         {"loss.divergence": "jsd", "loss.divergence_options": {"weight": 0.3}, "loss.revise": "swap"},
@@ -518,6 +520,8 @@ def test_the_family_of_losses_in_a_recipe(tmp_path: Path, loss: dict[str, Any]) 
                 guide(batch.images),
                 batch.targets,
                 temperature=chosen.loss.temperatures or chosen.loss.temperature,
+                ce_weight=0.1 if chosen.loss.ce_weight_end is None else (0.2, 0.4)[epoch],
+                ce_weight_unselected=1.0,
                 kd_weight=0.9 * (0.5 if epoch == 0 and chosen.loss.kd_warmup_epochs else 1.0),
                 revise={"none": None}.get(chosen.loss.revise, chosen.loss.revise),
                 divergence=divergence,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ import lrds_fast
 from lrds_fast.recipe.recipe import LossOptions
 from lrds_fast.train import load_recipe
 from lrds_fast.train.methods import objective
+from lrds_fast.train.setup import ce_weight_unselected
 
 DOUBLE = torch.float64
 MLKD: dict[str, Any] = {
@@ -61,7 +63,7 @@ def test_two_views_are_the_formula(rows: int, revise: str) -> None:
     z.requires_grad_()
     z2.requires_grad_()
     measure = objective(LossOptions(**(MLKD | {"revise": revise})))
-    parts = measure(z, v, y, selected=None, kd_weight=0.9, strong=(z2, v2))
+    parts = measure(z, v, y, selected=None, strong=(z2, v2))
     kd = by_hand(z, v, z2, v2, y, revise == "lr")
     wanted = 0.3 * (F.cross_entropy(z, y) + F.cross_entropy(z2, y)) + 0.9 * kd
     torch.testing.assert_close(parts.loss, wanted, rtol=1e-9, atol=1e-10)
@@ -76,14 +78,14 @@ def test_rows_without_a_teacher_have_the_cross_entropy_of_both_views() -> None:
     measure = objective(LossOptions(**(MLKD | {"ce_weight_unselected": 1.5})))
     mask = torch.arange(12) < 5
     poisoned = [x.masked_fill(~mask[:, None], math.nan) for x in (v, v2)]
-    masked = measure(z, poisoned[0], y, selected=mask, kd_weight=0.9, strong=(z2, poisoned[1]))
-    prefix = measure(z, v[:5], y, selected=None, kd_weight=0.9, strong=(z2, v2[:5]))
+    masked = measure(z, poisoned[0], y, selected=mask, strong=(z2, poisoned[1]))
+    prefix = measure(z, v[:5], y, selected=None, strong=(z2, v2[:5]))
     torch.testing.assert_close(masked.loss, prefix.loss, rtol=1e-9, atol=1e-10)
     weights = torch.full((12,), 1.5, dtype=DOUBLE).masked_fill(mask, 0.3)
     ce = sum((weights * F.cross_entropy(x, y, reduction="none")).mean() for x in (z, z2))
     kd = by_hand(z[:5], v[:5], z2[:5], v2[:5], y[:5], False)
     torch.testing.assert_close(prefix.loss, ce + 0.9 * 5 / 12 * kd, rtol=1e-9, atol=1e-10)
-    none = measure(z, v[:0], y, selected=None, kd_weight=0.9, strong=(z2, v2[:0]))
+    none = measure(z, v[:0], y, selected=None, strong=(z2, v2[:0]))
     unselected = 1.5 * (F.cross_entropy(z, y) + F.cross_entropy(z2, y))
     torch.testing.assert_close(none.loss, unselected, rtol=1e-9, atol=1e-10)
     assert (int(none.n_selected), int(prefix.n_selected), int(masked.n_selected)) == (0, 5, 5)
@@ -96,9 +98,12 @@ def test_the_loss_equals_the_sum_of_its_parts(method: str, teacher_rows: int) ->
     z, v, z2, v2, y = views(12, 6)
     options = LossOptions(method=method.split(",")[0], ce_weight=0.3, kd_weight=0.9, label_smoothing=0.1)  # type: ignore[arg-type]
     more: dict[str, Any] = {"strong": (z2, v2[:teacher_rows])} if "views" in method else {}
-    measure = objective(options)
+    # A number, because the default depends on kd_weight.
+    options = dataclasses.replace(options, ce_weight_unselected=ce_weight_unselected(options))
     whole, half, shared = (
-        measure(z, v[:teacher_rows], y, selected=None, kd_weight=weight, num_valid=rows, **more)
+        objective(dataclasses.replace(options, kd_weight=weight))(
+            z, v[:teacher_rows], y, selected=None, num_valid=rows, **more
+        )
         for weight, rows in ((0.9, None), (0.45, None), (0.9, 24.0))
     )
     for parts in (whole, half, shared):
@@ -113,7 +118,7 @@ def test_views_of_other_shapes_are_refused() -> None:
     z, v, z2, v2, y = views(12, 6)
     measure = objective(LossOptions(**MLKD))
     with pytest.raises(ValueError, match=r"strong must have the logits' shapes \(12, 6\) and \(12, 6\); got \(11, 6\)"):
-        measure(z, v, y, selected=None, kd_weight=0.9, strong=(z2[1:], v2))
+        measure(z, v, y, selected=None, strong=(z2[1:], v2))
 
 
 def test_recipes_name_the_strong_data_they_need() -> None:

@@ -18,7 +18,7 @@ from lrds_fast.recipe.recipe import LossOptions, from_mapping
 from lrds_fast.selection import Selection, dataset_fingerprint
 from lrds_fast.train import train
 from lrds_fast.train.methods import objective
-from lrds_fast.train.setup import kd_factor, scored_loss
+from lrds_fast.train.setup import in_epoch, scored_loss
 from lrds_fast.train.totals import Totals
 
 ROWS, CLASSES, WIDTH = 40, 5, 6
@@ -93,6 +93,7 @@ def scored(p: dict[str, Tensor], loss: KDLoss, *, curved: bool) -> Tensor:
 OBJECTIVES: dict[str, tuple[dict[str, Any], int, bool]] = {
     "default": ({}, 0, True),
     "warming up": ({"kd_warmup_epochs": 5}, 1, True),
+    "a rising weight": ({"ce_weight_end": 1.0, "kd_warmup_epochs": 2}, 1, True),
     "warming up, sums above 1": ({"kd_warmup_epochs": 4, "ce_weight": 0.5, "kd_weight": 2.0}, 0, True),
     "revised less": ({"eta": 0.95, "temperature": 2.0}, 0, True),
     "unrevised": ({"revise": "none"}, 0, True),
@@ -115,14 +116,14 @@ def test_scores_are_differences_of_the_trained_objective(name: str) -> None:
     """The curvature of a divergence other than KL is exact at q = p' at most: those are compared with H = I."""
     values, epoch, curved = OBJECTIVES[name]
     options, p = LossOptions(**values), problem()
-    measure = objective(options)
+    chosen = recipe(**{f"loss.{key}": value for key, value in values.items()} | {"schedule.epochs": 8})
+    measure = objective(in_epoch(options, epoch, 8))
 
     def trained(w: Tensor, mask: Tensor) -> Tensor:
-        warm = options.kd_weight * kd_factor(options, epoch)
-        return measure(p["h"] @ w.T, p["v"], p["y"], selected=mask, kd_weight=warm).loss
+        return measure(p["h"] @ w.T, p["v"], p["y"], selected=mask).loss
 
     expected = differences(p, trained, curved=curved)
-    actual = scored(p, scored_loss(options, epoch), curved=curved)
+    actual = scored(p, scored_loss(chosen, epoch), curved=curved)
     assert expected.norm() > 0.1
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -170,6 +171,18 @@ def test_scored_in_training_by_the_objective_of_the_epoch(tmp_path: Path) -> Non
         assert isinstance(loss, dict)
         weights.append((loss["kd_weight"], loss["resolved_ce_weight_unselected"]))
     assert weights == [(pytest.approx(0.45), 1.0), (pytest.approx(0.9), 1.0)]
+
+
+def test_the_weights_of_an_epoch() -> None:
+    options = LossOptions(ce_weight=0.1, ce_weight_end=1.0, kd_weight=0.9, kd_warmup_epochs=2)
+    by_epoch = [in_epoch(options, epoch, 5) for epoch in (0, 2, 4, None)]
+    assert [each.ce_weight for each in by_epoch] == pytest.approx([10**-0.9, 10**-0.5, 10**-0.1, 1.0])
+    assert [each.kd_weight for each in by_epoch] == pytest.approx([0.45, 0.9, 0.9, 0.9])
+    assert {each.ce_weight_unselected for each in by_epoch} == {1.0}
+    falling = in_epoch(LossOptions(ce_weight=2.0, ce_weight_end=0.5), 0, 1)
+    assert falling.ce_weight == pytest.approx(1.0)
+    constant = LossOptions(ce_weight=0.0, ce_weight_unselected=0.2)
+    assert in_epoch(constant, 3, 5) == constant
 
 
 def test_without_a_teacher_a_sample_keeps_the_weight_of_the_warmed_up_loss(tmp_path: Path) -> None:

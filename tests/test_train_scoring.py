@@ -65,7 +65,7 @@ def test_scores_are_the_last_layers(noise: float) -> None:
         val_logits=held_out.logits,
         val_target=data.val.labels,
         scores=NAMES,
-        loss=scored_loss(chosen.loss),
+        loss=scored_loss(chosen),
     )
     found = run.score(chosen, progress=False)
     assert list(found) == list(NAMES)

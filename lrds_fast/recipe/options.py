@@ -166,6 +166,10 @@ class LossOptions:
     standardize: Annotated[bool, about("standardize the logits of each row (logit standardization)")] = False
     kd_warmup_epochs: Annotated[NotNegativeInt, about("epochs over which kd_weight grows to its value")] = 0
     ce_weight: Annotated[NotNegative, about("weight of the cross-entropy")] = 0.1
+    ce_weight_end: Annotated[
+        OrNone[Positive],
+        about("weight of the cross-entropy at the end: it changes exponentially, by the epoch; none: it is constant"),
+    ] = None
     kd_weight: Annotated[NotNegative, about("weight of the distillation term")] = 0.9
     ce_weight_unselected: Annotated[
         OrNone[NotNegative], about("weight of the cross-entropy of unselected samples; none: kd_loss's default")
@@ -185,6 +189,11 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         self.chosen_divergence()
+        if self.ce_weight_end is not None and not self.ce_weight > 0:
+            raise ValueError(
+                f"loss.ce_weight must be above 0, from where it goes to loss.ce_weight_end = {self.ce_weight_end:g};"
+                f" got {self.ce_weight:g}"
+            )
         if self.method == "kd":
             return
         if self.divergence != "kl" or self.standardize:

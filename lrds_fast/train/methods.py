@@ -17,7 +17,7 @@ from lrds_fast.topk import TopKTeacher
 from lrds_fast.train.setup import ce_weight_unselected, loss_arguments
 
 Objective = Callable[..., KDLossParts]
-"""(student logits (N, C), teacher logits (K, C), target (N,), *, selected, kd_weight, grad_scale, num_valid) -> parts.
+"""(student logits (N, C), teacher logits (K, C), target (N,), *, selected, grad_scale, num_valid) -> parts.
 K = N with `selected` (N,) bool or None; K < N where the first K rows are the selected ones. num_valid: the divisor of
 sums over rows where other processes or micro-batches have rows of the same batch; None is N. "mlkd" also takes
 `strong`: None, or (student logits, teacher logits) of the same rows in their second view."""
@@ -61,7 +61,6 @@ def _kd(options: LossOptions) -> Objective:
         y: Tensor,
         *,
         selected: Tensor | None,
-        kd_weight: float,
         grad_scale: Any = None,
         num_valid: Tensor | float | None = None,
     ) -> KDLossParts:
@@ -69,7 +68,7 @@ def _kd(options: LossOptions) -> Objective:
             z,
             v,
             y,
-            **(arguments | {"kd_weight": kd_weight}),
+            **arguments,
             **_teacher_keywords(v, selected),
             grad_scale=grad_scale,
             num_valid=num_valid,
@@ -110,9 +109,7 @@ def _rows_with_teacher(z: Tensor, v: Tensor, y: Tensor, selected: Tensor | None)
 
 
 def _dist(options: LossOptions) -> Objective:
-    def parts(
-        z: Tensor, v: Tensor, y: Tensor, *, selected: Tensor | None, kd_weight: float, grad_scale: Any = None
-    ) -> KDLossParts:
+    def parts(z: Tensor, v: Tensor, y: Tensor, *, selected: Tensor | None, grad_scale: Any = None) -> KDLossParts:
         ce_parts = _cross_entropy(z, v, y, selected, options)
         student, teacher, target = _rows_with_teacher(z, v, y, selected)
         if len(student) < 2:  # no correlation between samples
@@ -124,7 +121,7 @@ def _dist(options: LossOptions) -> Objective:
             )
             teacher = t * revised.clamp_min(torch.finfo(revised.dtype).tiny).log()
         share = len(student) / len(z)
-        kd = kd_weight * share * lrds_fast.dist_loss(student, teacher, temperature=t)
+        kd = options.kd_weight * share * lrds_fast.dist_loss(student, teacher, temperature=t)
         return ce_parts._replace(loss=ce_parts.loss + kd, kd=kd.detach())
 
     return parts
@@ -137,13 +134,12 @@ def _mlkd(options: LossOptions) -> Objective:
         y: Tensor,
         *,
         selected: Tensor | None,
-        kd_weight: float,
         grad_scale: Any = None,
         strong: tuple[Tensor, Tensor] | None = None,
     ) -> KDLossParts:
         ce_parts = _cross_entropy(z, v, y, selected, options)
         if strong is not None:
-            kd = kd_weight * mlkd_views(z, v, y, strong, selected=selected, options=options)
+            kd = options.kd_weight * mlkd_views(z, v, y, strong, selected=selected, options=options)
             strong_ce = _cross_entropy(*strong, y, selected, options)
             loss = ce_parts.loss + strong_ce.loss + kd
             return ce_parts._replace(loss=loss, ce=ce_parts.ce + strong_ce.ce, kd=kd.detach())
@@ -157,7 +153,7 @@ def _mlkd(options: LossOptions) -> Objective:
             temperature=options.temperatures or options.temperature,
             ce_weight=0.0,
             ce_weight_unselected=0.0,
-            kd_weight=kd_weight,
+            kd_weight=options.kd_weight,
             revise=options.revise,
             eta=options.eta,
             revise_temperature=options.revise_temperature,
@@ -219,9 +215,7 @@ def mlkd_views(
 
 
 def _revision(options: LossOptions) -> Objective:
-    def parts(
-        z: Tensor, v: Tensor, y: Tensor, *, selected: Tensor | None, kd_weight: float, grad_scale: Any = None
-    ) -> KDLossParts:
+    def parts(z: Tensor, v: Tensor, y: Tensor, *, selected: Tensor | None, grad_scale: Any = None) -> KDLossParts:
         ce_parts = _cross_entropy(z, v, y, selected, options)
         student, teacher, target = _rows_with_teacher(z, v, y, selected)
         ce = kd = ce_parts.loss.new_zeros(())
@@ -229,7 +223,7 @@ def _revision(options: LossOptions) -> Objective:
             revised = lrds_fast.revision_loss(
                 student, teacher, target, lambda1=options.lambda1, lambda2=options.lambda2, eta=options.eta
             )
-            kd = kd_weight * len(student) / len(z) * revised
+            kd = options.kd_weight * len(student) / len(z) * revised
         if len(student) < len(z):
             rest = z[len(v) :] if selected is None else z[~selected]
             labels = y[len(v) :] if selected is None else y[~selected]

@@ -81,7 +81,7 @@ def rescore(
         student,
         teacher,
         names=[name for name in names if data.val is not None or not needs_held_out(name)],
-        loss=scored_loss(recipe.loss, epoch),
+        loss=scored_loss(recipe, epoch),
         selected=selected,
         progress=progress,
     )

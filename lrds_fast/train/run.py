@@ -194,7 +194,7 @@ def _scored(recipe: Recipe, device: torch.device, progress: bool) -> influence.S
         student.to(device),
         teacher.to(device) if teacher_logits is None else teacher_logits,
         names=names,
-        loss=scored_loss(recipe.loss),
+        loss=scored_loss(recipe),
         selected=None if selection is None else torch.as_tensor(selection.mask).cpu(),
         progress=progress,
     )

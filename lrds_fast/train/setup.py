@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -114,14 +115,32 @@ def autocast_factory(amp: str, device: torch.device) -> Callable[[], AbstractCon
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
+def in_epoch(options: LossOptions, epoch: int | None, epochs: int) -> LossOptions:
+    """The options with the weights of `epoch`, counted from 0, of so many epochs; None: with those at the end.
+
+    With ce_weight_end the cross-entropy's weight is ce_weight * (ce_weight_end / ce_weight)^t, where t is the finished
+    share of the epochs in the middle of the epoch. ce_weight_unselected becomes a number and depends on neither change.
+    """
+    ce_weight = options.ce_weight
+    if options.ce_weight_end is not None:
+        ce_weight *= (options.ce_weight_end / ce_weight) ** (1.0 if epoch is None else (epoch + 0.5) / epochs)
+    return dataclasses.replace(
+        options,
+        ce_weight=ce_weight,
+        ce_weight_end=None,
+        kd_weight=options.kd_weight * (1.0 if epoch is None else kd_factor(options, epoch)),
+        ce_weight_unselected=ce_weight_unselected(options),
+    )
+
+
 def kd_factor(options: LossOptions, epoch: int) -> float:
     """The factor of kd_weight in `epoch`, counted from 0: below 1 while it warms up."""
     return min((epoch + 1) / options.kd_warmup_epochs, 1.0) if options.kd_warmup_epochs else 1.0
 
 
 def ce_weight_unselected(options: LossOptions) -> float:
-    """The cross-entropy weight of samples without teacher. Its default depends on the full kd_weight, also while that
-    warms up."""
+    """The cross-entropy weight of samples without teacher. Its default depends on ce_weight and on the full kd_weight,
+    also while they change."""
     weight = options.ce_weight_unselected
     return default_ce_weight_unselected(options.ce_weight, options.kd_weight) if weight is None else weight
 
@@ -131,15 +150,14 @@ def resolved(recipe: Recipe) -> Recipe:
     return recipe.with_values(**{"loss.ce_weight_unselected": ce_weight_unselected(recipe.loss)})
 
 
-def scored_loss(options: LossOptions, epoch: int | None = None) -> KDLoss:
-    """The loss by which influence scores samples: kd_loss as in `epoch`, counted from 0, with that epoch's kd_weight;
-    None is after the warm-up.
+def scored_loss(recipe: Recipe, epoch: int | None = None) -> KDLoss:
+    """The loss by which influence scores samples: kd_loss as in `epoch`, counted from 0, with that epoch's weights;
+    None: with those at the end.
 
     For loss.method "dist", "mlkd" and "revision" it is kd_loss with their weights, temperature and revision: these
     losses compare rows with each other, so that one sample's teacher contributes no separate term.
     """
-    factor = 1.0 if epoch is None else kd_factor(options, epoch)
-    return KDLoss(**(loss_arguments(options) | {"kd_weight": options.kd_weight * factor}))
+    return KDLoss(**loss_arguments(in_epoch(recipe.loss, epoch, recipe.schedule.epochs)))
 
 
 def loss_arguments(options: LossOptions) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lrds_fast.train.setup import (
     autocast_factory,
     available_amp,
     build_optimizer,
+    in_epoch,
     kd_factor,
     loss_arguments,
     lr_factor,
@@ -89,7 +90,6 @@ class Step:
         self._memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.amp = available_amp(options.amp, device, emulated=options.amp_emulated)
         self.autocast = autocast_factory(self.amp, device)
-        self._objective = objective(recipe.loss)
         self._loss_arguments = loss_arguments(recipe.loss)
         # Label revision is measured in the first steps of an epoch.
         revises = recipe.loss.revise != "none" and recipe.loss.divergence != "rld"
@@ -127,6 +127,7 @@ class Step:
         self._epoch = epoch
         self._selected = selected
         self._num_selected = 0 if selected is None else int(selected.sum())
+        self._objective = objective(in_epoch(self.recipe.loss, epoch, self.recipe.schedule.epochs))
         self._kd_factor = kd_factor(self.recipe.loss, epoch)
         self.totals = Totals(self.device)
         self._predicted_now = torch.full_like(self.predicted, -1)
@@ -286,7 +287,6 @@ class Step:
             teacher_logits,
             micro.labels,
             selected=mask,
-            kd_weight=self.recipe.loss.kd_weight * self._kd_factor,
             num_valid=micro.denominator,
             # The loss multiplies by the scale in float32, before it rounds its gradient to half precision.
             grad_scale=self.scaler._scale if self.scaler.is_enabled() else None,
