@@ -4,6 +4,7 @@
 # make test-full make test, the slow tests, comparisons with other packages, and the three targets below
 # make test-cuda   compiles the CUDA kernels for every architecture; checks registers and machine code, loads the extension
 # make test-compat the adapters, examples and snippets on the libraries that they are for, which it installs
+# make test-compat-oldest  the adapters on the oldest versions that pyproject.toml allows
 # make test-cpu    a build against a CPU-only torch
 # make test-python the fast Python tests alone: what make test runs after the linters
 # make coverage  the same with the lines of lrds_fast that they run: a table, coverage/index.html and coverage/coverage.xml;
@@ -27,7 +28,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-full test-cuda test-cpu test-compat test-python coverage docs wheels bench gpu-check format lint tidy venv clean
+.PHONY: demo test test-full test-cuda test-cpu test-compat test-compat-oldest test-python coverage docs wheels bench gpu-check format lint tidy venv clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -97,6 +98,9 @@ test-cpu: venv
 # -rs prints why a test is still skipped.
 test-compat: venv $(VENV)/compat
 	$(PYTEST) $(FAST) -rs tests/test_compat_*.py tests/test_examples.py tests/test_docs.py
+
+test-compat-oldest: venv $(VENV)/compat
+	@OMP_NUM_THREADS=1 tools/compat_oldest.sh "$(VENV)"
 
 test-full: test-cpu test-cuda lint tidy $(VENV)/peers
 	$(PYTEST) -m "not nvcc" --durations=30

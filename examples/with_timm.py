@@ -41,6 +41,7 @@ def train(task: torch.nn.Module, model: torch.nn.Module, epochs: int) -> float:
 
 
 teacher, student = vit(32, 2), vit(32, 1)
-print(f"teacher: test accuracy {train(ClassificationTask(teacher, verbose=False), teacher, 10):.1%}")
+alone = ClassificationTask(teacher, torch.nn.CrossEntropyLoss(), verbose=False)
+print(f"teacher: test accuracy {train(alone, teacher, 10):.1%}")
 task = LRDSDistillationTask(student, teacher, task_loss_weight=0.1, temperature=4.0, revise="lr", verbose=False)
 print(f"student: test accuracy {train(task, student, 10):.1%}")

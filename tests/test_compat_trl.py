@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -69,6 +70,8 @@ def test_revision_needs_labels_and_is_kd_loss() -> None:
 @pytest.mark.parametrize("count", [None, 50])
 def test_the_chunked_loss_is_trls(beta: float, count: int | None) -> None:
     theirs = pytest.importorskip("trl.trainer.distillation_trainer", exc_type=ImportError)._chunked_divergence_loss
+    if "chunk_size" in inspect.signature(theirs).parameters:
+        pytest.skip("this TRL's function has other arguments; its twin follows TRL 1.16")
     generator = torch.Generator().manual_seed(0)
     hidden, taught = (torch.randn(B, T, size, generator=generator) for size in (5, 6))
     head, its = (torch.randn(V, size, generator=generator) for size in (5, 6))

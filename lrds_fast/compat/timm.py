@@ -1,4 +1,4 @@
-"""Label revision and data selection in timm's training tasks (timm >= 1.0.23, which has timm.task).
+"""Label revision and data selection in timm's training tasks (timm >= 1.0.27, which has timm.task).
 
 In timm's train.py one import changes, `LogitDistillationTask` keeps its name and its options:
 
@@ -20,7 +20,7 @@ try:
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
     from timm.task import LogitDistillationTask
 except ImportError as error:
-    raise ImportError(f"lrds_fast.compat.timm needs timm >= 1.0.23: pip install 'timm>=1.0.23' ({error})") from error
+    raise ImportError(f"lrds_fast.compat.timm needs timm >= 1.0.27: pip install 'timm>=1.0.27' ({error})") from error
 
 
 class LRDSDistillationTask(LogitDistillationTask):
@@ -67,6 +67,12 @@ class LRDSDistillationTask(LogitDistillationTask):
         if type(criterion) is LabelSmoothingCrossEntropy:
             return {"label_smoothing": criterion.smoothing}
         return {} if type(criterion) is SoftTargetCrossEntropy else None
+
+    def train(self, mode: bool = True) -> LRDSDistillationTask:
+        """As nn.Module.train, with the teacher in evaluation mode, also with timm before 1.0.31."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     def forward(self, input: Tensor, target: Tensor, selected: Tensor | None = None) -> dict[str, Tensor]:
         """timm's dict: loss, output (the student's logits), and for logs task_loss and kd_loss without their weights.
