@@ -513,8 +513,8 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]]:
     """(regime, teacher, student, arms) in the order of their importance: the first regime's primary comparison, then
-    a rising weight and tuned KD for three pairs of every regime, then these pairs' arms of the other registrations,
-    then their other arms, then the other pairs."""
+    the other weights, rising, constant and falling, for the first and then for three pairs of every regime, then these
+    pairs' arms of the other registrations, then their other arms, then the other pairs."""
     primary, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("lr-published", "alone")
     tuned = ("kd-ce0.3", "kd-ce1", "ds-ce1", "lr+ds-ce1")
     second = ("ds-30%", "robust", "robust-ce0.3", "random-30%", "lr+ds-30%", "ds-30%-ce1")
@@ -523,7 +523,7 @@ def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]
     yield from ((regimes[0], *pair, primary) for pair in pairs)
     yield from ((regime, *pair, weights[:2]) for regime in regimes[:2] for pair in pairs[:3])
     for arms, part in (
-        (weights, pairs[:1]),
+        ((*weights, *third), pairs[:1]),
         (weights, pairs[:3]),
         ((*weights, *primary, *third), pairs[:3]),
         ((*weights, *primary, *third, *tuned), pairs[:3]),
