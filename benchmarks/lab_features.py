@@ -376,6 +376,7 @@ def rising_suite() -> list[Arm]:
         Arm("z2cap+rise", selection=capped, rises_to=1.0),
         Arm("lr1+z2cap+rise", revision=Revision(), selection=capped, rises_to=1.0),
         Arm("match+rise", selection=match, rises_to=1.0),
+        Arm("robust_late+rise", selection=Selection("robust", 3.0), late=True, rises_to=1.0),
     ]
 
 

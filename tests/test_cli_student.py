@@ -49,7 +49,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     assert cli.main(["train", "digits_teacher", *QUIET, "--epochs", "4", "--out", str(folder / "teacher")]) == cli.OK
     arguments = ["--epochs", str(EPOCHS), "--seed", "3", "--out", str(folder / "student")]
-    arguments += ["--set", "run.ema_decay=0.5", "--set", f"teacher.checkpoint={folder / 'teacher' / 'last.pt'}"]
+    arguments += [
+        "--set",
+        "run.ema_decay=0.5",
+        "--set",
+        "loss.ce_weight_end=1",
+        "--set",
+        f"teacher.checkpoint={folder / 'teacher' / 'last.pt'}",
+    ]
     assert cli.main(["train", "digits_kd_lr", *QUIET, *arguments]) == cli.OK
     return folder
 
@@ -380,6 +387,7 @@ def test_the_card_has_the_runs_numbers(runs: Path, exported: Path) -> None:
     assert f"| test | {100 * last['test_acc']:.2f} | {last['test_ce']:.4f} | {last['test_ece']:.4f} |" in text
     assert f"| val | {100 * last['val_acc']:.2f} |" in text and f"After epoch {EPOCHS}." in text
     assert "| teacher | `mlp_8x16_128` |" in text and "label revision `lr` with eta 0.8 at temperature 1" in text
+    assert "cross-entropy, weight 0.1, at the end 1;" in text
     assert "moving average of the weights, decay 0.5" in text and f"{EPOCHS} epochs, batch size 32, sgd" in text
     assert "| these weights | cc-by-4.0 |" in text and "| the teacher's weights, mlp_8x16_128 | mit |" in text
     assert "| the data, two_digit_numbers | unknown |" in text

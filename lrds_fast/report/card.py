@@ -129,9 +129,10 @@ def _loss(loss: LossOptions) -> str:
     name = f"divergence `{loss.divergence}`" if loss.method == "kd" else f"loss `{loss.method}`"
     temperature = ", ".join(f"{value:g}" for value in loss.temperatures or (loss.temperature,))
     standardized = " of standardized logits" if loss.standardize else ""
+    end = "" if loss.ce_weight_end is None else f", at the end {loss.ce_weight_end:g}"
     return (
         f"{name}{standardized} at T = {temperature}, weight {loss.kd_weight:g}; cross-entropy, weight"
-        f" {loss.ce_weight:g}"
+        f" {loss.ce_weight:g}{end}"
     )
 
 
