@@ -148,6 +148,23 @@ def test_models_trained_together_are_the_models_trained_alone_in_plain_pytorch()
             torch.testing.assert_close(layer.weight.detach().T, weight, rtol=1e-3, atol=1e-4)
 
 
+def test_a_rising_weight_is_a_new_constant_in_every_epoch() -> None:
+    """Denied rows keep theirs."""
+    data = problem(epochs=3)
+    keeps = (torch.arange(len(data.y)) % 3 > 0).float()
+    rising, start = Arm("rise", rises_to=0.8), lab_students.initial(data, TINY)
+    (together,) = lab_students.train(data, [start], [lab_students.objective_of(rising, data, keeps)], TINY, (0, 3))
+    state = start
+    for epoch in range(3):
+        arm = Arm("constant", ce=0.1 * 8 ** ((epoch + 0.5) / 3))
+        objective = lab_students.objective_of(arm, data, keeps)
+        assert (objective.ce[keeps == 0] == 1.0).all() and (objective.growth == 1.0).all()
+        (state,) = lab_students.train(data, [state], [objective], TINY, (epoch, epoch + 1))
+    for ours, expected in zip(together, state, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert rising.growth == pytest.approx(8.0) and Arm("kd").growth == 1.0
+
+
 def test_scores_are_the_definition() -> None:
     """Scores equal dense autograd (influence_oracle) on each fold, and last_layer_scores on the whole slice."""
     case = problem(rows=40)

@@ -55,6 +55,17 @@ def test_revision_at_temperature_one(eta: float) -> None:
     assert torch.equal(revised[right], v[right]) and not torch.equal(revised[~right], v[~right])
 
 
+def test_the_weight_of_an_epoch() -> None:
+    rise, fall = lab.ARMS["kd-rise"], lab.ARMS["kd-fall"]
+    last = lab.EPOCHS - 1
+    assert rise.ce_weight_at(0) == pytest.approx(0.1 * 10 ** (0.5 / lab.EPOCHS))
+    assert fall.ce_weight_at(last) == pytest.approx(rise.ce_weight_at(0))
+    assert rise.ce_weight_at(last) == pytest.approx(fall.ce_weight_at(0))
+    assert lab.ARMS["kd-ce0.3"].ce_weight_at(last) == 0.3
+    names = [lab.checkpoint(Path(), "clean", 0, 0, arm) for arm in (rise, fall, lab.ARMS["kd"], lab.ARMS["kd-ce1"])]
+    assert len(set(names)) == 4, "arms whose first epochs differ share no checkpoint"
+
+
 def test_augmentation_is_a_crop_of_the_padded_picture() -> None:
     random = torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, (50, 3, 32, 32), generator=random, dtype=torch.uint8)
