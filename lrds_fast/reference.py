@@ -569,36 +569,48 @@ def kd_loss_parts(
     num_valid: Tensor | float | None = None,
     weight_sum: Tensor | float | None = None,
     grad_scale: Tensor | float | None = None,
+    unweighted: bool = False,
 ) -> KDLossParts:
     """kd_loss_parts as a composition of PyTorch ops; see lrds_fast.kd_loss_parts for the arguments.
 
     grad_scale is accepted and has no effect: nothing is rounded here.
     """
     del grad_scale
-    return loss_parts(
-        student_logits,
-        teacher_logits,
-        target,
-        kd_options(
-            temperature,
-            ce_weight,
-            kd_weight,
-            ce_weight_unselected,
-            revise,
-            eta,
-            revise_temperature,
-            divergence,
-            standardize,
-            label_smoothing,
-            ignore_index,
-            reduction,
-            signed=True,
-        ),
-        selected=selected,
-        teacher_rows=teacher_rows,
-        class_weight=class_weight,
-        num_valid=num_valid,
-        weight_sum=weight_sum,
+    options = kd_options(
+        temperature,
+        ce_weight,
+        kd_weight,
+        ce_weight_unselected,
+        revise,
+        eta,
+        revise_temperature,
+        divergence,
+        standardize,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        signed=True,
+    )
+
+    def parts(options: KDOptions) -> KDLossParts:
+        return loss_parts(
+            student_logits,
+            teacher_logits,
+            target,
+            options,
+            selected=selected,
+            teacher_rows=teacher_rows,
+            class_weight=class_weight,
+            num_valid=num_valid,
+            weight_sum=weight_sum,
+        )
+
+    weighted = parts(options)
+    if not unweighted:
+        return weighted
+    ce = parts(options._replace(ce_weight=1.0, ce_weight_unselected=1.0, kd_weight=0.0)).ce
+    return weighted._replace(
+        ce=ce, kd=parts(options._replace(ce_weight=0.0, ce_weight_unselected=0.0, kd_weight=1.0)).kd
     )
 
 

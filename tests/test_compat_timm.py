@@ -139,4 +139,4 @@ def test_mistakes_are_named() -> None:
 def test_without_timm_the_error_says_how_to_install_it() -> None:
     code = "import sys; sys.modules['timm.task'] = None; import lrds_fast.compat.timm"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: lrds_fast.compat.timm needs timm >= 1.0.27: pip install 'timm>=1.0.23'" in done.stderr
+    assert "ImportError: lrds_fast.compat.timm needs timm >= 1.0.27: pip install 'timm>=1.0.27'" in done.stderr

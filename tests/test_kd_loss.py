@@ -279,6 +279,9 @@ def test_unweighted_terms(reduction: str, selection: str, weights: tuple[float, 
     kd = reference.kd_loss(student, taught, target, **alone, **fixed)
     torch.testing.assert_close(parts.kd, kd, rtol=1e-12, atol=1e-12)
     assert not parts.ce.requires_grad and not parts.kd.requires_grad
+    defined = reference.kd_loss_parts(student, taught, target, unweighted=True, **given, **fixed)
+    for ours, theirs in zip(parts, defined, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_unweighted_terms_without_labels() -> None:

@@ -17,6 +17,7 @@ ALONE = "student alone"
 METHODS = {
     "kd": "KD",
     "kd-tuned": "KD (tuned)",
+    "kd-rise": "KD, rising CE",
     "kd-lskd": "KD+LSKD",
     "dkd": "DKD",
     "rld": "RLD",
