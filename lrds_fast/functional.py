@@ -430,22 +430,36 @@ def kd_loss_parts(
         ignore_index,
         reduction,
     )
-    rest = (class_weight, num_valid, weight_sum, grad_scale, classes, logit_scale, softcap)
-    loss, ce, kd, counts = _call(student_logits, teacher_logits, target, options, selected, teacher_rows, *rest)
+
+    def call(options: KDOptions) -> _Outputs:
+        return _call(
+            student_logits,
+            teacher_logits,
+            target,
+            options,
+            selected,
+            teacher_rows,
+            class_weight,
+            num_valid,
+            weight_sum,
+            grad_scale,
+            classes,
+            logit_scale,
+            softcap,
+        )
+
+    loss, ce, kd, counts = call(options)
     if unweighted:
+        one_ce_weight = options.ce_weight == options.ce_weight_unselected or (selected is None and teacher_rows is None)
         with torch.no_grad():
-            if target is not None:
-                same = (selected is None and teacher_rows is None) or options.ce_weight == options.ce_weight_unselected
-                if same and options.ce_weight > 0:
-                    ce = ce / options.ce_weight
-                else:
-                    alone = options._replace(ce_weight=1.0, ce_weight_unselected=1.0, kd_weight=0.0)
-                    _, ce, _, _ = _call(student_logits, teacher_logits, target, alone, selected, teacher_rows, *rest)
+            if one_ce_weight and options.ce_weight > 0:
+                ce = ce / options.ce_weight
+            elif target is not None:
+                _, ce, _, _ = call(options._replace(ce_weight=1.0, ce_weight_unselected=1.0, kd_weight=0.0))
             if options.kd_weight > 0:
                 kd = kd / options.kd_weight
             else:
-                alone = options._replace(ce_weight=0.0, ce_weight_unselected=0.0, kd_weight=1.0)
-                _, _, kd, _ = _call(student_logits, teacher_logits, target, alone, selected, teacher_rows, *rest)
+                _, _, kd, _ = call(options._replace(ce_weight=0.0, ce_weight_unselected=0.0, kd_weight=1.0))
     n_valid, n_selected, n_revised = counts.unbind()
     return KDLossParts(loss, ce, kd, n_valid, n_selected, n_revised)
 

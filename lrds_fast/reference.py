@@ -609,9 +609,8 @@ def kd_loss_parts(
     if not unweighted:
         return weighted
     ce = parts(options._replace(ce_weight=1.0, ce_weight_unselected=1.0, kd_weight=0.0)).ce
-    return weighted._replace(
-        ce=ce, kd=parts(options._replace(ce_weight=0.0, ce_weight_unselected=0.0, kd_weight=1.0)).kd
-    )
+    kd = parts(options._replace(ce_weight=0.0, ce_weight_unselected=0.0, kd_weight=1.0)).kd
+    return weighted._replace(ce=ce, kd=kd)
 
 
 def kd_loss(
@@ -639,31 +638,28 @@ def kd_loss(
     grad_scale: Tensor | float | None = None,
 ) -> Tensor:
     """kd_loss as a composition of PyTorch ops; see lrds_fast.kd_loss for the arguments."""
-    del grad_scale
-    return loss_parts(
+    return kd_loss_parts(
         student_logits,
         teacher_logits,
         target,
-        kd_options(
-            temperature,
-            ce_weight,
-            kd_weight,
-            ce_weight_unselected,
-            revise,
-            eta,
-            revise_temperature,
-            divergence,
-            standardize,
-            label_smoothing,
-            ignore_index,
-            reduction,
-            signed=True,
-        ),
+        temperature=temperature,
+        ce_weight=ce_weight,
+        kd_weight=kd_weight,
+        ce_weight_unselected=ce_weight_unselected,
+        revise=revise,
+        eta=eta,
+        revise_temperature=revise_temperature,
         selected=selected,
         teacher_rows=teacher_rows,
+        divergence=divergence,
+        standardize=standardize,
+        label_smoothing=label_smoothing,
         class_weight=class_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
         num_valid=num_valid,
         weight_sum=weight_sum,
+        grad_scale=grad_scale,
     ).loss
 
 
