@@ -515,20 +515,19 @@ def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]
     """(regime, teacher, student, arms) in the order of their importance: the first regime's primary comparison, then
     the other weights, rising, constant and falling, for the first and then for three pairs of every regime, then these
     pairs' arms of the other registrations, then their other arms, then the other pairs."""
-    primary, rest = ("kd", "lr", "lr+ds", "ds", "random"), ("lr-published", "alone")
-    tuned = ("kd-ce0.3", "kd-ce1", "ds-ce1", "lr+ds-ce1")
+    primary, weights = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-rise", "kd-ce0.3", "kd-ce1")
+    third, tuned = ("lr+ds-rise", "kd-fall"), ("ds-ce1", "lr+ds-ce1")
     second = ("ds-30%", "robust", "robust-ce0.3", "random-30%", "lr+ds-30%", "ds-30%-ce1")
-    weights, third = ("kd", "kd-rise", "kd-ce0.3", "kd-ce1"), ("lr+ds-rise", "kd-fall")
+    every = (*primary, *weights, *third, *tuned, *second, "lr-published", "alone")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
     yield from ((regimes[0], *pair, primary) for pair in pairs)
-    yield from ((regime, *pair, weights[:2]) for regime in regimes[:2] for pair in pairs[:3])
     for arms, part in (
-        ((*weights, *third), pairs[:1]),
-        (weights, pairs[:3]),
-        ((*weights, *primary, *third), pairs[:3]),
-        ((*weights, *primary, *third, *tuned), pairs[:3]),
-        ((*weights, *primary, *third, *tuned, *second, *rest), pairs[:3]),
-        ((*weights, *primary, *third, *tuned, *second, *rest), pairs[3:]),
+        (("kd", *weights, *third), pairs[:1]),
+        (("kd", *weights), pairs[:3]),
+        ((*primary, *third), pairs[:3]),
+        (tuned, pairs[:3]),
+        (every, pairs[:3]),
+        (every, pairs[3:]),
     ):
         for regime in regimes:
             yield from ((regime, *pair, arms) for pair in part)
@@ -607,28 +606,21 @@ def registered(results: Mapping[str, Results]) -> list[str]:
     ]
     parts = [f"`{arm}` {signed(differences(clean, arm, 'kd', 'test_acc'), 2)}" for arm in ("lr", "ds", "lr+ds")]
     lines.append(f"3. Safety, *clean*, accuracy - `kd`: {', '.join(parts)}.")
-    parts = [
-        f"*{regime}* {signed(differences(of_regime, 'lr+ds', TUNED, 'test_acc'), 2)} (NLL"
-        f" {signed(differences(of_regime, 'lr+ds', TUNED, 'test_nll'), 3)})"
-        for regime, of_regime in results.items()
-    ]
-    lines.append(f"4. `lr+ds` - tuned KD, accuracy: {', '.join(parts)}.")
-    for number, baseline in enumerate(("ds", "random-30%"), start=5):
-        parts = [
-            f"*{regime}* {signed(differences(of_regime, 'ds-30%', baseline, 'test_acc'), 2)} (NLL"
-            f" {signed(differences(of_regime, 'ds-30%', baseline, 'test_nll'), 3)})"
-            for regime, of_regime in results.items()
-        ]
-        lines.append(f"{number}. Second registration, `ds-30%` - `{baseline}`, accuracy: {', '.join(parts)}.")
-    for number, (arm, baseline) in enumerate(
-        (("kd-rise", "kd"), ("kd-rise", TUNED), ("lr+ds-rise", "kd-rise")), start=7
+    for title, arm, baseline in (
+        ("", "lr+ds", TUNED),
+        ("Second registration, ", "ds-30%", "ds"),
+        ("Second registration, ", "ds-30%", "random-30%"),
+        ("Third registration, ", "kd-rise", "kd"),
+        ("Third registration, ", "kd-rise", TUNED),
+        ("Third registration, ", "lr+ds-rise", "kd-rise"),
     ):
         parts = [
             f"*{regime}* {signed(differences(of_regime, arm, baseline, 'test_acc'), 2)} (NLL"
             f" {signed(differences(of_regime, arm, baseline, 'test_nll'), 3)})"
             for regime, of_regime in results.items()
         ]
-        lines.append(f"{number}. Third registration, `{arm}` - `{baseline}`, accuracy: {', '.join(parts)}.")
+        name = "tuned KD" if baseline == TUNED else f"`{baseline}`"
+        lines.append(f"{len(lines) + 1}. {title}`{arm}` - {name}, accuracy: {', '.join(parts)}.")
     return lines
 
 

@@ -403,16 +403,13 @@ def _train_group(
         torch.stack([getattr(o, key) for o in objectives])[..., None] for key in ("ce", "kd", "growth")
     )
     kd = temperature * kd
-    labels, ce = F.one_hot(problem.y, problem.classes), start
-    # c e_y + k T p', what does not depend on the student, (N, A, C): a batch's rows are gathered in long pieces.
-    taught = kd * torch.stack([o.target for o in objectives])
-    fixed = (taught + ce * labels).transpose(0, 1).contiguous()
+    labels, taught = F.one_hot(problem.y, problem.classes), kd * torch.stack([o.target for o in objectives])
     steps = per_epoch * problem.epochs
     order = orders(problem)
     for epoch in range(*span):
-        if (growth != 1.0).any():
-            ce = start * growth ** ((epoch + 0.5) / problem.epochs)
-            fixed = (taught + ce * labels).transpose(0, 1).contiguous()
+        ce = start * growth ** ((epoch + 0.5) / problem.epochs)
+        # c e_y + k T p', what does not depend on the student, (N, A, C): a batch's rows are gathered in long pieces.
+        fixed = (taught + ce * labels).transpose(0, 1).contiguous()
         for rows in order[epoch].split(training.batch):
             optimizer.param_groups[0]["lr"] = training.rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
             logits = logits_of(weights, problem.x[rows])
