@@ -115,9 +115,9 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], int, bool]] = {
 def test_scores_are_differences_of_the_trained_objective(name: str) -> None:
     """The curvature of a divergence other than KL is exact at q = p' at most: those are compared with H = I."""
     values, epoch, curved = OBJECTIVES[name]
-    options, p = LossOptions(**values), problem()
+    p = problem()
     chosen = recipe(**{f"loss.{key}": value for key, value in values.items()} | {"schedule.epochs": 8})
-    measure = objective(in_epoch(options, epoch, 8))
+    measure = objective(in_epoch(chosen.loss, epoch, 8))
 
     def trained(w: Tensor, mask: Tensor) -> Tensor:
         return measure(p["h"] @ w.T, p["v"], p["y"], selected=mask).loss

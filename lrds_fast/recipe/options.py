@@ -168,7 +168,7 @@ class LossOptions:
     ce_weight: Annotated[NotNegative, about("weight of the cross-entropy")] = 0.1
     ce_weight_end: Annotated[
         OrNone[Positive],
-        about("weight of the cross-entropy at the end: it changes exponentially, by the epoch; none: it is constant"),
+        about("weight of the cross-entropy at the end, which ce_weight approaches exponentially; none: it is constant"),
     ] = None
     kd_weight: Annotated[NotNegative, about("weight of the distillation term")] = 0.9
     ce_weight_unselected: Annotated[
@@ -191,8 +191,8 @@ class LossOptions:
         self.chosen_divergence()
         if self.ce_weight_end is not None and not self.ce_weight > 0:
             raise ValueError(
-                f"loss.ce_weight must be above 0, from where it goes to loss.ce_weight_end = {self.ce_weight_end:g};"
-                f" got {self.ce_weight:g}"
+                f"loss.ce_weight must be above 0, because it changes by a factor to loss.ce_weight_end ="
+                f" {self.ce_weight_end:g}; got {self.ce_weight:g}; set it, or leave out loss.ce_weight_end"
             )
         if self.method == "kd":
             return

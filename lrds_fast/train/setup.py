@@ -116,10 +116,11 @@ def autocast_factory(amp: str, device: torch.device) -> Callable[[], AbstractCon
 
 
 def in_epoch(options: LossOptions, epoch: int | None, epochs: int) -> LossOptions:
-    """The options with the weights of `epoch`, counted from 0, of so many epochs; None: with those at the end.
+    """The options with the weights that hold in `epoch`, counted from 0, of a training of `epochs` epochs.
 
-    With ce_weight_end the cross-entropy's weight is ce_weight * (ce_weight_end / ce_weight)^t, where t is the finished
-    share of the epochs in the middle of the epoch. ce_weight_unselected becomes a number and depends on neither change.
+    epoch None stands for the end of the training. With ce_weight_end the cross-entropy's weight is
+    ce_weight * (ce_weight_end / ce_weight)^t, where t = (epoch + 0.5) / epochs, and 1 at the end. ce_weight_unselected
+    becomes a number that neither ce_weight_end nor kd_warmup_epochs changes.
     """
     ce_weight = options.ce_weight
     if options.ce_weight_end is not None:
@@ -151,8 +152,8 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def scored_loss(recipe: Recipe, epoch: int | None = None) -> KDLoss:
-    """The loss by which influence scores samples: kd_loss as in `epoch`, counted from 0, with that epoch's weights;
-    None: with those at the end.
+    """The loss by which influence scores samples: kd_loss with the weights that hold in `epoch`, counted from 0; None
+    stands for the end of the training.
 
     For loss.method "dist", "mlkd" and "revision" it is kd_loss with their weights, temperature and revision: these
     losses compare rows with each other, so that one sample's teacher contributes no separate term.
