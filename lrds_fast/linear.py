@@ -727,10 +727,9 @@ def linear_kd_loss(
         The teacher's tensors get no gradient.
     teacher_rows: int K >= 0 if teacher_hidden has only the first K of the N rows, (K, d_t) or (B', ..., d_t). These
         rows are the selected ones, and `selected` must be None. The teacher's other logits are not computed.
-    target: (...) int64/int32 class indices in [0, C), or ignore_index.
+    target: (...) int64/int32 class indices in [0, C), or ignore_index. None: the teacher's term alone, as in kd_loss.
     selected: as kd_loss. Rows of weight 0 are still multiplied by teacher_weight, because only the device knows which
         rows they are. To save this product, sort them to the end and pass teacher_rows.
-        None: the teacher's term alone, as in kd_loss.
     reduction: "mean", "sum" or "elementmean", whose gradients the forward pass computes; or "none", (...): each row's
         loss. Then backward, which alone knows each row's grad_output, applies both classifiers again.
     classes: "truncate" cuts the classes that only the larger vocabulary has; the gradient of the student's is 0.

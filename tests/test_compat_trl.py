@@ -1,9 +1,9 @@
-"""TRL's divergence, its chunked loss, and GKDTrainer with label revision."""
+"""TRL's divergence, its chunked loss, GKDTrainer with label revision, and DistillationTrainer."""
 
 from __future__ import annotations
 
-import inspect
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +17,24 @@ pytest.importorskip("trl.experimental.gkd", reason="needs trl: pip install trl",
 
 from trl.experimental.gkd import GKDTrainer
 
-from lrds_fast.compat.trl import LRDSGKDTrainer, chunked_divergence_loss, generalized_jsd_loss
+try:
+    from trl.trainer import distillation_trainer
+except ImportError:
+    distillation_trainer = None
+
+from lrds_fast.compat.trl import (
+    LRDSDistillationTrainer,
+    LRDSGKDTrainer,
+    chunked_divergence_loss,
+    entropy_of_rows,
+    generalized_jsd_loss,
+)
 
 B, T, V = 3, 7, 29
 CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
+#: DistillationTrainer's loss has the arguments that our twins follow.
+SUPPORTED = hasattr(distillation_trainer, "ChunkedDivergenceFunction")
+needs_distillation_trainer = pytest.mark.skipif(not SUPPORTED, reason="needs trl >= 1.15: pip install -U trl")
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -66,12 +80,11 @@ def test_revision_needs_labels_and_is_kd_loss() -> None:
         generalized_jsd_loss(student, teacher, reduction="average")
 
 
+@needs_distillation_trainer
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("count", [None, 50])
 def test_the_chunked_loss_is_trls(beta: float, count: int | None) -> None:
-    theirs = pytest.importorskip("trl.trainer.distillation_trainer", exc_type=ImportError)._chunked_divergence_loss
-    if "chunk_size" in inspect.signature(theirs).parameters:
-        pytest.skip("this TRL's function has other arguments; its twin follows TRL 1.16")
+    theirs = distillation_trainer._chunked_divergence_loss
     generator = torch.Generator().manual_seed(0)
     hidden, taught = (torch.randn(B, T, size, generator=generator) for size in (5, 6))
     head, its = (torch.randn(V, size, generator=generator) for size in (5, 6))
@@ -115,3 +128,100 @@ def test_generated_completions_are_not_revised(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(trainer.training_step(), expected)
     trainer.generate = True
     torch.testing.assert_close(trainer.training_step(), plain, **CLOSE)
+
+
+def test_the_entropy_of_a_heads_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrds_fast.compat.trl.default_chunk_rows", lambda *_: 4)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, bias = (torch.randn(*shape, generator=generator) for shape in ((11, 5), (V, 5), (V,)))
+    logits = 3.0 * torch.tanh(0.5 * (hidden @ head.T + bias) / 3.0)
+    expected = torch.distributions.Categorical(logits=logits / 2.0).entropy()
+    values = entropy_of_rows(hidden.requires_grad_(), head, bias, 0.5, 3.0, 2.0)
+    assert not values.requires_grad
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+    assert entropy_of_rows(hidden[:0], head).shape == (0,)
+
+
+def logged(cls: type, folder: Path, **arguments: Any) -> list[dict[str, float]]:
+    """The loss, the gradient's norm and the entropy of two on-policy steps of a tiny language model."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import DistillationConfig
+
+    special = ["<pad>", "<eos>", "<unk>"]
+    words = models.WordLevel({c: i for i, c in enumerate([*special, *"abcdefghijklmnopqrstu"])}, unk_token="<unk>")
+    letters = Tokenizer(words)
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, padding_side="left", **names)
+
+    def model(seed: int, width: int) -> Any:
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 24, "hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.5))
+
+    options: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    args = DistillationConfig(
+        str(folder),
+        max_completion_length=6,
+        per_device_train_batch_size=4,
+        max_steps=2,
+        learning_rate=1e-2,
+        **options,
+    )
+    prompts = Dataset.from_dict({"prompt": ["abc", "bcd", "fga", "aaa", "kjc", "bbb", "cde", "fed"]})
+    trainer = cls(
+        model=model(0, 16),
+        teacher_model=model(1, 32),
+        args=args,
+        train_dataset=prompts,
+        processing_class=tokenizer,
+        **arguments,
+    )
+    trainer.train()
+    keys = ("loss", "grad_norm", "entropy")
+    return [{key: log[key] for key in keys} for log in trainer.state.log_history if "loss" in log]
+
+
+@needs_distillation_trainer
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # between TRL and transformers
+def test_the_distillation_trainer_is_trls(tmp_path: Path) -> None:
+    theirs = distillation_trainer._chunked_divergence_loss
+    expected = logged(distillation_trainer.DistillationTrainer, tmp_path)
+    assert len(expected) == 2 and expected[0] != expected[1]
+    for ours, trls in zip(logged(LRDSDistillationTrainer, tmp_path), expected, strict=True):
+        assert ours == pytest.approx(trls, rel=1e-5)
+    total_variation = logged(LRDSDistillationTrainer, tmp_path, divergence="tvd", log_entropy=False)
+    assert all(0 < log["loss"] < 1 for log in total_variation)
+    assert all(log["entropy"] is None for log in total_variation)  # transformers writes NaN as None
+    assert distillation_trainer._chunked_divergence_loss is theirs
+
+
+@needs_distillation_trainer
+def test_a_batch_without_completions_costs_nothing() -> None:
+    trainer: Any = LRDSDistillationTrainer.__new__(LRDSDistillationTrainer)
+    trainer.divergence, trainer.log_entropy = None, True
+    hidden, head = torch.randn(2, 3, 5, requires_grad=True), torch.randn(V, 5)
+    names = ("num_items_in_batch", "student_lm_head_bias", "teacher_lm_head_bias", "student_final_logit_softcapping")
+    rest = dict.fromkeys((*names, "teacher_final_logit_softcapping")) | {"student_logit_scale": 1.0}
+    mask = torch.zeros(2, 3, dtype=torch.int64)
+    loss, entropy, count = trainer._loss(
+        hidden, hidden.detach(), head, head, mask, 0.5, teacher_logit_scale=1.0, temperature=1.0, **rest
+    )
+    loss.backward()
+    assert (loss.item(), entropy.item(), count.item()) == (0.0, 0.0, 0)
+    assert hidden.grad is not None and not hidden.grad.any()
+
+
+def test_an_older_trl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrds_fast.compat.trl.distillation_trainer", None)
+    with pytest.raises(ImportError, match=r"LRDSDistillationTrainer needs trl >= 1\.15; trl is \d"):
+        LRDSDistillationTrainer()

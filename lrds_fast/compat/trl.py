@@ -1,24 +1,36 @@
-"""TRL's distillation losses and GKDTrainer with kd_loss.
+"""TRL's distillation losses, GKDTrainer and DistillationTrainer with kd_loss.
 
 generalized_jsd_loss and chunked_divergence_loss are twins of TRL's functions. Label revision needs true labels: the
 student's own samples, and the teacher's, are no labels, so LRDSGKDTrainer revises the data set's completions only, and
-the on-policy DistillationTrainer gets no revision.
+the on-policy LRDSDistillationTrainer revises nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 
 from lrds_fast.compat import generalized_jsd
+from lrds_fast.divergences import Divergence
 from lrds_fast.functional import kd_loss
+from lrds_fast.linear import default_chunk_rows, linear_kd_loss
+from lrds_fast.logit_maps import logit_maps
 
 try:
+    import trl
     from trl.experimental.gkd import GKDTrainer
 except ImportError as error:
     raise ImportError(f"lrds_fast.compat.trl needs trl: pip install trl ({error})") from error
+try:
+    from trl.trainer import distillation_trainer
+except ImportError:  # TRL 1.8 has none
+    distillation_trainer = None
 
 _REDUCTIONS = {"batchmean": "mean", "mean": "elementmean", "sum": "sum", "none": "none"}
 
@@ -110,15 +122,15 @@ def chunked_divergence_loss(
     student_final_logit_softcapping: float | None = None,
     teacher_final_logit_softcapping: float | None = None,
     temperature: float = 1.0,
+    *,
+    divergence: str | Divergence | None = None,
 ) -> Tensor:
     """The loss of DistillationTrainer from hidden states, in chunks, without its entropy and valid-token count.
 
-    Arguments as trl.trainer.distillation_trainer._chunked_divergence_loss. completion_mask: (B, K), nonzero where a
-    token counts. Returns a 0-d tensor. The completions are the student's own samples, so nothing is revised. Raises
-    ValueError, TypeError.
+    Arguments as trl.trainer.distillation_trainer._chunked_divergence_loss of TRL 1.15 and later. completion_mask:
+    (B, K), nonzero where a token counts. divergence: kd_loss's, in place of beta's. Returns a 0-d tensor. The
+    completions are the student's own samples, so nothing is revised. Raises ValueError, TypeError.
     """
-    from lrds_fast.linear import linear_kd_loss
-
     # Of the labels only -100 is read.
     target = torch.where(completion_mask != 0, 0, -100)
     return linear_kd_loss(
@@ -134,8 +146,115 @@ def chunked_divergence_loss(
         ce_weight_unselected=0.0,
         kd_weight=temperature**-2,
         revise=None,
-        divergence=generalized_jsd(beta),
+        divergence=generalized_jsd(beta) if divergence is None else divergence,
         num_valid=num_items_in_batch,
         logit_scale=(student_logit_scale, teacher_logit_scale),
         softcap=(student_final_logit_softcapping, teacher_final_logit_softcapping),
     )
+
+
+@torch.no_grad()
+def entropy_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The entropy, in nats, of softmax(logits / temperature) for each row of a linear head, in chunks of rows.
+
+    hidden: (N, d). weight: (C, d), bias: (C,) or None. logit_scale, softcap: kd_loss's, one number each. Returns (N,)
+    float32 without a gradient. Raises ValueError, TypeError.
+    """
+    applied, _ = logit_maps(logit_scale, softcap)
+    rows = default_chunk_rows(max(len(hidden), 1), len(weight), 8, hidden.device.type)
+    entropies = []
+    for part in hidden.split(rows):
+        logs = (applied(linear(part, weight, bias)).float() / temperature).log_softmax(-1)
+        entropies.append(-(logs.exp() * logs).sum(-1))
+    return torch.cat(entropies)
+
+
+class LRDSDistillationTrainer(getattr(distillation_trainer, "DistillationTrainer", object)):  # type: ignore[misc]
+    """TRL's on-policy DistillationTrainer (TRL >= 1.15) whose loss is linear_kd_loss, with any of its divergences.
+
+    divergence: kd_loss's, such as "tvd" or SKL(0.1); None: args.beta's, and the losses are DistillationTrainer's.
+    log_entropy: whether the student's mean entropy is logged, as TRL does; it costs one more product with the student's
+    head, and False logs NaN. arguments: DistillationTrainer's. Raises ImportError with an older TRL.
+    """
+
+    def __init__(
+        self, *args: Any, divergence: str | Divergence | None = None, log_entropy: bool = True, **arguments: Any
+    ) -> None:
+        if distillation_trainer is None or not hasattr(distillation_trainer, "ChunkedDivergenceFunction"):
+            raise ImportError(
+                f"LRDSDistillationTrainer needs trl >= 1.15; trl is {trl.__version__}: pip install -U trl"
+            )
+        self.divergence, self.log_entropy = divergence, log_entropy
+        super().__init__(*args, **arguments)
+
+    def _compute_loss(self, *args: Any, **arguments: Any) -> Any:
+        """DistillationTrainer's (loss, sum of the entropies, number of tokens), from linear_kd_loss."""
+        with _replaced_loss(self._loss):
+            return super()._compute_loss(*args, **arguments)
+
+    def _loss(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_weight: Tensor,
+        completion_mask: Tensor,
+        beta: float,
+        **arguments: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """trl.trainer.distillation_trainer._chunked_divergence_loss: the same arguments and results."""
+        student_weight, student_bias = _whole(student_weight, arguments.pop("student_lm_head_bias"), student_hidden)
+        teacher_weight, teacher_bias = _whole(teacher_weight, arguments.pop("teacher_lm_head_bias"), teacher_hidden)
+        valid = completion_mask.flatten() != 0
+        count = valid.sum()
+        # Without a token that counts the mean is 0, not 0 / 0.
+        if arguments["num_items_in_batch"] is None:
+            arguments["num_items_in_batch"] = count.clamp(min=1)
+        loss = chunked_divergence_loss(
+            student_hidden,
+            teacher_hidden,
+            student_weight,
+            teacher_weight,
+            completion_mask,
+            beta,
+            student_lm_head_bias=student_bias,
+            teacher_lm_head_bias=teacher_bias,
+            divergence=self.divergence,
+            **arguments,
+        )
+        if not self.log_entropy:
+            return loss, torch.full_like(loss, torch.nan), count
+        entropies = entropy_of_rows(
+            student_hidden.flatten(0, -2),
+            student_weight,
+            student_bias,
+            arguments["student_logit_scale"],
+            arguments["student_final_logit_softcapping"],
+            arguments["temperature"],
+        )
+        return loss, entropies.where(valid, 0.0).sum(), count
+
+
+@contextmanager
+def _replaced_loss(loss: Any) -> Iterator[None]:
+    """DistillationTrainer._compute_loss calls a function of its module: this puts `loss` in its place for a while."""
+    theirs = distillation_trainer._chunked_divergence_loss
+    distillation_trainer._chunked_divergence_loss = loss
+    try:
+        yield
+    finally:
+        distillation_trainer._chunked_divergence_loss = theirs
+
+
+def _whole(weight: Tensor, bias: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A head's weight and bias, gathered if FSDP2 shards them; the weight then has the hidden states' dtype."""
+    if not isinstance(weight, DTensor):
+        return weight, bias
+    return weight.full_tensor().to(hidden.dtype), bias.full_tensor() if isinstance(bias, DTensor) else bias
