@@ -34,7 +34,7 @@ B, T, V = 3, 7, 29
 CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}
 #: DistillationTrainer's loss has the arguments that our twins follow.
 SUPPORTED = hasattr(distillation_trainer, "ChunkedDivergenceFunction")
-needs_distillation_trainer = pytest.mark.skipif(not SUPPORTED, reason="needs trl >= 1.15: pip install -U trl")
+needs_distillation_trainer = pytest.mark.skipif(not SUPPORTED, reason="needs trl >= 1.16: pip install -U trl")
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -223,5 +223,5 @@ def test_a_batch_without_completions_costs_nothing() -> None:
 
 def test_an_older_trl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrds_fast.compat.trl.distillation_trainer", None)
-    with pytest.raises(ImportError, match=r"LRDSDistillationTrainer needs trl >= 1\.15; trl is \d"):
+    with pytest.raises(ImportError, match=r"LRDSDistillationTrainer needs trl >= 1\.16; trl is \d"):
         LRDSDistillationTrainer()

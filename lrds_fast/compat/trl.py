@@ -127,7 +127,7 @@ def chunked_divergence_loss(
 ) -> Tensor:
     """The loss of DistillationTrainer from hidden states, in chunks, without its entropy and valid-token count.
 
-    Arguments as trl.trainer.distillation_trainer._chunked_divergence_loss of TRL 1.15 and later. completion_mask:
+    Arguments as trl.trainer.distillation_trainer._chunked_divergence_loss of TRL 1.16 and later. completion_mask:
     (B, K), nonzero where a token counts. divergence: kd_loss's, in place of beta's. Returns a 0-d tensor. The
     completions are the student's own samples, so nothing is revised. Raises ValueError, TypeError.
     """
@@ -177,7 +177,7 @@ def entropy_of_rows(
 
 
 class LRDSDistillationTrainer(getattr(distillation_trainer, "DistillationTrainer", object)):  # type: ignore[misc]
-    """TRL's on-policy DistillationTrainer (TRL >= 1.15) whose loss is linear_kd_loss, with any of its divergences.
+    """TRL's on-policy DistillationTrainer (TRL >= 1.16) whose loss is linear_kd_loss, with any of its divergences.
 
     divergence: kd_loss's, such as "tvd" or SKL(0.1); None: args.beta's, and the losses are DistillationTrainer's.
     log_entropy: whether the student's mean entropy is logged, as TRL does; it costs one more product with the student's
@@ -189,7 +189,7 @@ class LRDSDistillationTrainer(getattr(distillation_trainer, "DistillationTrainer
     ) -> None:
         if distillation_trainer is None or not hasattr(distillation_trainer, "ChunkedDivergenceFunction"):
             raise ImportError(
-                f"LRDSDistillationTrainer needs trl >= 1.15; trl is {trl.__version__}: pip install -U trl"
+                f"LRDSDistillationTrainer needs trl >= 1.16; trl is {trl.__version__}: pip install -U trl"
             )
         self.divergence, self.log_entropy = divergence, log_entropy
         super().__init__(*args, **arguments)
