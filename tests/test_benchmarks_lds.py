@@ -61,16 +61,18 @@ def test_a_perfect_forecast_scores_one() -> None:
 def test_influence_foresees_retraining(case: Case) -> None:
     problem, model = case.problem, case.models[0]
     found = {
-        "ekfac": bench_lds.influences(model, problem, "ekfac", "all"),
-        "identity": bench_lds.influences(model, problem, "identity", "all"),
+        "ekfac": bench_lds.influences(model, problem, "ekfac"),
+        "identity": bench_lds.influences(model, problem, "identity"),
         "last layer": bench_lds.influences(model, problem, "ekfac", "last"),
+        "exact": bench_lds.influences(model, problem, "exact", damping=problem.damping),
         "same label": bench_lds.same_label(problem),
     }
-    more = [bench_lds.influences(other, problem, "ekfac", "all") for other in case.models[1:]]
+    more = [bench_lds.influences(other, problem, "ekfac") for other in case.models[1:]]
     found["3 models"] = torch.stack([found["ekfac"], *more]).mean(dim=0)
     scores = {name: bench_lds.lds(values, case.subsets, case.outputs, draws=1)[0] for name, values in found.items()}
     print(f"gate 5, linear datamodeling score: {scores}")
     assert scores["ekfac"] > 0.55
     assert scores["ekfac"] > scores["last layer"] > scores["identity"] + 0.1
     assert scores["3 models"] > scores["ekfac"]
+    assert scores["exact"] > scores["ekfac"] + 0.04
     assert scores["identity"] > scores["same label"]

@@ -124,7 +124,7 @@ def test_lds_matches_kronfluence(tmp_path: Path) -> None:
     found = {
         "kronfluence": peer.pairwise(problem.query_set),
         "same factors": same,
-        "own factors": bench_lds.influences(model, problem, "ekfac", "all"),
+        "own factors": bench_lds.influences(model, problem, "ekfac"),
     }
     scores = {name: bench_lds.lds(values, subsets, outputs, draws=1)[0] for name, values in found.items()}
     print(f"gate 5: {scores}")

@@ -72,6 +72,25 @@ def test_exact_against_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None
     top = influence.pairwise(**given, exact=True, top_k=3)
     assert isinstance(top, influence.Pairwise)
     assert torch.equal(top.indices, expected.argsort(dim=1, descending=True)[:, :3])
+    # A loose tolerance stops the conjugate gradients earlier, near the solution.
+    early = influence.pairwise(**given, exact=True, tolerance=0.1)
+    assert isinstance(early, Tensor)
+    error = float((early - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"exact": True, "tolerance": 1.0}, ValueError, r"tolerance must be None or a number in \(0, 1\); got 1.0"),
+        ({"exact": True, "tolerance": float("nan")}, ValueError, r"tolerance must be None or a number in \(0, 1\)"),
+        ({"exact": True, "tolerance": "0.1"}, TypeError, "tolerance must be a number; got '0.1'"),
+        ({"tolerance": 0.1}, ValueError, "tolerance is that of exact=True; got tolerance=0.1 with exact=False"),
+    ],
+)
+def test_tolerances_that_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        influence.pairwise(**problem(), **arguments)
 
 
 @pytest.mark.parametrize("largest", [True, False])

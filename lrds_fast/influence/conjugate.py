@@ -41,18 +41,22 @@ class WholeHessian:
         flat = [flatten_by_layer(self._model, self._layers, gradient) for gradient in gradients]
         return [unflatten_by_layer(self._model, solution) for solution in self.solve_by_layer(flat)]
 
-    def solve_by_layer(self, gradients: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def solve_by_layer(
+        self, gradients: Sequence[Mapping[str, Tensor]], tolerance: float | None = None
+    ) -> list[dict[str, Tensor]]:
         """H^-1 g for each gradient, flattened (P,) by layer name, float64.
 
-        Raises RuntimeError where ITERATIONS do not reach the tolerance.
+        tolerance: on |H x - g| / |g|; None: that of TOLERANCE. Raises RuntimeError where ITERATIONS do not reach it.
         """
-        dtype = next(self._model.parameters()).dtype
+        if tolerance is None:
+            dtype = next(self._model.parameters()).dtype
+            tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
         damping = self._factors.damping.values()
         solutions = conjugate_gradients(
             self._products,
             lambda vector: self._joined(self._factors.solve(self._by_layer(vector))),
             [self._joined(gradient).double() for gradient in gradients],
-            tolerance=TOLERANCE.get(dtype, TOLERANCE[torch.float32]),
+            tolerance=tolerance,
             iterations=ITERATIONS,
             ranks=self._ranks,
             damping=f"{min(damping):.3g} to {max(damping):.3g}",

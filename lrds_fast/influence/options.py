@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: Curvatures of a last layer.
 CURVATURES = ("identity", "kfac", "ekfac", "exact")
-#: Curvatures of several layers, a block per layer. "exact" is for the last layer only.
+#: Curvatures that are a block per layer, which Factors holds; "exact" has the products between layers too.
 BLOCK_CURVATURES = ("identity", "kfac", "ekfac")
 #: The default number of parts of the held-out slice that a standard error is taken over.
 FOLDS = 10

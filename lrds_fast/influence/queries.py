@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lrds_fast._numbers import integer
+from lrds_fast._numbers import integer, number
 from lrds_fast.influence.adapters import BatchHook, Classifier, LogitsHook, evaluation_mode
 from lrds_fast.influence.batches import BatchReader, Data, ReadOptions
 from lrds_fast.influence.conjugate import WholeHessian
@@ -37,6 +37,7 @@ def pairwise(
     *,
     factors: Factors,
     exact: bool = False,
+    tolerance: float | None = None,
     top_k: int | None = None,
     largest: bool = True,
     batch_size: int = 256,
@@ -52,7 +53,9 @@ def pairwise(
     student, query_data, train_data, batch, logits: as influence.score takes them, with targets in [0, C). factors: of
     this student. exact: H is the Gauss-Newton matrix of the training cross-entropy over all layers together, with the
     factors' damping; conjugate gradients, which the factors precondition, solve for QUERIES_AT_ONCE queries at a time,
-    and read the training set once a step.
+    and read the training set once a step. Fit the factors with damping = the weight decay or a few times that much.
+    tolerance: with exact, |H x - g_q| / |g_q| at which a solution counts, in (0, 1); None: 1e-3, or 1e-10 for a float64
+    student. 0.1 predicts retraining as well in a quarter of the time (docs/influence.md).
     top_k: None returns all influences, (Q, N). A number K >= 1 returns a Pairwise of each query's K largest ones
     (smallest with largest=False) and holds at most (Q, K + batch_size) values. Ties go to the lower index.
     Memory besides: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
@@ -60,6 +63,11 @@ def pairwise(
     """
     if top_k is not None and (top_k := integer("top_k", top_k, "None or an int >= 1")) < 1:
         raise ValueError(f"top_k must be None or an int >= 1; got {top_k!r}")
+    if tolerance is not None:
+        if not exact:
+            raise ValueError(f"tolerance is that of exact=True; got tolerance={tolerance!r} with exact=False")
+        if not 0.0 < (tolerance := number("tolerance", tolerance)) < 1.0:
+            raise ValueError(f"tolerance must be None or a number in (0, 1); got {tolerance!r}")
     layers = factors.layers_of(student)
     parameter = next(student.parameters())
     read = ReadOptions(batch_size, batch, logits, progress)
@@ -73,7 +81,8 @@ def pairwise(
                 queries[name].add(gradients[name])
         count = queries[layers[0]].count
         if exact:
-            _solve(queries, WholeHessian(model, factors, functools.partial(_cross_entropies, train), Ranks()))
+            hessian = WholeHessian(model, factors, functools.partial(_cross_entropies, train), Ranks())
+            _solve(queries, hessian, tolerance)
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         collected: _All | _Largest = _All(count, train.samples, dtype)
         if top_k is not None:
@@ -93,13 +102,14 @@ def _cross_entropies(train: BatchReader) -> Iterator[HessianBatch]:
         yield HessianBatch(batch.start, batch.x, cross_entropy_terms)
 
 
-def _solve(queries: Mapping[str, _LayerQueries], hessian: WholeHessian) -> None:
+def _solve(queries: Mapping[str, _LayerQueries], hessian: WholeHessian, tolerance: float | None) -> None:
     """Replaces the queries' gradients by H^-1 of them."""
     rows = {name: layer.gradients() for name, layer in queries.items()}
     count = len(next(iter(rows.values())))
     for start in range(0, count, QUERIES_AT_ONCE):
         part = range(start, min(start + QUERIES_AT_ONCE, count))
-        solved = hessian.solve_by_layer([{name: tensor[row] for name, tensor in rows.items()} for row in part])
+        right = [{name: tensor[row] for name, tensor in rows.items()} for row in part]
+        solved = hessian.solve_by_layer(right, tolerance)
         for row, solution in zip(part, solved, strict=True):
             for name, tensor in rows.items():
                 tensor[row] = solution[name].to(tensor)
