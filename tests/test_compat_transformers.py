@@ -66,7 +66,6 @@ def trainer(model: Any, teacher: Any, folder: Path, data: Any, *, accumulate: in
         max_grad_norm=0.0,
         report_to=[],
         save_strategy="no",
-        remove_unused_columns=False,
         use_cpu=True,
     )
     return LRDSTrainer(model, args, train_dataset=data, eval_dataset=data, teacher=teacher, **arguments)
@@ -157,7 +156,6 @@ def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
             num_train_epochs=epochs,
             report_to=[],
             save_strategy="epoch",
-            remove_unused_columns=False,
             use_cpu=True,
             disable_tqdm=True,
         )

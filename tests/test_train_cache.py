@@ -74,6 +74,14 @@ def test_training_opens_the_cache_of_the_command(capsys: pytest.CaptureFixture[s
     assert "the 3 largest of 10 classes" in capsys.readouterr().out
 
 
+def test_equal_views_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "the 2 views are equal, because data.augment is none: set data.augment, or teacher.cache_views=1"
+    assert command() == cli.OK
+    assert "views are equal" not in capsys.readouterr().err
+    assert command("--overwrite", **{"data.augment": "none"}) == cli.OK
+    assert text in capsys.readouterr().err
+
+
 def logged(chosen: Recipe) -> list[dict[str, Any]]:
     records = run.fit(chosen, progress=False).records
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]

@@ -51,7 +51,6 @@ class LogitsDistillationLoss(_Loss):
             kd_weight=1.0,
             revise=self.revise,
             eta=self.eta,
-            revise_temperature=None,
             num_valid=logits_s.shape[0] if self.row_reduction == "mean" else None,
             reduction=self.row_reduction,
         )

@@ -34,8 +34,7 @@ class LRDSTrainer(Trainer):
 
     The loss is divided by the number of labels that it reads, over all micro-batches of a step and all processes.
     Labels are class indices, ignored where they are the loss's ignore_index. A batch may hold "selected", bool (B,) or
-    of the labels' shape, as Selection.dataset adds it; pass remove_unused_columns=False. The teacher is not wrapped
-    for DeepSpeed or FSDP.
+    of the labels' shape, as Selection.dataset adds it. The teacher is not wrapped for DeepSpeed or FSDP.
     """
 
     def __init__(
@@ -50,6 +49,12 @@ class LRDSTrainer(Trainer):
         self.shift = causal if shift is None else shift
         # compute_loss divides by the labels of the whole step, so the Trainer must not divide again.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns that the Trainer keeps: those that the model takes, the labels, and "selected"."""
+        super()._set_signature_columns_if_needed()
+        if "selected" not in self._signature_columns:
+            self._signature_columns.append("selected")
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """The labels that all micro-batches of a step read, divided by the processes, whose gradients are averaged."""

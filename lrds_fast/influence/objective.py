@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast import functional
-from lrds_fast.divergences import JSD, SKL, SRKL, TVD, Divergence, resolve
+from lrds_fast.divergences import DKD, JSD, KL, MSE, NKD, RKL, RLD, SKL, SRKL, TVD, Divergence, resolve
 from lrds_fast.influence.inputs import check_choice
 from lrds_fast.nn import KDLoss
 from lrds_fast.ranks import Ranks
@@ -78,7 +78,9 @@ def agreement_curvature(divergence: Divergence) -> float:
                 " second derivative does not exist where student and teacher agree and is indefinite elsewhere: pass"
                 " hessian='gt', the cross-entropy's, or curvature='identity'"
             )
-    return 1.0
+        case KL() | RKL() | DKD() | RLD() | NKD() | MSE():
+            return 1.0
+    raise NotImplementedError(f"agreement_curvature has no case for the divergence {divergence!r}")
 
 
 @dataclass(frozen=True, eq=False)

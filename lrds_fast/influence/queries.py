@@ -55,7 +55,7 @@ def pairwise(
     factors' damping; conjugate gradients, which the factors precondition, solve for QUERIES_AT_ONCE queries at a time,
     and read the training set once a step. Fit the factors with damping = the weight decay or a few times that much.
     tolerance: with exact, |H x - g_q| / |g_q| at which a solution counts, in (0, 1); None: 1e-3, or 1e-10 for a float64
-    student. 0.1 predicts retraining as well in a quarter of the time (docs/influence.md).
+    student. 0.1 predicts retraining as well in an eighth of the time (docs/influence.md).
     top_k: None returns all influences, (Q, N). A number K >= 1 returns a Pairwise of each query's K largest ones
     (smallest with largest=False) and holds at most (Q, K + batch_size) values. Ties go to the lower index.
     Memory besides: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for

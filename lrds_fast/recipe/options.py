@@ -105,6 +105,11 @@ class DataOptions:
             )
 
     @property
+    def augments(self) -> bool:
+        """Whether a sample looks different in another epoch."""
+        return bool(self.augment != "none" or self.rand_augment or self.erasing or self.mixes)
+
+    @property
     def mixes(self) -> bool:
         """Whether samples of a batch are mixed."""
         return bool(self.mixup or self.cutmix)

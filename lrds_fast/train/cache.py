@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lrds_fast.data import Data, SoftLabels, write_soft_labels
 from lrds_fast.lock import holding
+from lrds_fast.notes import note
 from lrds_fast.ranks import pick_device
 from lrds_fast.recipe.recipe import Recipe
 from lrds_fast.selection import dataset_fingerprint
@@ -42,6 +43,11 @@ def write_cache(
     if not options.cache:
         raise ValueError("teacher.cache is empty: name the folder to write, e.g. --set teacher.cache=runs/soft_labels")
     device = pick_device(recipe.run.device)
+    if options.cache_views > 1 and not recipe.data.augments:
+        note(
+            f"the {options.cache_views} views are equal, because data.augment is none: set data.augment, or"
+            " teacher.cache_views=1"
+        )
     amp = available_amp(options.amp or recipe.run.amp, device, emulated=recipe.run.amp_emulated)
     with holding(Path(options.cache)):
         return write_soft_labels(
