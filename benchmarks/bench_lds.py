@@ -323,15 +323,8 @@ def table(rows: list[Row]) -> str:
     body = []
     for row in rows:
         mean, low, high, seconds = (float(row[key]) for key in ("lds", "low", "high", "cpu_seconds"))
-        body.append(
-            [
-                row["case"],
-                row["contender"],
-                f"{mean:.3f}",
-                f"{low:.3f} to {high:.3f}",
-                f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}",
-            ]
-        )
+        cost = f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
+        body.append([row["case"], row["contender"], f"{mean:.3f}", f"{low:.3f} to {high:.3f}", cost])
     return "\n".join([*markdown_table(header, body), "", origin(rows[0])])
 
 
