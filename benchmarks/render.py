@@ -116,7 +116,7 @@ def page_linear_kd_loss(rows: list[Row], stem: str, out: Path) -> str:
         f"# linear_kd_loss, forward + backward: {rows[0]['device']}\n\n"
         "Every contender was checked against the float64 reference before it was timed. In each round, the contenders\n"
         "run in turns. chunk: the rows whose logits are in memory at the same time. peak MiB: memory beyond what was\n"
-        "in use before the call; it includes the gradients. Liger's losses do not revise labels.\n\n"
+        "in use before the call; it includes the gradients. Liger's and TRL's losses do not revise labels.\n\n"
         f"{bench_linear_kd_loss.table(rows)}\n"
     )
 
