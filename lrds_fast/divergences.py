@@ -38,6 +38,8 @@ class Divergence:
 
     _name: ClassVar[str]
     _code: ClassVar[int]
+    #: The power of T that the divergence of the softened distributions is multiplied by.
+    temperature_power: ClassVar[int] = 2
 
     @property
     def name(self) -> str:
@@ -139,6 +141,8 @@ class MSE(Divergence):
     Mean Squared Error Loss in Knowledge Distillation", 2021.
     """
 
+    temperature_power = 0
+
     on: str = "logits"
 
     def __post_init__(self) -> None:
@@ -182,6 +186,7 @@ class TVD(Divergence):
 
     _name = "tvd"
     _code = 8
+    temperature_power = 1
 
 
 @dataclass(frozen=True)

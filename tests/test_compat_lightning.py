@@ -129,3 +129,26 @@ def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
             UpdateSelection(samples, after=wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="after must be a collection"):
         UpdateSelection(samples, after=2)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_an_epochs_last_step_loses_no_update(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = nn.Linear(5, C)
+    student = Student(teacher, temperature=2.0)
+    train, held_out = [sample[:2] for sample in data()], [sample[:2] for sample in data()[::-1]]
+
+    def selected() -> SelectedDataset:
+        return SelectedDataset(train, teacher, held_out, rule={"ratio": 0.5})
+
+    class Saved(lightning.Callback):  # type: ignore[misc, name-defined, unused-ignore]
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if trainer.global_step == trainer.num_training_batches:
+                trainer.save_checkpoint(tmp_path / "last_step.ckpt")
+
+    first, again = selected(), selected()
+    callbacks = [Saved(), UpdateSelection(first, after=[1])]
+    fit(student, tmp_path, first, max_epochs=2, enable_checkpointing=False, callbacks=callbacks)
+    callbacks = [UpdateSelection(again, after=[1])]
+    path = tmp_path / "last_step.ckpt"
+    fit(student, tmp_path, again, ckpt_path=path, max_epochs=2, enable_checkpointing=False, callbacks=callbacks)
+    assert again.state_dict()["updates"] == 1 and int(again.state_dict()["mask"].sum()) == N // 2

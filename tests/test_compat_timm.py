@@ -140,3 +140,20 @@ def test_without_timm_the_error_says_how_to_install_it() -> None:
     code = "import sys; sys.modules['timm.task'] = None; import lrds_fast.compat.timm"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: lrds_fast.compat.timm needs timm >= 1.0.27: pip install 'timm>=1.0.27'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("task_loss_weight", 2.0), ("distill_loss_weight", 0.5), ("temperature", 1.0)]
+)
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), BinaryCrossEntropy()])
+def test_weights_may_change_during_training(name: str, value: float, criterion: nn.Module) -> None:
+    student, teacher = networks()
+    arguments: dict[str, Any] = {"criterion": criterion, "temperature": 3.0, "verbose": False}
+    theirs = LogitDistillationTask(student, teacher, **arguments)
+    ours = LRDSDistillationTask(student, teacher, revise=None, **arguments)
+    before = theirs(*batch())["loss"]
+    for task in (theirs, ours):
+        setattr(task, name, value)
+    after = theirs(*batch())["loss"]
+    assert (after - before).abs() > 0.01
+    torch.testing.assert_close(ours(*batch())["loss"], after, **CLOSE)

@@ -99,6 +99,90 @@ def test_a_step_has_the_gradient_of_the_mean_over_all_its_labels(
     assert not any(parameter.requires_grad for parameter in teacher.parameters()) and not teacher.training
 
 
+def test_class_weights_are_summed_over_the_micro_batches(tmp_path: Path) -> None:
+    loss = lrds_fast.KDLoss(2.0, ce_weight=1.0, kd_weight=0.0, class_weight=torch.tensor([1.0, 10.0, 1.0, 1.0, 5.0]))
+    found = []
+    for accumulate in (1, 2, 4):
+        student = classifier(0)
+        run = trainer(student, classifier(1), tmp_path, pictures(), accumulate=accumulate, loss=loss)
+        found.append([run.train().training_loss, *(p.detach() for p in student.parameters())])
+    for other in found[1:]:
+        assert other[0] == pytest.approx(found[0][0], rel=1e-5)
+        torch.testing.assert_close(other[1:], found[0][1:], rtol=1e-4, atol=1e-5)
+
+
+class WithAdapters(nn.Module):
+    """A model in a wrapper like those of PEFT."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids: Any) -> Any:
+        return self.model(input_ids=input_ids)
+
+    def get_base_model(self) -> nn.Module:
+        return self.model
+
+
+class OwnLanguageModel(transformers.LlamaForCausalLM):  # type: ignore[misc, name-defined, unused-ignore]
+    pass
+
+
+def vision_language_model(seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(**sizes, vocab_size=V, pad_token_id=0)
+    vision = transformers.CLIPVisionConfig(**(sizes | {"num_hidden_layers": 2}), image_size=8, patch_size=4)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=V - 1)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: WithAdapters(language_model(0)),
+        lambda: OwnLanguageModel(language_model(0).config),
+        lambda: vision_language_model(0),
+        lambda: torch.compile(language_model(0)),
+    ],
+    ids=["adapters", "subclass", "vision", "compiled"],
+)
+def test_wrapped_language_models_shift_labels(make: Any, tmp_path: Path) -> None:
+    assert trainer(make(), language_model(1), tmp_path, texts(), accumulate=1).shift
+
+
+def test_an_encoder_decoder_gets_its_decoder_inputs_from_the_labels(tmp_path: Path) -> None:
+    def model(seed: int) -> Any:
+        torch.manual_seed(seed)
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        sizes = {"vocab_size": V, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        config = transformers.BartConfig(**layers, **sizes, max_position_embeddings=32, init_std=0.3)
+        return transformers.BartForConditionalGeneration(config)
+
+    generator = torch.Generator().manual_seed(2)
+    source, target = torch.randint(3, V, (2, 8, 6), generator=generator)
+    samples = [{"input_ids": x, "labels": y} for x, y in zip(source, target, strict=True)]
+    student, loss = model(0), lrds_fast.KDLoss(1.0, ce_weight=1.0, kd_weight=0.0)
+    run = trainer(student, model(1), tmp_path, samples, accumulate=1, loss=loss)
+    with torch.no_grad():
+        expected = student.eval()(input_ids=source, labels=target).loss
+    assert not run.shift
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_labels_as_probabilities_are_rows_and_multi_label_is_refused(tmp_path: Path) -> None:
+    soft = [{**sample, "labels": torch.eye(5)[sample["labels"]]} for sample in pictures()]
+    losses = []
+    for samples in (pictures(), soft):
+        student = classifier(0)
+        losses.append(trainer(student, classifier(1), tmp_path, samples, accumulate=2).train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    student.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match="problem_type is 'multi_label_classification'"):
+        trainer(student, classifier(1), tmp_path, pictures(), accumulate=1)
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = transformers.default_data_collator(samples)
     return {**batch, "selected": batch["selected"].bool()}
@@ -173,3 +257,45 @@ def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-4" / "selected.pt").unlink()
     with pytest.raises(FileNotFoundError, match="selected.pt"):
         run(3, str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("length", [{"num_train_epochs": 6}, {"max_steps": 12}])
+def test_updates_do_not_depend_on_how_the_length_is_given_and_none_is_lost(length: Any, tmp_path: Path) -> None:
+    samples = [{name: value for name, value in sample.items() if name != "selected"} for sample in pictures()]
+
+    class Recorded(LRDSTrainer):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
+            flags.append(int(inputs["selected"].sum()))
+            return super().compute_loss(model, inputs, *rest, **more)
+
+    flags: list[int] = []
+
+    def run(resume: str | None) -> int:
+        selected = SelectedDataset(
+            samples,
+            classifier(1),
+            samples[::-1],
+            rule={"ratio": 0.5},
+            batch=lambda batch: (batch["pixel_values"], batch["labels"]),
+        )
+        args = transformers.TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            report_to=[],
+            save_strategy="steps",
+            save_steps=2,  # a checkpoint at an epoch's last step, before its update
+            use_cpu=True,
+            disable_tqdm=True,
+            **length,
+        )
+        run = Recorded(classifier(0), args, train_dataset=selected, teacher=classifier(1))
+        run.add_callback(UpdateSelection(selected, after=[1, 4, 6]))
+        run.train(resume_from_checkpoint=resume)
+        updates: int = selected.state_dict()["updates"]
+        return updates
+
+    assert run(None) == 2
+    for step in (2, 4, 8):
+        flags.clear()
+        assert run(str(tmp_path / f"checkpoint-{step}")) == 2
+        assert len(flags) == 12 - step and sum(flags[:2]) == 4

@@ -130,6 +130,36 @@ def test_generated_completions_are_not_revised(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(trainer.training_step(), plain, **CLOSE)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["kl", "rkl", "tvd", "mse_logits", "mse_probs"])
+def test_a_divergence_has_no_power_of_the_temperature(name: str, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, taught = (torch.randn(B, T, size, generator=generator) for size in (5, 6))
+    head, its = (torch.randn(V, size, generator=generator) for size in (5, 6))
+    ones = torch.ones(B, T, dtype=torch.int64)
+    found = chunked_divergence_loss(hidden, taught, head, its, ones, 0.5, temperature=temperature, divergence=name)
+    z, v = hidden @ head.T, taught @ its.T
+    q, p = (torch.softmax(x / temperature, -1) for x in (z, v))
+    expected = {
+        "kl": (p * (p / q).log()).sum(-1),
+        "rkl": (q * (q / p).log()).sum(-1),
+        "tvd": 0.5 * (q - p).abs().sum(-1),
+        "mse_logits": (z - v).square().mean(-1),
+        "mse_probs": (q - p).square().mean(-1),
+    }[name]
+    torch.testing.assert_close(found, expected.mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dkd", "nkd", "rld"])
+def test_divergences_that_need_labels_are_refused(name: str) -> None:
+    hidden, head = torch.randn(B, T, 5), torch.randn(V, 5)
+    with pytest.raises(ValueError, match=f"divergence must need no labels.*got '{name}'"):
+        chunked_divergence_loss(hidden, hidden, head, head, torch.ones(B, T), 0.5, divergence=name)
+    if SUPPORTED:
+        with pytest.raises(ValueError, match="divergence must need no labels"):
+            LRDSDistillationTrainer(divergence=name)
+
+
 def test_the_entropy_of_a_heads_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrds_fast.compat.trl.default_chunk_rows", lambda *_: 4)
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,6 @@ Trainer(callbacks=[UpdateSelection(selected, after=(10, 20))])
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from lrds_fast.functional import kd_loss_parts
 from lrds_fast.nn import KDLoss
-from lrds_fast.selection import SelectedDataset
-from lrds_fast.selection.while_training import checked_epochs
+from lrds_fast.selection.while_training import UpdatesAfterEpochs
 
 try:
     import lightning
@@ -59,22 +57,18 @@ class LRDSDistillation:
         return self.distillation_step(batch)
 
 
-class UpdateSelection(lightning.Callback):  # type: ignore[misc, name-defined, unused-ignore]
+class UpdateSelection(UpdatesAfterEpochs, lightning.Callback):  # type: ignore[misc, name-defined, unused-ignore]
     """Calls selected.update(module) after the epochs in `after`. The flags are in Lightning's checkpoints.
 
     selected: the dataset that the training's DataLoader reads. after: numbers of finished epochs, each >= 1; nothing is
-    updated after the last epoch of the training. Raises ValueError, TypeError.
+    updated after the last epoch of the training. If a training resumes from a checkpoint of an epoch's last step, it
+    makes the epoch's update first; batches that workers of the DataLoader have read by then keep their flags. Raises
+    ValueError, TypeError.
     """
 
-    def __init__(self, selected: SelectedDataset, after: Collection[int]) -> None:
-        self.selected, self.after = selected, checked_epochs(after)
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        self.update_if_due(trainer.current_epoch, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        if trainer.current_epoch + 1 in self.after and trainer.current_epoch + 1 != trainer.max_epochs:
-            self.selected.update(pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.selected.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.selected.load_state_dict(state_dict)
+        if trainer.current_epoch + 1 != trainer.max_epochs:
+            self.update_if_due(trainer.current_epoch + 1, pl_module)

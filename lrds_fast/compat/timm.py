@@ -26,9 +26,10 @@ except ImportError as error:
 class LRDSDistillationTask(LogitDistillationTask):
     """timm's LogitDistillationTask with kd_loss: label revision, data selection, any divergence.
 
-    Its own arguments are timm's. task_loss_weight, distill_loss_weight and temperature become kd_loss's ce_weight,
-    kd_weight and temperature. arguments: the other keywords of KDLoss, such as revise (default "lr"; None gives timm's
-    loss), eta, divergence, standardize and ce_weight_unselected. Raises as KDLoss does.
+    Its own arguments are timm's. task_loss_weight, distill_loss_weight and temperature are kd_loss's ce_weight,
+    kd_weight and temperature; these attributes may change during training. arguments: the other keywords of KDLoss,
+    such as revise (default "lr"; None gives timm's loss), eta, divergence, standardize and ce_weight_unselected. Raises
+    as KDLoss does.
 
     The cross-entropy is computed with the divergence, in one pass, where criterion is nn.CrossEntropyLoss (reduction
     "mean"), LabelSmoothingCrossEntropy or SoftTargetCrossEntropy of timm. Any other criterion is called, and its value
@@ -42,18 +43,19 @@ class LRDSDistillationTask(LogitDistillationTask):
             if name in arguments:
                 owner = {"ce_weight": "task_loss_weight", "kd_weight": "distill_loss_weight"}.get(name, "criterion")
                 raise TypeError(f"LRDSDistillationTask takes {name} from timm's argument {owner}; set it there")
-        self.options = {
-            "temperature": self.temperature,
-            "ce_weight": self.task_loss_weight,
-            "kd_weight": self.distill_loss_weight,
-            **arguments,
-        }
+        self._arguments = arguments
         KDLoss(**self.options)  # checks them
         if self._cross_entropy() is None and arguments.get("ce_weight_unselected") is not None:
             raise ValueError(
                 f"ce_weight_unselected applies to cross-entropies; criterion is {type(self.criterion).__name__}: use "
                 "nn.CrossEntropyLoss, LabelSmoothingCrossEntropy or SoftTargetCrossEntropy, or omit it"
             )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of kd_loss, with timm's attributes as they are now."""
+        weights = {"ce_weight": self.task_loss_weight, "kd_weight": self.distill_loss_weight}
+        return {"temperature": self.temperature, **weights, **self._arguments}
 
     def _cross_entropy(self) -> dict[str, Any] | None:
         """The criterion as keywords of kd_loss; None where it is no cross-entropy that kd_loss computes."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from lrds_fast.compat import generalized_jsd
-from lrds_fast.divergences import Divergence
+from lrds_fast.divergences import NEED_TARGET, Divergence, resolve
 from lrds_fast.functional import kd_loss
 from lrds_fast.linear import default_chunk_rows, linear_kd_loss
 from lrds_fast.logit_maps import logit_maps
@@ -128,10 +128,12 @@ def chunked_divergence_loss(
     """The loss of DistillationTrainer from hidden states, in chunks, without its entropy and valid-token count.
 
     Arguments as trl.trainer.distillation_trainer._chunked_divergence_loss of TRL 1.16 and later. completion_mask:
-    (B, K), nonzero where a token counts. divergence: kd_loss's, in place of beta's. Returns a 0-d tensor. The
-    completions are the student's own samples, so nothing is revised. Raises ValueError, TypeError.
+    (B, K), nonzero where a token counts. divergence: kd_loss's, in place of beta's, without its power of the
+    temperature; "dkd", "rld" and "nkd" need labels and are refused. Returns a 0-d tensor. The completions are the
+    student's own samples, which are no labels, so nothing is revised. Raises ValueError, TypeError.
     """
-    # Of the labels only -100 is read.
+    chosen = _without_labels(generalized_jsd(beta) if divergence is None else divergence)
+    # Of the labels, these divergences read only -100.
     target = torch.where(completion_mask != 0, 0, -100)
     return linear_kd_loss(
         student_hidden_states,
@@ -144,13 +146,23 @@ def chunked_divergence_loss(
         temperature=temperature,
         ce_weight=0.0,
         ce_weight_unselected=0.0,
-        kd_weight=temperature**-2,
+        kd_weight=temperature**-chosen.temperature_power,
         revise=None,
-        divergence=generalized_jsd(beta) if divergence is None else divergence,
+        divergence=chosen,
         num_valid=num_items_in_batch,
         logit_scale=(student_logit_scale, teacher_logit_scale),
         softcap=(student_final_logit_softcapping, teacher_final_logit_softcapping),
     )
+
+
+def _without_labels(divergence: str | Divergence) -> Divergence:
+    chosen = resolve(divergence)
+    if chosen.code in NEED_TARGET:
+        raise ValueError(
+            f"divergence must need no labels, because the student's own samples are none; got {chosen.name!r}: use"
+            " 'kl', 'rkl', 'jsd', 'tvd', 'skl', 'srkl', 'mse_logits' or 'mse_probs'"
+        )
+    return chosen
 
 
 @torch.no_grad()
@@ -179,9 +191,10 @@ def entropy_of_rows(
 class LRDSDistillationTrainer(getattr(distillation_trainer, "DistillationTrainer", object)):  # type: ignore[misc]
     """TRL's on-policy DistillationTrainer (TRL >= 1.16) whose loss is linear_kd_loss, with any of its divergences.
 
-    divergence: kd_loss's, such as "tvd" or SKL(0.1); None: args.beta's, and the losses are DistillationTrainer's.
+    divergence: kd_loss's, such as "tvd" or SKL(0.1), without its power of the temperature; "dkd", "rld" and "nkd" need
+    labels and are refused. None: args.beta's, and the losses are DistillationTrainer's.
     log_entropy: whether the student's mean entropy is logged, as TRL does; it costs one more product with the student's
-    head, and False logs NaN. arguments: DistillationTrainer's. Raises ImportError with an older TRL.
+    head, and False logs NaN. arguments: DistillationTrainer's. Raises ImportError with an older TRL, ValueError.
     """
 
     def __init__(
@@ -191,6 +204,8 @@ class LRDSDistillationTrainer(getattr(distillation_trainer, "DistillationTrainer
             raise ImportError(
                 f"LRDSDistillationTrainer needs trl >= 1.16; trl is {trl.__version__}: pip install -U trl"
             )
+        if divergence is not None:
+            divergence = _without_labels(divergence)
         self.divergence, self.log_entropy = divergence, log_entropy
         super().__init__(*args, **arguments)
 

@@ -107,11 +107,31 @@ class SelectedDataset(Flagged):
         self._updates = int(state["updates"])
 
 
-def checked_epochs(after: Collection[int]) -> frozenset[int]:
-    """Numbers of finished epochs. Raises TypeError or ValueError unless they are integers >= 1."""
-    if not isinstance(after, Collection) or isinstance(after, (str, bytes)):
-        raise TypeError(f"after must be a collection of numbers of epochs, such as (10, 20); got {after!r}")
-    epochs = frozenset(integer("after", epoch) for epoch in after)
-    if any(epoch < 1 for epoch in epochs):
-        raise ValueError(f"after counts finished epochs, each must be >= 1; got {min(epochs)}")
-    return epochs
+class UpdatesAfterEpochs:
+    """Updates a SelectedDataset once after each of some epochs, also where a training resumes between an epoch's last
+    step and its update. The base of the callbacks of lrds_fast.compat."""
+
+    def __init__(self, selected: SelectedDataset, after: Collection[int]) -> None:
+        """after: numbers of finished epochs. Raises TypeError or ValueError unless they are integers >= 1."""
+        if not isinstance(after, Collection) or isinstance(after, (str, bytes)):
+            raise TypeError(f"after must be a collection of numbers of epochs, such as (10, 20); got {after!r}")
+        self.selected, self.after = selected, frozenset(integer("after", epoch) for epoch in after)
+        if any(epoch < 1 for epoch in self.after):
+            raise ValueError(f"after counts finished epochs, each must be >= 1; got {min(self.after)}")
+        self._done: frozenset[int] = frozenset()
+
+    def update_if_due(self, finished: int, student: nn.Module) -> None:
+        """Updates if one of `after` is among the first `finished` epochs and has had no update."""
+        due = {epoch for epoch in self.after if epoch <= finished} - self._done
+        if due:
+            self.selected.update(student)
+            self._done |= due
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: SelectedDataset.state_dict, and the epochs whose update is done."""
+        return {**self.selected.state_dict(), "done": sorted(self._done)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what state_dict returned."""
+        self.selected.load_state_dict(state_dict)
+        self._done = frozenset(state_dict["done"])
