@@ -154,7 +154,7 @@ def self_of_resnet(rows: int, peer_rows: int, folder: Path) -> dict[str, Contend
         contenders["kronfluence"] = Contender(peer.self_influence, peer_rows)
     else:
         factors = influence.Factors.fit(model, data.tensors[0].split(64), layers=layers)
-    factors.model = influence.factors.fingerprint(model, layers)
+    factors.model = influence.factors.fingerprint(model)
     contenders["ours"] = Contender(
         lambda: influence.self_influence(model, data, factors=factors, batch_size=32, progress=False),
         rows,

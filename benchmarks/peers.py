@@ -84,7 +84,7 @@ class Kronfluence:
             qg, qa = (eigen[f"{side}_eigenvectors"][name].double()[None] for side in ("gradient", "activation"))
             blocks[name] = Block(values[None], qg, qa)
             damping[name] = 0.1 * float(values.mean())
-        return Factors("ekfac", blocks, damping, fingerprint(self._original, self.layers))
+        return Factors("ekfac", blocks, damping, fingerprint(self._original))
 
     def self_influence(self) -> Tensor:
         """(N,) of every training sample."""

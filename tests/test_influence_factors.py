@@ -178,6 +178,16 @@ def test_factors_of_another_model_are_refused(tmp_path: Path) -> None:
         Factors.load(tmp_path / "nowhere.safetensors")
 
 
+def test_factors_of_the_last_layer_need_the_model_before_it() -> None:
+    model, batches = model_and_batches()
+    factors = Factors.fit(model, batches, layers=["6"])
+    assert factors.layers_of(model) == ["6"]
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1e-9
+    with pytest.raises(ValueError, match="factors were fitted to another student, or to other weights of it"):
+        factors.layers_of(model)
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = model_and_batches()
     factors = Factors.fit(model, batches)

@@ -33,7 +33,7 @@ from lrds_fast.influence.batches import Data, ReadOptions
 from lrds_fast.influence.curvature import check_curvature
 from lrds_fast.influence.draws import keyed_generator
 from lrds_fast.influence.eigen import inverse_eigenvalues, psd_eigendecomposition
-from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, parameters_of, sample_gradients
+from lrds_fast.influence.layers import Outer, SampleGradients, layer_names, sample_gradients
 from lrds_fast.influence.objective import LogitTerms, cross_entropy_terms, fisher_gradients
 from lrds_fast.influence.options import BLOCK_CURVATURES, CurvatureOptions
 from lrds_fast.ranks import Ranks
@@ -125,9 +125,9 @@ def _rotated(rows: Tensor, q: Tensor) -> Tensor:
 _FORMAT = "lrds-fast influence factors 1"
 
 
-def fingerprint(model: nn.Module, layers: Sequence[str]) -> str:
-    """sha256 of the layers' parameters: their names, shapes, dtypes and values."""
-    return tensors_fingerprint(parameters_of(model, layers))
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of a model's parameters and buffers: their names, shapes, dtypes and values."""
+    return tensors_fingerprint(model.state_dict())
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -143,7 +143,7 @@ class Factors:
     """The damped curvature of a model's layers and its inverse. Factors.fit and Factors.load make them.
 
     curvature: "identity", "kfac" or "ekfac". blocks, damping: by layer name; damping is the value that was added to
-    every eigenvalue of the layer. model: the fingerprint of the layers that the factors were fitted to.
+    every eigenvalue of the layer. model: the fingerprint of the model that the factors were fitted to.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Factors:
         if layers not in ("all", "last") and layer_names(student, layers) != self.layers:
             raise ValueError(f"layers and factors differ; the factors are of {', '.join(map(repr, self.layers))}")
         modules = dict(student.named_modules())
-        if any(name not in modules for name in self.layers) or fingerprint(student, self.layers) != self.model:
+        if any(name not in modules for name in self.layers) or fingerprint(student) != self.model:
             raise ValueError("factors were fitted to another student, or to other weights of it; fit them again")
         return self.layers
 
@@ -240,7 +240,7 @@ class Factors:
             missing = [name for name in blocks if name not in modules]
             if missing:
                 raise ValueError(f"{path} belongs to another model: this one has no layer {missing[0]!r}")
-            if fingerprint(model, list(blocks)) != facts["model"]:
+            if fingerprint(model) != facts["model"]:
                 raise ValueError(f"{path} belongs to other weights than this model's; fit the factors again")
         return cls(facts["curvature"], blocks, facts["damping"], facts["model"])
 
@@ -349,7 +349,7 @@ class BlockFit:
             blocks |= self._corrected_blocks(total, blocks)
         self._check_extents()
         damping = self._damping(blocks)
-        return Factors(curvature, blocks, damping, fingerprint(self._model, self._names))
+        return Factors(curvature, blocks, damping, fingerprint(self._model))
 
     def _sweep(self, number: int) -> Iterator[tuple[int, Mapping[str, SampleGradients]]]:
         """(samples of the batch at its first draw, else 0; sample gradients of one draw).
