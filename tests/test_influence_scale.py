@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lrds_fast
 from lrds_fast import KDLoss, influence
@@ -125,16 +125,16 @@ scale.scored(folder / "scores", dies_at={dies_at}, layers={layers!r})
     data = Samples(SAMPLES, 1)
     resumed = scored(out, layers=layers, resume=True, train_data=data)
     if dies_at == 100:
-        # Shards of 24 samples: the first four were finished, and nothing of them is read again.
+        # Shards of 24 samples: the first four were finished, and only the data's first batch is read again of them.
         wanted = "_rows-00000003.safetensors" if layers == "last" else "part-00000003.parquet"
-        assert wanted in begun and min(data.reads) == 96
+        assert wanted in begun and data.reads[:8] == list(range(8)) and min(data.reads[8:]) == 96
     expected = scored(layers=layers)
     for name in NAMES:
         assert torch.equal(resumed[name], expected[name])
-    # Once complete, resuming reads nothing.
+    # Once complete, resuming reads the first batch alone, to compare the data.
     silent = Samples(SAMPLES, 1)
     assert torch.equal(scored(out, layers=layers, resume=True, train_data=silent)["kd_gain"], expected["kd_gain"])
-    assert silent.reads == []
+    assert silent.reads == list(range(8))
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -237,6 +237,18 @@ def test_streams_and_loaders_with_workers(tmp_path: Path, layers: str) -> None:
         torch.testing.assert_close(stream[name], expected[name], rtol=2e-5, atol=2e-6)
 
 
+def test_one_other_target_of_data_in_memory_is_another_run(tmp_path: Path) -> None:
+    x, y = torch.randn(SAMPLES, WIDTH), torch.arange(SAMPLES) % CLASSES
+    changed = y.clone()
+    changed[-1] = 3
+    scored(tmp_path / "scores", train_data=TensorDataset(x, y), val_data=TensorDataset(x, y))
+    for name, part in (("train_data", "train"), ("val_data", "val")):
+        data: dict[str, Any] = {"train_data": TensorDataset(x, y), "val_data": TensorDataset(x, y)}
+        data[name] = TensorDataset(x, changed)
+        with pytest.raises(ValueError, match=f"was started with {part}_targets = "):
+            scored(tmp_path / "scores", resume=True, **data)
+
+
 def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "scores"
     scored(out)
@@ -245,6 +257,8 @@ def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         ({"batch_size": 9}, "was started with batches = 17, not 15"),
         ({"scores": ("el2n",)}, "was started with scores = "),
         ({"train_data": Samples(50, 1)}, "was started with batches = 17, not 7"),
+        ({"train_data": Samples(SAMPLES, 3)}, "was started with train_inputs = "),
+        ({"val_data": Samples(30, 3)}, "was started with val_inputs = "),
     ):
         with pytest.raises(ValueError, match=message):
             scored(out, resume=True, **change)

@@ -151,6 +151,33 @@ def test_options_of_one_table_check_themselves() -> None:
         (LossOptions, {"divergence_options": [1]}, "loss.divergence_options must be a table; got [1]"),
         (SelectionOptions, {"threshold": "low"}, "selection.threshold must be float, or \"none\"; got 'low' (str)"),
         (SelectionOptions, {"every": 1}, "selection.every needs selection.after"),
+        (
+            SelectionOptions,
+            {"ratio": 0.0},
+            "selection.ratio needs selection.after, the epochs before the first scoring, to",
+        ),
+        (SelectionOptions, {"threshold": 0.0, "path": "s"}, "selection.threshold needs selection.after"),
+        (SelectionOptions, {"outliers": 3.0, "by": "kd"}, "selection.outliers needs selection.after"),
+        (
+            LossOptions,
+            {"method": "revision", "temperature": 2.0},
+            "loss.method 'revision' takes no temperature; got 2.0: leave out loss.temperature, or use method 'kd'",
+        ),
+        (
+            LossOptions,
+            {"method": "revision", "ce_weight_end": 1.0},
+            "loss.method 'revision' takes no ce_weight_end; got 1.0",
+        ),
+        (
+            LossOptions,
+            {"method": "revision", "revise_temperature": None},
+            "loss.method 'revision' takes no revise_temperature; got None",
+        ),
+        (
+            LossOptions,
+            {"method": "revision", "label_smoothing": 0.1},
+            "loss.method 'revision' takes no label_smoothing",
+        ),
         (TeacherOptions, {"cache": "soft"}, "teacher.cache is 'soft', but teacher.model"),
         (RunOptions, {"compile": "max-autotune", "accumulate": 2}, "run.compile 'max-autotune' uses CUDA graphs"),
         (Recipe, {"data": 3}, "data must be a table; got 3"),

@@ -401,3 +401,20 @@ def test_protocols_come_after_those_they_extend_and_share_methods() -> None:
         assert set(protocol.small_steps) <= students
         for method in protocol.methods.values():
             assert set(method.by_student) <= students and set(method.switches) <= {"lr", "ds"}
+
+
+def test_a_finished_run_of_a_sweep_has_the_present_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights, teacher = Path("teacher.pt"), models.create("mlp_8x16_128", num_classes=100)
+    torch.save(teacher.state_dict(), weights)
+    settings = ["schedule.epochs=1", "data.train_limit=100", "run.device=cpu", f"teacher.checkpoint={weights}"]
+    recipe = load_recipe("digits_kd", settings)
+    said: list[str] = []
+    assert sweep([recipe], progress=False, say=said.append)[1] == []
+    teacher.fc.bias.data += 1  # type: ignore[union-attr,operator]
+    torch.save(teacher.state_dict(), weights)
+    runs, failures = sweep([recipe], progress=False, say=said.append)
+    assert runs == [] and "of another run: its teacher's sha256 is" in failures[0][1]
+    weights.unlink()
+    runs, failures = sweep([recipe], progress=False, say=said.append)
+    assert len(runs) == 1 and failures == [] and "finished already" in said[-1]

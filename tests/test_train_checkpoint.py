@@ -315,6 +315,27 @@ def test_resuming_another_run_is_refused(tmp_path: Path, trained: Path, change: 
     assert trained.read_bytes() == before
 
 
+def test_resuming_with_a_teacher_trained_again_is_refused(tmp_path: Path) -> None:
+    weights, last = tmp_path / "teacher.pt", tmp_path / "run" / "last.pt"
+    teacher = models.create("mlp_8x16_128", num_classes=100)
+    torch.save(teacher.state_dict(), weights)
+    chosen = quick(tmp_path, "digits_kd", f"teacher.checkpoint={weights}")
+    fit(chosen, progress=False)
+    torch.save({"student": teacher.state_dict()}, weights)  # the same weights in another file
+    fit(chosen, resume=True, progress=False)
+    teacher.fc.bias.data += 1  # type: ignore[union-attr,operator]
+    torch.save(teacher.state_dict(), weights)
+    before = last.read_bytes()
+    with pytest.raises(ValueError, match=r"its teacher's sha256 is \w{64}, this one's is \w{64}; .* data and teacher"):
+        fit(chosen, resume=True, progress=False)
+    assert last.read_bytes() == before
+    # A checkpoint of an older version does not say which teacher it had.
+    state = torch.load(last, weights_only=True)
+    del state["facts"]["teacher's sha256"]
+    torch.save(state, last)
+    fit(chosen, resume=True, progress=False)
+
+
 def test_weights_of_someone_else_are_not_a_run_to_resume(tmp_path: Path, trained: Path) -> None:
     torch.save(models.create("mlp", num_classes=10).state_dict(), trained)
     with pytest.raises(ValueError, match=r"is not a checkpoint of lrds-fast train \(format 2\)"):

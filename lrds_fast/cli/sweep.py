@@ -232,7 +232,7 @@ def _prefixed(say: Callable[[str], object] | None, prefix: str) -> Callable[[str
 
 
 def _is_finished(recipe: Recipe) -> bool:
-    """Whether the recipe's folder contains its run with all epochs."""
+    """Whether the recipe's folder contains its run with all epochs, of the teacher that teacher.checkpoint has now."""
     from lrds_fast.report.runs import read_run
     from lrds_fast.train.setup import resolved
 
@@ -241,4 +241,27 @@ def _is_finished(recipe: Recipe) -> bool:
     except (FileNotFoundError, ValueError):
         return False
     same = resolved(stored.recipe.with_values(**{"run.out": recipe.run.out})) == resolved(recipe)
-    return same and stored.last["epoch"] == recipe.schedule.epochs
+    return same and stored.last["epoch"] == recipe.schedule.epochs and _has_its_teacher(recipe)
+
+
+def _has_its_teacher(recipe: Recipe) -> bool:
+    """Whether teacher.checkpoint has the weights that taught the finished run; True where either cannot be read."""
+    from lrds_fast import models
+    from lrds_fast.models.student import Description
+    from lrds_fast.models.weights import load_weights
+    from lrds_fast.train.cache import weights_sha256
+    from lrds_fast.train.checkpoint import teacher_sha256
+    from lrds_fast.train.folder import CHECKPOINT
+
+    options = recipe.teacher
+    try:
+        before = teacher_sha256(recipe.out / CHECKPOINT)
+        if before is None:
+            return True
+        teacher = models.create(options.model, num_classes=len(Description.read(recipe.out).class_names))
+        load_weights(
+            teacher, Path(options.checkpoint), key="teacher.checkpoint", weights=options.weights, announce=False
+        )
+    except (OSError, ValueError, ImportError):
+        return True
+    return weights_sha256(teacher) == before

@@ -20,7 +20,6 @@ from lrds_fast.compat import generalized_jsd
 from lrds_fast.divergences import NEED_TARGET, Divergence, resolve
 from lrds_fast.functional import kd_loss
 from lrds_fast.linear import default_chunk_rows, linear_kd_loss
-from lrds_fast.logit_maps import logit_maps
 
 try:
     import trl
@@ -177,13 +176,15 @@ def entropy_of_rows(
     """The entropy, in nats, of softmax(logits / temperature) for each row of a linear head, in chunks of rows.
 
     hidden: (N, d). weight: (C, d), bias: (C,) or None. logit_scale, softcap: kd_loss's, one number each. Returns (N,)
-    float32 without a gradient. Raises ValueError, TypeError.
+    float32 without a gradient.
     """
-    applied, _ = logit_maps(logit_scale, softcap)
     rows = default_chunk_rows(max(len(hidden), 1), len(weight), 8, hidden.device.type)
     entropies = []
     for part in hidden.split(rows):
-        logs = (applied(linear(part, weight, bias)).float() / temperature).log_softmax(-1)
+        logits = linear(part, weight, bias).float() * logit_scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        logs = (logits / temperature).log_softmax(-1)
         entropies.append(-(logs.exp() * logs).sum(-1))
     return torch.cat(entropies)
 

@@ -99,12 +99,16 @@ class BatchReader:
         self._parameter, self._progress = parameter, progress
         # Batch sizes; known before reading, except for an iterable of batches.
         self._sizes: list[int] | None = None
+        # Of all samples of a sequence of batches; empty for other data.
+        self._targets: list[Tensor] = []
         loader = self._data
         if isinstance(loader, Sequence):
             self._sizes, start = [], 0
             for raw in loader:
-                self._sizes.append(len(self._read(raw, start)[0]))
-                start += self._sizes[-1]
+                x, y = self._read(raw, start)
+                self._sizes.append(len(x))
+                self._targets.append(y)
+                start += len(x)
         if not isinstance(loader, DataLoader):
             return
         if isinstance(loader.sampler, RandomSampler):
@@ -165,6 +169,14 @@ class BatchReader:
     def share(self, desc: str, ranks: Ranks) -> Iterator[NumberedBatch]:
         """This process's batches: every ranks.count-th, from ranks.rank on."""
         return self(desc, lambda number: number % ranks.count == ranks.rank)
+
+    def known(self) -> dict[str, Tensor]:
+        """The data as far as it is known without a pass over it; {} for data without samples.
+
+        "inputs": of the first samples. "targets": of all samples of a sequence of batches, otherwise of the first ones.
+        """
+        first = self._first_samples(lambda _: True)
+        return {} if first is None else {"inputs": first[0], "targets": torch.cat(self._targets or [first[1]])}
 
     def targets(self, ranks: Ranks) -> Iterator[Tensor]:
         """The targets of this process's batches, (B,) int64 each; a pass over the data."""

@@ -63,10 +63,11 @@ def score(
     integers in [0, C). val_data, held out of the training set and never the test set, is needed by kd_gain. Data are
     read up to three times (four for mismatch over more layers than the last) and must give exactly the same tensors
     each time: pass them with the evaluation transform, never with random augmentation. To check this, the first 16
-    samples of a dataset, or the first batch of other data, are read twice; ValueError if they differ. batch: a function
-    from a loader's batch to (inputs, targets), needed unless batches are (inputs, targets, ...): batch=lambda b:
-    (b["pixel_values"], b["labels"]). logits: a function from a model's output to its logits (B, C), for student and
-    teacher alike: logits=lambda out: out[0]. None: a tensor, or the `logits` of an object that has them.
+    samples of a dataset, or the first batch of other data, are read twice (with `out` once more); ValueError if they
+    differ. batch: a function from a loader's batch to (inputs, targets), needed unless batches are (inputs, targets,
+    ...): batch=lambda b: (b["pixel_values"], b["labels"]). logits: a function from a model's output to its logits (B,
+    C), for student and teacher alike: logits=lambda out: out[0]. None: a tensor, or the `logits` of an object that has
+    them.
     layers: "last" (the last nn.Linear, whose output must be the logits), "all" with trainable parameters, or a list of
     module names. Linear, Conv (groups, dilation, any padding), Embedding and normalisation layers; ValueError naming
     any other.
@@ -83,8 +84,10 @@ def score(
     factors: from Factors.fit or .load for this student, instead of fitting them here; they determine layers, curvature,
     damping, damping_scale, hessian and labels.
     out: a folder for the scores, one Parquet file per shard of the data (load_scores and any Parquet reader take it as
-    one table). resume=True goes on with a run that was killed, to the same result. Without `out` the last layer's rows,
-    d + 2 C numbers a sample, are held in memory; with it they are on disk while needed.
+    one table). resume=True goes on with a run that was killed, to the same result. ValueError for a run of other
+    models, options or data; data are compared by their counts, their first samples and, for a TensorDataset or a list
+    of batches, all targets. Without `out` the last layer's rows, d + 2 C numbers a sample, are held in memory; with it
+    they are on disk while needed.
     progress: bars with the time left; None: where stderr is a terminal.
 
     Under torchrun (an initialised torch.distributed) every process makes this call: the data's batches are divided
@@ -113,6 +116,8 @@ def score(
     check_selected(selected, train.samples)
     meta = _meta(options, layer_list, head, factors)
     facts = _facts(options, meta, student, teacher, train, held_out, factors)
+    if out is not None:
+        facts |= ranks.agree(_data_facts(train, held_out) if ranks.first else {})
     shards = Shards(out, facts, resume=resume, batches=train.count, ranks=ranks)
     if shards.complete and out is not None:
         return load_scores(out)
@@ -179,4 +184,14 @@ def _facts(
         "train_samples": train.samples,
         "val_samples": None if held_out is None else held_out.samples,
         "batches": train.count,
+    }
+
+
+def _data_facts(train: BatchReader, held_out: BatchReader | None) -> dict[str, str]:
+    """Fingerprints of what is known of the data without a pass over it."""
+    return {
+        f"{name}_{part}": tensors_fingerprint({part: tensor})
+        for name, reader in (("train", train), ("val", held_out))
+        if reader is not None
+        for part, tensor in reader.known().items()
     }

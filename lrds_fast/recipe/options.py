@@ -209,6 +209,14 @@ class LossOptions:
             raise ValueError(f"loss.method {self.method!r} takes loss.revise 'lr' or 'none'")
         if self.method == "revision" and self.revise != "lr":
             raise ValueError("loss.method 'revision' is label revision: it takes loss.revise 'lr'")
+        unused = ("temperature", "ce_weight_end", "revise_temperature", "label_smoothing")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if self.method == "revision" and field.name in unused and value != field.default:
+                raise ValueError(
+                    f"loss.method 'revision' takes no {field.name}; got {value!r}: leave out loss.{field.name}, or use"
+                    " method 'kd'"
+                )
 
     def chosen_divergence(self) -> divergences.Divergence:
         """The divergence with divergence_options. ValueError for an unknown option or a value out of its range."""
@@ -292,6 +300,17 @@ class SelectionOptions:
                 "selection.every needs selection.after, the epochs before the first scoring, to be above 0"
             )
         self._check_rule()
+        rules = {
+            "ratio": self.ratio if self.ratio >= 0 else None,
+            "threshold": self.threshold,
+            "outliers": self.outliers,
+        }
+        for key, value in rules.items():
+            if value is not None and not self.after:
+                raise ValueError(
+                    f"selection.{key} needs selection.after, the epochs before the first scoring, to be above 0; got"
+                    f" {value!r}: set selection.after, or leave out selection.{key}"
+                )
         if self.by_confidence and self.after and self.by not in ("kd_gain", "set_shift"):
             raise ValueError(
                 f"selection.by = {self.by!r} has no standard error, which selection.confidence needs: set"
@@ -301,7 +320,7 @@ class SelectionOptions:
             raise ValueError(
                 "selection.per_class needs a share of every class: selection.ratio, or confidence and max_drop"
             )
-        if self.by == "set_shift" and (self.ratio < 0 or self.margin):
+        if self.by == "set_shift" and self.after and (self.ratio < 0 or self.margin):
             raise ValueError(
                 "selection.by = 'set_shift' chooses a share of the samples together: set selection.ratio, no margin"
             )

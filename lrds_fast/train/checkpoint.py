@@ -16,6 +16,8 @@ from lrds_fast.notes import note
 from lrds_fast.ranks import Ranks
 
 FORMAT = 2
+#: The fact that holds the sha256 of the teacher's weights. Checkpoints of older versions lack it.
+TEACHER = "teacher's sha256"
 
 
 class Stateful(Protocol):
@@ -107,11 +109,11 @@ def resume(
             f"{path} is not a checkpoint of lrds-fast train (format {FORMAT}); start again with --overwrite"
         )
     for name, value in facts.items():
-        before = state["facts"].get(name)
+        before = state["facts"].get(name, value if name == TEACHER else None)
         if before != value:
             raise ValueError(
                 f"{path} is of another run: its {name} is {before}, this one's is {value};"
-                " resume with the same recipe and data, or set another run.out"
+                " resume with the same recipe, data and teacher, or set another run.out"
             )
     before = state.get("machine", {})
     differences = [
@@ -135,6 +137,14 @@ def resume(
         if generators["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(generators["cuda"])
     return Position(int(state["epoch"]), int(state["steps"]), state["state"])
+
+
+def teacher_sha256(path: Path) -> str | None:
+    """The sha256 of the teacher's weights in a run's checkpoint; None where it has none. OSError or ValueError for a
+    file that cannot be read."""
+    state = read(path, named=str(path), otherwise="restore it from a copy")
+    sha256: str | None = state.get("facts", {}).get(TEACHER) if isinstance(state, dict) else None
+    return sha256
 
 
 class Stored(NamedTuple):

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrds_fast.files import append_record, read_records, remove_partial, rewrite_records, write_text
 from lrds_fast.ranks import Ranks
 from lrds_fast.recipe.recipe import Recipe, from_mapping
 from lrds_fast.train import checkpoint, rescoring
-from lrds_fast.train.checkpoint import Position
+from lrds_fast.train.cache import weights_sha256
+from lrds_fast.train.checkpoint import TEACHER, Position
 from lrds_fast.train.setup import resolved
 from lrds_fast.train.step import Step
 from lrds_fast.train.summary import SUMMARY
@@ -136,8 +137,11 @@ def older_run(out: Path) -> FileExistsError:
     )
 
 
-def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[str, str]:
-    """The facts that must be equal when a run resumes, as strings: the recipe, the data and the selection.
+def identity(
+    recipe: Recipe, fingerprint: str, selected: Tensor | None, teacher: nn.Module | None = None
+) -> dict[str, str]:
+    """The facts that must be equal when a run resumes, as strings: the recipe, the data, the selection and the
+    teacher's weights.
 
     Left out are the recipe's name, the paths of its files, the device, and the number of processes that read the data.
     """
@@ -159,4 +163,6 @@ def identity(recipe: Recipe, fingerprint: str, selected: Tensor | None) -> dict[
     facts["data's fingerprint"] = fingerprint
     mask = b"" if selected is None else selected.cpu().numpy().tobytes()
     facts["selection"] = hashlib.sha256(mask).hexdigest()[:16]
+    if teacher is not None:
+        facts[TEACHER] = weights_sha256(teacher)
     return facts

@@ -67,10 +67,10 @@ def train(
 
     selected: (N,) bool over data.train's samples, those that have the teacher; None is all. With recipe.selection.after
     it holds until the first scoring; later selections are written to selections/. cached: logits of the teacher, which
-    is then not run. fingerprint: of the data; resuming on other data is an error. resume: continues from out/last.pt,
-    also within an epoch, with the numbers of an uninterrupted run (bit for bit on the CPU); without that file it starts
-    anew. overwrite: replaces an older run in `out`. progress: shows a bar on stderr. say: is called with one line of
-    text per epoch.
+    is then not run. fingerprint: of the data. resume: continues from out/last.pt, also within an epoch, with the
+    numbers of an uninterrupted run (bit for bit on the CPU); without that file it starts anew; another recipe, data,
+    selection or teacher is an error. overwrite: replaces an older run in `out`. progress: shows a bar on stderr. say:
+    is called with one line of text per epoch.
 
     Under torchrun every process makes this call with the same arguments: each batch is divided among them, and the
     gradients are those of the whole batch's mean. SIGTERM and Ctrl-C end the run after a checkpoint.
@@ -133,7 +133,7 @@ class TrainingRun:
             features=self._features,
         )
         self._with_teacher = teacher is not None or cached is not None
-        self._folder = Folder(out, recipe, identity(recipe, fingerprint, selected), self._step, self._ranks)
+        self._folder = Folder(out, recipe, identity(recipe, fingerprint, selected, teacher), self._step, self._ranks)
         self._trackers: Trackers | None = None
         self._errors_reported = 0
 
