@@ -1,9 +1,11 @@
 """Stores CIFAR-100 runs in results/cifar100.csv and writes their page and README.md's table from that file.
 
     python -m benchmarks.cifar100_runs collect RUN... --command "lrds-fast sweep ..."
+    python -m benchmarks.cifar100_runs collect RUN... --command "..." --csv benchmarks/results/cifar100_60_epochs.csv
     python -m benchmarks.cifar100_runs page
 
-A row of the CSV has the log of one epoch of a run, so the tables can be computed again from the file.
+A row of the CSV has the log of one epoch of a run, so the tables can be computed again from the file. A run replaces
+the stored one of its name and seed. Another CSV has a page of its own and no table in README.md.
 """
 
 from __future__ import annotations
@@ -98,12 +100,19 @@ def origin(text: str) -> str:
     return f"Students had {taught} epochs. {place}; {commands}."
 
 
-def page(text: str) -> str:
-    """All tables of a stored CSV; differences are to plain KD."""
+def page(text: str, stem: str = "cifar100") -> str:
+    """All tables of a stored CSV; differences are to plain KD. stem: of the CSV's name."""
     runs = runs_of(text)
     baseline = next((run.recipe.name for run in runs if run.recipe.name.endswith("/kd")), None)
     body = markdown_report(runs, title="CIFAR-100 distillation runs", baseline=baseline)
-    return f"{body}\n{origin(text)} Every epoch: [cifar100.csv](../../benchmarks/results/cifar100.csv).\n"
+    return f"{body}\n{origin(text)} Every epoch: [{stem}.csv](../../benchmarks/results/{stem}.csv).\n"
+
+
+def with_stored(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows of a stored CSV, without those of the same name and seed, and `rows`."""
+    new = {(row["name"], row["seed"]) for row in rows}
+    stored = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))) if path.is_file() else []
+    return [row for row in stored if (row["name"], int(row["seed"])) not in new] + rows
 
 
 def readme_with(readme: str, text: str) -> str:
@@ -123,17 +132,21 @@ def main() -> None:
     collect.add_argument("runs", type=Path, nargs="+")
     collect.add_argument("--command", required=True, help="the command that made the runs")
     collect.add_argument("--commit", help="the commit that made the runs (default: that of this checkout)")
-    actions.add_parser("page", help="the page and README.md's section, from results/cifar100.csv")
+    for action in (collect, actions.add_parser("page", help="the page and README.md's section, from the CSV")):
+        action.add_argument("--csv", type=Path, default=STORED, help="default: results/cifar100.csv")
     options = parser.parse_args()
     if options.action == "collect":
         made_by = options.commit or checkout_commit()
-        write_text(STORED, as_csv(rows_of([read_run(folder) for folder in options.runs], made_by, options.command)))
-        print(STORED)
-    text = STORED.read_text(encoding="utf-8")
-    write_text(PAGE, page(text))
-    readme = ROOT / "README.md"
-    write_text(readme, readme_with(readme.read_text(encoding="utf-8"), text))
-    print(PAGE)
+        rows = rows_of([read_run(folder) for folder in options.runs], made_by, options.command)
+        write_text(options.csv, as_csv(with_stored(rows, options.csv)))
+        print(options.csv)
+    text = options.csv.read_text(encoding="utf-8")
+    path = PAGE.with_name(f"{options.csv.stem}.md")
+    write_text(path, page(text, options.csv.stem))
+    if options.csv.stem == STORED.stem:
+        readme = ROOT / "README.md"
+        write_text(readme, readme_with(readme.read_text(encoding="utf-8"), text))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def render(path: Path, out: Path) -> Path:
             return write(path, out)
     page = out / f"{path.stem}.md"
     if path.stem.startswith("cifar100"):
-        write_text(page, cifar100_runs.page(path.read_text(encoding="utf-8")))
+        write_text(page, cifar100_runs.page(path.read_text(encoding="utf-8"), path.stem))
         return page
     make = next(make for prefix, make in PAGE_TEXTS.items() if path.stem.startswith(prefix))
     write_text(page, make(rows, path.stem, out))

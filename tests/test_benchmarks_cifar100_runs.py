@@ -38,5 +38,11 @@ def test_runs_survive_the_csv(tmp_path: Path) -> None:
     assert (again.recipe.name, again.recipe.seed) == (run.recipe.name, 3)
     for found, record in zip(again.records, run.records, strict=True):
         assert found == {key: record[key] for key in cifar100_runs.LOGGED if key in record}
+    stored = tmp_path / "stored.csv"
+    stored.write_text(cifar100_runs.as_csv(rows))
+    other = [{**row, "seed": 4} for row in rows]
+    both = cifar100_runs.with_stored([*other, {**rows[0], "command": "a newer command"}], stored)
+    assert [(row["seed"], row["command"]) for row in both] == [(4, "a command")] * 2 + [(3, "a newer command")]
+    assert [row["seed"] for row in cifar100_runs.with_stored(other, stored)] == ["3", "3", 4, 4]
     with pytest.raises(ValueError, match="must have <!-- cifar100:begin -->"):
         cifar100_runs.readme_with("no marks", cifar100_runs.as_csv(rows))
