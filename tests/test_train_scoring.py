@@ -14,7 +14,8 @@ import torch
 from lrds_fast import influence
 from lrds_fast.models import create
 from lrds_fast.recipe.recipe import Recipe
-from lrds_fast.train import run
+from lrds_fast.selection import Selection, dataset_fingerprint
+from lrds_fast.train import rescoring, run
 from lrds_fast.train.evaluation import outputs
 from lrds_fast.train.setup import scored_loss
 
@@ -114,6 +115,20 @@ def test_several_processes_share_the_samples(tmp_path: Path) -> None:
     assert data.val is not None
     # Each batch in one process.
     assert sum(passes) == len(data.score) + len(data.val) and min(passes) > 0.3 * sum(passes)
+
+
+def test_a_run_is_scored_with_its_last_selection() -> None:
+    labels = run.load_data(recipe()).train.labels
+    for epoch, kept in ((1, torch.arange(len(labels)) % 2 == 0), (3, torch.arange(len(labels)) % 3 == 0)):
+        facts = (None, {"by": "hand"}, dataset_fingerprint(labels, 10), 10)
+        path = rescoring.path_of(Path("out"), epoch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Selection(kept, {"hand": -kept.float()}, labels, *facts).save(path)
+    Path("out/last.pt").write_bytes(Path("student.pt").read_bytes())
+    found = run.score(recipe(**{"score.base": "", "run.out": "out"}), progress=False)["kd_gain"]
+    expected = run.score(recipe(**{"selection.path": str(path)}), progress=False)["kd_gain"]
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, run.score(recipe(), progress=False)["kd_gain"], rtol=0.01)
 
 
 def test_missing_needs_are_named() -> None:

@@ -56,6 +56,12 @@ def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection 
     return read_selection(path, otherwise="restore it from a copy, or start again with --overwrite")
 
 
+def last(out: Path) -> Selection | None:
+    """The last selection in a run's folder; None where there is none. ValueError for a damaged file."""
+    paths = sorted((out / FOLDER).glob("epoch_*.parquet"))
+    return read_selection(paths[-1], otherwise="restore it from a copy") if paths else None
+
+
 def rescore(
     recipe: Recipe,
     data: Data,

@@ -162,6 +162,7 @@ def _cached_logits(
 def score(recipe: Recipe, *, progress: bool = True) -> influence.Scores:
     """Scores every training sample from the last layer of a trained student: score.base, by default this recipe's run.
 
+    The objective is that of the end of the training: without score.base with the run's last selection, if it made one.
     The held-out slice (data.val_fraction) gives the gradient that kd_gain needs; the test split is not touched. The
     score set_shift is the length of each sample's influence.set_shift. Under torchrun every process makes this call and
     gets all scores. Raises FileExistsError while this recipe's own run is still training.
@@ -183,7 +184,9 @@ def _scored(recipe: Recipe, device: torch.device, progress: bool) -> influence.S
     names = recipe.score.scores
     if data.val is None and any(map(rescoring.needs_held_out, names)):
         raise ValueError("kd_gain needs held-out samples; set data.val_fraction, for example to 0.1")
-    selection = load_selection(recipe, data)
+    selection = None if recipe.score.base else rescoring.last(recipe.out)
+    if selection is None:
+        selection = load_selection(recipe, data)
     teacher_logits = None
     if recipe.teacher.answer_noise:
         teacher_logits = outputs(teacher, data.score, device, progress=progress, desc="teacher").logits
