@@ -202,6 +202,14 @@ def test_evaluation_gives_the_same_loss_and_predictions(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(found.predictions), logits)
 
 
+def test_other_losses_of_the_trainer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave out compute_loss_func and label_smoothing_factor"):
+        trainer(classifier(0), classifier(1), tmp_path, pictures(), accumulate=1, compute_loss_func=lambda *_: 0.0)
+    args = transformers.TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="leave out compute_loss_func and label_smoothing_factor"):
+        LRDSTrainer(classifier(0), args, teacher=classifier(1))
+
+
 def test_the_teacher_is_in_no_checkpoint(tmp_path: Path) -> None:
     student = classifier(0)
     run = trainer(student, classifier(1), tmp_path, pictures(), accumulate=1)

@@ -45,6 +45,11 @@ class LRDSTrainer(Trainer):
         if self.kd.reduction != "mean":
             raise ValueError(f"loss must have reduction 'mean', which counts rows; got {self.kd.reduction!r}")
         super().__init__(*args, **arguments)
+        if self.compute_loss_func is not None or self.args.label_smoothing_factor:
+            raise ValueError(
+                "LRDSTrainer computes the loss by `loss` alone: leave out compute_loss_func and label_smoothing_factor;"
+                " loss=KDLoss(label_smoothing=...) smooths the labels"
+            )
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.kd.to(self.args.device)
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
