@@ -432,6 +432,10 @@ def test_resuming_with_other_facts_layout_or_order_is_refused(tmp_path: Path) ->
         write(tmp_path / "full", overwrite=True)
     with pytest.raises(FileExistsError, match="is a file"):
         write(tmp_path / "full" / "thesis.txt")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".meta.json.d11ebd1b.partial").write_text("{")  # of a process that was killed at once
+    write(tmp_path / "begun", resume=True)
+    assert not list((tmp_path / "begun").glob(".*.partial"))
 
 
 def test_logits_that_cannot_be_kept_are_named(tmp_path: Path) -> None:

@@ -263,6 +263,8 @@ def test_folders_that_do_not_belong_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             scored(out, resume=True, **change)
     other = tmp_path / "other"
+    other.mkdir()
+    (other / "._plan.json.d11ebd1b.partial").write_text("{")  # of a process that was killed at once
     scored(other, loss=KDLoss(temperature=3.0))
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file; name a folder"):

@@ -285,8 +285,10 @@ def _begin(folder: Path, meta: Meta, rows: np.ndarray, *, resume: bool, overwrit
         old = files.read_meta(folder)
         files.check_facts(folder, old.facts, meta.facts)
         files.check_facts(folder, asdict(old.layout), asdict(meta.layout))
+        remove_partial(folder)
         _check_room(folder, meta.layout)
     else:
+        remove_partial(folder)  # a killed process may have left no more than this
         if not exists and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty and holds no soft labels; name a new folder")
         # view-*.npy and written.jsonl are of formats before 3. meta.json, which says that this is a cache, goes last.
@@ -295,7 +297,6 @@ def _begin(folder: Path, meta: Meta, rows: np.ndarray, *, resume: bool, overwrit
         for path in old_files:
             path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-    remove_partial(folder)
     files.write_meta(folder, meta)
     files.write_rows(folder / files.ROWS, rows)
 

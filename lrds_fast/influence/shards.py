@@ -122,6 +122,7 @@ class Shards:
                     raise ValueError(f"out={folder} was started with {name} = {was}, not {now}; name another folder")
             remove_partial(folder)
             return int(earlier["shard_batches"])
+        remove_partial(folder)  # a killed process may have left no more than this
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"out={folder} is not empty and holds no scores; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
