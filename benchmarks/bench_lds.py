@@ -235,20 +235,8 @@ def influences(
         labels="all",
         damping=damping,
     )
-    if not exact:
-        return pairwise_scores(model, problem.query_set, problem.train_set, factors)
-    scores = influence.pairwise(
-        model,
-        problem.query_set,
-        problem.train_set,
-        factors=factors,
-        exact=True,
-        tolerance=0.1,
-        batch_size=1024,
-        progress=False,
-    )
-    assert isinstance(scores, Tensor)
-    return scores
+    keywords = {"exact": True, "tolerance": 0.1, "batch_size": 1024} if exact else {}
+    return pairwise_scores(model, problem.query_set, problem.train_set, factors, **keywords)
 
 
 def same_label(problem: Problem) -> Tensor:

@@ -22,9 +22,11 @@ from lrds_fast.influence import Factors, pairwise
 from lrds_fast.influence.factors import Block, fingerprint
 
 
-def pairwise_scores(model: nn.Module, queries: TensorDataset, train: TensorDataset, factors: Factors) -> Tensor:
-    """(Q, N) by lrds_fast.influence.pairwise: the influence of every training sample on every query."""
-    scores = pairwise(model, queries, train, factors=factors, progress=False)
+def pairwise_scores(
+    model: nn.Module, queries: TensorDataset, train: TensorDataset, factors: Factors, **keywords: Any
+) -> Tensor:
+    """(Q, N) by lrds_fast.influence.pairwise: the influence of every training sample on every query. keywords: its."""
+    scores = pairwise(model, queries, train, factors=factors, progress=False, **keywords)
     assert isinstance(scores, Tensor), "without top_k the result is a tensor"
     return scores
 

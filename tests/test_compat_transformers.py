@@ -224,24 +224,36 @@ def test_a_loss_that_does_not_count_rows_is_refused(tmp_path: Path) -> None:
         LRDSTrainer(nn.Linear(2, 2), teacher=nn.Linear(2, 2), loss=lrds_fast.KDLoss(reduction="sum"))
 
 
-def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
-    samples = [{name: value for name, value in sample.items() if name != "selected"} for sample in pictures()]
-    flags: list[int] = []
+class Recorded(LRDSTrainer):
+    """Appends the number of selected samples of each micro-batch to flags."""
 
-    class Recorded(LRDSTrainer):
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
-            flags.append(int(inputs["selected"].sum()))
-            return super().compute_loss(model, inputs, *rest, **more)
+    def __init__(self, *args: Any, flags: list[int], **arguments: Any) -> None:
+        self.flags = flags
+        super().__init__(*args, **arguments)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        self.flags.append(int(inputs["selected"].sum()))
+        return super().compute_loss(model, inputs, *rest, **more)
+
+
+def half_selected(teacher: Any) -> SelectedDataset:
+    """pictures(), of which an update selects half."""
+    samples = [{name: value for name, value in sample.items() if name != "selected"} for sample in pictures()]
+    return SelectedDataset(
+        samples,
+        teacher,
+        samples[::-1],
+        rule={"ratio": 0.5},
+        batch=lambda batch: (batch["pixel_values"], batch["labels"]),
+    )
+
+
+def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
+    flags: list[int] = []
 
     def run(epochs: int, resume: str | None) -> SelectedDataset:
         student, teacher = classifier(0), classifier(1)
-        selected = SelectedDataset(
-            samples,
-            teacher,
-            samples[::-1],
-            rule={"ratio": 0.5},
-            batch=lambda batch: (batch["pixel_values"], batch["labels"]),
-        )
+        selected = half_selected(teacher)
         args = transformers.TrainingArguments(
             str(tmp_path),
             per_device_train_batch_size=4,
@@ -251,7 +263,7 @@ def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
             use_cpu=True,
             disable_tqdm=True,
         )
-        trainer = Recorded(student, args, train_dataset=selected, teacher=teacher)
+        trainer = Recorded(student, args, train_dataset=selected, teacher=teacher, flags=flags)
         trainer.add_callback(UpdateSelection(selected, after=[1, 3]))
         trainer.train(resume_from_checkpoint=resume)
         return selected
@@ -269,23 +281,11 @@ def test_samples_are_selected_again_between_epochs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [{"num_train_epochs": 6}, {"max_steps": 12}])
 def test_updates_do_not_depend_on_how_the_length_is_given_and_none_is_lost(length: Any, tmp_path: Path) -> None:
-    samples = [{name: value for name, value in sample.items() if name != "selected"} for sample in pictures()]
-
-    class Recorded(LRDSTrainer):
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
-            flags.append(int(inputs["selected"].sum()))
-            return super().compute_loss(model, inputs, *rest, **more)
 
     flags: list[int] = []
 
     def run(resume: str | None) -> int:
-        selected = SelectedDataset(
-            samples,
-            classifier(1),
-            samples[::-1],
-            rule={"ratio": 0.5},
-            batch=lambda batch: (batch["pixel_values"], batch["labels"]),
-        )
+        selected = half_selected(classifier(1))
         args = transformers.TrainingArguments(
             str(tmp_path),
             per_device_train_batch_size=4,
@@ -296,7 +296,7 @@ def test_updates_do_not_depend_on_how_the_length_is_given_and_none_is_lost(lengt
             disable_tqdm=True,
             **length,
         )
-        run = Recorded(classifier(0), args, train_dataset=selected, teacher=classifier(1))
+        run = Recorded(classifier(0), args, train_dataset=selected, teacher=classifier(1), flags=flags)
         run.add_callback(UpdateSelection(selected, after=[1, 4, 6]))
         run.train(resume_from_checkpoint=resume)
         updates: int = selected.state_dict()["updates"]

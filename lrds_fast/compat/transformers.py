@@ -84,7 +84,9 @@ class LRDSTrainer(Trainer):
         """The labels that all micro-batches of a step read, divided by the processes, whose gradients are averaged."""
         if not all("labels" in batch for batch in batch_samples):
             return None
-        count, weights = torch.zeros((), device=device), torch.zeros((), device=device)
+        # float32 would round counts above 2^24.
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        weights = torch.zeros((), device=device)
         for batch in batch_samples:
             labels = batch["labels"][..., 1:] if self.shift else batch["labels"]
             if labels.is_floating_point():
@@ -112,9 +114,8 @@ class LRDSTrainer(Trainer):
         inputs = dict(inputs)
         labels: Tensor = inputs.pop("labels")
         selected: Tensor | None = inputs.pop("selected", None)
-        if getattr(self._config, "is_encoder_decoder", False) and not any(
-            name.startswith("decoder_in") for name in inputs
-        ):
+        given = inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
+        if getattr(self._config, "is_encoder_decoder", False) and not given:
             inputs["decoder_input_ids"] = self._student.prepare_decoder_input_ids_from_labels(labels=labels)
         outputs = model(**inputs)
         with torch.no_grad():

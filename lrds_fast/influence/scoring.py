@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrds_fast._version import __version__
 from lrds_fast.influence.adapters import BatchHook, LogitsHook, evaluation_mode
 from lrds_fast.influence.batches import BatchReader, Data, ReadOptions
-from lrds_fast.influence.factors import Factors, tensors_fingerprint
+from lrds_fast.influence.factors import Factors, fingerprint, tensors_fingerprint
 from lrds_fast.influence.head import score_head
 from lrds_fast.influence.inputs import check_folds, check_selected
 from lrds_fast.influence.layers import layer_names
@@ -177,7 +177,7 @@ def _facts(
         "damping_scale": options.curvature.damping_scale,
         "folds": options.folds,
         "dtype": str(options.dtype),
-        "student": tensors_fingerprint(student.state_dict()),
+        "student": fingerprint(student),
         "teacher": tensors_fingerprint(teacher_tensors),
         "selected": None if selected is None else tensors_fingerprint({"selected": selected}),
         "factors": None if factors is None else factors.fingerprint,

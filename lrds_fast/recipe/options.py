@@ -209,14 +209,14 @@ class LossOptions:
             raise ValueError(f"loss.method {self.method!r} takes loss.revise 'lr' or 'none'")
         if self.method == "revision" and self.revise != "lr":
             raise ValueError("loss.method 'revision' is label revision: it takes loss.revise 'lr'")
-        unused = ("temperature", "ce_weight_end", "revise_temperature", "label_smoothing")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if self.method == "revision" and field.name in unused and value != field.default:
-                raise ValueError(
-                    f"loss.method 'revision' takes no {field.name}; got {value!r}: leave out loss.{field.name}, or use"
-                    " method 'kd'"
-                )
+        if self.method == "revision":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            for key in ("temperature", "ce_weight_end", "revise_temperature", "label_smoothing"):
+                if getattr(self, key) != defaults[key]:
+                    raise ValueError(
+                        f"loss.method 'revision' takes no {key}; got {getattr(self, key)!r}: leave out loss.{key}, or"
+                        " use method 'kd'"
+                    )
 
     def chosen_divergence(self) -> divergences.Divergence:
         """The divergence with divergence_options. ValueError for an unknown option or a value out of its range."""
@@ -300,16 +300,16 @@ class SelectionOptions:
                 "selection.every needs selection.after, the epochs before the first scoring, to be above 0"
             )
         self._check_rule()
-        rules = {
-            "ratio": self.ratio if self.ratio >= 0 else None,
-            "threshold": self.threshold,
-            "outliers": self.outliers,
+        given = {
+            "ratio": self.ratio >= 0,
+            "threshold": self.threshold is not None,
+            "outliers": self.outliers is not None,
         }
-        for key, value in rules.items():
-            if value is not None and not self.after:
+        for key, is_given in given.items():
+            if is_given and not self.after:
                 raise ValueError(
                     f"selection.{key} needs selection.after, the epochs before the first scoring, to be above 0; got"
-                    f" {value!r}: set selection.after, or leave out selection.{key}"
+                    f" {getattr(self, key)!r}: set selection.after, or leave out selection.{key}"
                 )
         if self.by_confidence and self.after and self.by not in ("kd_gain", "set_shift"):
             raise ValueError(

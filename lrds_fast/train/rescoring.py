@@ -36,9 +36,14 @@ def path_of(out: Path, epoch: int) -> Path:
     return out / FOLDER / f"epoch_{epoch:04d}.parquet"
 
 
+def stored(out: Path) -> list[Path]:
+    """The selections in a run's folder, by epoch."""
+    return sorted((out / FOLDER).glob("epoch_*.parquet"))
+
+
 def forget(out: Path) -> None:
     """Deletes the selections of an older run in the folder."""
-    for path in (out / FOLDER).glob("epoch_*.parquet"):
+    for path in stored(out):
         path.unlink()
 
 
@@ -58,7 +63,7 @@ def latest(out: Path, options: SelectionOptions, epochs_done: int) -> Selection 
 
 def last(out: Path) -> Selection | None:
     """The last selection in a run's folder; None where there is none. ValueError for a damaged file."""
-    paths = sorted((out / FOLDER).glob("epoch_*.parquet"))
+    paths = stored(out)
     return read_selection(paths[-1], otherwise="restore it from a copy") if paths else None
 
 
