@@ -190,7 +190,7 @@ def entropy_of_rows(
 
 
 class LRDSDistillationTrainer(getattr(distillation_trainer, "DistillationTrainer", object)):  # type: ignore[misc]
-    """TRL's on-policy DistillationTrainer (TRL >= 1.16) whose loss is linear_kd_loss, with any of its divergences.
+    """TRL's on-policy DistillationTrainer (TRL >= 1.16) with linear_kd_loss as its loss.
 
     divergence: kd_loss's, such as "tvd" or SKL(0.1), without its power of the temperature; "dkd", "rld" and "nkd" need
     labels and are refused. None: args.beta's, and the losses are DistillationTrainer's.
@@ -201,7 +201,7 @@ class LRDSDistillationTrainer(getattr(distillation_trainer, "DistillationTrainer
     def __init__(
         self, *args: Any, divergence: str | Divergence | None = None, log_entropy: bool = True, **arguments: Any
     ) -> None:
-        if distillation_trainer is None or not hasattr(distillation_trainer, "ChunkedDivergenceFunction"):
+        if not hasattr(distillation_trainer, "ChunkedDivergenceFunction"):
             raise ImportError(
                 f"LRDSDistillationTrainer needs trl >= 1.16; trl is {trl.__version__}: pip install -U trl"
             )
@@ -260,7 +260,7 @@ class LRDSDistillationTrainer(getattr(distillation_trainer, "DistillationTrainer
 
 @contextmanager
 def _replaced_loss(loss: Any) -> Iterator[None]:
-    """DistillationTrainer._compute_loss calls a function of its module: this puts `loss` in its place for a while."""
+    """Within this context DistillationTrainer._compute_loss calls `loss` in place of a function of TRL's module."""
     theirs = distillation_trainer._chunked_divergence_loss
     distillation_trainer._chunked_divergence_loss = loss
     try:

@@ -53,9 +53,10 @@ def pairwise(
     student, query_data, train_data, batch, logits: as influence.score takes them, with targets in [0, C). factors: of
     this student. exact: H is the Gauss-Newton matrix of the training cross-entropy over all layers together, with the
     factors' damping; conjugate gradients, which the factors precondition, solve for QUERIES_AT_ONCE queries at a time,
-    and read the training set once a step. Fit the factors with damping = the weight decay or a few times that much.
-    tolerance: with exact, |H x - g_q| / |g_q| at which a solution counts, in (0, 1); None: 1e-3, or 1e-10 for a float64
-    student. 0.1 predicts retraining as well in an eighth of the time (docs/influence.md).
+    and read the training set once a step. Fit the factors with damping = weight decay + (1 - momentum) / (sum of the
+    training's learning rates); the default damping is too small for it.
+    tolerance: with exact, the residual |H x - g_q| / |g_q| at which the conjugate gradients stop, in (0, 1); None is
+    1e-3, or 1e-10 for a float64 student. 0.1 predicts retraining as well in an eighth of the time (docs/influence.md).
     top_k: None returns all influences, (Q, N). A number K >= 1 returns a Pairwise of each query's K largest ones
     (smallest with largest=False) and holds at most (Q, K + batch_size) values. Ties go to the lower index.
     Memory besides: Q preconditioned gradients, in the student's dtype. Results are on the CPU, float32 (float64 for
