@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# The functions of this module take the default group of the time of its import as a default argument. Imported later,
+# by DistributedDataParallel or by torch.func, they would keep the destroyed group and its threads alive, and a thread
+# that still runs when the interpreter ends can abort the process.
+if dist.is_available() and not dist.is_initialized():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        importlib.import_module("torch.distributed.nn.functional")
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,6 @@ def joined(device: str, timeout: float) -> Iterator[torch.device]:
     if count == 1 or not dist.is_available() or dist.is_initialized():
         yield chosen
         return
-    # The functions of this module take the default group of the time of its import as a default argument. Imported
-    # later, by DistributedDataParallel, they would keep the destroyed group and its threads alive, and a thread that
-    # still runs when the interpreter ends can abort the process.
-    importlib.import_module("torch.distributed.nn.functional")
     # Numbers on the host are agreed upon by gloo: nothing waits for the device.
     backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)

@@ -183,6 +183,8 @@ selected.update(scale.model(0))
 flags = torch.tensor([selected[row][-1] for row in range(scale.SAMPLES)])
 torch.save((scale.scored(**exact)["kd_gain"], flags), folder / f"{dist.get_rank()}.pt")
 dist.destroy_process_group()
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), f"{threads}: nobody may keep the destroyed group"
 """
     done = run(tmp_path, code, processes=2)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ PROGRAM = """
 import os, sys
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before there is a group: see lrds_fast.ranks.joined
+import torch.distributed.nn.functional  # before there is a group: see lrds_fast.ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from lrds_fast import KDLoss, kd_loss, kd_loss_parts, linear_kd_loss

@@ -215,7 +215,7 @@ def test_num_valid_under_ddp_as_documented(tmp_path: Path) -> None:
     assert lines == [line.strip() for line in str(kd_loss.__doc__).splitlines() if line.strip() in lines]
     code = f"""
 import contextlib, copy
-import torch.distributed.nn.functional  # before there is a group: see lrds_fast.ranks.joined
+import torch.distributed.nn.functional  # before there is a group: see lrds_fast.ranks
 from lrds_fast import kd_loss
 
 other = os.fork()  # two processes for one start of torch, which has run nothing yet
