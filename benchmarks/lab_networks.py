@@ -56,8 +56,8 @@ REGIMES = ("unseen", "clean", "noise")
 
 class Arm(NamedTuple):
     """How a student is trained. revise: None, "published" (at T) or "one" (at temperature 1). deny: None, "ds",
-    "random" or "robust". max_drop: the largest share of the samples that "ds" and "random" deny. ce_end: the weight of
-    the cross-entropy changes exponentially from ce_weight to ce_end (None: it is constant)."""
+    "term", "random" or "robust". max_drop: the largest share of the samples that "ds", "term" and "random" deny.
+    ce_end: the weight of the cross-entropy changes exponentially from ce_weight to ce_end (None: it is constant)."""
 
     ce_weight: float = CE_WEIGHT
     kd_weight: float = KD_WEIGHT
@@ -93,6 +93,10 @@ ARMS = {
     "kd-rise": Arm(ce_end=1.0),
     "lr+ds-rise": Arm(revise="one", deny="ds", ce_end=1.0),
     "kd-fall": Arm(ce_weight=1.0, ce_end=CE_WEIGHT),
+    "ds-term": Arm(deny="term"),
+    "lr+ds-term": Arm(revise="one", deny="term"),
+    "ds-term-rise": Arm(deny="term", ce_end=1.0),
+    "lr+ds-term-rise": Arm(revise="one", deny="term", ce_end=1.0),
     "alone": Arm(ce_weight=1.0, kd_weight=0.0),
 }
 
@@ -177,6 +181,13 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     return torch.cat([run_network(model, normalised(part)) for part in images.split(500)])
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature with which softmax(logits / temperature) has the lowest cross-entropy, of 201 from 0.1 to 10."""
+    tried = torch.logspace(-1, 1, 201)
+    losses = torch.stack([F.cross_entropy(logits / temperature, labels) for temperature in tried])
+    return float(tried[losses.argmin()])
 
 
 @torch.no_grad()
@@ -349,15 +360,23 @@ class Pair:
             state = one_epoch(state, order, EPOCHS, batches, loss_of)
         return state
 
-    def gain(self, arm: Arm, model: Network) -> tuple[Tensor, Tensor]:
-        """kd_gain of every sample and its standard error over FOLDS parts of the held-out slice."""
+    def gain(
+        self, arm: Arm, model: Network, *, calibrated: bool = False, unselected: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """kd_gain of every sample and its standard error over FOLDS parts of the held-out slice.
+
+        calibrated: the held-out logits are divided by the temperature with which their loss is lowest. unselected: the
+        weight of the cross-entropy for a sample without the teacher.
+        """
         features, logits = features_of(model, self.images), logits_of(model, self.images)
         val_features, val_logits = features_of(model, self.held_out), logits_of(model, self.held_out)
+        if calibrated:
+            val_logits = val_logits / best_temperature(val_logits, self.held_out_labels)
         loss = lrds_fast.KDLoss(
             temperature=TEMPERATURE,
             ce_weight=arm.ce_weight_at(SELECT_AFTER),
             kd_weight=arm.kd_weight,
-            ce_weight_unselected=1.0,
+            ce_weight_unselected=unselected,
             revise=None,
         )
         folds = []
@@ -381,7 +400,9 @@ class Pair:
         """The samples that keep the teacher, (N,) bool.
 
         Denied are those whose kd_gain exceeds CONFIDENCE standard errors and is among the share arm.max_drop with the
-        largest kd_gain. With arm.deny "random" as many random samples are denied.
+        largest kd_gain. With arm.deny "random" as many random samples are denied. With "term", the held-out loss is
+        that of calibrated logits, and only samples are denied whose kd_gain would also be above 0 if they kept the
+        weight of the cross-entropy when they lose the teacher.
         With "robust", denied are those whose teacher's logits more likely belong to another sample, and those whose
         divergence of student and teacher at T is more than OUTLIERS robust standard deviations above the median.
         """
@@ -407,7 +428,10 @@ class Pair:
                 corrupted=torch.zeros(len(z), dtype=torch.bool),
             )
             return kept(Selection("robust", OUTLIERS), scored) > 0
-        score, error = self.gain(arm, model)
+        score, error = self.gain(arm, model, calibrated=arm.deny == "term")
+        if arm.deny == "term":
+            term, _ = self.gain(arm, model, calibrated=True, unselected=arm.ce_weight_at(SELECT_AFTER))
+            score = torch.where(term > 0, score, score.clamp(max=0.0))
         scores = {"kd_gain": score, "kd_gain_standard_error": error}
         selected = lrds_fast.select(scores, confidence=CONFIDENCE, max_drop=arm.max_drop).mask
         if arm.deny == "random":
@@ -517,14 +541,16 @@ def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]
     pairs' arms of the other registrations, then their other arms, then the other pairs."""
     primary, weights = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-rise", "kd-ce0.3", "kd-ce1")
     third, tuned = ("lr+ds-rise", "kd-fall"), ("ds-ce1", "lr+ds-ce1")
+    fourth = ("ds-term", "lr+ds-term-rise", "lr+ds-term", "ds-term-rise")
     second = ("ds-30%", "robust", "robust-ce0.3", "random-30%", "lr+ds-30%", "ds-30%-ce1")
-    every = (*primary, *weights, *third, *tuned, *second, "lr-published", "alone")
+    every = (*primary, *weights, *third, *fourth, *tuned, *second, "lr-published", "alone")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
     yield from ((regimes[0], *pair, primary) for pair in pairs)
     for arms, part in (
         (("kd", *weights, *third), pairs[:1]),
         (("kd", *weights), pairs[:3]),
-        ((*primary, *third), pairs[:3]),
+        (fourth[:2], pairs[:3]),
+        ((*primary, *third, *fourth), pairs[:3]),
         (tuned, pairs[:3]),
         (every, pairs[:3]),
         (every, pairs[3:]),
