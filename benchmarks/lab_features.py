@@ -380,11 +380,28 @@ def rising_suite() -> list[Arm]:
     ]
 
 
+def term_suite() -> list[Arm]:
+    """Selection by kd_gain of calibrated held-out logits, only where the teacher's term is harmful by itself."""
+    capped = Selection("confidence", 2, cap=0.1)
+    term = replace(capped, term=True)
+    lr1 = Revision()
+    return [
+        Arm("z2cap_calibrated", selection=capped, calibrated=True),
+        Arm("z2cap_harmful", selection=term),
+        Arm("z2term", selection=term, calibrated=True),
+        Arm("random_z2term", selection=Selection("random", like=term, term=True), calibrated=True),
+        Arm("lr1+z2term", revision=lr1, selection=term, calibrated=True),
+        Arm("tuned+z2term", ce=None, selection=term, calibrated=True),
+        Arm("z2term+rise", selection=term, calibrated=True, rises_to=1.0),
+        Arm("lr1+z2term+rise", revision=lr1, selection=term, calibrated=True, rises_to=1.0),
+    ]
+
+
 def all_suites() -> list[Arm]:
-    return first_suite() + search_suite() + rising_suite()
+    return first_suite() + search_suite() + rising_suite() + term_suite()
 
 
-SUITES = {"first": first_suite, "search": search_suite, "rising": rising_suite, "all": all_suites}
+SUITES = {"first": first_suite, "search": search_suite, "rising": rising_suite, "term": term_suite, "all": all_suites}
 
 
 # --- Running --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lrds_fast
-from benchmarks.lab_students import Scored, Selection, kept, measures, revise_logits
+from benchmarks.lab_students import Scored, Selection, best_temperature, kept, measures, revise_logits
 from benchmarks.tables import append_csv, markdown_table, stored_rows
 from lrds_fast import influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
@@ -181,13 +181,6 @@ def run_network(model: nn.Module, images: Tensor) -> Tensor:
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     return torch.cat([run_network(model, normalised(part)) for part in images.split(500)])
-
-
-def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature with which softmax(logits / temperature) has the lowest cross-entropy, of 201 from 0.1 to 10."""
-    tried = torch.logspace(-1, 1, 201)
-    losses = torch.stack([F.cross_entropy(logits / temperature, labels) for temperature in tried])
-    return float(tried[losses.argmin()])
 
 
 @torch.no_grad()
@@ -411,6 +404,7 @@ class Pair:
             scored = Scored(
                 gain=torch.zeros(len(z)),
                 error=torch.zeros(len(z)),
+                term=torch.zeros(len(z)),
                 divergence=lrds_fast.kd_loss(
                     z,
                     v,

@@ -104,7 +104,7 @@ class Selection:
         probability that a standard normal variable is below value - gain / error. "match_soft": the probability that
         the answer is the sample's own.
     cap: the largest share that is denied, the worst samples first; per_class: of each class. ranked: "gain" or "z",
-    the order in which ratio and cap deny samples.
+    the order in which ratio and cap deny samples. term: only samples with term > 0 are denied.
     """
 
     by: str
@@ -113,15 +113,18 @@ class Selection:
     per_class: bool = False
     ranked: str = "gain"
     like: Selection | None = None
+    term: bool = False
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What selections are computed from: gain and its standard error (N,), the divergence of student and teacher (N,),
-    their logits z and v (N, C), labels y (N,), a random permutation `order` (N,), the corrupted rows (N,) bool."""
+    """What selections are computed from: gain and its standard error (N,); term (N,), the gain if denied samples kept
+    their cross-entropy weight; the divergence of student and teacher (N,), their logits z and v (N, C), labels y (N,),
+    a random permutation `order` (N,), the corrupted rows (N,) bool."""
 
     gain: Tensor
     error: Tensor
+    term: Tensor
     divergence: Tensor
     z: Tensor
     y: Tensor
@@ -193,6 +196,8 @@ def kept(selection: Selection, scored: Scored) -> Tensor:
         denied[worst.argsort(stable=True)[math.floor(selection.value * size + 0.5) :]] = True
     else:
         raise ValueError(f"there is no selection by {selection.by!r}")
+    if selection.term:
+        denied &= scored.term > 0
     if selection.cap < 1.0:
         groups = scored.y if selection.per_class else torch.zeros_like(scored.y)
         for group in groups.unique():
@@ -217,7 +222,8 @@ class Arm:
     keeps_teacher: denied rows keep the teacher, and only their cross-entropy weight changes. rescored: samples are
     scored again after two thirds of the epochs. late: they are scored for the first time then. folds: the number of
     folds for the standard error. on_training: the training samples replace the held-out slice; for each sample, the
-    folds that do not contain it.
+    folds that do not contain it. calibrated: the held-out logits are divided by the temperature with which their loss
+    is lowest.
     """
 
     name: str
@@ -233,6 +239,7 @@ class Arm:
     score_ce: float | None = None
     folds: int = FOLDS
     on_training: bool = False
+    calibrated: bool = False
     rises_to: float | None = None
 
     @property
@@ -442,9 +449,16 @@ def objective_of(arm: Arm, problem: Problem, weight: Tensor | None) -> Objective
     return Objective(ce, kd, target, torch.where(w > 0, arm.growth, 1.0))
 
 
-def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The library's kd_gain (N,) under the arm's objective, its standard error over held-out folds;
-    the divergence (N,) and the student's logits."""
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature with which softmax(logits / temperature) has the lowest cross-entropy, of 201 from 0.1 to 10."""
+    tried = torch.logspace(-1, 1, 201)
+    losses = torch.stack([F.cross_entropy(logits / temperature, labels) for temperature in tried])
+    return float(tried[losses.argmin()])
+
+
+def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `Scored` begins with: the library's kd_gain (N,) under the arm's objective, its standard error over held-out
+    folds, the term (zeros if the arm's selection does not need it), the divergence (N,) and the student's logits."""
     assert arm.ce is not None and arm.unselected is not None
     # A third of the epochs is finished, or two thirds; a weight that rises is that of the first.
     ce = arm.ce * arm.growth ** (1 / 3) if arm.score_ce is None else arm.score_ce
@@ -453,27 +467,34 @@ def scores(arm: Arm, problem: Problem, state: State) -> tuple[Tensor, Tensor, Te
         h, val_h = hidden_of(weights, problem.x)[0], hidden_of(weights, problem.val_x)[0]
         z, val_z = (torch.addmm(state[5], part, state[4]) for part in (h, val_h))
     v = revised_logits(problem.v, problem.y, arm.revision, problem.temperature)
-    loss = KDLoss(
-        problem.temperature, ce_weight=ce, kd_weight=arm.kd, ce_weight_unselected=max(arm.unselected, ce), revise=None
-    )
-    names, folds = parse_score_names("kd_gain"), arm.folds
-    layer = LastLayer(LayerRows(h, z, True), v, problem.y, torch.float32, TrainingObjective(loss))
-    layer.fit(CurvatureOptions())
-    fold_gains = []
+    if arm.calibrated:
+        val_z = val_z / best_temperature(val_z, problem.val_y)
     held = (h, z, problem.y) if arm.on_training else (val_h, val_z, problem.val_y)
-    for fold in range(folds):
-        fold_h, fold_z, fold_y = (part[fold::folds] for part in held)
+
+    def gains(unselected: float) -> Tensor:
+        """(folds, N), with the cross-entropy weight `unselected` for samples without the teacher."""
+        loss = KDLoss(problem.temperature, ce_weight=ce, kd_weight=arm.kd, ce_weight_unselected=unselected, revise=None)
+        layer = LastLayer(LayerRows(h, z, True), v, problem.y, torch.float32, TrainingObjective(loss))
+        layer.fit(CurvatureOptions())
+        return torch.stack([fold_gain(layer, fold) for fold in range(arm.folds)]).double()
+
+    def fold_gain(layer: LastLayer, fold: int) -> Tensor:
+        fold_h, fold_z, fold_y = (part[fold :: arm.folds] for part in held)
         # The gradient of the fold's mean cross-entropy in the last layer.
         errors = (fold_z.double().softmax(dim=1) - F.one_hot(fold_y, problem.classes)) / len(fold_y)
         layer.aim((errors.T @ F.pad(fold_h.double(), (0, 1), value=1.0))[None], torch.ones(1, dtype=torch.float64))
-        fold_gains.append(torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)]))
-    each = torch.stack(fold_gains).double()
+        names = parse_score_names("kd_gain")
+        return torch.cat([layer.scores(part, names)[0]["kd_gain"] for part in layer.parts(names)])
+
+    each = gains(max(arm.unselected, ce))
+    needs_term = arm.selection is not None and arm.selection.term
+    term = gains(ce).mean(dim=0).float() if needs_term else torch.zeros(len(h))
     if arm.on_training:
-        others = torch.arange(len(h)) % folds != torch.arange(folds)[:, None]
-        each = each.T[others.T].reshape(len(h), folds - 1).T
+        others = torch.arange(len(h)) % arm.folds != torch.arange(arm.folds)[:, None]
+        each = each.T[others.T].reshape(len(h), arm.folds - 1).T
     log_q, log_p = ((x / problem.temperature).log_softmax(dim=1) for x in (z, v))
     divergence = problem.temperature**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    return each.mean(dim=0).float(), (each.std(dim=0) / len(each) ** 0.5).float(), divergence, z
+    return each.mean(dim=0).float(), (each.std(dim=0) / len(each) ** 0.5).float(), term, divergence, z
 
 
 def measures(z: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
@@ -522,12 +543,15 @@ def run(problem: Problem, arms: Sequence[Arm], training: Training) -> list[dict[
     at_first = dict(zip(trunks, states, strict=True))
 
     order = torch.randperm(len(problem.y), generator=torch.Generator().manual_seed(problem.seed * 7919 + 3))
-    cached: dict[object, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+    cached: dict[object, tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = {}
 
     def weight_of(arm: Arm, state: State, when: object) -> Tensor | None:
         if arm.selection is None or (arm.late and isinstance(when, Trunk)):
             return None
-        key = (when, arm.unselected, arm.growth, arm.score_ce, arm.folds, arm.on_training)
+        key = (
+            when, arm.unselected, arm.growth, arm.score_ce, arm.folds, arm.on_training, arm.calibrated,
+            arm.selection.term,
+        )  # fmt: skip
         if key not in cached:
             cached[key] = scores(arm, problem, state)
         return kept(arm.selection, Scored(*cached[key], problem.y, problem.v, order, problem.corrupted))

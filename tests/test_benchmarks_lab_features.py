@@ -172,7 +172,8 @@ def test_scores_are_the_definition() -> None:
     state = lab_students.train(
         case, [lab_students.initial(case, TINY)], [lab_students.objective_of(arm, case, None)], TINY, (0, 2)
     )[0]
-    gain, error, divergence, _ = lab_students.scores(replace(arm, folds=4), case, state)
+    gain, error, term, divergence, _ = lab_students.scores(replace(arm, folds=4), case, state)
+    assert (term == 0).all()
     v = lab_students.revised_logits(case.v, case.y, arm.revision, 4.0)
     loss = KDLoss(ce_weight=0.1, kd_weight=0.9, ce_weight_unselected=0.7, revise=None)
     weights = lab_students.stacked([state[:6]])
@@ -198,6 +199,23 @@ def test_scores_are_the_definition() -> None:
         loss=loss,
     )["kd_gain"]
     assert relative_error(gain, whole.double()) < 1e-4
+    # Calibrated held-out logits, and the term: the gain with one cross-entropy weight on both sides.
+    best = lab_students.best_temperature(2 * val_z, case.val_y)
+    assert best == pytest.approx(2 * lab_students.best_temperature(val_z, case.val_y), rel=0.03)
+    harmful = replace(arm, folds=4, calibrated=True, selection=Selection("confidence", 2, term=True))
+    gain, _, term, *_ = lab_students.scores(harmful, case, state)
+    for ours, unselected in ((gain, 0.7), (term, 0.1)):
+        expected = last_layer_scores(
+            features=h,
+            student_logits=z,
+            teacher_logits=v,
+            target=case.y,
+            val_features=val_h,
+            val_logits=val_z / lab_students.best_temperature(val_z, case.val_y),
+            val_target=case.val_y,
+            loss=KDLoss(ce_weight=0.1, kd_weight=0.9, ce_weight_unselected=unselected, revise=None),
+        )["kd_gain"]
+        assert relative_error(ours, expected.double()) < 1e-4
     plain = reference.kd_loss(z, v, case.y, ce_weight=0.0, kd_weight=1.0, revise=None, reduction="none")
     torch.testing.assert_close(divergence, plain, rtol=1e-4, atol=1e-5)
 
@@ -227,7 +245,9 @@ def scored(size: int = 200) -> Scored:
     v = torch.randn(size, 4, generator=generator)
     error, divergence = torch.rand(2, size, generator=generator) + 0.1
     divergence[7] = 99.0
-    return Scored(gain, error, divergence, -v, y, v, torch.randperm(size, generator=generator), gain > 1.5)
+    term = torch.randn(size, generator=generator)
+    order = torch.randperm(size, generator=generator)
+    return Scored(gain, error, term, divergence, -v, y, v, order, gain > 1.5)
 
 
 def test_selections() -> None:
@@ -238,6 +258,9 @@ def test_selections() -> None:
         return lab_students.kept(selection, facts)
 
     assert torch.equal(kept(Selection("threshold")), (gain < 0).float())
+    harmful = (gain > error) & (facts.term > 0)
+    assert 0 < harmful.sum() < (gain > error).sum()
+    assert torch.equal(kept(Selection("confidence", 1.0, term=True)), (~harmful).float())
     significant = Selection("confidence", 1.0)
     assert torch.equal(kept(significant), (gain <= error).float())
     capped = kept(replace(significant, cap=0.1))
