@@ -57,13 +57,15 @@ REGIMES = ("unseen", "clean", "noise")
 class Arm(NamedTuple):
     """How a student is trained. revise: None, "published" (at T) or "one" (at temperature 1). deny: None, "ds",
     "term", "random" or "robust". max_drop: the largest share of the samples that "ds", "term" and "random" deny.
-    ce_end: the weight of the cross-entropy changes exponentially from ce_weight to ce_end (None: it is constant)."""
+    confidence: by how many standard errors kd_gain is above 0 in samples that "ds" and "term" deny. ce_end: the weight
+    of the cross-entropy changes exponentially from ce_weight to ce_end (None: it is constant)."""
 
     ce_weight: float = CE_WEIGHT
     kd_weight: float = KD_WEIGHT
     revise: str | None = None
     deny: str | None = None
     max_drop: float = MAX_DROP
+    confidence: float = CONFIDENCE
     ce_end: float | None = None
 
     def ce_weight_at(self, epoch: int) -> float:
@@ -94,9 +96,10 @@ ARMS = {
     "lr+ds-rise": Arm(revise="one", deny="ds", ce_end=1.0),
     "kd-fall": Arm(ce_weight=1.0, ce_end=CE_WEIGHT),
     "ds-term": Arm(deny="term"),
-    "lr+ds-term": Arm(revise="one", deny="term"),
-    "ds-term-rise": Arm(deny="term", ce_end=1.0),
-    "lr+ds-term-rise": Arm(revise="one", deny="term", ce_end=1.0),
+    "ds-term4": Arm(deny="term", confidence=4.0),
+    "ds-term4-rise": Arm(deny="term", confidence=4.0, ce_end=1.0),
+    "lr+ds-term4": Arm(revise="one", deny="term", confidence=4.0),
+    "lr+ds-term4-rise": Arm(revise="one", deny="term", confidence=4.0, ce_end=1.0),
     "alone": Arm(ce_weight=1.0, kd_weight=0.0),
 }
 
@@ -392,7 +395,7 @@ class Pair:
     def selection(self, arm: Arm, model: Network) -> Tensor:
         """The samples that keep the teacher, (N,) bool.
 
-        Denied are those whose kd_gain exceeds CONFIDENCE standard errors and is among the share arm.max_drop with the
+        Denied are those whose kd_gain exceeds arm.confidence standard errors and is among the share arm.max_drop with the
         largest kd_gain. With arm.deny "random" as many random samples are denied. With "term", the held-out loss is
         that of calibrated logits, and only samples are denied whose kd_gain would also be above 0 if they kept the
         weight of the cross-entropy when they lose the teacher.
@@ -427,7 +430,7 @@ class Pair:
             term, _ = self.gain(arm, model, calibrated=True, unselected=arm.ce_weight_at(SELECT_AFTER))
             score = torch.where(term > 0, score, score.clamp(max=0.0))
         scores = {"kd_gain": score, "kd_gain_standard_error": error}
-        selected = lrds_fast.select(scores, confidence=CONFIDENCE, max_drop=arm.max_drop).mask
+        selected = lrds_fast.select(scores, confidence=arm.confidence, max_drop=arm.max_drop).mask
         if arm.deny == "random":
             order = torch.randperm(len(score), generator=generator("random", self.regime, self.teacher, self.student))
             denied = order[: int((~selected).sum())]
@@ -535,7 +538,7 @@ def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]
     pairs' arms of the other registrations, then their other arms, then the other pairs."""
     primary, weights = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-rise", "kd-ce0.3", "kd-ce1")
     third, tuned = ("lr+ds-rise", "kd-fall"), ("ds-ce1", "lr+ds-ce1")
-    fourth = ("ds-term", "lr+ds-term-rise", "lr+ds-term", "ds-term-rise")
+    fourth = ("ds-term4", "lr+ds-term4-rise", "ds-term", "ds-term4-rise", "lr+ds-term4")
     second = ("ds-30%", "robust", "robust-ce0.3", "random-30%", "lr+ds-30%", "ds-30%-ce1")
     every = (*primary, *weights, *third, *fourth, *tuned, *second, "lr-published", "alone")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
