@@ -384,6 +384,7 @@ def term_suite() -> list[Arm]:
     """Selection by kd_gain of calibrated held-out logits, only where the teacher's term is harmful by itself."""
     capped = Selection("confidence", 2, cap=0.1)
     term = replace(capped, term=True)
+    term4 = replace(term, value=4)
     lr1 = Revision()
     return [
         Arm("z2cap_calibrated", selection=capped, calibrated=True),
@@ -394,6 +395,12 @@ def term_suite() -> list[Arm]:
         Arm("tuned+z2term", ce=None, selection=term, calibrated=True),
         Arm("z2term+rise", selection=term, calibrated=True, rises_to=1.0),
         Arm("lr1+z2term+rise", revision=lr1, selection=term, calibrated=True, rises_to=1.0),
+        Arm("z4cap", selection=replace(capped, value=4)),
+        Arm("z4term", selection=term4, calibrated=True),
+        Arm("lr1+z4term", revision=lr1, selection=term4, calibrated=True),
+        Arm("tuned+z4term", ce=None, selection=term4, calibrated=True),
+        Arm("z4term+rise", selection=term4, calibrated=True, rises_to=1.0),
+        Arm("lr1+z4term+rise", revision=lr1, selection=term4, calibrated=True, rises_to=1.0),
     ]
 
 
