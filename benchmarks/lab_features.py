@@ -380,12 +380,11 @@ def rising_suite() -> list[Arm]:
     ]
 
 
-def term_suite() -> list[Arm]:
-    """Selection by kd_gain of calibrated held-out logits, only where the teacher's term is harmful by itself."""
-    capped = Selection("confidence", 2, cap=0.1)
+def harm_suite() -> list[Arm]:
+    """Selection by kd_gain only where the teacher's term is harmful by itself, and by calibrated held-out logits."""
+    capped, lr1 = Selection("confidence", 2, cap=0.1), Revision()
     term = replace(capped, term=True)
-    term4 = replace(term, value=4)
-    lr1 = Revision()
+    harm = replace(term, value=4)
     return [
         Arm("z2cap_calibrated", selection=capped, calibrated=True),
         Arm("z2cap_harmful", selection=term),
@@ -396,19 +395,20 @@ def term_suite() -> list[Arm]:
         Arm("z2term+rise", selection=term, calibrated=True, rises_to=1.0),
         Arm("lr1+z2term+rise", revision=lr1, selection=term, calibrated=True, rises_to=1.0),
         Arm("z4cap", selection=replace(capped, value=4)),
-        Arm("z4term", selection=term4, calibrated=True),
-        Arm("lr1+z4term", revision=lr1, selection=term4, calibrated=True),
-        Arm("tuned+z4term", ce=None, selection=term4, calibrated=True),
-        Arm("z4term+rise", selection=term4, calibrated=True, rises_to=1.0),
-        Arm("lr1+z4term+rise", revision=lr1, selection=term4, calibrated=True, rises_to=1.0),
+        Arm("z4harm", selection=harm),
+        Arm("random_z4harm", selection=Selection("random", like=harm, term=True)),
+        Arm("lr1+z4harm", revision=lr1, selection=harm),
+        Arm("tuned+z4harm", ce=None, selection=harm),
+        Arm("z4harm+rise", selection=harm, rises_to=1.0),
+        Arm("lr1+z4harm+rise", revision=lr1, selection=harm, rises_to=1.0),
     ]
 
 
 def all_suites() -> list[Arm]:
-    return first_suite() + search_suite() + rising_suite() + term_suite()
+    return first_suite() + search_suite() + rising_suite() + harm_suite()
 
 
-SUITES = {"first": first_suite, "search": search_suite, "rising": rising_suite, "term": term_suite, "all": all_suites}
+SUITES = {"first": first_suite, "search": search_suite, "rising": rising_suite, "harm": harm_suite, "all": all_suites}
 
 
 # --- Running --------------------------------------------------------------------------------------------------------

@@ -56,9 +56,9 @@ REGIMES = ("unseen", "clean", "noise")
 
 class Arm(NamedTuple):
     """How a student is trained. revise: None, "published" (at T) or "one" (at temperature 1). deny: None, "ds",
-    "term", "random" or "robust". max_drop: the largest share of the samples that "ds", "term" and "random" deny.
-    confidence: by how many standard errors kd_gain is above 0 in samples that "ds" and "term" deny. ce_end: the weight
-    of the cross-entropy changes exponentially from ce_weight to ce_end (None: it is constant)."""
+    "harm", "calibrated", "random" or "robust" (see Pair.selection). max_drop: the largest share of the samples that
+    are denied, except by "robust". confidence: by how many standard errors kd_gain is above 0 in denied samples.
+    ce_end: the weight of the cross-entropy changes exponentially from ce_weight to ce_end (None: it is constant)."""
 
     ce_weight: float = CE_WEIGHT
     kd_weight: float = KD_WEIGHT
@@ -95,11 +95,11 @@ ARMS = {
     "kd-rise": Arm(ce_end=1.0),
     "lr+ds-rise": Arm(revise="one", deny="ds", ce_end=1.0),
     "kd-fall": Arm(ce_weight=1.0, ce_end=CE_WEIGHT),
-    "ds-term": Arm(deny="term"),
-    "ds-term4": Arm(deny="term", confidence=4.0),
-    "ds-term4-rise": Arm(deny="term", confidence=4.0, ce_end=1.0),
-    "lr+ds-term4": Arm(revise="one", deny="term", confidence=4.0),
-    "lr+ds-term4-rise": Arm(revise="one", deny="term", confidence=4.0, ce_end=1.0),
+    "ds-term": Arm(deny="calibrated"),
+    "ds-harm": Arm(deny="harm", confidence=4.0),
+    "ds-harm-rise": Arm(deny="harm", confidence=4.0, ce_end=1.0),
+    "lr+ds-harm": Arm(revise="one", deny="harm", confidence=4.0),
+    "lr+ds-harm-rise": Arm(revise="one", deny="harm", confidence=4.0, ce_end=1.0),
     "alone": Arm(ce_weight=1.0, kd_weight=0.0),
 }
 
@@ -395,10 +395,10 @@ class Pair:
     def selection(self, arm: Arm, model: Network) -> Tensor:
         """The samples that keep the teacher, (N,) bool.
 
-        Denied are those whose kd_gain exceeds arm.confidence standard errors and is among the share arm.max_drop with the
-        largest kd_gain. With arm.deny "random" as many random samples are denied. With "term", the held-out loss is
-        that of calibrated logits, and only samples are denied whose kd_gain would also be above 0 if they kept the
-        weight of the cross-entropy when they lose the teacher.
+        Denied are those whose kd_gain exceeds arm.confidence standard errors and is among the share arm.max_drop with
+        the largest kd_gain. With arm.deny "random" as many random samples are denied. With "harm", only samples are
+        denied whose kd_gain would also be above 0 if they kept the weight of the cross-entropy when they lose the
+        teacher; with "calibrated", the held-out loss is also that of calibrated logits.
         With "robust", denied are those whose teacher's logits more likely belong to another sample, and those whose
         divergence of student and teacher at T is more than OUTLIERS robust standard deviations above the median.
         """
@@ -425,9 +425,10 @@ class Pair:
                 corrupted=torch.zeros(len(z), dtype=torch.bool),
             )
             return kept(Selection("robust", OUTLIERS), scored) > 0
-        score, error = self.gain(arm, model, calibrated=arm.deny == "term")
-        if arm.deny == "term":
-            term, _ = self.gain(arm, model, calibrated=True, unselected=arm.ce_weight_at(SELECT_AFTER))
+        calibrated = arm.deny == "calibrated"
+        score, error = self.gain(arm, model, calibrated=calibrated)
+        if arm.deny in ("harm", "calibrated"):
+            term, _ = self.gain(arm, model, calibrated=calibrated, unselected=arm.ce_weight_at(SELECT_AFTER))
             score = torch.where(term > 0, score, score.clamp(max=0.0))
         scores = {"kd_gain": score, "kd_gain_standard_error": error}
         selected = lrds_fast.select(scores, confidence=arm.confidence, max_drop=arm.max_drop).mask
@@ -538,7 +539,7 @@ def jobs(regimes: Sequence[str]) -> Iterator[tuple[str, int, int, Sequence[str]]
     pairs' arms of the other registrations, then their other arms, then the other pairs."""
     primary, weights = ("kd", "lr", "lr+ds", "ds", "random"), ("kd-rise", "kd-ce0.3", "kd-ce1")
     third, tuned = ("lr+ds-rise", "kd-fall"), ("ds-ce1", "lr+ds-ce1")
-    fourth = ("ds-term4", "lr+ds-term4-rise", "ds-term", "ds-term4-rise", "lr+ds-term4")
+    fourth = ("ds-harm", "lr+ds-harm-rise", "ds-harm-rise", "lr+ds-harm", "ds-term")
     second = ("ds-30%", "robust", "robust-ce0.3", "random-30%", "lr+ds-30%", "ds-30%-ce1")
     every = (*primary, *weights, *third, *fourth, *tuned, *second, "lr-published", "alone")
     pairs = [(teacher, student) for student in range(2) for teacher in range(4)]
