@@ -135,7 +135,9 @@ class Case:
         g = {of: self.gradients(of) for of in ("gt", "kd", "delta")}
         scores = {f"param_shift:{of}": (g[of] @ inverse).norm(dim=1) for of in g}
         scores["self_influence"] = ((g["gt"] @ inverse) * g["gt"]).sum(1)
-        scores["kd_gain"] = -(g["delta"] @ inverse @ self.validation_gradient())
+        along = inverse @ self.validation_gradient()
+        scores["kd_gain"] = gain = -(g["delta"] @ along)
+        scores["teacher_harm"] = torch.where(self.loss.kd_weight * (g["kd"] @ along) < 0, gain, gain.clamp(max=0.0))
         scores["kd_gain_ns"] = self._newton_gain(self.curvature(name, kind, damping), kind, g["delta"])
         return scores
 

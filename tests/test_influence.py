@@ -21,7 +21,15 @@ from lrds_fast.influence.options import CurvatureOptions
 from lrds_fast.nn import KDLoss
 
 NAMES = (*influence.SCORES, "param_shift:gt", "param_shift:kd", "param_shift:delta", "random:7")
-CURVED = ("kd_gain", "kd_gain_ns", "self_influence", "param_shift:gt", "param_shift:kd", "param_shift:delta")
+CURVED = (
+    "kd_gain",
+    "teacher_harm",
+    "kd_gain_ns",
+    "self_influence",
+    "param_shift:gt",
+    "param_shift:kd",
+    "param_shift:delta",
+)
 
 
 def score(seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> influence.Scores:
@@ -475,7 +483,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown score": (
         {"scores": ("kd_gian",)},
         ValueError,
-        "there is no score 'kd_gian'; choose from kd_gain, kd_gain_ns, self_influence, .*grand",
+        "there is no score 'kd_gian'; choose from kd_gain, teacher_harm, kd_gain_ns, self_influence, .*grand",
     ),
     "unknown gradient": ({"scores": ("param_shift:ce",)}, ValueError, r"param_shift:gt\|kd\|delta"),
     "argument of a score without": ({"scores": ("ce:3",)}, ValueError, "only param_shift"),

@@ -22,7 +22,7 @@ from lrds_fast import KDLoss, influence
 from lrds_fast.influence import shards
 
 CLASSES, WIDTH, SAMPLES = 5, 12, 131
-NAMES = ("kd_gain", "self_influence", "param_shift:delta", "el2n", "random:4", "mismatch")
+NAMES = ("kd_gain", "teacher_harm", "self_influence", "param_shift:delta", "el2n", "random:4", "mismatch")
 LAYERS = ("last", "all")
 
 
@@ -95,7 +95,7 @@ def test_scores_in_a_folder_equal_scores_in_memory(tmp_path: Path, layers: str) 
     again = influence.load_scores(tmp_path / "scores")
     assert torch.equal(again["kd_gain"], found["kd_gain"]) and torch.equal(again.target, found.target)
     table = pd.read_parquet(tmp_path / "scores").sort_values("index")
-    errors = ["kd_gain_standard_error"] if layers == "last" else []
+    errors = ["kd_gain_standard_error", "teacher_harm_standard_error"] if layers == "last" else []
     assert set(table.columns) == {"index", "label", "teacher_pred", *NAMES, *errors} and len(table) == SAMPLES
     assert table["kd_gain"].tolist() == found["kd_gain"].tolist()
     # What resuming would have needed is gone.

@@ -19,7 +19,17 @@ from lrds_fast.influence.layers import sample_gradients
 
 CLASSES = 4
 LOSS = KDLoss(temperature=3.0, ce_weight=0.3, kd_weight=0.7)
-NAMES = ("kd_gain", "self_influence", "param_shift", "param_shift:delta", "grand", "el2n", "conflict", "random:3")
+NAMES = (
+    "kd_gain",
+    "self_influence",
+    "param_shift",
+    "param_shift:delta",
+    "grand",
+    "el2n",
+    "conflict",
+    "random:3",
+    "teacher_harm",
+)
 
 
 def network(seed: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -70,11 +80,14 @@ def test_against_dense_gradients(curvature: str) -> None:
         return {n: g.dense() for n, g in sample_gradients(student, inputs, lambda _: delta)[1].items()}
 
     gt, change = gradients(x, deltas(z, v, y, 1.0, 0.0)), gradients(x, deltas(z, v, y, 0.3 - 1.0, 0.7))
+    divergence = gradients(x, deltas(z, v, y, 0.0, 0.7))
     held_out = gradients(x_val, student(x_val).detach().softmax(dim=1) - F.one_hot(y_val, CLASSES))
     expected = {name: torch.zeros(len(x), dtype=torch.float64) for name in NAMES[:5]}
+    of_divergence = torch.zeros(len(x), dtype=torch.float64)
     for name in factors.blocks:
         inverse = torch.linalg.inv(dense_blocks(factors, name))
         expected["kd_gain"] -= change[name] @ inverse @ held_out[name].mean(dim=0)
+        of_divergence -= divergence[name] @ inverse @ held_out[name].mean(dim=0)
         expected["self_influence"] += (gt[name] @ inverse * gt[name]).sum(dim=1)
         expected["param_shift"] += (gt[name] @ inverse).square().sum(dim=1)
         expected["param_shift:delta"] += (change[name] @ inverse).square().sum(dim=1)
@@ -82,6 +95,10 @@ def test_against_dense_gradients(curvature: str) -> None:
     for key, exact in expected.items():
         exact = exact if key in ("kd_gain", "self_influence") else exact.sqrt()
         torch.testing.assert_close(found[key], exact, rtol=1e-9, atol=1e-12)
+    gain = expected["kd_gain"]
+    assert ((gain > 0) & (of_divergence > 0)).any() and ((gain > 0) & (of_divergence < 0)).any()
+    harm = torch.where(of_divergence > 0, gain, gain.clamp(max=0.0))
+    torch.testing.assert_close(found["teacher_harm"], harm, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found["el2n"], (z.softmax(dim=1) - F.one_hot(y, CLASSES)).norm(dim=1))
     assert torch.equal(found.target, y) and found.meta["layers"] == ["0", "1", "3", "5", "7"]
 
@@ -190,6 +207,7 @@ def test_exact_curvature_of_several_layers_against_the_dense_matrix(layers: Any,
     student, teacher, train, val = network(0).eval(), network(1).eval(), data(2, 23), data(3, 9)
     selected = torch.arange(23) % 3 > 0
     options: dict[str, Any] = {
+        "scores": ("kd_gain", "teacher_harm"),
         "layers": layers,
         "damping": 0.02,
         "hessian": hessian,
@@ -226,6 +244,10 @@ def test_exact_curvature_of_several_layers_against_the_dense_matrix(layers: Any,
     torch.testing.assert_close(found["kd_gain"], expected, rtol=1e-7, atol=1e-10)
     parts = torch.stack([-change @ torch.linalg.solve(h, held_out[part::3].mean(0)) for part in range(3)])
     torch.testing.assert_close(found.standard_error["kd_gain"], parts.std(0) / 3**0.5, rtol=1e-7, atol=1e-10)
+    assert torch.equal(found.standard_error["teacher_harm"], found.standard_error["kd_gain"])
+    of_divergence = torch.einsum("ncp,nc->np", j, deltas(z, v, y, 0.0, 0.7)) @ torch.linalg.solve(h, held_out.mean(0))
+    harm = torch.where(of_divergence < 0, expected, expected.clamp(max=0.0))
+    torch.testing.assert_close(found["teacher_harm"], harm, rtol=1e-7, atol=1e-10)
 
     # The products between layers count: the blocks alone give other scores.
     blocks = influence.score(student, teacher, train, val, labels="all", **options)

@@ -15,11 +15,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "select",
         run,
         summary="select the samples that keep their teacher, by their scores",
-        example="lrds-fast select runs/digits_kd/scores.parquet --by kd_gain --confidence 2 --max-drop 0.1",
+        example="lrds-fast select runs/digits_kd/scores.parquet --by teacher_harm --confidence 4 --max-drop 0.1",
     )
     parser.add_argument("scores", metavar="SCORES", type=Path, help="a file that `lrds-fast score` has written")
     parser.add_argument(
-        "--by", default="kd_gain", help="score to select by; low scores keep the teacher (default: %(default)s)"
+        "--by", default="teacher_harm", help="score to select by; low scores keep the teacher (default: %(default)s)"
     )
     _add_rule(parser)
     parser.add_argument("--per-class", action="store_true", help="apply --ratio or --max-drop within every class")

@@ -29,7 +29,7 @@ from lrds_fast.influence.objective import (
     logit_hessian,
     nonzero_terms,
 )
-from lrds_fast.influence.options import CURVED, FOLDS, HELD_OUT, CurvatureOptions, ScoreOptions
+from lrds_fast.influence.options import CURVED, FOLDS, GAINS, HELD_OUT, CurvatureOptions, ScoreOptions
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName, Scores, split_errors
 from lrds_fast.nn import KDLoss
 from lrds_fast.ranks import Ranks
@@ -51,7 +51,7 @@ def last_layer_scores(
     val_features: Tensor | None = None,
     val_logits: Tensor | None = None,
     val_target: Tensor | None = None,
-    scores: str | Sequence[str] = ("kd_gain",),
+    scores: str | Sequence[str] = ("teacher_harm", "kd_gain"),
     curvature: str = "ekfac",
     damping: float | None = None,
     damping_scale: float = 0.1,
@@ -63,20 +63,24 @@ def last_layer_scores(
 ) -> Scores:
     """Scores every sample by what its teacher does to the student's last layer, z = W h + b. LOWER = keep the teacher.
 
-    kd_gain (the default) is -g_val^T H^-1 (ddelta_i outer [h_i; 1]): n times the predicted change of the held-out
+    kd_gain is -g_val^T H^-1 (ddelta_i outer [h_i; 1]): n times the predicted change of the held-out
     cross-entropy when sample i is given its teacher, so negative = helpful. ddelta_i is the logit gradient of `loss`
     with the row selected minus the one with it unselected. kd_gain is n times that change for curvature="exact" and
     damping = the weight decay; under the default relative damping use it for ranking only.
 
     features: (N, d) inputs h of the layer. student_logits, teacher_logits: (N, C); -inf (masked classes) is legal.
     target: (N,) int32/int64 in [0, C). val_features (M, d), val_logits (M, C), val_target (M,): a slice held out of the
-    training set, never the test set; needed by kd_gain and kd_gain_ns. All on one device. Factors are computed in
-    float64; scores in float64 if any of features and logits is, else in float32.
+    training set, never the test set; needed by kd_gain, teacher_harm and kd_gain_ns. All on one device. Factors are
+    computed in float64; scores in float64 if any of features and logits is, else in float32.
 
-    scores: among kd_gain, kd_gain_ns (one Newton step of the retraining instead of its derivative: a C x C solve per
-    sample, for small heads and audits), self_influence, param_shift (of the label's gradient; or param_shift:gt, :kd,
-    :delta), conflict, mismatch, and the baselines random (seed 0; or random:<seed>), all, none, teacher_correct, ce,
-    kd, el2n, grand.
+    scores: among kd_gain, teacher_harm, kd_gain_ns (one Newton step of the retraining instead of its derivative: a C x
+    C solve per sample, for small heads and audits), self_influence, param_shift (of the label's gradient; or
+    param_shift:gt, :kd, :delta), conflict, mismatch, and the baselines random (seed 0; or random:<seed>), all, none,
+    teacher_correct, ce, kd, el2n, grand.
+    teacher_harm is kd_gain where kd_weight times the divergence raises the held-out cross-entropy by itself; elsewhere
+    it is the lower of kd_gain and 0. kd_gain also contains the effect of the cross-entropy's weight, which changes from
+    ce_weight_unselected to ce_weight: if ce_weight is too small, most samples seem better off without their teacher,
+    whatever it says. Select by teacher_harm.
     mismatch, in [0, 1], is the probability that the teacher's logits belong to another sample: select with
     threshold=0.5. It is computed from all samples' logits without label revision, held-out slice or curvature. It is 0
     where a sample's logits do not allow a correlation (all equal, or fewer than 3 classes that neither model excludes),
@@ -88,9 +92,10 @@ def last_layer_scores(
     student that has memorised its training set, is an error unless damping > 0 is passed.
     hessian: "objective", that of the training objective, sample i's cross-entropy and divergence weighted as `loss`
     does; or "gt", that of the cross-entropy alone.
-    folds: the number of parts of the held-out slice for the standard error of kd_gain (Scores.standard_error); row j is
-    in part j modulo folds. None: 10. 0: no standard error. H is the same for all parts: the standard error is over the
-    choice of the held-out samples alone. There are at most as many parts as held-out samples.
+    folds: the number of parts of the held-out slice for the standard error of kd_gain and teacher_harm, which have the
+    same (Scores.standard_error); row j is in part j modulo folds. None: 10. 0: no standard error. H is the same for all
+    parts: the standard error is over the choice of the held-out samples alone. There are at most as many parts as
+    held-out samples.
     selected: (N,) bool or floats in [0, 1]: which samples had the teacher in the training so far (None: all). It enters
     H alone.
     bias: whether the layer has one. loss: a KDLoss; None: KDLoss().
@@ -116,7 +121,9 @@ def last_layer_scores(
     if options.include(CURVED):
         layer.fit(options.curvature)
     if options.include(HELD_OUT):
-        held_out = _checked_held_out((features, student_logits), val_features, val_logits, val_target)
+        held_out = _checked_held_out(
+            options.those_of(HELD_OUT)[0], (features, student_logits), val_features, val_logits, val_target
+        )
         layer.aim(*_held_out_gradients(*held_out, bias=bias, parts=options.parts))
     values, errors, teacher_pred = _score_rows(layer, options)
     meta = {
@@ -147,14 +154,15 @@ def _check_training_rows(
 
 
 def _checked_held_out(
-    like: tuple[Tensor, Tensor], features: Tensor | None, logits: Tensor | None, target: Tensor | None
+    score: str, like: tuple[Tensor, Tensor], features: Tensor | None, logits: Tensor | None, target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, logits and target (int64) of the held-out slice. like: features and logits of the training rows."""
+    """Features, logits and target (int64) of the held-out slice, which `score` needs. like: features and logits of the
+    training rows."""
     if features is None or logits is None or target is None:
         arguments = {"val_features": features, "val_logits": logits, "val_target": target}
         missing = ", ".join(name for name, tensor in arguments.items() if tensor is None)
         raise ValueError(
-            f"kd_gain needs val_features, val_logits and val_target, a slice held out of the training set; missing:"
+            f"{score} needs val_features, val_logits and val_target, a slice held out of the training set; missing:"
             f" {missing}"
         )
     check_samples(features, logits, target, prefix="val_")
@@ -270,8 +278,9 @@ class LastLayer:
         )
         with torch.autocast(batch.h.device.type, enabled=False):  # 16-bit products would change the scores
             columns = {name.key: SCORERS[name.kind](batch, name) for name in names if name.kind in SCORERS}
-            if self.folds and "kd_gain" in columns:
-                columns["kd_gain" + ERROR_SUFFIX] = batch.gain_error()
+            gains = [name for name in GAINS if self.folds and name in columns]
+            if gains:
+                columns |= dict.fromkeys((name + ERROR_SUFFIX for name in gains), batch.gain_error())
         return columns, batch.teacher_pred()
 
     def _switch(self, part: slice) -> Tensor:
@@ -327,8 +336,16 @@ class LastLayerScores(LogitScores):
             ce = ce * loss.class_weight.to(ce)[self.y]
         return -(self.objective.ce_weight_change * ce + loss.kd_weight * m.kd_along)
 
+    def harm(self) -> Tensor:
+        """(B,) gain where the divergence alone raises the held-out loss; elsewhere min(gain, 0)."""
+        if self.moments is None:
+            along: Tensor = torch.linalg.vecdot(self.gradient("kd"), self.h @ self._direction.T)
+        else:
+            along = self.moments.kd_along
+        return only_harmful(self.gain(), -self.objective.loss.kd_weight * along)
+
     def gain_error(self) -> Tensor:
-        """(B,) the standard error of gain: sqrt(sum_f w_f (s_f - s)^2 / (F - 1)), s_f the gain by part f alone."""
+        """(B,) the standard error of gain and harm: sqrt(sum_f w_f (s_f - s)^2 / (F - 1)), s_f the gain by part f."""
         assert self._part_directions is not None
         parts, classes, width = self._part_directions.shape
         along = (self.h @ self._part_directions.reshape(parts * classes, width).T).view(-1, parts, classes)
@@ -361,6 +378,7 @@ def _without_argument(scorer: Callable[[LogitScores], Tensor]) -> _Scorer:
 SCORERS: Mapping[str, _Scorer] = {
     **{kind: _without_argument(scorer) for kind, scorer in LOGIT_SCORERS.items()},
     "kd_gain": lambda batch, _: batch.gain(),
+    "teacher_harm": lambda batch, _: batch.harm(),
     "kd_gain_ns": lambda batch, _: batch.newton_gain(),
     "self_influence": lambda batch, _: batch.quadratic("gt", 1),
     "param_shift": lambda batch, name: batch.quadratic(name.gradient, 2).sqrt(),
@@ -402,6 +420,15 @@ def _held_out_gradients(
     for chunk in rows.chunks():
         gradients.add(chunk.start, rows.augmented(chunk, torch.float64), logits[chunk], target[chunk])
     return gradients.totals(Ranks())
+
+
+def only_harmful(gain: Tensor, of_divergence: Tensor) -> Tensor:
+    """teacher_harm (B,): gain where of_divergence > 0, elsewhere min(gain, 0).
+
+    gain: kd_gain. of_divergence: its part that comes from the divergence, without the change of the cross-entropy's
+    weight.
+    """
+    return torch.where(of_divergence > 0, gain, gain.clamp(max=0.0))
 
 
 def part_scales(counts: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class LogitScores:
         return self._gradients[of]
 
     def logit_change(self) -> Tensor | None:
-        """(B, C) how the student's logits move along the direction that kd_gain needs; None without a direction."""
+        """(B, C) how the student's logits move along H^-1 times the held-out gradient; None without a direction."""
         return None
 
     @functools.cached_property
@@ -126,4 +126,4 @@ LOGIT_SCORERS: Mapping[str, Callable[[LogitScores], Tensor]] = {
     "el2n": LogitScores.el2n,
 }
 #: Scores that functional.kd_moments provides.
-FUSED = ("kd_gain", "conflict", "ce", "kd", "el2n", "grand", "teacher_correct")
+FUSED = ("kd_gain", "teacher_harm", "conflict", "ce", "kd", "el2n", "grand", "teacher_correct")

@@ -25,10 +25,12 @@ CURVATURES = ("identity", "kfac", "ekfac", "exact")
 BLOCK_CURVATURES = ("identity", "kfac", "ekfac")
 #: The default number of parts of the held-out slice that a standard error is taken over.
 FOLDS = 10
-#: Scores that need the inverse of H.
-CURVED = ("kd_gain", "kd_gain_ns", "self_influence", "param_shift")
+#: Scores that are a product with H^-1 times the held-out gradient. They have standard errors.
+GAINS = ("kd_gain", "teacher_harm")
 #: Scores that need the gradient of the held-out slice.
-HELD_OUT = ("kd_gain", "kd_gain_ns")
+HELD_OUT = (*GAINS, "kd_gain_ns")
+#: Scores that need the inverse of H.
+CURVED = (*HELD_OUT, "self_influence", "param_shift")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,11 @@ class ScoreOptions(HessianOptions):
 
     def include(self, kinds: Sequence[str]) -> bool:
         """Whether a score of one of these kinds is requested."""
-        return any(name.kind in kinds for name in self.names)
+        return bool(self.those_of(kinds))
+
+    def those_of(self, kinds: Sequence[str]) -> list[str]:
+        """The requested scores of these kinds."""
+        return [name.key for name in self.names if name.kind in kinds]
 
     @property
     def parts(self) -> int:

@@ -14,6 +14,7 @@ GRADIENTS = ("gt", "kd", "delta")
 #: Every score by name, with its meaning. For all of them LOWER = keep the teacher.
 SCORES: Mapping[str, str] = {
     "kd_gain": "n * predicted change of the held-out cross-entropy if the sample is given its teacher; < 0 helps",
+    "teacher_harm": "kd_gain where the divergence alone raises the held-out cross-entropy; elsewhere min(kd_gain, 0)",
     "kd_gain_ns": "kd_gain with the Newton step's leverage correction: H as it is with the sample's teacher switched",
     "self_influence": "g^T H^-1 g of the cross-entropy; high = noise or memorisation",
     "param_shift": "|H^-1 g|, g of the cross-entropy (param_shift:gt), of the divergence (:kd), of the change (:delta)",
@@ -85,9 +86,10 @@ class Scores(Mapping[str, Tensor]):
 
     target: (N,) int64 labels. teacher_pred: (N,) int64, the teacher's top class (the label where it takes part in a
     tie). standard_error: from the name of a score to its (N,) standard errors over the choice of the held-out samples;
-    kd_gain has them where it was computed with folds. meta: how the scores were computed, JSON-ready: num_samples,
-    num_classes, num_features, bias, curvature, hessian, damping (the absolute value that was used, None where no score
-    needed a curvature), folds, loss and library_version. Raises ValueError for shapes that differ from target's.
+    kd_gain and teacher_harm have them where they were computed with folds. meta: how the scores were computed,
+    JSON-ready: num_samples, num_classes, num_features, bias, curvature, hessian, damping (the absolute value that was
+    used, None where no score needed a curvature), folds, loss and library_version. Raises ValueError for shapes that
+    differ from target's.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ def score(
     val_data: Data | None = None,
     *,
     layers: str | Sequence[str] = "last",
-    scores: str | Sequence[str] = ("kd_gain",),
+    scores: str | Sequence[str] = ("teacher_harm", "kd_gain"),
     curvature: str = "ekfac",
     damping: float | None = None,
     damping_scale: float = 0.1,
@@ -52,34 +52,34 @@ def score(
     """Scores every sample by what its teacher does to the student's layers. LOWER = keep the teacher.
 
     layers="last" is last_layer_scores from the models and the data: one forward pass of each model, then the closed
-    form. Over more layers, kd_gain costs one forward-mode pass (a JVP) per batch and no per-sample gradient:
-    -(ddelta_i . dz_i), dz_i the change of sample i's logits when the parameters move by H^-1 g_val. self_influence,
-    param_shift and grand add up over the layers.
+    form. Over more layers, kd_gain and teacher_harm cost one forward-mode pass (a JVP) per batch and no per-sample
+    gradient: -(ddelta_i . dz_i), dz_i the change of sample i's logits when the parameters move by H^-1 g_val.
+    self_influence, param_shift and grand add up over the layers.
 
     student, teacher: from inputs (B, ...) to logits (B, C); both are put into eval mode and restored. The device of the
     student's parameters is where everything runs. teacher may instead be the teacher's logits, (N, C) floating, in the
     order of train_data. train_data, val_data: a Dataset of (input, target, ...) samples (or a list of them), read in
     order in batches of batch_size, or an iterable of such batches (a DataLoader without shuffling); targets are
-    integers in [0, C). val_data, held out of the training set and never the test set, is needed by kd_gain. Data are
-    read up to three times (four for mismatch over more layers than the last) and must give exactly the same tensors
-    each time: pass them with the evaluation transform, never with random augmentation. To check this, the first 16
-    samples of a dataset, or the first batch of other data, are read twice (with `out` once more); ValueError if they
-    differ. batch: a function from a loader's batch to (inputs, targets), needed unless batches are (inputs, targets,
-    ...): batch=lambda b: (b["pixel_values"], b["labels"]). logits: a function from a model's output to its logits (B,
-    C), for student and teacher alike: logits=lambda out: out[0]. None: a tensor, or the `logits` of an object that has
-    them.
+    integers in [0, C). val_data, held out of the training set and never the test set, is needed by kd_gain,
+    teacher_harm and kd_gain_ns. Data are read up to three times (four for mismatch over more layers than the last) and
+    must give exactly the same tensors each time: pass them with the evaluation transform, never with random
+    augmentation. To check this, the first 16 samples of a dataset, or the first batch of other data, are read twice
+    (with `out` once more); ValueError if they differ. batch: a function from a loader's batch to (inputs, targets),
+    needed unless batches are (inputs, targets, ...): batch=lambda b: (b["pixel_values"], b["labels"]). logits: a
+    function from a model's output to its logits (B, C), for student and teacher alike: logits=lambda out: out[0]. None:
+    a tensor, or the `logits` of an object that has them.
     layers: "last" (the last nn.Linear, whose output must be the logits), "all" with trainable parameters, or a list of
     module names. Linear, Conv (groups, dilation, any padding), Embedding and normalisation layers; ValueError naming
     any other.
     scores: the names of last_layer_scores; kd_gain_ns with layers="last" only. curvature: "identity", "kfac", "ekfac",
-    a block per layer; "exact": over more layers than the last, for kd_gain alone, conjugate gradients on the
+    a block per layer; "exact": over more layers than the last, for kd_gain and teacher_harm, conjugate gradients on the
     Gauss-Newton matrix of all layers together, which EK-FAC preconditions. Each step reads the training set once;
     RuntimeError where 500 do not suffice. labels: how H sees the model's own labels: a number of draws per sample (seed
     0), or "all" (exact, C backward passes a batch); the last layer has them all, in closed form.
     damping: >= 0, added to every eigenvalue; None: damping_scale times each layer's mean eigenvalue, which is an error
     where the curvature is zero up to rounding (a student that has memorised its training set).
     hessian, selected, loss: as in last_layer_scores; selected (N,) in the order of train_data.
-    folds: as in last_layer_scores, for the standard error of kd_gain; None: 10 for the last layer, 0 for more layers,
+    folds: as in last_layer_scores, for standard errors; None: 10 for the last layer, 0 for more layers,
     where each part costs a JVP per batch.
     factors: from Factors.fit or .load for this student, instead of fitting them here; they determine layers, curvature,
     damping, damping_scale, hessian and labels.
@@ -143,7 +143,7 @@ def _check_supported(options: ScoreOptions, head: bool, held_out: bool) -> None:
             " for the last layer alone: pass layers='last', or curvature='ekfac'"
         )
     if options.include(HELD_OUT) and not held_out:
-        raise ValueError("kd_gain needs val_data, a slice held out of the training set")
+        raise ValueError(f"{options.those_of(HELD_OUT)[0]} needs val_data, a slice held out of the training set")
 
 
 def _meta(options: ScoreOptions, layers: Sequence[str], head: bool, factors: Factors | None) -> dict[str, object]:

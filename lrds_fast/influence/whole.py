@@ -18,12 +18,12 @@ from lrds_fast.influence.conjugate import WholeHessian
 from lrds_fast.influence.factors import BlockFit, Factors, HessianBatch
 from lrds_fast.influence.flatten import flatten_by_layer, unflatten_by_layer
 from lrds_fast.influence.inputs import check_logits, check_teacher_logits
-from lrds_fast.influence.last_layer import part_scales
+from lrds_fast.influence.last_layer import only_harmful, part_scales
 from lrds_fast.influence.layers import parameters_of, sample_gradients
 from lrds_fast.influence.logit_scores import LOGIT_SCORERS, LogitScores
 from lrds_fast.influence.mismatch import Agreements
 from lrds_fast.influence.objective import LogitTerms, TrainingObjective
-from lrds_fast.influence.options import BLOCK_CURVATURES, HessianOptions
+from lrds_fast.influence.options import BLOCK_CURVATURES, CURVED, GAINS, HessianOptions
 from lrds_fast.influence.scores import ERROR_SUFFIX, ScoreName
 from lrds_fast.influence.task import ScoreTask, ShardWriter, TeacherLogits
 from lrds_fast.ranks import Ranks
@@ -36,14 +36,14 @@ _GRADIENT_OF = {"self_influence": "gt", "grand": "gt"}
 def score_layers(task: ScoreTask, factors: Factors | None) -> dict[str, object]:
     """Writes this process's shards; returns their part of Scores.meta. factors: fitted earlier; None: fit them here."""
     options, shards = task.options, task.shards
-    if factors is None and options.include(("kd_gain", "self_influence", "param_shift")):
+    if factors is None and options.include(CURVED):
         factors = shards.once(
             "factors",
             lambda: fitted_factors(task.student, task.layers, task.train, options, shards.ranks),
             lambda made, path: made.save(path),
             lambda path: Factors.load(path, task.student.module),
         )
-    directions = _directions(task, factors) if factors is not None and options.include(("kd_gain",)) else []
+    directions = _directions(task, factors) if factors is not None and options.include(GAINS) else []
     mismatch = None
     if options.include(("mismatch",)):
         mismatch = shards.tensors_once("mismatch", lambda: {"mismatch": _mismatch(task)})["mismatch"]
@@ -107,7 +107,8 @@ def _write_scores(
             scored = LayerScores(task.student, task.teacher, batch, task.layers, options, factors, directions, first)
             columns = {name.key: scored.score(name).to(options.dtype) for name in options.names if scored.knows(name)}
             if len(directions) > 1:
-                columns["kd_gain" + ERROR_SUFFIX] = scored.gain_error().to(options.dtype)
+                error = scored.gain_error().to(options.dtype)
+                columns |= {name + ERROR_SUFFIX: error for name in GAINS if name in columns}
         except ValueError as error:
             raise ValueError(f"{error} (the batch begins at sample {batch.start})") from error
         classes = scored.logits.z.shape[1]
@@ -188,14 +189,17 @@ class LayerScores:
 
     def knows(self, name: ScoreName) -> bool:
         """Whether `score` computes it; random and mismatch come from elsewhere."""
-        return name.kind == "kd_gain" or name.kind in (*LOGIT_SCORERS, *_OF_SAMPLE_GRADIENTS)
+        return name.kind in (*GAINS, *LOGIT_SCORERS, *_OF_SAMPLE_GRADIENTS)
 
     def score(self, name: ScoreName) -> Tensor:
         """(B,) the score."""
         if name.kind in LOGIT_SCORERS:
             return LOGIT_SCORERS[name.kind](self.logits)
-        if name.kind == "kd_gain":
-            return -self._along(self._directions[0])
+        if name.kind in GAINS:
+            gain = -self._product("delta", self._logit_change)
+            if name.kind == "kd_gain":
+                return gain
+            return only_harmful(gain, -self.logits.objective.loss.kd_weight * self._product("kd", self._logit_change))
         if name.kind == "grand":
             return torch.stack([g.squared_norm() for g in self.gradients("gt").values()]).sum(dim=0).sqrt()
         assert self._factors is not None
@@ -204,13 +208,23 @@ class LayerScores:
         return self._factors.quadratic(self.gradients(name.gradient), 2).sqrt()
 
     def gain_error(self) -> Tensor:
-        """(B,) the standard error of kd_gain; see LastLayerScores.gain_error."""
-        parts = torch.stack([self._along(direction) for direction in self._directions[1:]])
+        """(B,) the standard error of kd_gain and teacher_harm; see LastLayerScores.gain_error."""
+        parts = torch.stack([self._product("delta", self._along(direction)) for direction in self._directions[1:]])
         error: Tensor = torch.linalg.vector_norm(parts, dim=0)
         return error
 
+    @functools.cached_property
+    def _logit_change(self) -> Tensor:
+        """(B, C) the derivative of the logits along H^-1 g_val."""
+        return self._along(self._directions[0])
+
+    def _product(self, of: str, dz: Tensor) -> Tensor:
+        """(B,) the logit gradient `of`, one of scores.GRADIENTS, times dz (B, C)."""
+        product: Tensor = torch.linalg.vecdot(self.logits.gradient(of), dz)
+        return product
+
     def _along(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """(B,) ddelta . dz, dz the derivative of the logits along the direction."""
+        """(B, C) the derivative of the logits along the direction."""
         student, x = self._student.module, self._x
 
         def logits_of(parameters: dict[str, Tensor]) -> Tensor:
@@ -218,9 +232,8 @@ class LayerScores:
 
         moved = {name: tensor.detach() for name, tensor in student.named_parameters() if name in direction}
         with torch.no_grad():
-            dz = jvp(logits_of, (moved,), ({name: direction[name] for name in moved},))[1]
-        product: Tensor = torch.linalg.vecdot(self.logits.gradient("delta"), dz.to(self.logits.z))
-        return product
+            dz: Tensor = jvp(logits_of, (moved,), ({name: direction[name] for name in moved},))[1]
+        return dz.to(self.logits.z)
 
 
 def _directions(task: ScoreTask, factors: Factors) -> list[dict[str, Tensor]]:

@@ -264,7 +264,7 @@ class SelectionOptions:
 
     Where training selects (after > 0), a sample loses its teacher if its score is above `confidence` standard errors,
     and at most the share max_drop does, the highest scores first. ratio, threshold or outliers may replace this rule;
-    scores other than kd_gain have no standard error and need one of the three.
+    scores other than teacher_harm and kd_gain have no standard error and need one of the three.
     """
 
     path: Annotated[str, about("file that lrds-fast select wrote; empty: every sample keeps the teacher")] = ""
@@ -274,10 +274,10 @@ class SelectionOptions:
     ] = "prefix"
     after: Annotated[NotNegativeInt, about("epochs before the first scoring and selection; 0: never")] = 0
     every: Annotated[NotNegativeInt, about("epochs between further selections; 0: select once")] = 0
-    by: Annotated[str, about("score to select by; a low score keeps the teacher")] = "kd_gain"
+    by: Annotated[str, about("score to select by; a low score keeps the teacher")] = "teacher_harm"
     confidence: Annotated[
         NotNegative, about("number of standard errors above 0 beyond which a score denies the teacher")
-    ] = 2.0
+    ] = 4.0
     max_drop: Annotated[
         Share, about("largest share of the samples that lose the teacher, by confidence or outliers")
     ] = 0.1
@@ -311,7 +311,7 @@ class SelectionOptions:
                     f"selection.{key} needs selection.after, the epochs before the first scoring, to be above 0; got"
                     f" {getattr(self, key)!r}: set selection.after, or leave out selection.{key}"
                 )
-        if self.by_confidence and self.after and self.by not in ("kd_gain", "set_shift"):
+        if self.by_confidence and self.after and self.by not in ("teacher_harm", "kd_gain", "set_shift"):
             raise ValueError(
                 f"selection.by = {self.by!r} has no standard error, which selection.confidence needs: set"
                 " selection.ratio, selection.threshold or selection.outliers"
@@ -351,7 +351,7 @@ class SelectionOptions:
 class ScoreOptions:
     """What lrds-fast score computes; see lrds_fast.influence.last_layer_scores."""
 
-    scores: Annotated[List[str], about("scores to compute")] = ("kd_gain", "teacher_correct")
+    scores: Annotated[List[str], about("scores to compute")] = ("teacher_harm", "kd_gain", "teacher_correct")
     curvature: Annotated[
         Literal["identity", "kfac", "ekfac", "exact"], about("approximation of the Hessian in the influence functions")
     ] = "ekfac"

@@ -18,7 +18,7 @@ from lrds_fast.selection.table import Selection
 
 def select(
     scores: Scores | Mapping[str, Tensor],
-    by: str = "kd_gain",
+    by: str = "teacher_harm",
     *,
     ratio: float | None = None,
     threshold: float | None = None,

@@ -17,7 +17,7 @@ from lrds_fast.selection.flagged import Flagged
 from lrds_fast.selection.table import Selection
 
 #: The default rule of recipes (SelectionOptions); docs/benchmarks/method.md has the evidence.
-RULE: Mapping[str, Any] = {"confidence": 2.0, "max_drop": 0.1}
+RULE: Mapping[str, Any] = {"confidence": 4.0, "max_drop": 0.1}
 
 
 class SelectedDataset(Flagged):
@@ -41,7 +41,7 @@ class SelectedDataset(Flagged):
         val_data: Any = None,
         *,
         evaluated: Any = None,
-        by: str = "kd_gain",
+        by: str = "teacher_harm",
         rule: Mapping[str, Any] | None = None,
         loss: KDLoss | None = None,
         **score: Any,
@@ -49,7 +49,7 @@ class SelectedDataset(Flagged):
         """of: a map-style Dataset (or a list) of N samples. teacher, val_data, loss: as in influence.score; loss is the
         one that the student is trained with. evaluated: the same samples in the same order with the evaluation
         transform; None: `of`, which must then have no random augmentation. by: the score that decides. rule: select's
-        arguments; None: confidence=2, max_drop=0.1. score: other arguments of influence.score.
+        arguments; None: confidence=4, max_drop=0.1. score: other arguments of influence.score.
 
         Raises TypeError for data without length and items, ValueError where `evaluated` has another length. Other
         arguments are checked by the first update.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrds_fast.data import Data
+from lrds_fast.influence.options import HELD_OUT
 from lrds_fast.ranks import Ranks
 from lrds_fast.recipe.recipe import Recipe
 
@@ -58,7 +59,7 @@ def check_run(recipe: Recipe, data: Data, teacher: nn.Module | None, selected: T
         raise ValueError(
             f"selection.after is {options.after}, but there is no teacher to select for; set teacher.model"
         )
-    if options.after and data.val is None and options.by.startswith("kd_gain"):
+    if options.after and data.val is None and options.by in HELD_OUT:
         raise ValueError(f"selection.by = {options.by!r} needs held-out samples; set data.val_fraction, e.g. to 0.1")
 
 

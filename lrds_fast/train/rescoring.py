@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrds_fast import influence
 from lrds_fast.data import Batch, Data, Loader
+from lrds_fast.influence.options import HELD_OUT
 from lrds_fast.nn import KDLoss
 from lrds_fast.notes import note
 from lrds_fast.ranks import Ranks
@@ -149,7 +150,7 @@ class Scored(NamedTuple):
 
 def needs_held_out(name: str) -> bool:
     """Whether the score needs held-out samples."""
-    return name.startswith("kd_gain")
+    return name in HELD_OUT
 
 
 def score_samples(

@@ -182,8 +182,9 @@ def _scored(recipe: Recipe, device: torch.device, progress: bool) -> influence.S
     if teacher is None:
         raise ValueError("scores compare a student with its teacher, and the recipe has none; set teacher.model")
     names = recipe.score.scores
-    if data.val is None and any(map(rescoring.needs_held_out, names)):
-        raise ValueError("kd_gain needs held-out samples; set data.val_fraction, for example to 0.1")
+    in_need = [name for name in names if rescoring.needs_held_out(name)]
+    if data.val is None and in_need:
+        raise ValueError(f"{in_need[0]} needs held-out samples; set data.val_fraction, for example to 0.1")
     selection = None if recipe.score.base else rescoring.last(recipe.out)
     if selection is None:
         selection = load_selection(recipe, data)
