@@ -66,7 +66,9 @@ def test_from_teacher_to_report(capsys: pytest.CaptureFixture[str]) -> None:
 
     scores = Selection.load("runs/digits_kd_lr/scores.parquet")
     assert bool(scores.mask.all())
-    assert set(scores.scores) == {"kd_gain", "kd_gain_standard_error", "teacher_correct", "random"}
+    assert set(scores.scores) == {
+        "teacher_harm", "teacher_harm_standard_error", "kd_gain", "kd_gain_standard_error", "teacher_correct", "random",
+    }  # fmt: skip
     chosen = Selection.load("runs/digits_kd_lr/selection.parquet")
     assert int(chosen.mask.sum()) == 60
     assert chosen.fingerprint == scores.fingerprint

@@ -467,7 +467,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no validation": (
         {"val_features": None, "val_target": None},
         ValueError,
-        "kd_gain needs.*missing: val_features, val_target",
+        "teacher_harm needs.*missing: val_features, val_target",
     ),
     "narrow validation": (
         {"val_features": GOOD["val_features"][:, :3]},

@@ -189,7 +189,7 @@ assert not any("gloo" in name for name in threads), f"{threads}: nobody may keep
     done = run(tmp_path, code, processes=2)
     assert done.returncode == 0, done.stderr
     expected = scored(scores="kd_gain", layers="all", curvature="exact", damping_scale=1.0)["kd_gain"]
-    mask = lrds_fast.select(scored(scores="kd_gain"), ratio=0.7).mask
+    mask = lrds_fast.select(scored(scores="teacher_harm"), ratio=0.7).mask
     for rank in range(2):
         gain, flags = torch.load(tmp_path / f"{rank}.pt")
         # The solutions of 1e-4 in the residual.

@@ -328,7 +328,7 @@ def test_few_samples_for_a_factor_are_reported() -> None:
 def test_mistakes_are_named(layers: str) -> None:
     student, teacher, train, val = network(0), network(1), data(2, 12), data(3, 4)
     for change, error, message in (
-        ({"val_data": None}, ValueError, "kd_gain needs val_data"),
+        ({"val_data": None}, ValueError, "teacher_harm needs val_data"),
         ({"curvature": "none"}, ValueError, "curvature must be one of identity, kfac, ekfac, exact"),
         (
             {"curvature": "exact", "layers": ["7"], "scores": "self_influence"},

@@ -64,7 +64,7 @@ def test_ready_grids_vary_the_documented_keys(name: str) -> None:
     keys = {axis.partition("=")[0] for axis in ABLATIONS[name].axes}
     assert varied - {"name"} == keys | ({"selection.ratio"} if name == "score" else set())
     assert len({cell.name for cell in found}) == len(found) >= 6
-    sizes = {"eta": 6, "weights": 9, "lambdas": 16, "ratio": 10, "score": 12}
+    sizes = {"eta": 6, "weights": 9, "lambdas": 16, "ratio": 10, "score": 13}
     assert len(found) == sizes[name]
     if name == "score":
         assert {cell.selection.ratio for cell in found} == {0.7}

@@ -77,23 +77,24 @@ def test_selections_are_scores_of_the_student_of_that_moment(tmp_path: Path) -> 
         guide,
         rescoring._Batches(data.score),
         rescoring._Batches(data.val) if data.val else None,
-        scores=("kd_gain", "el2n"),
+        scores=("teacher_harm", "kd_gain", "el2n"),
         selected=first.mask,
         loss=lrds_fast.KDLoss(**loss_arguments(chosen.loss)),
     )
     again = select(expected, threshold=0.0, leave=0.05, previous=first)
-    assert torch.equal(second.scores["kd_gain"], again.scores["kd_gain"])
+    assert torch.equal(second.scores["teacher_harm"], again.scores["teacher_harm"])
     assert torch.equal(second.mask, again.mask)
-    assert set(second.scores) == {"kd_gain", "kd_gain_standard_error", "el2n"}
+    errors = {"teacher_harm_standard_error", "kd_gain_standard_error"}
+    assert set(second.scores) == {"teacher_harm", "kd_gain", "el2n"} | errors
     assert 0 < int(second.mask.sum()) < len(second)
 
 
 def test_by_default_samples_harmed_beyond_the_error_are_deselected(tmp_path: Path) -> None:
     chosen = recipe(**RESCORED | {"selection.threshold": None, "selection.confidence": 0.5, "selection.max_drop": 0.2})
-    assert SelectionOptions().by_confidence and SelectionOptions().confidence == 2.0
+    assert SelectionOptions().by_confidence and SelectionOptions().confidence == 4.0
     run(tmp_path, chosen, blobs())
     first, second = (Selection.load(tmp_path / "selections" / f"epoch_000{k}.parquet") for k in (1, 3))
-    gain, error = first.scores["kd_gain"], first.scores["kd_gain_standard_error"]
+    gain, error = first.scores["teacher_harm"], first.scores["teacher_harm_standard_error"]
     cap = int(0.2 * len(gain) + 0.5)
     denied = ~first.mask
     assert 0 < int(denied.sum()) <= cap and bool((gain[denied] > 0.5 * error[denied]).all())
@@ -101,7 +102,7 @@ def test_by_default_samples_harmed_beyond_the_error_are_deselected(tmp_path: Pat
     assert not spared.any() or (int(denied.sum()) == cap and float(gain[spared].max()) <= float(gain[denied].min()))
     # The second time the limit of those that had it is confidence + margin.
     limit = torch.where(first.mask, 0.5 + chosen.selection.margin, 0.5)
-    late = second.scores["kd_gain"], second.scores["kd_gain_standard_error"]
+    late = second.scores["teacher_harm"], second.scores["teacher_harm_standard_error"]
     assert bool((late[0][~second.mask] > limit[~second.mask] * late[1][~second.mask]).all())
 
 

@@ -19,7 +19,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("scores", metavar="SCORES", type=Path, help="a file that `lrds-fast score` has written")
     parser.add_argument(
-        "--by", default="teacher_harm", help="score to select by; low scores keep the teacher (default: %(default)s)"
+        "--by",
+        help="score to select by; low scores keep the teacher (default: teacher_harm where it was computed, else"
+        " kd_gain)",
     )
     _add_rule(parser)
     parser.add_argument("--per-class", action="store_true", help="apply --ratio or --max-drop within every class")
@@ -74,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     from lrds_fast.notes import note
     from lrds_fast.pages import charts
     from lrds_fast.selection import Selection
+    from lrds_fast.selection.columns import default_score
     from lrds_fast.selection.rule import weight_hint
     from lrds_fast.selection.table import read_selection
     from lrds_fast.train.run import pictures_of_run
@@ -91,9 +94,10 @@ def run(options: argparse.Namespace) -> int:
     scores = Scores(
         values, target=table.labels, teacher_pred=table.teacher_pred, meta=table.meta, standard_error=errors
     )
+    by = options.by or default_score(scores)
     selection = lrds_fast.select(
         scores,
-        by=options.by,
+        by=by,
         ratio=options.ratio,
         threshold=options.threshold,
         confidence=options.confidence,
@@ -104,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
         leave=options.leave,
         previous=None if options.previous is None else Selection.load(options.previous, dataset=table.fingerprint),
     )
-    hint = weight_hint(options.by, scores)
+    hint = weight_hint(by, scores)
     if hint:
         note(hint)
     path = options.out or options.scores.with_name("selection.parquet")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrds_fast._version import __version__
 from lrds_fast.influence import Scores
-from lrds_fast.selection.columns import SampleFacts, sample_facts, score_columns, score_tensor
+from lrds_fast.selection.columns import SampleFacts, default_score, sample_facts, score_columns, score_tensor
 from lrds_fast.selection.joint import least_sum
 from lrds_fast.selection.rule import Rule, checked_share, share_of
 from lrds_fast.selection.table import Selection
@@ -18,7 +18,7 @@ from lrds_fast.selection.table import Selection
 
 def select(
     scores: Scores | Mapping[str, Tensor],
-    by: str = "teacher_harm",
+    by: str | None = None,
     *,
     ratio: float | None = None,
     threshold: float | None = None,
@@ -34,13 +34,14 @@ def select(
 ) -> Selection:
     """Chooses the samples that keep their teacher: those with the lowest `by` score.
 
-    scores: Scores, or a mapping from names to (N,) values. by: the name of the score that decides.
+    scores: Scores, or a mapping from names to (N,) values. by: the name of the score that decides; None:
+    teacher_harm where it was computed, else kd_gain.
     Exactly one of
         confidence: z >= 0; a sample loses its teacher only where score > z * its standard error, and only if it is
             among the floor(max_drop * N + 0.5) samples with the highest score (ties to the higher index). The standard
-            error is Scores.standard_error[by], or the entry "<by>_standard_error" of a plain mapping; kd_gain has one.
-            Recipes use confidence=2, max_drop=0.1 (docs/benchmarks/method.md). With per_class=True max_drop is a share
-            of every class.
+            error is Scores.standard_error[by], or the entry "<by>_standard_error" of a plain mapping; teacher_harm and
+            kd_gain have one. Recipes use confidence=4, max_drop=0.1 (docs/benchmarks/method.md). With per_class=True
+            max_drop is a share of every class.
         outliers: k >= 0; a sample loses its teacher only where score > median + k * 1.4826 * MAD, MAD the median
             absolute deviation of all N scores from their median, and max_drop as above. For normal scores 1.4826 * MAD
             is the standard deviation. Where the MAD is 0, as for a score that is 0 for most samples, scores above the
@@ -63,6 +64,8 @@ def select(
 
     Deterministic. Raises ValueError or TypeError naming the argument; a NaN score is an error that names the sample.
     """
+    if by is None:
+        by = default_score(scores)
     columns = score_columns(scores, by)
     rule = Rule(ratio, threshold, confidence, outliers, max_drop, per_class, largest, leave)
     table = {name: score_tensor(name, values) for name, values in columns.items()}

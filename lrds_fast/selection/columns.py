@@ -50,6 +50,12 @@ def sample_facts(
     return SampleFacts(target, scores.teacher_pred.cpu(), num_classes, fingerprint, scores.meta)
 
 
+def default_score(scores: Scores | Mapping[str, Tensor]) -> str:
+    """The score to select by where none is named: teacher_harm where it was computed, else kd_gain."""
+    has_harm = isinstance(scores, Mapping) and "teacher_harm" in scores
+    return "teacher_harm" if has_harm else "kd_gain"
+
+
 def score_columns(scores: Scores | Mapping[str, Tensor], by: str) -> dict[str, Tensor]:
     """The scores by name, and their standard errors as `<name>_standard_error`.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrds_fast._numbers import number
+from lrds_fast.influence.options import GAINS
 from lrds_fast.influence.scores import ERROR_SUFFIX
 
 # The standard deviation of a normal distribution divided by its median absolute deviation.
@@ -182,8 +183,8 @@ def standard_error(by: str, table: Mapping[str, Tensor]) -> Tensor:
     error = table.get(by + ERROR_SUFFIX)
     if error is None:
         raise ValueError(
-            f"confidence needs the standard error of {by!r}: kd_gain has one where it was computed with folds > 0 and"
-            f" at least 2 held-out samples; a plain mapping needs the entry {by + ERROR_SUFFIX!r}"
+            f"confidence needs the standard error of {by!r}: teacher_harm and kd_gain have one where they were computed"
+            f" with folds > 0 and at least 2 held-out samples; a plain mapping needs the entry {by + ERROR_SUFFIX!r}"
         )
     error = error.double()
     bad = (~(error.isfinite() & (error >= 0))).nonzero()[:, 0]
@@ -223,13 +224,17 @@ def _median(values: Tensor) -> Tensor:
 def weight_hint(by: str, scores: Mapping[str, Tensor]) -> str:
     """The advice to tune the cross-entropy's weight first, where the mean of kd_gain is above 0; otherwise "".
 
+    by: the score that decides; only kd_gain and teacher_harm depend on that weight.
+
     A sample without its teacher also has another weight of the cross-entropy. Where that alone lowers the held-out
     loss, kd_gain is above 0 for most samples, whatever their teachers say (docs/benchmarks/method.md, part 8).
     """
-    mean = float(scores[by].double().mean()) if by.startswith("kd_gain") else 0.0
+    if by not in GAINS or "kd_gain" not in scores:
+        return ""
+    mean = float(scores["kd_gain"].double().mean())
     if not mean > 0.0:
         return ""
     return (
-        f"the mean of {by} is {mean:+.2g}: by this estimate the average sample lowers the held-out loss more without"
+        f"the mean of kd_gain is {mean:+.2g}: by this estimate the average sample lowers the held-out loss more without"
         " its teacher, often because the cross-entropy's weight (loss.ce_weight) is too small; tune it before selecting"
     )
