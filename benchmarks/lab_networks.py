@@ -637,6 +637,10 @@ def registered(results: Mapping[str, Results]) -> list[str]:
         ("Third registration, ", "kd-rise", "kd"),
         ("Third registration, ", "kd-rise", TUNED),
         ("Third registration, ", "lr+ds-rise", "kd-rise"),
+        ("Fourth registration, ", "ds-term", "kd"),
+        ("Fourth registration, ", "ds-harm", "kd"),
+        ("Fourth registration, ", "ds-harm", "ds"),
+        ("Fourth registration, ", "lr+ds-harm-rise", "kd-rise"),
     ):
         parts = [
             f"*{regime}* {signed(differences(of_regime, arm, baseline, 'test_acc'), 2)} (NLL"
