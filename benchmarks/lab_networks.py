@@ -57,15 +57,16 @@ REGIMES = ("unseen", "clean", "noise")
 class Arm(NamedTuple):
     """How a student is trained. revise: None, "published" (at T) or "one" (at temperature 1). deny: None, "ds",
     "harm", "calibrated", "random" or "robust" (see Pair.selection). max_drop: the largest share of the samples that
-    are denied, except by "robust". confidence: by how many standard errors kd_gain is above 0 in denied samples.
-    ce_end: the weight of the cross-entropy changes exponentially from ce_weight to ce_end (None: it is constant)."""
+    are denied, except by "robust". confidence: by how many standard errors kd_gain is above 0 in denied samples (None:
+    CONFIDENCE). ce_end: the weight of the cross-entropy changes exponentially from ce_weight to ce_end (None: it is
+    constant)."""
 
     ce_weight: float = CE_WEIGHT
     kd_weight: float = KD_WEIGHT
     revise: str | None = None
     deny: str | None = None
     max_drop: float = MAX_DROP
-    confidence: float = CONFIDENCE
+    confidence: float | None = None
     ce_end: float | None = None
 
     def ce_weight_at(self, epoch: int) -> float:
@@ -431,7 +432,8 @@ class Pair:
             term, _ = self.gain(arm, model, calibrated=calibrated, unselected=arm.ce_weight_at(SELECT_AFTER))
             score = torch.where(term > 0, score, score.clamp(max=0.0))
         scores = {"kd_gain": score, "kd_gain_standard_error": error}
-        selected = lrds_fast.select(scores, confidence=arm.confidence, max_drop=arm.max_drop).mask
+        confidence = CONFIDENCE if arm.confidence is None else arm.confidence
+        selected = lrds_fast.select(scores, confidence=confidence, max_drop=arm.max_drop).mask
         if arm.deny == "random":
             order = torch.randperm(len(score), generator=generator("random", self.regime, self.teacher, self.student))
             denied = order[: int((~selected).sum())]

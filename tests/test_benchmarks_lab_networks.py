@@ -127,9 +127,19 @@ def test_arms_share_initial_weights_and_runs_are_not_repeated(
     assert int(by_arm["ds-30%"]["denied"]) <= round(96 * float(scored[0]["harmful"]))
     assert "| unseen | kd-ce1 | 1 |" in lab.gains_table(scored)
 
-    # Rows of the teacher that belong to other samples lose it in the arm "robust".
     pair = lab.Pair("unseen", 0, 0, small, cache)
     student = lab.fresh("resnet8", "student", 0, 0).model
+
+    # In the arms "harm" the teacher's own term, with one weight of the cross-entropy on both sides, is harmful, too.
+    gain, term = (torch.randn(96, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    error = torch.full((96,), 0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(pair, "gain", lambda *_, calibrated, unselected=1.0: (gain if unselected == 1 else term, error))
+        harmful = (gain > 0.5) & (term > 0)
+        selected = pair.selection(lab.Arm(deny="harm", confidence=1.0, max_drop=1.0), student)
+        assert torch.equal(~selected, harmful) and 0 < int(harmful.sum()) < int((gain > 0.5).sum())
+
+    # Rows of the teacher that belong to other samples lose it in the arm "robust".
     pair.view_logits[lab.VIEWS] = lab.logits_of(student, pair.images) + 0.01
     assert pair.selection(lab.ARMS["robust"], student).all()
     pair.view_logits[lab.VIEWS, :10] = -pair.view_logits[lab.VIEWS, :10]
