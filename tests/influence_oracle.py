@@ -137,7 +137,8 @@ class Case:
         scores["self_influence"] = ((g["gt"] @ inverse) * g["gt"]).sum(1)
         along = inverse @ self.validation_gradient()
         scores["kd_gain"] = gain = -(g["delta"] @ along)
-        scores["teacher_harm"] = torch.where(self.loss.kd_weight * (g["kd"] @ along) < 0, gain, gain.clamp(max=0.0))
+        term = -self.loss.kd_weight * (g["kd"] @ along)
+        scores["teacher_harm"] = torch.where(term > 0, gain, torch.minimum(gain, term))
         scores["kd_gain_ns"] = self._newton_gain(self.curvature(name, kind, damping), kind, g["delta"])
         return scores
 

@@ -78,9 +78,9 @@ def last_layer_scores(
     param_shift:gt, :kd, :delta), conflict, mismatch, and the baselines random (seed 0; or random:<seed>), all, none,
     teacher_correct, ce, kd, el2n, grand.
     teacher_harm is kd_gain where kd_weight times the divergence raises the held-out cross-entropy by itself; elsewhere
-    it is the lower of kd_gain and 0. kd_gain also contains the effect of the cross-entropy's weight, which changes from
-    ce_weight_unselected to ce_weight: if ce_weight is too small, most samples seem better off without their teacher,
-    whatever it says. Select by teacher_harm.
+    it is the lower of kd_gain and that term's effect, which is <= 0. kd_gain also contains the effect of the
+    cross-entropy's weight, which changes from ce_weight_unselected to ce_weight: if ce_weight is too small, most
+    samples seem better off without their teacher, whatever it says. Select by teacher_harm.
     mismatch, in [0, 1], is the probability that the teacher's logits belong to another sample: select with
     threshold=0.5. It is computed from all samples' logits without label revision, held-out slice or curvature. It is 0
     where a sample's logits do not allow a correlation (all equal, or fewer than 3 classes that neither model excludes),
@@ -337,7 +337,7 @@ class LastLayerScores(LogitScores):
         return -(self.objective.ce_weight_change * ce + loss.kd_weight * m.kd_along)
 
     def harm(self) -> Tensor:
-        """(B,) gain where the divergence alone raises the held-out loss; elsewhere min(gain, 0)."""
+        """(B,) gain where the divergence alone raises the held-out loss; elsewhere the lower of gain and its effect."""
         if self.moments is None:
             along: Tensor = torch.linalg.vecdot(self.gradient("kd"), self.h @ self._direction.T)
         else:
@@ -423,12 +423,12 @@ def _held_out_gradients(
 
 
 def only_harmful(gain: Tensor, of_divergence: Tensor) -> Tensor:
-    """teacher_harm (B,): gain where of_divergence > 0, elsewhere min(gain, 0).
+    """teacher_harm (B,): gain where of_divergence > 0, elsewhere min(gain, of_divergence).
 
     gain: kd_gain. of_divergence: its part that comes from the divergence, without the change of the cross-entropy's
     weight.
     """
-    return torch.where(of_divergence > 0, gain, gain.clamp(max=0.0))
+    return torch.where(of_divergence > 0, gain, torch.minimum(gain, of_divergence))
 
 
 def part_scales(counts: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ GRADIENTS = ("gt", "kd", "delta")
 #: Every score by name, with its meaning. For all of them LOWER = keep the teacher.
 SCORES: Mapping[str, str] = {
     "kd_gain": "n * predicted change of the held-out cross-entropy if the sample is given its teacher; < 0 helps",
-    "teacher_harm": "kd_gain where the divergence alone raises the held-out cross-entropy; elsewhere min(kd_gain, 0)",
+    "teacher_harm": "kd_gain where the divergence alone raises the held-out cross-entropy; elsewhere the lower of both",
     "kd_gain_ns": "kd_gain with the Newton step's leverage correction: H as it is with the sample's teacher switched",
     "self_influence": "g^T H^-1 g of the cross-entropy; high = noise or memorisation",
     "param_shift": "|H^-1 g|, g of the cross-entropy (param_shift:gt), of the divergence (:kd), of the change (:delta)",
