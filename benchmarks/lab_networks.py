@@ -33,6 +33,7 @@ from benchmarks.tables import append_csv, markdown_table, stored_rows
 from lrds_fast import influence, models
 from lrds_fast.data.cifar import MEAN, STD, Pictures, cifar
 from lrds_fast.files import replacing, write_text
+from lrds_fast.influence.last_layer import only_harmful
 from lrds_fast.pages import charts
 from lrds_fast.provenance import commit, cpu_name
 from lrds_fast.report.statistics import estimate
@@ -430,7 +431,7 @@ class Pair:
         score, error = self.gain(arm, model, calibrated=calibrated)
         if arm.deny in ("harm", "calibrated"):
             term, _ = self.gain(arm, model, calibrated=calibrated, unselected=arm.ce_weight_at(SELECT_AFTER))
-            score = torch.where(term > 0, score, score.clamp(max=0.0))
+            score = only_harmful(score, term)
         scores = {"kd_gain": score, "kd_gain_standard_error": error}
         confidence = CONFIDENCE if arm.confidence is None else arm.confidence
         selected = lrds_fast.select(scores, confidence=confidence, max_drop=arm.max_drop).mask

@@ -188,34 +188,29 @@ def test_scores_are_the_definition() -> None:
     assert relative_error(gain, each_fold.mean(dim=0)) < 1e-4
     assert relative_error(error, each_fold.std(dim=0) / 2) < 1e-4
     z, val_z = (lab_students.logits_of(weights, x)[0] for x in (case.x, case.val_x))
-    whole = last_layer_scores(
-        features=h,
-        student_logits=z,
-        teacher_logits=v,
-        target=case.y,
-        val_features=val_h,
-        val_logits=val_z,
-        val_target=case.val_y,
-        loss=loss,
-    )["kd_gain"]
-    assert relative_error(gain, whole.double()) < 1e-4
-    # Calibrated held-out logits, and the term: the gain with one cross-entropy weight on both sides.
-    best = lab_students.best_temperature(2 * val_z, case.val_y)
-    assert best == pytest.approx(2 * lab_students.best_temperature(val_z, case.val_y), rel=0.03)
-    harmful = replace(arm, folds=4, calibrated=True, selection=Selection("confidence", 2, term=True))
-    gain, _, term, *_ = lab_students.scores(harmful, case, state)
-    for ours, unselected in ((gain, 0.7), (term, 0.1)):
-        expected = last_layer_scores(
+
+    def of_the_library(val_logits: Tensor, unselected: float) -> Tensor:
+        """kd_gain by the whole held-out slice."""
+        return last_layer_scores(
             features=h,
             student_logits=z,
             teacher_logits=v,
             target=case.y,
             val_features=val_h,
-            val_logits=val_z / lab_students.best_temperature(val_z, case.val_y),
+            val_logits=val_logits,
             val_target=case.val_y,
             loss=KDLoss(ce_weight=0.1, kd_weight=0.9, ce_weight_unselected=unselected, revise=None),
-        )["kd_gain"]
-        assert relative_error(ours, expected.double()) < 1e-4
+        )["kd_gain"].double()
+
+    assert relative_error(gain, of_the_library(val_z, 0.7)) < 1e-4
+    # Calibrated held-out logits, and the term: the gain with one cross-entropy weight on both sides.
+    best = lab_students.best_temperature(2 * val_z, case.val_y)
+    assert best == pytest.approx(2 * lab_students.best_temperature(val_z, case.val_y), rel=0.03)
+    harmful = replace(arm, folds=4, calibrated=True, selection=Selection("confidence", 2, term=True))
+    gain, _, term, *_ = lab_students.scores(harmful, case, state)
+    calibrated = val_z / lab_students.best_temperature(val_z, case.val_y)
+    for ours, unselected in ((gain, 0.7), (term, 0.1)):
+        assert relative_error(ours, of_the_library(calibrated, unselected)) < 1e-4
     plain = reference.kd_loss(z, v, case.y, ce_weight=0.0, kd_weight=1.0, revise=None, reduction="none")
     torch.testing.assert_close(divergence, plain, rtol=1e-4, atol=1e-5)
 

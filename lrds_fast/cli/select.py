@@ -76,7 +76,6 @@ def run(options: argparse.Namespace) -> int:
     from lrds_fast.notes import note
     from lrds_fast.pages import charts
     from lrds_fast.selection import Selection
-    from lrds_fast.selection.columns import default_score
     from lrds_fast.selection.rule import weight_hint
     from lrds_fast.selection.table import read_selection
     from lrds_fast.train.run import pictures_of_run
@@ -94,10 +93,9 @@ def run(options: argparse.Namespace) -> int:
     scores = Scores(
         values, target=table.labels, teacher_pred=table.teacher_pred, meta=table.meta, standard_error=errors
     )
-    by = options.by or default_score(scores)
     selection = lrds_fast.select(
         scores,
-        by=by,
+        by=options.by,
         ratio=options.ratio,
         threshold=options.threshold,
         confidence=options.confidence,
@@ -108,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
         leave=options.leave,
         previous=None if options.previous is None else Selection.load(options.previous, dataset=table.fingerprint),
     )
-    hint = weight_hint(by, scores)
+    hint = weight_hint(str(selection.policy["by"]), scores)
     if hint:
         note(hint)
     path = options.out or options.scores.with_name("selection.parquet")

@@ -92,7 +92,7 @@ def rescore(
         data,
         student,
         teacher,
-        names=[name for name in names if data.val is not None or not needs_held_out(name)],
+        names=[name for name in names if data.val is not None or name not in HELD_OUT],
         loss=scored_loss(recipe, epoch),
         selected=selected,
         progress=progress,
@@ -146,11 +146,6 @@ class Scored(NamedTuple):
 
     scores: influence.Scores
     shift: Tensor | None
-
-
-def needs_held_out(name: str) -> bool:
-    """Whether the score needs held-out samples."""
-    return name in HELD_OUT
 
 
 def score_samples(

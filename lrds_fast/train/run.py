@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lrds_fast import data as data_sets
 from lrds_fast import influence, models
 from lrds_fast.data import Data, SoftLabels
+from lrds_fast.influence.options import HELD_OUT
 from lrds_fast.lock import holding
 from lrds_fast.models.weights import load_weights
 from lrds_fast.ranks import Ranks, joined, pick_device
@@ -182,7 +183,7 @@ def _scored(recipe: Recipe, device: torch.device, progress: bool) -> influence.S
     if teacher is None:
         raise ValueError("scores compare a student with its teacher, and the recipe has none; set teacher.model")
     names = recipe.score.scores
-    in_need = [name for name in names if rescoring.needs_held_out(name)]
+    in_need = [name for name in names if name in HELD_OUT]
     if data.val is None and in_need:
         raise ValueError(f"{in_need[0]} needs held-out samples; set data.val_fraction, for example to 0.1")
     selection = None if recipe.score.base else rescoring.last(recipe.out)
