@@ -25,7 +25,7 @@ CURVATURES = ("identity", "kfac", "ekfac", "exact")
 BLOCK_CURVATURES = ("identity", "kfac", "ekfac")
 #: The default number of parts of the held-out slice that a standard error is taken over.
 FOLDS = 10
-#: Scores that are a product with H^-1 times the held-out gradient. They have standard errors.
+#: Predicted changes of the held-out loss: products with H^-1 times its gradient. They have standard errors.
 GAINS = ("kd_gain", "teacher_harm")
 #: Scores that need the gradient of the held-out slice.
 HELD_OUT = (*GAINS, "kd_gain_ns")
