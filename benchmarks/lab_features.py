@@ -377,6 +377,9 @@ def rising_suite() -> list[Arm]:
         Arm("lr1+z2cap+rise", revision=Revision(), selection=capped, rises_to=1.0),
         Arm("match+rise", selection=match, rises_to=1.0),
         Arm("robust_late+rise", selection=Selection("robust", 3.0), late=True, rises_to=1.0),
+        Arm("lr1_0.8+rise0.5", revision=Revision(), rises_to=0.5),
+        Arm("robust_late+rise0.5", selection=Selection("robust", 3.0), late=True, rises_to=0.5),
+        Arm("lr1+robust_late+rise", revision=Revision(), selection=Selection("robust", 3.0), late=True, rises_to=1.0),
     ]
 
 
