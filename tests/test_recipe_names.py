@@ -66,8 +66,8 @@ def test_the_grid_is_complete() -> None:
     names = grid.names()
     assert len(set(names)) == len(names)
     # Pairs, methods, and those of them that "+lr" does not change: revision, rld, and features alone.
-    sizes = {"cifar100": (17, 28, 12), "cifar100-short": (17, 28, 12), "imagenet": (2, 8, 2)}
-    sizes |= {"imagenet-modern": (6, 7, 2), "imagenet-adamw": (6, 6, 1)}
+    sizes = {"cifar100": (17, 28, 12), "cifar100-short": (17, 28, 12), "imagenet": (2, 10, 3)}
+    sizes |= {"imagenet-modern": (6, 8, 2), "imagenet-adamw": (6, 7, 1)}
     for prefix, (pairs, methods, fixed) in sizes.items():
         protocol = grid.PROTOCOLS[prefix]
         assert (len(protocol.pairs), len(protocol.methods)) == (pairs, methods)
@@ -141,6 +141,10 @@ def test_imagenet_protocols_are_the_published_ones() -> None:
     assert load_recipe(f"{pair}/dkd").loss.chosen_divergence() == DKD(alpha=1.0, beta=0.5)
     assert load_recipe("imagenet/resnet50-mobilenetv1/dkd").loss.chosen_divergence() == DKD(alpha=1.0, beta=2.0)
     assert load_recipe(f"{pair}/dkd").loss.kd_warmup_epochs == 1
+    lskd = load_recipe(f"{pair}/kd-lskd").loss
+    assert (lskd.standardize, lskd.temperature, lskd.ce_weight, lskd.kd_weight) == (True, 2.0, 0.5, 9.0)
+    crd = load_recipe(f"{pair}/crd+ds")
+    assert (crd.features.method, crd.loss.ce_weight, crd.loss.kd_weight, crd.selection.after) == ("crd", 1.0, 0.0, 33)
     dist = load_recipe(f"{pair}/dist+lr+ds")
     assert (dist.loss.method, dist.loss.kd_weight, dist.optimizer.lr, dist.data.batch_size) == ("dist", 2.0, 0.2, 512)
     assert (dist.selection.after, dist.data.val_fraction, dist.score.curvature) == (33, 0.01, "ekfac")
@@ -225,6 +229,7 @@ def test_published_accuracies_stand_beside_ours(tmp_path: Path) -> None:
     assert grid.published("cifar100-short/resnet56-resnet20/crd") is None
     assert grid.published("digits_kd") is None
     assert grid.published("imagenet/resnet34-resnet18/kd-tuned") == 71.81
+    assert grid.published("imagenet/resnet34-resnet18/crd") == 71.17
     assert grid.published("imagenet-modern/resnet50sb-resnet18/dist") == 74.5
     assert grid.published("imagenet-modern/resnet18") == 73.4
     assert grid.published("imagenet-adamw/resnet18") is None
@@ -377,14 +382,15 @@ def test_incompatible_options_are_named(values: dict[str, object], message: str)
 
 
 def test_published_accuracies_are_of_names_and_have_sources() -> None:
-    """Every row of published.csv is shown beside a name of the grid, once, and says where it is from."""
+    """Every row of published.csv is shown beside a name of the grid, once, and names the file in which it was
+    read."""
     text = resources.files("lrds_fast.recipes").joinpath("published.csv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     names = set()
     for row in rows:
         pair = f"{row['teacher']}-{row['student']}/{row['method']}" if row["teacher"] else row["student"]
         names.add(f"{row['protocol']}/{pair}")
-        assert row["source"] and bool(row["teacher"]) == bool(row["method"])
+        assert re.search(r"\w\.(md|tsv)\b", row["source"]) and bool(row["teacher"]) == bool(row["method"])
         assert grid.published(f"{row['protocol']}/{pair}") == float(row["accuracy"])
     assert names <= set(grid.names()) and len(names) == len(rows)
 

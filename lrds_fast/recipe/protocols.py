@@ -5,7 +5,7 @@ recipes/protocols/NAME.toml is what recipes NAME/... have in common. Its keys ar
 those that `without` lists. A method's keys are the fields of Method; its other tables are values of a recipe.
 
 recipes/published.csv holds test accuracies in percent: of the best test epoch, mostly means of 3 to 5 runs. Rows
-without a teacher and a method are networks alone.
+without a teacher and a method are networks alone. source: the paper, and the file in which the number was read.
 """
 
 from __future__ import annotations
