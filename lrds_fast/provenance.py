@@ -34,18 +34,33 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, str]:
     return facts
 
 
+#: Benchmarks append rows to the first folder while they run, and a new teacher gets a row in the second file. Neither
+#: changes what a run computes, so that they do not make the sources dirty. Weights of a teacher that change do.
+_RESULTS = ("benchmarks/results", "benchmarks/teachers/README.md")
+
+
 @functools.cache
 def commit() -> str:
-    """git's description of the sources; without git or history LRDS_COMMIT, else "unknown"."""
+    """git's description of the sources, with "-dirty" if tracked files have changed, apart from the benchmarks'
+    results; without git or history LRDS_COMMIT, else "unknown"."""
     root = Path(__file__).resolve().parents[1]
     description = ""
     if (root / ".git").exists():
-        command = ["git", "describe", "--always", "--dirty"]
-        try:
-            description = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
-        except OSError:
-            description = ""
+        description = _git(root, "describe", "--always")
+        places = [".", *(f":(exclude){path}" for path in _RESULTS)]
+        if description and _git(root, "status", "--porcelain", "--untracked-files=no", "--", *places):
+            description += "-dirty"
     return description or os.environ.get("LRDS_COMMIT", "") or "unknown"
+
+
+def _git(root: Path, *command: str) -> str:
+    """What a git command prints in that folder; "" where it fails or there is no git."""
+    try:
+        # Without optional locks, so that a run never stands in the way of a commit.
+        whole = ["git", "--no-optional-locks", *command]
+        return subprocess.run(whole, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def cpu_name() -> str:
