@@ -1,11 +1,12 @@
 """Stores CIFAR-100 runs in results/cifar100.csv and writes their page and README.md's table from that file.
 
     python -m benchmarks.cifar100_runs collect RUN... --command "lrds-fast sweep ..."
-    python -m benchmarks.cifar100_runs collect RUN... --command "..." --csv benchmarks/results/cifar100_60_epochs.csv
+    python -m benchmarks.cifar100_runs collect RUN... --command "..." --csv benchmarks/results/cifar100_6_epochs.csv
     python -m benchmarks.cifar100_runs page
 
 A row of the CSV has the log of one epoch of a run, so the tables can be computed again from the file. A run replaces
-the stored one of its name and seed. Another CSV has a page of its own and no table in README.md.
+the stored one of its name and seed. README.md has the settings with at least SEEDS seeds. Another CSV has a page of its
+own and no table in README.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import csv
 import io
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from lrds_fast.report.tables import markdown_report
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "benchmarks" / "results" / "cifar100.csv"
 PAGE = ROOT / "docs" / "benchmarks" / "cifar100.md"
+#: Seeds that a setting in README.md has.
+SEEDS = 3
 BEGIN, END = "<!-- cifar100:begin -->", "<!-- cifar100:end -->"
 #: Columns: facts about a run, and values of an epoch from its log. A cell is empty where a run has no such value.
 FACTS = ("name", "seed", "epochs", "device", "torch", "commit", "command")
@@ -96,7 +100,8 @@ def origin(text: str) -> str:
     taught = " or ".join(sorted(epochs for epochs, kind in lengths if kind == "student"))
     commands = "; ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))
     first = rows[0]
-    place = f"{first['device']}, torch {first['torch']}, commit {first['commit']}"
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    place = f"{first['device']}, torch {first['torch']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     return f"Students had {taught} epochs. {place}; {commands}."
 
 
@@ -116,8 +121,11 @@ def with_stored(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
 
 
 def readme_with(readme: str, text: str) -> str:
-    """README.md with the table in the layout of papers between its marks."""
-    tables = "\n".join(paper.markdown(table) for table in paper.paper_tables(runs_of(text)))
+    """README.md with the table in the layout of papers between its marks: networks alone and methods of SEEDS seeds."""
+    runs = runs_of(text)
+    seeds = Counter(run.recipe.name for run in runs)
+    shown = [run for run in runs if seeds[run.recipe.name] >= SEEDS or run.recipe.name.count("/") < 2]
+    tables = "\n".join(paper.markdown(table) for table in paper.paper_tables(shown))
     block = f"{BEGIN}\n{tables}\n{origin(text)}\n{END}"
     replaced, count = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, readme, flags=re.DOTALL)
     if count != 1:

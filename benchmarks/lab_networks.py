@@ -740,8 +740,8 @@ def section(rows: Sequence[dict[str, str]]) -> str:
         parts.append(f"Registered and not trained: {missing}.")
     parts += [
         "### Which setting is never worse",
-        "The rule for a default is that it is in no regime worse than plain KD and tuned KD beyond noise. Accuracy, points; (n)"
-        " is the number of pairs; the last column has the comparisons whose 95% interval is below 0.",
+        "The rule for a default is that it is in no regime worse than plain KD and tuned KD beyond noise. Accuracy,"
+        " points; (n) is the number of pairs; the last column has the comparisons whose 95% interval is below 0.",
         candidates_table(results),
     ]
     for regime, of_regime in results.items():

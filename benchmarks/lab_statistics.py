@@ -336,7 +336,8 @@ runs rank ideas cheaply and prove nothing for deep networks.
 | kd | plain KD: T = 4, ce_weight 0.1, kd_weight 0.9; kd_ceX has ce_weight X; alone has no teacher |
 | tuned, tuned+X | KD, and X, with the ce_weight of 0.1, 0.3, 1 and 3 with which KD has the lowest held-out NLL |
 | lrT_E, lr1_E | label revision with eta E: as published, at the divergence's T; at T = 1 |
-| swap, mft | at T: on wrong rows, the label and the top class exchange their logits; the published form with eta 0.8, and on right rows the label's probability rises by 0.2 |
+| swap | on wrong rows, the label and the top class exchange their logits |
+| mft | the published form with eta 0.8, and on right rows the label's probability at T rises by 0.2 |
 | zN, zNcap | deny the teacher where kd_gain exceeds N standard errors; zNcap to at most 10% of the samples |
 | below0 | deny it where kd_gain >= 0 |
 | ratioR | keep it for the share R with the lowest kd_gain |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,9 @@ def test_readme_and_page_are_of_the_stored_runs() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert cifar100_runs.readme_with(readme, text) == readme
     runs = cifar100_runs.runs_of(text)
-    students = {run.recipe.name.rpartition("/")[2] for run in runs if run.recipe.name.count("/") == 2}
-    assert students == {"kd", "kd+lr", "kd+ds", "kd+lr+ds"}
-    for name in {run.recipe.name for run in runs if run.recipe.name != "cifar100-short/resnet20"}:
-        assert len({run.recipe.seed for run in runs if run.recipe.name == name}) >= 3
+    seeds = Counter(run.recipe.name.rpartition("/")[2] for run in runs)
+    compared = ("resnet8", "kd", "kd+lr", "kd+ds", "kd+lr+ds", "kd-rise", "kd-rise+lr+ds")
+    assert all(seeds[name] >= cifar100_runs.SEEDS for name in compared)
     for run in runs:
         assert [record["epoch"] for record in run.records] == [*range(1, run.recipe.schedule.epochs + 1)]
 
@@ -44,5 +44,9 @@ def test_runs_survive_the_csv(tmp_path: Path) -> None:
     both = cifar100_runs.with_stored([*other, {**rows[0], "command": "a newer command"}], stored)
     assert [(row["seed"], row["command"]) for row in both] == [(4, "a command")] * 2 + [(3, "a newer command")]
     assert [row["seed"] for row in cifar100_runs.with_stored(other, stored)] == ["3", "3", 4, 4]
+    method = [rows_of_seed for seed in (3, 4, 5) for rows_of_seed in ({**row, "seed": seed} for row in rows)]
+    marks = f"{cifar100_runs.BEGIN}{cifar100_runs.END}"
+    assert "| KD |" in cifar100_runs.readme_with(marks, cifar100_runs.as_csv(method))
+    assert "| KD |" not in cifar100_runs.readme_with(marks, cifar100_runs.as_csv(rows)), "one seed only"
     with pytest.raises(ValueError, match="must have <!-- cifar100:begin -->"):
         cifar100_runs.readme_with("no marks", cifar100_runs.as_csv(rows))
