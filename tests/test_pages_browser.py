@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,34 @@ from test_report_page import make_run
 from lrds_fast.report.page import html_report
 from lrds_fast.selection import select
 
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no chromium (apt-get install chromium)")
 WINDOWS = [(width, dark) for dark in (False, True) for width in (1280, 390)]
 LONG = "cifar100-short/resnet56-resnet20/kd+lr+ds@selection.by=kd_gain,loss.eta=0.5,with_no_place_to_break_it_at_all"
 
 
+def start(stack: ExitStack) -> browser.Browser:
+    """A browser that ends with the stack. Without a Chromium that starts, the test is skipped; it fails instead if
+    LRDS_REQUIRE_BROWSER is 1."""
+    try:
+        return stack.enter_context(browser.browser())
+    except (RuntimeError, OSError) as error:
+        if os.environ.get("LRDS_REQUIRE_BROWSER") == "1":
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="module")
 def tab() -> Iterator[browser.Browser]:
-    with browser.browser() as found:
-        yield found
+    with ExitStack() as stack:
+        yield start(stack)
+
+
+@pytest.mark.parametrize("chromium", [None, "/bin/false", "/nonexistent"])
+def test_without_a_browser_tests_are_skipped_or_fail(chromium: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browser, "CHROMIUM", chromium)
+    for required, expected in (("", pytest.skip.Exception), ("1", (RuntimeError, OSError))):
+        monkeypatch.setenv("LRDS_REQUIRE_BROWSER", required)
+        with ExitStack() as stack, pytest.raises(expected):
+            start(stack)
 
 
 def test_the_browser_reports_layout_faults(tab: browser.Browser, tmp_path: Path) -> None:
