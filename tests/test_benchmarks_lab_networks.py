@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 
 import lrds_fast
 from benchmarks import lab_networks as lab
+from benchmarks import teachers_table
 from benchmarks.lab_students import measures, revise_logits
 from benchmarks.tables import stored_rows
 from lrds_fast.data.cifar import MEAN, Pictures
@@ -203,3 +206,41 @@ def test_the_page_has_the_paired_differences(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(lab, "PAGE", tmp_path / "bare.md")
     with pytest.raises(ValueError, match="must have"):
         lab.render(path, tmp_path)
+
+
+def test_the_teachers_page_lists_every_file() -> None:
+    """`python -m benchmarks.teachers_table` mends it."""
+    listed = teachers_table.listed(teachers_table.README.read_text(encoding="utf-8"))
+    stored = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in lab.TEACHERS.glob("*.safetensors")}
+    assert listed == stored
+
+
+def test_the_teachers_table_follows_the_folder(
+    small: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "teachers"
+    lab.teacher_of("noise", 0, small, tmp_path)
+    shutil.copy(folder / "resnet20_noise_0.safetensors", folder / "resnet20_clean_11.safetensors")
+    monkeypatch.setattr(teachers_table, "STORED", tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, lab.FIELDS, restval="1")
+        writer.writeheader()
+        for number, accuracy in ((0, 34.5), (1, 20), (0, 34.5)):
+            writer.writerow({"regime": "noise", "teacher": number, "teacher_test_acc": accuracy})
+    page = folder / "README.md"
+    page.write_text(f"before {teachers_table.BEGIN} old {teachers_table.END} after")
+    assert teachers_table.write(page) == page
+    text = page.read_text()
+    assert text.startswith("before ") and text.endswith(" after") and "old" not in text
+    first, second = (line.split(" | ") for line in text.splitlines() if ".safetensors" in line)
+    assert first[0] == "| resnet20_clean_11.safetensors" and first[2] == "11" and first[5:7] == ["-", "float16"]
+    assert second[2] == "0" and "--regimes noise" in second[3] and second[5:7] == ["34.50", "float16"]
+    assert teachers_table.listed(text) == dict.fromkeys(
+        ("resnet20_clean_11.safetensors", "resnet20_noise_0.safetensors"), first[8].strip("` |")
+    )
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="must have"):
+        teachers_table.write(page)
+    (folder / "resnet20_noise_0.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(ValueError, match="must be resnet20_REGIME_NUMBER or resnet20_60_epochs"):
+        teachers_table.table(folder)
