@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
 
     result = demo(options.out, seeds=options.seeds, settings=options.settings, progress=shows_progress(options))
     print("\n".join(result.introduction), end="\n\n")
-    print(f"{result.table}\n{NOTE}", end="\n\n")
+    print(f"{result.table}\n\n{result.comparisons}\n{NOTE}", end="\n\n")
     print("\n".join(result.conclusions))
     print(f"\nreport: {result.report}")
     return OK

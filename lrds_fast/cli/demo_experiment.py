@@ -36,6 +36,7 @@ TUNED = "KD, tuned"
 REVISED = "KD + LR"
 RANDOM = "KD + random"
 DENIED = "KD + DS"
+REVISED_RANDOM = "KD + LR + random"
 BOTH = "KD + LR + DS"
 
 #: Selection denies a sample the teacher where kd_gain exceeds 0 by CONFIDENCE standard errors, and at most the share
@@ -47,8 +48,8 @@ class Arm(NamedTuple):
     """One student of the comparison.
 
     name: in the table. folder: under the seed's folder. recipe: of the library. scored: the folder of the run whose
-    scores select the samples, "" keeps every sample. by: the score; "random" denies as many samples as kd_gain does,
-    which separates the effect of which samples are denied from that of how many are.
+    scores select the samples, "" keeps every sample. by: the score; "random" denies as many samples as kd_gain does
+    with the same scores, which separates the effect of which samples are denied from that of how many are.
     """
 
     name: str
@@ -65,14 +66,17 @@ ARMS = (
     Arm(REVISED, "kd_lr", "digits_kd_lr"),
     Arm(RANDOM, "kd_random", "digits_kd_ds", "kd", "random"),
     Arm(DENIED, "kd_ds", "digits_kd_ds", "kd"),
+    Arm(REVISED_RANDOM, "kd_lr_random", "digits_kd_lr_ds", "kd_lr", "random"),
     Arm(BOTH, "kd_lr_ds", "digits_kd_lr_ds", "kd_lr"),
 )
 
-#: Baseline -> the arms that are compared with it. Every student is compared with KD, selection with a random selection
-#: of the same size, revision with tuned KD, and revision with selection with revision alone.
+#: Baseline -> the arms that are compared with it. Every student is compared with KD. Selection is compared with a
+#: random selection of the same size, without revision and with it. Revision, with selection and without it, is compared
+#: with tuned KD, and revision with selection with revision alone.
 COMPARED = {
     BASELINE: [arm.name for arm in ARMS if arm.name != BASELINE],
-    RANDOM: [DENIED, BOTH],
+    RANDOM: [DENIED],
+    REVISED_RANDOM: [BOTH],
     TUNED: [REVISED, BOTH],
     REVISED: [BOTH],
 }
@@ -102,6 +106,25 @@ class DemoResult:
     def table(self) -> str:
         """For a terminal: means over the seeds and paired differences to KD with their 95% intervals."""
         return _table(self.rows, self.runs)
+
+    @property
+    def comparisons(self) -> str:
+        """For a terminal: paired differences to the other baselines of COMPARED with their 95% intervals."""
+        return aligned(
+            [
+                ("", "accuracy %, 95%", "test loss, 95%"),
+                *(
+                    (
+                        f"{row.name} against {base}",
+                        _difference(row.accuracy_difference, 100, 1),
+                        _difference(row.cross_entropy_difference, 1, 3),
+                    )
+                    for base, rows in _compared(self.runs).items()
+                    if base != BASELINE
+                    for row in rows
+                ),
+            ]
+        )
 
 
 def demo(
@@ -199,12 +222,6 @@ def _selected(scores: Scores, by: str) -> Selection:
 
 
 def _table(rows: Sequence[Row], finished: Sequence[Run]) -> str:
-    def difference(value: Estimate | None, scale: float, digits: int) -> str:
-        if value is None:
-            return ""
-        text = f"{scale * value.mean:+.{digits}f}"
-        return text if value.n < 2 else f"{text} ± {scale * value.half_width:.{digits}f}"
-
     lines: list[tuple[str, ...]] = [
         ("", "accuracy %", f"- {BASELINE}, 95%", "test loss", f"- {BASELINE}, 95%", "revised", "denied (wrong)")
     ]
@@ -215,14 +232,21 @@ def _table(rows: Sequence[Row], finished: Sequence[Run]) -> str:
             (
                 row.name,
                 f"{100 * row.accuracy.mean:.1f}",
-                difference(row.accuracy_difference, 100, 1),
+                _difference(row.accuracy_difference, 100, 1),
                 f"{row.cross_entropy.mean:.3f}",
-                difference(row.cross_entropy_difference, 1, 3),
+                _difference(row.cross_entropy_difference, 1, 3),
                 f"{row.revised.mean:.0f}" if row.revised is not None and row.revised.mean else "",
                 f"{denied:.0f} ({wrong:.0f})" if counts else "",
             )
         )
     return aligned(lines)
+
+
+def _difference(value: Estimate | None, scale: float, digits: int) -> str:
+    if value is None:
+        return ""
+    text = f"{scale * value.mean:+.{digits}f}"
+    return text if value.n < 2 else f"{text} ± {scale * value.half_width:.{digits}f}"
 
 
 def _denied(run: Run) -> tuple[int, int]:
@@ -233,13 +257,17 @@ def _denied(run: Run) -> tuple[int, int]:
     return int((~selection.mask).sum()), int((~selection.mask & wrong).sum())
 
 
-def _conclusions(finished: Sequence[Run]) -> list[str]:
-    """A sentence per comparison in COMPARED, and NOT_SHOWN."""
-    against = {
+def _compared(finished: Sequence[Run]) -> dict[str, list[Row]]:
+    """For each baseline in COMPARED its arms, with their differences to it."""
+    return {
         base: [row for row in tabulate(finished, baseline=base) if row.name in names]
         for base, names in COMPARED.items()
     }
-    return [*verdicts([(rows, base) for base, rows in against.items()]), NOT_SHOWN]
+
+
+def _conclusions(finished: Sequence[Run]) -> list[str]:
+    """A sentence per comparison in COMPARED, and NOT_SHOWN."""
+    return [*verdicts([(rows, base) for base, rows in _compared(finished).items()]), NOT_SHOWN]
 
 
 def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[str]:
@@ -263,7 +291,8 @@ def _introduction(finished: Sequence[Run], seeds: int, seconds: float) -> list[s
         "LR (label revision) corrects the wrong answers. DS (data selection) denies the teacher to a sample where"
         f" kd_gain, the teacher's predicted effect on the loss of a held-out slice, is {CONFIDENCE:g} standard errors"
         f" above 0, but to at most {MAX_DROP:.0%} of the samples. '{RANDOM}' denies it to as many samples as"
-        f" '{DENIED}', drawn at random. '{TUNED}' has ten times KD's weight of the cross-entropy."
+        f" '{DENIED}', and '{REVISED_RANDOM}' to as many as '{BOTH}', drawn at random. '{TUNED}' has ten times KD's"
+        " weight of the cross-entropy."
     )
     place = (
         f"{seeds} seed{'s' * (seeds > 1)}, {seconds:.0f} s; torch {torch.__version__}, whose kernels here are"
