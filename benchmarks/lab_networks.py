@@ -9,7 +9,7 @@ The protocol is in docs/benchmarks/method.md. A pair is a teacher and an initial
 pair share them, the samples, and the augmented views in the same order. Arms with a selection continue from the
 checkpoint of the arm without one. A finished run is a row of results/method_networks.csv and is not repeated. Several
 processes may share one cache: each takes the next pair that no other process has claimed. The teachers' weights are in
-teachers/.
+teachers/; after a new one, run `python -m benchmarks.teachers_table`.
 """
 
 from __future__ import annotations
@@ -739,7 +739,7 @@ def section(rows: Sequence[dict[str, str]]) -> str:
     if missing:
         parts.append(f"Registered and not trained: {missing}.")
     parts += [
-        "### Which setting is never worse",
+        "### Which setting is never worse, with networks",
         "The rule for a default is that it is in no regime worse than plain KD and tuned KD beyond noise. Accuracy,"
         " points; (n) is the number of pairs; the last column has the comparisons whose 95% interval is below 0.",
         candidates_table(results),
