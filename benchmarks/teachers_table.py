@@ -20,7 +20,7 @@ from lrds_fast.files import write_text
 
 README = TEACHERS / "README.md"
 #: The runs among which the teacher of resnet20_60_epochs.safetensors is.
-RECIPE_RUNS = HERE / "results" / "cifar100_60_epochs.csv"
+RECIPE_RUNS = HERE / "results" / "cifar100.csv"
 RECIPE_TEACHER = "cifar100-short/resnet20"
 BEGIN, END = "<!-- teachers:begin -->", "<!-- teachers:end -->"
 HEADER = ("file", "regime", "number", "made by", "epochs", "test accuracy, %", "weights", "bytes", "sha256")
