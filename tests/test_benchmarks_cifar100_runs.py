@@ -44,9 +44,11 @@ def test_runs_survive_the_csv(tmp_path: Path) -> None:
     both = cifar100_runs.with_stored([*other, {**rows[0], "command": "a newer command"}], stored)
     assert [(row["seed"], row["command"]) for row in both] == [(4, "a command")] * 2 + [(3, "a newer command")]
     assert [row["seed"] for row in cifar100_runs.with_stored(other, stored)] == ["3", "3", 4, 4]
-    method = [rows_of_seed for seed in (3, 4, 5) for rows_of_seed in ({**row, "seed": seed} for row in rows)]
     marks = f"{cifar100_runs.BEGIN}{cifar100_runs.END}"
-    assert "| KD |" in cifar100_runs.readme_with(marks, cifar100_runs.as_csv(method))
-    assert "| KD |" not in cifar100_runs.readme_with(marks, cifar100_runs.as_csv(rows)), "one seed only"
+    alone = [{**row, "name": "cifar100-short/resnet8"} for row in rows]
+    dkd = [{**row, "name": "cifar100-short/resnet20-resnet8/dkd"} for row in rows]
+    three = [{**row, "seed": seed} for seed in (3, 4, 5) for row in rows]
+    readme = cifar100_runs.readme_with(marks, cifar100_runs.as_csv([*alone, *dkd, *three]))
+    assert "student alone" in readme and "| KD |" in readme and "DKD" not in readme, "DKD has one seed"
     with pytest.raises(ValueError, match="must have <!-- cifar100:begin -->"):
         cifar100_runs.readme_with("no marks", cifar100_runs.as_csv(rows))
