@@ -51,4 +51,4 @@ def test_runs_survive_the_csv(tmp_path: Path) -> None:
     readme = cifar100_runs.readme_with(marks, cifar100_runs.as_csv([*alone, *dkd, *three]))
     assert "student alone" in readme and "| KD |" in readme and "DKD" not in readme, "DKD has one seed"
     with pytest.raises(ValueError, match="must have <!-- cifar100:begin -->"):
-        cifar100_runs.readme_with("no marks", cifar100_runs.as_csv(rows))
+        cifar100_runs.readme_with("no marks", cifar100_runs.as_csv(alone))
