@@ -58,7 +58,7 @@ def differences(result: DemoResult, name: str, base: str, key: str = "test_acc")
 
 @pytest.mark.parametrize(
     ("better", "worse"),
-    [("KD", "student alone"), ("KD + LR", "KD"), ("KD + LR + DS", "KD")],
+    [("KD", "student alone"), ("KD + LR", "KD"), ("KD + LR + DS", "KD"), ("KD + LR + DS", "KD + random")],
 )
 def test_distillation_beats_labels_and_revision_and_selection_beat_distillation(
     result: DemoResult, better: str, worse: str
