@@ -120,14 +120,11 @@ def with_stored(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     return [row for row in stored if (row["name"], int(row["seed"])) not in new] + rows
 
 
-def _in_readme(name: str, seeds: int) -> bool:
-    return seeds >= SEEDS or name.count("/") < 2
-
-
 def readme_with(readme: str, text: str) -> str:
     """README.md with the table in the layout of papers between its marks: networks alone and methods of SEEDS seeds."""
-    seeds = Counter(run.recipe.name for run in runs_of(text))
-    shown = as_csv([row for row in csv.DictReader(io.StringIO(text)) if _in_readme(row["name"], seeds[row["name"]])])
+    rows = list(csv.DictReader(io.StringIO(text)))
+    seeds = Counter(name for name, _ in {(row["name"], row["seed"]) for row in rows})
+    shown = as_csv([row for row in rows if seeds[row["name"]] >= SEEDS or row["name"].count("/") < 2])
     tables = "\n".join(paper.markdown(table) for table in paper.paper_tables(runs_of(shown)))
     block = f"{BEGIN}\n{tables}\n{origin(shown)}\n{END}"
     replaced, count = re.subn(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: block, readme, flags=re.DOTALL)

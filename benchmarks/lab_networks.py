@@ -629,12 +629,9 @@ def table(results: Results) -> str:
 
 
 def verdict(values: Sequence[float], least: float) -> str:
-    """Whether the 95% t interval of the mean is above `least` ("met"), below it ("not met") or contains it
-    ("undecided")."""
-    difference = estimate(values)
-    if difference.n < 2:
-        return "undecided"
-    low, high = difference.interval
+    """Whether the mean is above `least`: "met" or "not met" where the 95% t interval is above or below it, else
+    "undecided", as with one value."""
+    low, high = estimate(values).interval
     return "met" if low > least else "not met" if high < least else "undecided"
 
 

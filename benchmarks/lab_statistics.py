@@ -231,17 +231,12 @@ def candidates_table(runs: Runs, seeds: range = CONFIRM) -> str:
             if arm == baseline:
                 cells += ["", "", ""]
                 continue
-            means = []
-            for group in groups:
-                have = [regime for regime in group if runs.difference(regime, arm, baseline, "acc", seeds).n]
-                means.append(signed(averaged(runs, arm, baseline, "acc", have, seeds)))
             each = {regime: runs.difference(regime, arm, baseline, "acc", seeds) for regime in regimes}
-            worse = [
-                f"{regime} ({found.mean:.2f})"
-                for regime, found in each.items()
-                if found.n > 1 and found.mean < 0 and not found.within_noise
-            ]
-            cells += [*means, ", ".join(worse) or "none"]
+            for group in groups:
+                have = [regime for regime in group if each[regime].n]
+                cells.append(signed(averaged(runs, arm, baseline, "acc", have, seeds)))
+            worse = [f"{regime} ({found.mean:.2f})" for regime, found in each.items() if found.interval[1] < 0]
+            cells.append(", ".join(worse) or "none")
         body.append(cells)
     return "\n".join(markdown_table(header, body))
 
